@@ -1,0 +1,29 @@
+"""Everything this package raises on purpose.
+
+Each message is one sentence a person can act on: the offending value, what is allowed, the cure. The command line
+turns any of them into exit code 2; a bug raises something else and keeps its traceback.
+"""
+
+
+class QwenImageError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class RequestError(QwenImageError, ValueError):
+    """A parameter is out of range, of the wrong type, or does not fit the model."""
+
+
+class CheckpointError(QwenImageError):
+    """A checkpoint's files are missing, damaged, or not what this package runs."""
+
+
+class HubError(QwenImageError):
+    """The Hugging Face Hub could not give what was asked."""
+
+
+class OutputError(QwenImageError, OSError):
+    """A result could not be written."""
+
+
+class Cancelled(QwenImageError):
+    """The progress callback asked to stop; the pipeline stays usable."""

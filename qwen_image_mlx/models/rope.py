@@ -1,0 +1,78 @@
+"""Rotary positions of the image transformer: which position each token has, and the rotation it stands for.
+
+Knows nothing of pixels, prompts or weights. Formulas: `QwenEmbedRope` in diffusers' transformer_qwenimage.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+THETA = 10000.0
+MAX_POSITION = 4096  # the reference's tables end here, for text and for either half of an image side
+
+
+class Segment(NamedTuple):
+    """One image in the sequence: its frame index and its grid of 2x2 latent patches."""
+
+    frame: int
+    height: int
+    width: int
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.height * self.width
+
+
+class Rotary(NamedTuple):
+    """cos and sin of every token's angles, text first: fp32, (tokens, 1, head_dim / 2)."""
+
+    cos: mx.array
+    sin: mx.array
+
+
+def text_start(segments: Sequence[Segment]) -> int:
+    """Position of the first text token: past the largest half side of any image."""
+    return max(max(s.height // 2, s.width // 2) for s in segments)
+
+
+def rotary_tables(segments: Sequence[Segment], text_length: int, axes_dims: Sequence[int]) -> Rotary:
+    """Rotations for `text_length` text tokens followed by the tokens of every segment, in raster order.
+
+    A text token has the same position on all three axes (frame, row, column). Image rows and columns are centred:
+    rows run from -(h - h // 2) to h // 2 - 1.
+
+    Args:
+        segments: the images, target first.
+        text_length: number of text tokens.
+        axes_dims: channels of the head that turn with frame, row and column; each is even.
+    """
+    start = text_start(segments)
+    text = mx.arange(start, start + text_length, dtype=mx.float32)
+    positions = [mx.stack([text, text, text], axis=-1)]
+    for frame, height, width in segments:
+        rows = mx.arange(height // 2 - height, height // 2, dtype=mx.float32)
+        cols = mx.arange(width // 2 - width, width // 2, dtype=mx.float32)
+        grid = [mx.full((height, width), frame, dtype=mx.float32), *mx.meshgrid(rows, cols, indexing="ij")]
+        positions.append(mx.stack(grid, axis=-1).reshape(-1, 3))
+    position = mx.concatenate(positions)
+    angles = mx.concatenate(
+        [
+            position[:, axis, None] / mx.power(THETA, mx.arange(0, dim, 2, dtype=mx.float32) / dim)
+            for axis, dim in enumerate(axes_dims)
+        ],
+        axis=-1,
+    )
+    return Rotary(mx.cos(angles)[:, None, :], mx.sin(angles)[:, None, :])
+
+
+@mx.compile
+def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Turns channel pairs (2j, 2j + 1) of x (batch, tokens, heads, head_dim) by the tables' angles, in fp32."""
+    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
+    real, imag = pairs[..., 0], pairs[..., 1]
+    turned = mx.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,121 @@
+"""The language model of Qwen2.5-VL, as far as conditioning needs it: token ids in, final hidden states out.
+
+Knows nothing of tokenizers or templates; has no lm_head and no cache. Formulas: transformers' modeling_qwen2_5_vl.py.
+Shapes: B batch, L tokens, C hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import TextEncoderConfig
+from .layers import Embedding, Linear
+
+
+class TextEncoder(nn.Module):
+    """Decoder-only transformer; the output is the state after the final norm."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.model = LanguageModel(config)
+
+    def __call__(self, ids: mx.array, positions: mx.array) -> mx.array:
+        """Final states (B, L, C) of the token ids (B, L), unpadded, at positions (3, L): time, row, column."""
+        return self.model(self.model.embed_tokens(ids), positions)
+
+
+class LanguageModel(nn.Module):
+    """Embeddings to final states."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in config.layers]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._rope = (config.mrope_section, config.head_dim, config.rope_theta)
+
+    def __call__(self, hidden: mx.array, positions: mx.array) -> mx.array:
+        """(B, L, C) to (B, L, C), causally."""
+        tables = mrope_tables(positions, *self._rope, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, tables)
+        return self.norm(hidden)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and gated MLP."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def __call__(self, hidden: mx.array, tables: tuple[mx.array, mx.array]) -> mx.array:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), tables)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Attention(nn.Module):
+    """Causal attention; several query heads share a key and value head."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, config.kv_dim)
+        self.v_proj = Linear(config.hidden_size, config.kv_dim)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self._head_dim = config.head_dim
+
+    def __call__(self, x: mx.array, tables: tuple[mx.array, mx.array]) -> mx.array:
+        q, k, v = (
+            y.reshape(*y.shape[:-1], -1, self._head_dim).transpose(0, 2, 1, 3)
+            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        out = mx.fast.scaled_dot_product_attention(
+            rotate_half(q, *tables), rotate_half(k, *tables), v, scale=self._head_dim**-0.5, mask="causal"
+        )
+        return self.o_proj(out.transpose(0, 2, 1, 3).flatten(2))
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.gate_proj = Linear(dim, inner, bias=False)
+        self.up_proj = Linear(dim, inner, bias=False)
+        self.down_proj = Linear(inner, dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def mrope_tables(
+    positions: mx.array, sections: Sequence[int], head_dim: int, theta: float, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    """cos and sin (L, head_dim / 2) of multi-axis positions (3, L): each run of frequencies follows its own axis.
+
+    The tables are made in fp32 and rounded to `dtype`, as the reference does. Source: apply_multimodal_rotary_pos_emb.
+    """
+    frequencies = 1 / mx.power(theta, mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
+    bounds = [sum(sections[: i + 1]) for i in range(len(sections) - 1)]
+    angles = mx.concatenate(
+        [
+            position[:, None] * chunk
+            for position, chunk in zip(positions.astype(mx.float32), mx.split(frequencies, bounds), strict=True)
+        ],
+        axis=-1,
+    )
+    return mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
+
+
+@mx.compile
+def rotate_half(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Turns channel pairs (j, j + head_dim / 2) of x (B, heads, L, head_dim)."""
+    a, b = mx.split(x, 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

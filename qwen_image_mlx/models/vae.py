@@ -1,0 +1,214 @@
+"""The autoencoder between pixels and latents, in the 2-D form that a single image needs.
+
+For one frame every causal 3-D convolution of the reference sees zeros in front of the frame, so only its last temporal
+tap meets data, and the temporal resamplers never run; the loader keeps just those taps. Arrays are (B, H, W, C).
+Nothing is evaluated here: `Encoder.stages` and `Decoder.stages` let the caller do it between blocks, and
+`Decoder.tail` lets it work on strips of rows.
+
+Formulas: diffusers' autoencoder_kl_qwenimage.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import VAEConfig
+from .layers import Conv2d, Linear
+
+Stage = Callable[[mx.array], mx.array]
+ATTENTION_CHUNK = 1024  # queries at a time: the score matrix is never whole
+
+
+class Encoder(nn.Module):
+    """Pixels (B, H, W, C) in [-1, 1] to latent mean and log-variance (B, H/8, W/8, 2 z), both unnormalised."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.encoder = _EncoderBody(config)
+        self.quant_conv = Linear(2 * config.z_dim, 2 * config.z_dim)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The network as consecutive functions."""
+        body = self.encoder
+        return [body.conv_in, *body.down_blocks, body.mid_block, body.head, self.quant_conv]
+
+
+class Decoder(nn.Module):
+    """Unnormalised latents (B, h, w, z) to pixels (B, 8h, 8w, C), not clamped."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.post_quant_conv = Linear(config.z_dim, config.z_dim)
+        self.decoder = _DecoderBody(config)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Everything that needs the whole image: up to and with all up-blocks but the last two."""
+        body = self.decoder
+        return [self.post_quant_conv, body.conv_in, body.mid_block, *body.up_blocks[:-2]]
+
+    @property
+    def tail(self) -> list[Stage]:
+        """The rest, where most of the memory goes; purely local, so it may be given strips of rows."""
+        body = self.decoder
+        return [*body.up_blocks[-2:], body.head]
+
+    @property
+    def tail_halo(self) -> int:
+        """Rows above and below a strip that the tail's output depends on, counted in the tail's input rows."""
+        rows = 1  # conv_out
+        for block in reversed(self.decoder.up_blocks[-2:]):
+            if "upsamplers" in block:
+                rows = -(-(rows + 1) // 2)  # its convolution, then back through the doubling
+            rows += 2 * len(block.resnets)
+        return rows
+
+    @property
+    def tail_scale(self) -> int:
+        """Output rows per input row of the tail."""
+        return 2 ** sum("upsamplers" in block for block in self.decoder.up_blocks[-2:])
+
+
+class _EncoderBody(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        dims = config.encoder_dims
+        self.conv_in = Conv2d(config.input_channels, dims[0])
+        self.down_blocks: list[nn.Module] = []
+        for level, (cin, cout) in enumerate(zip(dims, dims[1:], strict=False)):
+            for _ in range(config.num_res_blocks):
+                self.down_blocks.append(ResidualBlock(cin, cout))
+                cin = cout
+            if level < len(dims) - 2:
+                self.down_blocks.append(Downsample(cout))
+        self.mid_block = MidBlock(dims[-1])
+        self.norm_out = ChannelNorm(dims[-1])
+        self.conv_out = Conv2d(dims[-1], 2 * config.z_dim)
+
+    def head(self, x: mx.array) -> mx.array:
+        return self.conv_out(nn.silu(self.norm_out(x)))
+
+
+class _DecoderBody(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        levels = config.decoder_levels
+        self.conv_in = Conv2d(config.z_dim, config.top_dim)
+        self.mid_block = MidBlock(config.top_dim)
+        self.up_blocks = [
+            UpBlock(cin, cout, config.num_res_blocks + 1, upsample=level < len(levels) - 1)
+            for level, (cin, cout) in enumerate(levels)
+        ]
+        self.norm_out = ChannelNorm(levels[-1][1])
+        self.conv_out = Conv2d(levels[-1][1], config.input_channels)
+
+    def head(self, x: mx.array) -> mx.array:
+        return self.conv_out(nn.silu(self.norm_out(x)))
+
+
+class UpBlock(nn.Module):
+    """Residual blocks, then a doubling of rows and columns that halves the channels."""
+
+    def __init__(self, cin: int, cout: int, num_resnets: int, upsample: bool):
+        super().__init__()
+        self.resnets = [ResidualBlock(cin if n == 0 else cout, cout) for n in range(num_resnets)]
+        if upsample:
+            self.upsamplers = [Upsample(cout, cout // 2)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return self.upsamplers[0](x) if "upsamplers" in self else x
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.resnets = [ResidualBlock(dim, dim), ResidualBlock(dim, dim)]
+        self.attentions = [SelfAttention(dim)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class ResidualBlock(nn.Module):
+    """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.norm1 = ChannelNorm(cin)
+        self.conv1 = Conv2d(cin, cout)
+        self.norm2 = ChannelNorm(cout)
+        self.conv2 = Conv2d(cout, cout)
+        if cin != cout:
+            self.conv_shortcut = Linear(cin, cout)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        shortcut = self.conv_shortcut(x) if "conv_shortcut" in self else x
+        x = self.conv1(nn.silu(self.norm1(x)))
+        return shortcut + self.conv2(nn.silu(self.norm2(x)))
+
+
+class SelfAttention(nn.Module):
+    """Single-head attention over all positions."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = ChannelNorm(dim)
+        self.to_qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q, k, v = mx.split(self.to_qkv(self.norm(x)).reshape(x.shape[0], 1, -1, 3 * x.shape[-1]), 3, axis=-1)
+        scale = x.shape[-1] ** -0.5
+        out = [
+            mx.fast.scaled_dot_product_attention(q[:, :, i : i + ATTENTION_CHUNK], k, v, scale=scale)
+            for i in range(0, q.shape[2], ATTENTION_CHUNK)
+        ]
+        return x + self.proj(mx.concatenate(out, axis=2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves rows and columns; zeros are added on the right and at the bottom only."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.resample = [nn.Identity(), Conv2d(dim, dim, stride=2, padding=0)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.resample[1](mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+
+
+class Upsample(nn.Module):
+    """Doubles rows and columns by repetition, then a 3x3 convolution."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.resample = [nn.Identity(), Conv2d(cin, cout)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        b, h, w, c = x.shape
+        doubled = mx.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        return self.resample[1](doubled)
+
+
+class ChannelNorm(nn.Module):
+    """x / max(|x|, 1e-12) * sqrt(C) * gamma, the length taken over the channels."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = mx.ones((dim,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return channel_norm(x, self.gamma)
+
+
+def channel_norm(x: mx.array, gamma: mx.array) -> mx.array:
+    """`ChannelNorm`'s formula; rms_norm with this epsilon differs from the reference's guard only for |x| < 1e-10."""
+    return mx.fast.rms_norm(x, gamma, 1e-24)

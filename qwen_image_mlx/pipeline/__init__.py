@@ -1,0 +1,1 @@
+"""Components, conditioning and the two core calls."""

@@ -1,0 +1,141 @@
+"""The parts of one checkpoint: each is loaded when first needed, released when told, and comes back by itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from ..errors import CheckpointError
+from ..models.text_encoder import TextEncoder
+from ..models.transformer import Transformer
+from ..models.vae import Decoder, Encoder
+from ..text.tokenizer import QwenTokenizer
+from ..variants import Variant, variant_of
+from ..weights.loader import ComponentWeights, load_module
+from ..weights.mapping import needs_tensor, weights_map
+from ..weights.snapshot import HubSnapshot
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+CLASS_NAMES = {
+    "transformer": "QwenImageTransformer2DModel",
+    "vae": "AutoencoderKLQwenImage",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+}
+
+
+class Components:
+    """Lazily loaded parts of a checkpoint.
+
+    Args:
+        snapshot: where the files are.
+        dtype: of the text encoder and the transformer; the VAE always computes in fp32, as Metal's fast convolutions
+            are too coarse in bf16.
+        loading: given a component's name, a context to load it in.
+    """
+
+    def __init__(
+        self,
+        snapshot: HubSnapshot,
+        dtype: mx.Dtype,
+        loading: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    ):
+        self.snapshot = snapshot
+        self.dtype = dtype
+        self._loading = loading
+        self._loaded: dict[str, Any] = {}
+        index = snapshot.read_json("model_index.json")
+        self.variant: Variant = variant_of(index.get("_class_name"), snapshot.model)
+
+    @cached_property
+    def transformer_config(self) -> TransformerConfig:
+        """transformer/config.json."""
+        return TransformerConfig.from_dict(self._config("transformer"))
+
+    @cached_property
+    def text_encoder_config(self) -> TextEncoderConfig:
+        """text_encoder/config.json."""
+        return TextEncoderConfig.from_dict(self._config("text_encoder"))
+
+    @cached_property
+    def vae_config(self) -> VAEConfig:
+        """vae/config.json."""
+        return VAEConfig.from_dict(self._config("vae"))
+
+    @cached_property
+    def scheduler_config(self) -> SchedulerConfig:
+        """scheduler/scheduler_config.json."""
+        return SchedulerConfig.from_dict(self._config("scheduler", "scheduler_config.json"))
+
+    @property
+    def tokenizer(self) -> QwenTokenizer:
+        """The tokenizer."""
+        return self._ensure("tokenizer", self._load_tokenizer)
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The language model, resident."""
+        config = self.text_encoder_config
+        return self._ensure("text_encoder", lambda: self._load("text_encoder", "main", config, TextEncoder, self.dtype))
+
+    @property
+    def transformer(self) -> Transformer:
+        """The transformer without its modulation, resident."""
+        config = self.transformer_config
+        return self._ensure("transformer", lambda: self._load("transformer", "main", config, Transformer, self.dtype))
+
+    @property
+    def vae_encoder(self) -> Encoder:
+        """Pixels to latents, resident."""
+        config = self.vae_config
+        return self._ensure("vae_encoder", lambda: self._load("vae", "encoder", config, Encoder, mx.float32))
+
+    @property
+    def vae_decoder(self) -> Decoder:
+        """Latents to pixels, resident."""
+        config = self.vae_config
+        return self._ensure("vae_decoder", lambda: self._load("vae", "decoder", config, Decoder, mx.float32))
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether a component is in memory."""
+        return name in self._loaded
+
+    def release(self, *names: str) -> None:
+        """Gives the memory of components back; those not loaded are passed over."""
+        if [self._loaded.pop(name) for name in names if name in self._loaded]:
+            mx.clear_cache()
+
+    def weights(self, component: str, part: str) -> ComponentWeights:
+        """A component's tensors of one part, fetched and checked but not read."""
+        config = getattr(self, f"{component}_config")
+        files = self.snapshot.weight_files(
+            component, weights_map(component)["stem"], keep=lambda name: needs_tensor(component, name, part)
+        )
+        return ComponentWeights(component, config, files.tensors, [part])
+
+    def _ensure(self, name: str, load: Callable[[], Any]) -> Any:
+        if name not in self._loaded:
+            with self._loading(name):
+                self._loaded[name] = load()
+        return self._loaded[name]
+
+    def _load(self, component: str, part: str, config: Any, module: Callable[[Any], Any], dtype: mx.Dtype) -> Any:
+        return load_module(module(config), self.weights(component, part), part, dtype)
+
+    def _load_tokenizer(self) -> QwenTokenizer:
+        names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]
+        return QwenTokenizer.from_files({name: self.snapshot.file(f"tokenizer/{name}") for name in names})
+
+    def _config(self, component: str, name: str = "config.json") -> dict[str, Any]:
+        config = self.snapshot.read_json(f"{component}/{name}")
+        found, expected = config.get("_class_name"), CLASS_NAMES.get(component)
+        if expected and found not in (None, expected):
+            raise CheckpointError(f"{component}/{name} is that of a {found}, not of a {expected}.")
+        return config

@@ -1,0 +1,68 @@
+"""The result of encoding: what guides the painting, independent of the encoder that made it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import CheckpointError, OutputError
+
+_FORMAT = "qwen_image_mlx.guidance_encoding.1"
+
+
+@dataclass(frozen=True)
+class EncodingSource:
+    """Where an encoding came from; kept for the record, never used to decide anything."""
+
+    model: str = ""
+    revision: str | None = None
+    prompt: str = ""
+    negative_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class GuidanceEncoding:
+    """Encoded prompts, evaluated: all `generate_pixels` needs to know about them.
+
+    Attributes:
+        positive: encoder states of the prompt (1, L, C).
+        negative: encoder states of the negative prompt (1, M, C), or None for painting without guidance.
+        source: model and prompts it was made from.
+    """
+
+    positive: mx.array
+    negative: mx.array | None = None
+    source: EncodingSource = field(default_factory=EncodingSource)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, atomically; raises OutputError if it cannot."""
+        path = Path(path)
+        arrays = {"positive": self.positive}
+        if self.negative is not None:
+            arrays["negative"] = self.negative
+        metadata = {"format": _FORMAT, "source": json.dumps(asdict(self.source), ensure_ascii=False)}
+        # mx.save_safetensors insists on this ending.
+        partial = path.with_name(f".{path.name}.partial.safetensors")
+        try:
+            mx.save_safetensors(str(partial), arrays, metadata)
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(f"The encoding could not be written to {path}: {error}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> GuidanceEncoding:
+        """Reads what `save` wrote, evaluated; raises CheckpointError for any other file."""
+        try:
+            arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+            mx.eval(arrays)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a readable encoding: {error}.") from error
+        if metadata.get("format") != _FORMAT or "positive" not in arrays:
+            raise CheckpointError(f"{path} is not an encoding saved by GuidanceEncoding.save.")
+        known = {f.name for f in fields(EncodingSource)}
+        source = {k: v for k, v in json.loads(metadata["source"]).items() if k in known}
+        return cls(arrays["positive"], arrays.get("negative"), EncodingSource(**source))

@@ -1,0 +1,95 @@
+"""What a picture is asked for with, validated once.
+
+Importable without MLX: the command line builds its flags from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import RequestError
+
+DTYPES = ("bfloat16", "float16", "float32")
+RNGS = ("torch", "mlx")
+SIZE_STEP = 16  # pixels per token side: the VAE's 8 times the transformer's 2x2 patches
+MAX_PIXELS = 4096 * 4096
+MAX_STEPS = 1000
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationParameters:
+    """How `generate_pixels` paints; the prompt is in the encoding, the seed beside it.
+
+    Attributes:
+        width, height: size in pixels; multiples of 16.
+        num_inference_steps: denoising steps, 1 … 1000.
+        cfg_scale: classifier-free guidance; 1 turns it off, as does an encoding without a negative prompt.
+        rng: "torch" draws the noise `torch.Generator("cpu")` would, "mlx" MLX's own.
+        sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid; their number is the step count.
+        shift: one static shift instead of the checkpoint's resolution-dependent one, as distilled models want it
+            (3 for Lightning).
+
+    Raises:
+        RequestError: a value is out of range; the message says which and what is allowed.
+    """
+
+    width: int
+    height: int
+    num_inference_steps: int = 50
+    cfg_scale: float = 4.0
+    rng: str = "torch"
+    sigmas: tuple[float, ...] | None = None
+    shift: float | None = None
+
+    def __post_init__(self) -> None:
+        check_size(self.width, self.height)
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", _checked_sigmas(self.sigmas))
+            object.__setattr__(self, "num_inference_steps", len(self.sigmas))
+        _check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
+        if not _is_number(self.cfg_scale) or not 1 <= self.cfg_scale <= 100:
+            raise RequestError(f"cfg_scale is {self.cfg_scale}, but must be between 1 (no guidance) and 100.")
+        if self.rng not in RNGS:
+            raise RequestError(f"rng is {self.rng!r}, but must be one of {', '.join(RNGS)}.")
+        if self.shift is not None and not (_is_number(self.shift) and 0 < self.shift <= 100):
+            raise RequestError(f"shift is {self.shift}, but must be above 0 and at most 100.")
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises RequestError unless both sides are positive multiples of 16 and the area is at most 16.8 MP."""
+    for name, value in (("width", width), ("height", height)):
+        _check_integer(name, value, 1)
+        if value % SIZE_STEP:
+            below, above = value // SIZE_STEP * SIZE_STEP, -(-value // SIZE_STEP) * SIZE_STEP
+            near = f"{below} and {above} are near" if below else f"{above} is the nearest"
+            raise RequestError(f"{name} is {value}, but must be a multiple of {SIZE_STEP}; {near}.")
+    if width * height > MAX_PIXELS:
+        raise RequestError(
+            f"{width}x{height} is {width * height / 1e6:.1f} MP; at most {MAX_PIXELS / 1e6:.1f} MP work."
+        )
+
+
+def check_seed(seed: int) -> int:
+    """Returns the seed; raises RequestError unless it is an integer from 0 to 2**64 - 1."""
+    _check_integer("seed", seed, 0, MAX_SEED)
+    return seed
+
+
+def _check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise RequestError(f"{name} is {value!r}, but must be an integer {allowed}.")
+
+
+def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
+    values = tuple(float(s) for s in sigmas)
+    falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+    if not values or not falling or not all(0 < s <= 1 for s in values):
+        raise RequestError(f"sigmas is {list(values)}, but must be falling numbers above 0 and at most 1.")
+    return values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value

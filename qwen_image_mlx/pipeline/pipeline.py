@@ -1,0 +1,385 @@
+"""The two core calls, `encode_guidance_prompts` and `generate_pixels`, and explicit control of memory.
+
+Neither call releases, caches or prints on a policy of its own; both evaluate what they return, because an unevaluated
+encoding would keep the text encoder alive. What to keep in memory between them is the caller's business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError, QwenImageError, RequestError
+from ..images.pixels import to_images
+from ..models.rope import MAX_POSITION, Segment, rotary_tables, text_start
+from ..models.transformer import Modulation
+from ..sampling.denoise import Guidance, denoise
+from ..sampling.latents import pack_latents, unpack_latents
+from ..sampling.noise import draw_normal
+from ..sampling.schedule import Schedule, exponential_mu, make_schedule, static_shift, uniform_sigmas
+from ..text.prompt import tokenize_prompt
+from ..variants import ASPECT_SIZES, DEFAULT_MODEL, Variant
+from ..weights.modulation import modulation_table
+from ..weights.snapshot import HubSnapshot
+from .autoencode import decode
+from .components import Components
+from .conditioning import EncodingSource, GuidanceEncoding
+from .parameters import DTYPES, GenerationParameters, check_seed
+from .progress import Progress, ProgressCallback, Reporter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_WIDTH, _HEIGHT = next(iter(ASPECT_SIZES.values()))
+
+
+class QwenImagePipeline:
+    """Text to image with a Qwen-Image checkpoint. Make one with `from_pretrained`.
+
+    Args:
+        components: the checkpoint's parts.
+        report: where progress goes.
+    """
+
+    def __init__(self, components: Components, report: Reporter):
+        self._components = components
+        self._report = report
+        self._table: tuple[Schedule, list[Modulation]] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        revision: str | None = None,
+        dtype: str = "bfloat16",
+        offline: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> QwenImagePipeline:
+        """Opens a checkpoint; weights are fetched and loaded when they are first needed.
+
+        Args:
+            model: a local directory in the Hugging Face layout, or a repository id.
+            revision: branch, tag or commit; None is the default branch.
+            dtype: "bfloat16", "float16" or "float32", for the text encoder and the transformer.
+            offline: never ask the network.
+            progress: told of downloads, loading and work; it can cancel.
+
+        Raises:
+            HubError: the hub has no such model, or cannot be reached and nothing is cached.
+            CheckpointError: the files are not those of a pipeline this package runs.
+        """
+        if dtype not in DTYPES:
+            raise RequestError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
+        report = Reporter(progress)
+        snapshot = HubSnapshot(
+            model,
+            revision=revision,
+            offline=offline,
+            progress=lambda name, done, total: report(Progress("download", done, total, name)),
+        )
+        return cls(Components(snapshot, getattr(mx, dtype), lambda name: report.stage("load", name)), report)
+
+    # What it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> str:
+        """The directory or repository id it was opened from."""
+        return self._components.snapshot.model
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the checkpoint; None for a local directory."""
+        return self._components.snapshot.revision
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype of the text encoder and the transformer."""
+        return self._components.dtype
+
+    @property
+    def variant(self) -> Variant:
+        """What the checkpoint's pipeline class implies: template, defaults."""
+        return self._components.variant
+
+    # The two core calls -----------------------------------------------------------------------------------------
+
+    def encode_guidance_prompts(
+        self, prompt: str, negative_prompt: str | None = None, *, progress: ProgressCallback | None = None
+    ) -> GuidanceEncoding:
+        """Encodes what to paint and, if given, what to avoid.
+
+        Args:
+            prompt: what to paint; may be empty (the picture is then the model's own idea), and is cut at the limit of
+                the reference with a warning.
+            negative_prompt: what to avoid; None paints without guidance, "" and " " are prompts like any other.
+            progress: replaces the pipeline's own callback during the call.
+
+        Returns:
+            The encoding, evaluated and independent of the text encoder.
+
+        Raises:
+            QwenImageError: the encoder's output is not finite, which float16 can cause.
+        """
+        with self._report.using(progress):
+            encoder, tokenizer = self._components.text_encoder, self._components.tokenizer
+            with self._report.stage("encode"):
+                prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
+                states = [self._encode(encoder, tokenizer, text) for text in prompts]
+        return GuidanceEncoding(
+            states[0],
+            states[1] if negative_prompt is not None else None,
+            EncodingSource(self.model, self.revision, prompt, negative_prompt),
+        )
+
+    def generate_pixels(
+        self,
+        parameters: GenerationParameters,
+        encoding: GuidanceEncoding,
+        *,
+        seed: int = 0,
+        image_index: int = 0,
+        latents: mx.array | np.ndarray | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> mx.array:
+        """Paints one picture.
+
+        Args:
+            parameters: size, steps, guidance and noise source.
+            encoding: from `encode_guidance_prompts`, of this process or another.
+            seed: of the initial noise, 0 … 2**64 - 1.
+            image_index: which of the pictures that one seed gives, as in the reference's num_images_per_prompt.
+            latents: packed initial noise (1, N, 64) instead of seed and image_index.
+            progress: replaces the pipeline's own callback during the call; told of every step, and can cancel.
+
+        Returns:
+            Pixels (frames, height, width, channels) in [0, 1], fp32, evaluated; one frame for text to image.
+
+        Raises:
+            RequestError: encoding or latents do not fit the model.
+            Cancelled: the callback asked to stop.
+            QwenImageError: the result is not finite.
+        """
+        with self._report.using(progress):
+            tokens = self.denoise_latents(parameters, encoding, seed=seed, image_index=image_index, latents=latents)
+            height, width = self._latent_size(parameters)
+            decoder = self._components.vae_decoder
+            with self._report.stage("decode"):
+                return decode(decoder, self._components.vae_config, unpack_latents(tokens, height, width))
+
+    def denoise_latents(
+        self,
+        parameters: GenerationParameters,
+        encoding: GuidanceEncoding,
+        *,
+        seed: int = 0,
+        image_index: int = 0,
+        latents: mx.array | np.ndarray | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> mx.array:
+        """The first half of `generate_pixels`: packed clean latents (1, N, 64) in the model's dtype, evaluated."""
+        config = self._components.transformer_config
+        if config.use_layer3d_rope:
+            raise CheckpointError(
+                f"The transformer of {self.model} splits pictures into layers; it cannot paint from text."
+            )
+        height, width = self._latent_size(parameters)
+        target = Segment(0, height // 2, width // 2)
+        noise = self._initial_latents(latents, target, parameters, seed, image_index)
+        guided = parameters.cfg_scale > 1 and encoding.negative is not None
+        branches = [encoding.positive, encoding.negative] if guided else [encoding.positive]
+        for states in branches:
+            self._check_states(states, target)
+
+        with self._report.using(progress):
+            schedule = self._schedule(parameters, target.length)
+            table = self._modulation(schedule)
+            transformer = self._components.transformer
+            text = [transformer.project_text(states.astype(self.dtype)) for states in branches]
+            rotary = [rotary_tables([target], states.shape[1], config.axes_dims_rope) for states in branches]
+            mx.eval(text, rotary)
+            steps = schedule.num_steps
+            self._report(Progress("denoise", 0, steps, sigma=float(schedule.sigmas[0]), latents=noise))
+            result = denoise(
+                lambda x, step, branch: transformer(x, text[branch], table[step], rotary[branch]),
+                noise,
+                schedule,
+                Guidance(parameters.cfg_scale, renormalize=True) if guided else None,
+                lambda done, x: self._report(
+                    Progress("denoise", done, steps, sigma=float(schedule.sigmas[done]), latents=x)
+                ),
+            )
+        if not mx.isfinite(result).all().item():
+            raise QwenImageError("The painted latents are not finite: try --dtype bfloat16, or check the weights.")
+        return result
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        width: int = _WIDTH,
+        height: int = _HEIGHT,
+        num_inference_steps: int | None = None,
+        cfg_scale: float | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        rng: str = "torch",
+        staged: bool = True,
+        progress: ProgressCallback | None = None,
+    ) -> list[Image]:
+        """Both core calls in one, for a picture or a few.
+
+        Args:
+            prompt: what to paint.
+            negative_prompt: what to avoid; None paints without guidance, as the reference does.
+            width, height: size in pixels, multiples of 16.
+            num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
+            seed: of the initial noise.
+            num_images: pictures from this seed, each with its own noise.
+            rng: "torch" or "mlx".
+            staged: release the text encoder before painting, so that it and the transformer never share the memory.
+            progress: told of every stage and step, and can cancel.
+
+        Returns:
+            PIL images.
+        """
+        parameters = GenerationParameters(
+            width=width,
+            height=height,
+            num_inference_steps=self.variant.steps if num_inference_steps is None else num_inference_steps,
+            cfg_scale=self.variant.cfg_scale if cfg_scale is None else cfg_scale,
+            rng=rng,
+        )
+        check_seed(seed)
+        encoding = self.encode_guidance_prompts(
+            prompt, negative_prompt if parameters.cfg_scale > 1 else None, progress=progress
+        )
+        if staged:
+            self.release_encoders()
+        return [
+            image
+            for index in range(num_images)
+            for image in to_images(
+                self.generate_pixels(parameters, encoding, seed=seed, image_index=index, progress=progress)
+            )
+        ]
+
+    # Memory: a released component comes back by itself when it is next needed -------------------------------------
+
+    def release_encoders(self) -> None:
+        """Gives back the memory of all that encodes: text encoder and tokenizer."""
+        self._components.release("text_encoder", "tokenizer")
+
+    def release_text_encoder(self) -> None:
+        """Gives back the text encoder's memory."""
+        self._components.release("text_encoder")
+
+    def release_tokenizer(self) -> None:
+        """Gives back the tokenizer's memory."""
+        self._components.release("tokenizer")
+
+    def release_transformer(self) -> None:
+        """Gives back the memory of the transformer and of its modulation table."""
+        self._table = None
+        self._components.release("transformer")
+
+    def release_vae(self) -> None:
+        """Gives back the autoencoder's memory."""
+        self._components.release("vae_encoder", "vae_decoder")
+
+    def reload_text_encoder(self) -> None:
+        """Loads the text encoder now, unless it is loaded."""
+        _ = self._components.text_encoder
+
+    def reload_tokenizer(self) -> None:
+        """Loads the tokenizer now, unless it is loaded."""
+        _ = self._components.tokenizer
+
+    @property
+    def is_text_encoder_loaded(self) -> bool:
+        """Whether the text encoder is in memory."""
+        return self._components.is_loaded("text_encoder")
+
+    @property
+    def is_tokenizer_loaded(self) -> bool:
+        """Whether the tokenizer is in memory."""
+        return self._components.is_loaded("tokenizer")
+
+    @property
+    def is_transformer_loaded(self) -> bool:
+        """Whether the transformer is in memory."""
+        return self._components.is_loaded("transformer")
+
+    @property
+    def is_vae_loaded(self) -> bool:
+        """Whether any half of the autoencoder is in memory."""
+        return self._components.is_loaded("vae_encoder") or self._components.is_loaded("vae_decoder")
+
+    # Steps of the above -------------------------------------------------------------------------------------------
+
+    def _encode(self, encoder, tokenizer, prompt: str) -> mx.array:
+        tokens = tokenize_prompt(tokenizer, self.variant, prompt)
+        ids = mx.array([tokens.ids])
+        positions = mx.broadcast_to(mx.arange(ids.shape[1]), (3, ids.shape[1]))
+        # A copy: the slice alone would keep the rows before it in memory.
+        states = mx.contiguous(encoder(ids, positions)[:, tokens.first : tokens.last])
+        mx.eval(states)
+        if not mx.isfinite(states).all().item():
+            raise QwenImageError("The encoded prompt is not finite: try --dtype bfloat16, or check the weights.")
+        return states
+
+    def _latent_size(self, parameters: GenerationParameters) -> tuple[int, int]:
+        factor = self._components.vae_config.spatial_factor
+        return parameters.height // factor, parameters.width // factor
+
+    def _initial_latents(
+        self,
+        latents: mx.array | np.ndarray | None,
+        target: Segment,
+        parameters: GenerationParameters,
+        seed: int,
+        image_index: int,
+    ) -> mx.array:
+        if latents is None:
+            # Drawn in the reference's order, channels first: (B, 1, C, h, w).
+            shape = (1, self._components.vae_config.z_dim, 2 * target.height, 2 * target.width)
+            noise = draw_normal(shape, seed=check_seed(seed), index=image_index, rng=parameters.rng)
+            return pack_latents(noise.transpose(0, 2, 3, 1)).astype(self.dtype)
+        shape = (1, target.length, self._components.transformer_config.in_channels)
+        if tuple(latents.shape) != shape:
+            raise RequestError(
+                f"latents have the shape {tuple(latents.shape)}, but {parameters.width}x{parameters.height} needs {shape}."
+            )
+        return mx.array(latents).astype(self.dtype)
+
+    def _check_states(self, states: mx.array, target: Segment) -> None:
+        dim = self._components.transformer_config.joint_attention_dim
+        if states.ndim != 3 or states.shape[0] != 1 or states.shape[2] != dim:
+            raise RequestError(
+                f"The encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})."
+            )
+        if text_start([target]) + states.shape[1] > MAX_POSITION:
+            raise RequestError(
+                f"{states.shape[1]} prompt tokens and {target.height}x{target.width} image tokens reach past "
+                f"position {MAX_POSITION}; shorten the prompt or make the picture smaller."
+            )
+
+    def _schedule(self, parameters: GenerationParameters, image_tokens: int) -> Schedule:
+        config = self._components.scheduler_config
+        if parameters.shift is not None:
+            config = static_shift(config, parameters.shift)
+        sigmas = parameters.sigmas or uniform_sigmas(parameters.num_inference_steps)
+        return make_schedule(config, sigmas, exponential_mu(config, image_tokens))
+
+    def _modulation(self, schedule: Schedule) -> list[Modulation]:
+        """The table for a schedule; the last one is kept, so a sweep over seeds makes it once."""
+        if self._table is None or not np.array_equal(self._table[0].sigmas, schedule.sigmas):
+            self._table = None
+            weights = self._components.weights("transformer", "modulation")
+            with self._report.stage("load", "modulation"):
+                self._table = schedule, modulation_table(weights, schedule.timesteps, self.dtype)
+        return self._table[1]

@@ -1,0 +1,77 @@
+"""How a running call tells its caller where it is: the only upward call in the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..errors import Cancelled
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+@dataclass
+class Progress:
+    """What a progress callback is told.
+
+    Attributes:
+        stage: "download", "load", "encode", "denoise" or "decode".
+        step, total: units done and units in all: bytes for "download", denoising steps for "denoise", else 0 of 1 when
+            the work begins and 1 of 1 when it is done.
+        detail: file or component, for "download" and "load".
+        sigma: noise level after the step, for "denoise".
+        latents: packed latents (1, N, 64) after the step, evaluated, for "denoise".
+    """
+
+    stage: str
+    step: int
+    total: int
+    detail: str = ""
+    sigma: float | None = None
+    latents: mx.array | None = None
+    _cancelled: bool = field(default=False, init=False, repr=False)
+
+    def cancel(self) -> None:
+        """Stops the work: the running call raises `Cancelled`, and the pipeline stays usable."""
+        self._cancelled = True
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class Reporter:
+    """Hands progress to the callback in force.
+
+    Args:
+        callback: the one used outside of `using`.
+    """
+
+    def __init__(self, callback: ProgressCallback | None = None):
+        self._callback = callback
+
+    @contextmanager
+    def using(self, callback: ProgressCallback | None) -> Iterator[None]:
+        """Replaces the callback for a while; None keeps it."""
+        previous = self._callback
+        self._callback = callback or previous
+        try:
+            yield
+        finally:
+            self._callback = previous
+
+    def __call__(self, progress: Progress) -> None:
+        """Reports; raises Cancelled if the callback asked for it."""
+        if self._callback is not None:
+            self._callback(progress)
+            if progress._cancelled:
+                raise Cancelled(f"Cancelled during {progress.stage}.")
+
+    @contextmanager
+    def stage(self, name: str, detail: str = "") -> Iterator[None]:
+        """Reports the beginning and, unless it fails, the end of a stage."""
+        self(Progress(name, 0, 1, detail))
+        yield
+        self(Progress(name, 1, 1, detail))

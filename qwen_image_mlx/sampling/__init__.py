@@ -1,0 +1,1 @@
+"""Schedules, noise and the one denoising loop."""

@@ -1,0 +1,73 @@
+"""The one denoising loop: Euler steps with optional guidance.
+
+Sees a function that predicts velocities and plain arrays; no model, no pipeline. Source: the loop shared by diffusers'
+QwenImage pipelines and FlowMatchEulerDiscreteScheduler.step, dtype by dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .schedule import Schedule
+
+# (latents, step, branch) -> velocity; branch 0 follows the prompt, branch 1 the negative prompt.
+Velocity = Callable[[mx.array, int, int], mx.array]
+OnStep = Callable[[int, mx.array], None]
+
+
+class Guidance(NamedTuple):
+    """How two branches become one velocity."""
+
+    scale: float
+    renormalize: bool
+
+
+def denoise(
+    velocity: Velocity,
+    latents: mx.array,
+    schedule: Schedule,
+    guidance: Guidance | None,
+    on_step: OnStep | None = None,
+) -> mx.array:
+    """Runs every step of the schedule.
+
+    Args:
+        velocity: the model, called once per step, or twice with guidance.
+        latents: noise (B, N, C) in the model's dtype; latents stay in it between steps, as in the reference.
+        schedule: the sigmas.
+        guidance: None for a single pass.
+        on_step: called after each step with the number of steps done and the latents, evaluated.
+
+    Returns:
+        The clean latents (B, N, C), evaluated.
+    """
+    for step in range(schedule.num_steps):
+        prediction = velocity(latents, step, 0)
+        if guidance is not None:
+            prediction = guide(prediction, velocity(latents, step, 1), guidance)
+        latents = euler_step(latents, prediction, schedule.dt(step))
+        mx.eval(latents)
+        if on_step is not None:
+            on_step(step + 1, latents)
+    return latents
+
+
+def guide(positive: mx.array, negative: mx.array, guidance: Guidance) -> mx.array:
+    """Classifier-free guidance; renormalised, each token keeps the length of its positive velocity."""
+    combined = negative + guidance.scale * (positive - negative)
+    if not guidance.renormalize:
+        return combined
+    return combined * (_token_norm(positive) / _token_norm(combined))
+
+
+def euler_step(latents: mx.array, velocity: mx.array, dt: float) -> mx.array:
+    """latents + dt * velocity: the product in the velocity's dtype, the sum in fp32, the result in the former."""
+    change = mx.array(dt, dtype=velocity.dtype) * velocity
+    return (latents.astype(mx.float32) + change).astype(velocity.dtype)
+
+
+def _token_norm(x: mx.array) -> mx.array:
+    return mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True).astype(x.dtype)

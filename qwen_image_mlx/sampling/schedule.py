@@ -1,0 +1,77 @@
+"""Sigmas of the flow-matching Euler sampler; knows nothing of models or pictures.
+
+Source: diffusers' FlowMatchEulerDiscreteScheduler.set_timesteps and the pipelines' calculate_shift. All arithmetic is
+numpy float32 in the reference's order, so that the values are the reference's to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..config import SchedulerConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of one picture.
+
+    Attributes:
+        sigmas: float32 (steps + 1,): noise level before each step and, last, 0.
+    """
+
+    sigmas: np.ndarray
+
+    @property
+    def num_steps(self) -> int:
+        """Number of denoising steps."""
+        return len(self.sigmas) - 1
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """float32 (steps,): what the transformer is told, in [0, 1]."""
+        return self.sigmas[:-1]
+
+    def dt(self, step: int) -> float:
+        """Change of sigma in a step; negative."""
+        return float(self.sigmas[step + 1] - self.sigmas[step])
+
+
+def uniform_sigmas(num_steps: int) -> list[float]:
+    """The unshifted grid 1 … 1/n."""
+    return np.linspace(1.0, 1 / num_steps, num_steps).tolist()
+
+
+def exponential_mu(config: SchedulerConfig, image_tokens: int) -> float:
+    """mu of the resolution-dependent shift: a line through (base_image_seq_len, base_shift) and the maxima."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return image_tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
+
+
+def make_schedule(config: SchedulerConfig, sigmas: Sequence[float], mu: float) -> Schedule:
+    """Shifts an unshifted grid as the checkpoint's scheduler says.
+
+    Args:
+        config: the checkpoint's scheduler.
+        sigmas: unshifted noise levels in (0, 1], falling.
+        mu: strength of the dynamic shift; unused by a static one.
+    """
+    grid = np.array(sigmas, dtype=np.float32)
+    if not config.use_dynamic_shifting:
+        shifted = config.shift * grid / (1 + (config.shift - 1) * grid)
+    else:
+        strength = math.exp(mu) if config.time_shift_type == "exponential" else mu
+        shifted = strength / (strength + (1 / grid - 1))
+    noiseless = 1 - shifted
+    # A single step starts and ends at sigma 1, which cannot be stretched: the reference divides 0 by 0 there.
+    if config.shift_terminal and noiseless[-1] > 0:
+        shifted = 1 - noiseless / (noiseless[-1] / (1 - config.shift_terminal))
+    return Schedule(np.append(shifted, 0).astype(np.float32))
+
+
+def static_shift(config: SchedulerConfig, shift: float) -> SchedulerConfig:
+    """The same scheduler with one shift for all sizes and no terminal stretch, as distilled models want it."""
+    return replace(config, use_dynamic_shifting=False, shift=shift, shift_terminal=0.0)

@@ -1,0 +1,113 @@
+"""The Qwen2 byte-level BPE tokenizer, from `tokenizer.json` or from `vocab.json` and `merges.txt` alone.
+
+Knows nothing of templates or models. Special tokens inside a text are parsed as such, as the reference does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ..errors import CheckpointError
+
+# Qwen2's split of a text before BPE; stands in every Qwen2.5 tokenizer.json.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_FIRST_SPECIAL = 151643
+_SPECIAL = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
+            "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")  # fmt: skip
+_ATOMIC = ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+           "<|repo_name|>", "<|file_sep|>")  # fmt: skip
+
+
+class Tokens(NamedTuple):
+    """Token ids, and where in the text each begins and ends (characters)."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class QwenTokenizer:
+    """Text to token ids and back.
+
+    Args:
+        tokenizer: the `tokenizers` object that does the work.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Path]) -> QwenTokenizer:
+        """Builds it from the files of a `tokenizer/` folder, by file name.
+
+        Raises:
+            CheckpointError: neither `tokenizer.json` nor both of `vocab.json` and `merges.txt` are there and sound.
+        """
+        try:
+            if "tokenizer.json" in files:
+                return cls(Tokenizer.from_file(str(files["tokenizer.json"])))
+            return cls(_from_vocabulary(files))
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception for any fault in a file
+            raise CheckpointError(f"The tokenizer's files cannot be read: {error}.") from error
+
+    def encode(self, text: str) -> Tokens:
+        """Ids of the whole text, nothing added."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return Tokens(encoding.ids, encoding.offsets)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids, special tokens skipped."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _from_vocabulary(files: Mapping[str, Path]) -> Tokenizer:
+    missing = [name for name in ("vocab.json", "merges.txt") if name not in files]
+    if missing:
+        raise CheckpointError(f"The tokenizer folder has no tokenizer.json and lacks {' and '.join(missing)}.")
+    vocab, merges = models.BPE.read_file(str(files["vocab.json"]), str(files["merges.txt"]))
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, number in _added_tokens(files, len(vocab)):
+        if tokenizer.token_to_id(token.content) is None:
+            tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != number:
+            raise CheckpointError(f"The tokenizer's added token {token.content} cannot have the id {number}.")
+    return tokenizer
+
+
+def _added_tokens(files: Mapping[str, Path], vocab_size: int) -> list[tuple[AddedToken, int]]:
+    """Added tokens by rising id: from tokenizer_config.json, else from added_tokens.json, else Qwen2.5's own."""
+    config = _read_object(files, "tokenizer_config.json").get("added_tokens_decoder", {})
+    if config:
+        tokens = [(_added_token(entry["content"], entry.get("special", False)), int(n)) for n, entry in config.items()]
+    else:
+        named = _read_object(files, "added_tokens.json")
+        if not named and vocab_size == _FIRST_SPECIAL:
+            spelled = [f"<|{name}|>" for name in _SPECIAL] + list(_ATOMIC)
+            named = {content: _FIRST_SPECIAL + n for n, content in enumerate(spelled)}
+        special = {f"<|{name}|>" for name in _SPECIAL}
+        tokens = [(_added_token(content, content in special), number) for content, number in named.items()]
+    return sorted(tokens, key=lambda pair: pair[1])
+
+
+def _added_token(content: str, special: bool) -> AddedToken:
+    return AddedToken(content, special=special, normalized=False)
+
+
+def _read_object(files: Mapping[str, Path], name: str) -> dict[str, Any]:
+    return json.loads(files[name].read_text(encoding="utf-8")) if name in files else {}

@@ -1,0 +1,161 @@
+"""The weights map: which tensors a component has, under which names, in which shapes, and who needs them.
+
+Reads `weights_map/<component>.json` (rules over config fields, see `weights_map/README.md`); never touches a weight.
+Canonical names are those of the released checkpoints and of our modules; other spellings are dialects, lists of prefix
+replacements that lead to the canonical name and back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# Installed, the map lies inside the package; in a checkout, beside it.
+_FOLDERS = (_PACKAGE / "weights_map", _PACKAGE.parent / "weights_map")
+_PARAMETERS = ("weight", "bias", "gamma")
+
+UNUSED = "unused"  # the part of tensors that every checkpoint has and no image needs
+
+
+def _last_tap_ohwi(w: mx.array) -> mx.array:
+    """(O, I[, T], H, W) to MLX's (O, H, W, I), keeping only the last temporal tap."""
+    return (w[:, :, -1] if w.ndim == 5 else w).transpose(0, 2, 3, 1)
+
+
+LAYOUTS: dict[str, Callable[[mx.array], mx.array]] = {
+    "same": lambda w: w,
+    "conv": _last_tap_ohwi,
+    "matrix": lambda w: w.reshape(w.shape[:2]),
+    "vector": lambda w: w.reshape(-1),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: canonical name.
+        shape: shape in the file.
+        part: which part of the component it belongs to; parts are loaded independently.
+        layout: key of `LAYOUTS`: how the file's array becomes the module's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    part: str
+    layout: str
+
+
+@cache
+def weights_map(component: str) -> Mapping[str, Any]:
+    """The parsed map of a component: "transformer", "text_encoder" or "vae"."""
+    for folder in _FOLDERS:
+        path = folder / f"{component}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    raise FileNotFoundError(f"weights_map/{component}.json is missing from the installation")
+
+
+def expected_tensors(component: str, config: Any) -> dict[str, TensorSpec]:
+    """Every tensor a checkpoint of this config has, by canonical name."""
+    rules = weights_map(component)
+    specs = {}
+    for rule in rules["tensors"]:
+        for row in getattr(config, rule["for"]) if "for" in rule else [{}]:
+            if "if" in rule and not _field(rule["if"], row, config):
+                continue
+            unused = "unused_if" in rule and _field(rule["unused_if"], row, config)
+            part = UNUSED if unused else rule.get("part", rules.get("part", "main")).format_map(row)
+            for path, parameter in product(_spell(rule["name"], row), _PARAMETERS):
+                if parameter in rule:
+                    shape = tuple(_size(s, row, config) for s in rule[parameter])
+                    layout = "same" if parameter == "bias" else rule.get("layout", "same")
+                    name = f"{path}.{parameter}"
+                    specs[name] = TensorSpec(name, shape, part, layout)
+    return specs
+
+
+def canonical_names(component: str, names: Iterable[str]) -> dict[str, str]:
+    """Stored name -> canonical name, by the dialect that leaves the fewest names unknown to the map."""
+    names = list(names)
+    known = _known_names(component)
+    candidates = [
+        {name: _replace_prefix(name, dialect) for name in names}
+        for dialect in weights_map(component)["dialects"].values()
+    ]
+    return max(candidates, key=lambda renamed: sum(known.fullmatch(name) is not None for name in renamed.values()))
+
+
+def dialect_name(component: str, dialect: str, name: str) -> str:
+    """How a dialect spells a canonical name; the inverse of `canonical_names`."""
+    inverse = [(new, old) for old, new in weights_map(component)["dialects"][dialect]]
+    return _replace_prefix(name, inverse)
+
+
+def needs_tensor(component: str, stored_name: str, part: str) -> bool:
+    """Whether a stored tensor may belong to a part, judged by its name alone, before any header is read."""
+    rules = weights_map(component)
+    names = {_replace_prefix(stored_name, dialect) for dialect in rules["dialects"].values()}
+    found = {other_part(component, name) for name in names} - {None}
+    return not found or part in found
+
+
+def other_part(component: str, name: str) -> str | None:
+    """The part of a tensor the map names only by its prefix (`lm_head.`, `visual.`), or None."""
+    parts = weights_map(component).get("other_parts", {})
+    return next((part for part, prefix in parts.items() if name.startswith(prefix)), None)
+
+
+@cache
+def _known_names(component: str) -> re.Pattern[str]:
+    """Matches every canonical name of any config: rows become wildcards."""
+    rules = weights_map(component)
+    paths = [
+        re.sub(r"\\\{\w+\\\}", r"[\\w.]+", re.escape(spelling))
+        for rule in rules["tensors"]
+        for spelling in _alternatives(rule["name"])
+    ]
+    prefixes = [re.escape(prefix) + ".*" for prefix in rules.get("other_parts", {}).values()]
+    return re.compile("|".join([rf"(?:{'|'.join(paths)})\.(?:{'|'.join(_PARAMETERS)})", *prefixes]))
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """`a.{b,c}.{n}` -> [`a.b.{n}`, `a.c.{n}`]."""
+    found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [spelling for choice in found[1].split(",") for spelling in _alternatives(head + choice + tail)]
+
+
+def _spell(pattern: str, row: Mapping[str, Any]) -> list[str]:
+    return [spelling.format_map(row) for spelling in _alternatives(pattern)]
+
+
+def _field(name: str, row: Mapping[str, Any], config: Any) -> Any:
+    return row[name] if name in row else getattr(config, name)
+
+
+def _size(size: int | str, row: Mapping[str, Any], config: Any) -> int:
+    """A dimension: a number, or a product of numbers and config or row fields such as `6*dim`."""
+    if isinstance(size, int):
+        return size
+    return prod(int(term) if term.isdigit() else _field(term, row, config) for term in size.split("*"))
+
+
+def _replace_prefix(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+    for old, new in replacements:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name

@@ -1,0 +1,61 @@
+"""The modulation table: everything the timesteps contribute to the transformer, computed before the first step.
+
+One third of the transformer's weights turn the timestep into shifts, scales and gates and depend on nothing else. Here
+each of them is read from the lazily loaded file, used for all timesteps at once, and dropped, so that they never stay
+resident: the peak is the table plus one weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..models.transformer import Modulation, timestep_features
+from .loader import ComponentWeights, evaluate
+
+_TIME = "time_text_embed.timestep_embedder"
+
+
+def modulation_table(weights: ComponentWeights, timesteps: Sequence[float], dtype: mx.Dtype) -> list[Modulation]:
+    """The modulation of every step of a schedule.
+
+    Args:
+        weights: the transformer's weights, with the part "modulation".
+        timesteps: sigma as the model is given it, in [0, 1]; rounded to `dtype` here, as the reference does.
+        dtype: dtype of the rows.
+
+    Returns:
+        One `Modulation` per timestep; its rows are views into one array per block and stream.
+    """
+    arrays = weights.read("modulation")
+
+    def linear(name: str, x: mx.array) -> mx.array:
+        w, b = arrays.pop(f"{name}.weight").astype(dtype), arrays.pop(f"{name}.bias").astype(dtype)
+        return mx.addmm(b, x, w.T)
+
+    # The reference casts 1000 sigma to the model's dtype and divides there: bf16 moves a timestep by up to 0.4%.
+    rounded = (1000 * mx.array(timesteps, dtype=mx.float32)).astype(dtype) / mx.array(1000, dtype=dtype)
+    hidden = nn.silu(linear(f"{_TIME}.linear_1", timestep_features(rounded).astype(dtype)))
+    embedding = linear(f"{_TIME}.linear_2", hidden)
+    if "time_text_embed.addition_t_embedding.weight" in arrays:
+        # Its two rows tell pictures with and without a layer to decompose; pipelines always ask for row 0.
+        embedding = embedding + arrays.pop("time_text_embed.addition_t_embedding.weight")[0].astype(dtype)
+    embedding = nn.silu(embedding)
+
+    def rows(name: str, scales: tuple[int, ...]) -> mx.array:
+        """(steps, rows, D), with 1 added to the rows that scale, evaluated."""
+        out = linear(name, embedding)
+        out = out.reshape(len(timesteps), -1, embedding.shape[-1])
+        out = mx.stack([out[:, i] + 1 if i in scales else out[:, i] for i in range(out.shape[1])], axis=1)
+        evaluate(weights.component, out)
+        return out
+
+    num_blocks = sum(name.endswith(".img_mod.1.weight") for name in arrays)
+    blocks = [
+        tuple(rows(f"transformer_blocks.{n}.{stream}_mod.1", scales=(1, 4)) for stream in ("img", "txt"))
+        for n in range(num_blocks)
+    ]
+    out = rows("norm_out.linear", scales=(0,))
+    return [Modulation([(img[i], txt[i]) for img, txt in blocks], out[i]) for i in range(len(timesteps))]

@@ -1,0 +1,205 @@
+"""Reads safetensors headers; never tensor data.
+
+The format, https://github.com/huggingface/safetensors#format: eight bytes of header length (little-endian), a JSON
+header that gives each tensor's dtype, shape and byte range, then the tensors' bytes, one after another without holes.
+A header that passes here describes exactly the file it came from, so whoever maps the data needs no check of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_RANK = 16  # far above any model's; bounds the product of a made-up shape
+_MAX_DIM = 2**63
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as a header describes it.
+
+    Attributes:
+        name: Its key in the checkpoint.
+        dtype: The format's own word: "BF16", "F32", "U32", ...
+        shape: Its dimensions; () for a scalar.
+        file: The file that holds it.
+        nbytes: Bytes of its data.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    nbytes: int
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what one safetensors file says it holds, and check that it can be true.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors by name, in the header's order, and the header's metadata ({} where it has none).
+
+    Raises:
+        CheckpointError: The file cannot be read, is a Git LFS pointer, or its header is damaged or does not describe
+            the bytes that follow it.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(len(_LFS_POINTER))
+            if start == _LFS_POINTER:
+                raise CheckpointError(
+                    f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' in its folder, "
+                    "or download the file again"
+                )
+            length = _header_length(start[:_LENGTH_BYTES], size)
+            file.seek(_LENGTH_BYTES)
+            header = _parse(file.read(length))
+        metadata = _metadata(header.pop("__metadata__", {}))
+        entries = {name: _entry(name, value) for name, value in header.items()}
+        ranges = {name: (begin, end) for name, (_, _, begin, end) in entries.items()}
+        _check_layout(ranges, size - _LENGTH_BYTES - length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check that it exists and is yours") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file, {error}: download it again") from error
+    tensors = {
+        name: Tensor(name, dtype, shape, path, end - begin) for name, (dtype, shape, begin, end) in entries.items()
+    }
+    return tensors, metadata
+
+
+def component_tensors(files: Sequence[Path], index: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Read the headers of a component's files as one.
+
+    Tensors that the index does not name are kept: repacked checkpoints have them. Entries whose shard is not among
+    `files` are not looked for, so a component can be read in part.
+
+    Args:
+        files: The component's files.
+        index: Tensor name to file name, from `*.safetensors.index.json`; None where there is no index.
+
+    Returns:
+        All tensors by name.
+
+    Raises:
+        CheckpointError: A file is damaged, a name is in two files, or a file lacks a tensor the index promises in it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in read_header(file)[0].items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"the tensor {name!r} is in both {tensors[name].file} and {file}: "
+                    "remove the file that does not belong to this checkpoint"
+                )
+            tensors[name] = tensor
+    shards = {file.name: file for file in files}
+    for name, shard in (index or {}).items():
+        if shard in shards and (name not in tensors or tensors[name].file != shards[shard]):
+            raise CheckpointError(
+                f"{shards[shard]} lacks the tensor {name!r} that its index promises: "
+                "download the file and its index again"
+            )
+    return tensors
+
+
+# The helpers below say what is wrong by ValueError; read_header makes it a sentence with the path and the cure.
+
+
+def _header_length(prefix: bytes, size: int) -> int:
+    if len(prefix) < _LENGTH_BYTES:
+        raise ValueError(f"it has only {size} bytes")
+    length = int.from_bytes(prefix, "little")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"it announces a header of {length} bytes, more than any checkpoint has")
+    if length > size - _LENGTH_BYTES:
+        raise ValueError(f"it announces a header of {length} bytes but ends after {size - _LENGTH_BYTES}")
+    return length
+
+
+def _parse(header: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise ValueError("its header is not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its header is not JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("its header is not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for name, item in pairs:
+        if name in value:
+            raise ValueError(f"its header has {name!r} twice")
+        value[name] = item
+    return value
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError("its __metadata__ does not map strings to strings")
+    return value
+
+
+def _entry(name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Check one tensor by itself: (dtype, shape, first byte, byte after the last), counted from the header's end."""
+    if not isinstance(value, dict):
+        raise ValueError(f"its header describes the tensor {name!r} by something other than an object")
+    dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"the tensor {name!r} has the unknown dtype {dtype!r}")
+    if not _are_sizes(shape) or len(shape) > _MAX_RANK:
+        raise ValueError(f"the tensor {name!r} has the impossible shape {str(shape)[:80]}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"the tensor {name!r} has the impossible data_offsets {str(offsets)[:80]}")
+    begin, end = offsets
+    if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(f"the tensor {name!r} has {end - begin} bytes, which is not what {dtype} {shape} takes")
+    return dtype, tuple(shape), begin, end
+
+
+def _are_sizes(value: Any) -> bool:
+    # `type is int`, since JSON's true would pass as the integer 1
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < _MAX_DIM for item in value)
+
+
+def _check_layout(ranges: Mapping[str, tuple[int, int]], present: int) -> None:
+    end, last = 0, None
+    for name, (begin, after) in sorted(ranges.items(), key=lambda item: item[1]):
+        if begin < end:
+            raise ValueError(f"the tensors {last!r} and {name!r} overlap")
+        if begin > end:
+            raise ValueError(f"{begin - end} bytes before the tensor {name!r} belong to no tensor")
+        end, last = after, name
+    if present < end:
+        raise ValueError(f"{end - present} bytes are missing at its end")
+    if present > end:
+        raise ValueError(f"{present - end} bytes follow its last tensor")

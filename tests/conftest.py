@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests: one tiny checkpoint and one loaded reference pipeline per session.
+
+The reference libraries take seconds to import, so they are imported only when a test asks for one of these.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from diffusers import QwenImagePipeline
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny text-to-image checkpoint in the official layout; shared, so copy it before changing it."""
+    from reference import write_text_to_image
+
+    return write_text_to_image(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def reference(tiny: Path) -> QwenImagePipeline:
+    """The reference's pipeline of the tiny checkpoint, in fp32 on the CPU."""
+    from reference import load_reference
+
+    return load_reference(tiny)
