@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from .errors import CheckpointError
@@ -214,7 +215,7 @@ class VAEConfig:
             for n in range(2):
                 path = f"{side}.mid_block.resnets.{n}"
                 yield {"path": path, "side": side, "cin": self.top_dim, "cout": self.top_dim, "shortcut": False}
-        for level, (cin, cout) in enumerate(zip(self.encoder_dims, self.encoder_dims[1:], strict=False)):
+        for level, (cin, cout) in enumerate(pairwise(self.encoder_dims)):
             first = level * (self.num_res_blocks + 1)
             for n in range(self.num_res_blocks):
                 path = f"encoder.down_blocks.{first + n}"

@@ -11,6 +11,7 @@ Formulas: diffusers' autoencoder_kl_qwenimage.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -79,7 +80,7 @@ class _EncoderBody(nn.Module):
         dims = config.encoder_dims
         self.conv_in = Conv2d(config.input_channels, dims[0])
         self.down_blocks: list[nn.Module] = []
-        for level, (cin, cout) in enumerate(zip(dims, dims[1:], strict=False)):
+        for level, (cin, cout) in enumerate(pairwise(dims)):
             for _ in range(config.num_res_blocks):
                 self.down_blocks.append(ResidualBlock(cin, cout))
                 cin = cout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import mlx.core as mx
 
@@ -50,7 +51,7 @@ def decode(decoder: Decoder, config: VAEConfig, latents: mx.array, strips: int |
         strips = max(1, height * width * decoder.tail_scale**2 // STRIP_PIXELS)
     strips = min(strips, height)
     edges = [height * n // strips for n in range(strips + 1)]
-    out = [_strip(decoder, x, top, bottom) for top, bottom in zip(edges, edges[1:], strict=False)]
+    out = [_strip(decoder, x, top, bottom) for top, bottom in pairwise(edges)]
     return out[0] if strips == 1 else _evaluated(mx.concatenate(out, axis=1))
 
 

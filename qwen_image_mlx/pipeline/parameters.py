@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..errors import RequestError
 
@@ -85,7 +86,7 @@ def _check_integer(name: str, value: int, low: int, high: int | None = None) -> 
 
 def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
     values = tuple(float(s) for s in sigmas)
-    falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(values))
     if not values or not falling or not all(0 < s <= 1 for s in values):
         raise RequestError(f"sigmas is {list(values)}, but must be falling numbers above 0 and at most 1.")
     return values

@@ -352,7 +352,8 @@ class QwenImagePipeline:
         shape = (1, target.length, self._components.transformer_config.in_channels)
         if tuple(latents.shape) != shape:
             raise RequestError(
-                f"latents have the shape {tuple(latents.shape)}, but {parameters.width}x{parameters.height} needs {shape}."
+                f"latents have the shape {tuple(latents.shape)}, but "
+                f"{parameters.width}x{parameters.height} pixels need {shape}."
             )
         return mx.array(latents).astype(self.dtype)
 

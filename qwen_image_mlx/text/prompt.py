@@ -47,7 +47,7 @@ def tokenize_prompt(tokenizer: QwenTokenizer, variant: Variant, prompt: str) -> 
     cut = offsets[last - 1][1] - prompt_start if last else 0
     if cut < len(prompt):
         logger.warning(
-            "The prompt is cut after %d of its %d characters (the limit is %d tokens); the last words that count: “…%s”",
+            "The prompt is cut after %d of its %d characters (limit: %d tokens); the last words that count: “…%s”",
             cut, len(prompt), last - variant.template_drop, prompt[max(0, cut - _SHOWN) : cut],
         )  # fmt: skip
     # Rows past the last one that counts cannot influence it: the encoder is causal.
