@@ -15,12 +15,13 @@ import numpy as np
 from ..errors import CheckpointError, QwenImageError, RequestError
 from ..images.pixels import to_images
 from ..models.rope import MAX_POSITION, Segment, rotary_tables, text_start
+from ..models.text_encoder import TextEncoder
 from ..models.transformer import Modulation
 from ..sampling.denoise import Guidance, denoise
 from ..sampling.latents import pack_latents, unpack_latents
 from ..sampling.noise import draw_normal
 from ..sampling.schedule import Schedule, exponential_mu, make_schedule, static_shift, uniform_sigmas
-from ..text.prompt import tokenize_prompt
+from ..text.prompt import TokenizedPrompt, tokenize_prompt
 from ..variants import ASPECT_SIZES, DEFAULT_MODEL, Variant
 from ..weights.modulation import modulation_table
 from ..weights.snapshot import HubSnapshot
@@ -125,10 +126,11 @@ class QwenImagePipeline:
             QwenImageError: the encoder's output is not finite, which float16 can cause.
         """
         with self._report.using(progress):
-            encoder, tokenizer = self._components.text_encoder, self._components.tokenizer
+            prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
+            tokens = [tokenize_prompt(self._components.tokenizer, self.variant, text) for text in prompts]
+            encoder = self._components.text_encoder
             with self._report.stage("encode"):
-                prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-                states = [self._encode(encoder, tokenizer, text) for text in prompts]
+                states = [self._encode(encoder, prompt_tokens) for prompt_tokens in tokens]
         return GuidanceEncoding(
             states[0],
             states[1] if negative_prompt is not None else None,
@@ -321,8 +323,7 @@ class QwenImagePipeline:
 
     # Steps of the above -------------------------------------------------------------------------------------------
 
-    def _encode(self, encoder, tokenizer, prompt: str) -> mx.array:
-        tokens = tokenize_prompt(tokenizer, self.variant, prompt)
+    def _encode(self, encoder: TextEncoder, tokens: TokenizedPrompt) -> mx.array:
         ids = mx.array([tokens.ids])
         positions = mx.broadcast_to(mx.arange(ids.shape[1]), (3, ids.shape[1]))
         # A copy: the slice alone would keep the rows before it in memory.

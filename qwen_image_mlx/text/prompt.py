@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from ..errors import RequestError
 from ..variants import Variant
 from .tokenizer import QwenTokenizer
 
@@ -34,7 +35,18 @@ def tokenize_prompt(tokenizer: QwenTokenizer, variant: Variant, prompt: str) -> 
     """Fills the template, tokenizes the whole (never template and prompt apart: they may merge), and cuts.
 
     A prompt over the limit is cut where the reference cuts it, with a warning that quotes the last words that count.
+
+    Raises:
+        RequestError: the prompt is not a string of whole characters.
     """
+    if not isinstance(prompt, str):
+        raise RequestError(f"A prompt is {prompt!r}, but must be a string.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The prompt holds a broken character at position {error.start}; write it in UTF-8."
+        ) from error
     text = variant.template.format(prompt=prompt)
     ids, offsets = tokenizer.encode(text)
     limits = [len(ids)]

@@ -81,7 +81,7 @@ class HubServer:
         self.close()
 
     def close(self) -> None:
-        """Stop listening: connections are refused from here on."""
+        """Stop listening: new connections are refused and open ones dropped at their next request."""
         if not self._closing.is_set():
             self._closing.set()
             self._server.shutdown()
@@ -130,6 +130,10 @@ class HubServer:
         commit = self._models[repo].get(revision, revision)
         return (commit, self._commits[commit]) if commit in self._commits else "RevisionNotFound"
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closing.is_set()
+
     def wait_for_close(self) -> None:
         self._closing.wait()
 
@@ -148,11 +152,13 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
+        if self.hub.is_closed:
+            self.close_connection = True
+            return
         path = unquote(urlsplit(self.path).path)
         headers = self.headers
         self.hub.requests.append(Request(self.command, path, headers.get("Range"), headers.get("Authorization")))
         parts = path.strip("/").split("/")
-        is_large_body = parts[0] == "cdn"
         fault = self.hub.fault(path, self.command == "GET")
         if fault and fault.stall:
             self.hub.wait_for_close()
@@ -164,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif "resolve" in parts:
             at = parts.index("resolve")
             self._answer_file("/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :]), fault, redirect=True)
-        elif is_large_body:
+        elif parts[0] == "cdn":
             self._answer_file("/".join(parts[1:3]), parts[3], "/".join(parts[4:]), fault, redirect=False)
         else:
             self._send(404, b"")

@@ -29,7 +29,7 @@ def test_reads_names_shapes_types_sizes_and_metadata(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     arrays = {
         "w": np.ones((2, 3), np.float16),
-        "scalar": np.float32(1).reshape(()),
+        "scalar": np.array(1, np.float32),
         "empty": np.ones((0, 4), np.int8),
         "mask": np.ones(5, np.bool_),
     }
@@ -49,7 +49,7 @@ def test_a_file_without_tensors_or_metadata_is_fine(tmp_path: Path) -> None:
     assert read_header(write(tmp_path / "a", {}, b"")) == ({}, {})
 
 
-@pytest.mark.parametrize("dtype, shape, nbytes", [("F4", [4], 2), ("F6_E2M3", [4], 3), ("BF16", [1, 12], 24)])
+@pytest.mark.parametrize(("dtype", "shape", "nbytes"), [("F4", [4], 2), ("F6_E2M3", [4], 3), ("BF16", [1, 12], 24)])
 def test_types_are_measured_in_bits(tmp_path: Path, dtype: str, shape: list[int], nbytes: int) -> None:
     header = {"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}
     assert read_header(write(tmp_path / "a", header, bytes(nbytes)))[0]["w"].nbytes == nbytes
@@ -81,7 +81,7 @@ BAD_ENTRIES = [
 ]
 
 
-@pytest.mark.parametrize("entry, what", BAD_ENTRIES)
+@pytest.mark.parametrize(("entry", "what"), BAD_ENTRIES)
 def test_a_bad_entry(tmp_path: Path, entry: object, what: str) -> None:
     assert_refused(write(tmp_path / "bad.safetensors", {"w": entry}), what, "'w'")
 
@@ -110,7 +110,7 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize("content, what", BAD_FILES)
+@pytest.mark.parametrize(("content", "what"), BAD_FILES)
 def test_a_bad_file(tmp_path: Path, content: object, what: str) -> None:
     path = tmp_path / "bad.safetensors"
     if isinstance(content, bytes):
@@ -121,7 +121,7 @@ def test_a_bad_file(tmp_path: Path, content: object, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "header, what",
+    ("header", "what"),
     [
         (b"{'w': 1}", "not JSON"),
         (b'{"w": ', "not JSON"),

@@ -1,0 +1,1 @@
+"""The command line: flags in, requests out; the only room that prints."""

@@ -1,0 +1,70 @@
+"""What people see on stderr while a command runs: progress bars and messages, without tearing each other."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from ..pipeline.progress import Progress
+
+_LABELS = {"denoise": "steps"}
+
+
+class ProgressBars:
+    """A progress callback that shows one bar per stage; a context manager that closes the last."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, str] | None = None
+        self._bar: tqdm | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        key = progress.stage, progress.detail
+        if key != self._key or self._bar is None or progress.step < self._bar.n:
+            self.close()
+            in_bytes = progress.stage == "download"
+            self._key = key
+            self._bar = tqdm(
+                total=progress.total,
+                desc=f"{_LABELS.get(progress.stage, progress.stage)} {progress.detail}".strip(),
+                unit="B" if in_bytes else "it",
+                unit_scale=in_bytes,
+                unit_divisor=1000,
+                file=sys.stderr,
+                dynamic_ncols=True,
+            )
+        self._bar.total = progress.total
+        self._bar.update(progress.step - self._bar.n)
+
+    def close(self) -> None:
+        """Ends the current bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> ProgressBars:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes the package's messages above the bar that is being drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+
+
+def show_messages() -> None:
+    """Sends the package's log messages to stderr."""
+    logger = logging.getLogger(__package__.partition(".")[0])
+    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(_ConsoleHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

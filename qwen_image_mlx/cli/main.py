@@ -1,0 +1,53 @@
+"""Entry point: finds the command, and turns what goes wrong into one line and an exit code.
+
+0 done; 1 a fault of this program, with its traceback; 2 the user's input; 130 Ctrl-C. stdout is for results, stderr for
+people. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import QwenImageError, RequestError
+from . import generate, info
+
+COMMANDS = (generate, info)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage: one sentence is enough."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="qwen-image-mlx",
+        description="Run the Qwen-Image family on a Mac.",
+        epilog="Run 'qwen-image-mlx COMMAND --help' for a command's flags.",
+    )
+    parser.add_argument("--version", action="version", version=f"qwen-image-mlx {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.add_parser(commands).set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        arguments.run(arguments)
+    except QwenImageError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,138 @@
+"""Pictures on disk: written whole or not at all, never over another, and carrying what made them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from ..errors import OutputError, RequestError
+
+logger = logging.getLogger(__name__)
+
+METADATA_KEY = "qwen_image_mlx"
+DEFAULT_NAME = "qwen-image.png"
+_FREE_MARGIN = 1 << 20
+
+
+def output_path(output: str | None) -> Path:
+    """The PNG a user's --output means: a file, or a directory to put `qwen-image.png` in; raises RequestError."""
+    if output is None:
+        return Path(DEFAULT_NAME)
+    path = Path(output).expanduser()
+    if output.endswith(("/", os.sep)) or path.is_dir():
+        return path / DEFAULT_NAME
+    if not path.suffix:
+        return path.with_name(path.name + ".png")
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"--output is {output}, but pictures are written as PNG; end the name in .png.")
+    return path
+
+
+def check_writable(path: Path, nbytes: int) -> None:
+    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"Cannot write to {path.parent}: {_reason(error)}.") from error
+    if free < nbytes + _FREE_MARGIN:
+        raise OutputError(f"Cannot write {path}: the disk has {free / 1e6:.1f} MB left; free some space.")
+
+
+def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
+    """Writes a PNG with its metadata, atomically, under `path` or the first free `-1`, `-2`, … beside it.
+
+    Args:
+        image: the picture.
+        path: wanted file; missing folders are made.
+        metadata: JSON-serialisable; stored as UTF-8 text under the key `qwen_image_mlx`.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OutputError: it could not be written; nothing is left behind.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=".", suffix=".png.partial", dir=path.parent)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {_reason(error)}.") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, "PNG", pnginfo=info)
+        os.chmod(partial, 0o666 & ~_umask())
+        written = _claim(path)
+        os.replace(partial, written)
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {_reason(error)}.") from error
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    if written != path:
+        logger.warning("%s exists already; saved as %s.", path, written.name)
+    return written
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata `save_png` stored; raises RequestError if the file is no such picture."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+    except FileNotFoundError as error:
+        raise RequestError(f"There is no file {path}.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{path} is not a readable picture: {error}.") from error
+    try:
+        metadata = json.loads(text) if text is not None else None
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own PNG files do.")
+    return metadata
+
+
+def _claim(path: Path) -> Path:
+    """Creates the first free name exclusively, so that two processes never take the same one."""
+    for candidate in _candidates(path):
+        try:
+            os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError("unreachable: candidates never end")
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    yield path
+    number = 0
+    while True:
+        number += 1
+        yield path.with_stem(f"{path.stem}-{number}")
+
+
+def _umask() -> int:
+    # The umask can only be read by setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "the disk is full"
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,1 @@
+"""Policy: what is kept in memory, and in which order a request is worked through."""
