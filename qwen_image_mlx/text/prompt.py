@@ -45,7 +45,7 @@ def tokenize_prompt(tokenizer: QwenTokenizer, variant: Variant, prompt: str) -> 
         prompt.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"The prompt holds a broken character at position {error.start}; write it in UTF-8."
+            f"The prompt is not valid text at character {error.start}; write it in UTF-8."
         ) from error
     text = variant.template.format(prompt=prompt)
     ids, offsets = tokenizer.encode(text)

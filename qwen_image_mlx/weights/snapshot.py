@@ -246,21 +246,12 @@ class _Repo:
     def _download(self, name: str, meter: _Meter) -> None:
         from huggingface_hub import hf_hub_download
 
-        # huggingface_hub takes whatever lies under this name or content as it is, even cut short
-        blob = self._blob(name)
-        broken = (self._snapshot / name).is_file() or (
-            blob is not None and blob.is_file() and not self._is_whole(blob, name)
-        )
         try:
-            path = Path(
-                hf_hub_download(
-                    self.repo,
-                    name,
-                    revision=self.revision,
-                    force_download=broken,
-                    tqdm_class=meter.tqdm_class(),
-                )
-            )
+            # huggingface_hub takes what lies under this name or content as it is, even cut short
+            for path in (self._snapshot / name, self._blob(name)):
+                if path is not None and path.is_file() and not self._is_whole(path, name):
+                    path.unlink()
+            path = Path(hf_hub_download(self.repo, name, revision=self.revision, tqdm_class=meter.tqdm_class()))
         except _failures() as error:
             raise _explain(error, self.repo, self.revision, name) from error
         if not self._is_whole(path, name):
@@ -337,18 +328,18 @@ def _local_folder(model: str | Path) -> Path | None:
         return Path(path)
     if os.path.exists(path):
         raise CheckpointError(f"{model} is a file: give the directory of a checkpoint, the one with model_index.json")
-    if isinstance(model, Path) or not _is_repo_id(model):
+    if not _is_repo_id(model):
         raise CheckpointError(
             f"there is no directory {str(model)!r}: give one that exists, or a model's id such as Qwen/Qwen-Image"
         )
     return None
 
 
-def _is_repo_id(text: str) -> bool:
+def _is_repo_id(model: str | Path) -> bool:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
-        validate_repo_id(text)
+        validate_repo_id(model)  # refuses a Path, too
     except HFValidationError:
         return False
     return True
@@ -391,7 +382,10 @@ def _open(repo: str, revision: str | None, offline: bool, progress: Progress | N
             ) from error
         logger.warning(
             "the hub at %s cannot be reached (%s): using what the cache holds of %s at commit %s",
-            *(constants.ENDPOINT, _reason(error), repo, cached.revision),
+            constants.ENDPOINT,
+            _reason(error),
+            repo,
+            cached.revision,
         )
         return cached
     _remember(repo, revision, commit)

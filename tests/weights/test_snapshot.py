@@ -351,11 +351,18 @@ def test_no_such_model(hub: HubServer) -> None:
     one_sentence(error)
 
 
-@pytest.mark.parametrize("revision", ["v9", "../../x", "/etc"])
-def test_no_such_revision(hub: HubServer, revision: str) -> None:
-    with pytest.raises(HubError, match="revision") as error:
+@pytest.mark.parametrize(
+    ("revision", "what"),
+    [
+        ("v9", "ORG/NAME has no revision 'v9'"),
+        ("../../x", r"'\.\./\.\./x' cannot be a revision"),
+        ("/etc", "'/etc' cannot be a revision"),
+    ],
+)
+def test_no_such_revision(hub: HubServer, revision: str, what: str) -> None:
+    with pytest.raises(HubError, match=what) as error:
         HubSnapshot(REPO, revision=revision).exists("model_index.json")
-    assert repr(revision) in one_sentence(error)
+    one_sentence(error)
 
 
 @pytest.mark.parametrize("match", ["/api/models/", "/resolve/"])
@@ -402,9 +409,11 @@ UNREACHABLE = ["refused", "dropped", "stalled", "500", "503", "429"]
 @pytest.mark.parametrize("how", UNREACHABLE)
 def test_out_of_reach_with_nothing_cached(hub: HubServer, how: str) -> None:
     break_hub(hub, how)
+    start = time.monotonic()
     with pytest.raises(HubError, match=r"cannot be reached .* nothing of ORG/NAME is in the cache") as error:
         HubSnapshot(REPO).exists("model_index.json")
     one_sentence(error)
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("how", UNREACHABLE)
@@ -494,7 +503,13 @@ def test_a_cached_file_cut_short_is_fetched_anew(hub: HubServer, checkpoint: Pat
     os.truncate(file.resolve(), 100)
     (again,) = snapshot.weight_files("vae", STEM).files
     assert again.read_bytes() == (checkpoint / f"vae/{STEM}.safetensors").read_bytes()
-    # the same where only the content is cached, by another commit
+    # the same on a disk without symbolic links, where the name is the content
+    file.resolve().unlink()
+    file.unlink()
+    file.write_bytes(b"cut")
+    (again,) = snapshot.weight_files("vae", STEM).files
+    assert again.read_bytes() == (checkpoint / f"vae/{STEM}.safetensors").read_bytes()
+    # and where only the content is cached, by another commit
     os.truncate(file.resolve(), 100)
     (checkpoint / "README.md").write_text("more words")
     hub.add(REPO, checkpoint)
