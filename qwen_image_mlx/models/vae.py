@@ -3,14 +3,16 @@
 For one frame every causal 3-D convolution of the reference sees zeros in front of the frame, so only its last temporal
 tap meets data, and the temporal resamplers never run; the loader keeps just those taps. Arrays are (B, H, W, C).
 Nothing is evaluated here: `Encoder.stages` and `Decoder.stages` let the caller do it between blocks, and
-`Decoder.tail` lets it work on strips of rows.
+`Decoder.tail` lets it work on strips of rows. A matrix product's rounding depends on its shape and, on some backends,
+on a row's place in it; so the tail computes its convolutions in bands of fixed height counted from the top, and strips
+that begin on a band's edge give the very bits of the whole.
 
 Formulas: diffusers' autoencoder_kl_qwenimage.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import mlx.core as mx
@@ -19,8 +21,10 @@ import mlx.nn as nn
 from ..config import VAEConfig
 from .layers import Conv2d, Linear
 
-Stage = Callable[[mx.array], mx.array]
-ATTENTION_CHUNK = 1024  # queries at a time: the score matrix is never whole
+# Most stages return an array; those that would need much memory at once yield it in pieces, to be joined as rows.
+Stage = Callable[[mx.array], "mx.array | Iterator[mx.array]"]
+ATTENTION_CHUNK = 1024  # queries at a time, in whole rows
+BAND = 12  # rows of the tail's input; more than its halo, and whole tiles of Metal's Winograd (6 rows)
 
 
 class Encoder(nn.Module):
@@ -35,7 +39,7 @@ class Encoder(nn.Module):
     def stages(self) -> list[Stage]:
         """The network as consecutive functions."""
         body = self.encoder
-        return [body.conv_in, *body.down_blocks, body.mid_block, body.head, self.quant_conv]
+        return [body.conv_in, *body.down_blocks, *body.mid_block.stages, body.head, self.quant_conv]
 
 
 class Decoder(nn.Module):
@@ -50,7 +54,7 @@ class Decoder(nn.Module):
     def stages(self) -> list[Stage]:
         """Everything that needs the whole image: up to and with all up-blocks but the last two."""
         body = self.decoder
-        return [self.post_quant_conv, body.conv_in, body.mid_block, *body.up_blocks[:-2]]
+        return [self.post_quant_conv, body.conv_in, *body.mid_block.stages, *body.up_blocks[:-2]]
 
     @property
     def tail(self) -> list[Stage]:
@@ -60,13 +64,13 @@ class Decoder(nn.Module):
 
     @property
     def tail_halo(self) -> int:
-        """Rows above and below a strip that the tail's output depends on, counted in the tail's input rows."""
+        """Rows above and below a strip that the tail must be given, in its input rows: its reach, in whole bands."""
         rows = 1  # conv_out
         for block in reversed(self.decoder.up_blocks[-2:]):
             if "upsamplers" in block:
                 rows = -(-(rows + 1) // 2)  # its convolution, then back through the doubling
             rows += 2 * len(block.resnets)
-        return rows
+        return -(-rows // BAND) * BAND
 
     @property
     def tail_scale(self) -> int:
@@ -98,14 +102,15 @@ class _DecoderBody(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         levels = config.decoder_levels
+        bands = [None] * (len(levels) - 2) + [BAND, 2 * BAND]
         self.conv_in = Conv2d(config.z_dim, config.top_dim)
         self.mid_block = MidBlock(config.top_dim)
         self.up_blocks = [
-            UpBlock(cin, cout, config.num_res_blocks + 1, upsample=level < len(levels) - 1)
+            UpBlock(cin, cout, config.num_res_blocks + 1, upsample=level < len(levels) - 1, band=bands[level])
             for level, (cin, cout) in enumerate(levels)
         ]
         self.norm_out = ChannelNorm(levels[-1][1])
-        self.conv_out = Conv2d(levels[-1][1], config.input_channels)
+        self.conv_out = BandedConv2d(levels[-1][1], config.input_channels, bands[-1])
 
     def head(self, x: mx.array) -> mx.array:
         return self.conv_out(nn.silu(self.norm_out(x)))
@@ -114,11 +119,11 @@ class _DecoderBody(nn.Module):
 class UpBlock(nn.Module):
     """Residual blocks, then a doubling of rows and columns that halves the channels."""
 
-    def __init__(self, cin: int, cout: int, num_resnets: int, upsample: bool):
+    def __init__(self, cin: int, cout: int, num_resnets: int, upsample: bool, band: int | None):
         super().__init__()
-        self.resnets = [ResidualBlock(cin if n == 0 else cout, cout) for n in range(num_resnets)]
+        self.resnets = [ResidualBlock(cin if n == 0 else cout, cout, band) for n in range(num_resnets)]
         if upsample:
-            self.upsamplers = [Upsample(cout, cout // 2)]
+            self.upsamplers = [Upsample(cout, cout // 2, band and 2 * band)]
 
     def __call__(self, x: mx.array) -> mx.array:
         for resnet in self.resnets:
@@ -134,24 +139,27 @@ class MidBlock(nn.Module):
         self.resnets = [ResidualBlock(dim, dim), ResidualBlock(dim, dim)]
         self.attentions = [SelfAttention(dim)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    @property
+    def stages(self) -> list[Stage]:
+        """The block as consecutive functions."""
+        return [self.resnets[0], self.attentions[0], self.resnets[1]]
 
 
 class ResidualBlock(nn.Module):
     """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
 
-    def __init__(self, cin: int, cout: int):
+    def __init__(self, cin: int, cout: int, band: int | None = None):
         super().__init__()
         self.norm1 = ChannelNorm(cin)
-        self.conv1 = Conv2d(cin, cout)
+        self.conv1 = BandedConv2d(cin, cout, band)
         self.norm2 = ChannelNorm(cout)
-        self.conv2 = Conv2d(cout, cout)
+        self.conv2 = BandedConv2d(cout, cout, band)
+        self._band = band
         if cin != cout:
             self.conv_shortcut = Linear(cin, cout)
 
     def __call__(self, x: mx.array) -> mx.array:
-        shortcut = self.conv_shortcut(x) if "conv_shortcut" in self else x
+        shortcut = in_bands(self.conv_shortcut, x, self._band) if "conv_shortcut" in self else x
         x = self.conv1(nn.silu(self.norm1(x)))
         return shortcut + self.conv2(nn.silu(self.norm2(x)))
 
@@ -165,14 +173,15 @@ class SelfAttention(nn.Module):
         self.to_qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        q, k, v = mx.split(self.to_qkv(self.norm(x)).reshape(x.shape[0], 1, -1, 3 * x.shape[-1]), 3, axis=-1)
-        scale = x.shape[-1] ** -0.5
-        out = [
-            mx.fast.scaled_dot_product_attention(q[:, :, i : i + ATTENTION_CHUNK], k, v, scale=scale)
-            for i in range(0, q.shape[2], ATTENTION_CHUNK)
-        ]
-        return x + self.proj(mx.concatenate(out, axis=2).reshape(x.shape))
+    def __call__(self, x: mx.array) -> Iterator[mx.array]:
+        """Yields the result some rows at a time; evaluated one by one, they never need all scores at once."""
+        b, h, w, c = x.shape
+        q, k, v = mx.split(self.to_qkv(self.norm(x)).reshape(b, 1, h * w, 3 * c), 3, axis=-1)
+        rows = max(1, ATTENTION_CHUNK // w)
+        for top in range(0, h, rows):
+            queries = q[:, :, top * w : (top + rows) * w]
+            out = mx.fast.scaled_dot_product_attention(queries, k, v, scale=c**-0.5)
+            yield x[:, top : top + rows] + self.proj(out.reshape(b, -1, w, c))
 
 
 class Downsample(nn.Module):
@@ -189,14 +198,37 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles rows and columns by repetition, then a 3x3 convolution."""
 
-    def __init__(self, cin: int, cout: int):
+    def __init__(self, cin: int, cout: int, band: int | None):
         super().__init__()
-        self.resample = [nn.Identity(), Conv2d(cin, cout)]
+        self.resample = [nn.Identity(), BandedConv2d(cin, cout, band)]
 
     def __call__(self, x: mx.array) -> mx.array:
         b, h, w, c = x.shape
         doubled = mx.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         return self.resample[1](doubled)
+
+
+class BandedConv2d(Conv2d):
+    """3x3 convolution computed in bands of rows; None computes the whole at once."""
+
+    def __init__(self, cin: int, cout: int, band: int | None):
+        super().__init__(cin, cout)
+        self._band = band
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._band is None:
+            return super().__call__(x)
+        # The rows around a band come with it, zeros at the edges, so that all bands are the same computation.
+        padded = mx.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0)])
+        return in_bands(lambda rows: mx.conv2d(rows, self.weight, padding=(0, 1)) + self.bias, padded, self._band, 2)
+
+
+def in_bands(fn: Callable[[mx.array], mx.array], x: mx.array, band: int | None, overlap: int = 0) -> mx.array:
+    """Applies a function to `band` + `overlap` rows of x (B, H, W, C) at a time, and joins what it returns."""
+    if band is None:
+        return fn(x)
+    tops = range(0, x.shape[1] - overlap, band)
+    return mx.concatenate([fn(x[:, top : top + band + overlap]) for top in tops], axis=1)
 
 
 class ChannelNorm(nn.Module):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 
 import mlx.core as mx
 
 from ..config import VAEConfig
-from ..models.vae import Decoder, Encoder
+from ..models.vae import BAND, Decoder, Encoder, Stage
 
 # Output pixels per strip: about 0.4 GB of activations, and at most a fifth more work for the halos at 1 MP.
 STRIP_PIXELS = 512 * 512
@@ -46,11 +46,17 @@ def decode(decoder: Decoder, config: VAEConfig, latents: mx.array, strips: int |
     """
     mean, std = _latent_statistics(config)
     x = _run(decoder.stages, latents.astype(mx.float32) * std + mean)
-    height, width = x.shape[1:3]
     if strips is None:
-        strips = max(1, height * width * decoder.tail_scale**2 // STRIP_PIXELS)
-    strips = min(strips, height)
-    edges = [height * n // strips for n in range(strips + 1)]
+        strips = max(1, x.shape[1] * x.shape[2] * decoder.tail_scale**2 // STRIP_PIXELS)
+    return decode_tail(decoder, x, strips)
+
+
+def decode_tail(decoder: Decoder, x: mx.array, strips: int) -> mx.array:
+    """The second half of `decode`, from the tail's input (B, H, W, C); no strip is smaller than a band."""
+    height = x.shape[1]
+    bands = -(-height // BAND)
+    strips = min(strips, bands)
+    edges = [min(height, bands * n // strips * BAND) for n in range(strips + 1)]
     out = [_strip(decoder, x, top, bottom) for top, bottom in pairwise(edges)]
     return out[0] if strips == 1 else _evaluated(mx.concatenate(out, axis=1))
 
@@ -63,9 +69,10 @@ def _strip(decoder: Decoder, x: mx.array, top: int, bottom: int) -> mx.array:
     return _evaluated(mx.clip(pixels * 0.5 + 0.5, 0, 1))
 
 
-def _run(stages: Iterable[Callable[[mx.array], mx.array]], x: mx.array) -> mx.array:
+def _run(stages: Iterable[Stage], x: mx.array) -> mx.array:
     for stage in stages:
-        x = _evaluated(stage(x))
+        out = stage(x)
+        x = _evaluated(out if isinstance(out, mx.array) else mx.concatenate([_evaluated(rows) for rows in out], axis=1))
     return x
 
 

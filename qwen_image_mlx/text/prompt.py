@@ -44,9 +44,7 @@ def tokenize_prompt(tokenizer: QwenTokenizer, variant: Variant, prompt: str) -> 
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(
-            f"The prompt is not valid text at character {error.start}; write it in UTF-8."
-        ) from error
+        raise RequestError(f"The prompt is not valid text at character {error.start}; write it in UTF-8.") from error
     text = variant.template.format(prompt=prompt)
     ids, offsets = tokenizer.encode(text)
     limits = [len(ids)]

@@ -24,7 +24,7 @@ def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("text_encoder")
     theirs.save_pretrained(folder)
     file = folder / "model.safetensors"
-    tensors = component_tensors([file], {name: file.name for name in read_header(file)[0]})
+    tensors = component_tensors([file], dict.fromkeys(read_header(file)[0], file.name))
     ours_config = TextEncoderConfig.from_dict(config)
     weights = ComponentWeights("text_encoder", ours_config, tensors, ["main"])
 
