@@ -326,8 +326,7 @@ class QwenImagePipeline:
     def _encode(self, encoder: TextEncoder, tokens: TokenizedPrompt) -> mx.array:
         ids = mx.array([tokens.ids])
         positions = mx.broadcast_to(mx.arange(ids.shape[1]), (3, ids.shape[1]))
-        # A copy: the slice alone would keep the rows before it in memory.
-        states = mx.contiguous(encoder(ids, positions)[:, tokens.first : tokens.last])
+        states = encoder(ids, positions)[:, tokens.first : tokens.last]
         mx.eval(states)
         if not mx.isfinite(states).all().item():
             raise QwenImageError("The encoded prompt is not finite: try --dtype bfloat16, or check the weights.")

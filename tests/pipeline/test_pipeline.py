@@ -1,0 +1,279 @@
+"""The pipeline's promises beyond pixels: separate calls, explicit memory, progress and cancelling, clear errors."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen_image_mlx import (
+    Cancelled,
+    CheckpointError,
+    GenerationParameters,
+    GuidanceEncoding,
+    OutputError,
+    QwenImageError,
+    QwenImagePipeline,
+    RequestError,
+)
+
+PARAMETERS = GenerationParameters(width=64, height=48, num_inference_steps=3)
+
+
+@pytest.fixture
+def pipeline(tiny):
+    return QwenImagePipeline.from_pretrained(tiny, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def encoding(tiny):
+    return QwenImagePipeline.from_pretrained(tiny, dtype="float32").encode_guidance_prompts("a fox", "blurry")
+
+
+def test_opening_loads_nothing(pipeline):
+    assert not any(
+        (pipeline.is_text_encoder_loaded, pipeline.is_tokenizer_loaded, pipeline.is_transformer_loaded,
+         pipeline.is_vae_loaded)
+    )  # fmt: skip
+
+
+def test_the_core_calls_load_only_what_they_use(pipeline, encoding):
+    pipeline.generate_pixels(PARAMETERS, encoding)
+    assert pipeline.is_transformer_loaded
+    assert pipeline.is_vae_loaded
+    assert not pipeline.is_text_encoder_loaded
+    assert not pipeline.is_tokenizer_loaded
+    other = QwenImagePipeline.from_pretrained(pipeline.model, dtype="float32")
+    other.encode_guidance_prompts("a fox")
+    assert other.is_text_encoder_loaded
+    assert not other.is_transformer_loaded
+    assert not other.is_vae_loaded
+
+
+def test_released_components_come_back_by_themselves(pipeline):
+    first = pipeline.encode_guidance_prompts("a fox", "blurry")
+    before = pipeline.generate_pixels(PARAMETERS, first)
+    pipeline.release_encoders()
+    pipeline.release_transformer()
+    pipeline.release_vae()
+    assert not pipeline.is_text_encoder_loaded
+    assert not pipeline.is_tokenizer_loaded
+    assert not pipeline.is_transformer_loaded
+    assert not pipeline.is_vae_loaded
+    again = pipeline.encode_guidance_prompts("a fox", "blurry")
+    assert mx.array_equal(first.positive, again.positive)
+    assert mx.array_equal(pipeline.generate_pixels(PARAMETERS, again), before)
+
+
+def test_reloading_and_releasing_one_by_one(pipeline):
+    pipeline.reload_tokenizer()
+    assert (pipeline.is_tokenizer_loaded, pipeline.is_text_encoder_loaded) == (True, False)
+    pipeline.reload_text_encoder()
+    pipeline.release_tokenizer()
+    assert (pipeline.is_tokenizer_loaded, pipeline.is_text_encoder_loaded) == (False, True)
+    pipeline.release_text_encoder()
+    pipeline.release_text_encoder()  # releasing what is not loaded is nothing
+    assert not pipeline.is_text_encoder_loaded
+
+
+def test_releasing_returns_the_memory(pipeline):
+    def active() -> int:
+        mx.clear_cache()
+        return mx.get_active_memory()
+
+    empty = active()
+    small = 100_000  # room for the results themselves
+    states = pipeline.encode_guidance_prompts("a fox", "blurry")
+    assert active() - empty > 30e6  # the embeddings of the real vocabulary alone
+    pipeline.release_encoders()
+    assert active() - empty < small
+    pixels = pipeline.generate_pixels(PARAMETERS, states)
+    assert active() - empty > 20 * small
+    pipeline.release_transformer()
+    pipeline.release_vae()
+    assert active() - empty < small
+    assert pixels.shape == (1, 48, 64, 3)
+
+
+def test_results_are_evaluated(pipeline, encoding, tmp_path):
+    """An unevaluated encoding would keep the encoder alive, and break once its files are gone."""
+    shutil.copytree(pipeline.model, tmp_path / "model")
+    other = QwenImagePipeline.from_pretrained(tmp_path / "model", dtype="float32")
+    made = other.encode_guidance_prompts("a fox", "blurry")
+    pixels = other.generate_pixels(PARAMETERS, made)
+    shutil.rmtree(tmp_path / "model")
+    assert mx.array_equal(made.positive, encoding.positive)
+    assert mx.isfinite(pixels).all().item()
+
+
+def test_an_encoding_travels_to_another_process(pipeline, encoding, tmp_path):
+    encoding.save(tmp_path / "fox.safetensors")
+    assert not list(tmp_path.glob(".*"))
+    script = """
+import sys, numpy as np
+from qwen_image_mlx import GenerationParameters, GuidanceEncoding, QwenImagePipeline
+pipeline = QwenImagePipeline.from_pretrained(sys.argv[1], dtype="float32")
+encoding = GuidanceEncoding.load(sys.argv[2])
+pixels = pipeline.generate_pixels(GenerationParameters(width=64, height=48, num_inference_steps=3), encoding, seed=4)
+assert not pipeline.is_text_encoder_loaded and not pipeline.is_tokenizer_loaded
+assert encoding.source.prompt == "a fox" and encoding.source.negative_prompt == "blurry"
+np.save(sys.argv[3], np.array(pixels))
+"""
+    arguments = [str(pipeline.model), str(tmp_path / "fox.safetensors"), str(tmp_path / "pixels.npy")]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True)
+    expected = pipeline.generate_pixels(PARAMETERS, encoding, seed=4)
+    np.testing.assert_array_equal(np.load(tmp_path / "pixels.npy"), np.array(expected))
+
+
+def test_foreign_files_are_no_encodings(tmp_path, tiny):
+    (tmp_path / "text.safetensors").write_text("hello")
+    for path in (tmp_path / "text.safetensors", tmp_path / "none.safetensors",
+                 tiny / "vae" / "diffusion_pytorch_model.safetensors"):  # fmt: skip
+        with pytest.raises(CheckpointError, match=path.name):
+            GuidanceEncoding.load(path)
+
+
+def test_an_encoding_that_cannot_be_written_leaves_nothing(encoding, tmp_path):
+    with pytest.raises(OutputError):
+        encoding.save(tmp_path / "no" / "folder" / "fox.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_guidance_needs_a_negative_prompt_and_a_scale_above_one(pipeline, encoding, monkeypatch):
+    """The second pass is skipped unless it changes the result."""
+    calls = []
+    pipeline.generate_pixels(PARAMETERS, encoding)  # loads
+    transformer = type(pipeline._components.transformer)
+    forward = transformer.__call__
+    monkeypatch.setattr(transformer, "__call__", lambda self, *args: calls.append(1) or forward(self, *args))
+    alone = GuidanceEncoding(encoding.positive)
+    for scale, given, passes in ((1.0, encoding, 3), (4.0, alone, 3), (4.0, encoding, 6), (1.01, encoding, 6)):
+        calls.clear()
+        pipeline.generate_pixels(
+            GenerationParameters(width=64, height=48, num_inference_steps=3, cfg_scale=scale), given
+        )
+        assert len(calls) == passes, scale
+
+
+def test_progress_tells_stages_steps_sigmas_and_latents(pipeline):
+    seen = []
+    encoding = pipeline.encode_guidance_prompts("a fox", progress=seen.append)
+    pipeline.generate_pixels(PARAMETERS, encoding, progress=seen.append)
+    stages = [(p.stage, p.detail) for p in seen]
+    assert list(dict.fromkeys(stages)) == [
+        ("load", "tokenizer"), ("load", "text_encoder"), ("encode", ""), ("load", "modulation"),
+        ("load", "transformer"), ("denoise", ""), ("load", "vae_decoder"), ("decode", ""),
+    ]  # fmt: skip
+    steps = [p for p in seen if p.stage == "denoise"]
+    assert [(p.step, p.total) for p in steps] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert [p.sigma for p in steps] == sorted((p.sigma for p in steps), reverse=True)
+    assert (steps[0].sigma, steps[-1].sigma) == (1.0, 0.0)
+    assert all(p.latents.shape == (1, 12, 64) for p in steps)
+
+
+@pytest.mark.parametrize("stage", ["load", "denoise", "decode"])
+def test_cancelling_leaves_the_pipeline_usable(pipeline, encoding, stage):
+    expected = pipeline.generate_pixels(PARAMETERS, encoding)
+    pipeline.release_vae()
+
+    def stop(progress):
+        if progress.stage == stage and (stage != "denoise" or progress.step == 2):
+            progress.cancel()
+
+    with pytest.raises(Cancelled, match=stage):
+        pipeline.generate_pixels(PARAMETERS, encoding, progress=stop)
+    assert mx.array_equal(pipeline.generate_pixels(PARAMETERS, encoding), expected)
+
+
+def test_a_failing_callback_leaves_the_pipeline_usable(pipeline, encoding):
+    def fail(progress):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        pipeline.generate_pixels(PARAMETERS, encoding, progress=fail)
+    assert pipeline.generate_pixels(PARAMETERS, encoding).shape == (1, 48, 64, 3)
+
+
+def test_latents_replace_the_noise(pipeline, encoding):
+    noise = []
+    expected = pipeline.generate_pixels(
+        PARAMETERS, encoding, seed=8, progress=lambda p: noise.append(p.latents) if p.stage == "denoise" else None
+    )
+    for latents in (noise[0], np.array(noise[0])):
+        assert mx.array_equal(pipeline.generate_pixels(PARAMETERS, encoding, latents=latents), expected)
+    with pytest.raises(RequestError, match=r"\(1, 12, 64\)"):
+        pipeline.generate_pixels(PARAMETERS, encoding, latents=mx.zeros((1, 13, 64)))
+
+
+def test_both_random_generators(pipeline, encoding):
+    by_rng = {
+        rng: pipeline.generate_pixels(
+            GenerationParameters(width=64, height=48, num_inference_steps=3, rng=rng), encoding, seed=1
+        )
+        for rng in ("torch", "mlx")
+    }
+    assert not mx.array_equal(by_rng["torch"], by_rng["mlx"])
+
+
+def test_generate_is_both_calls_in_one(pipeline, encoding):
+    from qwen_image_mlx.images.pixels import to_images
+
+    images = pipeline.generate(
+        "a fox", negative_prompt="blurry", width=64, height=48, num_inference_steps=3, seed=5, num_images=2
+    )
+    assert not pipeline.is_text_encoder_loaded  # staged
+    assert [image.size for image in images] == [(64, 48)] * 2
+    for index, image in enumerate(images):
+        pixels = pipeline.generate_pixels(PARAMETERS, encoding, seed=5, image_index=index)
+        assert image == to_images(pixels)[0]
+
+
+def test_an_application_s_random_numbers_are_left_alone(tiny):
+    mx.random.seed(123)
+    expected = mx.random.normal((4,))
+    mx.random.seed(123)
+    pipeline = QwenImagePipeline.from_pretrained(tiny, dtype="float32")
+    pipeline.generate("a fox", width=32, height=32, num_inference_steps=2, rng="mlx")
+    assert mx.array_equal(mx.random.normal((4,)), expected)
+
+
+def test_an_encoding_of_another_model_is_refused(pipeline):
+    with pytest.raises(RequestError, match="encoding"):
+        pipeline.generate_pixels(PARAMETERS, GuidanceEncoding(mx.zeros((1, 5, 63))))
+
+
+def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(pipeline, encoding):
+    poisoned = GuidanceEncoding(mx.full(encoding.positive.shape, float("nan")))
+    with pytest.raises(QwenImageError, match="not finite"):
+        pipeline.generate_pixels(PARAMETERS, poisoned)
+
+
+@pytest.mark.parametrize("change", [
+    {"width": 100}, {"width": 0}, {"height": -16}, {"width": 8}, {"width": 16384, "height": 16384}, {"width": 64.0},
+    {"num_inference_steps": 0}, {"num_inference_steps": -3}, {"num_inference_steps": 5000}, {"cfg_scale": 0.5},
+    {"cfg_scale": float("nan")}, {"cfg_scale": "4"}, {"rng": "numpy"}, {"sigmas": ()}, {"sigmas": (0.5, 0.7)},
+    {"sigmas": (1.5, 1.0)}, {"shift": 0}, {"shift": float("inf")},
+], ids=str)  # fmt: skip
+def test_impossible_parameters_are_refused(change):
+    with pytest.raises(RequestError, match=next(iter(change)) if len(change) == 1 else "MP"):
+        GenerationParameters(**{"width": 64, "height": 64, **change})
+
+
+def test_a_size_that_does_not_fit_is_answered_with_those_that_do():
+    with pytest.raises(RequestError, match="992 and 1008"):
+        GenerationParameters(width=1000, height=1024)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True])
+def test_impossible_seeds_are_refused(pipeline, encoding, seed):
+    with pytest.raises(RequestError, match="seed"):
+        pipeline.generate_pixels(PARAMETERS, encoding, seed=seed)
+
+
+def test_unknown_dtype_is_refused(tiny):
+    with pytest.raises(RequestError, match="bfloat16, float16, float32"):
+        QwenImagePipeline.from_pretrained(tiny, dtype="int8")
