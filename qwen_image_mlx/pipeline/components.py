@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
@@ -24,6 +26,12 @@ from ..weights.snapshot import HubSnapshot
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+# The parts of each component that pictures are made with; see the weights map.
+PARTS = {
+    "text_encoder": ("main",),
+    "transformer": ("main", "modulation"),
+    "vae": ("encoder", "decoder"),
+}
 CLASS_NAMES = {
     "transformer": "QwenImageTransformer2DModel",
     "vae": "AutoencoderKLQwenImage",
@@ -51,6 +59,7 @@ class Components:
         self.dtype = dtype
         self._loading = loading
         self._loaded: dict[str, Any] = {}
+        self._weights: dict[str, ComponentWeights] = {}
         index = snapshot.read_json("model_index.json")
         self.variant: Variant = variant_of(index.get("_class_name"), snapshot.model)
 
@@ -77,31 +86,31 @@ class Components:
     @property
     def tokenizer(self) -> QwenTokenizer:
         """The tokenizer."""
-        return self._ensure("tokenizer", self._load_tokenizer)
+        return self._ensure("tokenizer", lambda: QwenTokenizer.from_files(self._tokenizer_files()))
 
     @property
     def text_encoder(self) -> TextEncoder:
         """The language model, resident."""
         config = self.text_encoder_config
-        return self._ensure("text_encoder", lambda: self._load("text_encoder", "main", config, TextEncoder, self.dtype))
+        return self._ensure("text_encoder", lambda: self._load("text_encoder", "main", TextEncoder(config), self.dtype))
 
     @property
     def transformer(self) -> Transformer:
         """The transformer without its modulation, resident."""
         config = self.transformer_config
-        return self._ensure("transformer", lambda: self._load("transformer", "main", config, Transformer, self.dtype))
+        return self._ensure("transformer", lambda: self._load("transformer", "main", Transformer(config), self.dtype))
 
     @property
     def vae_encoder(self) -> Encoder:
         """Pixels to latents, resident."""
         config = self.vae_config
-        return self._ensure("vae_encoder", lambda: self._load("vae", "encoder", config, Encoder, mx.float32))
+        return self._ensure("vae_encoder", lambda: self._load("vae", "encoder", Encoder(config), mx.float32))
 
     @property
     def vae_decoder(self) -> Decoder:
         """Latents to pixels, resident."""
         config = self.vae_config
-        return self._ensure("vae_decoder", lambda: self._load("vae", "decoder", config, Decoder, mx.float32))
+        return self._ensure("vae_decoder", lambda: self._load("vae", "decoder", Decoder(config), mx.float32))
 
     def is_loaded(self, name: str) -> bool:
         """Whether a component is in memory."""
@@ -112,13 +121,22 @@ class Components:
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
 
-    def weights(self, component: str, part: str) -> ComponentWeights:
-        """A component's tensors of one part, fetched and checked but not read."""
-        config = getattr(self, f"{component}_config")
-        files = self.snapshot.weight_files(
-            component, weights_map(component)["stem"], keep=lambda name: needs_tensor(component, name, part)
-        )
-        return ComponentWeights(component, config, files.tensors, [part])
+    def prepare(self) -> None:
+        """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file."""
+        _ = self.scheduler_config
+        self._tokenizer_files()
+        for component in PARTS:
+            self.weights(component)
+
+    def weights(self, component: str) -> ComponentWeights:
+        """A component's tensors, fetched and checked once, not read."""
+        if component not in self._weights:
+            config, parts = getattr(self, f"{component}_config"), PARTS[component]
+            files = self.snapshot.weight_files(
+                component, weights_map(component)["stem"], keep=lambda name: needs_tensor(component, name, parts)
+            )
+            self._weights[component] = ComponentWeights(component, config, files.tensors, parts)
+        return self._weights[component]
 
     def _ensure(self, name: str, load: Callable[[], Any]) -> Any:
         if name not in self._loaded:
@@ -126,12 +144,12 @@ class Components:
                 self._loaded[name] = load()
         return self._loaded[name]
 
-    def _load(self, component: str, part: str, config: Any, module: Callable[[Any], Any], dtype: mx.Dtype) -> Any:
-        return load_module(module(config), self.weights(component, part), part, dtype)
+    def _load(self, component: str, part: str, module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+        return load_module(module, self.weights(component), part, dtype)
 
-    def _load_tokenizer(self) -> QwenTokenizer:
+    def _tokenizer_files(self) -> dict[str, Path]:
         names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]
-        return QwenTokenizer.from_files({name: self.snapshot.file(f"tokenizer/{name}") for name in names})
+        return {name: self.snapshot.file(f"tokenizer/{name}") for name in names}
 
     def _config(self, component: str, name: str = "config.json") -> dict[str, Any]:
         config = self.snapshot.read_json(f"{component}/{name}")

@@ -106,6 +106,15 @@ class QwenImagePipeline:
         """What the checkpoint's pipeline class implies: template, defaults."""
         return self._components.variant
 
+    def prepare(self) -> None:
+        """Fetches all that painting needs and checks the files, loading nothing.
+
+        Raises:
+            HubError: something could not be downloaded.
+            CheckpointError: something is missing, damaged or does not fit.
+        """
+        self._components.prepare()
+
     # The two core calls -----------------------------------------------------------------------------------------
 
     def encode_guidance_prompts(
@@ -380,7 +389,7 @@ class QwenImagePipeline:
         """The table for a schedule; the last one is kept, so a sweep over seeds makes it once."""
         if self._table is None or not np.array_equal(self._table[0].sigmas, schedule.sigmas):
             self._table = None
-            weights = self._components.weights("transformer", "modulation")
+            weights = self._components.weights("transformer")
             with self._report.stage("load", "modulation"):
                 self._table = schedule, modulation_table(weights, schedule.timesteps, self.dtype)
         return self._table[1]

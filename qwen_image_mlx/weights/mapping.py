@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -103,12 +103,12 @@ def dialect_name(component: str, dialect: str, name: str) -> str:
     return _replace_prefix(name, inverse)
 
 
-def needs_tensor(component: str, stored_name: str, part: str) -> bool:
-    """Whether a stored tensor may belong to a part, judged by its name alone, before any header is read."""
+def needs_tensor(component: str, stored_name: str, parts: Collection[str]) -> bool:
+    """Whether a stored tensor may belong to one of the parts, judged by its name alone, before any header is read."""
     rules = weights_map(component)
     names = {_replace_prefix(stored_name, dialect) for dialect in rules["dialects"].values()}
     found = {other_part(component, name) for name in names} - {None}
-    return not found or part in found
+    return not found or not found.isdisjoint(parts)
 
 
 def other_part(component: str, name: str) -> str | None:
