@@ -26,10 +26,10 @@ from ..weights.snapshot import HubSnapshot
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
-# The parts of each component that pictures are made with; see the weights map.
+# The parts of each component that pictures are made with (see the weights map), the largest download first.
 PARTS = {
-    "text_encoder": ("main",),
     "transformer": ("main", "modulation"),
+    "text_encoder": ("main",),
     "vae": ("encoder", "decoder"),
 }
 CLASS_NAMES = {

@@ -7,26 +7,19 @@ A hub model is resolved to one commit on first use and everything comes from tha
 from __future__ import annotations
 
 import json
-import logging
 import os
 import posixpath
 import re
-import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, HubError, RequestError
+from ..errors import CheckpointError, RequestError
+from .hub import Folder, Progress, Repo, open_model
 from .shards import Tensor, component_tensors
 
-logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_SPACE_MARGIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ class HubSnapshot:
         self._wanted = revision
         self._offline = offline
         self._progress = progress
-        self._opened: _Folder | _Repo | None = _Folder(folder) if folder else None
+        self._opened: Folder | Repo | None = Folder(folder) if folder else None
 
     @property
     def revision(self) -> str | None:
@@ -173,152 +166,10 @@ class HubSnapshot:
                 )
         return index
 
-    def _source(self) -> _Folder | _Repo:
+    def _source(self) -> Folder | Repo:
         if self._opened is None:
-            self._opened = _open(self.model, self._wanted, self._offline, self._progress)
+            self._opened = open_model(self.model, self._wanted, self._offline, self._progress)
         return self._opened
-
-
-@dataclass(frozen=True)
-class _Folder:
-    """A checkpoint that is on disk as far as it can be had: the user's directory, or a commit in the cache."""
-
-    root: Path
-    revision: str | None = None
-    repo: str | None = None
-
-    def has(self, name: str) -> bool:
-        return (self.root / name).is_file()
-
-    def names(self, folder: str) -> list[str]:
-        try:
-            return sorted(posixpath.join(folder, name) for name in os.listdir(self.root / folder))
-        except OSError:
-            return []
-
-    def fetch(self, names: Sequence[str], label: str) -> list[Path]:
-        missing = [name for name in names if not self.has(name)]
-        if missing and self.repo:
-            raise HubError(
-                f"the cache does not hold {', '.join(missing)} of {self.repo} at commit {self.revision} and the hub "
-                "is out of reach: run again online to fetch the rest"
-            )
-        _require(missing, str(self.root))
-        return [self.root / name for name in names]
-
-
-@dataclass(frozen=True)
-class _HubFile:
-    size: int | None
-    blob: str | None
-
-
-@dataclass(frozen=True)
-class _Repo:
-    """One commit of a model on the hub, fetched file by file into huggingface_hub's cache."""
-
-    repo: str
-    revision: str
-    listing: Mapping[str, _HubFile]
-    progress: Progress | None
-
-    def has(self, name: str) -> bool:
-        return name in self.listing
-
-    def names(self, folder: str) -> list[str]:
-        return sorted(name for name in self.listing if posixpath.dirname(name) == folder)
-
-    def fetch(self, names: Sequence[str], label: str) -> list[Path]:
-        _require([name for name in names if not self.has(name)], f"{self.repo} at commit {self.revision}")
-        waiting = [name for name in names if not self._is_whole(self._snapshot / name, name)]
-        absent = {name: self.listing[name].size or 0 for name in waiting if not self._is_whole(self._blob(name), name)}
-        total = sum(absent.values())
-        if absent:
-            _require_space(total, f"{label} of {self.repo}")
-            files = f"{len(absent)} file{'s' * (len(absent) > 1)}"
-            logger.info("downloading %s of %s: %s, %s", label, self.repo, files, _human(total))
-        meter = _Meter(label, total, self.progress)
-        for name in waiting:
-            self._download(name, meter)
-            meter.add_file(absent.get(name, 0))
-        return [self._snapshot / name for name in names]
-
-    def _download(self, name: str, meter: _Meter) -> None:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            # huggingface_hub takes what lies under this name or content as it is, even cut short
-            for path in (self._snapshot / name, self._blob(name)):
-                if path is not None and path.is_file() and not self._is_whole(path, name):
-                    path.unlink()
-            path = Path(hf_hub_download(self.repo, name, revision=self.revision, tqdm_class=meter.tqdm_class()))
-        except _failures() as error:
-            raise _explain(error, self.repo, self.revision, name) from error
-        if not self._is_whole(path, name):
-            raise HubError(
-                f"{name} of {self.repo} arrived with {path.stat().st_size} bytes where the hub lists "
-                f"{self.listing[name].size}: run again to fetch it anew"
-            )
-
-    @property
-    def _snapshot(self) -> Path:
-        return _cache_folder(self.repo) / "snapshots" / self.revision
-
-    def _blob(self, name: str) -> Path | None:
-        """Where the cache keeps this file's content, which another commit may have brought already."""
-        blob = self.listing[name].blob
-        return _cache_folder(self.repo) / "blobs" / blob if blob else None
-
-    def _is_whole(self, path: Path | None, name: str) -> bool:
-        size = self.listing[name].size
-        return path is not None and path.is_file() and size in (None, path.stat().st_size)
-
-
-class _Meter:
-    """Adds up files that are fetched one after another into one report that never goes back."""
-
-    def __init__(self, label: str, total: int, progress: Progress | None) -> None:
-        self._label = label
-        self._total = total
-        self._progress = progress
-        self._earlier_files = 0
-        self._done = 0
-
-    def advance(self, file_bytes: int) -> None:
-        done = min(self._earlier_files + file_bytes, self._total)
-        if done > self._done:
-            self._done = done
-            if self._progress:
-                self._progress(self._label, done, self._total)
-
-    def add_file(self, size: int) -> None:
-        self._earlier_files += size
-        self.advance(0)
-
-    def tqdm_class(self) -> type:
-        """Make what huggingface_hub takes for a progress bar of one file."""
-        meter = self
-
-        class Bar:
-            # Xet downloads open a second bar unless the class has update_transfer; the meter counts bytes on disk.
-            def __init__(self, *_: Any, total: float | None = None, initial: int = 0, **__: Any) -> None:
-                self.total = total
-                self.n = initial
-
-            def update(self, n: float | None = 1) -> None:
-                self.n += n or 0
-                meter.advance(int(self.n))
-
-            def ignore(self, *_: Any, **__: Any) -> None:
-                pass
-
-            update_transfer = set_postfix_str = set_transfer_postfix_str = set_description = ignore
-            refresh = close = __exit__ = ignore
-
-            def __enter__(self) -> Bar:
-                return self
-
-        return Bar
 
 
 def _local_folder(model: str | Path) -> Path | None:
@@ -343,165 +194,3 @@ def _is_repo_id(model: str | Path) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _open(repo: str, revision: str | None, offline: bool, progress: Progress | None) -> _Folder | _Repo:
-    from huggingface_hub import HfApi, constants
-
-    revision = revision or constants.DEFAULT_REVISION
-    if PurePosixPath(revision).is_absolute() or ".." in revision:  # git allows neither, and it becomes a path
-        raise HubError(f"{revision!r} cannot be a revision of {repo}: name a branch, a tag or a commit")
-    if offline or constants.HF_HUB_OFFLINE:
-        cached = _open_cached(repo, revision)
-        if cached is None:
-            raise HubError(
-                f"nothing of {repo} at revision {revision!r} is in the cache and offline mode is on: run once online, "
-                "without HF_HUB_OFFLINE, to fetch it"
-            )
-        return cached
-    try:
-        # without a timeout the library waits forever here
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        commit = info.sha
-        if commit is None or not _COMMIT.fullmatch(commit):
-            raise ValueError(f"it gives {commit!r} for a commit")
-        listing = {
-            file.rfilename: _HubFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id)
-            for file in info.siblings or ()
-        }
-    except (*_failures(), KeyError, TypeError) as error:
-        # an answer that is not the hub's is a login page or a proxy's: the hub is as far as without a network
-        misread = isinstance(error, (ValueError, KeyError, TypeError)) and _status(error) is None
-        if not (misread or _is_down(error)):
-            raise _explain(error, repo, revision) from error
-        cached = _open_cached(repo, revision)
-        if cached is None:
-            raise HubError(
-                f"the hub at {constants.ENDPOINT} cannot be reached ({_reason(error)}) and nothing of {repo} is in the "
-                "cache: check the connection and run again, or give a directory"
-            ) from error
-        logger.warning(
-            "the hub at %s cannot be reached (%s): using what the cache holds of %s at commit %s",
-            constants.ENDPOINT,
-            _reason(error),
-            repo,
-            cached.revision,
-        )
-        return cached
-    _remember(repo, revision, commit)
-    return _Repo(repo, commit, listing, progress)
-
-
-def _cache_folder(repo: str) -> Path:
-    """The cache's folder of one model; its layout is documented (huggingface_hub, "Understand caching")."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
-
-
-def _open_cached(repo: str, revision: str) -> _Folder | None:
-    folder = _cache_folder(repo)
-    try:
-        commit = revision if _COMMIT.fullmatch(revision) else (folder / "refs" / revision).read_text().strip()
-    except (OSError, ValueError):
-        return None
-    root = folder / "snapshots" / commit
-    return _Folder(root, commit, repo) if _COMMIT.fullmatch(commit) and root.is_dir() else None
-
-
-def _remember(repo: str, revision: str, commit: str) -> None:
-    """Note which commit a branch or tag is, for a later run without the hub: downloads by commit do not."""
-    if revision == commit:
-        return
-    ref = _cache_folder(repo) / "refs" / revision
-    new = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
-    try:
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(commit)
-        new.replace(ref)
-    except OSError as error:
-        logger.debug("%s cannot be written (%s)", ref, error)  # a read-only cache still serves what it has
-
-
-def _require(missing: Collection[str], where: str) -> None:
-    if missing:
-        raise CheckpointError(f"{where} lacks {', '.join(missing)}: give a complete checkpoint in the diffusers layout")
-
-
-def _require_space(needed: int, what: str) -> None:
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE).absolute()
-    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
-    if free < needed * _SPACE_MARGIN:
-        raise HubError(
-            f"{what} needs {_human(needed * _SPACE_MARGIN)} but only {_human(free)} are free where {cache} is: "
-            "free some space, or set HF_HOME to a folder on a larger disk"
-        )
-
-
-def _human(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub and its HTTP and Xet clients raise when something outside this process fails."""
-    from huggingface_hub import errors
-
-    # errors.HTTPError is the HTTP client's own base class: httpx in 1.x, httpx2 in 2.x
-    return (errors.HTTPError, errors.EntryNotFoundError, OSError, RuntimeError, ValueError)
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _is_down(error: BaseException) -> bool:
-    from huggingface_hub import errors
-
-    status = _status(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    return isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError))
-
-
-def _reason(error: BaseException) -> str:
-    status = _status(error)
-    if status is not None:
-        return f"HTTP status {status}"
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _explain(error: BaseException, repo: str, revision: str, name: str | None = None) -> HubError:
-    """Turn what huggingface_hub raised, over a model or one of its files, into one sentence with a cure."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # the library wraps the real failure of a request in "not in the cache"
-    what = f"{name} of {repo}" if name else repo
-    page = f"{constants.ENDPOINT}/{repo}"
-    unknown = (
-        f"there is no model named {repo} on the hub, nor a directory of that name here: check the spelling, or set "
-        "HF_TOKEN if it is private"
-    )
-    kinds = {
-        errors.GatedRepoError: f"{repo} is gated: accept its conditions at {page}, then set HF_TOKEN to your token",
-        errors.RepositoryNotFoundError: unknown,
-        errors.RevisionNotFoundError: f"{repo} has no revision {revision!r}: see {page} for its branches and tags",
-        errors.EntryNotFoundError: f"the hub lists {what} but does not have it: try again later, or another revision",
-    }
-    statuses = {
-        401: f"the hub does not accept your token for {what} (401): set HF_TOKEN to a valid one, or unset it",
-        403: f"your token may not read {what} (403): set HF_TOKEN to one that has access, see {page}",
-        404: unknown,
-    }
-    for kind, sentence in kinds.items():
-        if isinstance(error, kind):
-            return HubError(sentence)
-    if _status(error) in statuses:
-        return HubError(statuses[_status(error)])
-    return HubError(
-        f"fetching {what} failed ({_reason(error)}): check the connection and the disk, then run again; files that "
-        "are complete are kept"
-    )

@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from weights.hub_server import HubServer
 
 from qwen_image_mlx.errors import Cancelled, CheckpointError, HubError, RequestError
-from qwen_image_mlx.weights.snapshot import HubSnapshot, _Meter
+from qwen_image_mlx.weights.hub import _Meter
+from qwen_image_mlx.weights.snapshot import HubSnapshot
 
 REPO = "ORG/NAME"
 STEM = "diffusion_pytorch_model"
