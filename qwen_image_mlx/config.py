@@ -47,13 +47,13 @@ def _read(cls: type[T], data: Mapping[str, Any], where: str, ignored: frozenset[
         if key in known:
             accepts, convert, expected = _READERS[known[key].type]
             if not accepts(value):
-                raise CheckpointError(f"{where}: {key} is {value!r}, but must be {expected}.")
+                raise CheckpointError(f"{where}: {key} is {value!r}, but must be {expected}")
             values[key] = convert(value)
         elif ignored is not None and key not in ignored and not key.startswith("_"):
-            logger.warning("%s: the key %r (%r) is not known to this version and has no effect.", where, key, value)
+            logger.warning("%s: the key %r (%r) is not known to this version and has no effect", where, key, value)
     missing = [name for name, f in known.items() if f.default is MISSING and name not in values]
     if missing:
-        raise CheckpointError(f"{where} lacks {', '.join(missing)}; the file is not that of a Qwen-Image model.")
+        raise CheckpointError(f"{where} lacks {', '.join(missing)}; the file is not that of a Qwen-Image model")
     return cls(**values)
 
 
@@ -82,10 +82,10 @@ class TransformerConfig:
         if sum(config.axes_dims_rope) != config.attention_head_dim or any(d % 2 for d in config.axes_dims_rope):
             raise CheckpointError(
                 f"{where}: axes_dims_rope {list(config.axes_dims_rope)} must be even numbers that add up to "
-                f"attention_head_dim, {config.attention_head_dim}."
+                f"attention_head_dim, {config.attention_head_dim}"
             )
         if config.guidance_embeds:
-            raise CheckpointError(f"{where}: guidance_embeds is true; no released Qwen-Image model has such weights.")
+            raise CheckpointError(f"{where}: guidance_embeds is true; no released Qwen-Image model has such weights")
         return config
 
     @property
@@ -122,7 +122,7 @@ class TextEncoderConfig:
     def from_dict(cls, data: Mapping[str, Any], where: str = "text_encoder/config.json") -> TextEncoderConfig:
         """Reads the flat layout of the released files or the nested one (`text_config`) newer libraries write."""
         if data.get("model_type", "qwen2_5_vl") != "qwen2_5_vl":
-            raise CheckpointError(f"{where}: model_type is {data['model_type']!r}, but must be 'qwen2_5_vl'.")
+            raise CheckpointError(f"{where}: model_type is {data['model_type']!r}, but must be 'qwen2_5_vl'")
         text = {**data, **data.get("text_config", {})}
         # The rotary settings moved twice: rope_scaling (transformers 4), rope_parameters (5), each beside rope_theta.
         for key in ("rope_scaling", "rope_parameters"):
@@ -131,7 +131,7 @@ class TextEncoderConfig:
         if 2 * sum(config.mrope_section) != config.head_dim:
             raise CheckpointError(
                 f"{where}: mrope_section {list(config.mrope_section)} must add up to half of the head dimension, "
-                f"{config.head_dim // 2}."
+                f"{config.head_dim // 2}"
             )
         return config
 
@@ -177,13 +177,13 @@ class VAEConfig:
         """Reads and checks the JSON object; raises CheckpointError on ill-typed or impossible values."""
         config = _read(cls, data, where, ignored=frozenset({"quantization_config"}))
         if config.attn_scales:
-            raise CheckpointError(f"{where}: attn_scales is {list(config.attn_scales)}; only [] is supported.")
+            raise CheckpointError(f"{where}: attn_scales is {list(config.attn_scales)}; only [] is supported")
         if len(config.temperal_downsample) != len(config.dim_mult) - 1:
-            raise CheckpointError(f"{where}: temperal_downsample must have one entry less than dim_mult.")
+            raise CheckpointError(f"{where}: temperal_downsample must have one entry less than dim_mult")
         for name in ("latents_mean", "latents_std"):
             if len(getattr(config, name)) != config.z_dim:
                 raise CheckpointError(
-                    f"{where}: {name} has {len(getattr(config, name))} values, not z_dim {config.z_dim}."
+                    f"{where}: {name} has {len(getattr(config, name))} values, not z_dim {config.z_dim}"
                 )
         return config
 
@@ -281,12 +281,12 @@ class SchedulerConfig:
         """Reads and checks the JSON object; raises CheckpointError on what this package does not sample."""
         on = [key for key in cls._UNSUPPORTED if data.get(key)]
         if on:
-            raise CheckpointError(f"{where}: {on[0]} is on; Qwen-Image models are not sampled that way.")
+            raise CheckpointError(f"{where}: {on[0]} is on; Qwen-Image models are not sampled that way")
         # diffusers writes `false` or `null` for "no terminal stretch".
         data = {**data, "shift_terminal": data.get("shift_terminal") or 0.0}
         config = _read(cls, data, where, ignored=frozenset(cls._UNSUPPORTED))
         if config.time_shift_type not in ("exponential", "linear"):
             raise CheckpointError(
-                f"{where}: time_shift_type {config.time_shift_type!r} is neither exponential nor linear."
+                f"{where}: time_shift_type {config.time_shift_type!r} is neither exponential nor linear"
             )
         return config

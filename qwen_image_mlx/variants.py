@@ -81,7 +81,7 @@ def variant_of(class_name: object, model: str) -> Variant:
     if class_name not in VARIANTS:
         raise CheckpointError(
             f"{model} is a {class_name or 'folder without a pipeline class'} in its model_index.json; "
-            f"this version runs {', '.join(VARIANTS)}."
+            f"this version runs {', '.join(VARIANTS)}"
         )
     return VARIANTS[class_name]
 

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 def build_request(wanted: Mapping[str, Any]) -> Request:
     """What the flags, the recorded picture and the model's recommendations add up to; raises RequestError."""
     if wanted.get("prompt") is None:
-        raise RequestError("A prompt is missing: give one in quotes, or --from-image.")
+        raise RequestError("a prompt is missing: give one in quotes, or --from-image")
     settings = {field: wanted[name] for name, field in _PARAMETERS.items() if wanted.get(name) is not None}
     seed = wanted["seed"]  # a list from the flags, a number from a picture, which also has its index
     first = 0 if isinstance(seed, list) else wanted.get("image_index", 0)
@@ -128,17 +128,17 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     recorded = {name: metadata[name] for name in _RECORDED if metadata.get(name) is not None}
     for name, value in recorded.items():
         if not isinstance(value, _RECORDED[name]) or isinstance(value, bool):
-            raise RequestError(f"The picture's metadata is damaged: its {name} is {value!r}.")
+            raise RequestError(f"the picture's metadata is damaged: its {name} is {value!r}")
     return recorded
 
 
 def _size(arguments: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, int]:
     """--width and --height, or --aspect, or the recorded size, or the default bucket."""
     if (arguments.width is None) != (arguments.height is None):
-        raise RequestError("Give both --width and --height, or --aspect.")
+        raise RequestError("give both --width and --height, or --aspect")
     if arguments.width is not None:
         if arguments.aspect is not None:
-            raise RequestError("Give either --width and --height or --aspect, not both.")
+            raise RequestError("give either --width and --height or --aspect, not both")
         return {}
     if arguments.aspect is None and {"width", "height"} <= recorded.keys():
         return {}

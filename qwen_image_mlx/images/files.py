@@ -33,7 +33,7 @@ def output_path(output: str | None) -> Path:
     if not path.suffix:
         return path.with_name(path.name + ".png")
     if path.suffix.lower() != ".png":
-        raise RequestError(f"--output is {output}, but pictures are written as PNG; end the name in .png.")
+        raise RequestError(f"--output is {output}, but pictures are written as PNG; end the name in .png")
     return path
 
 
@@ -46,9 +46,9 @@ def check_writable(path: Path, nbytes: int) -> None:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise OutputError(f"Cannot write to {path.parent}: {_reason(error)}.") from error
+        raise OutputError(f"cannot write to {path.parent}: {_reason(error)}") from error
     if free < nbytes + _FREE_MARGIN:
-        raise OutputError(f"Cannot write {path}: the disk has {free / 1e6:.1f} MB left; free some space.")
+        raise OutputError(f"cannot write {path}: the disk has {free / 1e6:.1f} MB left; free some space")
 
 
 def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
@@ -71,7 +71,7 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=".", suffix=".png.partial", dir=path.parent)
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {_reason(error)}.") from error
+        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             image.save(file, "PNG", pnginfo=info)
@@ -79,11 +79,11 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
         written = _claim(path)
         os.replace(partial, written)
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {_reason(error)}.") from error
+        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
     finally:
         Path(partial).unlink(missing_ok=True)
     if written != path:
-        logger.warning("%s exists already; saved as %s.", path, written.name)
+        logger.warning("%s exists already; saved as %s", path, written.name)
     return written
 
 
@@ -94,15 +94,15 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             image.load()
             text = getattr(image, "text", {}).get(METADATA_KEY)
     except FileNotFoundError as error:
-        raise RequestError(f"There is no file {path}.") from error
+        raise RequestError(f"there is no file {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path} is not a readable picture: {error}.") from error
+        raise RequestError(f"{path} is not a readable picture: {error}") from error
     try:
         metadata = json.loads(text) if text is not None else None
     except json.JSONDecodeError:
         metadata = None
     if not isinstance(metadata, dict):
-        raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own PNG files do.")
+        raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own PNG files do")
     return metadata
 
 

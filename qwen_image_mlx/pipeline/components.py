@@ -155,5 +155,5 @@ class Components:
         config = self.snapshot.read_json(f"{component}/{name}")
         found, expected = config.get("_class_name"), CLASS_NAMES.get(component)
         if expected and found not in (None, expected):
-            raise CheckpointError(f"{component}/{name} is that of a {found}, not of a {expected}.")
+            raise CheckpointError(f"{component}/{name} is that of a {found}, not of a {expected}")
         return config

@@ -51,7 +51,7 @@ class GuidanceEncoding:
             partial.replace(path)
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
-            raise OutputError(f"The encoding could not be written to {path}: {error}.") from error
+            raise OutputError(f"the encoding could not be written to {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> GuidanceEncoding:
@@ -60,9 +60,9 @@ class GuidanceEncoding:
             arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
             mx.eval(arrays)
         except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a readable encoding: {error}.") from error
+            raise CheckpointError(f"{path} is not a readable encoding: {error}") from error
         if metadata.get("format") != _FORMAT or "positive" not in arrays:
-            raise CheckpointError(f"{path} is not an encoding saved by GuidanceEncoding.save.")
+            raise CheckpointError(f"{path} is not an encoding saved by GuidanceEncoding.save")
         known = {f.name for f in fields(EncodingSource)}
         source = {k: v for k, v in json.loads(metadata["source"]).items() if k in known}
         return cls(arrays["positive"], arrays.get("negative"), EncodingSource(**source))

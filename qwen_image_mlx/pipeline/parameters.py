@@ -51,11 +51,11 @@ class GenerationParameters:
             object.__setattr__(self, "num_inference_steps", len(self.sigmas))
         _check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         if not _is_number(self.cfg_scale) or not 1 <= self.cfg_scale <= 100:
-            raise RequestError(f"cfg_scale is {self.cfg_scale}, but must be between 1 (no guidance) and 100.")
+            raise RequestError(f"cfg_scale is {self.cfg_scale}, but must be between 1 (no guidance) and 100")
         if self.rng not in RNGS:
-            raise RequestError(f"rng is {self.rng!r}, but must be one of {', '.join(RNGS)}.")
+            raise RequestError(f"rng is {self.rng!r}, but must be one of {', '.join(RNGS)}")
         if self.shift is not None and not (_is_number(self.shift) and 0 < self.shift <= 100):
-            raise RequestError(f"shift is {self.shift}, but must be above 0 and at most 100.")
+            raise RequestError(f"shift is {self.shift}, but must be above 0 and at most 100")
 
 
 def check_size(width: int, height: int) -> None:
@@ -65,11 +65,9 @@ def check_size(width: int, height: int) -> None:
         if value % SIZE_STEP:
             below, above = value // SIZE_STEP * SIZE_STEP, -(-value // SIZE_STEP) * SIZE_STEP
             near = f"{below} and {above} are near" if below else f"{above} is the nearest"
-            raise RequestError(f"{name} is {value}, but must be a multiple of {SIZE_STEP}; {near}.")
+            raise RequestError(f"{name} is {value}, but must be a multiple of {SIZE_STEP}; {near}")
     if width * height > MAX_PIXELS:
-        raise RequestError(
-            f"{width}x{height} is {width * height / 1e6:.1f} MP; at most {MAX_PIXELS / 1e6:.1f} MP work."
-        )
+        raise RequestError(f"{width}x{height} is {width * height / 1e6:.1f} MP; at most {MAX_PIXELS / 1e6:.1f} MP work")
 
 
 def check_seed(seed: int) -> int:
@@ -81,14 +79,14 @@ def check_seed(seed: int) -> int:
 def _check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name} is {value!r}, but must be an integer {allowed}.")
+        raise RequestError(f"{name} is {value!r}, but must be an integer {allowed}")
 
 
 def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
     values = tuple(float(s) for s in sigmas)
     falling = all(a > b for a, b in pairwise(values))
     if not values or not falling or not all(0 < s <= 1 for s in values):
-        raise RequestError(f"sigmas is {list(values)}, but must be falling numbers above 0 and at most 1.")
+        raise RequestError(f"sigmas is {list(values)}, but must be falling numbers above 0 and at most 1")
     return values
 
 

@@ -74,7 +74,7 @@ class QwenImagePipeline:
             CheckpointError: the files are not those of a pipeline this package runs.
         """
         if dtype not in DTYPES:
-            raise RequestError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
+            raise RequestError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
         report = Reporter(progress)
         snapshot = HubSnapshot(
             model,
@@ -195,7 +195,7 @@ class QwenImagePipeline:
         config = self._components.transformer_config
         if config.use_layer3d_rope:
             raise CheckpointError(
-                f"The transformer of {self.model} splits pictures into layers; it cannot paint from text."
+                f"the transformer of {self.model} splits pictures into layers; it cannot paint from text"
             )
         height, width = self._latent_size(parameters)
         target = Segment(0, height // 2, width // 2)
@@ -224,7 +224,7 @@ class QwenImagePipeline:
                 ),
             )
         if not mx.isfinite(result).all().item():
-            raise QwenImageError("The painted latents are not finite: try --dtype bfloat16, or check the weights.")
+            raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
         return result
 
     def generate(
@@ -338,7 +338,7 @@ class QwenImagePipeline:
         states = encoder(ids, positions)[:, tokens.first : tokens.last]
         mx.eval(states)
         if not mx.isfinite(states).all().item():
-            raise QwenImageError("The encoded prompt is not finite: try --dtype bfloat16, or check the weights.")
+            raise QwenImageError("the encoded prompt is not finite: try --dtype bfloat16, or check the weights")
         return states
 
     def _latent_size(self, parameters: GenerationParameters) -> tuple[int, int]:
@@ -362,7 +362,7 @@ class QwenImagePipeline:
         if tuple(latents.shape) != shape:
             raise RequestError(
                 f"latents have the shape {tuple(latents.shape)}, but "
-                f"{parameters.width}x{parameters.height} pixels need {shape}."
+                f"{parameters.width}x{parameters.height} pixels need {shape}"
             )
         return mx.array(latents).astype(self.dtype)
 
@@ -370,12 +370,12 @@ class QwenImagePipeline:
         dim = self._components.transformer_config.joint_attention_dim
         if states.ndim != 3 or states.shape[0] != 1 or states.shape[2] != dim:
             raise RequestError(
-                f"The encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})."
+                f"the encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})"
             )
         if text_start([target]) + states.shape[1] > MAX_POSITION:
             raise RequestError(
                 f"{states.shape[1]} prompt tokens and {target.height}x{target.width} image tokens reach past "
-                f"position {MAX_POSITION}; shorten the prompt or make the picture smaller."
+                f"position {MAX_POSITION}; shorten the prompt or make the picture smaller"
             )
 
     def _schedule(self, parameters: GenerationParameters, image_tokens: int) -> Schedule:

@@ -67,7 +67,7 @@ class Reporter:
         if self._callback is not None:
             self._callback(progress)
             if progress._cancelled:
-                raise Cancelled(f"Cancelled during {progress.stage}.")
+                raise Cancelled(f"cancelled during {progress.stage}")
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:

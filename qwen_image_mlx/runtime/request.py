@@ -32,4 +32,4 @@ class Request:
         for seed in self.seeds:
             check_seed(seed)
         if not 1 <= len(self.image_indices) * len(self.seeds) <= MAX_IMAGES:
-            raise RequestError(f"The number of pictures must be from 1 to {MAX_IMAGES}.")
+            raise RequestError(f"the number of pictures must be from 1 to {MAX_IMAGES}")

@@ -37,7 +37,7 @@ def paint(
 ) -> Iterator[Painting]:
     """Yields the request's pictures one by one; the text encoder is gone before the first is begun."""
     if not request.prompt.strip():
-        logger.warning("The prompt is empty: the model paints whatever it likes.")
+        logger.warning("the prompt is empty: the model paints whatever it likes")
     pipeline.prepare()
     guided = request.parameters.cfg_scale > 1
     encoding = pipeline.encode_guidance_prompts(

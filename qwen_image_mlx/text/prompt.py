@@ -40,11 +40,11 @@ def tokenize_prompt(tokenizer: QwenTokenizer, variant: Variant, prompt: str) -> 
         RequestError: the prompt is not a string of whole characters.
     """
     if not isinstance(prompt, str):
-        raise RequestError(f"A prompt is {prompt!r}, but must be a string.")
+        raise RequestError(f"a prompt is {prompt!r}, but must be a string")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"The prompt is not valid text at character {error.start}; write it in UTF-8.") from error
+        raise RequestError(f"the prompt is not valid text at character {error.start}; write it in UTF-8") from error
     text = variant.template.format(prompt=prompt)
     ids, offsets = tokenizer.encode(text)
     limits = [len(ids)]
@@ -57,7 +57,7 @@ def tokenize_prompt(tokenizer: QwenTokenizer, variant: Variant, prompt: str) -> 
     cut = offsets[last - 1][1] - prompt_start if last else 0
     if cut < len(prompt):
         logger.warning(
-            "The prompt is cut after %d of its %d characters (limit: %d tokens); the last words that count: “…%s”",
+            "the prompt is cut after %d of its %d characters (limit: %d tokens); the last words that count: “…%s”",
             cut, len(prompt), last - variant.template_drop, prompt[max(0, cut - _SHOWN) : cut],
         )  # fmt: skip
     # Rows past the last one that counts cannot influence it: the encoder is causal.

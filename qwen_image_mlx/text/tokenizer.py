@@ -56,7 +56,7 @@ class QwenTokenizer:
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception for any fault in a file
-            raise CheckpointError(f"The tokenizer's files cannot be read: {error}.") from error
+            raise CheckpointError(f"the tokenizer's files cannot be read: {error}") from error
 
     def encode(self, text: str) -> Tokens:
         """Ids of the whole text, nothing added."""
@@ -71,7 +71,7 @@ class QwenTokenizer:
 def _from_vocabulary(files: Mapping[str, Path]) -> Tokenizer:
     missing = [name for name in ("vocab.json", "merges.txt") if name not in files]
     if missing:
-        raise CheckpointError(f"The tokenizer folder has no tokenizer.json and lacks {' and '.join(missing)}.")
+        raise CheckpointError(f"the tokenizer folder has no tokenizer.json and lacks {' and '.join(missing)}")
     vocab, merges = models.BPE.read_file(str(files["vocab.json"]), str(files["merges.txt"]))
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.normalizer = normalizers.NFC()
@@ -86,7 +86,7 @@ def _from_vocabulary(files: Mapping[str, Path]) -> Tokenizer:
         if tokenizer.token_to_id(token.content) is None:
             tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != number:
-            raise CheckpointError(f"The tokenizer's added token {token.content} cannot have the id {number}.")
+            raise CheckpointError(f"the tokenizer's added token {token.content} cannot have the id {number}")
     return tokenizer
 
 

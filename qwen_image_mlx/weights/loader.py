@@ -68,8 +68,8 @@ class ComponentWeights:
         said = [f"{what} {_some(names)}" for what, names in problems if names]
         if said:
             raise CheckpointError(
-                f"The {self.component} does not fit its config.json: it {'; it '.join(said)}. "
-                "Check that the files belong together, or download them again."
+                f"the {self.component} does not fit its config.json: it {'; it '.join(said)}; "
+                "check that the files belong together, or download them again"
             )
 
     def specs(self, part: str) -> list[TensorSpec]:
@@ -120,7 +120,7 @@ def evaluate(component: str, arrays: Any) -> None:
     try:
         mx.eval(arrays)
     except RuntimeError as error:
-        raise CheckpointError(f"The {component}'s files could not be read while loading: {error}.") from error
+        raise CheckpointError(f"the {component}'s files could not be read while loading: {error}") from error
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

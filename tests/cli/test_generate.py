@@ -184,7 +184,7 @@ def test_an_empty_prompt_is_painted_and_said(run):
 def test_a_prompt_over_the_limit_is_cut_and_said(run):
     code, _, err = run("generate", "one two three four " * 200, *SMALL, "--cfg-scale", 1)
     assert code == 0
-    assert "warning: The prompt is cut" in err
+    assert "warning: the prompt is cut" in err
 
 
 # --- bad input: flags -------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_an_output_that_cannot_be_written_is_said_before_any_work(run):
     Path("file").write_text("x")
     for output in ("file/fox.png", "/proc/nowhere/fox.png"):
         result = run("generate", "a fox", *SMALL, "-o", output)
-        assert "Cannot write" in error_line(result)
+        assert "cannot write" in error_line(result)
         assert "load" not in result[2]
 
 
