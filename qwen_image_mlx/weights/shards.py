@@ -77,7 +77,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             length = _header_length(start[:_LENGTH_BYTES], size)
             file.seek(_LENGTH_BYTES)
             header = _parse(file.read(length))
-        metadata = _metadata(header.pop("__metadata__", {}))
+        metadata = _metadata(header.pop("__metadata__", None) or {})  # MLX writes null for none
         entries = {name: _entry(name, value) for name, value in header.items()}
         ranges = {name: (begin, end) for name, (_, _, begin, end) in entries.items()}
         _check_layout(ranges, size - _LENGTH_BYTES - length)

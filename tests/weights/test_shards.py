@@ -224,3 +224,12 @@ def test_a_broken_promise_of_the_index(tmp_path: Path, index: dict[str, str]) ->
     files = shards(tmp_path, one=("a",), two=("b",))
     with pytest.raises(CheckpointError, match=r"two\.safetensors lacks the tensor '[az]' that its index promises"):
         component_tensors(files, index)
+
+
+def test_files_written_by_mlx_without_metadata_are_whole(tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    path = tmp_path / "mlx.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.ones((2, 3))})
+    tensors, metadata = read_header(path)
+    assert (tensors["a"].shape, metadata) == ((2, 3), {})

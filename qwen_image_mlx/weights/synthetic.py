@@ -1,0 +1,139 @@
+"""Writes checkpoints of random weights in the released layout: for smoke tests, bug reports and benchmarks.
+
+The pictures are noise, but every file, name and shape is real, so all of the code runs without a download. Weights are
+made and written shard by shard; any size fits in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from .mapping import TensorSpec, expected_tensors, weights_map
+
+TINY = {
+    "transformer": TransformerConfig(
+        num_layers=2, num_attention_heads=3, attention_head_dim=32, axes_dims_rope=(8, 12, 12), joint_attention_dim=64
+    ),
+    "text_encoder": TextEncoderConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512, rms_norm_eps=1e-6, mrope_section=(2, 3, 3),
+    ),
+    "vae": VAEConfig(base_dim=8),
+}  # fmt: skip
+# Qwen-Image-2512 as released.
+FULL = {
+    "transformer": TransformerConfig(),
+    "text_encoder": replace(TextEncoderConfig(), rms_norm_eps=1e-6),
+    "vae": VAEConfig(),
+}
+SCHEDULER = SchedulerConfig(max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02, use_dynamic_shifting=True)
+
+_CLASSES = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration"),
+    "tokenizer": ("transformers", "Qwen2Tokenizer"),
+    "transformer": ("diffusers", "QwenImageTransformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKLQwenImage"),
+}
+
+
+def write_checkpoint(
+    folder: Path,
+    configs: dict[str, Any],
+    *,
+    seed: int = 0,
+    dtype: mx.Dtype = mx.bfloat16,
+    shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes a text-to-image checkpoint with a byte-level tokenizer.
+
+    Args:
+        folder: where to; made if missing.
+        configs: config dataclasses of "transformer", "text_encoder" and "vae", such as `TINY` or `FULL`.
+        seed: of the weights.
+        dtype: of the weights.
+        shard_bytes: largest size of one file's tensors.
+
+    Returns:
+        The folder.
+    """
+    _write_json(folder / "model_index.json", {"_class_name": "QwenImagePipeline"} | _CLASSES)
+    _write_json(folder / "scheduler" / "scheduler_config.json", _class("scheduler") | asdict(SCHEDULER))
+    for number, (component, config) in enumerate(configs.items()):
+        key = mx.random.key(seed * len(configs) + number)
+        _write_json(folder / component / "config.json", _config_json(component, config))
+        _write_shards(folder / component, component, config, key, dtype, shard_bytes)
+    _write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def _write_shards(folder: Path, component: str, config: Any, key: mx.array, dtype: mx.Dtype, shard_bytes: int) -> None:
+    stem = weights_map(component)["stem"]
+    shards = list(_shards(expected_tensors(component, config).values(), dtype.size, shard_bytes))
+    index = {}
+    for number, specs in enumerate(shards, start=1):
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        name = f"{stem}{part}.safetensors"
+        keys = mx.random.split(mx.random.split(key, number)[-1], len(specs))
+        tensors = {spec.name: _values(spec, keys[n]).astype(dtype) for n, spec in enumerate(specs)}
+        mx.save_safetensors(str(folder / name), tensors, {"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": index})
+
+
+def _shards(specs: Iterable[TensorSpec], item_bytes: int, limit: int) -> Iterator[list[TensorSpec]]:
+    shard: list[TensorSpec] = []
+    size = 0
+    for spec in specs:
+        nbytes = prod(spec.shape) * item_bytes
+        if shard and size + nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(spec)
+        size += nbytes
+    yield shard
+
+
+def _values(spec: TensorSpec, key: mx.array) -> mx.array:
+    """Values that keep activations of order one: matrices by their inputs, norms around 1, biases small."""
+    noise = mx.random.normal(spec.shape, key=key)
+    if len(spec.shape) > 1 and not spec.name.endswith("gamma"):
+        return noise / prod(spec.shape[1:]) ** 0.5
+    return 0.1 * noise if spec.name.endswith("bias") else 1 + 0.1 * noise
+
+
+def _config_json(component: str, config: Any) -> dict[str, Any]:
+    if component != "text_encoder":
+        return _class(component) | asdict(config)
+    fields = asdict(config)
+    section = fields.pop("mrope_section")
+    return {"model_type": "qwen2_5_vl", **fields, "rope_scaling": {"type": "mrope", "mrope_section": section}}
+
+
+def _class(component: str) -> dict[str, str]:
+    return {"_class_name": _CLASSES[component][1]}
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One token per byte, by GPT-2's printable stand-ins for bytes, and the special tokens after them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [*map(chr, printable), *(chr(256 + n) for n in range(len(others)))]
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+    _write_json(folder / "vocab.json", {letter: n for n, letter in enumerate(letters)})
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    _write_json(folder / "added_tokens.json", {token: len(letters) + n for n, token in enumerate(special)})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
