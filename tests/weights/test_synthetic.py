@@ -39,9 +39,7 @@ def test_it_paints_the_same_picture_from_the_same_seed(tmp_path, shard_bytes):
 
 
 def test_the_script_never_writes_into_a_folder_that_exists(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path / "new"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path / "new"], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), (tmp_path / "new" / "model_index.json").exists()) == (str(tmp_path / "new"), True)
     again = subprocess.run([sys.executable, SCRIPT, tmp_path / "new"], capture_output=True, text=True, check=False)
     assert again.returncode == 2
