@@ -152,6 +152,81 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """`vision_config` of `text_encoder/config.json` (Qwen2.5-VL); defaults are the 7B model's."""
+
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    out_hidden_size: int = 3584
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "text_encoder/config.json") -> VisionConfig:
+        """Reads the `vision_config` of a text encoder's JSON object; raises CheckpointError where there is none."""
+        if not isinstance(data.get("vision_config"), dict):
+            raise CheckpointError(f"{where} has no vision_config; an editing model needs one")
+        config = _read(cls, data["vision_config"], f"{where} (vision_config)", ignored=None)
+        if config.head_dim % 4 or config.window_size % (config.patch_size * config.spatial_merge_size):
+            raise CheckpointError(f"{where}: the vision_config's head or window size does not come out even")
+        return config
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_pixels(self) -> int:
+        """Values of one patch of one frame."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def window_cells(self) -> int:
+        """Side of an attention window in merged cells."""
+        return self.window_size // self.patch_size // self.spatial_merge_size
+
+    @property
+    def merged_size(self) -> int:
+        """Width of the patches of one cell together."""
+        return self.hidden_size * self.spatial_merge_size**2
+
+    @property
+    def blocks(self) -> Iterator[dict[str, Any]]:
+        """One row per block for the weights map."""
+        return ({"n": n} for n in range(self.depth))
+
+
+@dataclass(frozen=True)
+class ImageProcessorConfig:
+    """`processor/preprocessor_config.json` (Qwen2VLImageProcessor); defaults are its class's."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "processor/preprocessor_config.json"
+    ) -> ImageProcessorConfig:
+        """Reads the pixel limits under their old names or under `size`, as `shortest_edge` and `longest_edge`."""
+        size = data.get("size") or {}
+        limits = {
+            "min_pixels": data.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
+            "max_pixels": data.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
+        }
+        data = {**data, **limits}
+        return _read(cls, {k: v for k, v in data.items() if v is not None}, where, ignored=None)
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """`vae/config.json` of an AutoencoderKLQwenImage; defaults are diffusers' own."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .errors import CheckpointError
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
+DEFAULT_EDIT_MODEL = "Qwen/Qwen-Image-Edit-2511"
 
 # The officially recommended sizes (width, height), by aspect ratio; the first is the default.
 ASPECT_SIZES: dict[str, tuple[int, int]] = {
@@ -31,13 +32,24 @@ TEXT_TEMPLATE = (
     "<|im_start|>assistant\n"
 )
 
+EDIT_TEMPLATE = (
+    "<|im_start|>system\n"
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate.<|im_end|>\n"
+    "<|im_start|>user\n{prompt}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
 NEGATIVE_2512 = (
     "低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，画面具有AI感。"
     "构图混乱。文字模糊，扭曲。"
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Variant:
     """What `_class_name` in model_index.json implies.
 
@@ -46,6 +58,13 @@ class Variant:
         template_drop: tokens of the template's start that are encoded but not handed to the transformer.
         max_tokens: tokens kept of a tokenized prompt, the template's own included (None: all).
         max_embeddings: rows kept of an encoded prompt after the drop (None: all).
+        max_images: how many pictures it edits at once (0: it paints from text; None: any number).
+        image_prompt: what stands before the prompt for each picture, with its number `{n}` from 1.
+        encoder_area: area in pixels that pictures are resized to for the text encoder.
+        reference_area: area in pixels that pictures are resized to for the transformer.
+        size_from: index of the picture whose aspect the result takes.
+        samples_references: with a mask, the transformer is shown the sampled latents that the loop blends with,
+            rather than the most likely ones.
         steps: default number of denoising steps.
         cfg_scale: default guidance scale.
         negative_prompt: recommended negative prompt.
@@ -53,11 +72,22 @@ class Variant:
 
     template: str
     template_drop: int
-    max_tokens: int | None
-    max_embeddings: int | None
+    max_tokens: int | None = None
+    max_embeddings: int | None = None
+    max_images: int | None = 0
+    image_prompt: str = ""
+    encoder_area: int = 0
+    reference_area: int = 0
+    size_from: int = 0
+    samples_references: bool = False
     steps: int
-    cfg_scale: float
+    cfg_scale: float = 4.0
     negative_prompt: str
+
+    @property
+    def edits(self) -> bool:
+        """Whether it needs pictures to work on."""
+        return self.max_images != 0
 
 
 VARIANTS: dict[str, Variant] = {
@@ -67,8 +97,29 @@ VARIANTS: dict[str, Variant] = {
         max_tokens=1024 + 34,
         max_embeddings=512,
         steps=50,
-        cfg_scale=4.0,
         negative_prompt=NEGATIVE_2512,
+    ),
+    "QwenImageEditPipeline": Variant(
+        template=EDIT_TEMPLATE,
+        template_drop=64,
+        max_images=1,
+        image_prompt=PICTURE,
+        encoder_area=1024**2,
+        reference_area=1024**2,
+        samples_references=True,
+        steps=50,
+        negative_prompt=" ",
+    ),
+    "QwenImageEditPlusPipeline": Variant(
+        template=EDIT_TEMPLATE,
+        template_drop=64,
+        max_images=None,
+        image_prompt="Picture {n}: " + PICTURE,
+        encoder_area=384**2,
+        reference_area=1024**2,
+        size_from=-1,
+        steps=40,
+        negative_prompt=" ",
     ),
 }
 

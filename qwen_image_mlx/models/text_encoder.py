@@ -22,9 +22,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.model = LanguageModel(config)
 
-    def __call__(self, ids: mx.array, positions: mx.array) -> mx.array:
-        """Final states (B, L, C) of the token ids (B, L), unpadded, at positions (3, L): time, row, column."""
-        return self.model(self.model.embed_tokens(ids), positions)
+    def embed(self, ids: mx.array) -> mx.array:
+        """Embeddings (B, L, C) of token ids (B, L)."""
+        return self.model.embed_tokens(ids)
+
+    def __call__(self, embeddings: mx.array, positions: mx.array) -> mx.array:
+        """Final states (B, L, C) of embeddings (B, L, C), unpadded, at positions (3, L): time, row, column."""
+        return self.model(embeddings, positions)
 
 
 class LanguageModel(nn.Module):
@@ -85,11 +89,11 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, dim: int, inner: int):
+    def __init__(self, dim: int, inner: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = Linear(dim, inner, bias=False)
-        self.up_proj = Linear(dim, inner, bias=False)
-        self.down_proj = Linear(inner, dim, bias=False)
+        self.gate_proj = Linear(dim, inner, bias)
+        self.up_proj = Linear(dim, inner, bias)
+        self.down_proj = Linear(inner, dim, bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))

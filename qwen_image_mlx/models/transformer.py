@@ -23,16 +23,27 @@ EPS = 1e-6
 TIME_CHANNELS = 256
 
 
+class BlockRows(NamedTuple):
+    """One block's modulation in one step.
+
+    Each is (6, D): shift, 1 + scale and gate of the attention half, then of the MLP half. Reference tokens have rows
+    of their own where the model sees them at timestep 0 (`zero_cond_t`), else they share the target's.
+    """
+
+    text: mx.array
+    target: mx.array
+    references: mx.array
+
+
 class Modulation(NamedTuple):
     """What the timestep contributes to one forward pass.
 
     Attributes:
-        blocks: for each block, the rows of the image and of the text stream; each is (6, D): shift, 1 + scale and
-            gate of the attention half, then of the MLP half.
+        blocks: the rows of each block.
         out: (2, D): 1 + scale and shift of the final norm.
     """
 
-    blocks: list[tuple[mx.array, mx.array]]
+    blocks: list[BlockRows]
     out: mx.array
 
 
@@ -51,24 +62,41 @@ class Transformer(nn.Module):
         """Encoder states (B, L, joint_attention_dim) to text tokens (B, L, D); the same in every step."""
         return self.txt_in(self.txt_norm(embeddings))
 
-    def __call__(self, latents: mx.array, text: mx.array, modulation: Modulation, rotary: Rotary) -> mx.array:
-        """Velocity (B, N, patch channels) of the packed latents (B, N, in_channels).
+    def project_references(self, latents: mx.array) -> mx.array:
+        """Packed reference latents (B, R, in_channels) to image tokens (B, R, D); the same in every step."""
+        return self.img_in(latents)
+
+    def __call__(
+        self,
+        latents: mx.array,
+        text: mx.array,
+        modulation: Modulation,
+        rotary: Rotary,
+        references: mx.array | None = None,
+    ) -> mx.array:
+        """Velocity (B, N, patch channels) of the packed target latents (B, N, in_channels).
 
         Args:
-            latents: packed latents, target first.
+            latents: packed latents of the target.
             text: `project_text`'s result (B, L, D), without padding.
             modulation: this step's rows.
-            rotary: tables for L + N tokens.
+            rotary: tables for L + N (+ R) tokens: text, target, references.
+            references: `project_references`' result (B, R, D), or None.
         """
-        img, txt = self.img_in(latents), text
+        images, txt = [self.img_in(latents)], text
+        if references is not None:
+            images.append(references)
         for block, rows in zip(self.transformer_blocks, modulation.blocks, strict=True):
-            img, txt = block(img, txt, rows, rotary)
+            images, txt = block(images, txt, rows, rotary)
         scale, shift = modulation.out
-        return self.proj_out(mx.fast.layer_norm(img, scale, shift, EPS))
+        return self.proj_out(mx.fast.layer_norm(images[0], scale, shift, EPS))
 
 
 class TransformerBlock(nn.Module):
-    """Joint attention, then one MLP per stream; the last block leaves the text stream alone, nobody reads it."""
+    """Joint attention, then an MLP on every stream; target and references share the image weights.
+
+    The last block yields the target alone: its text and its references are read by nobody.
+    """
 
     def __init__(self, config: TransformerConfig, last: bool):
         super().__init__()
@@ -79,26 +107,29 @@ class TransformerBlock(nn.Module):
         self._last = last
 
     def __call__(
-        self, img: mx.array, txt: mx.array, rows: tuple[mx.array, mx.array], rotary: Rotary
-    ) -> tuple[mx.array, mx.array]:
-        (shift1, scale1, gate1, shift2, scale2, gate2), txt_rows = rows
-        img_attn, txt_attn = self.attn(
-            mx.fast.layer_norm(img, scale1, shift1, EPS),
-            mx.fast.layer_norm(txt, txt_rows[1], txt_rows[0], EPS),
-            rotary,
-        )
-        img = gated_add(img, gate1, img_attn)
-        img = gated_add(img, gate2, self.img_mlp(mx.fast.layer_norm(img, scale2, shift2, EPS)))
+        self, images: list[mx.array], txt: mx.array, rows: BlockRows, rotary: Rotary
+    ) -> tuple[list[mx.array], mx.array]:
+        """The streams after the block; images are the target (B, N, D) and, if any, the references (B, R, D)."""
+        streams = [(txt, rows.text), *zip(images, rows[1:], strict=False)]
+        normed = [mx.fast.layer_norm(x, scale, shift, EPS) for x, (shift, scale, *_) in streams]
+        attended = self.attn(normed[0], normed[1:], rotary)
         if self._last:
-            return img, txt
-        _, _, gate1, shift2, scale2, gate2 = txt_rows
-        txt = gated_add(txt, gate1, txt_attn)
-        txt = gated_add(txt, gate2, self.txt_mlp(mx.fast.layer_norm(txt, scale2, shift2, EPS)))
-        return img, txt
+            return [_add_mlp(self.img_mlp, images[0], rows.target, attended[0])], txt
+        txt = _add_mlp(self.txt_mlp, txt, rows.text, attended[0])
+        return [
+            _add_mlp(self.img_mlp, x, row, out) for (x, row), out in zip(streams[1:], attended[1:], strict=True)
+        ], txt
+
+
+def _add_mlp(mlp: FeedForward, x: mx.array, rows: mx.array, attended: mx.array) -> mx.array:
+    """Adds a stream's attention and then its MLP, each through its gate."""
+    _, _, gate1, shift2, scale2, gate2 = rows
+    x = gated_add(x, gate1, attended)
+    return gated_add(x, gate2, mlp(mx.fast.layer_norm(x, scale2, shift2, EPS)))
 
 
 class JointAttention(nn.Module):
-    """Attention over text and image tokens together, with weights of their own for each stream."""
+    """Attention over text and image tokens together, with weights of their own for each kind."""
 
     def __init__(self, config: TransformerConfig, last: bool):
         super().__init__()
@@ -119,27 +150,31 @@ class JointAttention(nn.Module):
         self._last = last
         self._heads = (config.num_attention_heads, head_dim)
 
-    def __call__(self, img: mx.array, txt: mx.array, rotary: Rotary) -> tuple[mx.array, mx.array | None]:
-        """(B, N, D) and (B, L, D) to the same; the last block returns None for the text."""
-        length = txt.shape[1]
-        cos, sin = rotary
-        keys = [self.norm_added_k(self._split(self.add_k_proj(txt))), self.norm_k(self._split(self.to_k(img)))]
-        values = [self._split(self.add_v_proj(txt)), self._split(self.to_v(img))]
-        queries = [self.norm_q(self._split(self.to_q(img)))]
-        query_tables = cos[length:], sin[length:]
-        if not self._last:
-            queries.insert(0, self.norm_added_q(self._split(self.add_q_proj(txt))))
-            query_tables = cos, sin
-        q = rotate(mx.concatenate(queries, axis=1), *query_tables)
-        k = rotate(mx.concatenate(keys, axis=1), cos, sin)
+    def __call__(self, txt: mx.array, images: list[mx.array], rotary: Rotary) -> list[mx.array]:
+        """What each stream gathered, text first; in the last block the target's alone."""
+        lengths = [x.shape[1] for x in (txt, *images)]
+        keys = [self.norm_added_k(self._split(self.add_k_proj(txt)))]
+        keys += [self.norm_k(self._split(self.to_k(x))) for x in images]
+        values = [self._split(self.add_v_proj(txt)), *(self._split(self.to_v(x)) for x in images)]
+        if self._last:
+            asking = slice(lengths[0], lengths[0] + lengths[1])
+            queries = [self.norm_q(self._split(self.to_q(images[0])))]
+        else:
+            asking = slice(None)
+            queries = [self.norm_added_q(self._split(self.add_q_proj(txt)))]
+            queries += [self.norm_q(self._split(self.to_q(x))) for x in images]
+        q = rotate(mx.concatenate(queries, axis=1), *(table[asking] for table in rotary))
+        k = rotate(mx.concatenate(keys, axis=1), *rotary)
         v = mx.concatenate(values, axis=1)
         out = mx.fast.scaled_dot_product_attention(
             *(x.transpose(0, 2, 1, 3) for x in (q, k, v)), scale=self._heads[1] ** -0.5
         )
         out = out.transpose(0, 2, 1, 3).flatten(2)
         if self._last:
-            return self.to_out[0](out), None
-        return self.to_out[0](out[:, length:]), self.to_add_out(out[:, :length])
+            return [self.to_out[0](out)]
+        bounds = [sum(lengths[: n + 1]) for n in range(len(lengths) - 1)]
+        text_out, *image_outs = mx.split(out, bounds, axis=1)
+        return [self.to_add_out(text_out), *map(self.to_out[0], image_outs)]
 
     def _split(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:-1], *self._heads)

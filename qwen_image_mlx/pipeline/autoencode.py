@@ -25,11 +25,23 @@ def encode_mode(encoder: Encoder, config: VAEConfig, pixels: mx.array) -> mx.arr
     Returns:
         Normalised latents (B, H/8, W/8, z), fp32, evaluated.
     """
-    moments = _run(encoder.stages, pixels.astype(mx.float32))
     mean, std = _latent_statistics(config)
-    latents = (moments[..., : config.z_dim] - mean) / std
-    mx.eval(latents)
-    return latents
+    return _evaluated((encode_moments(encoder, config, pixels)[0] - mean) / std)
+
+
+def encode_moments(encoder: Encoder, config: VAEConfig, pixels: mx.array) -> tuple[mx.array, mx.array]:
+    """Mean and standard deviation of the latents of pixels, not normalised: (B, H/8, W/8, z) each, fp32, evaluated."""
+    moments = _run(encoder.stages, pixels.astype(mx.float32))
+    mean, log_variance = mx.split(moments, 2, axis=-1)
+    std = mx.exp(0.5 * mx.clip(log_variance, -30, 20))
+    mx.eval(mean, std)
+    return mean, std
+
+
+def sample_latents(config: VAEConfig, mean: mx.array, std: mx.array, noise: mx.array) -> mx.array:
+    """Normalised latents drawn from `encode_moments`' result with standard normal noise of its shape."""
+    latent_mean, latent_std = _latent_statistics(config)
+    return (mean + std * noise - latent_mean) / latent_std
 
 
 def decode(decoder: Decoder, config: VAEConfig, latents: mx.array, strips: int | None = None) -> mx.array:

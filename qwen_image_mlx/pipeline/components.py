@@ -12,11 +12,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from ..config import (
+    ImageProcessorConfig,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+    VisionConfig,
+)
 from ..errors import CheckpointError
 from ..models.text_encoder import TextEncoder
 from ..models.transformer import Transformer
 from ..models.vae import Decoder, Encoder
+from ..models.vision import VisionTower
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.loader import ComponentWeights, load_module
@@ -74,6 +82,16 @@ class Components:
         return TextEncoderConfig.from_dict(self._config("text_encoder"))
 
     @cached_property
+    def vision_config(self) -> VisionConfig:
+        """The vision tower's part of text_encoder/config.json."""
+        return VisionConfig.from_dict(self._config("text_encoder"))
+
+    @cached_property
+    def image_processor(self) -> ImageProcessorConfig:
+        """How pictures are prepared for the vision tower."""
+        return ImageProcessorConfig.from_dict(self._config("processor", "preprocessor_config.json"))
+
+    @cached_property
     def vae_config(self) -> VAEConfig:
         """vae/config.json."""
         return VAEConfig.from_dict(self._config("vae"))
@@ -93,6 +111,12 @@ class Components:
         """The language model, resident."""
         config = self.text_encoder_config
         return self._ensure("text_encoder", lambda: self._load("text_encoder", "main", TextEncoder(config), self.dtype))
+
+    @property
+    def vision(self) -> VisionTower:
+        """The vision tower, resident."""
+        config = self.vision_config
+        return self._ensure("vision", lambda: self._load("vision", "main", VisionTower(config), self.dtype))
 
     @property
     def transformer(self) -> Transformer:
@@ -132,8 +156,9 @@ class Components:
         """A component's tensors, fetched and checked once, not read."""
         if component not in self._weights:
             config, parts = getattr(self, f"{component}_config"), PARTS[component]
+            rules = weights_map(component)
             files = self.snapshot.weight_files(
-                component, weights_map(component)["stem"], keep=lambda name: needs_tensor(component, name, parts)
+                rules.get("folder", component), rules["stem"], keep=lambda name: needs_tensor(component, name, parts)
             )
             self._weights[component] = ComponentWeights(component, config, files.tensors, parts)
         return self._weights[component]

@@ -1,4 +1,4 @@
-"""The result of encoding: what guides the painting, independent of the encoder that made it."""
+"""The results of encoding: what guides the painting, independent of the encoders that made it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,33 @@ class EncodingSource:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A picture the transformer is shown.
+
+    Attributes:
+        latents: packed, normalised latents (1, height * width, 64), fp32.
+        height, width: its grid of 2x2 latent patches.
+    """
+
+    latents: mx.array
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class GuidanceEncoding:
-    """Encoded prompts, evaluated: all `generate_pixels` needs to know about them.
+    """Encoded prompts and pictures, evaluated: all `generate_pixels` needs to know about them.
 
     Attributes:
         positive: encoder states of the prompt (1, L, C).
         negative: encoder states of the negative prompt (1, M, C), or None for painting without guidance.
+        references: the pictures an editing model works on, in order.
         source: model and prompts it was made from.
     """
 
     positive: mx.array
     negative: mx.array | None = None
+    references: tuple[Reference, ...] = ()
     source: EncodingSource = field(default_factory=EncodingSource)
 
     def save(self, path: str | Path) -> None:
@@ -43,7 +59,12 @@ class GuidanceEncoding:
         arrays = {"positive": self.positive}
         if self.negative is not None:
             arrays["negative"] = self.negative
-        metadata = {"format": _FORMAT, "source": json.dumps(asdict(self.source), ensure_ascii=False)}
+        arrays |= {f"reference.{n}": reference.latents for n, reference in enumerate(self.references)}
+        metadata = {
+            "format": _FORMAT,
+            "source": json.dumps(asdict(self.source), ensure_ascii=False),
+            "grids": json.dumps([(reference.height, reference.width) for reference in self.references]),
+        }
         # mx.save_safetensors insists on this ending.
         partial = path.with_name(f".{path.name}.partial.safetensors")
         try:
@@ -65,4 +86,20 @@ class GuidanceEncoding:
             raise CheckpointError(f"{path} is not an encoding saved by GuidanceEncoding.save")
         known = {f.name for f in fields(EncodingSource)}
         source = {k: v for k, v in json.loads(metadata["source"]).items() if k in known}
-        return cls(arrays["positive"], arrays.get("negative"), EncodingSource(**source))
+        grids = json.loads(metadata["grids"])
+        references = tuple(Reference(arrays[f"reference.{n}"], *grid) for n, grid in enumerate(grids))
+        return cls(arrays["positive"], arrays.get("negative"), references, EncodingSource(**source))
+
+
+@dataclass(frozen=True)
+class InitialImage:
+    """A picture that painting starts from, instead of from noise alone.
+
+    Attributes:
+        mean, std: of its latents (1, h, w, z), as the autoencoder sees them, fp32.
+        mask: (1, h, w, 1), 1 where it is painted anew and 0 where it is kept; None: everywhere anew.
+    """
+
+    mean: mx.array
+    std: mx.array
+    mask: mx.array | None = None

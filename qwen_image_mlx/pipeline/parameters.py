@@ -29,6 +29,7 @@ class GenerationParameters:
         cfg_scale: classifier-free guidance; 1 turns it off, as does an encoding without a negative prompt.
         rng: "torch" draws the noise `torch.Generator("cpu")` would, "mlx" MLX's own.
         sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid; their number is the step count.
+        strength: how much of an initial image is painted anew, above 0 and at most 1; without one it has no effect.
         shift: one static shift instead of the checkpoint's resolution-dependent one, as distilled models want it
             (3 for Lightning).
 
@@ -43,6 +44,7 @@ class GenerationParameters:
     rng: str = "torch"
     sigmas: tuple[float, ...] | None = None
     shift: float | None = None
+    strength: float = 0.6
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
@@ -54,6 +56,8 @@ class GenerationParameters:
             raise RequestError(f"cfg_scale is {self.cfg_scale}, but must be between 1 (no guidance) and 100")
         if self.rng not in RNGS:
             raise RequestError(f"rng is {self.rng!r}, but must be one of {', '.join(RNGS)}")
+        if not _is_number(self.strength) or not 0 < self.strength <= 1:
+            raise RequestError(f"strength is {self.strength}, but must be above 0 and at most 1")
         if self.shift is not None and not (_is_number(self.shift) and 0 < self.shift <= 100):
             raise RequestError(f"shift is {self.shift}, but must be above 0 and at most 100")
 

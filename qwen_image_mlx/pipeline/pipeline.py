@@ -6,6 +6,7 @@ encoding would keep the text encoder alive. What to keep in memory between them 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,26 +14,28 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, QwenImageError, RequestError
+from ..images.files import ImageSource, open_image, open_mask
+from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_images
 from ..models.rope import MAX_POSITION, Segment, rotary_tables, text_start
-from ..models.text_encoder import TextEncoder
 from ..models.transformer import Modulation
 from ..sampling.denoise import Guidance, denoise
-from ..sampling.latents import pack_latents, unpack_latents
-from ..sampling.noise import draw_normal
+from ..sampling.latents import unpack_latents
 from ..sampling.schedule import Schedule, exponential_mu, make_schedule, static_shift, uniform_sigmas
-from ..text.prompt import TokenizedPrompt, tokenize_prompt
+from ..text.prompt import tokenize_prompt
 from ..variants import ASPECT_SIZES, DEFAULT_MODEL, Variant
 from ..weights.modulation import modulation_table
 from ..weights.snapshot import HubSnapshot
 from .autoencode import decode
 from .components import Components
-from .conditioning import EncodingSource, GuidanceEncoding
-from .parameters import DTYPES, GenerationParameters, check_seed
+from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
+from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
+from .parameters import DTYPES, GenerationParameters, check_seed, check_size
 from .progress import Progress, ProgressCallback, Reporter
+from .start import Start, start
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image as PILImage
 
 _WIDTH, _HEIGHT = next(iter(ASPECT_SIZES.values()))
 
@@ -118,33 +121,81 @@ class QwenImagePipeline:
     # The two core calls -----------------------------------------------------------------------------------------
 
     def encode_guidance_prompts(
-        self, prompt: str, negative_prompt: str | None = None, *, progress: ProgressCallback | None = None
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        *,
+        images: Sequence[ImageSource] = (),
+        reference_pixels: int | None = None,
+        sequential_positions: bool = False,
+        progress: ProgressCallback | None = None,
     ) -> GuidanceEncoding:
-        """Encodes what to paint and, if given, what to avoid.
+        """Encodes what to paint and, if given, what to avoid, and the pictures to work on.
 
         Args:
             prompt: what to paint; may be empty (the picture is then the model's own idea), and is cut at the limit of
                 the reference with a warning.
             negative_prompt: what to avoid; None paints without guidance, "" and " " are prompts like any other.
+            images: for an editing model, its pictures: PIL images, uint8 arrays (H, W, 3 or 4), paths or bytes.
+            reference_pixels: at most so many pixels of each picture are shown to the transformer; None is the model's
+                own area, about 1 MP. Every reference costs as much time per step as a target of its size.
+            sequential_positions: number the tokens 0, 1, 2, … in spite of pictures, to compare with libraries that
+                lost the three position axes.
             progress: replaces the pipeline's own callback during the call.
 
         Returns:
-            The encoding, evaluated and independent of the text encoder.
+            The encoding, evaluated and independent of the encoders.
 
         Raises:
+            RequestError: a picture cannot be read, or the model does not take so many.
             QwenImageError: the encoder's output is not finite, which float16 can cause.
         """
+        parts = self._components
+        pictures = self._open_images(images)
         with self._report.using(progress):
             prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-            tokens = [tokenize_prompt(self._components.tokenizer, self.variant, text) for text in prompts]
-            encoder = self._components.text_encoder
-            with self._report.stage("encode"):
-                states = [self._encode(encoder, prompt_tokens) for prompt_tokens in tokens]
+            grids = [feature_grid(parts, picture) for picture in pictures]
+            tokens = [
+                tokenize_prompt(parts.tokenizer, self.variant, text, grids, sequential_positions) for text in prompts
+            ]
+            features = None
+            if pictures:
+                _ = parts.vision
+                with self._report.stage("encode", "pictures"):
+                    features = encode_vision(parts, pictures)
+            encoder = parts.text_encoder
+            with self._report.stage("encode", "prompts"):
+                states = [encode_prompt(encoder, prompt_tokens, features) for prompt_tokens in tokens]
+            references = ()
+            if pictures:
+                _ = parts.vae_encoder
+                with self._report.stage("encode", "references"):
+                    references = encode_references(parts, pictures, reference_pixels)
         return GuidanceEncoding(
             states[0],
             states[1] if negative_prompt is not None else None,
+            references,
             EncodingSource(self.model, self.revision, prompt, negative_prompt),
         )
+
+    def encode_initial_image(self, image: ImageSource, size: Size, mask: ImageSource | None = None) -> InitialImage:
+        """Encodes a picture to start painting from (image to image), or to keep where a mask is black (inpainting).
+
+        Args:
+            image: the picture; resized to `size` whatever its aspect.
+            size: (width, height) of the picture to be painted, multiples of 16.
+            mask: grey values; at least a half (white) is painted anew.
+
+        Returns:
+            What `generate_pixels` takes as `initial`.
+        """
+        check_size(*size)
+        opened = None if mask is None else open_mask(mask)
+        return encode_initial_image(self._components, open_image(image), size, opened)
+
+    def output_size(self, images: Sequence[ImageSource], area: int = 1024 * 1024) -> Size:
+        """(width, height) of about `area` pixels that an edit of these pictures has unless another is asked for."""
+        return size_of_area(area, self._open_images(images)[self.variant.size_from].size)
 
     def generate_pixels(
         self,
@@ -154,6 +205,7 @@ class QwenImagePipeline:
         seed: int = 0,
         image_index: int = 0,
         latents: mx.array | np.ndarray | None = None,
+        initial: InitialImage | None = None,
         progress: ProgressCallback | None = None,
     ) -> mx.array:
         """Paints one picture.
@@ -163,19 +215,22 @@ class QwenImagePipeline:
             encoding: from `encode_guidance_prompts`, of this process or another.
             seed: of the initial noise, 0 … 2**64 - 1.
             image_index: which of the pictures that one seed gives, as in the reference's num_images_per_prompt.
-            latents: packed initial noise (1, N, 64) instead of seed and image_index.
+            latents: packed initial noise (1, N, 64) instead of the seed's.
+            initial: from `encode_initial_image`: a picture of which `parameters.strength` is painted anew.
             progress: replaces the pipeline's own callback during the call; told of every step, and can cancel.
 
         Returns:
             Pixels (frames, height, width, channels) in [0, 1], fp32, evaluated; one frame for text to image.
 
         Raises:
-            RequestError: encoding or latents do not fit the model.
+            RequestError: encoding, latents or initial image do not fit the model or the size.
             Cancelled: the callback asked to stop.
             QwenImageError: the result is not finite.
         """
         with self._report.using(progress):
-            tokens = self.denoise_latents(parameters, encoding, seed=seed, image_index=image_index, latents=latents)
+            tokens = self.denoise_latents(
+                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial
+            )
             height, width = self._latent_size(parameters)
             decoder = self._components.vae_decoder
             with self._report.stage("decode"):
@@ -189,39 +244,47 @@ class QwenImagePipeline:
         seed: int = 0,
         image_index: int = 0,
         latents: mx.array | np.ndarray | None = None,
+        initial: InitialImage | None = None,
         progress: ProgressCallback | None = None,
     ) -> mx.array:
         """The first half of `generate_pixels`: packed clean latents (1, N, 64) in the model's dtype, evaluated."""
         config = self._components.transformer_config
         if config.use_layer3d_rope:
-            raise CheckpointError(
-                f"the transformer of {self.model} splits pictures into layers; it cannot paint from text"
-            )
+            raise CheckpointError(f"{self.model} splits pictures into layers; it cannot paint from text alone")
+        if self.variant.edits and not encoding.references:
+            raise RequestError(f"{self.model} edits pictures; the encoding holds none")
         height, width = self._latent_size(parameters)
         target = Segment(0, height // 2, width // 2)
-        noise = self._initial_latents(latents, target, parameters, seed, image_index)
+        schedule = self._schedule(parameters, target.length)
+        start = self._start(parameters, schedule, target, check_seed(seed), image_index, latents, initial)
+        references = encoding.references
+        if start.blended and self.variant.samples_references:
+            references = (Reference(start.image, target.height, target.width),)
+        segments = [target, *(Segment(n + 1, r.height, r.width) for n, r in enumerate(references))]
         guided = parameters.cfg_scale > 1 and encoding.negative is not None
         branches = [encoding.positive, encoding.negative] if guided else [encoding.positive]
         for states in branches:
-            self._check_states(states, target)
+            self._check_states(states, segments)
 
         with self._report.using(progress):
-            schedule = self._schedule(parameters, target.length)
-            table = self._modulation(schedule)
+            table = self._modulation(start.schedule)
             transformer = self._components.transformer
             text = [transformer.project_text(states.astype(self.dtype)) for states in branches]
-            rotary = [rotary_tables([target], states.shape[1], config.axes_dims_rope) for states in branches]
-            mx.eval(text, rotary)
-            steps = schedule.num_steps
-            self._report(Progress("denoise", 0, steps, sigma=float(schedule.sigmas[0]), latents=noise))
+            rotary = [rotary_tables(segments, states.shape[1], config.axes_dims_rope) for states in branches]
+            shown = None
+            if references:
+                shown = mx.concatenate([r.latents for r in references], axis=1).astype(self.dtype)
+                shown = transformer.project_references(shown)
+            mx.eval(text, rotary, [] if shown is None else shown)
+            steps, sigmas = start.schedule.num_steps, start.schedule.sigmas
+            self._report(Progress("denoise", 0, steps, sigma=float(sigmas[0]), latents=start.latents))
             result = denoise(
-                lambda x, step, branch: transformer(x, text[branch], table[step], rotary[branch]),
-                noise,
-                schedule,
+                lambda x, step, branch: transformer(x, text[branch], table[step], rotary[branch], shown),
+                start.latents,
+                start.schedule,
                 Guidance(parameters.cfg_scale, renormalize=True) if guided else None,
-                lambda done, x: self._report(
-                    Progress("denoise", done, steps, sigma=float(schedule.sigmas[done]), latents=x)
-                ),
+                lambda done, x: self._report(Progress("denoise", done, steps, sigma=float(sigmas[done]), latents=x)),
+                start.blend if start.blended else None,
             )
         if not mx.isfinite(result).all().item():
             raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
@@ -241,7 +304,7 @@ class QwenImagePipeline:
         rng: str = "torch",
         staged: bool = True,
         progress: ProgressCallback | None = None,
-    ) -> list[Image]:
+    ) -> list[PILImage]:
         """Both core calls in one, for a picture or a few.
 
         Args:
@@ -282,12 +345,12 @@ class QwenImagePipeline:
     # Memory: a released component comes back by itself when it is next needed -------------------------------------
 
     def release_encoders(self) -> None:
-        """Gives back the memory of all that encodes: text encoder and tokenizer."""
-        self._components.release("text_encoder", "tokenizer")
+        """Gives back the memory of all that encodes: text encoder, vision tower, tokenizer, the VAE's encoder."""
+        self._components.release("text_encoder", "vision", "tokenizer", "vae_encoder")
 
     def release_text_encoder(self) -> None:
-        """Gives back the text encoder's memory."""
-        self._components.release("text_encoder")
+        """Gives back the memory of the text encoder and of its vision tower."""
+        self._components.release("text_encoder", "vision")
 
     def release_tokenizer(self) -> None:
         """Gives back the tokenizer's memory."""
@@ -332,50 +395,57 @@ class QwenImagePipeline:
 
     # Steps of the above -------------------------------------------------------------------------------------------
 
-    def _encode(self, encoder: TextEncoder, tokens: TokenizedPrompt) -> mx.array:
-        ids = mx.array([tokens.ids])
-        positions = mx.broadcast_to(mx.arange(ids.shape[1]), (3, ids.shape[1]))
-        states = encoder(ids, positions)[:, tokens.first : tokens.last]
-        mx.eval(states)
-        if not mx.isfinite(states).all().item():
-            raise QwenImageError("the encoded prompt is not finite: try --dtype bfloat16, or check the weights")
-        return states
+    def _open_images(self, images: Sequence[ImageSource]) -> list[PILImage]:
+        limit = self.variant.max_images
+        if self.variant.edits and not images:
+            raise RequestError(f"{self.model} edits pictures; give it at least one")
+        if images and not self.variant.edits:
+            raise RequestError(f"{self.model} paints from text; only an editing model takes pictures to work on")
+        if limit is not None and len(images) > limit:
+            raise RequestError(f"{self.model} edits {limit} picture at a time, but {len(images)} are given")
+        return [open_image(image) for image in images]
 
     def _latent_size(self, parameters: GenerationParameters) -> tuple[int, int]:
         factor = self._components.vae_config.spatial_factor
         return parameters.height // factor, parameters.width // factor
 
-    def _initial_latents(
+    def _start(
         self,
-        latents: mx.array | np.ndarray | None,
-        target: Segment,
         parameters: GenerationParameters,
+        schedule: Schedule,
+        target: Segment,
         seed: int,
         image_index: int,
-    ) -> mx.array:
-        if latents is None:
-            # Drawn in the reference's order, channels first: (B, 1, C, h, w).
-            shape = (1, self._components.vae_config.z_dim, 2 * target.height, 2 * target.width)
-            noise = draw_normal(shape, seed=check_seed(seed), index=image_index, rng=parameters.rng)
-            return pack_latents(noise.transpose(0, 2, 3, 1)).astype(self.dtype)
-        shape = (1, target.length, self._components.transformer_config.in_channels)
-        if tuple(latents.shape) != shape:
+        latents: mx.array | np.ndarray | None,
+        initial: InitialImage | None,
+    ) -> Start:
+        if latents is not None:
+            shape = (1, target.length, self._components.transformer_config.in_channels)
+            if tuple(latents.shape) != shape:
+                raise RequestError(
+                    f"latents have the shape {tuple(latents.shape)}, but "
+                    f"{parameters.width}x{parameters.height} pixels need {shape}"
+                )
+            latents = mx.array(latents)
+        if initial is not None and initial.mean.shape[1:3] != (2 * target.height, 2 * target.width):
+            height, width = (8 * side for side in initial.mean.shape[1:3])
             raise RequestError(
-                f"latents have the shape {tuple(latents.shape)}, but "
-                f"{parameters.width}x{parameters.height} pixels need {shape}"
+                f"the initial image was encoded at {width}x{height}, not at {parameters.width}x{parameters.height}"
             )
-        return mx.array(latents).astype(self.dtype)
+        return start(
+            self._components.vae_config, schedule, parameters, target, seed, image_index, latents, initial, self.dtype
+        )
 
-    def _check_states(self, states: mx.array, target: Segment) -> None:
+    def _check_states(self, states: mx.array, segments: Sequence[Segment]) -> None:
         dim = self._components.transformer_config.joint_attention_dim
         if states.ndim != 3 or states.shape[0] != 1 or states.shape[2] != dim:
             raise RequestError(
                 f"the encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})"
             )
-        if text_start([target]) + states.shape[1] > MAX_POSITION:
+        if text_start(segments) + states.shape[1] > MAX_POSITION:
             raise RequestError(
-                f"{states.shape[1]} prompt tokens and {target.height}x{target.width} image tokens reach past "
-                f"position {MAX_POSITION}; shorten the prompt or make the picture smaller"
+                f"{states.shape[1]} prompt tokens beside pictures of this size reach past position {MAX_POSITION}; "
+                "shorten the prompt or make the picture smaller"
             )
 
     def _schedule(self, parameters: GenerationParameters, image_tokens: int) -> Schedule:
@@ -390,6 +460,7 @@ class QwenImagePipeline:
         if self._table is None or not np.array_equal(self._table[0].sigmas, schedule.sigmas):
             self._table = None
             weights = self._components.weights("transformer")
+            zero_cond_t = self._components.transformer_config.zero_cond_t
             with self._report.stage("load", "modulation"):
-                self._table = schedule, modulation_table(weights, schedule.timesteps, self.dtype)
+                self._table = schedule, modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t)
         return self._table[1]

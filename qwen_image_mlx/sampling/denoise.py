@@ -16,6 +16,7 @@ from .schedule import Schedule
 # (latents, step, branch) -> velocity; branch 0 follows the prompt, branch 1 the negative prompt.
 Velocity = Callable[[mx.array, int, int], mx.array]
 OnStep = Callable[[int, mx.array], None]
+Blend = Callable[[int, mx.array], mx.array]
 
 
 class Guidance(NamedTuple):
@@ -31,6 +32,7 @@ def denoise(
     schedule: Schedule,
     guidance: Guidance | None,
     on_step: OnStep | None = None,
+    blend: Blend | None = None,
 ) -> mx.array:
     """Runs every step of the schedule.
 
@@ -40,6 +42,7 @@ def denoise(
         schedule: the sigmas.
         guidance: None for a single pass.
         on_step: called after each step with the number of steps done and the latents, evaluated.
+        blend: replaces the latents after each step, given the number of steps done.
 
     Returns:
         The clean latents (B, N, C), evaluated.
@@ -49,6 +52,8 @@ def denoise(
         if guidance is not None:
             prediction = guide(prediction, velocity(latents, step, 1), guidance)
         latents = euler_step(latents, prediction, schedule.dt(step))
+        if blend is not None:
+            latents = blend(step + 1, latents)
         mx.eval(latents)
         if on_step is not None:
             on_step(step + 1, latents)

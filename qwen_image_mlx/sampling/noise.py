@@ -7,6 +7,8 @@ that a seed from a model card gives the same picture. Source: ATen's normal_fill
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import numpy as np
 
@@ -24,16 +26,17 @@ class TorchGenerator:
     def __init__(self, seed: int):
         self._state = np.random.RandomState(seed & 0xFFFFFFFF)
 
-    def normal(self, count: int) -> np.ndarray:
-        """float32 (count,), as `torch.randn(count)`; count is at least 16, where torch changes its method."""
-        assert count >= _BLOCK, count
+    def normal(self, shape: tuple[int, ...]) -> mx.array:
+        """fp32, as `torch.randn(shape)`; of at least 16 values, as torch draws fewer in another way."""
+        count = math.prod(shape)
+        assert count >= _BLOCK, shape
         uniform = self._uniform(count)
         whole = count - count % _BLOCK
         out = np.empty(count, np.float32)
         out[:whole] = _box_muller(uniform[:whole])
         if whole < count:
             out[-_BLOCK:] = _box_muller(self._uniform(_BLOCK))
-        return out
+        return mx.array(out.reshape(shape))
 
     def _uniform(self, count: int) -> np.ndarray:
         words = np.frombuffer(self._state.bytes(4 * count), dtype="<u4")
@@ -47,19 +50,22 @@ def _box_muller(uniform: np.ndarray) -> np.ndarray:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
 
 
-def draw_normal(shape: tuple[int, ...], *, seed: int, index: int = 0, rng: str = "torch") -> mx.array:
-    """Standard normal noise, float32.
+class MLXGenerator:
+    """MLX's own noise, from a key; consecutive draws differ.
 
     Args:
-        shape: shape of one draw.
         seed: 0 … 2**64 - 1.
-        index: which of several consecutive draws of this shape; number k of `num_images_per_prompt` in the reference.
-        rng: "torch" for the reference's values on the CPU, "mlx" for MLX's own.
     """
-    if rng == "mlx":
-        return mx.random.normal(shape, key=mx.random.split(mx.random.key(seed), index + 1)[index])
-    generator = TorchGenerator(seed)
-    count = int(np.prod(shape))
-    for _ in range(index):
-        generator.normal(count)
-    return mx.array(generator.normal(count).reshape(shape))
+
+    def __init__(self, seed: int):
+        self._key = mx.random.key(seed)
+
+    def normal(self, shape: tuple[int, ...]) -> mx.array:
+        """Standard normal noise, fp32."""
+        self._key, key = mx.random.split(self._key)
+        return mx.random.normal(shape, key=key)
+
+
+def generator(rng: str, seed: int) -> TorchGenerator | MLXGenerator:
+    """The stream of noise a seed stands for; `rng` is one of `RNGS`."""
+    return {"torch": TorchGenerator, "mlx": MLXGenerator}[rng](seed)

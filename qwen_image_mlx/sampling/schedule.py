@@ -35,6 +35,14 @@ class Schedule:
         """float32 (steps,): what the transformer is told, in [0, 1]."""
         return self.sigmas[:-1]
 
+    def last(self, strength: float) -> Schedule:
+        """The last steps, for a picture that is only partly painted anew: `strength` of all, rounded as the reference.
+
+        Source: get_timesteps of diffusers' QwenImageImg2ImgPipeline. May have no steps at all.
+        """
+        skipped = int(max(self.num_steps - min(self.num_steps * strength, self.num_steps), 0))
+        return Schedule(self.sigmas[skipped:])
+
     def dt(self, step: int) -> float:
         """Change of sigma in a step; negative."""
         return float(self.sigmas[step + 1] - self.sigmas[step])

@@ -1,12 +1,16 @@
-"""From a prompt and a template to the token ids the text encoder runs, and the rows of its output that count.
+"""From a prompt, its pictures and a template to what the text encoder runs, and the rows of its output that count.
 
-Knows nothing of arrays or models. Source: the pipelines' _get_qwen_prompt_embeds and encode_prompt.
+Sources: the pipelines' _get_qwen_prompt_embeds and encode_prompt; Qwen2VLProcessor; get_rope_index of Qwen2.5-VL.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
 
 from ..errors import RequestError
 from ..variants import Variant
@@ -14,6 +18,7 @@ from .tokenizer import QwenTokenizer
 
 logger = logging.getLogger(__name__)
 
+IMAGE_PAD = "<|image_pad|>"
 _SHOWN = 60  # characters of a cut prompt's end that a warning quotes
 
 
@@ -22,22 +27,40 @@ class TokenizedPrompt:
     """What the text encoder is given.
 
     Attributes:
-        ids: token ids of template and prompt.
+        ids: int32 (L,): token ids of template, pictures and prompt.
+        is_image: bool (L,): which tokens stand for a picture's features.
+        positions: int32 (3, L): time, row and column of each token.
         first, last: the half-open range of the encoder's output rows that go to the transformer.
     """
 
-    ids: tuple[int, ...]
+    ids: np.ndarray
+    is_image: np.ndarray
+    positions: np.ndarray
     first: int
     last: int
 
 
-def tokenize_prompt(tokenizer: QwenTokenizer, variant: Variant, prompt: str) -> TokenizedPrompt:
+def tokenize_prompt(
+    tokenizer: QwenTokenizer,
+    variant: Variant,
+    prompt: str,
+    grids: Sequence[tuple[int, int]] = (),
+    sequential_positions: bool = False,
+) -> TokenizedPrompt:
     """Fills the template, tokenizes the whole (never template and prompt apart: they may merge), and cuts.
 
     A prompt over the limit is cut where the reference cuts it, with a warning that quotes the last words that count.
 
+    Args:
+        tokenizer: the checkpoint's.
+        variant: the pipeline's row: template and limits.
+        prompt: what the user wrote.
+        grids: for each picture, the rows and columns of its features.
+        sequential_positions: number the tokens 0, 1, 2, … although there are pictures, as libraries do that lost the
+            three position axes.
+
     Raises:
-        RequestError: the prompt is not a string of whole characters.
+        RequestError: the prompt is not a string of whole characters, or itself holds a picture's placeholder.
     """
     if not isinstance(prompt, str):
         raise RequestError(f"a prompt is {prompt!r}, but must be a string")
@@ -45,20 +68,69 @@ def tokenize_prompt(tokenizer: QwenTokenizer, variant: Variant, prompt: str) -> 
         prompt.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt is not valid text at character {error.start}; write it in UTF-8") from error
-    text = variant.template.format(prompt=prompt)
+    pictures = "".join(variant.image_prompt.format(n=n + 1) for n in range(len(grids)))
+    head = variant.template.split("{prompt}")[0] + pictures
+    text = variant.template.format(prompt=pictures + prompt)
     ids, offsets = tokenizer.encode(text)
-    limits = [len(ids)]
-    if variant.max_tokens is not None:
-        limits.append(variant.max_tokens)
-    if variant.max_embeddings is not None:
-        limits.append(variant.template_drop + variant.max_embeddings)
-    last = min(limits)
-    prompt_start = variant.template.index("{prompt}")
-    cut = offsets[last - 1][1] - prompt_start if last else 0
+    last = min(
+        len(ids),
+        variant.max_tokens or len(ids),
+        variant.template_drop + variant.max_embeddings if variant.max_embeddings else len(ids),
+    )
+    cut = offsets[last - 1][1] - len(head)
     if cut < len(prompt):
         logger.warning(
             "the prompt is cut after %d of its %d characters (limit: %d tokens); the last words that count: “…%s”",
             cut, len(prompt), last - variant.template_drop, prompt[max(0, cut - _SHOWN) : cut],
         )  # fmt: skip
     # Rows past the last one that counts cannot influence it: the encoder is causal.
-    return TokenizedPrompt(tuple(ids[:last]), min(variant.template_drop, last), last)
+    short = np.array(ids[:last], dtype=np.int32)
+    slots = np.flatnonzero(short == tokenizer.token_id(IMAGE_PAD)) if grids else np.array([], dtype=np.int64)
+    if len(slots) != len(grids):
+        raise RequestError(f"the prompt itself holds the token {IMAGE_PAD}, which stands for a picture; take it out")
+    counts = np.ones(len(short), dtype=np.int64)
+    counts[slots] = [rows * cols for rows, cols in grids]
+    long = np.repeat(short, counts)
+    is_image = np.repeat(np.isin(np.arange(len(short)), slots), counts)
+    positions = _positions(len(short), dict(zip(slots.tolist(), grids, strict=True)))
+    if sequential_positions:
+        positions = np.broadcast_to(np.arange(len(long), dtype=np.int32), positions.shape)
+    return TokenizedPrompt(long, is_image, positions, min(variant.template_drop, len(long)), len(long))
+
+
+def _positions(length: int, pictures: dict[int, tuple[int, int]]) -> np.ndarray:
+    """(3, L): text counts up on all axes; a picture spreads over rows and columns, and takes its longer side."""
+    runs, start, begin = [], 0, 0
+    for slot in (*sorted(pictures), length):
+        text = np.arange(slot - begin) + start
+        runs.append(np.stack([text] * 3))
+        start += slot - begin
+        if slot < length:
+            rows, cols = pictures[slot]
+            grid = np.stack([np.zeros((rows, cols), np.int64), *np.indices((rows, cols))])
+            runs.append(grid.reshape(3, -1) + start)
+            start += max(rows, cols)
+        begin = slot + 1
+    return np.concatenate(runs, axis=1).astype(np.int32)
+
+
+def replace_vision_tokens(embeddings: mx.array, is_image: np.ndarray, features: mx.array) -> mx.array:
+    """Puts pictures' features in the places of their placeholders, in order.
+
+    Args:
+        embeddings: (1, L, C) of all tokens.
+        is_image: (L,) which of them are placeholders.
+        features: (n, C).
+
+    Returns:
+        (1, L, C).
+
+    Raises:
+        RequestError: there are not as many placeholders as features.
+    """
+    count = int(is_image.sum())
+    if count != features.shape[0]:
+        raise RequestError(f"{count} places for picture features, but {features.shape[0]} features")
+    source = np.where(is_image, np.cumsum(is_image) - 1, 0)
+    placed = mx.take(features, mx.array(source), axis=0)
+    return mx.where(mx.array(is_image)[None, :, None], placed[None], embeddings)

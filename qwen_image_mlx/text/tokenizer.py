@@ -63,6 +63,13 @@ class QwenTokenizer:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return Tokens(encoding.ids, encoding.offsets)
 
+    def token_id(self, token: str) -> int:
+        """Id of a token such as "<|image_pad|>"; raises CheckpointError if the vocabulary lacks it."""
+        number = self._tokenizer.token_to_id(token)
+        if number is None:
+            raise CheckpointError(f"the tokenizer has no token {token}; this is not a Qwen2.5-VL tokenizer")
+        return number
+
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens skipped."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)

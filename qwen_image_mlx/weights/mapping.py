@@ -37,6 +37,7 @@ LAYOUTS: dict[str, Callable[[mx.array], mx.array]] = {
     "conv": _last_tap_ohwi,
     "matrix": lambda w: w.reshape(w.shape[:2]),
     "vector": lambda w: w.reshape(-1),
+    "summed_taps": lambda w: w.astype(mx.float32).sum(axis=2).reshape(w.shape[0], -1),
 }
 
 
@@ -59,7 +60,7 @@ class TensorSpec:
 
 @cache
 def weights_map(component: str) -> Mapping[str, Any]:
-    """The parsed map of a component: "transformer", "text_encoder" or "vae"."""
+    """The parsed map of a component: "transformer", "text_encoder", "vision" or "vae"."""
     for folder in _FOLDERS:
         path = folder / f"{component}.json"
         if path.is_file():

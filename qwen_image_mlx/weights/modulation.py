@@ -12,19 +12,22 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.transformer import Modulation, timestep_features
+from ..models.transformer import BlockRows, Modulation, timestep_features
 from .loader import ComponentWeights, evaluate
 
 _TIME = "time_text_embed.timestep_embedder"
 
 
-def modulation_table(weights: ComponentWeights, timesteps: Sequence[float], dtype: mx.Dtype) -> list[Modulation]:
+def modulation_table(
+    weights: ComponentWeights, timesteps: Sequence[float], dtype: mx.Dtype, zero_cond_t: bool = False
+) -> list[Modulation]:
     """The modulation of every step of a schedule.
 
     Args:
         weights: the transformer's weights, with the part "modulation".
         timesteps: sigma as the model is given it, in [0, 1]; rounded to `dtype` here, as the reference does.
         dtype: dtype of the rows.
+        zero_cond_t: reference tokens are modulated as at timestep 0, whatever the step.
 
     Returns:
         One `Modulation` per timestep; its rows are views into one array per block and stream.
@@ -36,7 +39,8 @@ def modulation_table(weights: ComponentWeights, timesteps: Sequence[float], dtyp
         return mx.addmm(b, x, w.T)
 
     # The reference casts 1000 sigma to the model's dtype and divides there: bf16 moves a timestep by up to 0.4%.
-    rounded = (1000 * mx.array(timesteps, dtype=mx.float32)).astype(dtype) / mx.array(1000, dtype=dtype)
+    steps = len(timesteps)
+    rounded = (1000 * mx.array([*map(float, timesteps), 0.0], dtype=mx.float32)).astype(dtype) / mx.array(1000, dtype=dtype)
     hidden = nn.silu(linear(f"{_TIME}.linear_1", timestep_features(rounded).astype(dtype)))
     embedding = linear(f"{_TIME}.linear_2", hidden)
     if "time_text_embed.addition_t_embedding.weight" in arrays:
@@ -45,17 +49,19 @@ def modulation_table(weights: ComponentWeights, timesteps: Sequence[float], dtyp
     embedding = nn.silu(embedding)
 
     def rows(name: str, scales: tuple[int, ...]) -> mx.array:
-        """(steps, rows, D), with 1 added to the rows that scale, evaluated."""
-        out = linear(name, embedding)
-        out = out.reshape(len(timesteps), -1, embedding.shape[-1])
+        """(steps + 1, rows, D), with 1 added to the rows that scale, evaluated; the last is of timestep 0."""
+        out = linear(name, embedding).reshape(steps + 1, -1, embedding.shape[-1])
         out = mx.stack([out[:, i] + 1 if i in scales else out[:, i] for i in range(out.shape[1])], axis=1)
         evaluate(weights.component, out)
         return out
 
     num_blocks = sum(name.endswith(".img_mod.1.weight") for name in arrays)
     blocks = [
-        tuple(rows(f"transformer_blocks.{n}.{stream}_mod.1", scales=(1, 4)) for stream in ("img", "txt"))
+        tuple(rows(f"transformer_blocks.{n}.{stream}_mod.1", scales=(1, 4)) for stream in ("txt", "img"))
         for n in range(num_blocks)
     ]
     out = rows("norm_out.linear", scales=(0,))
-    return [Modulation([(img[i], txt[i]) for img, txt in blocks], out[i]) for i in range(len(timesteps))]
+    return [
+        Modulation([BlockRows(txt[i], img[i], img[-1 if zero_cond_t else i]) for txt, img in blocks], out[i])
+        for i in range(steps)
+    ]

@@ -11,7 +11,7 @@ from reference import TINY, make_transformer, to_numpy
 
 from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.models.rope import Segment, rotary_tables, text_start
-from qwen_image_mlx.models.transformer import Modulation, Transformer
+from qwen_image_mlx.models.transformer import BlockRows, Modulation, Transformer
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.modulation import modulation_table
 from qwen_image_mlx.weights.shards import component_tensors, read_header
@@ -97,6 +97,32 @@ def test_timestep_reaches_the_result_as_in_the_reference(pair, timestep):
     assert relative(ours, both.reference(latents, text, (4, 4), (timestep + 0.3) % 1.2)) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["tiny", "four blocks", "zero_cond_t", "one block"])
+@pytest.mark.parametrize("references", [[(4, 6)], [(3, 5), (8, 2)], [(2, 2), (6, 6), (1, 9)]], ids=len)
+def test_references_equal_the_reference(pair, name, references):
+    both, grid = pair(name), (4, 5)
+    latents, text = both.inputs(grid, length=6)
+    given = np.concatenate([both.inputs(g, 1, seed=n + 5)[0] for n, g in enumerate(references)], axis=1)
+    with torch.no_grad():
+        expected = both.theirs(
+            hidden_states=torch.from_numpy(np.concatenate([latents, given], axis=1)),
+            encoder_hidden_states=torch.from_numpy(text),
+            timestep=torch.tensor([0.4]),
+            img_shapes=[[(1, *g) for g in (grid, *references)]],
+            return_dict=False,
+        )[0][:, : latents.shape[1]]
+    segments = [Segment(n, *g) for n, g in enumerate((grid, *references))]
+    table = modulation_table(both.weights, [0.4], mx.float32, both.config.zero_cond_t)
+    ours = both.ours(
+        mx.array(latents),
+        both.ours.project_text(mx.array(text)),
+        table[0],
+        rotary_tables(segments, 6, both.config.axes_dims_rope),
+        both.ours.project_references(mx.array(given)),
+    )
+    assert relative(ours, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_any_prompt_length(pair, length):
     both = pair("tiny")
@@ -116,7 +142,7 @@ def test_activations_stay_in_the_dtype_of_the_model(tmp_path, dtype):
     txt = both.ours.project_text(mx.array(text).astype(dtype))
     rotary = rotary_tables([Segment(0, 4, 4)], 3, both.config.axes_dims_rope)
     for block, rows in zip(both.ours.transformer_blocks, table[0].blocks, strict=True):
-        img, txt = block(img, txt, rows, rotary)
+        (img,), txt = block([img], txt, rows, rotary)
         assert (img.dtype, txt.dtype) == (dtype, dtype)
     assert both.velocity(latents, text, (4, 4), 0.5, dtype).dtype == dtype
 
@@ -162,11 +188,11 @@ def test_float16_streams_are_held_inside_their_range(tmp_path):
     both = Pair(tmp_path, {}, mx.float16)
     latents, text = both.inputs((4, 4), length=3)
     rows = modulation_table(both.weights, [0.5], mx.float16)[0]
-    huge = [tuple(mx.full(r.shape, 60000.0, dtype=mx.float16) for r in pair) for pair in rows.blocks]
+    huge = BlockRows(*(mx.full(r.shape, 60000.0, dtype=mx.float16) for r in rows.blocks[0]))
     rotary = rotary_tables([Segment(0, 4, 4)], 3, both.config.axes_dims_rope)
     text = both.ours.project_text(mx.array(text).astype(mx.float16))
-    img, txt = both.ours.transformer_blocks[0](
-        both.ours.img_in(mx.array(latents).astype(mx.float16)), text, huge[0], rotary
+    (img,), txt = both.ours.transformer_blocks[0](
+        [both.ours.img_in(mx.array(latents).astype(mx.float16))], text, huge, rotary
     )
     assert not mx.isinf(img).any().item()
     assert not mx.isinf(txt).any().item()

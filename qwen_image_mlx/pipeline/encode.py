@@ -1,0 +1,105 @@
+"""Runs the encoders: prompts, pictures for the text encoder, pictures for the transformer.
+
+Functions over a checkpoint's components; each evaluates what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from ..errors import QwenImageError
+from ..images.geometry import Size, check_aspect, size_of_area, vision_size
+from ..images.pixels import to_mask, to_patches, to_pixels
+from ..models.text_encoder import TextEncoder
+from ..sampling.latents import pack_latents
+from ..text.prompt import TokenizedPrompt, replace_vision_tokens
+from .autoencode import encode_mode, encode_moments
+from .components import Components
+from .conditioning import InitialImage, Reference
+
+
+def feature_grid(components: Components, image: Image.Image) -> tuple[int, int]:
+    """Rows and columns of the features a picture turns into."""
+    config = components.vision_config
+    cell = config.patch_size * config.spatial_merge_size
+    width, height = _vision_size(components, image)
+    return height // cell, width // cell
+
+
+def encode_vision(components: Components, images: Sequence[Image.Image]) -> mx.array:
+    """Features (tokens, C) of all pictures, in order."""
+    config, processor, tower = components.vision_config, components.image_processor, components.vision
+    area = components.variant.encoder_area
+    features = []
+    for image in images:
+        size = _vision_size(components, image)
+        # Resized twice, as in the reference: to the pipeline's area, then to what the tower's patches fit.
+        resized = image.resize(size_of_area(area, image.size), Image.Resampling.LANCZOS)
+        patches = to_patches(
+            resized, size, patch=config.patch_size, merge=config.spatial_merge_size,
+            mean=processor.image_mean, std=processor.image_std,
+        )  # fmt: skip
+        features.append(
+            tower(patches.astype(components.dtype), size[1] // config.patch_size, size[0] // config.patch_size)
+        )
+        mx.eval(features[-1])
+    return mx.concatenate(features)
+
+
+def encode_prompt(encoder: TextEncoder, tokens: TokenizedPrompt, features: mx.array | None) -> mx.array:
+    """States (1, L, C) of a prompt's rows that count.
+
+    Raises:
+        QwenImageError: they are not finite, which float16 can cause.
+    """
+    embeddings = encoder.embed(mx.array(tokens.ids)[None])
+    if features is not None:
+        embeddings = replace_vision_tokens(embeddings, tokens.is_image, features)
+    states = encoder(embeddings, mx.array(tokens.positions))[:, tokens.first : tokens.last]
+    mx.eval(states)
+    if not mx.isfinite(states).all().item():
+        raise QwenImageError("the encoded prompt is not finite: try --dtype bfloat16, or check the weights")
+    return states
+
+
+def encode_references(
+    components: Components, images: Sequence[Image.Image], max_pixels: int | None
+) -> tuple[Reference, ...]:
+    """What the transformer is shown of each picture, at its own size of the pipeline's area (at most `max_pixels`)."""
+    area = min(components.variant.reference_area, max_pixels or components.variant.reference_area)
+    references = []
+    for image in images:
+        latents = encode_mode(
+            components.vae_encoder, components.vae_config, to_pixels(image, size_of_area(area, image.size))
+        )
+        references.append(Reference(pack_latents(latents), latents.shape[1] // 2, latents.shape[2] // 2))
+        mx.eval(references[-1].latents)
+    return tuple(references)
+
+
+def encode_initial_image(
+    components: Components, image: Image.Image, size: Size, mask: Image.Image | None
+) -> InitialImage:
+    """Latent statistics of a picture resized to `size`, and its mask by nearest latent."""
+    mean, std = encode_moments(components.vae_encoder, components.vae_config, to_pixels(image, size))
+    if mask is None:
+        return InitialImage(mean, std)
+    factor = components.vae_config.spatial_factor
+    latent_mask = mx.array(np.ascontiguousarray(to_mask(mask, size)[::factor, ::factor])[None, :, :, None])
+    mx.eval(latent_mask)
+    return InitialImage(mean, std, latent_mask)
+
+
+def _vision_size(components: Components, image: Image.Image) -> Size:
+    config, processor = components.vision_config, components.image_processor
+    check_aspect(image.size)
+    return vision_size(
+        size_of_area(components.variant.encoder_area, image.size),
+        config.patch_size * config.spatial_merge_size,
+        processor.min_pixels,
+        processor.max_pixels,
+    )

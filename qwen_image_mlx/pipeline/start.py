@@ -1,0 +1,98 @@
+"""Where the denoising loop starts: noise, or a picture with noise added, and what a mask blends in after each step.
+
+Sources: prepare_latents of diffusers' QwenImage, QwenImageImg2Img and QwenImageInpaint pipelines, in their order of
+random draws: the picture's latents first, then the noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..config import VAEConfig
+from ..errors import RequestError
+from ..models.rope import Segment
+from ..sampling.latents import pack_latents
+from ..sampling.noise import generator
+from ..sampling.schedule import Schedule
+from .autoencode import sample_latents
+from .conditioning import InitialImage
+from .parameters import GenerationParameters
+
+
+@dataclass(frozen=True)
+class Start:
+    """The beginning of the loop; all arrays packed, in the model's dtype.
+
+    Attributes:
+        latents: what the first step gets (1, N, C).
+        schedule: the steps that are left to do.
+        noise: the noise in it.
+        image: latents of the initial image, or None.
+        mask: 1 where the picture is painted anew (1, N, C), or None.
+    """
+
+    latents: mx.array
+    schedule: Schedule
+    noise: mx.array
+    image: mx.array | None = None
+    mask: mx.array | None = None
+
+    @property
+    def blended(self) -> bool:
+        """Whether parts of the initial image are put back after each step."""
+        return self.mask is not None
+
+    def blend(self, done: int, latents: mx.array) -> mx.array:
+        """Puts the initial image, as noisy as the latents are after `done` steps, back where the mask is 0."""
+        kept = add_noise(self.image, self.noise, float(self.schedule.sigmas[done]))
+        return (1 - self.mask) * kept + self.mask * latents
+
+
+def start(
+    config: VAEConfig,
+    schedule: Schedule,
+    parameters: GenerationParameters,
+    target: Segment,
+    seed: int,
+    image_index: int,
+    latents: mx.array | None,
+    initial: InitialImage | None,
+    dtype: mx.Dtype,
+) -> Start:
+    """Draws what has to be drawn and adds the noise the first step expects.
+
+    Raises:
+        RequestError: the strength is too low to leave a single step.
+    """
+    # Drawn in the reference's order, channels first: (B, 1, C, h, w).
+    shape = (1, config.z_dim, 2 * target.height, 2 * target.width)
+    draws = generator(parameters.rng, seed)
+    image = None
+    if initial is not None:
+        image = sample_latents(config, initial.mean, initial.std, draws.normal(shape).transpose(0, 2, 3, 1))
+        image = pack_latents(image).astype(dtype)
+        schedule = schedule.last(parameters.strength)
+        if schedule.num_steps == 0:
+            raise RequestError(
+                f"strength {parameters.strength} of {parameters.num_inference_steps} steps leaves none; raise either"
+            )
+    noise = latents
+    if noise is None:
+        for _ in range(image_index + 1):
+            drawn = draws.normal(shape)
+        noise = pack_latents(drawn.transpose(0, 2, 3, 1))
+    noise = noise.astype(dtype)
+    if image is None:
+        return Start(noise, schedule, noise)
+    mask = None
+    if initial.mask is not None:
+        mask = pack_latents(mx.broadcast_to(initial.mask, (*initial.mask.shape[:3], config.z_dim))).astype(dtype)
+    return Start(add_noise(image, noise, float(schedule.sigmas[0])), schedule, noise, image, mask)
+
+
+def add_noise(image: mx.array, noise: mx.array, sigma: float) -> mx.array:
+    """sigma * noise + (1 - sigma) * image, in their dtype. Source: FlowMatchEulerDiscreteScheduler.scale_noise."""
+    level = mx.array(sigma, dtype=image.dtype)
+    return level * noise + (1 - level) * image
