@@ -38,6 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_conf
 PARTS = {
     "transformer": ("main", "modulation"),
     "text_encoder": ("main",),
+    "vision": ("main",),
     "vae": ("encoder", "decoder"),
 }
 CLASS_NAMES = {
@@ -149,8 +150,11 @@ class Components:
         """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file."""
         _ = self.scheduler_config
         self._tokenizer_files()
+        if self.variant.edits:
+            _ = self.image_processor
         for component in PARTS:
-            self.weights(component)
+            if component != "vision" or self.variant.edits:
+                self.weights(component)
 
     def weights(self, component: str) -> ComponentWeights:
         """A component's tensors, fetched and checked once, not read."""

@@ -165,7 +165,7 @@ def test_progress_tells_stages_steps_sigmas_and_latents(pipeline):
     pipeline.generate_pixels(PARAMETERS, encoding, progress=seen.append)
     stages = [(p.stage, p.detail) for p in seen]
     assert list(dict.fromkeys(stages)) == [
-        ("load", "tokenizer"), ("load", "text_encoder"), ("encode", ""), ("load", "modulation"),
+        ("load", "tokenizer"), ("load", "text_encoder"), ("encode", "prompts"), ("load", "modulation"),
         ("load", "transformer"), ("denoise", ""), ("load", "vae_decoder"), ("decode", ""),
     ]  # fmt: skip
     steps = [p for p in seen if p.stage == "denoise"]

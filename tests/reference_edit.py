@@ -1,0 +1,132 @@
+"""Runs of the reference's editing pipelines: Edit, Edit-Plus, image to image, inpainting, Edit-inpainting.
+
+Like `reference.py`, made with torch, diffusers and transformers alone. Qwen2VLProcessor wants torchvision, so
+a stand-in does its work with transformers' own PIL image processor and tokenizer. diffusers 0.42 forgets to pass
+`mm_token_type_ids` on, without which transformers 5 numbers the tokens of a picture one by one
+(huggingface/diffusers#14194); the text encoder is wrapped to put them back.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    QwenImageEditInpaintPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+)
+from reference import Config, load_reference, to_numpy, write_text_to_image
+from transformers import BatchFeature
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+PROCESSOR: Config = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "max_pixels": 12845056,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+}
+IMAGE_TOKEN = "<|image_pad|>"
+EDIT_CLASSES = {"edit": QwenImageEditPipeline, "edit_plus": QwenImageEditPlusPipeline,
+                "edit_inpaint": QwenImageEditInpaintPipeline}  # fmt: skip
+TEXT_CLASSES = {"img2img": QwenImageImg2ImgPipeline, "inpaint": QwenImageInpaintPipeline}
+
+
+def write_edit(directory: Path, kind: str, *, processor: Config | None = None, **changes: Any) -> Path:
+    """A tiny checkpoint whose pipeline class is that of `kind`, "edit" or "edit_plus"."""
+    write_text_to_image(directory, **changes)
+    index = json.loads((directory / "model_index.json").read_text())
+    index["_class_name"] = EDIT_CLASSES[kind].__name__
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (directory / "model_index.json").write_text(json.dumps(index))
+    (directory / "processor").mkdir()
+    config = PROCESSOR if processor is None else processor
+    (directory / "processor" / "preprocessor_config.json").write_text(json.dumps(config))
+    return directory
+
+
+class Processor:
+    """What Qwen2VLProcessor does, without torchvision."""
+
+    def __init__(self, tokenizer: Any, config: Config):
+        self.tokenizer = tokenizer
+        limits = {"shortest_edge": config["min_pixels"], "longest_edge": config["max_pixels"]}
+        self.image_processor = Qwen2VLImageProcessorPil(size=limits)
+
+    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> BatchFeature:
+        pictures = images if isinstance(images, list) else [images]
+        prepared = self.image_processor(images=pictures, return_tensors="pt")
+        counts = iter((prepared["image_grid_thw"].prod(dim=1) // 4).tolist() * len(text))
+        expanded = []
+        for line in text:
+            head, *tails = line.split(IMAGE_TOKEN)
+            expanded.append(head + "".join(IMAGE_TOKEN * next(counts) + tail for tail in tails))
+        tokens = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors)
+        return BatchFeature({**tokens, **prepared})
+
+
+def load_edit_reference(directory: Path, kind: str, *, sequential_positions: bool = False) -> DiffusionPipeline:
+    """The reference's pipeline of a checkpoint, fp32 on the CPU; `kind` is a key of one of the tables above."""
+    parts = load_reference_parts(directory)
+    if kind in TEXT_CLASSES:
+        pipeline = TEXT_CLASSES[kind](**parts)
+    else:
+        config = json.loads((directory / "processor" / "preprocessor_config.json").read_text())
+        if not sequential_positions:
+            _pass_token_types(parts["text_encoder"], parts["tokenizer"].convert_tokens_to_ids(IMAGE_TOKEN))
+        cls = EDIT_CLASSES[kind]
+        # The constructor wants a registered class for every part; a stand-in is put in afterwards.
+        pipeline = cls(**parts, processor=None)
+        pipeline.processor = Processor(parts["tokenizer"], config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_reference_parts(directory: Path) -> dict[str, Any]:
+    """The models of a checkpoint, whatever its pipeline class."""
+    index = directory / "model_index.json"
+    original = index.read_text()
+    index.write_text(
+        json.dumps({**{k: v for k, v in json.loads(original).items() if k != "processor"},
+                    "_class_name": "QwenImagePipeline"})
+    )  # fmt: skip
+    try:
+        return dict(load_reference(directory).components)
+    finally:
+        index.write_text(original)
+
+
+def _pass_token_types(text_encoder: Any, image_token: int) -> None:
+    forward = text_encoder.forward
+
+    def with_types(*args: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return forward(*args, input_ids=input_ids, mm_token_type_ids=(input_ids == image_token).int(), **kwargs)
+
+    text_encoder.forward = with_types
+
+
+@torch.no_grad()
+def run_edit_reference(pipe: DiffusionPipeline, *, steps: int, cfg_scale: float, seed: int, **request: Any) -> Any:
+    """(latents after every step, packed and fp32; images)."""
+    latents: list[np.ndarray] = []
+
+    def keep(_pipe: Any, _step: int, _time: torch.Tensor, state: Config) -> Config:
+        latents.append(to_numpy(state["latents"]))
+        return {}
+
+    output = pipe(
+        **request,
+        num_inference_steps=steps,
+        true_cfg_scale=cfg_scale,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        callback_on_step_end=keep,
+    )
+    return latents, output.images
