@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import QwenImageError, RequestError
-from . import generate, info
+from . import edit, generate, info
 
-COMMANDS = (generate, info)
+COMMANDS = (generate, edit, info)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -111,6 +111,14 @@ def open_image(source: ImageSource) -> Image.Image:
     return image.convert("RGB")
 
 
+def open_transparency(source: ImageSource) -> Image.Image | None:
+    """The opacity of a picture (mode L, upright), or None if it is opaque; raises RequestError as `open_image` does."""
+    image = _decoded(source)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        return image.convert("RGBA").getchannel("A")
+    return None
+
+
 def open_mask(source: ImageSource) -> Image.Image:
     """A mask as an upright picture; raises RequestError as `open_image` does."""
     return _decoded(source)

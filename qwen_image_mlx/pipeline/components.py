@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Components:
         dtype: of the text encoder and the transformer; the VAE always computes in fp32, as Metal's fast convolutions
             are too coarse in bf16.
         loading: given a component's name, a context to load it in.
+        zero_cond_t: overrides the transformer's flag; None obeys the checkpoint.
     """
 
     def __init__(
@@ -63,10 +65,13 @@ class Components:
         snapshot: HubSnapshot,
         dtype: mx.Dtype,
         loading: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        *,
+        zero_cond_t: bool | None = None,
     ):
         self.snapshot = snapshot
         self.dtype = dtype
         self._loading = loading
+        self._zero_cond_t = zero_cond_t
         self._loaded: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
         index = snapshot.read_json("model_index.json")
@@ -75,7 +80,8 @@ class Components:
     @cached_property
     def transformer_config(self) -> TransformerConfig:
         """transformer/config.json."""
-        return TransformerConfig.from_dict(self._config("transformer"))
+        config = TransformerConfig.from_dict(self._config("transformer"))
+        return config if self._zero_cond_t is None else replace(config, zero_cond_t=self._zero_cond_t)
 
     @cached_property
     def text_encoder_config(self) -> TextEncoderConfig:
@@ -155,6 +161,14 @@ class Components:
         for component in PARTS:
             if component != "vision" or self.variant.edits:
                 self.weights(component)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells checkpoints apart: the commit, or a directory's weight files by name, size and time."""
+        if self.snapshot.revision is not None:
+            return f"{self.snapshot.model}@{self.snapshot.revision}"
+        files = sorted({file for component in ("text_encoder", "vae") for file in self.weights(component).files})
+        return repr([(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
     def weights(self, component: str) -> ComponentWeights:
         """A component's tensors, fetched and checked once, not read."""

@@ -1,57 +1,36 @@
-"""The two core calls, `encode_guidance_prompts` and `generate_pixels`, and explicit control of memory.
+"""The public pipeline: opening a checkpoint, painting in one call, and explicit control of memory.
 
-Neither call releases, caches or prints on a policy of its own; both evaluate what they return, because an unevaluated
-encoding would keep the text encoder alive. What to keep in memory between them is the caller's business.
+The core calls it inherits have no policy; the conveniences here have one that can be turned off (`staged`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
 
-from ..errors import CheckpointError, QwenImageError, RequestError
-from ..images.files import ImageSource, open_image, open_mask
-from ..images.geometry import Size, size_of_area
+from ..errors import RequestError
+from ..images.canvas import Canvas, plan_canvas
+from ..images.files import ImageSource, open_image, open_mask, open_transparency
+from ..images.geometry import Size
 from ..images.pixels import to_images
-from ..models.rope import MAX_POSITION, Segment, rotary_tables, text_start
-from ..models.transformer import Modulation
-from ..sampling.denoise import Guidance, denoise
-from ..sampling.latents import unpack_latents
-from ..sampling.schedule import Schedule, exponential_mu, make_schedule, static_shift, uniform_sigmas
-from ..text.prompt import tokenize_prompt
-from ..variants import ASPECT_SIZES, DEFAULT_MODEL, Variant
-from ..weights.modulation import modulation_table
+from ..variants import ASPECT_SIZES, DEFAULT_MODEL
 from ..weights.snapshot import HubSnapshot
-from .autoencode import decode
 from .components import Components
-from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
-from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
-from .parameters import DTYPES, GenerationParameters, check_seed, check_size
+from .conditioning import GuidanceEncoding, InitialImage
+from .core import PipelineCore
+from .parameters import DTYPES, GenerationParameters
 from .progress import Progress, ProgressCallback, Reporter
-from .start import Start, start
+from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-_WIDTH, _HEIGHT = next(iter(ASPECT_SIZES.values()))
 
-
-class QwenImagePipeline:
-    """Text to image with a Qwen-Image checkpoint. Make one with `from_pretrained`.
-
-    Args:
-        components: the checkpoint's parts.
-        report: where progress goes.
-    """
-
-    def __init__(self, components: Components, report: Reporter):
-        self._components = components
-        self._report = report
-        self._table: tuple[Schedule, list[Modulation]] | None = None
+class QwenImagePipeline(PipelineCore):
+    """Pictures from text and from pictures, with a Qwen-Image checkpoint. Make one with `from_pretrained`."""
 
     @classmethod
     def from_pretrained(
@@ -61,6 +40,7 @@ class QwenImagePipeline:
         revision: str | None = None,
         dtype: str = "bfloat16",
         offline: bool = False,
+        zero_cond_t: bool | None = None,
         progress: ProgressCallback | None = None,
     ) -> QwenImagePipeline:
         """Opens a checkpoint; weights are fetched and loaded when they are first needed.
@@ -70,6 +50,7 @@ class QwenImagePipeline:
             revision: branch, tag or commit; None is the default branch.
             dtype: "bfloat16", "float16" or "float32", for the text encoder and the transformer.
             offline: never ask the network.
+            zero_cond_t: overrides the transformer's flag, for files that lost it; None obeys the checkpoint.
             progress: told of downloads, loading and work; it can cancel.
 
         Raises:
@@ -85,262 +66,219 @@ class QwenImagePipeline:
             offline=offline,
             progress=lambda name, done, total: report(Progress("download", done, total, name)),
         )
-        return cls(Components(snapshot, getattr(mx, dtype), lambda name: report.stage("load", name)), report)
-
-    # What it is -------------------------------------------------------------------------------------------------
-
-    @property
-    def model(self) -> str:
-        """The directory or repository id it was opened from."""
-        return self._components.snapshot.model
-
-    @property
-    def revision(self) -> str | None:
-        """Commit of the checkpoint; None for a local directory."""
-        return self._components.snapshot.revision
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """Dtype of the text encoder and the transformer."""
-        return self._components.dtype
-
-    @property
-    def variant(self) -> Variant:
-        """What the checkpoint's pipeline class implies: template, defaults."""
-        return self._components.variant
-
-    def prepare(self) -> None:
-        """Fetches all that painting needs and checks the files, loading nothing.
-
-        Raises:
-            HubError: something could not be downloaded.
-            CheckpointError: something is missing, damaged or does not fit.
-        """
-        self._components.prepare()
-
-    # The two core calls -----------------------------------------------------------------------------------------
-
-    def encode_guidance_prompts(
-        self,
-        prompt: str,
-        negative_prompt: str | None = None,
-        *,
-        images: Sequence[ImageSource] = (),
-        reference_pixels: int | None = None,
-        sequential_positions: bool = False,
-        progress: ProgressCallback | None = None,
-    ) -> GuidanceEncoding:
-        """Encodes what to paint and, if given, what to avoid, and the pictures to work on.
-
-        Args:
-            prompt: what to paint; may be empty (the picture is then the model's own idea), and is cut at the limit of
-                the reference with a warning.
-            negative_prompt: what to avoid; None paints without guidance, "" and " " are prompts like any other.
-            images: for an editing model, its pictures: PIL images, uint8 arrays (H, W, 3 or 4), paths or bytes.
-            reference_pixels: at most so many pixels of each picture are shown to the transformer; None is the model's
-                own area, about 1 MP. Every reference costs as much time per step as a target of its size.
-            sequential_positions: number the tokens 0, 1, 2, … in spite of pictures, to compare with libraries that
-                lost the three position axes.
-            progress: replaces the pipeline's own callback during the call.
-
-        Returns:
-            The encoding, evaluated and independent of the encoders.
-
-        Raises:
-            RequestError: a picture cannot be read, or the model does not take so many.
-            QwenImageError: the encoder's output is not finite, which float16 can cause.
-        """
-        parts = self._components
-        pictures = self._open_images(images)
-        with self._report.using(progress):
-            prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-            grids = [feature_grid(parts, picture) for picture in pictures]
-            tokens = [
-                tokenize_prompt(parts.tokenizer, self.variant, text, grids, sequential_positions) for text in prompts
-            ]
-            features = None
-            if pictures:
-                _ = parts.vision
-                with self._report.stage("encode", "pictures"):
-                    features = encode_vision(parts, pictures)
-            encoder = parts.text_encoder
-            with self._report.stage("encode", "prompts"):
-                states = [encode_prompt(encoder, prompt_tokens, features) for prompt_tokens in tokens]
-            references = ()
-            if pictures:
-                _ = parts.vae_encoder
-                with self._report.stage("encode", "references"):
-                    references = encode_references(parts, pictures, reference_pixels)
-        return GuidanceEncoding(
-            states[0],
-            states[1] if negative_prompt is not None else None,
-            references,
-            EncodingSource(self.model, self.revision, prompt, negative_prompt),
+        components = Components(
+            snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t
         )
+        return cls(components, report)
 
-    def encode_initial_image(self, image: ImageSource, size: Size, mask: ImageSource | None = None) -> InitialImage:
-        """Encodes a picture to start painting from (image to image), or to keep where a mask is black (inpainting).
-
-        Args:
-            image: the picture; resized to `size` whatever its aspect.
-            size: (width, height) of the picture to be painted, multiples of 16.
-            mask: grey values; at least a half (white) is painted anew.
-
-        Returns:
-            What `generate_pixels` takes as `initial`.
-        """
-        check_size(*size)
-        opened = None if mask is None else open_mask(mask)
-        return encode_initial_image(self._components, open_image(image), size, opened)
-
-    def output_size(self, images: Sequence[ImageSource], area: int = 1024 * 1024) -> Size:
-        """(width, height) of about `area` pixels that an edit of these pictures has unless another is asked for."""
-        return size_of_area(area, self._open_images(images)[self.variant.size_from].size)
-
-    def generate_pixels(
-        self,
-        parameters: GenerationParameters,
-        encoding: GuidanceEncoding,
-        *,
-        seed: int = 0,
-        image_index: int = 0,
-        latents: mx.array | np.ndarray | None = None,
-        initial: InitialImage | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> mx.array:
-        """Paints one picture.
-
-        Args:
-            parameters: size, steps, guidance and noise source.
-            encoding: from `encode_guidance_prompts`, of this process or another.
-            seed: of the initial noise, 0 … 2**64 - 1.
-            image_index: which of the pictures that one seed gives, as in the reference's num_images_per_prompt.
-            latents: packed initial noise (1, N, 64) instead of the seed's.
-            initial: from `encode_initial_image`: a picture of which `parameters.strength` is painted anew.
-            progress: replaces the pipeline's own callback during the call; told of every step, and can cancel.
-
-        Returns:
-            Pixels (frames, height, width, channels) in [0, 1], fp32, evaluated; one frame for text to image.
-
-        Raises:
-            RequestError: encoding, latents or initial image do not fit the model or the size.
-            Cancelled: the callback asked to stop.
-            QwenImageError: the result is not finite.
-        """
-        with self._report.using(progress):
-            tokens = self.denoise_latents(
-                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial
-            )
-            height, width = self._latent_size(parameters)
-            decoder = self._components.vae_decoder
-            with self._report.stage("decode"):
-                return decode(decoder, self._components.vae_config, unpack_latents(tokens, height, width))
-
-    def denoise_latents(
-        self,
-        parameters: GenerationParameters,
-        encoding: GuidanceEncoding,
-        *,
-        seed: int = 0,
-        image_index: int = 0,
-        latents: mx.array | np.ndarray | None = None,
-        initial: InitialImage | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> mx.array:
-        """The first half of `generate_pixels`: packed clean latents (1, N, 64) in the model's dtype, evaluated."""
-        config = self._components.transformer_config
-        if config.use_layer3d_rope:
-            raise CheckpointError(f"{self.model} splits pictures into layers; it cannot paint from text alone")
-        if self.variant.edits and not encoding.references:
-            raise RequestError(f"{self.model} edits pictures; the encoding holds none")
-        height, width = self._latent_size(parameters)
-        target = Segment(0, height // 2, width // 2)
-        schedule = self._schedule(parameters, target.length)
-        start = self._start(parameters, schedule, target, check_seed(seed), image_index, latents, initial)
-        references = encoding.references
-        if start.blended and self.variant.samples_references:
-            references = (Reference(start.image, target.height, target.width),)
-        segments = [target, *(Segment(n + 1, r.height, r.width) for n, r in enumerate(references))]
-        guided = parameters.cfg_scale > 1 and encoding.negative is not None
-        branches = [encoding.positive, encoding.negative] if guided else [encoding.positive]
-        for states in branches:
-            self._check_states(states, segments)
-
-        with self._report.using(progress):
-            table = self._modulation(start.schedule)
-            transformer = self._components.transformer
-            text = [transformer.project_text(states.astype(self.dtype)) for states in branches]
-            rotary = [rotary_tables(segments, states.shape[1], config.axes_dims_rope) for states in branches]
-            shown = None
-            if references:
-                shown = mx.concatenate([r.latents for r in references], axis=1).astype(self.dtype)
-                shown = transformer.project_references(shown)
-            mx.eval(text, rotary, [] if shown is None else shown)
-            steps, sigmas = start.schedule.num_steps, start.schedule.sigmas
-            self._report(Progress("denoise", 0, steps, sigma=float(sigmas[0]), latents=start.latents))
-            result = denoise(
-                lambda x, step, branch: transformer(x, text[branch], table[step], rotary[branch], shown),
-                start.latents,
-                start.schedule,
-                Guidance(parameters.cfg_scale, renormalize=True) if guided else None,
-                lambda done, x: self._report(Progress("denoise", done, steps, sigma=float(sigmas[done]), latents=x)),
-                start.blend if start.blended else None,
-            )
-        if not mx.isfinite(result).all().item():
-            raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
-        return result
+    # Painting in one call -----------------------------------------------------------------------------------------
 
     def generate(
         self,
         prompt: str,
         *,
         negative_prompt: str | None = None,
-        width: int = _WIDTH,
-        height: int = _HEIGHT,
+        image: ImageSource | None = None,
+        mask: ImageSource | None = None,
+        strength: float = 0.6,
+        width: int | None = None,
+        height: int | None = None,
         num_inference_steps: int | None = None,
         cfg_scale: float | None = None,
         seed: int = 0,
         num_images: int = 1,
         rng: str = "torch",
+        composite: bool = True,
         staged: bool = True,
         progress: ProgressCallback | None = None,
     ) -> list[PILImage]:
-        """Both core calls in one, for a picture or a few.
+        """Paints from text, or paints a picture over with a text-to-image model.
 
         Args:
             prompt: what to paint.
             negative_prompt: what to avoid; None paints without guidance, as the reference does.
-            width, height: size in pixels, multiples of 16.
+            image: a picture to start from.
+            mask: white where the picture is painted anew; the rest comes back bit by bit.
+            strength: how much of the picture is painted anew, above 0 and at most 1.
+            width, height: size in pixels, multiples of 16; None is 1328x1328, or about 1 MP at the picture's aspect.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             seed: of the initial noise.
             num_images: pictures from this seed, each with its own noise.
             rng: "torch" or "mlx".
-            staged: release the text encoder before painting, so that it and the transformer never share the memory.
+            composite: with a mask, put the picture back where the mask is black; False returns the model's own pixels.
+            staged: release the encoders before painting, so that they and the transformer never share the memory.
             progress: told of every stage and step, and can cancel.
 
         Returns:
             PIL images.
+
+        Raises:
+            RequestError: a parameter is out of range, or a picture cannot be read.
         """
-        parameters = GenerationParameters(
-            width=width,
-            height=height,
-            num_inference_steps=self.variant.steps if num_inference_steps is None else num_inference_steps,
-            cfg_scale=self.variant.cfg_scale if cfg_scale is None else cfg_scale,
-            rng=rng,
+        canvas = None
+        size = self._explicit_size(width, height)
+        if image is not None:
+            canvas = plan_canvas(
+                open_image(image), mask=None if mask is None else open_mask(mask), size=size, composite=composite
+            )
+        elif mask is not None:
+            raise RequestError("a mask needs an image to be painted over")
+        parameters = self._parameters(
+            canvas.size if canvas else size or next(iter(ASPECT_SIZES.values())),
+            num_inference_steps, cfg_scale, rng, strength,
+        )  # fmt: skip
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            parameters=parameters,
+            seeds=(seed,),
+            image_indices=range(num_images),
+            canvas=canvas,
         )
-        check_seed(seed)
-        encoding = self.encode_guidance_prompts(
-            prompt, negative_prompt if parameters.cfg_scale > 1 else None, progress=progress
+        return self._paint(request, staged, progress)
+
+    def edit(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[ImageSource],
+        mask: ImageSource | None = None,
+        negative_prompt: str | None = " ",
+        size: str | Size | None = None,
+        strength: float = 0.6,
+        num_inference_steps: int | None = None,
+        cfg_scale: float | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        rng: str = "torch",
+        reference_pixels: int | None = None,
+        composite: bool = True,
+        keep_alpha: bool = False,
+        staged: bool = True,
+        progress: ProgressCallback | None = None,
+    ) -> list[PILImage]:
+        """Edits pictures with an editing model.
+
+        Args:
+            prompt: what to change.
+            images: the pictures: PIL images, uint8 arrays, paths or bytes; each is shown at its own size.
+            mask: white where the first picture is painted anew; the rest comes back bit by bit.
+            negative_prompt: what to avoid; None paints without guidance.
+            size: "1mp" (about 1 MP at the picture's aspect), "source" (the picture's own size) or (width, height);
+                None is "source" with a composited mask, else "1mp".
+            strength: with a mask, how much of what is inside is painted anew, above 0 and at most 1.
+            num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
+            seed, num_images, rng: as in `generate`.
+            reference_pixels: at most so many pixels of each picture are shown to the transformer.
+            composite: with a mask, put the picture back where the mask is black.
+            keep_alpha: give the result the picture's transparency.
+            staged, progress: as in `generate`.
+
+        Returns:
+            PIL images.
+
+        Raises:
+            RequestError: a parameter is out of range, a picture cannot be read, or the model does not edit.
+        """
+        sources = list(images)
+        pictures = self._open_images(sources)
+        canvas = self.edit_canvas(
+            pictures,
+            mask=None if mask is None else open_mask(mask),
+            size=size,
+            composite=composite,
+            transparency=[open_transparency(source) for source in sources] if keep_alpha else None,
         )
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            parameters=self._parameters(canvas.size, num_inference_steps, cfg_scale, rng, strength),
+            seeds=(seed,),
+            image_indices=range(num_images),
+            images=tuple(pictures),
+            canvas=canvas,
+            reference_pixels=reference_pixels,
+        )
+        return self._paint(request, staged, progress)
+
+    def edit_canvas(
+        self,
+        pictures: Sequence[PILImage],
+        *,
+        mask: PILImage | None = None,
+        size: str | Size | None = None,
+        composite: bool = True,
+        crop_padding: int | None = None,
+        transparency: Sequence[PILImage | None] | None = None,
+    ) -> Canvas:
+        """Which of the pictures gives the result its size, and which it is: with a mask the first, else the model's."""
+        index = 0 if mask is not None else self.variant.size_from
+        return plan_canvas(
+            pictures[index],
+            mask=mask,
+            size=size,
+            composite=composite,
+            crop_padding=crop_padding,
+            alpha=None if transparency is None else transparency[index],
+        )
+
+    def encode_request(self, request: Request, progress: ProgressCallback | None = None) -> GuidanceEncoding:
+        """`encode_guidance_prompts` for a request; the negative prompt is left out where it would change nothing."""
+        return self.encode_guidance_prompts(
+            request.prompt,
+            request.negative_prompt if request.parameters.cfg_scale > 1 else None,
+            images=request.images,
+            reference_pixels=request.reference_pixels,
+            progress=progress,
+        )
+
+    def encode_canvas(self, request: Request) -> InitialImage | None:
+        """`encode_initial_image` for a request; None where nothing is painted over."""
+        canvas = request.canvas
+        if canvas is None or (self.variant.edits and canvas.mask is None):
+            return None
+        picture, mask = canvas.initial
+        return self.encode_initial_image(picture, canvas.size, mask)
+
+    def paint_request(
+        self,
+        request: Request,
+        encoding: GuidanceEncoding,
+        initial: InitialImage | None,
+        progress: ProgressCallback | None = None,
+    ) -> Iterator[tuple[PILImage, int, int]]:
+        """Paints a request's pictures one by one: (picture, seed, index)."""
+        for seed in request.seeds:
+            for index in request.image_indices:
+                pixels = self.generate_pixels(
+                    request.parameters, encoding, seed=seed, image_index=index, initial=initial, progress=progress
+                )
+                for image in to_images(pixels):
+                    yield request.canvas.finish(image) if request.canvas else image, seed, index
+
+    def _paint(self, request: Request, staged: bool, progress: ProgressCallback | None) -> list[PILImage]:
+        encoding, initial = self.encode_request(request, progress), self.encode_canvas(request)
         if staged:
             self.release_encoders()
-        return [
-            image
-            for index in range(num_images)
-            for image in to_images(
-                self.generate_pixels(parameters, encoding, seed=seed, image_index=index, progress=progress)
-            )
-        ]
+        return [image for image, _, _ in self.paint_request(request, encoding, initial, progress)]
+
+    def _parameters(
+        self, size: Size, steps: int | None, cfg_scale: float | None, rng: str, strength: float
+    ) -> GenerationParameters:
+        return GenerationParameters(
+            width=size[0],
+            height=size[1],
+            num_inference_steps=self.variant.steps if steps is None else steps,
+            cfg_scale=self.variant.cfg_scale if cfg_scale is None else cfg_scale,
+            rng=rng,
+            strength=strength,
+        )
+
+    @staticmethod
+    def _explicit_size(width: int | None, height: int | None) -> Size | None:
+        if (width is None) != (height is None):
+            raise RequestError("give both width and height, or neither")
+        return None if width is None else (width, height)
 
     # Memory: a released component comes back by itself when it is next needed -------------------------------------
 
@@ -392,75 +330,3 @@ class QwenImagePipeline:
     def is_vae_loaded(self) -> bool:
         """Whether any half of the autoencoder is in memory."""
         return self._components.is_loaded("vae_encoder") or self._components.is_loaded("vae_decoder")
-
-    # Steps of the above -------------------------------------------------------------------------------------------
-
-    def _open_images(self, images: Sequence[ImageSource]) -> list[PILImage]:
-        limit = self.variant.max_images
-        if self.variant.edits and not images:
-            raise RequestError(f"{self.model} edits pictures; give it at least one")
-        if images and not self.variant.edits:
-            raise RequestError(f"{self.model} paints from text; only an editing model takes pictures to work on")
-        if limit is not None and len(images) > limit:
-            raise RequestError(f"{self.model} edits {limit} picture at a time, but {len(images)} are given")
-        return [open_image(image) for image in images]
-
-    def _latent_size(self, parameters: GenerationParameters) -> tuple[int, int]:
-        factor = self._components.vae_config.spatial_factor
-        return parameters.height // factor, parameters.width // factor
-
-    def _start(
-        self,
-        parameters: GenerationParameters,
-        schedule: Schedule,
-        target: Segment,
-        seed: int,
-        image_index: int,
-        latents: mx.array | np.ndarray | None,
-        initial: InitialImage | None,
-    ) -> Start:
-        if latents is not None:
-            shape = (1, target.length, self._components.transformer_config.in_channels)
-            if tuple(latents.shape) != shape:
-                raise RequestError(
-                    f"latents have the shape {tuple(latents.shape)}, but "
-                    f"{parameters.width}x{parameters.height} pixels need {shape}"
-                )
-            latents = mx.array(latents)
-        if initial is not None and initial.mean.shape[1:3] != (2 * target.height, 2 * target.width):
-            height, width = (8 * side for side in initial.mean.shape[1:3])
-            raise RequestError(
-                f"the initial image was encoded at {width}x{height}, not at {parameters.width}x{parameters.height}"
-            )
-        return start(
-            self._components.vae_config, schedule, parameters, target, seed, image_index, latents, initial, self.dtype
-        )
-
-    def _check_states(self, states: mx.array, segments: Sequence[Segment]) -> None:
-        dim = self._components.transformer_config.joint_attention_dim
-        if states.ndim != 3 or states.shape[0] != 1 or states.shape[2] != dim:
-            raise RequestError(
-                f"the encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})"
-            )
-        if text_start(segments) + states.shape[1] > MAX_POSITION:
-            raise RequestError(
-                f"{states.shape[1]} prompt tokens beside pictures of this size reach past position {MAX_POSITION}; "
-                "shorten the prompt or make the picture smaller"
-            )
-
-    def _schedule(self, parameters: GenerationParameters, image_tokens: int) -> Schedule:
-        config = self._components.scheduler_config
-        if parameters.shift is not None:
-            config = static_shift(config, parameters.shift)
-        sigmas = parameters.sigmas or uniform_sigmas(parameters.num_inference_steps)
-        return make_schedule(config, sigmas, exponential_mu(config, image_tokens))
-
-    def _modulation(self, schedule: Schedule) -> list[Modulation]:
-        """The table for a schedule; the last one is kept, so a sweep over seeds makes it once."""
-        if self._table is None or not np.array_equal(self._table[0].sigmas, schedule.sigmas):
-            self._table = None
-            weights = self._components.weights("transformer")
-            zero_cond_t = self._components.transformer_config.zero_cond_t
-            with self._report.stage("load", "modulation"):
-                self._table = schedule, modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t)
-        return self._table[1]

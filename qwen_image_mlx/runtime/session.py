@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..images.pixels import to_images
-from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import ProgressCallback
+    from ..pipeline.request import Request
+    from .cache import EncodingCache
 
 
 logger = logging.getLogger(__name__)
@@ -33,24 +33,37 @@ class Painting:
 
 
 def paint(
-    pipeline: QwenImagePipeline, request: Request, progress: ProgressCallback | None = None
+    pipeline: QwenImagePipeline,
+    request: Request,
+    progress: ProgressCallback | None = None,
+    cache: EncodingCache | None = None,
 ) -> Iterator[Painting]:
-    """Yields the request's pictures one by one; the text encoder is gone before the first is begun."""
+    """Yields the request's pictures one by one; the encoders are gone before the first is begun.
+
+    Args:
+        pipeline: the opened checkpoint.
+        request: what to paint.
+        progress: told of every stage and step, and can cancel.
+        cache: encodings of earlier runs; with a hit no encoder is loaded.
+    """
     if not request.prompt.strip():
         logger.warning("the prompt is empty: the model paints whatever it likes")
+    if len(request.images) > 2:
+        logger.warning(
+            "%d pictures are shown to the model, each as costly in every step as a target of its size; "
+            "--reference-pixels makes them smaller",
+            len(request.images),
+        )
     pipeline.prepare()
-    guided = request.parameters.cfg_scale > 1
-    encoding = pipeline.encode_guidance_prompts(
-        request.prompt, request.negative_prompt if guided else None, progress=progress
-    )
+    encoding = cache.get(pipeline, request) if cache else None
+    if encoding is None:
+        encoding = pipeline.encode_request(request, progress)
+        if cache:
+            cache.put(pipeline, request, encoding)
+    initial = pipeline.encode_canvas(request)
     pipeline.release_encoders()
-    for seed in request.seeds:
-        for index in request.image_indices:
-            pixels = pipeline.generate_pixels(
-                request.parameters, encoding, seed=seed, image_index=index, progress=progress
-            )
-            for image in to_images(pixels):
-                yield Painting(image, describe(pipeline, request, seed, index))
+    for image, seed, index in pipeline.paint_request(request, encoding, initial, progress):
+        yield Painting(image, describe(pipeline, request, seed, index))
 
 
 def describe(pipeline: QwenImagePipeline, request: Request, seed: int, image_index: int) -> dict[str, Any]:
@@ -70,6 +83,7 @@ def describe(pipeline: QwenImagePipeline, request: Request, seed: int, image_ind
         "rng": parameters.rng,
         "sigmas": parameters.sigmas,
         "shift": parameters.shift,
+        "strength": parameters.strength if request.canvas else None,
         "dtype": str(pipeline.dtype).rpartition(".")[2],
         "version": __version__,
     }

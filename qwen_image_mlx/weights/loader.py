@@ -77,6 +77,11 @@ class ComponentWeights:
         return [spec for spec in self._specs.values() if spec.part == part]
 
     @property
+    def files(self) -> set[Path]:
+        """The files the tensors are in."""
+        return {tensor.file for tensor in self._tensors.values()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all the component's tensors as stored, those nobody reads included."""
         return sum(tensor.nbytes for tensor in self._tensors.values())

@@ -40,7 +40,8 @@ def modulation_table(
 
     # The reference casts 1000 sigma to the model's dtype and divides there: bf16 moves a timestep by up to 0.4%.
     steps = len(timesteps)
-    rounded = (1000 * mx.array([*map(float, timesteps), 0.0], dtype=mx.float32)).astype(dtype) / mx.array(1000, dtype=dtype)
+    thousandths = 1000 * mx.array([*map(float, timesteps), 0.0], dtype=mx.float32)
+    rounded = thousandths.astype(dtype) / mx.array(1000, dtype=dtype)
     hidden = nn.silu(linear(f"{_TIME}.linear_1", timestep_features(rounded).astype(dtype)))
     embedding = linear(f"{_TIME}.linear_2", hidden)
     if "time_text_embed.addition_t_embedding.weight" in arrays:

@@ -1,11 +1,17 @@
-"""What a user asks for: prompts, parameters, seeds; validated once, importable without MLX."""
+"""What a user asks for: prompts, pictures, parameters, seeds; validated once, importable without MLX."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import RequestError
-from ..pipeline.parameters import GenerationParameters, check_seed
+from .parameters import GenerationParameters, check_seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..images.canvas import Canvas
 
 MAX_IMAGES = 10_000
 
@@ -20,6 +26,9 @@ class Request:
         parameters: how to paint.
         seeds: at least one.
         image_indices: for each seed, which of its pictures (the reference's num_images_per_prompt counts from 0).
+        images: upright RGB pictures for an editing model to work on.
+        canvas: the picture that is painted over, or whose size the result takes.
+        reference_pixels: at most so many pixels of each of `images` are shown to the transformer.
     """
 
     prompt: str
@@ -27,8 +36,13 @@ class Request:
     parameters: GenerationParameters
     seeds: tuple[int, ...]
     image_indices: range = range(1)
+    images: tuple[Image, ...] = ()
+    canvas: Canvas | None = None
+    reference_pixels: int | None = None
 
     def __post_init__(self) -> None:
+        if self.reference_pixels is not None and self.reference_pixels < 32 * 32:
+            raise RequestError(f"reference_pixels is {self.reference_pixels}, but must be at least {32 * 32}")
         for seed in self.seeds:
             check_seed(seed)
         if not 1 <= len(self.image_indices) * len(self.seeds) <= MAX_IMAGES:

@@ -1,0 +1,227 @@
+"""What `generate` and `edit` share: their flags, and the way from flags to saved pictures."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..pipeline.parameters import DTYPES, RNGS, GenerationParameters, check_size
+from ..pipeline.request import Request
+from ..variants import ASPECT_SIZES, recommended_negative_prompt
+
+if TYPE_CHECKING:
+    from ..images.canvas import Canvas
+    from ..pipeline.pipeline import QwenImagePipeline
+
+# Names of flags and metadata, and the parameters they set.
+_PARAMETERS = {
+    "width": "width",
+    "height": "height",
+    "steps": "num_inference_steps",
+    "cfg_scale": "cfg_scale",
+    "rng": "rng",
+    "sigmas": "sigmas",
+    "shift": "shift",
+    "strength": "strength",
+}
+
+# Types of the metadata that --from-image reads; other keys are for people.
+_RECORDED: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "revision": str,
+    "prompt": str,
+    "negative_prompt": str,
+    "width": int,
+    "height": int,
+    "steps": int,
+    "cfg_scale": (int, float),
+    "seed": int,
+    "image_index": int,
+    "rng": str,
+    "sigmas": list,
+    "shift": (int, float),
+    "strength": (int, float),
+    "dtype": str,
+    "images": list,
+    "mask": str,
+    "size": str,
+    "mask_padding": int,
+    "no_composite": bool,
+    "reference_pixels": int,
+    "keep_alpha": bool,
+    "zero_cond_t": str,
+}
+# What only the command line knows of a picture, added to its metadata.
+_PROVENANCE = (
+    "images",
+    "mask",
+    "size",
+    "mask_padding",
+    "no_composite",
+    "reference_pixels",
+    "keep_alpha",
+    "zero_cond_t",
+)
+
+
+def add_flags(parser: argparse.ArgumentParser, default_model: str, steps: int) -> None:
+    """Adds the flags of both commands; every default is None, so that a flag given is a flag meant."""
+    add = parser.add_argument
+    add("--model", "-m", help=f"a local directory or a Hugging Face id (default: {default_model})")
+    add("--revision", help="branch, tag or commit of a Hugging Face model")
+    add("--negative-prompt", "-n", metavar="N", help="what to avoid (default: as the model's card says)")
+    add("--width", "-W", type=int, help="in pixels, a multiple of 16")
+    add("--height", "-H", type=int, help="in pixels, a multiple of 16")
+    add("--steps", type=int, help=f"denoising steps (default: {steps})")
+    add("--cfg-scale", "-g", type=float, metavar="S", help="guidance; 1 turns it off (default: 4.0)")
+    add("--seed", "-s", type=int, nargs="+", metavar="N", help="one picture per seed (default: random)")
+    add("--num-images", type=int, metavar="N", help="pictures per seed (default: 1)")
+    add("--output", "-o", metavar="PATH", help="PNG file or directory (default: ./qwen-image.png)")
+    add("--dtype", choices=DTYPES, help="of the text encoder and the transformer (default: bfloat16)")
+    add("--rng", choices=RNGS, help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's (default: torch)")
+    add("--mask", metavar="IMAGE", help="white where the picture is painted anew; the rest comes back bit by bit")
+    add("--strength", type=float, metavar="S", help="how much is painted anew, above 0 and at most 1 (default: 0.6)")
+    add("--size", metavar="1mp|source|WxH", help="size of the result of painting over a picture: about 1 MP at its "
+        "aspect, its own, or an explicit one (default: 1mp; source with a mask)")  # fmt: skip
+    add("--mask-padding", type=int, metavar="N", help="paint only the mask's surroundings, N pixels around it")
+    add("--no-composite", action="store_true", default=None, help="with a mask, give the model's own picture")
+    add("--cache", action="store_true", default=None, help="keep encoded prompts and pictures on disk for next time")
+    add("--from-image", metavar="IMAGE", help="paint a picture again from its own metadata; flags win")
+
+
+def run_painting(arguments: argparse.Namespace, default_model: str, edits: bool) -> None:
+    """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
+    from ..images.files import check_writable, open_image, open_mask, output_path, read_metadata, save_png
+
+    recorded = _checked(read_metadata(arguments.from_image)) if arguments.from_image is not None else {}
+    wanted = {**recorded, **{name: value for name, value in vars(arguments).items() if value is not None}}
+    wanted.setdefault("seed", secrets.randbelow(2**32))  # as many bits as torch's generator uses
+    size = _size(arguments, recorded)
+    sources = wanted.get("images", [])
+    if edits and not sources:
+        raise RequestError("a picture to edit is missing: give --image")
+    for name in ("mask", "size", "strength", "mask_padding"):
+        if getattr(arguments, name) is not None and not sources:
+            raise RequestError(f"--{name.replace('_', '-')} needs --image")
+    draft = build_request(wanted, size if isinstance(size, tuple) else next(iter(ASPECT_SIZES.values())))
+    pictures = [open_image(source) for source in sources]
+    mask = open_mask(wanted["mask"]) if wanted.get("mask") is not None else None
+    path = output_path(arguments.output)
+    check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
+
+    from ..pipeline.pipeline import QwenImagePipeline
+    from ..runtime.cache import EncodingCache
+    from ..runtime.session import paint
+    from .console import ProgressBars, show_messages
+
+    show_messages()
+    with ProgressBars() as bars:
+        pipeline = QwenImagePipeline.from_pretrained(
+            wanted.get("model", default_model),
+            # A revision recorded for one model means nothing for another.
+            revision=wanted.get("revision") if arguments.model is None else arguments.revision,
+            dtype=wanted.get("dtype", DTYPES[0]),
+            zero_cond_t={None: None, "on": True, "off": False}[wanted.get("zero_cond_t")],
+            progress=bars,
+        )
+        if pipeline.variant.edits != edits:
+            cure = "edits pictures: use edit" if pipeline.variant.edits else "paints from text: use generate"
+            raise RequestError(f"{pipeline.model} {cure}")
+        canvas = _canvas(pipeline, wanted, pictures, mask, size) if pictures else None
+        recommended = {
+            "steps": pipeline.variant.steps,
+            "cfg_scale": pipeline.variant.cfg_scale,
+            "negative_prompt": recommended_negative_prompt(pipeline.variant, pipeline.model),
+        }
+        request = build_request({**recommended, **wanted}, canvas.size if canvas else size)
+        request = replace(
+            request,
+            images=tuple(pictures) if edits else (),
+            canvas=canvas,
+            reference_pixels=wanted.get("reference_pixels"),
+        )
+        provenance = {name: wanted[name] for name in _PROVENANCE if wanted.get(name) is not None}
+        for painting in paint(pipeline, request, bars, EncodingCache() if arguments.cache else None):
+            bars.close()
+            print(save_png(painting.image, path, {**painting.metadata, **provenance}), flush=True)
+
+
+def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
+    """What flags, a recorded picture and the model's recommendations add up to; raises RequestError."""
+    if wanted.get("prompt") is None:
+        raise RequestError("a prompt is missing: give one in quotes, or --from-image")
+    given = {**wanted, "width": size[0], "height": size[1]}
+    settings = {field: given[name] for name, field in _PARAMETERS.items() if given.get(name) is not None}
+    seed = wanted["seed"]  # a list from the flags, a number from a picture, which also has its index
+    first = 0 if isinstance(seed, list) else wanted.get("image_index", 0)
+    return Request(
+        prompt=wanted["prompt"],
+        negative_prompt=wanted.get("negative_prompt"),
+        parameters=GenerationParameters(**settings),
+        seeds=tuple(seed) if isinstance(seed, list) else (seed,),
+        image_indices=range(first, first + wanted.get("num_images", 1)),
+    )
+
+
+def _canvas(
+    pipeline: QwenImagePipeline, wanted: Mapping[str, Any], pictures: list, mask: Any, size: str | tuple | None
+) -> Canvas:
+    from ..images.files import open_transparency
+
+    transparency = [open_transparency(source) for source in wanted["images"]] if wanted.get("keep_alpha") else None
+    return pipeline.edit_canvas(
+        pictures,
+        mask=mask,
+        size=size,
+        composite=not wanted.get("no_composite"),
+        crop_padding=wanted.get("mask_padding"),
+        transparency=transparency,
+    )
+
+
+def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded values that are set; raises RequestError for one of the wrong type."""
+    recorded = {name: metadata[name] for name in _RECORDED if metadata.get(name) is not None}
+    for name, value in recorded.items():
+        if not isinstance(value, _RECORDED[name]) or isinstance(value, bool) != (_RECORDED[name] is bool):
+            raise RequestError(f"the picture's metadata is damaged: its {name} is {value!r}")
+    return recorded
+
+
+def _size(arguments: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[int, int] | str | None:
+    """(width, height), "1mp", "source", or None for what is usual; the flags' or the recorded one."""
+    aspect = getattr(arguments, "aspect", None)
+    if (arguments.width is None) != (arguments.height is None):
+        raise RequestError("give both --width and --height, or --aspect")
+    explicit = [
+        None if arguments.width is None else (arguments.width, arguments.height),
+        ASPECT_SIZES.get(aspect),
+        None if arguments.size is None else _parsed_size(arguments.size),
+    ]
+    given = [size for size in explicit if size is not None]
+    if len(given) > 1:
+        raise RequestError("give one of --width and --height, --aspect, and --size, not both")
+    if given:
+        return given[0]
+    if "size" in recorded:
+        return _parsed_size(recorded["size"])
+    painted_over = recorded.get("images") or getattr(arguments, "images", None)
+    if {"width", "height"} <= recorded.keys() and not painted_over:
+        return recorded["width"], recorded["height"]
+    return None if painted_over else next(iter(ASPECT_SIZES.values()))
+
+
+def _parsed_size(text: str) -> tuple[int, int] | str:
+    if text in ("1mp", "source"):
+        return text
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise RequestError(f"--size is {text!r}, but must be 1mp, source or WIDTHxHEIGHT")
+    size = int(match[1]), int(match[2])
+    check_size(*size)
+    return size

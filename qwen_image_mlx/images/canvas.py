@@ -1,0 +1,191 @@
+"""The frame around a picture that is painted over: at which size it is painted, and how the result goes back into it.
+
+Pillow and numpy only; knows no model. What lies outside a mask comes back bit by bit. Sources of the crop:
+get_crop_region and the resize mode "fill" of diffusers' VaeImageProcessor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ..errors import RequestError
+from .geometry import Size, size_of_area
+
+Box = tuple[int, int, int, int]
+
+ONE_MEGAPIXEL = 1024 * 1024
+_LANCZOS = Image.Resampling.LANCZOS
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """How one picture is painted over.
+
+    Attributes:
+        source: the upright RGB picture.
+        mask: grey values of its size, white where it is painted anew; None: everywhere.
+        size: (width, height) it is painted at.
+        result_size: (width, height) of the result.
+        composite: put what the mask keeps back into the result.
+        box: part of the picture that is painted, in its pixels; None: all of it.
+        alpha: transparency to give the result, of the picture's size, or None.
+    """
+
+    source: Image.Image
+    mask: Image.Image | None
+    size: Size
+    result_size: Size
+    composite: bool
+    box: Box | None = None
+    alpha: Image.Image | None = None
+
+    @property
+    def initial(self) -> tuple[Image.Image, Image.Image | None]:
+        """The picture and the mask as the model is given them: cropped to the box, if there is one."""
+        if self.box is None:
+            return self.source, self.mask
+        return fill(self.source.crop(self.box), self.size), fill(self.mask.crop(self.box), self.size)
+
+    def finish(self, painted: Image.Image) -> Image.Image:
+        """The result: resized, pasted back, composited, with its alpha."""
+        base = _resized(self.source, self.result_size)
+        if self.box is not None:
+            width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
+            pasted = base.copy()
+            pasted.paste(_cover(painted, (width, height)), self.box[:2])
+            painted = pasted
+        painted = _resized(painted, self.result_size)
+        if self.composite and self.mask is not None:
+            painted = Image.composite(painted, base, feathered(_resized(self.mask, self.result_size)))
+        if self.alpha is not None:
+            painted.putalpha(_resized(self.alpha, self.result_size))
+        return painted
+
+
+def plan_canvas(
+    source: Image.Image,
+    *,
+    mask: Image.Image | None = None,
+    size: str | Size | None = None,
+    composite: bool = True,
+    crop_padding: int | None = None,
+    alpha: Image.Image | None = None,
+    area: int = ONE_MEGAPIXEL,
+) -> Canvas:
+    """Decides how a picture is painted over.
+
+    Args:
+        source: the upright RGB picture.
+        mask: white where it is painted anew; of the picture's size.
+        size: "1mp" (about 1 MP at the picture's aspect, the model's own size), "source" (the same, resized back to the
+            picture's size), or (width, height). None is "source" with a mask that is composited, else "1mp".
+        composite: put what the mask keeps back, bit by bit.
+        crop_padding: paint only the mask's surroundings, with so many pixels around it, at the full painting size.
+        alpha: transparency to keep.
+        area: what "1mp" means, in pixels.
+
+    Raises:
+        RequestError: the mask has another size than the picture, or paints nothing or everything.
+    """
+    if mask is not None:
+        mask = _checked_mask(mask, source.size)
+    if crop_padding is not None and mask is None:
+        raise RequestError("a padding around the mask needs a mask")
+    if size is None:
+        size = "source" if mask is not None and composite else "1mp"
+    painted = size_of_area(area, source.size) if isinstance(size, str) else size
+    box = None
+    if crop_padding is not None:
+        box = crop_region(mask, painted, crop_padding)
+        if not isinstance(size, str):
+            size = "source"  # a crop goes back into the whole picture
+    result = source.size if size == "source" else painted
+    if not composite and box is None and size != "source":
+        result = painted
+    return Canvas(source, mask, painted, result, composite, box, alpha)
+
+
+def feathered(mask: Image.Image) -> Image.Image:
+    """A mask as opacity: 0 outside, rising over some pixels inside, so that the seam lies within what was painted."""
+    inside = np.asarray(mask.convert("L")) >= 128
+    width = max(1, round(4 * math.sqrt(mask.width * mask.height / ONE_MEGAPIXEL)))
+    depth = np.zeros(inside.shape, np.float32)
+    for _ in range(width):
+        depth += inside
+        edge = np.pad(inside, 1, mode="edge")  # the picture's own border is no seam
+        inside = inside & edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1, 2:]
+    return Image.fromarray(np.rint(depth / width * 255).astype(np.uint8))
+
+
+def crop_region(mask: Image.Image, size: Size, padding: int) -> Box:
+    """Box around the mask, padded, and widened towards the aspect of `size` as far as the picture goes."""
+    rows, cols = (np.flatnonzero(np.asarray(mask.convert("L")).any(axis=axis)) for axis in (1, 0))
+    x1, x2 = max(int(cols[0]) - padding, 0), min(int(cols[-1]) + 1 + padding, mask.width)
+    y1, y2 = max(int(rows[0]) - padding, 0), min(int(rows[-1]) + 1 + padding, mask.height)
+    ratio = size[0] / size[1]
+    if (x2 - x1) / (y2 - y1) > ratio:
+        y1, y2 = _widened(y1, y2, (x2 - x1) / ratio, mask.height)
+    else:
+        x1, x2 = _widened(x1, x2, (y2 - y1) * ratio, mask.width)
+    return x1, y1, x2, y2
+
+
+def _widened(low: int, high: int, wanted: float, limit: int) -> tuple[int, int]:
+    """Widens a range on both sides to `wanted`, then shifts and cuts it to fit 0 … limit."""
+    more = int(wanted - (high - low))
+    low, high = low - more // 2, high + more - more // 2
+    if high >= limit:
+        low, high = low - (high - limit), limit
+    if low < 0:
+        low, high = 0, high - low
+    return low, min(high, limit)
+
+
+def fill(image: Image.Image, size: Size) -> Image.Image:
+    """Fits a picture into a size, centred, its edges stretched over what remains."""
+    width, height = size
+    ratio, source_ratio = width / height, image.width / image.height
+    inner_w = width if ratio < source_ratio else image.width * height // image.height
+    inner_h = height if ratio >= source_ratio else image.height * width // image.width
+    resized = image.resize((inner_w, inner_h), _LANCZOS)
+    out = Image.new("RGB", size)
+    left, top = width // 2 - inner_w // 2, height // 2 - inner_h // 2
+    out.paste(resized, (left, top))
+    if ratio < source_ratio and top > 0:
+        out.paste(resized.resize((width, top), box=(0, 0, width, 0)), (0, 0))
+        out.paste(resized.resize((width, top), box=(0, inner_h, width, inner_h)), (0, top + inner_h))
+    elif ratio > source_ratio and left > 0:
+        out.paste(resized.resize((left, height), box=(0, 0, 0, height)), (0, 0))
+        out.paste(resized.resize((left, height), box=(inner_w, 0, inner_w, height)), (left + inner_w, 0))
+    return out
+
+
+def _cover(image: Image.Image, size: Size) -> Image.Image:
+    """Undoes `fill`: scales a picture to cover a size and cuts off what juts out."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    larger = [max(side, round(old * scale)) for side, old in zip(size, image.size, strict=True)]
+    scaled = image.resize(larger, _LANCZOS)
+    left, top = (scaled.width - size[0]) // 2, (scaled.height - size[1]) // 2
+    return scaled.crop((left, top, left + size[0], top + size[1]))
+
+
+def _checked_mask(mask: Image.Image, size: Size) -> Image.Image:
+    if mask.size != size:
+        raise RequestError(
+            f"the mask has {mask.width}x{mask.height} pixels, but the picture {size[0]}x{size[1]}; make them equal"
+        )
+    grey = mask.convert("L")
+    painted = np.asarray(grey) >= 128
+    if not painted.any():
+        raise RequestError("the mask is black everywhere, so nothing would be painted; white is what is painted anew")
+    if painted.all():
+        raise RequestError("the mask is white everywhere, so nothing would be kept; leave the mask out")
+    return grey
+
+
+def _resized(image: Image.Image, size: Size) -> Image.Image:
+    return image if image.size == size else image.resize(size, _LANCZOS)

@@ -1,0 +1,331 @@
+"""The two core calls, `encode_guidance_prompts` and `generate_pixels`.
+
+Neither call releases, caches or prints on a policy of its own; both evaluate what they return, because an unevaluated
+encoding would keep the text encoder alive. What to keep in memory between them is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError, QwenImageError, RequestError
+from ..images.files import ImageSource, open_image, open_mask
+from ..images.geometry import Size, size_of_area
+from ..models.rope import MAX_POSITION, Segment, rotary_tables, text_start
+from ..models.transformer import Modulation
+from ..sampling.denoise import Guidance, denoise
+from ..sampling.latents import unpack_latents
+from ..sampling.schedule import Schedule, exponential_mu, make_schedule, static_shift, uniform_sigmas
+from ..text.prompt import tokenize_prompt
+from ..variants import ASPECT_SIZES, Variant
+from ..weights.modulation import modulation_table
+from .autoencode import decode
+from .components import Components
+from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
+from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
+from .parameters import GenerationParameters, check_seed, check_size
+from .progress import Progress, ProgressCallback, Reporter
+from .start import Start, start
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+_WIDTH, _HEIGHT = next(iter(ASPECT_SIZES.values()))
+
+
+class PipelineCore:
+    """What a checkpoint can do, step by step; `QwenImagePipeline` adds opening, convenience and control of memory.
+
+    Args:
+        components: the checkpoint's parts.
+        report: where progress goes.
+    """
+
+    def __init__(self, components: Components, report: Reporter):
+        self._components = components
+        self._report = report
+        self._table: tuple[Schedule, list[Modulation]] | None = None
+
+    # What it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> str:
+        """The directory or repository id it was opened from."""
+        return self._components.snapshot.model
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the checkpoint; None for a local directory."""
+        return self._components.snapshot.revision
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype of the text encoder and the transformer."""
+        return self._components.dtype
+
+    @property
+    def variant(self) -> Variant:
+        """What the checkpoint's pipeline class implies: template, defaults."""
+        return self._components.variant
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells checkpoints apart: the commit, or a directory's weight files by size and time."""
+        return self._components.fingerprint
+
+    def prepare(self) -> None:
+        """Fetches all that painting needs and checks the files, loading nothing.
+
+        Raises:
+            HubError: something could not be downloaded.
+            CheckpointError: something is missing, damaged or does not fit.
+        """
+        self._components.prepare()
+
+    # The two core calls -----------------------------------------------------------------------------------------
+
+    def encode_guidance_prompts(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        *,
+        images: Sequence[ImageSource] = (),
+        reference_pixels: int | None = None,
+        sequential_positions: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> GuidanceEncoding:
+        """Encodes what to paint and, if given, what to avoid, and the pictures to work on.
+
+        Args:
+            prompt: what to paint; may be empty (the picture is then the model's own idea), and is cut at the limit of
+                the reference with a warning.
+            negative_prompt: what to avoid; None paints without guidance, "" and " " are prompts like any other.
+            images: for an editing model, its pictures: PIL images, uint8 arrays (H, W, 3 or 4), paths or bytes.
+            reference_pixels: at most so many pixels of each picture are shown to the transformer; None is the model's
+                own area, about 1 MP. Every reference costs as much time per step as a target of its size.
+            sequential_positions: number the tokens 0, 1, 2, … in spite of pictures, to compare with libraries that
+                lost the three position axes.
+            progress: replaces the pipeline's own callback during the call.
+
+        Returns:
+            The encoding, evaluated and independent of the encoders.
+
+        Raises:
+            RequestError: a picture cannot be read, or the model does not take so many.
+            QwenImageError: the encoder's output is not finite, which float16 can cause.
+        """
+        parts = self._components
+        pictures = self._open_images(images)
+        with self._report.using(progress):
+            prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
+            grids = [feature_grid(parts, picture) for picture in pictures]
+            tokens = [
+                tokenize_prompt(parts.tokenizer, self.variant, text, grids, sequential_positions) for text in prompts
+            ]
+            features = None
+            if pictures:
+                _ = parts.vision
+                with self._report.stage("encode", "pictures"):
+                    features = encode_vision(parts, pictures)
+            encoder = parts.text_encoder
+            with self._report.stage("encode", "prompts"):
+                states = [encode_prompt(encoder, prompt_tokens, features) for prompt_tokens in tokens]
+            references = ()
+            if pictures:
+                _ = parts.vae_encoder
+                with self._report.stage("encode", "references"):
+                    references = encode_references(parts, pictures, reference_pixels)
+        return GuidanceEncoding(
+            states[0],
+            states[1] if negative_prompt is not None else None,
+            references,
+            EncodingSource(self.model, self.revision, prompt, negative_prompt),
+        )
+
+    def encode_initial_image(self, image: ImageSource, size: Size, mask: ImageSource | None = None) -> InitialImage:
+        """Encodes a picture to start painting from (image to image), or to keep where a mask is black (inpainting).
+
+        Args:
+            image: the picture; resized to `size` whatever its aspect.
+            size: (width, height) of the picture to be painted, multiples of 16.
+            mask: grey values; at least a half (white) is painted anew.
+
+        Returns:
+            What `generate_pixels` takes as `initial`.
+        """
+        check_size(*size)
+        opened = None if mask is None else open_mask(mask)
+        return encode_initial_image(self._components, open_image(image), size, opened)
+
+    def output_size(self, images: Sequence[ImageSource], area: int = 1024 * 1024) -> Size:
+        """(width, height) of about `area` pixels that an edit of these pictures has unless another is asked for."""
+        return size_of_area(area, self._open_images(images)[self.variant.size_from].size)
+
+    def generate_pixels(
+        self,
+        parameters: GenerationParameters,
+        encoding: GuidanceEncoding,
+        *,
+        seed: int = 0,
+        image_index: int = 0,
+        latents: mx.array | np.ndarray | None = None,
+        initial: InitialImage | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> mx.array:
+        """Paints one picture.
+
+        Args:
+            parameters: size, steps, guidance and noise source.
+            encoding: from `encode_guidance_prompts`, of this process or another.
+            seed: of the initial noise, 0 … 2**64 - 1.
+            image_index: which of the pictures that one seed gives, as in the reference's num_images_per_prompt.
+            latents: packed initial noise (1, N, 64) instead of the seed's.
+            initial: from `encode_initial_image`: a picture of which `parameters.strength` is painted anew.
+            progress: replaces the pipeline's own callback during the call; told of every step, and can cancel.
+
+        Returns:
+            Pixels (frames, height, width, channels) in [0, 1], fp32, evaluated; one frame for text to image.
+
+        Raises:
+            RequestError: encoding, latents or initial image do not fit the model or the size.
+            Cancelled: the callback asked to stop.
+            QwenImageError: the result is not finite.
+        """
+        with self._report.using(progress):
+            tokens = self.denoise_latents(
+                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial
+            )
+            height, width = self._latent_size(parameters)
+            decoder = self._components.vae_decoder
+            with self._report.stage("decode"):
+                return decode(decoder, self._components.vae_config, unpack_latents(tokens, height, width))
+
+    def denoise_latents(
+        self,
+        parameters: GenerationParameters,
+        encoding: GuidanceEncoding,
+        *,
+        seed: int = 0,
+        image_index: int = 0,
+        latents: mx.array | np.ndarray | None = None,
+        initial: InitialImage | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> mx.array:
+        """The first half of `generate_pixels`: packed clean latents (1, N, 64) in the model's dtype, evaluated."""
+        config = self._components.transformer_config
+        if config.use_layer3d_rope:
+            raise CheckpointError(f"{self.model} splits pictures into layers; it cannot paint from text alone")
+        if self.variant.edits and not encoding.references:
+            raise RequestError(f"{self.model} edits pictures; the encoding holds none")
+        height, width = self._latent_size(parameters)
+        target = Segment(0, height // 2, width // 2)
+        schedule = self._schedule(parameters, target.length)
+        start = self._start(parameters, schedule, target, check_seed(seed), image_index, latents, initial)
+        references = encoding.references
+        if start.blended and self.variant.samples_references:
+            references = (Reference(start.image, target.height, target.width),)
+        segments = [target, *(Segment(n + 1, r.height, r.width) for n, r in enumerate(references))]
+        guided = parameters.cfg_scale > 1 and encoding.negative is not None
+        branches = [encoding.positive, encoding.negative] if guided else [encoding.positive]
+        for states in branches:
+            self._check_states(states, segments)
+
+        with self._report.using(progress):
+            table = self._modulation(start.schedule)
+            transformer = self._components.transformer
+            text = [transformer.project_text(states.astype(self.dtype)) for states in branches]
+            rotary = [rotary_tables(segments, states.shape[1], config.axes_dims_rope) for states in branches]
+            shown = None
+            if references:
+                shown = mx.concatenate([r.latents for r in references], axis=1).astype(self.dtype)
+                shown = transformer.project_references(shown)
+            mx.eval(text, rotary, [] if shown is None else shown)
+            steps, sigmas = start.schedule.num_steps, start.schedule.sigmas
+            self._report(Progress("denoise", 0, steps, sigma=float(sigmas[0]), latents=start.latents))
+            result = denoise(
+                lambda x, step, branch: transformer(x, text[branch], table[step], rotary[branch], shown),
+                start.latents,
+                start.schedule,
+                Guidance(parameters.cfg_scale, renormalize=True) if guided else None,
+                lambda done, x: self._report(Progress("denoise", done, steps, sigma=float(sigmas[done]), latents=x)),
+                start.blend if start.blended else None,
+            )
+        if not mx.isfinite(result).all().item():
+            raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
+        return result
+
+    # Steps of the above -------------------------------------------------------------------------------------------
+
+    def _open_images(self, images: Sequence[ImageSource]) -> list[PILImage]:
+        limit = self.variant.max_images
+        if self.variant.edits and not images:
+            raise RequestError(f"{self.model} edits pictures; give it at least one")
+        if images and not self.variant.edits:
+            raise RequestError(f"{self.model} paints from text; only an editing model takes pictures to work on")
+        if limit is not None and len(images) > limit:
+            raise RequestError(f"{self.model} edits {limit} picture at a time, but {len(images)} are given")
+        return [open_image(image) for image in images]
+
+    def _latent_size(self, parameters: GenerationParameters) -> tuple[int, int]:
+        factor = self._components.vae_config.spatial_factor
+        return parameters.height // factor, parameters.width // factor
+
+    def _start(
+        self,
+        parameters: GenerationParameters,
+        schedule: Schedule,
+        target: Segment,
+        seed: int,
+        image_index: int,
+        latents: mx.array | np.ndarray | None,
+        initial: InitialImage | None,
+    ) -> Start:
+        if latents is not None:
+            shape = (1, target.length, self._components.transformer_config.in_channels)
+            if tuple(latents.shape) != shape:
+                raise RequestError(
+                    f"latents have the shape {tuple(latents.shape)}, but "
+                    f"{parameters.width}x{parameters.height} pixels need {shape}"
+                )
+            latents = mx.array(latents)
+        if initial is not None and initial.mean.shape[1:3] != (2 * target.height, 2 * target.width):
+            height, width = (8 * side for side in initial.mean.shape[1:3])
+            raise RequestError(
+                f"the initial image was encoded at {width}x{height}, not at {parameters.width}x{parameters.height}"
+            )
+        return start(
+            self._components.vae_config, schedule, parameters, target, seed, image_index, latents, initial, self.dtype
+        )
+
+    def _check_states(self, states: mx.array, segments: Sequence[Segment]) -> None:
+        dim = self._components.transformer_config.joint_attention_dim
+        if states.ndim != 3 or states.shape[0] != 1 or states.shape[2] != dim:
+            raise RequestError(
+                f"the encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})"
+            )
+        if text_start(segments) + states.shape[1] > MAX_POSITION:
+            raise RequestError(
+                f"{states.shape[1]} prompt tokens beside pictures of this size reach past position {MAX_POSITION}; "
+                "shorten the prompt or make the picture smaller"
+            )
+
+    def _schedule(self, parameters: GenerationParameters, image_tokens: int) -> Schedule:
+        config = self._components.scheduler_config
+        if parameters.shift is not None:
+            config = static_shift(config, parameters.shift)
+        sigmas = parameters.sigmas or uniform_sigmas(parameters.num_inference_steps)
+        return make_schedule(config, sigmas, exponential_mu(config, image_tokens))
+
+    def _modulation(self, schedule: Schedule) -> list[Modulation]:
+        """The table for a schedule; the last one is kept, so a sweep over seeds makes it once."""
+        if self._table is None or not np.array_equal(self._table[0].sigmas, schedule.sigmas):
+            self._table = None
+            weights = self._components.weights("transformer")
+            zero_cond_t = self._components.transformer_config.zero_cond_t
+            with self._report.stage("load", "modulation"):
+                self._table = schedule, modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t)
+        return self._table[1]

@@ -1,0 +1,87 @@
+"""Encodings on disk, so that the same prompt and pictures never load an encoder twice; bounded in size.
+
+Keyed by everything an encoding depends on: the checkpoint, its template, the dtype, the prompts, the pixels of the
+pictures. A damaged entry is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError, OutputError
+from ..pipeline.conditioning import GuidanceEncoding
+
+if TYPE_CHECKING:
+    from ..pipeline.pipeline import QwenImagePipeline
+    from ..pipeline.request import Request
+
+logger = logging.getLogger(__name__)
+
+MAX_BYTES = 2_000_000_000
+
+
+def default_folder() -> Path:
+    """`qwen-image-mlx/encodings` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-image-mlx" / "encodings"
+
+
+class EncodingCache:
+    """A folder of encodings.
+
+    Args:
+        folder: made when the first entry is put.
+        max_bytes: the entries used longest ago are removed beyond this.
+    """
+
+    def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES):
+        self._folder = folder or default_folder()
+        self._max_bytes = max_bytes
+
+    def get(self, pipeline: QwenImagePipeline, request: Request) -> GuidanceEncoding | None:
+        """The encoding of an equal request, or None."""
+        path = self._path(pipeline, request)
+        if not path.is_file():
+            return None
+        try:
+            encoding = GuidanceEncoding.load(path)
+        except CheckpointError as error:
+            logger.warning("a cached encoding is damaged and is made anew: %s", error)
+            return None
+        os.utime(path)
+        logger.info("the encoding comes from the cache; no encoder is loaded")
+        return encoding
+
+    def put(self, pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding) -> None:
+        """Keeps an encoding; a cache that cannot be written is said and otherwise ignored."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            encoding.save(self._path(pipeline, request))
+            self._shrink()
+        except (OSError, OutputError) as error:
+            logger.warning("the encoding is not cached: %s", error)
+
+    def _path(self, pipeline: QwenImagePipeline, request: Request) -> Path:
+        guided = request.parameters.cfg_scale > 1
+        facts = {
+            "checkpoint": pipeline.fingerprint,
+            "dtype": str(pipeline.dtype),
+            "variant": repr(pipeline.variant),
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt if guided else None,
+            "reference_pixels": request.reference_pixels,
+            "images": [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in request.images],
+        }
+        return self._folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.safetensors"
+
+    def _shrink(self) -> None:
+        entries = sorted(self._folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+        total = 0
+        for path in entries:
+            total += path.stat().st_size
+            if total > self._max_bytes:
+                path.unlink(missing_ok=True)
