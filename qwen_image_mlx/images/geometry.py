@@ -16,20 +16,20 @@ MAX_ASPECT = 200  # the vision tower's own limit
 
 
 def size_of_area(area: int, size: Size) -> Size:
-    """The size of about `area` pixels with the aspect of `size`, both sides multiples of 32 (halves round to even)."""
-    ratio = size[0] / size[1]
-    width = math.sqrt(area * ratio)
-    return tuple(round(side / 32) * 32 for side in (width, width / ratio))
-
-
-def vision_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
-    """What the vision tower's processor resizes a picture to: multiples of `factor`, area within the limits.
+    """The size of about `area` pixels with the aspect of `size`, both sides multiples of 32 (halves round to even).
 
     Raises:
         RequestError: one side is more than 200 times the other.
     """
-    width, height = size
     check_aspect(size)
+    ratio = size[0] / size[1]
+    width = math.sqrt(area * ratio)
+    return tuple(max(1, round(side / 32)) * 32 for side in (width, width / ratio))
+
+
+def vision_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
+    """What the vision tower's processor resizes a picture to: multiples of `factor`, area within the limits."""
+    width, height = size
     w, h = (round(side / factor) * factor for side in size)
     if w * h > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import QwenImageError
-from ..images.geometry import Size, check_aspect, size_of_area, vision_size
+from ..images.geometry import Size, size_of_area, vision_size
 from ..images.pixels import to_mask, to_patches, to_pixels
 from ..models.text_encoder import TextEncoder
 from ..sampling.latents import pack_latents
@@ -96,7 +96,6 @@ def encode_initial_image(
 
 def _vision_size(components: Components, image: Image.Image) -> Size:
     config, processor = components.vision_config, components.image_processor
-    check_aspect(image.size)
     return vision_size(
         size_of_area(components.variant.encoder_area, image.size),
         config.patch_size * config.spatial_merge_size,

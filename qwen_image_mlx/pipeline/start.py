@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..config import VAEConfig
-from ..errors import RequestError
 from ..models.rope import Segment
 from ..sampling.latents import pack_latents
 from ..sampling.noise import generator
@@ -61,11 +60,7 @@ def start(
     initial: InitialImage | None,
     dtype: mx.Dtype,
 ) -> Start:
-    """Draws what has to be drawn and adds the noise the first step expects.
-
-    Raises:
-        RequestError: the strength is too low to leave a single step.
-    """
+    """Draws what has to be drawn and adds the noise the first step expects."""
     # Drawn in the reference's order, channels first: (B, 1, C, h, w).
     shape = (1, config.z_dim, 2 * target.height, 2 * target.width)
     draws = generator(parameters.rng, seed)
@@ -74,10 +69,6 @@ def start(
         image = sample_latents(config, initial.mean, initial.std, draws.normal(shape).transpose(0, 2, 3, 1))
         image = pack_latents(image).astype(dtype)
         schedule = schedule.last(parameters.strength)
-        if schedule.num_steps == 0:
-            raise RequestError(
-                f"strength {parameters.strength} of {parameters.num_inference_steps} steps leaves none; raise either"
-            )
     noise = latents
     if noise is None:
         for _ in range(image_index + 1):

@@ -38,9 +38,10 @@ class Schedule:
     def last(self, strength: float) -> Schedule:
         """The last steps, for a picture that is only partly painted anew: `strength` of all, rounded as the reference.
 
-        Source: get_timesteps of diffusers' QwenImageImg2ImgPipeline. May have no steps at all.
+        Source: get_timesteps of diffusers' QwenImageImg2ImgPipeline. At least one step is left.
         """
         skipped = int(max(self.num_steps - min(self.num_steps * strength, self.num_steps), 0))
+        skipped = min(skipped, self.num_steps - 1)
         return Schedule(self.sigmas[skipped:])
 
     def dt(self, step: int) -> float:

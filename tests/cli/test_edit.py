@@ -1,0 +1,266 @@
+"""The edit command, and painting over with generate: sizes, masks that keep every bit, the cache, bad pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_image_mlx.cli.main import main
+
+QUICK = ["--steps", "2", "--dtype", "float32", "--seed", "3", "--cfg-scale", "1"]
+
+
+@pytest.fixture(scope="module")
+def edit_model(tmp_path_factory):
+    from reference_edit import write_edit
+
+    return write_edit(tmp_path_factory.mktemp("edit_cli") / "model", "edit_plus", transformer={"zero_cond_t": True})
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """The real areas are a megapixel; nothing but time depends on them."""
+    from qwen_image_mlx import variants
+    from qwen_image_mlx.images import canvas
+
+    row = variants.VARIANTS["QwenImageEditPlusPipeline"]
+    small = type(row)(**{**vars(row), "encoder_area": 96 * 96, "reference_area": 128 * 128})
+    monkeypatch.setitem(variants.VARIANTS, "QwenImageEditPlusPipeline", small)
+    monkeypatch.setitem(canvas.plan_canvas.__kwdefaults__, "area", 128 * 128)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (90, 150, 3), np.uint8))
+    colours.save("photo.png")
+    colours.rotate(90, expand=True).save("tall.png")
+    mask = np.zeros((90, 150), np.uint8)
+    mask[30:60, 40:100] = 255
+    Image.fromarray(mask).save("mask.png")
+    return tmp_path
+
+
+@pytest.fixture
+def run(here, edit_model, tiny, capsys):
+    def call(command, *arguments):
+        given = [command, *map(str, arguments)]
+        if "--model" not in given:
+            given += ["--model", str(edit_model if command == "edit" else tiny)]
+        code = main(given)
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return call
+
+
+def opened(result) -> Image.Image:
+    code, (path,), err = result
+    assert code == 0, err
+    return Image.open(path)
+
+
+def refusal(result) -> str:
+    code, out, err = result
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, out) == (2, [])
+    assert "Traceback" not in err
+    return line
+
+
+@pytest.mark.parametrize(("flags", "size"), [
+    ([], (160, 96)),  # about the model's area at the picture's aspect, in steps of 32
+    (["--size", "source"], (150, 90)),
+    (["--size", "80x48"], (80, 48)),
+    (["--width", "48", "--height", "80"], (48, 80)),
+    (["--image", "tall.png"], (96, 160)),  # the last picture gives the size
+])  # fmt: skip
+def test_sizes_of_an_edit(run, flags, size):
+    assert opened(run("edit", "make it blue", "--image", "photo.png", *QUICK, *flags)).size == size
+
+
+@pytest.mark.parametrize("command", ["edit", "generate"])
+@pytest.mark.parametrize("extra", [[], ["--mask-padding", "8"], ["--strength", "1"]])
+def test_every_pixel_outside_the_mask_comes_back(run, command, extra):
+    result = opened(run(command, "a hat", "--image", "photo.png", "--mask", "mask.png", *QUICK, *extra))
+    source = np.asarray(Image.open("photo.png"))
+    kept = np.asarray(Image.open("mask.png")) == 0
+    result = np.asarray(result)
+    assert result.shape == source.shape
+    np.testing.assert_array_equal(result[kept], source[kept])
+    assert np.abs(result[~kept].astype(int) - source[~kept]).mean() > 5
+
+
+@pytest.mark.parametrize("command", ["edit", "generate"])
+def test_no_composite_gives_the_model_s_own_picture(run, command):
+    result = opened(run(command, "a hat", "--image", "photo.png", "--mask", "mask.png", "--no-composite", *QUICK))
+    assert result.size == (160, 96)
+
+
+def test_generate_paints_over_a_picture(run, reference):
+    from reference_edit import TEXT_CLASSES, run_edit_reference
+
+    result = opened(run("generate", "a hat", "--image", "photo.png", "--strength", "0.7", *QUICK, "--steps", 5,
+                        "--width", 96, "--height", 64))  # fmt: skip
+    pipe = TEXT_CLASSES["img2img"](**reference.components)
+    _, images = run_edit_reference(
+        pipe, prompt="a hat", image=Image.open("photo.png"), strength=0.7, width=96, height=64, steps=5, cfg_scale=1.0,
+        seed=3,
+    )  # fmt: skip
+    assert np.abs(np.asarray(result).astype(int) - np.asarray(images[0]).astype(int)).max() <= 1
+
+
+def test_an_edit_is_painted_again_from_its_metadata(run):
+    opened(
+        run("edit", "a hat", "--image", "photo.png", "--image", "tall.png", "--size", "source", "-o", "a.png", *QUICK)
+    )
+    again = opened(run("edit", "--from-image", "a.png", "-o", "b.png"))
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    metadata = json.loads(again.text["qwen_image_mlx"])
+    assert (metadata["images"], metadata["size"]) == (["photo.png", "tall.png"], "source")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_photograph_is_applied(run, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open("photo.png").save("turned.jpg", exif=exif)
+    turned = orientation >= 5
+    result = opened(run("edit", "a hat", "--image", "turned.jpg", "--size", "source", *QUICK, "--steps", 1))
+    assert result.size == ((90, 150) if turned else (150, 90))
+
+
+def test_transparency_is_laid_on_white_or_kept(run):
+    image = Image.open("photo.png").convert("RGBA")
+    alpha = Image.open("mask.png")
+    image.putalpha(alpha)
+    image.save("clear.png")
+    flat = run("edit", "a hat", "--image", "clear.png", "--size", "source", *QUICK)
+    assert "laid on white" in flat[2]
+    assert opened(flat).mode == "RGB"
+    kept = opened(run("edit", "a hat", "--image", "clear.png", "--size", "source", "--keep-alpha", *QUICK))
+    assert kept.mode == "RGBA"
+    np.testing.assert_array_equal(np.asarray(kept.getchannel("A")), np.asarray(alpha))
+
+
+def test_zero_cond_t_can_be_overridden(run):
+    by_flag = {
+        flag: np.asarray(opened(run("edit", "a hat", "--image", "photo.png", *flag, *QUICK)))
+        for flag in ((), ("--zero-cond-t", "on"), ("--zero-cond-t", "off"))
+    }
+    np.testing.assert_array_equal(by_flag[()], by_flag["--zero-cond-t", "on"])
+    assert not np.array_equal(by_flag[()], by_flag["--zero-cond-t", "off"])
+
+
+def test_a_cached_encoding_loads_no_encoder(run):
+    first = run("edit", "a hat", "--image", "photo.png", "--cache", "-o", "a.png", *QUICK)
+    second = run("edit", "a hat", "--image", "photo.png", "--cache", "-o", "b.png", *QUICK)
+    assert opened(first).tobytes() == opened(second).tobytes()
+    for component in ("text_encoder", "vision", "tokenizer", "vae_encoder"):
+        assert f"load {component}" in first[2]
+        assert f"load {component}" not in second[2]
+    for change in (["--image", "tall.png"], ["--reference-pixels", "4096"], ["--cfg-scale", "2"]):
+        other = run("edit", "a hat", "--image", "photo.png", "--cache", *QUICK, *change)
+        assert "load text_encoder" in other[2], change
+
+
+def test_a_damaged_cache_entry_is_made_anew(run, here):
+    run("generate", "a hat", "--width", 64, "--height", 64, "--cache", *QUICK)
+    (entry,) = here.glob("cache/qwen-image-mlx/encodings/*.safetensors")
+    entry.write_bytes(b"broken")
+    code, _, err = run("generate", "a hat", "--width", 64, "--height", 64, "--cache", *QUICK)
+    assert code == 0
+    assert "made anew" in err
+    assert "load text_encoder" in err
+
+
+def test_the_cache_is_bounded(tmp_path, edit_model):
+    from dataclasses import replace
+
+    from qwen_image_mlx import GenerationParameters, QwenImagePipeline
+    from qwen_image_mlx.pipeline.request import Request
+    from qwen_image_mlx.runtime.cache import EncodingCache
+
+    pipeline = QwenImagePipeline.from_pretrained(edit_model, dtype="float32")
+    photo = Image.new("RGB", (64, 64), "red")
+    parameters = GenerationParameters(width=64, height=64)
+    request = Request(prompt="0", negative_prompt=None, parameters=parameters, seeds=(1,), images=(photo,))
+    encoding = pipeline.encode_request(request)
+    encoding.save(tmp_path / "probe.safetensors")
+    one = (tmp_path / "probe.safetensors").stat().st_size
+    cache = EncodingCache(tmp_path / "cache", max_bytes=int(3.5 * one))
+    for n in range(6):
+        cache.put(pipeline, replace(request, prompt=str(n)), encoding)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert cache.get(pipeline, replace(request, prompt="5")) is not None
+    assert cache.get(pipeline, replace(request, prompt="0")) is None
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd_files(here):
+    Path("text.png").write_text("not a picture")
+    Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:2000])
+    Image.new("L", (150, 90), 0).save("black.png")
+    Image.new("L", (150, 90), 255).save("white.png")
+    Image.new("L", (75, 45), 128).save("small.png")
+    Image.new("RGB", (3000, 10)).save("long.png")
+    Image.new("1", (20000, 20000)).save("bomb.png")
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--image", "none.png"], "none.png"),
+    (["--image", "text.png"], "text.png"),
+    (["--image", "cut.png"], "cut.png"),
+    (["--image", "bomb.png"], "bomb.png"),
+    (["--image", "long.png"], "3000x10"),
+    (["--image", "."], "."),
+    (["--image", "photo.png", "--mask", "none.png"], "none.png"),
+    (["--image", "photo.png", "--mask", "small.png"], "75x45"),
+    (["--image", "photo.png", "--mask", "black.png"], "black"),
+    (["--image", "photo.png", "--mask", "white.png"], "white"),
+    (["--image", "photo.png", "--mask-padding", "4"], "mask"),
+    (["--image", "photo.png", "--mask", "mask.png", "--strength", "0"], "strength"),
+    (["--image", "photo.png", "--size", "huge"], "1mp"),
+    (["--image", "photo.png", "--size", "100x100"], "96 and 112"),
+    (["--image", "photo.png", "--size", "source", "--width", "64", "--height", "64"], "not both"),
+    (["--image", "photo.png", "--reference-pixels", "3"], "reference_pixels"),
+    (["--image", "photo.png", "--zero-cond-t", "maybe"], "zero-cond-t"),
+    ([], "--image"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_bad_pictures(run, odd_files, here, flags, says):
+    before = sorted(here.iterdir())
+    assert says in refusal(run("edit", "a hat", *flags, *QUICK))
+    assert sorted(here.iterdir()) == before
+
+
+def test_one_pixel_and_animated_pictures_are_edited(run):
+    Image.new("RGB", (1, 1), "red").save("dot.png")
+    assert opened(run("edit", "a hat", "--image", "dot.png", *QUICK)).size == (128, 128)
+    frames = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue")]
+    frames[0].save("moving.gif", save_all=True, append_images=frames[1:])
+    result = run("edit", "a hat", "--image", "moving.gif", *QUICK)
+    assert "first frame" in result[2]
+    assert opened(result).size == (128, 128)
+
+
+def test_models_and_commands_must_match(run, tiny, edit_model):
+    assert "use generate" in refusal(run("edit", "a hat", "--image", "photo.png", "--model", tiny, *QUICK))
+    assert "use edit" in refusal(run("generate", "a hat", "--model", edit_model, *QUICK))
+
+
+def test_painting_over_needs_a_picture(run):
+    for flags in (["--mask", "mask.png"], ["--strength", "0.5"], ["--size", "source"]):
+        assert "--image" in refusal(run("generate", "a hat", *flags, *QUICK))
+
+
+def test_a_prompt_with_a_placeholder_of_its_own(run):
+    assert "<|image_pad|>" in refusal(run("edit", "put <|image_pad|> here", "--image", "photo.png", *QUICK))
