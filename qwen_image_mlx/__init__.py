@@ -12,6 +12,7 @@ _PUBLIC = {
     "QwenImagePipeline": "pipeline.pipeline",
     "GenerationParameters": "pipeline.parameters",
     "GuidanceEncoding": "pipeline.conditioning",
+    "InitialImage": "pipeline.conditioning",
     "Progress": "pipeline.progress",
     "HubSnapshot": "weights.snapshot",
     "QwenImageError": "errors",
@@ -26,7 +27,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from .errors import Cancelled, CheckpointError, HubError, OutputError, QwenImageError, RequestError
-    from .pipeline.conditioning import GuidanceEncoding
+    from .pipeline.conditioning import GuidanceEncoding, InitialImage
     from .pipeline.parameters import GenerationParameters
     from .pipeline.pipeline import QwenImagePipeline
     from .pipeline.progress import Progress

@@ -10,6 +10,7 @@ Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -197,7 +198,7 @@ class _GELUProjection(nn.Module):
         self.proj = Linear(dim, inner)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return nn.gelu_approx(self.proj(x))
+        return gelu_tanh(self.proj(x))
 
 
 @mx.compile
@@ -205,6 +206,17 @@ def gated_add(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
     """x + gate * y; in float16 held inside its range, as the reference does after each block."""
     out = x + gate * y
     return mx.clip(out, -65504, 65504) if x.dtype == mx.float16 else out
+
+
+@partial(mx.compile, shapeless=True)
+def gelu_tanh(x: mx.array) -> mx.array:
+    """x / 2 * (1 + tanh(z)) with z = sqrt(2 / pi) * (x + 0.044715 x**3), in fp32, rounded once.
+
+    Written as x / (1 + exp(-2 z)), which is the same and takes less than half the time where tanh is slow.
+    """
+    wide = x.astype(mx.float32)
+    z = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return (wide / (1 + mx.exp(-2 * z))).astype(x.dtype)
 
 
 def timestep_features(timesteps: mx.array) -> mx.array:

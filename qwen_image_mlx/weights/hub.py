@@ -35,15 +35,18 @@ class Folder:
     repo: str | None = None
 
     def has(self, name: str) -> bool:
+        """Whether the file is there."""
         return (self.root / name).is_file()
 
     def names(self, folder: str) -> list[str]:
+        """The files of a folder."""
         try:
             return sorted(posixpath.join(folder, name) for name in os.listdir(self.root / folder))
         except OSError:
             return []
 
     def fetch(self, names: Sequence[str], label: str) -> list[Path]:
+        """Paths of the files; raises CheckpointError or HubError if one is not there."""
         missing = [name for name in names if not self.has(name)]
         if missing and self.repo:
             raise HubError(
@@ -70,12 +73,15 @@ class Repo:
     progress: Progress | None
 
     def has(self, name: str) -> bool:
+        """Whether the commit has the file."""
         return name in self.listing
 
     def names(self, folder: str) -> list[str]:
+        """The files of a folder."""
         return sorted(name for name in self.listing if posixpath.dirname(name) == folder)
 
     def fetch(self, names: Sequence[str], label: str) -> list[Path]:
+        """Paths of the files, downloaded if need be; `label` names them in messages."""
         _require([name for name in names if not self.has(name)], f"{self.repo} at commit {self.revision}")
         waiting = [name for name in names if not self._is_whole(self._snapshot / name, name)]
         absent = {name: self.listing[name].size or 0 for name in waiting if not self._is_whole(self._blob(name), name)}

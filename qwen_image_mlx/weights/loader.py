@@ -96,9 +96,16 @@ class ComponentWeights:
         for spec in self.specs(part):
             tensor = self._tensors[spec.name]
             if tensor.file not in shards:
-                shards[tensor.file] = mx.load(str(tensor.file))
+                shards[tensor.file] = _opened(self.component, tensor.file)
             arrays[spec.name] = LAYOUTS[spec.layout](shards[tensor.file][tensor.name])
         return arrays
+
+
+def _opened(component: str, file: Path) -> dict[str, mx.array]:
+    try:
+        return mx.load(str(file))
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"the {component}'s file {file} could not be opened: {error}") from error
 
 
 def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype) -> M:

@@ -115,7 +115,7 @@ def needs_tensor(component: str, stored_name: str, parts: Collection[str]) -> bo
 def other_part(component: str, name: str) -> str | None:
     """The part of a tensor the map names only by its prefix (`lm_head.`, `visual.`), or None."""
     parts = weights_map(component).get("other_parts", {})
-    return next((part for part, prefix in parts.items() if name.startswith(prefix)), None)
+    return next((part for part, prefixes in parts.items() if name.startswith(tuple(prefixes))), None)
 
 
 @cache
@@ -127,7 +127,7 @@ def _known_names(component: str) -> re.Pattern[str]:
         for rule in rules["tensors"]
         for spelling in _alternatives(rule["name"])
     ]
-    prefixes = [re.escape(prefix) + ".*" for prefix in rules.get("other_parts", {}).values()]
+    prefixes = [re.escape(prefix) + ".*" for part in rules.get("other_parts", {}).values() for prefix in part]
     return re.compile("|".join([rf"(?:{'|'.join(paths)})\.(?:{'|'.join(_PARAMETERS)})", *prefixes]))
 
 

@@ -83,7 +83,7 @@ def _write_shards(folder: Path, component: str, config: Any, key: mx.array, dtyp
         part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         name = f"{stem}{part}.safetensors"
         keys = mx.random.split(mx.random.split(key, number)[-1], len(specs))
-        tensors = {spec.name: _values(spec, keys[n]).astype(dtype) for n, spec in enumerate(specs)}
+        tensors = {spec.name: random_values(spec, keys[n]).astype(dtype) for n, spec in enumerate(specs)}
         mx.save_safetensors(str(folder / name), tensors, {"format": "pt"})
         index |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
@@ -103,7 +103,7 @@ def _shards(specs: Iterable[TensorSpec], item_bytes: int, limit: int) -> Iterato
     yield shard
 
 
-def _values(spec: TensorSpec, key: mx.array) -> mx.array:
+def random_values(spec: TensorSpec, key: mx.array) -> mx.array:
     """Values that keep activations of order one: matrices by their inputs, norms around 1, biases small."""
     noise = mx.random.normal(spec.shape, key=key)
     if len(spec.shape) > 1 and not spec.name.endswith("gamma"):

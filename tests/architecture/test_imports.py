@@ -1,0 +1,106 @@
+"""Who may import whom, and what may stand where: the house rules, kept by reading the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "qwen_image_mlx"
+# Each room may import from itself and from rooms of lower levels.
+LEVELS = {
+    "errors": 0,
+    "config": 1, "variants": 1,
+    "models": 2, "sampling": 2, "images": 2, "text": 2,
+    "weights": 3,
+    "pipeline": 4,
+    "runtime": 5, "training": 5,
+    "cli": 6,
+}  # fmt: skip
+EVALUATES = {"sampling", "weights", "pipeline", "runtime", "training"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def runtime_nodes(tree: ast.AST):
+    """All nodes but those under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from runtime_nodes(node)
+
+
+def imported(path: Path):
+    """(absolute module names) of everything a module imports at run time."""
+    package = ("qwen_image_mlx", *path.relative_to(PACKAGE).parts[:-1])
+    for node in runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    here = room(path)
+    if here in ("__init__", "__main__"):
+        return
+    for name in imported(path):
+        if not name.startswith("qwen_image_mlx.") or name == "qwen_image_mlx.__version__":
+            continue
+        there = name.split(".")[1]
+        assert there == here or LEVELS[there] < LEVELS[here], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_imports_the_reference_libraries(path):
+    assert not [n for n in imported(path) if n.split(".")[0] in ("torch", "torchvision", "transformers", "diffusers")]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=lambda p: p.name)
+def test_models_know_mlx_config_and_each_other_only(path):
+    allowed = ("mlx", "__future__", "collections", "functools", "itertools", "math", "typing")
+    for name in imported(path):
+        ours = name.startswith(("qwen_image_mlx.config", "qwen_image_mlx.models"))
+        assert ours or name.split(".")[0] in allowed, name
+
+
+def calls(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_evaluation_and_output_stay_in_their_rooms(path):
+    here, called = room(path), set(calls(path))
+    if here not in EVALUATES:
+        assert not called & {"mx.eval", "mx.async_eval"}
+    if here == "models":
+        assert not [name for name in called if name.endswith((".item", ".tolist"))]
+    if here not in ("cli", "__main__"):
+        assert not called & {"print", "sys.exit", "exit"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_public_things_are_described(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path.name != "__main__.py":
+        assert ast.get_docstring(tree), "a module begins with its contract"
+    for scope in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))):
+        for node in scope.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_readable(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500

@@ -1,0 +1,75 @@
+"""What users rely on by name; a change here is a change of the public contract."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import qwen_image_mlx
+from qwen_image_mlx.cli.main import build_parser
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "torch", "transformers")
+
+PUBLIC = {
+    "__version__", "QwenImagePipeline", "GenerationParameters", "GuidanceEncoding", "InitialImage", "Progress",
+    "HubSnapshot", "QwenImageError", "RequestError", "CheckpointError", "HubError", "OutputError", "Cancelled",
+}  # fmt: skip
+PAINTING = {
+    "--help", "--model", "--revision", "--negative-prompt", "--width", "--height", "--steps", "--cfg-scale", "--seed",
+    "--num-images", "--output", "--dtype", "--rng", "--image", "--mask", "--strength", "--size", "--mask-padding",
+    "--no-composite", "--cache", "--from-image",
+}  # fmt: skip
+FLAGS = {
+    "generate": PAINTING | {"--aspect"},
+    "edit": PAINTING | {"--reference-pixels", "--keep-alpha", "--zero-cond-t"},
+    "info": {"--help", "--json"},
+}
+
+
+def test_public_names():
+    assert set(qwen_image_mlx.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(qwen_image_mlx, name) is not None
+    assert set(dir(qwen_image_mlx)) >= PUBLIC
+
+
+def test_flags_of_every_command():
+    (commands,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    found = {
+        name: {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+        for name, parser in commands.choices.items()
+    }
+    assert found == FLAGS
+
+
+def heavy_modules(*command: str) -> str:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "import qwen_image_mlx\n"
+        "try:\n    sys.argv[1:] and runpy.run_module('qwen_image_mlx', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        f"print('loaded:', [m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "-", *command], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def test_importing_and_asking_for_help_load_nothing_heavy():
+    assert heavy_modules() == "loaded: []"
+    for command in (["--help"], ["generate", "--help"], ["edit", "--help"], ["info", "--help"]):
+        assert heavy_modules(*command) == "loaded: []", command
+
+
+def test_the_package_is_typed():
+    assert (ROOT / "qwen_image_mlx" / "py.typed").is_file()
+
+
+def test_ci_runs_the_readme_s_test_command():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    (line,) = [line for line in readme.splitlines() if line.endswith("-m pytest")]
+    steps = [step.strip() for step in line.split("&&")]
+    assert [step.replace(" --quiet", "") in ci.replace(" --quiet", "") for step in steps] == [True] * len(steps)
