@@ -1,6 +1,6 @@
 """A transformer block and a whole step at real width (3072, 24 heads), fp32, in one run.
 
-    python benchmarks/transformer.py [--rounds 7] [--blocks 2]
+    python benchmarks/transformer.py [--rounds 7] [--blocks 2] [--tokens 256 1024]
 
 Ours against diffusers on torch, against mflux 0.24.0, and against the floor: the same matrix products and attention in
 MLX with nothing else. All share the same random weights; the relative difference of the outputs is printed. mflux runs
@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--tokens", nargs="+", type=int, choices=GRIDS, default=list(GRIDS))
     arguments = parser.parse_args()
     preload_blas()
     with_mflux = add_mflux()
@@ -36,7 +37,8 @@ def main() -> None:
     if with_mflux:
         sides.append(Mflux(config, weights))
     targets = []
-    for tokens, grid in GRIDS.items():
+    for tokens in arguments.tokens:
+        grid = GRIDS[tokens]
         rng = np.random.default_rng(0)
         latents = rng.standard_normal((1, tokens, 64)).astype(np.float32)
         text = rng.standard_normal((1, TEXT_TOKENS, 3584)).astype(np.float32)

@@ -1,6 +1,6 @@
 """The autoencoder at real width (96), fp32: time and peak memory of decoding and encoding 256 and 512 pixels.
 
-    python benchmarks/vae.py [--rounds 3]
+    python benchmarks/vae.py [--rounds 2] [--task decode encode] [--side 256 512]
 
 Ours (in strips as the pipeline chooses, and whole) against mflux 0.24.0 and diffusers on torch. Times are medians of
 turns taken in one process; peak memory is that of a fresh process per candidate: MLX's own count, and for torch the
@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 from common import add_mflux, in_fresh_process, preload_blas, print_table, take_turns, verdict
 
-SIDES = (256, 512)
 CANDIDATES = ("ours", "ours whole", "mflux", "diffusers")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--task", nargs="+", choices=("decode", "encode"), default=["decode", "encode"])
+    parser.add_argument("--side", nargs="+", type=int, default=[256, 512])
     parser.add_argument("--peak", nargs=3, metavar=("NAME", "TASK", "SIDE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     preload_blas()
@@ -32,8 +34,8 @@ def main() -> None:
         print(json.dumps(peak(name, task, int(side))))
         return
     targets = []
-    for task in ("decode", "encode"):
-        for side in SIDES:
+    for task in arguments.task:
+        for side in arguments.side:
             known = [name for name in names if task == "decode" or name != "ours whole"]
             times = take_turns({name: build(name, task, side) for name in known}, arguments.rounds)
             peaks = {name: in_fresh_process(__file__, "--peak", name, task, str(side))["bytes"] for name in known}
@@ -109,9 +111,10 @@ def peak(name: str, task: str, side: int) -> dict[str, int]:
     """Bytes that one run takes above what was there before it."""
     run = build(name, task, side)
     if name == "diffusers":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = _peak_resident()
         run()
-        return {"bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
+        return {"bytes": _peak_resident() - before}
     import mlx.core as mx
 
     mx.clear_cache()
@@ -119,6 +122,10 @@ def peak(name: str, task: str, side: int) -> dict[str, int]:
     before = mx.get_active_memory()
     run()
     return {"bytes": mx.get_peak_memory() - before}
+
+
+def _peak_resident() -> int:
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 if __name__ == "__main__":

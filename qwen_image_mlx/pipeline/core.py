@@ -21,7 +21,7 @@ from ..sampling.denoise import Guidance, denoise
 from ..sampling.latents import unpack_latents
 from ..sampling.schedule import Schedule, exponential_mu, make_schedule, static_shift, uniform_sigmas
 from ..text.prompt import tokenize_prompt
-from ..variants import ASPECT_SIZES, Variant
+from ..variants import Variant
 from ..weights.modulation import modulation_table
 from .autoencode import decode
 from .components import Components
@@ -29,12 +29,10 @@ from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Refere
 from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
 from .parameters import GenerationParameters, check_seed, check_size
 from .progress import Progress, ProgressCallback, Reporter
-from .start import Start, start
+from .start import Start, draw_start
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
-
-_WIDTH, _HEIGHT = next(iter(ASPECT_SIZES.values()))
 
 
 class PipelineCore:
@@ -297,7 +295,7 @@ class PipelineCore:
             raise RequestError(
                 f"the initial image was encoded at {width}x{height}, not at {parameters.width}x{parameters.height}"
             )
-        return start(
+        return draw_start(
             self._components.vae_config, schedule, parameters, target, seed, image_index, latents, initial, self.dtype
         )
 

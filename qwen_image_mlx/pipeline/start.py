@@ -49,7 +49,7 @@ class Start:
         return (1 - self.mask) * kept + self.mask * latents
 
 
-def start(
+def draw_start(
     config: VAEConfig,
     schedule: Schedule,
     parameters: GenerationParameters,

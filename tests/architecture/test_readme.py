@@ -1,0 +1,75 @@
+"""README's examples are part of the contract: its Python runs, its commands parse, its figures add up."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_image_mlx.cli.main import build_parser
+from qwen_image_mlx.weights.mapping import expected_tensors
+from qwen_image_mlx.weights.synthetic import FULL
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
+    from reference_edit import write_edit
+
+    from qwen_image_mlx import variants
+    from qwen_image_mlx.images import canvas
+
+    edit = write_edit(tmp_path_factory.mktemp("readme") / "edit", "edit_plus")
+    row = variants.VARIANTS["QwenImageEditPlusPipeline"]
+    small = type(row)(**{**vars(row), "encoder_area": 96 * 96, "reference_area": 96 * 96, "steps": 2})
+    monkeypatch.setitem(variants.VARIANTS, "QwenImageEditPlusPipeline", small)
+    monkeypatch.setitem(canvas.plan_canvas.__kwdefaults__, "area", 96 * 96)
+    monkeypatch.chdir(tmp_path)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:40, 20:50] = 255
+    Image.fromarray(mask).save("hat-mask.png")
+    smaller = {
+        '"Qwen/Qwen-Image-2512"': repr(str(tiny)),
+        '"Qwen/Qwen-Image-Edit-2511"': repr(str(edit)),
+        "1024": "64",
+        "num_inference_steps=30": "num_inference_steps=3",
+    }
+    scope: dict = {}
+    examples = blocks("python")
+    assert len(examples) == 3
+    for example in examples:
+        for old, new in smaller.items():
+            example = example.replace(old, new)
+        exec(compile(example, "README.md", "exec"), scope)
+    assert Image.open("fox.png").size == (64, 64)
+    assert scope["pixels"].shape == (1, 64, 64, 3)
+    assert scope["image"].size == (64, 64)
+
+
+@pytest.mark.parametrize("line", [
+    line for block in blocks("sh") for line in block.splitlines() if line.startswith("qwen-image-mlx")
+])  # fmt: skip
+def test_commands_parse(line):
+    build_parser().parse_args(shlex.split(line)[1:])
+
+
+def test_figures_of_the_memory_table_are_those_of_the_weights_map():
+    def gigabytes(component: str, *parts: str) -> float:
+        specs = expected_tensors(component, FULL[component]).values()
+        return 2 * sum(prod(s.shape) for s in specs if not parts or s.part in parts) / 1e9
+
+    for figure in (
+        f"| transformer | {gigabytes('transformer'):.1f} GB | {gigabytes('transformer', 'main'):.1f} GB",
+        f"| text encoder, language part | {gigabytes('text_encoder'):.1f} GB",
+        f"| autoencoder | {gigabytes('vae'):.2f} GB",
+    ):
+        assert figure in README
