@@ -18,7 +18,9 @@ LEVELS = {
     "runtime": 5, "training": 5,
     "cli": 6,
 }  # fmt: skip
+ENTRANCES = ("__init__", "__main__")
 EVALUATES = {"sampling", "weights", "pipeline", "runtime", "training"}
+REFERENCE_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "safetensors"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -48,10 +50,17 @@ def imported(path: Path):
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+def test_every_room_has_its_level():
+    assert {room(path) for path in MODULES} <= {*LEVELS, *ENTRANCES}
+
+
+@every_module
 def test_imports_go_one_way(path):
     here = room(path)
-    if here in ("__init__", "__main__"):
+    if here in ENTRANCES:
         return
     for name in imported(path):
         if not name.startswith("qwen_image_mlx.") or name == "qwen_image_mlx.__version__":
@@ -60,47 +69,59 @@ def test_imports_go_one_way(path):
         assert there == here or LEVELS[there] < LEVELS[here], f"{path.name} imports {name}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@every_module
 def test_nothing_imports_the_reference_libraries(path):
-    assert not [n for n in imported(path) if n.split(".")[0] in ("torch", "torchvision", "transformers", "diffusers")]
+    assert not [name for name in imported(path) if name.split(".")[0] in REFERENCE_LIBRARIES]
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").rglob("*.py")), ids=lambda p: p.name)
 def test_models_know_mlx_config_and_each_other_only(path):
-    allowed = ("mlx", "__future__", "collections", "functools", "itertools", "math", "typing")
+    allowed = ("mlx", "__future__", "collections", "dataclasses", "functools", "itertools", "math", "typing")
     for name in imported(path):
         ours = name.startswith(("qwen_image_mlx.config", "qwen_image_mlx.models"))
         assert ours or name.split(".")[0] in allowed, name
 
 
-def calls(path: Path):
+def used(path: Path) -> set[str]:
+    """Every name a module mentions, called or passed on: `print`, `mx.eval`, `array.item`."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return {ast.unparse(node) for node in nodes if isinstance(node, ast.Name | ast.Attribute)}
+
+
+@every_module
+def test_mlx_goes_by_one_name(path):
+    """The rule below looks for `mx.eval`, which another name would hide."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func)
+        if isinstance(node, ast.Import):
+            assert all(alias.asname == "mx" for alias in node.names if alias.name == "mlx.core")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module != "mlx.core"
+            assert node.module != "mlx" or not any(alias.name == "core" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@every_module
 def test_evaluation_and_output_stay_in_their_rooms(path):
-    here, called = room(path), set(calls(path))
+    here, names = room(path), used(path)
     if here not in EVALUATES:
-        assert not called & {"mx.eval", "mx.async_eval"}
+        assert not names & {"mx.eval", "mx.async_eval", "mx.synchronize"}
     if here == "models":
-        assert not [name for name in called if name.endswith((".item", ".tolist"))]
+        assert not [name for name in names if name.endswith((".item", ".tolist"))]
     if here not in ("cli", "__main__"):
-        assert not called & {"print", "sys.exit", "exit"}
+        assert not names & {"print", "exit", "sys.exit", "SystemExit", "sys.stdout", "sys.stderr"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@every_module
 def test_public_things_are_described(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    if path.name != "__main__.py":
-        assert ast.get_docstring(tree), "a module begins with its contract"
+    assert ast.get_docstring(tree), "a module begins with its contract"
     for scope in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))):
         for node in scope.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith(
+                "_"
+            ):
                 assert ast.get_docstring(node), f"{node.name} has no docstring"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@every_module
 def test_files_stay_readable(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageImg2ImgPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import REAL_CONFIGS
 
@@ -123,22 +123,23 @@ def test_one_step_goes_from_one_to_zero(name):
     assert ours(CONFIGS[name], uniform_sigmas(1), 4096).sigmas.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
-@pytest.mark.parametrize("strength", [0.01, 0.3, 0.6, 0.99, 1.0])
+@settings(deadline=None, max_examples=200)
+@given(steps=st.integers(1, 100), strength=st.one_of(st.floats(0.001, 1), st.integers(1, 100).map(lambda n: n / 100)))
 def test_a_part_of_the_schedule_is_the_one_image_to_image_takes(steps, strength):
-    sigmas = [1.0] if steps == 1 else uniform_sigmas(steps)
-    scheduler = theirs(REAL | {"shift_terminal": None}, sigmas, 1024)
+    config = REAL | {"shift_terminal": None}
+    scheduler = theirs(config, uniform_sigmas(steps), 1024)
     pipeline = SimpleNamespace(scheduler=scheduler)
-    _, count = QwenImageImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
-    part = ours(REAL | {"shift_terminal": None}, sigmas, 1024).last(strength)
+    timesteps, count = QwenImageImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
+    part = ours(config, uniform_sigmas(steps), 1024).last(strength)
+    if count == 0:  # the reference refuses; one step is the nearest that can be painted
+        assert part.num_steps == 1
+    else:
+        np.testing.assert_array_equal(part.timesteps * np.float32(1000), timesteps.numpy())
     np.testing.assert_array_equal(part.sigmas, scheduler.sigmas.numpy()[-max(count, 1) - 1 :])
 
 
-@given(
-    steps=st.integers(1, 1000),
-    tokens=st.integers(1, 65536),
-    name=st.sampled_from(["real", "no terminal", "static", "static with terminal", "lightning"]),
-)
+@settings(deadline=None)
+@given(steps=st.integers(1, 1000), tokens=st.integers(1, 65536), name=st.sampled_from(list(CONFIGS)))
 def test_sigmas_fall_from_one_to_zero(steps, tokens, name):
     sigmas = ours(CONFIGS[name], uniform_sigmas(steps), tokens).sigmas
     assert (sigmas[0], sigmas[-1]) == (1, 0)
@@ -146,6 +147,7 @@ def test_sigmas_fall_from_one_to_zero(steps, tokens, name):
     assert (np.diff(sigmas) < 0).all()
 
 
+@settings(deadline=None)
 @given(levels=st.sets(st.integers(1, 1000), min_size=1, max_size=30), name=st.sampled_from(list(CONFIGS)))
 def test_custom_sigmas_fall_to_zero(levels, name):
     sigmas = ours(CONFIGS[name], [level / 1000 for level in sorted(levels, reverse=True)], 4096).sigmas

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -52,17 +55,38 @@ def test_template_and_prompt_are_tokenized_together(tokenizer, prompt):
     assert kept(tokenize_prompt(tokenizer, TEXT, prompt)) == whole[34:]
 
 
-@pytest.mark.parametrize(("words", "length"), [(500, 505), (507, 512), (600, 512), (2000, 512)])
-def test_long_prompts_are_cut_with_a_warning(tokenizer, caplog, words, length):
-    prompt = "word " * words
-    tokens = tokenize_prompt(tokenizer, TEXT, prompt.rstrip())
+@pytest.mark.parametrize(("words", "length"), [(500, 505), (507, 512), (508, 512), (512, 512)])
+def test_a_prompt_that_fits_is_not_warned_about(tokenizer, caplog, words, length):
+    """At the limit the suffix goes first, as in the reference; every word still counts."""
+    tokens = tokenize_prompt(tokenizer, TEXT, " ".join(["word"] * words))
     assert len(kept(tokens)) == length
-    if words <= 512:
-        assert not caplog.records
-    else:
-        (record,) = caplog.records
-        assert "512 tokens" in record.getMessage()
-        assert f"after {512 * 5 - 1} of" in record.getMessage()
+    assert tokens.ids[34 + words :].tolist() == SUFFIX[: 512 - words]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("word", ["word ", "狐狸，", "🦊👩\u200d👧 ", "cafe\u0301 Å\n", "'ll 42 "])
+@pytest.mark.parametrize("words", [513, 2000])
+def test_a_long_prompt_is_cut_with_a_warning_that_quotes_its_end(tokenizer, caplog, words, word):
+    prompt = "".join(f"{word}{n} " for n in range(words))
+    tokens = tokenize_prompt(tokenizer, TEXT, prompt)
+    whole = tokenizer.encode(TEXT.template.format(prompt=prompt)).ids
+    assert (tokens.first, len(kept(tokens))) == (34, 512)
+    assert tokens.ids.tolist() == whole[: 34 + 512]
+    (record,) = caplog.records
+    message = record.getMessage()
+    characters = int(re.search(rf"after (\d+) of its {len(prompt)} characters", message)[1])
+    assert "limit: 512 tokens" in message
+    assert message.endswith(f"“…{prompt[characters - 60 : characters]}”")
+    # What is said to count is what counts: the tokens of that much text, whose last may be cut inside a character.
+    quoted = tokenizer.encode(TEXT.template.split("{prompt}")[0] + prompt[:characters]).ids
+    assert quoted[: 34 + 505] == whole[: 34 + 505]
+    assert 0 <= len(quoted) - (34 + 512) <= 4
+
+
+def test_a_tokenized_prompt_has_at_most_1058_tokens(tokenizer):
+    """The reference's first cut, which its second hides."""
+    tokens = tokenize_prompt(tokenizer, replace(TEXT, max_embeddings=None), "word " * 2000)
+    assert (tokens.first, len(tokens.ids)) == (34, 1058)
 
 
 def test_editing_never_cuts(tokenizer, caplog):
@@ -70,14 +94,20 @@ def test_editing_never_cuts(tokenizer, caplog):
     assert not caplog.records
 
 
-def test_pictures_take_their_places(tokenizer):
-    tokens = tokenize_prompt(tokenizer, PLUS, "x", [(2, 3), (4, 1)])
-    ids = kept(tokens)
-    assert ids[:5] == [24669, 220, 16, 25, 220]  # "Picture 1: "
-    assert tokens.is_image.sum() == 6 + 4
-    assert ids.count(IMAGE_PAD) == 10
-    single = tokenize_prompt(tokenizer, EDIT, "x", [(2, 3)])
-    assert kept(single)[:8] == [151652, *[IMAGE_PAD] * 6, 151653]
+@pytest.mark.parametrize("grids", [[(2, 3)], [(2, 3), (4, 1)], [(1, 1), (7, 2), (5, 6)]], ids=len)
+def test_pictures_take_their_places(tokenizer, grids):
+    tokens = tokenize_prompt(tokenizer, PLUS, "a fox", grids)
+    expected = []
+    for n, (rows, cols) in enumerate(grids):
+        expected += [24669, 220, 16 + n, 25, 220]  # "Picture 1: "
+        expected += [151652, *[IMAGE_PAD] * (rows * cols), 151653]
+    assert kept(tokens) == [*expected, *tokenizer.encode("a fox").ids, *SUFFIX]
+    np.testing.assert_array_equal(tokens.is_image, tokens.ids == IMAGE_PAD)
+
+
+def test_a_single_picture_has_no_number(tokenizer):
+    tokens = tokenize_prompt(tokenizer, EDIT, "x", [(2, 3)])
+    assert kept(tokens) == [151652, *[IMAGE_PAD] * 6, 151653, *tokenizer.encode("x").ids, *SUFFIX]
 
 
 @pytest.mark.parametrize("grids", [[], [(3, 5)], [(4, 4), (2, 9)], [(1, 1), (7, 2), (5, 6)]], ids=len)
@@ -99,9 +129,10 @@ def test_sequential_positions_count_up(tokenizer):
     np.testing.assert_array_equal(tokens.positions, np.broadcast_to(np.arange(len(tokens.ids)), (3, len(tokens.ids))))
 
 
-def test_a_placeholder_in_the_prompt_is_refused(tokenizer):
+@pytest.mark.parametrize(("variant", "grids"), [(EDIT, [(2, 2)]), (PLUS, [(2, 2)]), (PLUS, [(2, 2), (1, 3)])])
+def test_a_placeholder_in_the_prompt_is_refused(tokenizer, variant, grids):
     with pytest.raises(RequestError, match="image_pad"):
-        tokenize_prompt(tokenizer, PLUS, "put <|image_pad|> here", [(2, 2)])
+        tokenize_prompt(tokenizer, variant, "put <|image_pad|> here", grids)
 
 
 @pytest.mark.parametrize("prompt", [None, 3, b"fox", "broken \udc80"])
@@ -116,5 +147,9 @@ def test_features_replace_placeholders_in_order():
     features = mx.array([[-1.0, -2], [-3, -4], [-5, -6]])
     expected = [[0, 1], [-1, -2], [-3, -4], [6, 7], [-5, -6], [10, 11]]
     assert replace_vision_tokens(embeddings, is_image, features)[0].tolist() == expected
-    with pytest.raises(RequestError, match="3 places for picture features, but 2"):
-        replace_vision_tokens(embeddings, is_image, features[:2])
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_features_and_places_that_do_not_match_in_number_are_refused(count):
+    with pytest.raises(RequestError, match=f"3 places for picture features, but {count}"):
+        replace_vision_tokens(mx.zeros((1, 6, 2)), np.arange(6) % 2 == 1, mx.zeros((count, 2)))
