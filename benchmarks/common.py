@@ -1,77 +1,218 @@
-"""What the benchmarks share: fair timing, peak memory of fresh processes, tables, and mflux beside us.
+"""What the benchmarks share: taking turns, worker processes, memory, tables. Needs the standard library alone.
 
-Every figure is a ratio or a median of one run, in which the candidates take turns.
+Candidates take turns, and a ratio is the median of the ratios of each round, so that a busy machine slows both alike:
+read the ratios, not the seconds.
 """
 
 from __future__ import annotations
 
-import importlib
+import argparse
+import contextlib
+import glob
 import json
 import os
+import platform
+import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-MFLUX = "mflux==0.24.0"
-# What its modules import on the way to the Qwen classes; its own requirements would pull CUDA on Linux.
-MFLUX_NEEDS = ("platformdirs", "piexif", "toml", "filelock")
-_BLAS = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0")
+MIB = 2**20
+_BLAS = "/usr/lib/*/openblas-pthread/libopenblas.so.0"  # Debian's libopenblas0-pthread
+_CALL = "call"
+
+
+@dataclass
+class Table:
+    """One table of results; cells are text or numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[Any]] = field(default_factory=list)
+
+    def print(self) -> None:
+        """As Markdown, on stdout."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        print(f"\n{self.title}\n")
+        for line in lines:
+            print(f"| {' | '.join(map(_cell, line))} |", flush=True)
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+class Targets(Table):
+    """What was measured against what was aimed at."""
+
+    def __init__(self) -> None:
+        super().__init__("Targets", ["", "measured", "at most", ""])
+
+    def check(self, name: str, measured: float, limit: float) -> None:
+        """Adds a row that says PASS or MISS."""
+        self.rows.append((name, measured, limit, "PASS" if measured <= limit else "MISS"))
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all scripts have."""
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--json", type=Path, metavar="FILE", help="also write the tables to FILE")
+    return options
+
+
+def finish(tables: Sequence[Table], file: Path | None) -> None:
+    """Prints the last table and the machine, and writes all tables to `file`."""
+    tables[-1].print()
+    machine = describe_machine()
+    print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items()))
+    if file is not None:
+        results = {"machine": machine, "tables": [asdict(table) for table in tables]}
+        file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def describe_machine() -> dict[str, str]:
+    """Date, processor, and versions of what was measured."""
+    versions = {}
+    for package in ("mlx", "torch", "diffusers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "none"
+    return {
+        "date": date.today().isoformat(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": str(os.cpu_count()),
+        "BLAS": "OpenBLAS preloaded" if _is_preloaded() else "MLX's own",
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def preload_blas() -> None:
-    """Starts the script again with OpenBLAS, if it is installed: MLX's CPU wheel carries a reference BLAS."""
-    if _BLAS.exists() and "openblas" not in os.environ.get("LD_PRELOAD", ""):
-        environment = {**os.environ, "LD_PRELOAD": str(_BLAS), "OMP_WAIT_POLICY": "passive"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    """Starts the script again with OpenBLAS if it is installed: MLX's CPU wheel for Linux has a slow reference BLAS."""
+    found = sorted(glob.glob(_BLAS))
+    if found and not _is_preloaded():
+        libraries = [os.environ["LD_PRELOAD"]] if os.environ.get("LD_PRELOAD") else []
+        os.environ["LD_PRELOAD"] = ":".join([*libraries, found[0]])
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def add_mflux() -> bool:
-    """Makes mflux importable, from a folder of its own outside the repository; says so where it cannot be had."""
-    folder = Path(tempfile.gettempdir()) / "qwen-image-mlx-benchmarks" / MFLUX
-    if not (folder / "mflux").is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-        if subprocess.run([*pip, MFLUX, *MFLUX_NEEDS], check=False).returncode:
-            print("mflux cannot be installed here; its column is missing")
-            return False
-    sys.path.append(str(folder))  # behind everything: only mflux itself comes from there
-    importlib.invalidate_caches()
-    return True
+def _is_preloaded() -> bool:
+    return "openblas" in os.environ.get("LD_PRELOAD", "")
 
 
-def take_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate over rounds in which they run one after another; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+def stopwatch(run: Callable[[], Any]) -> float:
+    """Seconds one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+Seconds = Mapping[str, Sequence[float]]
+
+
+def take_turns(candidates: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> Seconds:
+    """The seconds that each candidate says its work took in each round; in a round they run one after another."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(-warm_up, rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            taken = run()
+            if turn >= 0:
+                seconds[name].append(taken)
+    return seconds
 
 
-def in_fresh_process(script: str, *arguments: str) -> dict[str, Any]:
-    """What a script, run anew with arguments, prints as JSON on its last line."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+def median_ratio(seconds: Seconds, name: str, base: str) -> float:
+    """Median over the rounds of one candidate's time divided by another's in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A Markdown table."""
-    print(f"\n{title}\n")
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def verdict(name: str, value: float, limit: float) -> tuple[str, float, float, str]:
-    """A row for a table of targets."""
-    return name, value, limit, "met" if value <= limit else "MISSED"
+def resident() -> int:
+    """Bytes of this process in memory; its peak where the system does not tell."""
+    return _status("VmRSS") or _max_resident()
+
+
+def peak_resident() -> int:
+    """Most bytes of this process in memory, since `reset_peak_resident` where the system can (Linux)."""
+    return _status("VmHWM") or _max_resident()
+
+
+def reset_peak_resident() -> None:
+    """Forgets the peak so far, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def _max_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# Workers --------------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A script that runs in a process of its own and answers calls, one at a time, in JSON lines.
+
+    Args:
+        python: the interpreter.
+        script: a script beside this one, which calls `serve`.
+        arguments: its command line.
+    """
+
+    def __init__(self, python: str | Path, script: str, *arguments: str):
+        command = [str(python), str(Path(__file__).with_name(script)), *arguments]
+        self._name = " ".join([script, *arguments])
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        """What the worker's handler of this name returns."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({_CALL: name, **arguments}) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self._name} ended during {name}, with exit code {self._process.wait()}")
+        return json.loads(answer)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+
+def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
+    """Answers calls on stdin until it closes; whatever else is printed goes to stderr."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        print(json.dumps(handlers[arguments.pop(_CALL)](**arguments)), file=answers, flush=True)

@@ -1,108 +1,151 @@
-"""A transformer block and a whole step at real width (3072, 24 heads), fp32, in one run.
+"""A block and a step of the transformer at real width (3072, 24 heads), fp32, with random weights.
 
-    python benchmarks/transformer.py [--rounds 7] [--blocks 2] [--tokens 256 1024]
+    python benchmarks/transformer.py [--tokens 256 1024] [--layers 2] [--rounds 7] [--json FILE]
 
-Ours against diffusers on torch, against mflux 0.24.0, and against the floor: the same matrix products and attention in
-MLX with nothing else. All share the same random weights; the relative difference of the outputs is printed. mflux runs
-two passes per step whatever the guidance (mflux/models/qwen/variants/txt2img/qwen_image.py).
+Ours, diffusers on torch, mflux, and the floor: a block's matrix products and attention in MLX and nothing else. All
+have the same weights and inputs; how far the predicted velocities are apart is printed. Ours has modulation and rotary
+tables ready, as its pipeline does; a step is what happens between two evaluated latents, each library's way: one pass
+at guidance 1 for ours and diffusers, always two for mflux (mflux_worker.py says where).
+
+Needs the extra [test], and for mflux the environment that mflux_env.py makes. The default takes 10 to 15 minutes on two
+cores and 8 GB.
 """
 
 from __future__ import annotations
 
-import argparse
-from types import SimpleNamespace
+import tempfile
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
 
-from common import add_mflux, preload_blas, print_table, take_turns, verdict
+from common import Seconds, Table, Targets, Worker, finish, median_ratio, parser, preload_blas, stopwatch, take_turns
+from mflux_env import MFLUX, add_option, mflux_python
 
 TEXT_TOKENS = 64
-GRIDS = {256: (16, 16), 1024: (32, 32)}
+SIGMAS = (0.6, 0.5)
+GUIDANCES = (1.0, 4.0)
+
+
+class Side(Protocol):
+    """One library: every method but `prepare` and `velocity` returns the seconds its work took."""
+
+    name: str
+
+    def prepare(self, inputs: str, grid: tuple[int, int]) -> None: ...
+    def velocity(self) -> Any: ...
+    def block(self) -> float: ...
+    def step(self, cfg: float) -> float: ...
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--tokens", nargs="+", type=int, choices=GRIDS, default=list(GRIDS))
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=2, help="blocks of a step (2)")
+    options.add_argument("--rounds", type=int, default=7, help="rounds the medians are taken of (7)")
+    options.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="image tokens, square numbers")
+    add_option(options)
+    arguments = options.parse_args()
     preload_blas()
-    with_mflux = add_mflux()
+    with tempfile.TemporaryDirectory() as folder:
+        weights = str(Path(folder, "transformer.safetensors"))
+        write_weights(weights, arguments.layers)
+        sides: list[Side] = [Ours(weights, arguments.layers), Diffusers(weights, arguments.layers)]
+        python = mflux_python(arguments.mflux)
+        if python:
+            sides.append(Mflux(python, weights, arguments.layers))
+        targets = Targets()
+        tables = []
+        for tokens in arguments.tokens:
+            tables += compare(sides, weights, tokens, arguments.rounds, Path(folder), targets)
+    finish([*tables, targets], arguments.json)
 
-    import mlx.core as mx
+
+def compare(sides: list[Side], weights: str, tokens: int, rounds: int, folder: Path, targets: Targets) -> list[Table]:
+    """The tables of one size."""
+    inputs = str(folder / f"{tokens}.safetensors")
+    side = round(tokens**0.5)
+    write_inputs(inputs, tokens)
+    for candidate in sides:
+        candidate.prepare(inputs, (side, side))
+    tables = [differences(sides, tokens)]
+
+    blocks = take_turns({"floor": Floor(weights, tokens).block, **{s.name: s.block for s in sides}}, rounds)
+    tables.append(ratios(f"One block, {tokens} image tokens", blocks, "floor"))
+    runs = {f"{s.name}, guidance {cfg:g}": partial(s.step, cfg) for cfg in GUIDANCES for s in sides[:2]}
+    runs |= {f"{s.name}, any guidance": partial(s.step, GUIDANCES[1]) for s in sides[2:]}
+    steps = take_turns(runs, rounds)
+    peer = list(steps)[-1]  # mflux, or without it diffusers
+    tables.append(ratios(f"One step, {tokens} image tokens", steps, peer))
+    for table in tables:
+        table.print()
+
+    if tokens == 256:
+        targets.check("block / floor, 256 tokens", median_ratio(blocks, "ours", "floor"), 1.2)
+        if peer.startswith("mflux"):
+            for cfg, limit in zip(GUIDANCES, (0.45, 0.9), strict=True):
+                name = f"step / {MFLUX}, guidance {cfg:g}, 256 tokens"
+                targets.check(name, median_ratio(steps, f"ours, guidance {cfg:g}", peer), limit)
+    return tables
+
+
+def ratios(title: str, seconds: Seconds, base: str) -> Table:
+    """Medians, and ratios to one candidate."""
+    rows = [(name, 1e3 * median(times), median_ratio(seconds, name, base)) for name, times in seconds.items()]
+    return Table(title, ["", "ms", f"ratio to {base}"], rows)
+
+
+def differences(sides: list[Side], tokens: int) -> Table:
+    """Largest difference to diffusers, relative to its largest value: the same work is done."""
     import numpy as np
-    import torch
 
-    torch.set_num_threads(2)
-    config, weights = random_weights(arguments.blocks)
-    sides = [Ours(config, weights), Diffusers(config, weights)]
-    if with_mflux:
-        sides.append(Mflux(config, weights))
-    targets = []
-    for tokens in arguments.tokens:
-        grid = GRIDS[tokens]
-        rng = np.random.default_rng(0)
-        latents = rng.standard_normal((1, tokens, 64)).astype(np.float32)
-        text = rng.standard_normal((1, TEXT_TOKENS, 3584)).astype(np.float32)
-        for side in sides:
-            side.prepare(latents, text, grid)
-        reference = sides[1].velocity()
-        scale = np.abs(reference).max()
-        for side in sides:
-            print(f"{side.name}: differs from diffusers by {np.abs(side.velocity() - reference).max() / scale:.1e}")
-        floor = Floor(weights, tokens)
-        blocks = take_turns({"floor": floor.block, **{s.name: s.block for s in sides}}, arguments.rounds)
-        steps = take_turns(
-            {f"{s.name} cfg {cfg:g}": lambda s=s, cfg=cfg: s.step(cfg) for s in sides for cfg in (1.0, 4.0)},
-            max(3, arguments.rounds // 2),
-        )
-        print_table(
-            f"{tokens} image tokens: one block", ("", "ms", "ratio to the floor"),
-            [(name, 1e3 * t, t / blocks["floor"]) for name, t in blocks.items()],
-        )  # fmt: skip
-        base = steps["mflux cfg 1" if with_mflux else "diffusers cfg 1"]
-        print_table(
-            f"{tokens} image tokens: a step of {arguments.blocks} blocks",
-            ("", "ms", f"ratio to {'mflux' if with_mflux else 'diffusers'} at cfg 1"),
-            [(name, 1e3 * t, t / base) for name, t in steps.items()],
-        )
-        if tokens == 256:
-            targets.append(verdict("block / floor, 256 tokens", blocks["ours"] / blocks["floor"], 1.2))
-            if with_mflux:
-                targets.append(verdict("step at cfg 1 / mflux", steps["ours cfg 1"] / steps["mflux cfg 1"], 0.45))
-                targets.append(verdict("step at cfg 4 / mflux", steps["ours cfg 4"] / steps["mflux cfg 4"], 0.9))
-    print_table("Targets", ("", "measured", "at most", ""), targets)
-    print(f"\nmlx {mx.__version__}, torch {torch.__version__}")
+    velocities = {side.name: side.velocity() for side in sides}
+    reference = velocities.pop("diffusers")
+    rows = [(name, f"{np.abs(v - reference).max() / np.abs(reference).max():.1e}") for name, v in velocities.items()]
+    return Table(f"Velocity, {tokens} image tokens", ["", "relative difference to diffusers"], rows)
 
 
-def random_weights(blocks: int):
-    """(config, tensors under the checkpoint's names)."""
+def write_weights(file: str, layers: int) -> None:
+    """A transformer of this many blocks, under the checkpoint's names."""
     import mlx.core as mx
 
     from qwen_image_mlx.config import TransformerConfig
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.synthetic import random_values
 
-    config = TransformerConfig(num_layers=blocks)
-    specs = list(expected_tensors("transformer", config).values())
+    specs = list(expected_tensors("transformer", TransformerConfig(num_layers=layers)).values())
     keys = mx.random.split(mx.random.key(0), len(specs))
-    weights = {spec.name: random_values(spec, keys[n]) for n, spec in enumerate(specs)}
-    mx.eval(weights)
-    return config, weights
+    mx.save_safetensors(file, {spec.name: random_values(spec, keys[n]) for n, spec in enumerate(specs)})
+    mx.clear_cache()
+
+
+def write_inputs(file: str, tokens: int) -> None:
+    """Latents and encoder states."""
+    import mlx.core as mx
+
+    latents = mx.random.normal((1, tokens, 64), key=mx.random.key(1))
+    text = mx.random.normal((1, TEXT_TOKENS, 3584), key=mx.random.key(2))
+    mx.save_safetensors(file, {"latents": latents, "text": text})
 
 
 class Ours:
+    """This package."""
+
     name = "ours"
 
-    def __init__(self, config, weights):
-        from mlx.utils import tree_flatten
+    def __init__(self, weights: str, layers: int):
+        import mlx.core as mx
 
+        from qwen_image_mlx.config import TransformerConfig
         from qwen_image_mlx.models.transformer import Transformer
+        from qwen_image_mlx.weights.loader import ComponentWeights, load_module
+        from qwen_image_mlx.weights.shards import component_tensors
 
-        self.config, self.weights = config, weights
-        self.model = Transformer(config)
-        names = [name for name, _ in tree_flatten(self.model.parameters())]
-        self.model.load_weights([(name, weights[name]) for name in names], strict=True)
+        self.config = TransformerConfig(num_layers=layers)
+        tensors = component_tensors((Path(weights),), None)
+        self.weights = ComponentWeights("transformer", self.config, tensors, ("main", "modulation"))
+        self.model = load_module(Transformer(self.config), self.weights, "main", mx.float32)
 
-    def prepare(self, latents, text, grid):
+    def prepare(self, inputs: str, grid: tuple[int, int]) -> None:
         import mlx.core as mx
         import numpy as np
 
@@ -110,186 +153,162 @@ class Ours:
         from qwen_image_mlx.sampling.schedule import Schedule
         from qwen_image_mlx.weights.modulation import modulation_table
 
-        # The modulation weights as the loader would hand them over.
-        source = SimpleNamespace(component="transformer", read=lambda part: dict(self.weights))
-        self.schedule = Schedule(np.array([0.6, 0.5], np.float32))
-        self.table = modulation_table(source, self.schedule.timesteps, mx.float32)
-        self.latents = mx.array(latents)
-        self.text = self.model.project_text(mx.array(text))
-        self.rotary = rotary_tables([Segment(0, *grid)], text.shape[1], self.config.axes_dims_rope)
-        self.img = self.model.img_in(self.latents)
-        mx.eval(self.text, self.rotary, self.img)
+        arrays = mx.load(inputs)
+        self.latents = arrays["latents"]
+        self.schedule = Schedule(np.array(SIGMAS, np.float32))
+        self.table = modulation_table(self.weights, self.schedule.timesteps, mx.float32)
+        self.text = self.model.project_text(arrays["text"])
+        self.rotary = rotary_tables([Segment(0, *grid)], TEXT_TOKENS, self.config.axes_dims_rope)
+        self.image = self.model.img_in(self.latents)
+        mx.eval(self.latents, self.text, self.rotary, self.image)
 
-    def _predict(self, latents, step, branch):
-        return self.model(latents, self.text, self.table[step], self.rotary)
-
-    def velocity(self):
+    def velocity(self) -> Any:
         import numpy as np
 
         return np.array(self._predict(self.latents, 0, 0))
 
-    def step(self, cfg):
-        from qwen_image_mlx.sampling.denoise import Guidance, denoise
-
-        denoise(self._predict, self.latents, self.schedule, Guidance(cfg, True) if cfg > 1 else None)
-
-    def block(self):
+    def block(self) -> float:
         import mlx.core as mx
 
-        mx.eval(self.model.transformer_blocks[0]([self.img], self.text, self.table[0].blocks[0], self.rotary))
+        block, rows = self.model.transformer_blocks[0], self.table[0].blocks[0]
+        return stopwatch(lambda: mx.eval(block([self.image], self.text, rows, self.rotary)))
+
+    def step(self, cfg: float) -> float:
+        from qwen_image_mlx.sampling.denoise import Guidance, denoise
+
+        guidance = Guidance(cfg, renormalize=True) if cfg > 1 else None
+        return stopwatch(lambda: denoise(self._predict, self.latents, self.schedule, guidance))
+
+    def _predict(self, latents: Any, step: int, _branch: int) -> Any:
+        return self.model(latents, self.text, self.table[step], self.rotary)
 
 
 class Diffusers:
+    """The reference, on torch."""
+
     name = "diffusers"
 
-    def __init__(self, config, weights):
-        import numpy as np
+    def __init__(self, weights: str, layers: int):
         import torch
         from diffusers import QwenImageTransformer2DModel
+        from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+        from safetensors.torch import load_file
 
         with torch.device("meta"):
-            self.model = QwenImageTransformer2DModel(num_layers=config.num_layers)
-        state = {name: torch.from_numpy(np.array(w)) for name, w in weights.items()}
-        self.model.load_state_dict(state, strict=True, assign=True)
+            self.model = QwenImageTransformer2DModel(num_layers=layers)
+        self.model.load_state_dict(load_file(weights), assign=True)
+        self.model.pos_embed = QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)  # its tables are not parameters
         self.model.eval()
-        from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
-        self.model.pos_embed = QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)
-
-    def prepare(self, latents, text, grid):
+    def prepare(self, inputs: str, grid: tuple[int, int]) -> None:
         import torch
+        from safetensors.torch import load_file
 
-        self.latents, self.text, self.grid = torch.from_numpy(latents), torch.from_numpy(text), grid
+        arrays = load_file(inputs)
+        self.latents, self.text, self.shapes = arrays["latents"], arrays["text"], [[(1, *grid)]]
+        self.timestep = torch.tensor(SIGMAS[:1])
         with torch.no_grad():
-            self.img = self.model.img_in(self.latents)
-            self.txt = self.model.txt_in(self.model.txt_norm(self.text))
-            self.temb = self.model.time_text_embed(torch.tensor([0.6]), self.img)
-            self.rotary = self.model.pos_embed([[(1, *grid)]], device="cpu", max_txt_seq_len=TEXT_TOKENS)
+            image = self.model.img_in(self.latents)
+            self.streams = {
+                "hidden_states": image,
+                "encoder_hidden_states": self.model.txt_in(self.model.txt_norm(self.text)),
+                "encoder_hidden_states_mask": None,
+                "temb": self.model.time_text_embed(self.timestep, image),
+                "image_rotary_emb": self.model.pos_embed(self.shapes, device="cpu", max_txt_seq_len=TEXT_TOKENS),
+            }
 
-    def _predict(self):
+    def velocity(self) -> Any:
+        return self._predict().numpy()
+
+    def block(self) -> float:
+        return stopwatch(self._block)
+
+    def step(self, cfg: float) -> float:
+        return stopwatch(partial(self._step, cfg))
+
+    def _predict(self) -> Any:
         import torch
 
         with torch.no_grad():
             return self.model(
-                hidden_states=self.latents, encoder_hidden_states=self.text, timestep=torch.tensor([0.6]),
-                img_shapes=[[(1, *self.grid)]], return_dict=False,
-            )[0]  # fmt: skip
+                hidden_states=self.latents,
+                encoder_hidden_states=self.text,
+                timestep=self.timestep,
+                img_shapes=self.shapes,
+                return_dict=False,
+            )[0]
 
-    def velocity(self):
-        return self._predict().numpy()
+    def _block(self) -> None:
+        import torch
 
-    def step(self, cfg):
+        with torch.no_grad():
+            self.model.transformer_blocks[0](**self.streams)
+
+    def _step(self, cfg: float) -> Any:
         import torch
 
         velocity = self._predict()
         if cfg > 1:
             negative = self._predict()
             combined = negative + cfg * (velocity - negative)
-            norms = (torch.norm(v, dim=-1, keepdim=True) for v in (velocity, combined))
-            velocity = combined * (next(norms) / next(norms))
-        return self.latents - 0.1 * velocity
-
-    def block(self):
-        import torch
-
-        with torch.no_grad():
-            self.model.transformer_blocks[0](
-                hidden_states=self.img, encoder_hidden_states=self.txt, encoder_hidden_states_mask=None,
-                temb=self.temb, image_rotary_emb=self.rotary,
-            )  # fmt: skip
+            velocity = combined * (velocity.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+        dt = torch.tensor(SIGMAS[1]) - torch.tensor(SIGMAS[0])
+        return self.latents + dt * velocity
 
 
 class Mflux:
+    """mflux, in its own environment and process; its seconds are measured there."""
+
     name = "mflux"
 
-    RENAMED = (
-        ("img_mod.1", "img_mod_linear"), ("txt_mod.1", "txt_mod_linear"), ("img_mlp.net.0.proj", "img_ff.mlp_in"),
-        ("img_mlp.net.2", "img_ff.mlp_out"), ("txt_mlp.net.0.proj", "txt_ff.mlp_in"),
-        ("txt_mlp.net.2", "txt_ff.mlp_out"), ("attn.to_out.0", "attn.attn_to_out.0"),
-    )  # fmt: skip
+    def __init__(self, python: Path, weights: str, layers: int):
+        self.worker = Worker(python, "mflux_worker.py")
+        self.worker.call("load", weights=weights, layers=layers)
 
-    def __init__(self, config, weights):
-        from mflux.models.qwen.model.qwen_transformer.qwen_transformer import QwenTransformer
+    def prepare(self, inputs: str, grid: tuple[int, int]) -> None:
+        self.output = inputs.replace(".safetensors", ".mflux.safetensors")
+        self.worker.call("prepare", inputs=inputs, grid=grid, sigmas=SIGMAS)
 
-        self.model = QwenTransformer(num_layers=config.num_layers)
-        renamed = []
-        for name, array in weights.items():
-            for old, new in self.RENAMED:
-                name = name.replace(old, new)
-            renamed.append((name, array))
-        self.model.load_weights(renamed, strict=True)
+    def velocity(self) -> Any:
+        from safetensors.numpy import load_file
 
-    def prepare(self, latents, text, grid):
-        import mlx.core as mx
+        self.worker.call("velocity", output=self.output)
+        return load_file(self.output)["velocity"]
 
-        self.latents, self.text = mx.array(latents), mx.array(text)
-        self.mask = mx.ones((1, TEXT_TOKENS))
-        self.config = SimpleNamespace(
-            height=16 * grid[0], width=16 * grid[1], scheduler=SimpleNamespace(sigmas=mx.array([0.6, 0.5]))
-        )
-        model = self.model
-        self.img = model.img_in(self.latents)
-        self.txt = model.txt_in(model.txt_norm(self.text))
-        self.temb = model.time_text_embed(mx.array([0.6]), self.img)
-        self.rotary = model._compute_rotary_embeddings(self.mask, model.pos_embed, self.config, None)
-        mx.eval(self.img, self.txt, self.temb, self.rotary)
+    def block(self) -> float:
+        return self.worker.call("block")
 
-    def _predict(self):
-        return self.model(
-            t=0, config=self.config, hidden_states=self.latents, encoder_hidden_states=self.text,
-            encoder_hidden_states_mask=self.mask,
-        )  # fmt: skip
-
-    def velocity(self):
-        import numpy as np
-
-        return np.array(self._predict())
-
-    def step(self, cfg):
-        """Its loop's body; two passes at any guidance."""
-        import mlx.core as mx
-
-        noise, negative = self._predict(), self._predict()
-        combined = negative + cfg * (noise - negative)
-        norms = (mx.sqrt(mx.sum(v * v, axis=-1, keepdims=True) + 1e-12) for v in (noise, combined))
-        mx.eval(self.latents - 0.1 * combined * (next(norms) / next(norms)))
-
-    def block(self):
-        import mlx.core as mx
-
-        mx.eval(
-            self.model.transformer_blocks[0](
-                hidden_states=self.img, encoder_hidden_states=self.txt, encoder_hidden_states_mask=self.mask,
-                text_embeddings=self.temb, image_rotary_emb=self.rotary, block_idx=0,
-            )
-        )  # fmt: skip
+    def step(self, cfg: float) -> float:
+        return self.worker.call("step", cfg=cfg)
 
 
 class Floor:
-    """One block's matrix products and attention, and nothing else."""
+    """A block's matrix products and attention, and nothing else: no bias, norm, rotation, activation or gate."""
 
-    def __init__(self, weights, tokens):
+    def __init__(self, weights: str, tokens: int):
         import mlx.core as mx
 
-        prefix = "transformer_blocks.0."
-        self.image = [weights[f"{prefix}attn.{n}.weight"] for n in ("to_q", "to_k", "to_v", "to_out.0")]
-        self.text = [
-            weights[f"{prefix}attn.{n}.weight"] for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-        ]
-        self.image += [weights[f"{prefix}img_mlp.net.{n}.weight"] for n in ("0.proj", "2")]
-        self.text += [weights[f"{prefix}txt_mlp.net.{n}.weight"] for n in ("0.proj", "2")]
-        self.img, self.txt = (mx.random.normal((1, n, 3072), key=mx.random.key(n)) for n in (tokens, TEXT_TOKENS))
-        self.joint = mx.random.normal((1, 24, tokens + TEXT_TOKENS, 128), key=mx.random.key(1))
-        mx.eval(self.img, self.txt, self.joint)
+        arrays = mx.load(weights)
+        image = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2")
+        text = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "txt_mlp.net.0.proj",
+                "txt_mlp.net.2")  # fmt: skip
+        self.streams = []
+        for length, names in ((tokens, image), (TEXT_TOKENS, text)):
+            x = mx.random.normal((1, length, 3072), key=mx.random.key(length))
+            self.streams.append((x, [arrays[f"transformer_blocks.0.{name}.weight"] for name in names]))
+        self.joint = mx.random.normal((3, 1, 24, tokens + TEXT_TOKENS, 128), key=mx.random.key(1))
+        mx.eval(self.streams, self.joint)
 
-    def block(self):
+    def block(self) -> float:
+        return stopwatch(self._block)
+
+    def _block(self) -> None:
         import mlx.core as mx
 
         outs = []
-        for x, (q, k, v, out, up, down) in ((self.img, self.image), (self.txt, self.text)):
-            outs += [x @ w.T for w in (q, k, v, out)]
-            outs.append((x @ up.T) @ down.T)
-        outs.append(mx.fast.scaled_dot_product_attention(self.joint, self.joint, self.joint, scale=128**-0.5))
+        for x, (q, k, v, out, up, down) in self.streams:
+            outs += [*(x @ w.T for w in (q, k, v, out)), (x @ up.T) @ down.T]
+        outs.append(mx.fast.scaled_dot_product_attention(*self.joint, scale=128**-0.5))
         mx.eval(outs)
 
 

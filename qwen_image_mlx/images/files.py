@@ -164,7 +164,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RequestError(f"there is no file {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path} is not a readable picture: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"{path} is not a readable picture: {reason}") from error
     try:
         metadata = json.loads(text) if text is not None else None
     except json.JSONDecodeError:

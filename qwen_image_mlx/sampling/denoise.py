@@ -62,7 +62,9 @@ def denoise(
 
 def guide(positive: mx.array, negative: mx.array, guidance: Guidance) -> mx.array:
     """Classifier-free guidance; renormalised, each token keeps the length of its positive velocity."""
-    combined = negative + guidance.scale * (positive - negative)
+    # The scale in fp32, as in torch: rounded to bf16, 3.7 would be 3.703.
+    difference = mx.array(guidance.scale, dtype=mx.float32) * (positive - negative).astype(mx.float32)
+    combined = negative + difference.astype(positive.dtype)
     if not guidance.renormalize:
         return combined
     return combined * (_token_norm(positive) / _token_norm(combined))

@@ -132,5 +132,5 @@ def replace_vision_tokens(embeddings: mx.array, is_image: np.ndarray, features: 
     if count != features.shape[0]:
         raise RequestError(f"{count} places for picture features, but {features.shape[0]} features")
     source = np.where(is_image, np.cumsum(is_image) - 1, 0)
-    placed = mx.take(features, mx.array(source), axis=0)
+    placed = mx.take(features.astype(embeddings.dtype), mx.array(source), axis=0)
     return mx.where(mx.array(is_image)[None, :, None], placed[None], embeddings)

@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_BYTES = 256
 _FIRST_SPECIAL = 151643
 _SPECIAL = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
             "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")  # fmt: skip
@@ -80,6 +81,11 @@ def _from_vocabulary(files: Mapping[str, Path]) -> Tokenizer:
     if missing:
         raise CheckpointError(f"the tokenizer folder has no tokenizer.json and lacks {' and '.join(missing)}")
     vocab, merges = models.BPE.read_file(str(files["vocab.json"]), str(files["merges.txt"]))
+    if len(vocab) != _BYTES + len(merges):
+        raise CheckpointError(
+            f"the tokenizer's vocab.json has {len(vocab)} entries, but {_BYTES} bytes and the {len(merges)} merges of "
+            "merges.txt make another number; download both again"
+        )
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

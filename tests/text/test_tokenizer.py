@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import unicodedata
 
 import pytest
@@ -118,3 +119,11 @@ def test_an_added_token_that_cannot_have_its_id_is_a_clear_error(folder, tmp_pat
 def test_missing_files_are_named(folder, names):
     with pytest.raises(CheckpointError, match=r"vocab\.json|merges\.txt"):
         QwenTokenizer.from_files({name: folder / name for name in names})
+
+
+def test_merges_cut_at_the_end_of_a_line_are_noticed(folder, tmp_path):
+    shutil.copy(folder / "vocab.json", tmp_path / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "merges.txt").write_text("".join(lines[:1000]), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"merges\.txt"):
+        QwenTokenizer.from_files({name: tmp_path / name for name in ("vocab.json", "merges.txt")})
