@@ -3,7 +3,9 @@
     python benchmarks/memory.py [--layers 4] [--json FILE]
 
 The checkpoint is random and bf16, real in every width, and short: few transformer blocks, two layers of the text
-encoder, a small vocabulary; a real VAE. 64x64 pixels and two steps, as bf16 is slow on a CPU: what is held is weights.
+encoder, a small vocabulary; a real VAE, which is computed in fp32. 64x64 pixels and two steps, as bf16 is slow on a
+CPU: what is held is weights. The process's own bytes include what glibc keeps of freed memory, and the interpreter.
+
 Takes 2 minutes, 5 GB of memory and 4 GB of temporary files.
 """
 
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
 
 ENCODER_LAYERS = 2
 VOCABULARY = 512
+# A word in a stage's name, and the component whose file it is measured by.
+COMPONENTS = {
+    "encode ": "text_encoder",
+    "encoders": "text_encoder",
+    "text_encoder": "text_encoder",
+    "modulation": "transformer",
+    "transformer": "transformer",
+    "denoise": "transformer",
+    "vae": "vae",
+    "VAE": "vae",
+    "decode": "vae",
+}
 
 
 def main() -> None:
@@ -36,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = write(Path(folder), arguments.layers)
         pipeline = QwenImagePipeline.from_pretrained(folder)
-        record = Recorder()
+        record = Recorder(sizes)
         record.note("start")
         encoding = pipeline.encode_guidance_prompts("a red fox", progress=record.follow)
         pipeline.release_encoders()
@@ -50,9 +64,11 @@ def main() -> None:
         if trim():
             record.note("glibc's malloc_trim")
 
-    title = f"{arguments.layers} blocks, {ENCODER_LAYERS} encoder layers, bf16; weights on disk, MiB: "
-    stages = Table(title + ", ".join(f"{name} {size / MIB:,.0f}" for name, size in sizes.items()), Recorder.COLUMNS)
-    stages.rows += record.rows
+    title = (
+        f"{arguments.layers} blocks, {ENCODER_LAYERS} encoder layers, bf16; MiB, and parts of the component's file: "
+    )
+    title += ", ".join(f"{name} {size / MIB:,.0f}" for name, size in sizes.items())
+    stages = Table(title, Recorder.COLUMNS, record.rows)
     stages.print()
 
     targets = Targets()
@@ -92,11 +108,16 @@ def write(folder: Path, layers: int) -> dict[str, int]:
 
 
 class Recorder:
-    """Notes what is held after each stage, and the most during it, in bytes; a progress callback."""
+    """Notes what is held after each stage, and the most during it, in bytes; a progress callback.
 
-    COLUMNS = ("MiB after", "MLX holds", "MLX peak", "MLX cache", "process", "process peak")
+    Args:
+        sizes: bytes of each component's weights on disk.
+    """
 
-    def __init__(self) -> None:
+    COLUMNS = ("after", "MLX holds", "/ file", "MLX peak", "/ file", "MLX cache", "process", "process peak")
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.sizes = sizes
         self.rows: list[tuple[str | float, ...]] = []
         self.held: dict[str, int] = {}
         self.peak: dict[str, int] = {}
@@ -115,8 +136,10 @@ class Recorder:
 
         held = mx.get_active_memory()
         peak = max(held, mx.get_peak_memory())
-        figures = (held, peak, mx.get_cache_memory(), resident(), peak_resident())
-        self.rows.append((name, *(figure / MIB for figure in figures)))
+        size = next((self.sizes[component] for word, component in COMPONENTS.items() if word in name), None)
+        shares = [figure / size if size else "" for figure in (held, peak)]
+        others = [figure / MIB for figure in (mx.get_cache_memory(), resident(), peak_resident())]
+        self.rows.append((name, held / MIB, shares[0], peak / MIB, shares[1], *others))
         self.held[name], self.peak[name] = held, peak
         self._reset()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -61,10 +63,18 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(prefix + record.getMessage(), file=sys.stderr)
 
 
-def show_messages() -> None:
-    """Sends the package's log messages to stderr."""
+@contextmanager
+def messages() -> Iterator[None]:
+    """Sends the package's log messages to stderr for a while."""
     logger = logging.getLogger(__package__.partition(".")[0])
-    if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
-        logger.addHandler(_ConsoleHandler())
+    before = logger.level, logger.propagate
+    handler = _ConsoleHandler()
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

@@ -109,18 +109,17 @@ def run_painting(arguments: argparse.Namespace, default_model: str, edits: bool)
         if getattr(arguments, name) is not None and not sources:
             raise RequestError(f"--{name.replace('_', '-')} needs --image")
     draft = build_request(wanted, size if isinstance(size, tuple) else next(iter(ASPECT_SIZES.values())))
-    pictures = [open_image(source) for source in sources]
-    mask = open_mask(wanted["mask"]) if wanted.get("mask") is not None else None
     path = output_path(arguments.output)
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
 
     from ..pipeline.pipeline import QwenImagePipeline
     from ..runtime.cache import EncodingCache
     from ..runtime.session import paint
-    from .console import ProgressBars, show_messages
+    from .console import ProgressBars, messages
 
-    show_messages()
-    with ProgressBars() as bars:
+    with messages(), ProgressBars() as bars:
+        pictures = [open_image(source) for source in sources]
+        mask = open_mask(wanted["mask"]) if wanted.get("mask") is not None else None
         pipeline = QwenImagePipeline.from_pretrained(
             wanted.get("model", default_model),
             # A revision recorded for one model means nothing for another.

@@ -97,7 +97,11 @@ class ComponentWeights:
             tensor = self._tensors[spec.name]
             if tensor.file not in shards:
                 shards[tensor.file] = _opened(self.component, tensor.file)
-            arrays[spec.name] = LAYOUTS[spec.layout](shards[tensor.file][tensor.name])
+            array = shards[tensor.file][tensor.name]
+            if spec.layout != "same":
+                # A copy: as a view, one temporal tap would keep all of them in memory.
+                array = mx.contiguous(LAYOUTS[spec.layout](array))
+            arrays[spec.name] = array
         return arrays
 
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx.utils import tree_flatten
 from reference import TINY, make_vae, to_numpy
 
 from qwen_image_mlx.config import VAEConfig
@@ -159,3 +160,15 @@ def test_dead_temporal_weights_do_not_matter(tmp_path):
     poisoned = load_module(Decoder(clean.config), weights, "decoder", mx.float32)
     latents = mx.array(clean.random_latents(6, 6))
     assert mx.array_equal(decode(poisoned, clean.config, latents), decode(clean.decoder, clean.config, latents))
+
+
+def test_taps_that_are_not_used_are_not_kept_in_memory(tmp_path):
+    both = Pair(tmp_path, {"base_dim": 32})
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = component_tensors([file], dict.fromkeys(read_header(file)[0], file.name))
+    weights = ComponentWeights("vae", both.config, tensors, ["decoder"])
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    decoder = load_module(Decoder(both.config), weights, "decoder", mx.float32)
+    size = sum(array.nbytes for _, array in tree_flatten(decoder.parameters()))
+    assert mx.get_active_memory() - before < 1.1 * size
