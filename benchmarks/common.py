@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -122,6 +122,38 @@ def stopwatch(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def count_host_syncs() -> Iterator[Callable[[], int]]:
+    """Counts how often Python asks an MLX array for a value, which waits for the device; yields the count so far.
+
+    Sees `item`, `tolist`, conversions to int, float, bool and index, and numpy's array and asarray; not `mx.eval`.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    count = 0
+
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += isinstance(arguments[0], mx.array)
+            return original(*arguments, **options)
+
+        return call
+
+    places = [(np, "array"), (np, "asarray")]
+    methods = ("item", "tolist", "__int__", "__float__", "__bool__", "__index__")
+    places += [(mx.array, name) for name in methods if hasattr(mx.array, name)]
+    originals = [getattr(owner, name) for owner, name in places]
+    for (owner, name), original in zip(places, originals, strict=True):
+        setattr(owner, name, counting(original))
+    try:
+        yield lambda: count
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
 
 
 Seconds = Mapping[str, Sequence[float]]

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from common import peak_resident, reset_peak_resident, resident, serve, stopwatch
+from common import count_host_syncs, peak_resident, reset_peak_resident, resident, serve, stopwatch
 from mflux.models.common.weights.mapping.weight_mapper import WeightMapper
+from mflux.models.qwen.model.qwen_text_encoder.qwen_vision_transformer import VisionTransformer
 from mflux.models.qwen.model.qwen_transformer.qwen_transformer import QwenTransformer
 from mflux.models.qwen.model.qwen_vae.qwen_vae import QwenVAE
 from mflux.models.qwen.weights.qwen_weight_mapping import QwenWeightMapping
@@ -29,18 +30,19 @@ class Transformer:
         self.model.update(WeightMapper.apply_mapping(arrays, mapping, num_blocks=layers))
         mx.eval(self.model.parameters())
 
-    def prepare(self, inputs: str, grid: list[int], sigmas: list[float]) -> None:
-        """Inputs: latents (1, N, 64) and text (1, L, 3584)."""
+    def prepare(self, inputs: str, grid: list[int], references: int, sigmas: list[float]) -> None:
+        """Inputs: latents (1, N, 64), text (1, L, 3584), and references (1, R N, 64), all of the target's grid."""
         model, arrays = self.model, mx.load(inputs)
-        self.latents, self.text = arrays["latents"], arrays["text"]
+        self.latents, self.text, self.references = arrays["latents"], arrays["text"], arrays["references"]
+        self.grids = [(1, *grid)] * references or None
         self.mask = mx.ones(self.text.shape[:2])
         self.sigmas = mx.array(sigmas)
         scheduler = SimpleNamespace(sigmas=self.sigmas)
         self.config = SimpleNamespace(height=16 * grid[0], width=16 * grid[1], scheduler=scheduler)
-        self.image_tokens = model.img_in(self.latents)
+        self.image_tokens = model.img_in(self._hidden())
         self.text_tokens = model.txt_in(model.txt_norm(self.text))
         self.time = model.time_text_embed(self.sigmas[:1], self.image_tokens)
-        self.rotary = model._compute_rotary_embeddings(self.mask, model.pos_embed, self.config)
+        self.rotary = model._compute_rotary_embeddings(self.mask, model.pos_embed, self.config, self.grids)
         mx.eval(self.latents, self.text, self.mask, self.image_tokens, self.text_tokens, self.time, self.rotary)
 
     def velocity(self, output: str) -> None:
@@ -52,14 +54,19 @@ class Transformer:
     def step(self, cfg: float) -> float:
         return stopwatch(partial(self._step, cfg))
 
+    def _hidden(self) -> mx.array:
+        return mx.concatenate([self.latents, self.references], axis=1)
+
     def _predict(self) -> mx.array:
-        return self.model(
+        velocity = self.model(
             t=0,
             config=self.config,
-            hidden_states=self.latents,
+            hidden_states=self._hidden(),
             encoder_hidden_states=self.text,
             encoder_hidden_states_mask=self.mask,
+            cond_image_grid=self.grids,
         )
+        return velocity[:, : self.latents.shape[1]]
 
     def _block(self) -> None:
         mx.eval(
@@ -79,6 +86,31 @@ class Transformer:
         norm, combined_norm = (mx.sqrt(mx.sum(v * v, axis=-1, keepdims=True) + 1e-12) for v in (noise, combined))
         change = combined * (norm / combined_norm) * (self.sigmas[1] - self.sigmas[0])
         mx.eval(self.latents + change)
+
+
+class Vision:
+    """Its vision tower."""
+
+    def load(self, weights: str, depth: int, full: list[int]) -> None:
+        self.tower = VisionTransformer(depth=depth, fullatt_block_indexes=full)
+        mapping = QwenWeightMapping.get_text_encoder_mapping()
+        arrays = WeightMapper.apply_mapping(mx.load(weights), mapping, num_blocks=depth)
+        self.tower.update(arrays["encoder"]["visual"])
+        mx.eval(self.tower.parameters())
+
+    def run(self, inputs: str, grid: list[int], output: str) -> dict[str, Any]:
+        """Seconds, and how often Python waited for a result, for patches (N, 1176); the features are saved."""
+        patches, result = mx.load(inputs)["patches"], []
+        mx.eval(patches)
+
+        def work() -> None:
+            result.append(self.tower(patches, mx.array([[1, *grid]])))
+            mx.eval(result)
+
+        with count_host_syncs() as syncs:
+            seconds = stopwatch(work)
+        mx.save_safetensors(output, {"features": result[0]})
+        return {"seconds": seconds, "syncs": syncs()}
 
 
 class VAE:
@@ -111,7 +143,7 @@ class VAE:
 
 
 if __name__ == "__main__":
-    transformer, vae = Transformer(), VAE()
+    transformer, vision, vae = Transformer(), Vision(), VAE()
     serve(
         {
             "load": transformer.load,
@@ -119,6 +151,8 @@ if __name__ == "__main__":
             "velocity": transformer.velocity,
             "block": transformer.block,
             "step": transformer.step,
+            "load_vision": vision.load,
+            "vision": vision.run,
             "vae": vae.run,
         }
     )

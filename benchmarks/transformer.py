@@ -1,11 +1,12 @@
 """A block and a step of the transformer at real width (3072, 24 heads), fp32, with random weights.
 
-    python benchmarks/transformer.py [--tokens 256 1024] [--layers 2] [--rounds 7] [--json FILE]
+    python benchmarks/transformer.py [--tokens 256 1024] [--references 0] [--layers 2] [--rounds 7] [--json FILE]
 
 Ours, diffusers on torch, mflux, and the floor: a block's matrix products and attention in MLX and nothing else. All
 have the same weights and inputs; how far the predicted velocities are apart is printed. Ours has modulation and rotary
 tables ready, as its pipeline does; a step is what happens between two evaluated latents, each library's way: one pass
-at guidance 1 for ours and diffusers, always two for mflux (mflux_worker.py says where).
+at guidance 1 for ours and diffusers, always two for mflux (mflux_worker.py says where). `--references 1` makes it the
+step of an edit: a picture of the target's size beside the target.
 
 Needs the extra [test], and for mflux the environment that mflux_env.py makes. The default takes 10 to 15 minutes on two
 cores and 8 GB.
@@ -14,6 +15,7 @@ cores and 8 GB.
 from __future__ import annotations
 
 import tempfile
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,7 +34,7 @@ class Side(Protocol):
 
     name: str
 
-    def prepare(self, inputs: str, grid: tuple[int, int]) -> None: ...
+    def prepare(self, inputs: str, grid: tuple[int, int], references: int) -> None: ...
     def velocity(self) -> Any: ...
     def block(self) -> float: ...
     def step(self, cfg: float) -> float: ...
@@ -43,6 +45,7 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=2, help="blocks of a step (2)")
     options.add_argument("--rounds", type=int, default=7, help="rounds the medians are taken of (7)")
     options.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="image tokens, square numbers")
+    options.add_argument("--references", type=int, default=0, help="pictures beside the target, of its size (0)")
     add_option(options)
     arguments = options.parse_args()
     preload_blas()
@@ -56,30 +59,36 @@ def main() -> None:
         targets = Targets()
         tables = []
         for tokens in arguments.tokens:
-            tables += compare(sides, weights, tokens, arguments.rounds, Path(folder), targets)
+            tables += compare(sides, weights, tokens, arguments, Path(folder), targets)
     finish([*tables, targets], arguments.json)
 
 
-def compare(sides: list[Side], weights: str, tokens: int, rounds: int, folder: Path, targets: Targets) -> list[Table]:
+def compare(
+    sides: list[Side], weights: str, tokens: int, options: Namespace, folder: Path, targets: Targets
+) -> list[Table]:
     """The tables of one size."""
+    rounds, references = options.rounds, options.references
     inputs = str(folder / f"{tokens}.safetensors")
     side = round(tokens**0.5)
-    write_inputs(inputs, tokens)
+    write_inputs(inputs, tokens, references)
     for candidate in sides:
-        candidate.prepare(inputs, (side, side))
-    tables = [differences(sides, tokens)]
+        candidate.prepare(inputs, (side, side), references)
+    size = f"{tokens} image tokens" + (f", {references} reference" if references else "")
+    tables = [differences(sides, size)]
 
-    blocks = take_turns({"floor": Floor(weights, tokens).block, **{s.name: s.block for s in sides}}, rounds)
-    tables.append(ratios(f"One block, {tokens} image tokens", blocks, "floor"))
+    blocks = take_turns(
+        {"floor": Floor(weights, tokens * (1 + references)).block, **{s.name: s.block for s in sides}}, rounds
+    )
+    tables.append(ratios(f"One block, {size}", blocks, "floor"))
     runs = {f"{s.name}, guidance {cfg:g}": partial(s.step, cfg) for cfg in GUIDANCES for s in sides[:2]}
     runs |= {f"{s.name}, any guidance": partial(s.step, GUIDANCES[1]) for s in sides[2:]}
     steps = take_turns(runs, rounds)
     peer = list(steps)[-1]  # mflux, or without it diffusers
-    tables.append(ratios(f"One step, {tokens} image tokens", steps, peer))
+    tables.append(ratios(f"One step, {size}", steps, peer))
     for table in tables:
         table.print()
 
-    if tokens == 256:
+    if tokens == 256 and not references:
         targets.check("block / floor, 256 tokens", median_ratio(blocks, "ours", "floor"), 1.2)
         if peer.startswith("mflux"):
             for cfg, limit in zip(GUIDANCES, (0.45, 0.9), strict=True):
@@ -94,14 +103,14 @@ def ratios(title: str, seconds: Seconds, base: str) -> Table:
     return Table(title, ["", "ms", f"ratio to {base}"], rows)
 
 
-def differences(sides: list[Side], tokens: int) -> Table:
+def differences(sides: list[Side], size: str) -> Table:
     """Largest difference to diffusers, relative to its largest value: the same work is done."""
     import numpy as np
 
     velocities = {side.name: side.velocity() for side in sides}
     reference = velocities.pop("diffusers")
     rows = [(name, f"{np.abs(v - reference).max() / np.abs(reference).max():.1e}") for name, v in velocities.items()]
-    return Table(f"Velocity, {tokens} image tokens", ["", "relative difference to diffusers"], rows)
+    return Table(f"Velocity, {size}", ["", "relative difference to diffusers"], rows)
 
 
 def write_weights(file: str, layers: int) -> None:
@@ -118,13 +127,14 @@ def write_weights(file: str, layers: int) -> None:
     mx.clear_cache()
 
 
-def write_inputs(file: str, tokens: int) -> None:
-    """Latents and encoder states."""
+def write_inputs(file: str, tokens: int, references: int) -> None:
+    """Latents of the target and of the references, and encoder states."""
     import mlx.core as mx
 
     latents = mx.random.normal((1, tokens, 64), key=mx.random.key(1))
     text = mx.random.normal((1, TEXT_TOKENS, 3584), key=mx.random.key(2))
-    mx.save_safetensors(file, {"latents": latents, "text": text})
+    shown = mx.random.normal((1, references * tokens, 64), key=mx.random.key(3))
+    mx.save_safetensors(file, {"latents": latents, "text": text, "references": shown})
 
 
 class Ours:
@@ -145,7 +155,7 @@ class Ours:
         self.weights = ComponentWeights("transformer", self.config, tensors, ("main", "modulation"))
         self.model = load_module(Transformer(self.config), self.weights, "main", mx.float32)
 
-    def prepare(self, inputs: str, grid: tuple[int, int]) -> None:
+    def prepare(self, inputs: str, grid: tuple[int, int], references: int) -> None:
         import mlx.core as mx
         import numpy as np
 
@@ -158,9 +168,11 @@ class Ours:
         self.schedule = Schedule(np.array(SIGMAS, np.float32))
         self.table = modulation_table(self.weights, self.schedule.timesteps, mx.float32)
         self.text = self.model.project_text(arrays["text"])
-        self.rotary = rotary_tables([Segment(0, *grid)], TEXT_TOKENS, self.config.axes_dims_rope)
-        self.image = self.model.img_in(self.latents)
-        mx.eval(self.latents, self.text, self.rotary, self.image)
+        segments = [Segment(n, *grid) for n in range(1 + references)]
+        self.rotary = rotary_tables(segments, TEXT_TOKENS, self.config.axes_dims_rope)
+        self.shown = self.model.project_references(arrays["references"]) if references else None
+        self.images = [self.model.img_in(self.latents), *([self.shown] if references else [])]
+        mx.eval(self.latents, self.text, self.rotary, self.images)
 
     def velocity(self) -> Any:
         import numpy as np
@@ -171,7 +183,7 @@ class Ours:
         import mlx.core as mx
 
         block, rows = self.model.transformer_blocks[0], self.table[0].blocks[0]
-        return stopwatch(lambda: mx.eval(block([self.image], self.text, rows, self.rotary)))
+        return stopwatch(lambda: mx.eval(block(self.images, self.text, rows, self.rotary)))
 
     def step(self, cfg: float) -> float:
         from qwen_image_mlx.sampling.denoise import Guidance, denoise
@@ -180,7 +192,7 @@ class Ours:
         return stopwatch(lambda: denoise(self._predict, self.latents, self.schedule, guidance))
 
     def _predict(self, latents: Any, step: int, _branch: int) -> Any:
-        return self.model(latents, self.text, self.table[step], self.rotary)
+        return self.model(latents, self.text, self.table[step], self.rotary, self.shown)
 
 
 class Diffusers:
@@ -200,15 +212,16 @@ class Diffusers:
         self.model.pos_embed = QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)  # its tables are not parameters
         self.model.eval()
 
-    def prepare(self, inputs: str, grid: tuple[int, int]) -> None:
+    def prepare(self, inputs: str, grid: tuple[int, int], references: int) -> None:
         import torch
         from safetensors.torch import load_file
 
         arrays = load_file(inputs)
-        self.latents, self.text, self.shapes = arrays["latents"], arrays["text"], [[(1, *grid)]]
+        self.latents, self.text, self.references = arrays["latents"], arrays["text"], arrays["references"]
+        self.shapes = [[(1, *grid)] * (1 + references)]
         self.timestep = torch.tensor(SIGMAS[:1])
         with torch.no_grad():
-            image = self.model.img_in(self.latents)
+            image = self.model.img_in(torch.cat([self.latents, self.references], dim=1))
             self.streams = {
                 "hidden_states": image,
                 "encoder_hidden_states": self.model.txt_in(self.model.txt_norm(self.text)),
@@ -231,12 +244,12 @@ class Diffusers:
 
         with torch.no_grad():
             return self.model(
-                hidden_states=self.latents,
+                hidden_states=torch.cat([self.latents, self.references], dim=1),
                 encoder_hidden_states=self.text,
                 timestep=self.timestep,
                 img_shapes=self.shapes,
                 return_dict=False,
-            )[0]
+            )[0][:, : self.latents.shape[1]]
 
     def _block(self) -> None:
         import torch
@@ -265,9 +278,9 @@ class Mflux:
         self.worker = Worker(python, "mflux_worker.py")
         self.worker.call("load", weights=weights, layers=layers)
 
-    def prepare(self, inputs: str, grid: tuple[int, int]) -> None:
+    def prepare(self, inputs: str, grid: tuple[int, int], references: int) -> None:
         self.output = inputs.replace(".safetensors", ".mflux.safetensors")
-        self.worker.call("prepare", inputs=inputs, grid=grid, sigmas=SIGMAS)
+        self.worker.call("prepare", inputs=inputs, grid=grid, references=references, sigmas=SIGMAS)
 
     def velocity(self) -> Any:
         from safetensors.numpy import load_file

@@ -7,7 +7,7 @@ made and written shard by shard; any size fits in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -15,7 +15,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from ..config import (
+    ImageProcessorConfig,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+    VisionConfig,
+)
+from ..variants import VARIANTS
 from .mapping import TensorSpec, expected_tensors, weights_map
 
 TINY = {
@@ -26,15 +34,20 @@ TINY = {
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=512, rms_norm_eps=1e-6, mrope_section=(2, 3, 3),
     ),
+    "vision": VisionConfig(
+        depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+    ),
     "vae": VAEConfig(base_dim=8),
 }  # fmt: skip
 # Qwen-Image-2512 as released.
 FULL = {
     "transformer": TransformerConfig(),
     "text_encoder": replace(TextEncoderConfig(), rms_norm_eps=1e-6),
+    "vision": VisionConfig(),
     "vae": VAEConfig(),
 }
 SCHEDULER = SchedulerConfig(max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02, use_dynamic_shifting=True)
+PROCESSOR = ImageProcessorConfig(max_pixels=28 * 28 * 16384)
 
 _CLASSES = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
@@ -47,17 +60,19 @@ _CLASSES = {
 
 def write_checkpoint(
     folder: Path,
-    configs: dict[str, Any],
+    configs: Mapping[str, Any],
     *,
+    pipeline: str = "QwenImagePipeline",
     seed: int = 0,
     dtype: mx.Dtype = mx.bfloat16,
     shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Writes a text-to-image checkpoint with a byte-level tokenizer.
+    """Writes a checkpoint with a byte-level tokenizer.
 
     Args:
         folder: where to; made if missing.
-        configs: config dataclasses of "transformer", "text_encoder" and "vae", such as `TINY` or `FULL`.
+        configs: each component's config dataclass, such as `TINY` or `FULL`.
+        pipeline: its class, one of `VARIANTS`; only those that are shown pictures get the vision tower.
         seed: of the weights.
         dtype: of the weights.
         shard_bytes: largest size of one file's tensors.
@@ -65,25 +80,36 @@ def write_checkpoint(
     Returns:
         The folder.
     """
-    _write_json(folder / "model_index.json", {"_class_name": "QwenImagePipeline"} | _CLASSES)
+    _write_json(folder / "model_index.json", {"_class_name": pipeline} | _CLASSES)
     _write_json(folder / "scheduler" / "scheduler_config.json", _class("scheduler") | asdict(SCHEDULER))
-    for number, (component, config) in enumerate(configs.items()):
-        key = mx.random.key(seed * len(configs) + number)
-        _write_json(folder / component / "config.json", _config_json(component, config))
-        _write_shards(folder / component, component, config, key, dtype, shard_bytes)
+    edits = VARIANTS[pipeline].edits
+    configs = {name: config for name, config in configs.items() if edits or name != "vision"}
+    vision = {"vision_config": asdict(configs["vision"])} if edits else {}
+    tensors: dict[str, list[TensorSpec]] = {}
+    for component, config in configs.items():
+        home = weights_map(component).get("folder", component)
+        tensors.setdefault(home, []).extend(expected_tensors(component, config).values())
+    for number, (component, specs) in enumerate(tensors.items()):
+        extra = vision if component == "text_encoder" else {}
+        _write_json(folder / component / "config.json", _config_json(component, configs[component]) | extra)
+        key = mx.random.key(seed * len(tensors) + number)
+        _write_shards(folder / component, weights_map(component)["stem"], specs, key, dtype, shard_bytes)
+    if edits:
+        _write_json(folder / "processor" / "preprocessor_config.json", asdict(PROCESSOR))
     _write_tokenizer(folder / "tokenizer")
     return folder
 
 
-def _write_shards(folder: Path, component: str, config: Any, key: mx.array, dtype: mx.Dtype, shard_bytes: int) -> None:
-    stem = weights_map(component)["stem"]
-    shards = list(_shards(expected_tensors(component, config).values(), dtype.size, shard_bytes))
+def _write_shards(
+    folder: Path, stem: str, specs: Iterable[TensorSpec], key: mx.array, dtype: mx.Dtype, shard_bytes: int
+) -> None:
+    shards = list(_shards(specs, dtype.size, shard_bytes))
     index = {}
-    for number, specs in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         name = f"{stem}{part}.safetensors"
-        keys = mx.random.split(mx.random.split(key, number)[-1], len(specs))
-        tensors = {spec.name: random_values(spec, keys[n]).astype(dtype) for n, spec in enumerate(specs)}
+        keys = mx.random.split(mx.random.split(key, number)[-1], len(shard))
+        tensors = {spec.name: random_values(spec, keys[n]).astype(dtype) for n, spec in enumerate(shard)}
         mx.save_safetensors(str(folder / name), tensors, {"format": "pt"})
         index |= dict.fromkeys(tensors, name)
     if len(shards) > 1:

@@ -25,6 +25,21 @@ def test_the_reference_classes_load_it_whole(tmp_path):
         assert not report["unexpected_keys"]
 
 
+def test_an_editing_checkpoint_has_the_vision_tower_and_edits(tmp_path):
+    from PIL import Image
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    write_checkpoint(tmp_path, TINY, pipeline="QwenImageEditPlusPipeline")
+    _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert set(report["missing_keys"]) <= {"lm_head.weight"}
+    picture = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+    pipeline = QwenImagePipeline.from_pretrained(tmp_path)
+    options = {"size": (64, 64), "reference_pixels": 64 * 64, "num_inference_steps": 1}
+    one, other = (pipeline.edit("paint it red", images=[shown], **options) for shown in (picture, picture.rotate(90)))
+    assert one != other
+
+
 @pytest.mark.parametrize("shard_bytes", [10**9, 300_000])
 def test_it_paints_the_same_picture_from_the_same_seed(tmp_path, shard_bytes):
     deeper = {**TINY, "transformer": replace(TINY["transformer"], num_layers=3)}
