@@ -1,7 +1,7 @@
 """The frame around a picture that is painted over: at which size it is painted, and how the result goes back into it.
 
 Pillow and numpy only; knows no model. What lies outside a mask comes back bit by bit. Sources of the crop:
-get_crop_region and the resize mode "fill" of diffusers' VaeImageProcessor.
+get_crop_region and the resize modes "fill" and "crop" of diffusers' VaeImageProcessor.
 """
 
 from __future__ import annotations
@@ -166,11 +166,14 @@ def fill(image: Image.Image, size: Size) -> Image.Image:
 
 def _cover(image: Image.Image, size: Size) -> Image.Image:
     """Undoes `fill`: scales a picture to cover a size and cuts off what juts out."""
-    scale = max(size[0] / image.width, size[1] / image.height)
-    larger = [max(side, round(old * scale)) for side, old in zip(size, image.size, strict=True)]
-    scaled = image.resize(larger, _LANCZOS)
-    left, top = (scaled.width - size[0]) // 2, (scaled.height - size[1]) // 2
-    return scaled.crop((left, top, left + size[0], top + size[1]))
+    width, height = size
+    wider = image.width * height > width * image.height
+    scaled = image.resize(
+        (image.width * height // image.height, height) if wider else (width, image.height * width // image.width),
+        _LANCZOS,
+    )
+    left, top = scaled.width // 2 - width // 2, scaled.height // 2 - height // 2
+    return scaled.crop((left, top, left + width, top + height))
 
 
 def _checked_mask(mask: Image.Image, size: Size) -> Image.Image:

@@ -8,6 +8,7 @@ from PIL import Image
 from reference_edit import load_edit_reference, run_edit_reference, write_edit
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
+from qwen_image_mlx.images.canvas import feathered, plan_canvas
 from qwen_image_mlx.images.pixels import to_images
 
 PROMPT = "make the fox blue, 让它变蓝 🦊"
@@ -189,6 +190,25 @@ def test_inpainting(tiny, strength, mode):
     )  # fmt: skip
     ours = run_ours(tiny, size=(96, 64), initial=image, mask=mask.convert(mode), strength=strength, **call)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("padding", [0, 9])
+def test_painting_the_mask_s_surroundings_alone(tiny, padding):
+    image, size, call = picture(180, 130), (96, 64), {"steps": 3, "cfg_scale": 1.0, "seed": 4}
+    mask = Image.new("L", image.size)
+    mask.paste(disc(60, 40), (100, 30))
+    latents, images = run_edit_reference(
+        load_edit_reference(tiny, "inpaint"),
+        prompt=PROMPT, image=image, mask_image=mask, width=size[0], height=size[1], padding_mask_crop=padding, **call,
+    )  # fmt: skip
+    canvas = plan_canvas(image, mask=mask, size=size, crop_padding=padding)
+    shown, shown_mask = canvas.initial
+    ours, pixels = run_ours(tiny, size=size, initial=shown, mask=shown_mask, **call)
+    assert max(relative(a, b) for a, b in zip(ours, latents, strict=True)) < 1e-4
+    finished = np.asarray(canvas.finish(Image.fromarray(pixels.astype(np.uint8)))).astype(int)
+    expected, deep = np.asarray(images[0]).astype(int), np.asarray(feathered(mask)) == 255
+    assert np.abs(finished - expected)[deep].max() <= 1
+    assert np.array_equal(finished[np.asarray(mask) < 128], np.asarray(image)[np.asarray(mask) < 128])
 
 
 def test_several_pictures_of_one_seed_share_the_sampled_image(tiny):

@@ -18,7 +18,7 @@ from qwen_image_mlx.text.tokenizer import QwenTokenizer
 TEXTS = [
     "", " ", "A red fox in the snow.", "一只红色的狐狸，在雪地里。", "🦊❄️👩‍👩‍👧 emoji", "café cafe\u0301 Å A\u030a",
     "def f(x):\n    return x**2  # code\r\n\r\n\t", "  leading and trailing  ", "\n\n\n", "a\n\n b \n",
-    "don't I'LL we've",
+    "don't I'LL we've", "'tis x'', the 60's'", "'re'veal 'LLama",
     "1234567 3.14 ١٢٣", "<|im_start|>user\nhi<|im_end|>", "<|image_pad|><|vision_end|>x", "<tool_call>y</tool_call>",
     "한국어 русский العربية हिन्दी", "x" * 500,
 ]  # fmt: skip
