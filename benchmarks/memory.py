@@ -79,7 +79,7 @@ def paint(folder: str, sizes: dict[str, int]) -> Recorder:
     pipeline = QwenImagePipeline.from_pretrained(folder)
     record = Recorder(sizes)
     record.note("start")
-    pictures = [Image.linear_gradient("L").resize((SIZE, SIZE))] if pipeline.variant.edits else []
+    pictures = [Image.linear_gradient("L").resize((SIZE, SIZE))] if pipeline.variant.takes_images else []
     encoding = pipeline.encode_guidance_prompts(
         "a red fox", images=pictures, reference_pixels=SIZE**2, progress=record.follow
     )

@@ -227,6 +227,25 @@ class ImageProcessorConfig:
 
 
 @dataclass(frozen=True)
+class GenerationConfig:
+    """`text_encoder/generation_config.json`: how the language model writes; defaults are transformers' own."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    eos_token_id: tuple[int, ...] = (151645, 151643)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "text_encoder/generation_config.json") -> GenerationConfig:
+        """Reads the JSON object; a single `eos_token_id` may stand without its list."""
+        end = data.get("eos_token_id")
+        data = {**data, "eos_token_id": end if isinstance(end, list) else [end]}
+        return _read(cls, {k: v for k, v in data.items() if v not in (None, [None])}, where, ignored=None)
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """`vae/config.json` of an AutoencoderKLQwenImage; defaults are diffusers' own."""
 

@@ -12,6 +12,7 @@ from .errors import CheckpointError
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
 DEFAULT_EDIT_MODEL = "Qwen/Qwen-Image-Edit-2511"
+DEFAULT_LAYERED_MODEL = "Qwen/Qwen-Image-Layered"
 
 # The officially recommended sizes (width, height), by aspect ratio; the first is the default.
 ASPECT_SIZES: dict[str, tuple[int, int]] = {
@@ -54,22 +55,27 @@ class Variant:
     """What `_class_name` in model_index.json implies.
 
     Attributes:
+        task: what it is for, and the command that does it: "generate", "edit" or "decompose".
         template: the chat template around the prompt, with `{prompt}`.
         template_drop: tokens of the template's start that are encoded but not handed to the transformer.
         max_tokens: tokens kept of a tokenized prompt, the template's own included (None: all).
         max_embeddings: rows kept of an encoded prompt after the drop (None: all).
-        max_images: how many pictures it edits at once (0: it paints from text; None: any number).
+        max_images: how many pictures it works on at once (0: it paints from text; None: any number).
         image_prompt: what stands before the prompt for each picture, with its number `{n}` from 1.
-        encoder_area: area in pixels that pictures are resized to for the text encoder.
-        reference_area: area in pixels that pictures are resized to for the transformer.
+        encoder_area: area in pixels that pictures are resized to for the text encoder (0: it is shown none).
+        reference_area: area in pixels that pictures are resized to, at most, for the transformer.
         size_from: index of the picture whose aspect the result takes.
         samples_references: with a mask, the transformer is shown the sampled latents that the loop blends with,
             rather than the most likely ones.
+        layered: it paints a frame with everything, which is dropped, and one for each layer.
+        shift_by_root: mu of the schedule is the root of the picture's tokens / 256, not the config's line.
+        renormalize: with guidance, each token keeps the length of its positive velocity.
         steps: default number of denoising steps.
         cfg_scale: default guidance scale.
         negative_prompt: recommended negative prompt.
     """
 
+    task: str
     template: str
     template_drop: int
     max_tokens: int | None = None
@@ -80,18 +86,22 @@ class Variant:
     reference_area: int = 0
     size_from: int = 0
     samples_references: bool = False
+    layered: bool = False
+    shift_by_root: bool = False
+    renormalize: bool = True
     steps: int
     cfg_scale: float = 4.0
     negative_prompt: str
 
     @property
-    def edits(self) -> bool:
+    def takes_images(self) -> bool:
         """Whether it needs pictures to work on."""
         return self.max_images != 0
 
 
 VARIANTS: dict[str, Variant] = {
     "QwenImagePipeline": Variant(
+        task="generate",
         template=TEXT_TEMPLATE,
         template_drop=34,
         max_tokens=1024 + 34,
@@ -100,6 +110,7 @@ VARIANTS: dict[str, Variant] = {
         negative_prompt=NEGATIVE_2512,
     ),
     "QwenImageEditPipeline": Variant(
+        task="edit",
         template=EDIT_TEMPLATE,
         template_drop=64,
         max_images=1,
@@ -111,6 +122,7 @@ VARIANTS: dict[str, Variant] = {
         negative_prompt=" ",
     ),
     "QwenImageEditPlusPipeline": Variant(
+        task="edit",
         template=EDIT_TEMPLATE,
         template_drop=64,
         max_images=None,
@@ -121,7 +133,23 @@ VARIANTS: dict[str, Variant] = {
         steps=40,
         negative_prompt=" ",
     ),
+    "QwenImageLayeredPipeline": Variant(
+        task="decompose",
+        template=TEXT_TEMPLATE,
+        template_drop=34,
+        max_embeddings=512,
+        max_images=1,
+        reference_area=1024**2,
+        layered=True,
+        shift_by_root=True,
+        renormalize=False,
+        steps=50,
+        negative_prompt=" ",
+    ),
 }
+
+# The sides of the squares whose areas a picture can be decomposed at.
+LAYERED_RESOLUTIONS = (640, 1024)
 
 # Recommendations of model cards that differ from their pipeline class's.
 RECOMMENDED_NEGATIVE_PROMPTS = {"Qwen/Qwen-Image": " "}

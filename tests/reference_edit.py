@@ -1,4 +1,4 @@
-"""Runs of the reference's editing pipelines: Edit, Edit-Plus, image to image, inpainting, Edit-inpainting.
+"""Runs of the reference's pipelines that work on pictures: Edit, Edit-Plus, image to image, inpainting, Layered.
 
 Like `reference.py`, made with torch, diffusers and transformers alone. Qwen2VLProcessor wants torchvision, so
 a stand-in does its work with transformers' own PIL image processor and tokenizer. diffusers 0.42 forgets to pass
@@ -19,6 +19,7 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
+    QwenImageLayeredPipeline,
 )
 from reference import Config, load_reference, to_numpy, write_text_to_image
 from transformers import BatchFeature
@@ -36,12 +37,12 @@ PROCESSOR: Config = {
 }
 IMAGE_TOKEN = "<|image_pad|>"
 EDIT_CLASSES = {"edit": QwenImageEditPipeline, "edit_plus": QwenImageEditPlusPipeline,
-                "edit_inpaint": QwenImageEditInpaintPipeline}  # fmt: skip
+                "edit_inpaint": QwenImageEditInpaintPipeline, "layered": QwenImageLayeredPipeline}  # fmt: skip
 TEXT_CLASSES = {"img2img": QwenImageImg2ImgPipeline, "inpaint": QwenImageInpaintPipeline}
 
 
 def write_edit(directory: Path, kind: str, *, processor: Config | None = None, **changes: Any) -> Path:
-    """A tiny checkpoint whose pipeline class is that of `kind`, "edit" or "edit_plus"."""
+    """A tiny checkpoint whose pipeline class is that of `kind`."""
     write_text_to_image(directory, **changes)
     index = json.loads((directory / "model_index.json").read_text())
     index["_class_name"] = EDIT_CLASSES[kind].__name__
@@ -53,6 +54,18 @@ def write_edit(directory: Path, kind: str, *, processor: Config | None = None, *
     return directory
 
 
+def write_layered(directory: Path, **changes: Any) -> Path:
+    """A tiny checkpoint of the layered pipeline, whose VAE has four channels."""
+    return write_edit(
+        directory,
+        "layered",
+        transformer={"use_additional_t_cond": True, "use_layer3d_rope": True, **changes.pop("transformer", {})},
+        vae={"input_channels": 4},
+        scheduler={"time_shift_type": "linear", "shift_terminal": None},
+        **changes,
+    )
+
+
 class Processor:
     """What Qwen2VLProcessor does, without torchvision."""
 
@@ -61,7 +74,8 @@ class Processor:
         limits = {"shortest_edge": config["min_pixels"], "longest_edge": config["max_pixels"]}
         self.image_processor = Qwen2VLImageProcessorPil(size=limits)
 
-    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> BatchFeature:
+    def __call__(self, text: str | list[str], images: Any, padding: bool, return_tensors: str) -> BatchFeature:
+        text = [text] if isinstance(text, str) else text
         pictures = images if isinstance(images, list) else [images]
         prepared = self.image_processor(images=pictures, return_tensors="pt")
         counts = iter((prepared["image_grid_thw"].prod(dim=1) // 4).tolist() * len(text))
@@ -71,6 +85,9 @@ class Processor:
             expanded.append(head + "".join(IMAGE_TOKEN * next(counts) + tail for tail in tails))
         tokens = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors)
         return BatchFeature({**tokens, **prepared})
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        return self.tokenizer.batch_decode(*args, **kwargs)
 
 
 def load_edit_reference(directory: Path, kind: str, *, sequential_positions: bool = False) -> DiffusionPipeline:
@@ -85,7 +102,7 @@ def load_edit_reference(directory: Path, kind: str, *, sequential_positions: boo
         cls = EDIT_CLASSES[kind]
         # The constructor wants a registered class for every part; a stand-in is put in afterwards.
         pipeline = cls(**parts, processor=None)
-        pipeline.processor = Processor(parts["tokenizer"], config)
+        pipeline.processor = pipeline.vl_processor = Processor(parts["tokenizer"], config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

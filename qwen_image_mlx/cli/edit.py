@@ -32,4 +32,4 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Edits and saves every picture asked for."""
-    run_painting(arguments, DEFAULT_EDIT_MODEL, edits=True)
+    run_painting(arguments, DEFAULT_EDIT_MODEL, task="edit")

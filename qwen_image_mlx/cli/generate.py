@@ -26,4 +26,4 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Paints and saves every picture asked for."""
-    run_painting(arguments, DEFAULT_MODEL, edits=False)
+    run_painting(arguments, DEFAULT_MODEL, task="generate")

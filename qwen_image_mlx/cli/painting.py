@@ -94,7 +94,14 @@ def add_flags(parser: argparse.ArgumentParser, default_model: str, steps: int) -
     add("--from-image", metavar="IMAGE", help="paint a picture again from its own metadata; flags win")
 
 
-def run_painting(arguments: argparse.Namespace, default_model: str, edits: bool) -> None:
+def check_task(pipeline: QwenImagePipeline, task: str) -> None:
+    """Raises RequestError for a model that is made for another command."""
+    other = pipeline.variant.task
+    if other != task:
+        raise RequestError(f"{pipeline.model} is not a model to {task} with: use qwen-image-mlx {other}")
+
+
+def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
     """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
     from ..images.files import check_writable, open_image, open_mask, output_path, read_metadata, save_png
 
@@ -103,7 +110,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, edits: bool)
     wanted.setdefault("seed", secrets.randbelow(2**32))  # as many bits as torch's generator uses
     size = _size(arguments, recorded)
     sources = wanted.get("images", [])
-    if edits and not sources:
+    if task == "edit" and not sources:
         raise RequestError("a picture to edit is missing: give --image")
     for name in ("mask", "size", "strength", "mask_padding"):
         if getattr(arguments, name) is not None and not sources:
@@ -128,9 +135,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, edits: bool)
             zero_cond_t={None: None, "on": True, "off": False}[wanted.get("zero_cond_t")],
             progress=bars,
         )
-        if pipeline.variant.edits != edits:
-            cure = "edits pictures: use edit" if pipeline.variant.edits else "paints from text: use generate"
-            raise RequestError(f"{pipeline.model} {cure}")
+        check_task(pipeline, task)
         canvas = _canvas(pipeline, wanted, pictures, mask, size) if pictures else None
         recommended = {
             "steps": pipeline.variant.steps,
@@ -140,7 +145,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, edits: bool)
         request = build_request({**recommended, **wanted}, canvas.size if canvas else size)
         request = replace(
             request,
-            images=tuple(pictures) if edits else (),
+            images=tuple(pictures) if task == "edit" else (),
             canvas=canvas,
             reference_pixels=wanted.get("reference_pixels"),
         )

@@ -111,6 +111,11 @@ def open_image(source: ImageSource) -> Image.Image:
     return image.convert("RGB")
 
 
+def open_rgba(source: ImageSource) -> Image.Image:
+    """A picture as an upright RGBA image, opaque if it has no alpha; raises RequestError as `open_image` does."""
+    return _decoded(source).convert("RGBA")
+
+
 def open_transparency(source: ImageSource) -> Image.Image | None:
     """The opacity of a picture (mode L, upright), or None if it is opaque; raises RequestError as `open_image` does."""
     image = _decoded(source)

@@ -34,9 +34,21 @@ class Rotary(NamedTuple):
     sin: mx.array
 
 
+def place_images(grids: Sequence[tuple[int, int]], layered: bool) -> list[Segment]:
+    """Frame indices of images in their order: 0, 1, 2, …; with layers the last one is what they come from, at -1.
+
+    Source: QwenEmbedRope and, layered, QwenEmbedLayer3DRope.
+    """
+    frames = [*range(len(grids))]
+    if layered:
+        frames[-1] = -1
+    return [Segment(frame, *grid) for frame, grid in zip(frames, grids, strict=True)]
+
+
 def text_start(segments: Sequence[Segment]) -> int:
-    """Position of the first text token: past the largest half side of any image."""
-    return max(max(s.height // 2, s.width // 2) for s in segments)
+    """Position of the first text token: past the largest half side of any image and, with layers, past their frames."""
+    layers = len(segments) - 1 if segments[-1].frame < 0 else 0
+    return max(layers, *(max(s.height // 2, s.width // 2) for s in segments))
 
 
 def rotary_tables(segments: Sequence[Segment], text_length: int, axes_dims: Sequence[int]) -> Rotary:

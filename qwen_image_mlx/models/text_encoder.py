@@ -1,18 +1,29 @@
-"""The language model of Qwen2.5-VL, as far as conditioning needs it: token ids in, final hidden states out.
+"""The language model of Qwen2.5-VL: token ids in, final hidden states out; the head that names the next token apart.
 
-Knows nothing of tokenizers or templates; has no lm_head and no cache. Formulas: transformers' modeling_qwen2_5_vl.py.
-Shapes: B batch, L tokens, C hidden size.
+Knows nothing of tokenizers or templates. Conditioning runs it once; to write text it is given caches of the keys and
+values before. Formulas: transformers' modeling_qwen2_5_vl.py. Shapes: B batch, L tokens, C hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextEncoderConfig
 from .layers import Embedding, Linear
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of the tokens before, of one layer; mlx-lm's caches are such."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Adds those of new tokens (B, heads, L, head_dim) and returns all."""
+
+
+Caches = Sequence[KeyValueCache | None]
 
 
 class TextEncoder(nn.Module):
@@ -26,9 +37,30 @@ class TextEncoder(nn.Module):
         """Embeddings (B, L, C) of token ids (B, L)."""
         return self.model.embed_tokens(ids)
 
-    def __call__(self, embeddings: mx.array, positions: mx.array) -> mx.array:
-        """Final states (B, L, C) of embeddings (B, L, C), unpadded, at positions (3, L): time, row, column."""
-        return self.model(embeddings, positions)
+    def __call__(self, embeddings: mx.array, positions: mx.array, caches: Caches | None = None) -> mx.array:
+        """Final states of the tokens given.
+
+        Args:
+            embeddings: (B, L, C), unpadded.
+            positions: (3, L): time, row, column.
+            caches: one per layer: the tokens before these, and these from then on.
+
+        Returns:
+            (B, L, C).
+        """
+        return self.model(embeddings, positions, caches)
+
+
+class LanguageHead(nn.Module):
+    """Final states to scores of the next token."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, states: mx.array) -> mx.array:
+        """(…, C) to (…, vocab_size)."""
+        return self.lm_head(states)
 
 
 class LanguageModel(nn.Module):
@@ -41,11 +73,11 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rope = (config.mrope_section, config.head_dim, config.rope_theta)
 
-    def __call__(self, hidden: mx.array, positions: mx.array) -> mx.array:
+    def __call__(self, hidden: mx.array, positions: mx.array, caches: Caches | None) -> mx.array:
         """(B, L, C) to (B, L, C), causally."""
         tables = mrope_tables(positions, *self._rope, hidden.dtype)
-        for layer in self.layers:
-            hidden = layer(hidden, tables)
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            hidden = layer(hidden, tables, cache)
         return self.norm(hidden)
 
 
@@ -59,8 +91,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def __call__(self, hidden: mx.array, tables: tuple[mx.array, mx.array]) -> mx.array:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), tables)
+    def __call__(self, hidden: mx.array, tables: tuple[mx.array, mx.array], cache: KeyValueCache | None) -> mx.array:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), tables, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -75,14 +107,15 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
         self._head_dim = config.head_dim
 
-    def __call__(self, x: mx.array, tables: tuple[mx.array, mx.array]) -> mx.array:
+    def __call__(self, x: mx.array, tables: tuple[mx.array, mx.array], cache: KeyValueCache | None) -> mx.array:
         q, k, v = (
             y.reshape(*y.shape[:-1], -1, self._head_dim).transpose(0, 2, 1, 3)
             for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        out = mx.fast.scaled_dot_product_attention(
-            rotate_half(q, *tables), rotate_half(k, *tables), v, scale=self._head_dim**-0.5, mask="causal"
-        )
+        q, k = rotate_half(q, *tables), rotate_half(k, *tables)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._head_dim**-0.5, mask="causal")
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(2))
 
 

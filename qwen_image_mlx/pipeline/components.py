@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import (
+    GenerationConfig,
     ImageProcessorConfig,
     SchedulerConfig,
     TextEncoderConfig,
@@ -22,15 +23,15 @@ from ..config import (
     VisionConfig,
 )
 from ..errors import CheckpointError
-from ..models.text_encoder import TextEncoder
+from ..models.text_encoder import LanguageHead, TextEncoder
 from ..models.transformer import Transformer
 from ..models.vae import Decoder, Encoder
 from ..models.vision import VisionTower
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.loader import ComponentWeights, load_module
-from ..weights.mapping import needs_tensor, weights_map
-from ..weights.snapshot import HubSnapshot
+from ..weights.mapping import canonical_names, needs_tensor, weights_map
+from ..weights.snapshot import HubSnapshot, WeightFiles
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ PARTS = {
     "transformer": ("main", "modulation"),
     "text_encoder": ("main",),
     "vision": ("main",),
+    "language_head": ("main",),
     "vae": ("encoder", "decoder"),
 }
 CLASS_NAMES = {
@@ -99,9 +101,27 @@ class Components:
         return ImageProcessorConfig.from_dict(self._config("processor", "preprocessor_config.json"))
 
     @cached_property
+    def language_head_config(self) -> TextEncoderConfig:
+        """That of the language model it belongs to."""
+        return self.text_encoder_config
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """text_encoder/generation_config.json: how the language model writes; its class's defaults without one."""
+        name = "text_encoder/generation_config.json"
+        return GenerationConfig.from_dict(self.snapshot.read_json(name) if self.snapshot.exists(name) else {})
+
+    @cached_property
     def vae_config(self) -> VAEConfig:
-        """vae/config.json."""
-        return VAEConfig.from_dict(self._config("vae"))
+        """vae/config.json; where it does not say how many channels a picture has, its tensors do."""
+        data = self._config("vae")
+        config = VAEConfig.from_dict(data)
+        if "input_channels" not in data and self.variant.layered:
+            tensors = self._files("vae").tensors
+            names = canonical_names("vae", tensors)
+            first = next((t for name, t in tensors.items() if names[name] == "encoder.conv_in.weight"), None)
+            config = config if first is None else replace(config, input_channels=first.shape[1])
+        return config
 
     @cached_property
     def scheduler_config(self) -> SchedulerConfig:
@@ -124,6 +144,14 @@ class Components:
         """The vision tower, resident."""
         config = self.vision_config
         return self._ensure("vision", lambda: self._load("vision", "main", VisionTower(config), self.dtype))
+
+    @property
+    def language_head(self) -> LanguageHead:
+        """What turns the language model's states into tokens, resident."""
+        config = self.language_head_config
+        return self._ensure(
+            "language_head", lambda: self._load("language_head", "main", LanguageHead(config), self.dtype)
+        )
 
     @property
     def transformer(self) -> Transformer:
@@ -152,14 +180,19 @@ class Components:
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
 
-    def prepare(self) -> None:
-        """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file."""
+    def prepare(self, captions: bool = False) -> None:
+        """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file.
+
+        Args:
+            captions: what writing captions needs, too.
+        """
         _ = self.scheduler_config
         self._tokenizer_files()
-        if self.variant.edits:
+        if self.variant.encoder_area or captions:
             _ = self.image_processor
+        wanted = {"vision": bool(self.variant.encoder_area) or captions, "language_head": captions}
         for component in PARTS:
-            if component != "vision" or self.variant.edits:
+            if wanted.get(component, True):
                 self.weights(component)
 
     @property
@@ -173,13 +206,19 @@ class Components:
     def weights(self, component: str) -> ComponentWeights:
         """A component's tensors, fetched and checked once, not read."""
         if component not in self._weights:
-            config, parts = getattr(self, f"{component}_config"), PARTS[component]
-            rules = weights_map(component)
-            files = self.snapshot.weight_files(
-                rules.get("folder", component), rules["stem"], keep=lambda name: needs_tensor(component, name, parts)
+            config = getattr(self, f"{component}_config")
+            self._weights[component] = ComponentWeights(
+                component, config, self._files(component).tensors, PARTS[component]
             )
-            self._weights[component] = ComponentWeights(component, config, files.tensors, parts)
         return self._weights[component]
+
+    def _files(self, component: str) -> WeightFiles:
+        rules = weights_map(component)
+        return self.snapshot.weight_files(
+            rules.get("folder", component),
+            rules["stem"],
+            keep=lambda name: needs_tensor(component, name, PARTS[component]),
+        )
 
     def _ensure(self, name: str, load: Callable[[], Any]) -> Any:
         if name not in self._loaded:

@@ -6,20 +6,21 @@ encoding would keep the text encoder alive. What to keep in memory between them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, QwenImageError, RequestError
-from ..images.files import ImageSource, open_image, open_mask
+from ..errors import QwenImageError, RequestError
+from ..images.files import ImageSource, open_image, open_mask, open_rgba
 from ..images.geometry import Size, size_of_area
-from ..models.rope import MAX_POSITION, Segment, rotary_tables, text_start
+from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
 from ..models.transformer import Modulation
 from ..sampling.denoise import Guidance, denoise
-from ..sampling.latents import unpack_latents
-from ..sampling.schedule import Schedule, exponential_mu, make_schedule, static_shift, uniform_sigmas
+from ..sampling.latents import unpack_multi_layer_latents
+from ..sampling.schedule import Schedule, exponential_mu, make_schedule, root_mu, static_shift, uniform_sigmas
 from ..text.prompt import tokenize_prompt
 from ..variants import Variant
 from ..weights.modulation import modulation_table
@@ -102,7 +103,8 @@ class PipelineCore:
             prompt: what to paint; may be empty (the picture is then the model's own idea), and is cut at the limit of
                 the reference with a warning.
             negative_prompt: what to avoid; None paints without guidance, "" and " " are prompts like any other.
-            images: for an editing model, its pictures: PIL images, uint8 arrays (H, W, 3 or 4), paths or bytes.
+            images: the pictures an editing or layered model works on: PIL images, uint8 arrays (H, W, 3 or 4), paths
+                or bytes.
             reference_pixels: at most so many pixels of each picture are shown to the transformer; None is the model's
                 own area, about 1 MP. Every reference costs as much time per step as a target of its size.
             sequential_positions: number the tokens 0, 1, 2, … in spite of pictures, to compare with libraries that
@@ -118,17 +120,18 @@ class PipelineCore:
         """
         parts = self._components
         pictures = self._open_images(images)
+        shown = pictures if self.variant.encoder_area else []
         with self._report.using(progress):
             prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-            grids = [feature_grid(parts, picture) for picture in pictures]
+            grids = [feature_grid(parts, picture) for picture in shown]
             tokens = [
                 tokenize_prompt(parts.tokenizer, self.variant, text, grids, sequential_positions) for text in prompts
             ]
             features = None
-            if pictures:
+            if shown:
                 _ = parts.vision
                 with self._report.stage("encode", "pictures"):
-                    features = encode_vision(parts, pictures)
+                    features = encode_vision(parts, shown)
             encoder = parts.text_encoder
             with self._report.stage("encode", "prompts"):
                 states = [encode_prompt(encoder, prompt_tokens, features) for prompt_tokens in tokens]
@@ -186,7 +189,8 @@ class PipelineCore:
             progress: replaces the pipeline's own callback during the call; told of every step, and can cancel.
 
         Returns:
-            Pixels (frames, height, width, channels) in [0, 1], fp32, evaluated; one frame for text to image.
+            Pixels (frames, height, width, channels) in [0, 1], fp32, evaluated; one RGB frame, or a layered model's
+            RGBA layers, back to front.
 
         Raises:
             RequestError: encoding, latents or initial image do not fit the model or the size.
@@ -197,10 +201,8 @@ class PipelineCore:
             tokens = self.denoise_latents(
                 parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial
             )
-            height, width = self._latent_size(parameters)
-            decoder = self._components.vae_decoder
-            with self._report.stage("decode"):
-                return decode(decoder, self._components.vae_config, unpack_latents(tokens, height, width))
+            frames = list(self.decode_frames(parameters, tokens))
+        return frames[0][None] if len(frames) == 1 else mx.stack(frames)
 
     def denoise_latents(
         self,
@@ -214,24 +216,26 @@ class PipelineCore:
         progress: ProgressCallback | None = None,
     ) -> mx.array:
         """The first half of `generate_pixels`: packed clean latents (1, N, 64) in the model's dtype, evaluated."""
-        config = self._components.transformer_config
-        if config.use_layer3d_rope:
-            raise CheckpointError(f"{self.model} splits pictures into layers; it cannot paint from text alone")
-        if self.variant.edits and not encoding.references:
-            raise RequestError(f"{self.model} edits pictures; the encoding holds none")
-        height, width = self._latent_size(parameters)
-        target = Segment(0, height // 2, width // 2)
-        schedule = self._schedule(parameters, target.length)
-        start = self._start(parameters, schedule, target, check_seed(seed), image_index, latents, initial)
-        references = encoding.references
-        if start.blended and self.variant.samples_references:
-            references = (Reference(start.image, target.height, target.width),)
-        segments = [target, *(Segment(n + 1, r.height, r.width) for n, r in enumerate(references))]
+        config, variant, references = self._components.transformer_config, self.variant, encoding.references
+        if variant.takes_images and not references:
+            raise RequestError(f"{self.model} works on pictures; the encoding holds none")
+        if variant.layered and initial is not None:
+            raise RequestError(f"{self.model} takes a picture apart; it does not paint one over")
+        frames, height, width = self._grid(parameters)
+        schedule = self._schedule(parameters, height * width, references)
+        start = self._start(
+            parameters, schedule, (frames, height, width), check_seed(seed), image_index, latents, initial
+        )
+        if start.blended and variant.samples_references:
+            references = (Reference(start.image, height, width),)
+        grids = [(height, width)] * frames + [(r.height, r.width) for r in references]
+        segments = place_images(grids, config.use_layer3d_rope)
         guided = parameters.cfg_scale > 1 and encoding.negative is not None
         branches = [encoding.positive, encoding.negative] if guided else [encoding.positive]
         for states in branches:
             self._check_states(states, segments)
 
+        renormalize = variant.renormalize if parameters.cfg_normalize is None else parameters.cfg_normalize
         with self._report.using(progress):
             table = self._modulation(start.schedule)
             transformer = self._components.transformer
@@ -248,7 +252,7 @@ class PipelineCore:
                 lambda x, step, branch: transformer(x, text[branch], table[step], rotary[branch], shown),
                 start.latents,
                 start.schedule,
-                Guidance(parameters.cfg_scale, renormalize=True) if guided else None,
+                Guidance(parameters.cfg_scale, renormalize) if guided else None,
                 lambda done, x: self._report(Progress("denoise", done, steps, sigma=float(sigmas[done]), latents=x)),
                 start.blend if start.blended else None,
             )
@@ -256,47 +260,73 @@ class PipelineCore:
             raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
         return result
 
+    def decode_frames(
+        self, parameters: GenerationParameters, latents: mx.array, *, progress: ProgressCallback | None = None
+    ) -> Iterator[mx.array]:
+        """The second half of `generate_pixels`, a frame at a time, so that layers never share the memory.
+
+        Args:
+            parameters: those of the first half.
+            latents: what `denoise_latents` returned.
+            progress: replaces the pipeline's own callback.
+
+        Yields:
+            Pixels (height, width, channels) in [0, 1], fp32, evaluated; back to front with a layered model, whose first
+            frame, the whole picture, is left out.
+        """
+        frames, height, width = self._grid(parameters)
+        unpacked = unpack_multi_layer_latents(latents, frames, 2 * height, 2 * width)[0]
+        first = 1 if self.variant.layered else 0
+        for n in range(first, frames):
+            with self._report.using(progress):
+                decoder = self._components.vae_decoder
+                with self._report.stage("decode", f"layer {n}" if first else ""):
+                    pixels = decode(decoder, self._components.vae_config, unpacked[n : n + 1])[0]
+            yield pixels
+
     # Steps of the above -------------------------------------------------------------------------------------------
 
     def _open_images(self, images: Sequence[ImageSource]) -> list[PILImage]:
         limit = self.variant.max_images
-        if self.variant.edits and not images:
-            raise RequestError(f"{self.model} edits pictures; give it at least one")
-        if images and not self.variant.edits:
+        if self.variant.takes_images and not images:
+            raise RequestError(f"{self.model} works on pictures; give it at least one")
+        if images and not self.variant.takes_images:
             raise RequestError(f"{self.model} paints from text; only an editing model takes pictures to work on")
         if limit is not None and len(images) > limit:
-            raise RequestError(f"{self.model} edits {limit} picture at a time, but {len(images)} are given")
-        return [open_image(image) for image in images]
+            raise RequestError(f"{self.model} works on {limit} picture at a time, but {len(images)} are given")
+        return [open_rgba(image) if self.variant.layered else open_image(image) for image in images]
 
-    def _latent_size(self, parameters: GenerationParameters) -> tuple[int, int]:
-        factor = self._components.vae_config.spatial_factor
-        return parameters.height // factor, parameters.width // factor
+    def _grid(self, parameters: GenerationParameters) -> tuple[int, int, int]:
+        """Frames, and rows and columns of each frame's tokens."""
+        side = 2 * self._components.vae_config.spatial_factor
+        frames = parameters.num_layers + 1 if self.variant.layered else 1
+        return frames, parameters.height // side, parameters.width // side
 
     def _start(
         self,
         parameters: GenerationParameters,
         schedule: Schedule,
-        target: Segment,
+        grid: tuple[int, int, int],
         seed: int,
         image_index: int,
         latents: mx.array | np.ndarray | None,
         initial: InitialImage | None,
     ) -> Start:
         if latents is not None:
-            shape = (1, target.length, self._components.transformer_config.in_channels)
+            shape = (1, math.prod(grid), self._components.transformer_config.in_channels)
             if tuple(latents.shape) != shape:
                 raise RequestError(
                     f"latents have the shape {tuple(latents.shape)}, but "
                     f"{parameters.width}x{parameters.height} pixels need {shape}"
                 )
             latents = mx.array(latents)
-        if initial is not None and initial.mean.shape[1:3] != (2 * target.height, 2 * target.width):
+        if initial is not None and initial.mean.shape[1:3] != (2 * grid[1], 2 * grid[2]):
             height, width = (8 * side for side in initial.mean.shape[1:3])
             raise RequestError(
                 f"the initial image was encoded at {width}x{height}, not at {parameters.width}x{parameters.height}"
             )
         return draw_start(
-            self._components.vae_config, schedule, parameters, target, seed, image_index, latents, initial, self.dtype
+            self._components.vae_config, schedule, parameters, grid, seed, image_index, latents, initial, self.dtype
         )
 
     def _check_states(self, states: mx.array, segments: Sequence[Segment]) -> None:
@@ -311,12 +341,18 @@ class PipelineCore:
                 "shorten the prompt or make the picture smaller"
             )
 
-    def _schedule(self, parameters: GenerationParameters, image_tokens: int) -> Schedule:
+    def _schedule(
+        self, parameters: GenerationParameters, frame_tokens: int, references: Sequence[Reference]
+    ) -> Schedule:
         config = self._components.scheduler_config
         if parameters.shift is not None:
             config = static_shift(config, parameters.shift)
         sigmas = parameters.sigmas or uniform_sigmas(parameters.num_inference_steps)
-        return make_schedule(config, sigmas, exponential_mu(config, image_tokens))
+        if self.variant.shift_by_root:
+            mu = root_mu(references[0].height * references[0].width)
+        else:
+            mu = exponential_mu(config, frame_tokens)
+        return make_schedule(config, sigmas, mu)
 
     def _modulation(self, schedule: Schedule) -> list[Modulation]:
         """The table for a schedule; the last one is kept, so a sweep over seeds makes it once."""

@@ -16,6 +16,7 @@ RNGS = ("torch", "mlx")
 SIZE_STEP = 16  # pixels per token side: the VAE's 8 times the transformer's 2x2 patches
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
+MAX_LAYERS = 8
 MAX_SEED = 2**64 - 1
 
 
@@ -29,6 +30,9 @@ class GenerationParameters:
         cfg_scale: classifier-free guidance; 1 turns it off, as does an encoding without a negative prompt.
         rng: "torch" draws the noise `torch.Generator("cpu")` would, "mlx" MLX's own.
         sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid; their number is the step count.
+        num_layers: with a layered model, layers to take a picture apart into, 1 … 8.
+        cfg_normalize: whether guidance keeps the length of each token's velocity; None is the model's habit (layered
+            models: no, all others: yes).
         strength: how much of an initial image is painted anew, above 0 and at most 1; without one it has no effect.
         shift: one static shift instead of the checkpoint's resolution-dependent one, as distilled models want it
             (3 for Lightning).
@@ -45,6 +49,8 @@ class GenerationParameters:
     sigmas: tuple[float, ...] | None = None
     shift: float | None = None
     strength: float = 0.6
+    num_layers: int = 4
+    cfg_normalize: bool | None = None
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
@@ -58,6 +64,7 @@ class GenerationParameters:
             raise RequestError(f"rng is {self.rng!r}, but must be one of {', '.join(RNGS)}")
         if not _is_number(self.strength) or not 0 < self.strength <= 1:
             raise RequestError(f"strength is {self.strength}, but must be above 0 and at most 1")
+        _check_integer("num_layers", self.num_layers, 1, MAX_LAYERS)
         if self.shift is not None and not (_is_number(self.shift) and 0 < self.shift <= 100):
             raise RequestError(f"shift is {self.shift}, but must be above 0 and at most 100")
 

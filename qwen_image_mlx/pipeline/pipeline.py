@@ -235,7 +235,7 @@ class QwenImagePipeline(PipelineCore):
     def encode_canvas(self, request: Request) -> InitialImage | None:
         """`encode_initial_image` for a request; None where nothing is painted over."""
         canvas = request.canvas
-        if canvas is None or (self.variant.edits and canvas.mask is None):
+        if canvas is None or (self.variant.takes_images and canvas.mask is None):
             return None
         picture, mask = canvas.initial
         return self.encode_initial_image(picture, canvas.size, mask)

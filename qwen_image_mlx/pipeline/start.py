@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..config import VAEConfig
-from ..models.rope import Segment
-from ..sampling.latents import pack_latents
+from ..sampling.latents import pack_latents, pack_multi_layer_latents
 from ..sampling.noise import generator
 from ..sampling.schedule import Schedule
 from .autoencode import sample_latents
@@ -53,16 +52,17 @@ def draw_start(
     config: VAEConfig,
     schedule: Schedule,
     parameters: GenerationParameters,
-    target: Segment,
+    grid: tuple[int, int, int],
     seed: int,
     image_index: int,
     latents: mx.array | None,
     initial: InitialImage | None,
     dtype: mx.Dtype,
 ) -> Start:
-    """Draws what has to be drawn and adds the noise the first step expects."""
-    # Drawn in the reference's order, channels first: (B, 1, C, h, w).
-    shape = (1, config.z_dim, 2 * target.height, 2 * target.width)
+    """Draws what has to be drawn and adds the noise the first step expects; `grid` is (frames, rows, columns)."""
+    # Drawn in the reference's order: frames, then channels, rows, columns.
+    frames, rows, columns = grid
+    shape = (frames, config.z_dim, 2 * rows, 2 * columns)
     draws = generator(parameters.rng, seed)
     image = None
     if initial is not None:
@@ -73,7 +73,7 @@ def draw_start(
     if noise is None:
         for _ in range(image_index + 1):
             drawn = draws.normal(shape)
-        noise = pack_latents(drawn.transpose(0, 2, 3, 1))
+        noise = pack_multi_layer_latents(drawn.transpose(0, 2, 3, 1)[None])
     noise = noise.astype(dtype)
     if image is None:
         return Start(noise, schedule, noise)

@@ -1,6 +1,7 @@
 """Packing: a latent image (B, h, w, C) as a sequence of 2x2 patches (B, h/2 * w/2, 4C), and back.
 
-Tokens run in raster order; a token's channels are ordered (C, row, column). Source: the pipelines' _pack_latents.
+Tokens run in raster order, frame after frame; a token's channels are ordered (C, row, column). Source: the pipelines'
+_pack_latents.
 """
 
 from __future__ import annotations
@@ -20,3 +21,17 @@ def unpack_latents(tokens: mx.array, height: int, width: int) -> mx.array:
     b, _, channels = tokens.shape
     patches = tokens.reshape(b, height // 2, width // 2, channels // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
     return patches.reshape(b, height, width, channels // 4)
+
+
+def pack_multi_layer_latents(latents: mx.array) -> mx.array:
+    """Frames (B, F, h, w, C) to one sequence (B, F * h/2 * w/2, 4C)."""
+    tokens = pack_latents(latents.flatten(0, 1))
+    return tokens.reshape(latents.shape[0], -1, tokens.shape[-1])
+
+
+def unpack_multi_layer_latents(tokens: mx.array, frames: int, height: int, width: int) -> mx.array:
+    """(B, F * height/2 * width/2, 4C) to (B, F, height, width, C); height and width are those of the latents."""
+    b, _, channels = tokens.shape
+    return unpack_latents(tokens.reshape(b * frames, -1, channels), height, width).reshape(
+        b, frames, height, width, channels // 4
+    )

@@ -60,6 +60,11 @@ def exponential_mu(config: SchedulerConfig, image_tokens: int) -> float:
     return image_tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
 
 
+def root_mu(condition_tokens: int) -> float:
+    """mu of the layered pipeline: the root of the condition's tokens in units of a 256x256 picture's."""
+    return math.sqrt(condition_tokens / 256)
+
+
 def make_schedule(config: SchedulerConfig, sigmas: Sequence[float], mu: float) -> Schedule:
     """Shifts an unshifted grid as the checkpoint's scheduler says.
 

@@ -47,6 +47,7 @@ FULL = {
     "vae": VAEConfig(),
 }
 SCHEDULER = SchedulerConfig(max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02, use_dynamic_shifting=True)
+LAYERED_SCHEDULER = replace(SCHEDULER, time_shift_type="linear", shift_terminal=0.0)
 PROCESSOR = ImageProcessorConfig(max_pixels=28 * 28 * 16384)
 
 _CLASSES = {
@@ -81,10 +82,17 @@ def write_checkpoint(
         The folder.
     """
     _write_json(folder / "model_index.json", {"_class_name": pipeline} | _CLASSES)
-    _write_json(folder / "scheduler" / "scheduler_config.json", _class("scheduler") | asdict(SCHEDULER))
-    edits = VARIANTS[pipeline].edits
-    configs = {name: config for name, config in configs.items() if edits or name != "vision"}
-    vision = {"vision_config": asdict(configs["vision"])} if edits else {}
+    scheduler = LAYERED_SCHEDULER if VARIANTS[pipeline].layered else SCHEDULER
+    _write_json(folder / "scheduler" / "scheduler_config.json", _class("scheduler") | asdict(scheduler))
+    variant = VARIANTS[pipeline]
+    configs = dict(configs)
+    if variant.layered:
+        configs["transformer"] = replace(configs["transformer"], use_additional_t_cond=True, use_layer3d_rope=True)
+        configs["vae"] = replace(configs["vae"], input_channels=4)
+        configs["language_head"] = configs["text_encoder"]
+    if not variant.takes_images:
+        configs.pop("vision", None)
+    vision = {"vision_config": asdict(configs["vision"])} if "vision" in configs else {}
     tensors: dict[str, list[TensorSpec]] = {}
     for component, config in configs.items():
         home = weights_map(component).get("folder", component)
@@ -94,7 +102,7 @@ def write_checkpoint(
         _write_json(folder / component / "config.json", _config_json(component, configs[component]) | extra)
         key = mx.random.key(seed * len(tensors) + number)
         _write_shards(folder / component, weights_map(component)["stem"], specs, key, dtype, shard_bytes)
-    if edits:
+    if vision:
         _write_json(folder / "processor" / "preprocessor_config.json", asdict(PROCESSOR))
     _write_tokenizer(folder / "tokenizer")
     return folder
