@@ -69,8 +69,9 @@ def write_layered(directory: Path, **changes: Any) -> Path:
 class Processor:
     """What Qwen2VLProcessor does, without torchvision."""
 
-    def __init__(self, tokenizer: Any, config: Config):
+    def __init__(self, tokenizer: Any, config: Config, gives_types: bool):
         self.tokenizer = tokenizer
+        self.gives_types = gives_types
         limits = {"shortest_edge": config["min_pixels"], "longest_edge": config["max_pixels"]}
         self.image_processor = Qwen2VLImageProcessorPil(size=limits)
 
@@ -84,7 +85,8 @@ class Processor:
             head, *tails = line.split(IMAGE_TOKEN)
             expanded.append(head + "".join(IMAGE_TOKEN * next(counts) + tail for tail in tails))
         tokens = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors)
-        return BatchFeature({**tokens, **prepared})
+        types = (tokens["input_ids"] == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
+        return BatchFeature({**tokens, **prepared, **({"mm_token_type_ids": types} if self.gives_types else {})})
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         return self.tokenizer.batch_decode(*args, **kwargs)
@@ -97,12 +99,12 @@ def load_edit_reference(directory: Path, kind: str, *, sequential_positions: boo
         pipeline = TEXT_CLASSES[kind](**parts)
     else:
         config = json.loads((directory / "processor" / "preprocessor_config.json").read_text())
-        if not sequential_positions:
+        if not sequential_positions and kind != "layered":
             _pass_token_types(parts["text_encoder"], parts["tokenizer"].convert_tokens_to_ids(IMAGE_TOKEN))
         cls = EDIT_CLASSES[kind]
         # The constructor wants a registered class for every part; a stand-in is put in afterwards.
         pipeline = cls(**parts, processor=None)
-        pipeline.processor = pipeline.vl_processor = Processor(parts["tokenizer"], config)
+        pipeline.processor = pipeline.vl_processor = Processor(parts["tokenizer"], config, kind == "layered")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

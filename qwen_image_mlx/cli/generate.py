@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description="Paint a picture from a prompt, or paint one over, and save it as PNG; stdout gets its path.",
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to paint; may be empty")
-    parser.add_argument("--image", dest="images", nargs=1, metavar="IMAGE", help="a picture to start from")
+    parser.add_argument("--image", dest="images", action="append", metavar="IMAGE", help="a picture to start from")
     parser.add_argument("--aspect", choices=ASPECT_SIZES, help=f"an official size instead: {sizes} (default: 1:1)")
     add_flags(parser, DEFAULT_MODEL, steps=50)
     return parser

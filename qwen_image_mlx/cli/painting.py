@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..pipeline.parameters import DTYPES, RNGS, GenerationParameters, check_size
 from ..pipeline.request import Request
-from ..variants import ASPECT_SIZES, recommended_negative_prompt
+from ..variants import ASPECT_SIZES, NAMED_SIZES, recommended_negative_prompt
 
 if TYPE_CHECKING:
     from ..images.canvas import Canvas
     from ..pipeline.pipeline import QwenImagePipeline
+
+logger = logging.getLogger(__name__)
 
 # Names of flags and metadata, and the parameters they set.
 _PARAMETERS = {
@@ -86,11 +90,12 @@ def add_flags(parser: argparse.ArgumentParser, default_model: str, steps: int) -
     add("--rng", choices=RNGS, help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's (default: torch)")
     add("--mask", metavar="IMAGE", help="white where the picture is painted anew; the rest comes back bit by bit")
     add("--strength", type=float, metavar="S", help="how much is painted anew, above 0 and at most 1 (default: 0.6)")
-    add("--size", metavar="1mp|source|WxH", help="size of the result of painting over a picture: about 1 MP at its "
-        "aspect, its own, or an explicit one (default: 1mp; source with a mask)")  # fmt: skip
+    add("--size", metavar="1mp|source|WxH", help="with --image, size of the result: about 1 MP at its aspect, the same "
+        "resized to its size, or an explicit one (default: 1mp; source with a mask)")  # fmt: skip
     add("--mask-padding", type=int, metavar="N", help="paint only the mask's surroundings, N pixels around it")
     add("--no-composite", action="store_true", default=None, help="with a mask, give the model's own picture")
-    add("--cache", action="store_true", default=None, help="keep encoded prompts and pictures on disk for next time")
+    add("--cache", action="store_true", default=None, help="keep encoded prompts and pictures for next time, at most "
+        "2 GB, in ~/.cache/qwen-image-mlx; removing that folder is safe")  # fmt: skip
     add("--from-image", metavar="IMAGE", help="paint a picture again from its own metadata; flags win")
 
 
@@ -105,16 +110,24 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
     from ..images.files import check_writable, open_image, open_mask, output_path, read_metadata, save_png
 
-    recorded = _checked(read_metadata(arguments.from_image)) if arguments.from_image is not None else {}
+    recorded = {}
+    if arguments.from_image is not None:
+        recorded = _beside(Path(arguments.from_image).parent, _checked(read_metadata(arguments.from_image)))
     wanted = {**recorded, **{name: value for name, value in vars(arguments).items() if value is not None}}
     wanted.setdefault("seed", secrets.randbelow(2**32))  # as many bits as torch's generator uses
     size = _size(arguments, recorded)
     sources = wanted.get("images", [])
     if task == "edit" and not sources:
         raise RequestError("a picture to edit is missing: give --image")
+    if task == "generate" and len(sources) > 1:
+        raise RequestError(f"generate paints over one picture, but {len(sources)} are given with --image")
     for name in ("mask", "size", "strength", "mask_padding"):
         if getattr(arguments, name) is not None and not sources:
             raise RequestError(f"--{name.replace('_', '-')} needs --image")
+    if task == "edit" and arguments.strength is not None and wanted.get("mask") is None:
+        raise RequestError("--strength needs --mask: without one an edit begins with noise alone")
+    if sources and isinstance(size, tuple):
+        wanted["size"] = "x".join(map(str, size))
     draft = build_request(wanted, size if isinstance(size, tuple) else next(iter(ASPECT_SIZES.values())))
     path = output_path(arguments.output)
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
@@ -150,9 +163,12 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
             reference_pixels=wanted.get("reference_pixels"),
         )
         provenance = {name: wanted[name] for name in _PROVENANCE if wanted.get(name) is not None}
-        for painting in paint(pipeline, request, bars, EncodingCache() if arguments.cache else None):
+        if arguments.seed is None and not recorded:
+            logger.info("seed %d", request.seeds[0])
+        for number, painting in enumerate(paint(pipeline, request, bars, EncodingCache() if arguments.cache else None)):
             bars.close()
-            print(save_png(painting.image, path, {**painting.metadata, **provenance}), flush=True)
+            file = path.with_stem(f"{path.stem}-{number}") if number else path
+            print(save_png(painting.image, file, {**painting.metadata, **provenance}), flush=True)
 
 
 def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
@@ -197,6 +213,19 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return recorded
 
 
+def _beside(folder: Path, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Looks for what a picture was made from beside it, where it is not at its recorded place."""
+
+    def find(place: str) -> str:
+        beside = folder / place
+        return str(beside) if beside.exists() and not Path(place).exists() else place
+
+    found = {name: find(recorded[name]) for name in ("model", "mask") if name in recorded}
+    if "images" in recorded:
+        found["images"] = [find(image) for image in recorded["images"]]
+    return recorded | found
+
+
 def _size(arguments: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[int, int] | str | None:
     """(width, height), "1mp", "source", or None for what is usual; the flags' or the recorded one."""
     aspect = getattr(arguments, "aspect", None)
@@ -209,7 +238,7 @@ def _size(arguments: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[i
     ]
     given = [size for size in explicit if size is not None]
     if len(given) > 1:
-        raise RequestError("give one of --width and --height, --aspect, and --size, not both")
+        raise RequestError("give one size only: --width and --height, or --aspect, or --size")
     if given:
         return given[0]
     if "size" in recorded:
@@ -221,9 +250,9 @@ def _size(arguments: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[i
 
 
 def _parsed_size(text: str) -> tuple[int, int] | str:
-    if text in ("1mp", "source"):
-        return text
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if text.lower() in NAMED_SIZES:
+        return text.lower()
+    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
     if not match:
         raise RequestError(f"--size is {text!r}, but must be 1mp, source or WIDTHxHEIGHT")
     size = int(match[1]), int(match[2])

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import RequestError
+from ..variants import NAMED_SIZES
 from .geometry import Size, size_of_area
 
 Box = tuple[int, int, int, int]
@@ -89,12 +90,14 @@ def plan_canvas(
         area: what "1mp" means, in pixels.
 
     Raises:
-        RequestError: the mask has another size than the picture, or paints nothing or everything.
+        RequestError: the mask has another size than the picture, or paints nothing or everything; or `size` is none.
     """
     if mask is not None:
         mask = _checked_mask(mask, source.size)
     if crop_padding is not None and mask is None:
         raise RequestError("a padding around the mask needs a mask")
+    if isinstance(size, str) and size not in NAMED_SIZES:
+        raise RequestError(f"size is {size!r}, but must be {' or '.join(map(repr, NAMED_SIZES))} or (width, height)")
     if size is None:
         size = "source" if mask is not None and composite else "1mp"
     painted = size_of_area(area, source.size) if isinstance(size, str) else size

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import OutputError, RequestError
+from .pixels import on_white
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,11 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
     return written
 
 
+def listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
+    """Pictures as a list; a single one may be given without."""
+    return [images] if isinstance(images, ImageSource) else list(images)
+
+
 def open_image(source: ImageSource) -> Image.Image:
     """A picture as an upright RGB image: EXIF orientation applied, transparency laid on white, first frame only.
 
@@ -107,8 +113,7 @@ def open_image(source: ImageSource) -> Image.Image:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
             logger.warning("%s has transparent parts; they are laid on white", _name(source))
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return on_white(image)
 
 
 def open_rgba(source: ImageSource) -> Image.Image:

@@ -11,6 +11,13 @@ from .geometry import Size
 _MODES = {3: "RGB", 4: "RGBA"}
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA picture laid on white, RGB; any other converted to RGB."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def to_images(pixels: mx.array) -> list[Image.Image]:
     """8-bit images of pixels (frames, H, W, 3 or 4) in [0, 1]; halves round to even, as in the reference."""
     levels = np.array(mx.round(pixels.astype(mx.float32) * 255).astype(mx.uint8))

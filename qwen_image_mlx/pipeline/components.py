@@ -36,7 +36,7 @@ from ..weights.snapshot import HubSnapshot, WeightFiles
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
-# The parts of each component that pictures are made with (see the weights map), the largest download first.
+# The parts of each component that are read (see the weights map).
 PARTS = {
     "transformer": ("main", "modulation"),
     "text_encoder": ("main",),
@@ -180,20 +180,22 @@ class Components:
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
 
-    def prepare(self, captions: bool = False) -> None:
-        """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file.
-
-        Args:
-            captions: what writing captions needs, too.
-        """
+    def prepare(self) -> None:
+        """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file."""
         _ = self.scheduler_config
         self._tokenizer_files()
-        if self.variant.encoder_area or captions:
+        shown = self.variant.encoder_area > 0
+        if shown:
             _ = self.image_processor
-        wanted = {"vision": bool(self.variant.encoder_area) or captions, "language_head": captions}
-        for component in PARTS:
-            if wanted.get(component, True):
-                self.weights(component)
+        for component in ("transformer", "text_encoder", *(["vision"] if shown else []), "vae"):
+            self.weights(component)
+
+    def prepare_captions(self) -> None:
+        """The same for what writing captions needs."""
+        _ = self.image_processor, self.generation_config
+        self._tokenizer_files()
+        for component in ("text_encoder", "vision", "language_head"):
+            self.weights(component)
 
     @property
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ encoding would keep the text encoder alive. What to keep in memory between them 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import QwenImageError, RequestError
-from ..images.files import ImageSource, open_image, open_mask, open_rgba
+from ..images.files import ImageSource, listed, open_image, open_mask, open_rgba
 from ..images.geometry import Size, size_of_area
 from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
 from ..models.transformer import Modulation
@@ -22,9 +23,10 @@ from ..sampling.denoise import Guidance, denoise
 from ..sampling.latents import unpack_multi_layer_latents
 from ..sampling.schedule import Schedule, exponential_mu, make_schedule, root_mu, static_shift, uniform_sigmas
 from ..text.prompt import tokenize_prompt
-from ..variants import Variant
+from ..variants import CAPTION_TEMPLATES, Variant
 from ..weights.modulation import modulation_table
 from .autoencode import decode
+from .caption import MAX_TOKENS, write_caption
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
 from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
@@ -34,6 +36,9 @@ from .start import Start, draw_start
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+
+
+logger = logging.getLogger(__name__)
 
 
 class PipelineCore:
@@ -123,7 +128,7 @@ class PipelineCore:
         shown = pictures if self.variant.encoder_area else []
         with self._report.using(progress):
             prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-            grids = [feature_grid(parts, picture) for picture in shown]
+            grids = [feature_grid(parts, picture, self.variant.encoder_area) for picture in shown]
             tokens = [
                 tokenize_prompt(parts.tokenizer, self.variant, text, grids, sequential_positions) for text in prompts
             ]
@@ -131,7 +136,7 @@ class PipelineCore:
             if shown:
                 _ = parts.vision
                 with self._report.stage("encode", "pictures"):
-                    features = encode_vision(parts, shown)
+                    features = encode_vision(parts, shown, self.variant.encoder_area)
             encoder = parts.text_encoder
             with self._report.stage("encode", "prompts"):
                 states = [encode_prompt(encoder, prompt_tokens, features) for prompt_tokens in tokens]
@@ -147,20 +152,64 @@ class PipelineCore:
             EncodingSource(self.model, self.revision, prompt, negative_prompt),
         )
 
-    def encode_initial_image(self, image: ImageSource, size: Size, mask: ImageSource | None = None) -> InitialImage:
+    def encode_initial_image(
+        self,
+        image: ImageSource,
+        size: Size,
+        mask: ImageSource | None = None,
+        *,
+        progress: ProgressCallback | None = None,
+    ) -> InitialImage:
         """Encodes a picture to start painting from (image to image), or to keep where a mask is black (inpainting).
 
         Args:
             image: the picture; resized to `size` whatever its aspect.
             size: (width, height) of the picture to be painted, multiples of 16.
             mask: grey values; at least a half (white) is painted anew.
+            progress: replaces the pipeline's own callback during the call.
 
         Returns:
             What `generate_pixels` takes as `initial`.
         """
         check_size(*size)
-        opened = None if mask is None else open_mask(mask)
-        return encode_initial_image(self._components, open_image(image), size, opened)
+        picture, opened = open_image(image), None if mask is None else open_mask(mask)
+        with self._report.using(progress):
+            _ = self._components.vae_encoder
+            with self._report.stage("encode", "picture"):
+                return encode_initial_image(self._components, picture, size, opened)
+
+    def caption_image(
+        self,
+        image: ImageSource,
+        *,
+        language: str = "en",
+        resolution: int = 640,
+        seed: int = 0,
+        progress: ProgressCallback | None = None,
+    ) -> str:
+        """Describes a picture in words, with the checkpoint's own language model; deterministic for a seed.
+
+        Args:
+            image: the picture; shown on white where it is transparent.
+            language: "en" or "zh".
+            resolution: the picture is shown at about `resolution`² pixels.
+            seed: of the draws, where the checkpoint's generation_config.json asks for sampling.
+            progress: told of every token, and can cancel.
+
+        Raises:
+            RequestError: the picture cannot be read, or the language is another.
+            CheckpointError: the checkpoint has no language head or no vision tower.
+        """
+        if language not in CAPTION_TEMPLATES:
+            raise RequestError(f"language is {language!r}, but must be one of {', '.join(CAPTION_TEMPLATES)}")
+        parts, picture = self._components, open_rgba(image)
+        with self._report.using(progress):
+            parts.prepare_captions()
+            _ = parts.vision, parts.text_encoder, parts.language_head
+            return write_caption(
+                parts, picture, resolution**2, language, check_seed(seed),
+                lambda count: self._report(Progress("caption", count, MAX_TOKENS)),
+            )  # fmt: skip
 
     def output_size(self, images: Sequence[ImageSource], area: int = 1024 * 1024) -> Size:
         """(width, height) of about `area` pixels that an edit of these pictures has unless another is asked for."""
@@ -217,8 +266,9 @@ class PipelineCore:
     ) -> mx.array:
         """The first half of `generate_pixels`: packed clean latents (1, N, 64) in the model's dtype, evaluated."""
         config, variant, references = self._components.transformer_config, self.variant, encoding.references
-        if variant.takes_images and not references:
-            raise RequestError(f"{self.model} works on pictures; the encoding holds none")
+        if variant.takes_images != bool(references):
+            kinds = ("works on pictures", "none") if variant.takes_images else ("paints from text", "pictures")
+            raise RequestError("{} {}; the encoding holds {}".format(self.model, *kinds))
         if variant.layered and initial is not None:
             raise RequestError(f"{self.model} takes a picture apart; it does not paint one over")
         frames, height, width = self._grid(parameters)
@@ -231,6 +281,8 @@ class PipelineCore:
         grids = [(height, width)] * frames + [(r.height, r.width) for r in references]
         segments = place_images(grids, config.use_layer3d_rope)
         guided = parameters.cfg_scale > 1 and encoding.negative is not None
+        if parameters.cfg_scale > 1 and not guided:
+            logger.warning("guidance %g has no effect: the encoding has no negative prompt", parameters.cfg_scale)
         branches = [encoding.positive, encoding.negative] if guided else [encoding.positive]
         for states in branches:
             self._check_states(states, segments)
@@ -287,7 +339,7 @@ class PipelineCore:
     # Steps of the above -------------------------------------------------------------------------------------------
 
     def _open_images(self, images: Sequence[ImageSource]) -> list[PILImage]:
-        limit = self.variant.max_images
+        images, limit = listed(images), self.variant.max_images
         if self.variant.takes_images and not images:
             raise RequestError(f"{self.model} works on pictures; give it at least one")
         if images and not self.variant.takes_images:

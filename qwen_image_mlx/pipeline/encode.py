@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import QwenImageError
 from ..images.geometry import Size, size_of_area, vision_size
-from ..images.pixels import to_mask, to_patches, to_pixels
+from ..images.pixels import on_white, to_mask, to_patches, to_pixels
 from ..models.text_encoder import TextEncoder
 from ..sampling.latents import pack_latents
 from ..text.prompt import TokenizedPrompt, replace_vision_tokens
@@ -22,23 +22,22 @@ from .components import Components
 from .conditioning import InitialImage, Reference
 
 
-def feature_grid(components: Components, image: Image.Image) -> tuple[int, int]:
-    """Rows and columns of the features a picture turns into."""
+def feature_grid(components: Components, image: Image.Image, area: int) -> tuple[int, int]:
+    """Rows and columns of the features that a picture, shown at about `area` pixels, turns into."""
     config = components.vision_config
     cell = config.patch_size * config.spatial_merge_size
-    width, height = _vision_size(components, image)
+    width, height = _vision_size(components, image, area)
     return height // cell, width // cell
 
 
-def encode_vision(components: Components, images: Sequence[Image.Image]) -> mx.array:
-    """Features (tokens, C) of all pictures, in order."""
+def encode_vision(components: Components, images: Sequence[Image.Image], area: int) -> mx.array:
+    """Features (tokens, C) of all pictures, in order, each shown at about `area` pixels."""
     config, processor, tower = components.vision_config, components.image_processor, components.vision
-    area = components.variant.encoder_area
     features = []
     for image in images:
-        size = _vision_size(components, image)
+        size = _vision_size(components, image, area)
         # Resized twice, as in the reference: to the pipeline's area, then to what the tower's patches fit.
-        resized = image.resize(size_of_area(area, image.size), Image.Resampling.LANCZOS)
+        resized = on_white(image.resize(size_of_area(area, image.size), Image.Resampling.LANCZOS))
         patches = to_patches(
             resized, size, patch=config.patch_size, merge=config.spatial_merge_size,
             mean=processor.image_mean, std=processor.image_std,
@@ -94,10 +93,10 @@ def encode_initial_image(
     return InitialImage(mean, std, latent_mask)
 
 
-def _vision_size(components: Components, image: Image.Image) -> Size:
+def _vision_size(components: Components, image: Image.Image, area: int) -> Size:
     config, processor = components.vision_config, components.image_processor
     return vision_size(
-        size_of_area(components.variant.encoder_area, image.size),
+        size_of_area(area, image.size),
         config.patch_size * config.spatial_merge_size,
         processor.min_pixels,
         processor.max_pixels,

@@ -5,6 +5,8 @@ The core calls it inherits have no policy; the conveniences here have one that c
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
-from ..images.files import ImageSource, open_image, open_mask, open_transparency
+from ..images.files import ImageSource, listed, open_image, open_mask, open_transparency
 from ..images.geometry import Size
 from ..images.pixels import to_images
 from ..variants import ASPECT_SIZES, DEFAULT_MODEL
@@ -27,6 +29,9 @@ from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+
+
+logger = logging.getLogger(__name__)
 
 
 class QwenImagePipeline(PipelineCore):
@@ -81,6 +86,7 @@ class QwenImagePipeline(PipelineCore):
         image: ImageSource | None = None,
         mask: ImageSource | None = None,
         strength: float = 0.6,
+        mask_padding: int | None = None,
         width: int | None = None,
         height: int | None = None,
         num_inference_steps: int | None = None,
@@ -100,8 +106,10 @@ class QwenImagePipeline(PipelineCore):
             image: a picture to start from.
             mask: white where the picture is painted anew; the rest comes back bit by bit.
             strength: how much of the picture is painted anew, above 0 and at most 1.
+            mask_padding: paint only the mask's surroundings, with so many pixels around it.
             width, height: size in pixels, multiples of 16; None is 1328x1328, or about 1 MP at the picture's aspect.
-            num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
+            num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
+                guidance has no effect.
             seed: of the initial noise.
             num_images: pictures from this seed, each with its own noise.
             rng: "torch" or "mlx".
@@ -119,13 +127,17 @@ class QwenImagePipeline(PipelineCore):
         size = self._explicit_size(width, height)
         if image is not None:
             canvas = plan_canvas(
-                open_image(image), mask=None if mask is None else open_mask(mask), size=size, composite=composite
+                open_image(image),
+                mask=None if mask is None else open_mask(mask),
+                size=size,
+                composite=composite,
+                crop_padding=mask_padding,
             )
         elif mask is not None:
             raise RequestError("a mask needs an image to be painted over")
         parameters = self._parameters(
             canvas.size if canvas else size or next(iter(ASPECT_SIZES.values())),
-            num_inference_steps, cfg_scale, rng, strength,
+            num_inference_steps, 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale, rng, strength,
         )  # fmt: skip
         request = Request(
             prompt=prompt,
@@ -146,6 +158,7 @@ class QwenImagePipeline(PipelineCore):
         negative_prompt: str | None = " ",
         size: str | Size | None = None,
         strength: float = 0.6,
+        mask_padding: int | None = None,
         num_inference_steps: int | None = None,
         cfg_scale: float | None = None,
         seed: int = 0,
@@ -167,6 +180,7 @@ class QwenImagePipeline(PipelineCore):
             size: "1mp" (about 1 MP at the picture's aspect), "source" (the picture's own size) or (width, height);
                 None is "source" with a composited mask, else "1mp".
             strength: with a mask, how much of what is inside is painted anew, above 0 and at most 1.
+            mask_padding: with a mask, paint only its surroundings, with so many pixels around it.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             seed, num_images, rng: as in `generate`.
             reference_pixels: at most so many pixels of each picture are shown to the transformer.
@@ -180,13 +194,14 @@ class QwenImagePipeline(PipelineCore):
         Raises:
             RequestError: a parameter is out of range, a picture cannot be read, or the model does not edit.
         """
-        sources = list(images)
+        sources = listed(images)
         pictures = self._open_images(sources)
         canvas = self.edit_canvas(
             pictures,
             mask=None if mask is None else open_mask(mask),
             size=size,
             composite=composite,
+            crop_padding=mask_padding,
             transparency=[open_transparency(source) for source in sources] if keep_alpha else None,
         )
         request = Request(
@@ -232,13 +247,21 @@ class QwenImagePipeline(PipelineCore):
             progress=progress,
         )
 
-    def encode_canvas(self, request: Request) -> InitialImage | None:
+    def encode_canvas(self, request: Request, progress: ProgressCallback | None = None) -> InitialImage | None:
         """`encode_initial_image` for a request; None where nothing is painted over."""
-        canvas = request.canvas
-        if canvas is None or (self.variant.takes_images and canvas.mask is None):
+        if not self.starts_from_canvas(request):
             return None
+        canvas = request.canvas
         picture, mask = canvas.initial
-        return self.encode_initial_image(picture, canvas.size, mask)
+        if not math.isclose(picture.width / picture.height, canvas.size[0] / canvas.size[1], rel_tol=0.05):
+            logger.warning(
+                "a picture of %dx%d pixels is stretched to %dx%d to be painted over", *picture.size, *canvas.size
+            )
+        return self.encode_initial_image(picture, canvas.size, mask, progress=progress)
+
+    def starts_from_canvas(self, request: Request) -> bool:
+        """Whether a request's pictures begin with its canvas: an edit without a mask begins with noise alone."""
+        return request.canvas is not None and (request.canvas.mask is not None or not self.variant.takes_images)
 
     def paint_request(
         self,
@@ -257,7 +280,7 @@ class QwenImagePipeline(PipelineCore):
                     yield request.canvas.finish(image) if request.canvas else image, seed, index
 
     def _paint(self, request: Request, staged: bool, progress: ProgressCallback | None) -> list[PILImage]:
-        encoding, initial = self.encode_request(request, progress), self.encode_canvas(request)
+        encoding, initial = self.encode_request(request, progress), self.encode_canvas(request, progress)
         if staged:
             self.release_encoders()
         return [image for image, _, _ in self.paint_request(request, encoding, initial, progress)]
@@ -284,11 +307,11 @@ class QwenImagePipeline(PipelineCore):
 
     def release_encoders(self) -> None:
         """Gives back the memory of all that encodes: text encoder, vision tower, tokenizer, the VAE's encoder."""
-        self._components.release("text_encoder", "vision", "tokenizer", "vae_encoder")
+        self._components.release("text_encoder", "language_head", "vision", "tokenizer", "vae_encoder")
 
     def release_text_encoder(self) -> None:
-        """Gives back the memory of the text encoder and of its vision tower."""
-        self._components.release("text_encoder", "vision")
+        """Gives back the memory of the text encoder, its vision tower and its head."""
+        self._components.release("text_encoder", "language_head", "vision")
 
     def release_tokenizer(self) -> None:
         """Gives back the tokenizer's memory."""

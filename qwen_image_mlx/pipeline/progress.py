@@ -18,9 +18,9 @@ class Progress:
     """What a progress callback is told.
 
     Attributes:
-        stage: "download", "load", "encode", "denoise" or "decode".
-        step, total: units done and units in all: bytes for "download", denoising steps for "denoise", else 0 of 1 when
-            the work begins and 1 of 1 when it is done.
+        stage: "download", "load", "caption", "encode", "denoise" or "decode".
+        step, total: units done and units in all: bytes for "download", tokens written and at most for "caption",
+            denoising steps for "denoise", else 0 of 1 when the work begins and 1 of 1 when it is done.
         detail: file or component, for "download" and "load".
         sigma: noise level after the step, for "denoise".
         latents: packed latents (1, N, 64) after the step, evaluated, for "denoise".

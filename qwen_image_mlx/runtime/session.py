@@ -60,7 +60,7 @@ def paint(
         encoding = pipeline.encode_request(request, progress)
         if cache:
             cache.put(pipeline, request, encoding)
-    initial = pipeline.encode_canvas(request)
+    initial = pipeline.encode_canvas(request, progress)
     pipeline.release_encoders()
     for image, seed, index in pipeline.paint_request(request, encoding, initial, progress):
         yield Painting(image, describe(pipeline, request, seed, index))
@@ -83,7 +83,7 @@ def describe(pipeline: QwenImagePipeline, request: Request, seed: int, image_ind
         "rng": parameters.rng,
         "sigmas": parameters.sigmas,
         "shift": parameters.shift,
-        "strength": parameters.strength if request.canvas else None,
+        "strength": parameters.strength if pipeline.starts_from_canvas(request) else None,
         "dtype": str(pipeline.dtype).rpartition(".")[2],
         "version": __version__,
     }

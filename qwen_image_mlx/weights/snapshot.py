@@ -179,7 +179,7 @@ def _local_folder(model: str | Path) -> Path | None:
         return Path(path)
     if os.path.exists(path):
         raise CheckpointError(f"{model} is a file: give the directory of a checkpoint, the one with model_index.json")
-    if not _is_repo_id(model):
+    if "/" not in str(model) or not _is_repo_id(model):  # ids without an owner are not those of checkpoints
         raise CheckpointError(
             f"there is no directory {str(model)!r}: give one that exists, or a model's id such as Qwen/Qwen-Image"
         )

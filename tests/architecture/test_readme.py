@@ -45,7 +45,7 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     }
     scope: dict = {}
     examples = blocks("python")
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         for old, new in smaller.items():
             example = example.replace(old, new)
@@ -53,6 +53,7 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     assert Image.open("fox.png").size == (64, 64)
     assert scope["pixels"].shape == (1, 64, 64, 3)
     assert scope["image"].size == (64, 64)
+    assert len({image.tobytes() for image in scope["sweep"]}) == 3
 
 
 @pytest.mark.parametrize("line", [

@@ -126,6 +126,56 @@ def test_an_edit_is_painted_again_from_its_metadata(run):
     assert (metadata["images"], metadata["size"]) == (["photo.png", "tall.png"], "source")
 
 
+@pytest.mark.parametrize(("command", "flags"), [
+    ("edit", ["--size", "80x48"]),
+    ("edit", ["--width", "48", "--height", "80"]),
+    ("edit", ["--mask", "mask.png", "--strength", "0.8", "--mask-padding", "8"]),
+    ("generate", ["--width", "96", "--height", "64", "--strength", "0.8"]),
+    ("generate", ["--mask", "mask.png", "--no-composite"]),
+])  # fmt: skip
+def test_every_way_of_painting_over_is_painted_again(run, command, flags):
+    opened(run(command, "a hat", "--image", "photo.png", "-o", "a.png", *QUICK, *flags))
+    opened(run(command, "--from-image", "a.png", "-o", "b.png"))
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_a_folder_that_has_moved_is_painted_from_again(run, here, edit_model, monkeypatch):
+    work = here / "work"
+    work.mkdir()
+    (work / "model").symlink_to(edit_model)
+    for name in ("photo.png", "mask.png"):
+        (here / name).rename(work / name)
+    monkeypatch.chdir(work)
+    first = ["--image", "photo.png", "--mask", "mask.png", "--model", "model", *QUICK, "-o", "a.png"]
+    opened(run("edit", "a hat", *first))
+    monkeypatch.chdir(here)
+    code = main(["edit", "--from-image", "work/a.png", "-o", "b.png"])
+    assert code == 0
+    pixels = [Image.open(path).tobytes() for path in ("work/a.png", "b.png")]
+    assert pixels[0] == pixels[1]
+
+
+def test_a_seed_nobody_chose_is_said(run):
+    chosen = [*QUICK[:4], "--cfg-scale", "1", "--width", "64", "--height", "64"]
+    code, (path,), err = run("generate", "a hat", *chosen)
+    assert code == 0
+    seed = json.loads(Image.open(path).text["qwen_image_mlx"])["seed"]
+    assert f"seed {seed}" in err
+    assert "seed" not in run("generate", "a hat", *chosen, "--seed", "3")[2]
+
+
+def test_several_seeds_are_numbered_without_a_warning(run):
+    code, paths, err = run("generate", "a hat", "--width", "64", "--height", "64", *QUICK, "--seed", "3", "4")
+    assert (code, paths) == (0, ["qwen-image.png", "qwen-image-1.png"])
+    assert "exists" not in err
+
+
+def test_painting_over_says_that_it_stretches(run):
+    stretched = run("generate", "a hat", "--image", "photo.png", "--width", "64", "--height", "96", *QUICK)
+    assert "stretched" in stretched[2]
+    assert "stretched" not in run("generate", "a hat", "--image", "photo.png", *QUICK)[2]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_a_photograph_is_applied(run, orientation):
     exif = Image.Exif()
@@ -231,8 +281,9 @@ def odd_files(here):
     (["--image", "photo.png", "--mask", "mask.png", "--strength", "0"], "strength"),
     (["--image", "photo.png", "--size", "huge"], "1mp"),
     (["--image", "photo.png", "--size", "100x100"], "96 and 112"),
-    (["--image", "photo.png", "--size", "source", "--width", "64", "--height", "64"], "not both"),
+    (["--image", "photo.png", "--size", "source", "--width", "64", "--height", "64"], "one size only"),
     (["--image", "photo.png", "--reference-pixels", "3"], "reference_pixels"),
+    (["--image", "photo.png", "--strength", "0.5"], "--mask"),
     (["--image", "photo.png", "--zero-cond-t", "maybe"], "zero-cond-t"),
     ([], "--image"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
@@ -253,8 +304,21 @@ def test_one_pixel_and_animated_pictures_are_edited(run):
 
 
 def test_models_and_commands_must_match(run, tiny, edit_model):
-    assert "use generate" in refusal(run("edit", "a hat", "--image", "photo.png", "--model", tiny, *QUICK))
-    assert "use edit" in refusal(run("generate", "a hat", "--model", edit_model, *QUICK))
+    assert "use qwen-image-mlx generate" in refusal(
+        run("edit", "a hat", "--image", "photo.png", "--model", tiny, *QUICK)
+    )
+    assert "use qwen-image-mlx edit" in refusal(run("generate", "a hat", "--model", edit_model, *QUICK))
+
+
+def test_painting_over_takes_one_picture(run):
+    given = ["--image", "photo.png", "--image", "tall.png"]
+    assert "one picture" in refusal(run("generate", "a hat", *given, *QUICK))
+
+
+def test_a_model_that_is_not_there(run):
+    assert "there is no directory 'tiny-edit'" in refusal(
+        run("edit", "a hat", "--image", "photo.png", "--model", "tiny-edit", *QUICK)
+    )
 
 
 def test_painting_over_needs_a_picture(run):

@@ -129,3 +129,8 @@ def test_sizes_of_a_canvas(size, mask, composite, painted, result):
     )
     assert (canvas.size, canvas.result_size) == (painted, result)
     assert canvas.finish(picture(*painted, 3)).size == result
+
+
+def test_a_size_of_another_name_is_refused():
+    with pytest.raises(RequestError, match="'1mp' or 'source'"):
+        plan_canvas(picture(64, 64), size="2mp")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_layered as module
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 from reference_edit import load_edit_reference, run_edit_reference, write_layered
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
+from qwen_image_mlx.config import GenerationConfig
 from qwen_image_mlx.images.geometry import size_of_area
 from qwen_image_mlx.images.pixels import to_images
+from qwen_image_mlx.pipeline import caption
+from qwen_image_mlx.text.tokenizer import QwenTokenizer
 
 PROMPT = "a fox in front of trees, 狐狸 🦊"
 SMALL = {640: 96, 1024: 160}
@@ -117,3 +121,48 @@ def test_channels_come_from_the_tensors_where_the_config_is_silent(layered, tmp_
     call = {"negative": None, "layers": 1, "cfg_scale": 1.0, "normalize": None, "steps": 1, "seed": 1}
     (_, (one,)), (_, (other,)) = (run_ours(path, picture(80, 80), 64, **call) for path in (layered, folder))
     assert one == other
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize(("language", "english"), [("en", True), ("zh", False)])
+def test_captions_are_the_reference_s_greedy_ones(layered, language, english, penalty, monkeypatch):
+    image = picture(200, 120, seed=3, holes=True)
+    reference = load_edit_reference(layered, "layered")
+    reference.text_encoder.generation_config.update(
+        repetition_penalty=penalty, do_sample=False, eos_token_id=[151645, 151643], max_new_tokens=None
+    )
+    generate, written = reference.text_encoder.generate, []
+
+    def shorter(**inputs):
+        out = generate(**{**inputs, "max_new_tokens": 24})
+        written.extend(out[0, inputs["input_ids"].shape[1] :].tolist())
+        return out
+
+    reference.text_encoder.generate = shorter
+    prompt_image = image.resize(size_of_area(160**2, image.size), Image.Resampling.LANCZOS)
+    expected = reference.get_image_caption(prompt_image, use_en_prompt=english, device="cpu")
+
+    monkeypatch.setattr(caption, "MAX_TOKENS", 24)
+    config = GenerationConfig(repetition_penalty=penalty)
+    pipeline = QwenImagePipeline.from_pretrained(layered, dtype="float32")
+    monkeypatch.setattr(type(pipeline._components), "generation_config", config)
+    chosen = []
+    monkeypatch.setattr(QwenTokenizer, "decode", lambda self, ids: chosen.extend(ids) or self._tokenizer.decode(ids))
+    ours = pipeline.caption_image(image, language=language, resolution=160)
+    assert chosen == [token for token in written if token not in config.eos_token_id]
+    assert len(chosen) > 3
+    assert ours == expected
+
+
+def test_sampled_captions_follow_the_seed_and_leave_the_application_s_randomness_alone(layered, monkeypatch):
+    monkeypatch.setattr(caption, "MAX_TOKENS", 12)
+    pipeline = QwenImagePipeline.from_pretrained(layered, dtype="float32")
+    config = GenerationConfig(do_sample=True, temperature=2.0, top_k=40, top_p=0.9, repetition_penalty=1.05)
+    monkeypatch.setattr(type(pipeline._components), "generation_config", config)
+    image = picture(100, 100)
+    mx.random.seed(5)
+    expected = mx.random.normal((3,)).tolist()
+    mx.random.seed(5)
+    one, again, other = (pipeline.caption_image(image, resolution=96, seed=seed) for seed in (1, 1, 2))
+    assert mx.random.normal((3,)).tolist() == expected
+    assert one == again != other

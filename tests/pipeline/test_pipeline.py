@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 from qwen_image_mlx import (
     Cancelled,
@@ -20,8 +22,11 @@ from qwen_image_mlx import (
     QwenImagePipeline,
     RequestError,
 )
+from qwen_image_mlx.pipeline.conditioning import Reference
 
 PARAMETERS = GenerationParameters(width=64, height=48, num_inference_steps=3)
+PHOTO = Image.linear_gradient("L").resize((90, 70)).convert("RGB")
+DISC = Image.radial_gradient("L").resize((90, 70)).point(lambda grey: 255 * (grey < 90))
 
 
 @pytest.fixture
@@ -272,6 +277,42 @@ def test_a_size_that_does_not_fit_is_answered_with_those_that_do():
 def test_impossible_seeds_are_refused(pipeline, encoding, seed):
     with pytest.raises(RequestError, match="seed"):
         pipeline.generate_pixels(PARAMETERS, encoding, seed=seed)
+
+
+def test_an_encoding_with_pictures_does_not_fit_a_text_model(pipeline, encoding):
+    reference = Reference(mx.zeros((1, 16, 64)), 4, 4)
+    with pytest.raises(RequestError, match="paints from text"):
+        pipeline.generate_pixels(PARAMETERS, replace(encoding, references=(reference,)))
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ({"mask": DISC}, "needs an image"),
+    ({"image": PHOTO, "mask_padding": 8}, "needs a mask"),
+    ({"image": np.zeros((4, 4, 7), np.uint8)}, "no picture"),
+    ({"width": 64}, "both width and height"),
+])  # fmt: skip
+def test_impossible_calls_are_refused(pipeline, arguments, says):
+    with pytest.raises(RequestError, match=says):
+        pipeline.generate("a hat", **arguments)
+
+
+def test_painting_a_mask_s_surroundings_keeps_the_rest(pipeline):
+    (image,) = pipeline.generate(
+        "a hat", image=PHOTO, mask=DISC, mask_padding=16, width=64, height=64, num_inference_steps=2
+    )
+    kept = np.asarray(DISC) == 0
+    assert image.size == PHOTO.size
+    np.testing.assert_array_equal(np.asarray(image)[kept], np.asarray(PHOTO)[kept])
+    assert not np.array_equal(np.asarray(image), np.asarray(PHOTO))
+
+
+def test_without_a_negative_prompt_generate_paints_unguided(pipeline, caplog):
+    size = {"width": 64, "height": 64, "num_inference_steps": 2}
+    (plain,), (unguided,) = (pipeline.generate("a fox", **size, **more) for more in ({}, {"cfg_scale": 1.0}))
+    assert plain == unguided
+    assert "guidance" not in caplog.text
+    pipeline.generate("a fox", **size, cfg_scale=4.0)
+    assert "guidance 4 has no effect" in caplog.text
 
 
 def test_unknown_dtype_is_refused(tiny):

@@ -16,7 +16,7 @@ from qwen_image_mlx.text.prompt import replace_vision_tokens, tokenize_prompt
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
 from qwen_image_mlx.variants import VARIANTS
 
-TEXT, EDIT, PLUS = VARIANTS.values()
+TEXT, EDIT, PLUS, _ = VARIANTS.values()
 SUFFIX = [151645, 198, 151644, 77091, 198]
 IMAGE_PAD = 151655
 
