@@ -13,6 +13,10 @@ _PUBLIC = {
     "GenerationParameters": "pipeline.parameters",
     "GuidanceEncoding": "pipeline.conditioning",
     "InitialImage": "pipeline.conditioning",
+    "LayeredResult": "pipeline.decomposition",
+    "compose": "images.recompose",
+    "pack_multi_layer_latents": "sampling.latents",
+    "unpack_multi_layer_latents": "sampling.latents",
     "Progress": "pipeline.progress",
     "HubSnapshot": "weights.snapshot",
     "QwenImageError": "errors",
@@ -27,10 +31,13 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from .errors import Cancelled, CheckpointError, HubError, OutputError, QwenImageError, RequestError
+    from .images.recompose import compose
     from .pipeline.conditioning import GuidanceEncoding, InitialImage
+    from .pipeline.decomposition import LayeredResult
     from .pipeline.parameters import GenerationParameters
     from .pipeline.pipeline import QwenImagePipeline
     from .pipeline.progress import Progress
+    from .sampling.latents import pack_multi_layer_latents, unpack_multi_layer_latents
     from .weights.snapshot import HubSnapshot
 
 

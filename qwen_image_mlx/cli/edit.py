@@ -19,6 +19,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("prompt", nargs="?", metavar="INSTRUCTION", help="what to change; may be empty")
     parser.add_argument("--image", "-i", dest="images", action="append", metavar="IMAGE",
                         help="a picture to work on; repeat for more, the order counts")  # fmt: skip
+    parser.add_argument("--layer", metavar="DIR:N", help="instead, layer N of a folder that decompose wrote (which "
+                        "takes the result in its place, unless --output is given), PSD or ORA")  # fmt: skip
     add_flags(parser, DEFAULT_EDIT_MODEL, steps=40)
     parser.add_argument("--reference-pixels", type=int, metavar="N",
                         help="show at most N pixels of each picture to the model (default: about 1 MP)")  # fmt: skip

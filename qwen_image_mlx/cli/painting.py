@@ -17,8 +17,8 @@ from ..pipeline.request import Request
 from ..variants import ASPECT_SIZES, NAMED_SIZES, recommended_negative_prompt
 
 if TYPE_CHECKING:
-    from ..images.canvas import Canvas
     from ..pipeline.pipeline import QwenImagePipeline
+    from ..pipeline.progress import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ _RECORDED: dict[str, type | tuple[type, ...]] = {
     "strength": (int, float),
     "dtype": str,
     "images": list,
+    "layer": str,
     "mask": str,
     "size": str,
     "mask_padding": int,
@@ -63,6 +64,7 @@ _RECORDED: dict[str, type | tuple[type, ...]] = {
 # What only the command line knows of a picture, added to its metadata.
 _PROVENANCE = (
     "images",
+    "layer",
     "mask",
     "size",
     "mask_padding",
@@ -76,80 +78,118 @@ _PROVENANCE = (
 def add_flags(parser: argparse.ArgumentParser, default_model: str, steps: int) -> None:
     """Adds the flags of both commands; every default is None, so that a flag given is a flag meant."""
     add = parser.add_argument
-    add("--model", "-m", help=f"a local directory or a Hugging Face id (default: {default_model})")
-    add("--revision", help="branch, tag or commit of a Hugging Face model")
-    add("--negative-prompt", "-n", metavar="N", help="what to avoid (default: as the model's card says)")
+    add_model_flags(parser, default_model)
     add("--width", "-W", type=int, help="in pixels, a multiple of 16")
     add("--height", "-H", type=int, help="in pixels, a multiple of 16")
-    add("--steps", type=int, help=f"denoising steps (default: {steps})")
-    add("--cfg-scale", "-g", type=float, metavar="S", help="guidance; 1 turns it off (default: 4.0)")
-    add("--seed", "-s", type=int, nargs="+", metavar="N", help="one picture per seed (default: random)")
-    add("--num-images", type=int, metavar="N", help="pictures per seed (default: 1)")
+    add_sampling_flags(parser, steps)
     add("--output", "-o", metavar="PATH", help="PNG file or directory (default: ./qwen-image.png)")
-    add("--dtype", choices=DTYPES, help="of the text encoder and the transformer (default: bfloat16)")
-    add("--rng", choices=RNGS, help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's (default: torch)")
     add("--mask", metavar="IMAGE", help="white where the picture is painted anew; the rest comes back bit by bit")
     add("--strength", type=float, metavar="S", help="how much is painted anew, above 0 and at most 1 (default: 0.6)")
     add("--size", metavar="1mp|source|WxH", help="with --image, size of the result: about 1 MP at its aspect, the same "
         "resized to its size, or an explicit one (default: 1mp; source with a mask)")  # fmt: skip
     add("--mask-padding", type=int, metavar="N", help="paint only the mask's surroundings, N pixels around it")
     add("--no-composite", action="store_true", default=None, help="with a mask, give the model's own picture")
-    add("--cache", action="store_true", default=None, help="keep encoded prompts and pictures for next time, at most "
-        "2 GB, in ~/.cache/qwen-image-mlx; removing that folder is safe")  # fmt: skip
+    add_cache_flag(parser)
     add("--from-image", metavar="IMAGE", help="paint a picture again from its own metadata; flags win")
 
 
-def check_task(pipeline: QwenImagePipeline, task: str) -> None:
-    """Raises RequestError for a model that is made for another command."""
-    other = pipeline.variant.task
-    if other != task:
-        raise RequestError(f"{pipeline.model} is not a model to {task} with: use qwen-image-mlx {other}")
+def add_model_flags(parser: argparse._ActionsContainer, default_model: str) -> None:
+    """Adds what `open_pipeline` reads."""
+    add = parser.add_argument
+    add("--model", "-m", help=f"a local directory or a Hugging Face id (default: {default_model})")
+    add("--revision", help="branch, tag or commit of a Hugging Face model")
+    add("--dtype", choices=DTYPES, help="of the text encoder and the transformer (default: bfloat16)")
+
+
+def add_sampling_flags(parser: argparse._ActionsContainer, steps: int) -> None:
+    """Adds how pictures are sampled, whatever they show."""
+    add = parser.add_argument
+    add("--negative-prompt", "-n", metavar="N", help="what to avoid (default: as the model's card says)")
+    add("--steps", type=int, help=f"denoising steps (default: {steps})")
+    add("--cfg-scale", "-g", type=float, metavar="S", help="guidance; 1 turns it off (default: 4.0)")
+    add("--seed", "-s", type=int, nargs="+", metavar="N", help="one picture per seed (default: random)")
+    add("--num-images", type=int, metavar="N", help="pictures per seed (default: 1)")
+    add("--rng", choices=RNGS, help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's (default: torch)")
+
+
+def add_cache_flag(parser: argparse._ActionsContainer) -> None:
+    """Adds --cache."""
+    parser.add_argument("--cache", action="store_true", default=None, help="keep encoded prompts and pictures for next "
+                        "time, at most 2 GB, in ~/.cache/qwen-image-mlx; removing that folder is safe")  # fmt: skip
+
+
+def open_pipeline(given: Mapping[str, Any], default_model: str, progress: ProgressCallback) -> QwenImagePipeline:
+    """The checkpoint that the flags name."""
+    from ..pipeline.pipeline import QwenImagePipeline
+
+    zero_cond_t = given.get("zero_cond_t")
+    return QwenImagePipeline.from_pretrained(
+        given.get("model") or default_model,
+        revision=given.get("revision"),
+        dtype=given.get("dtype") or DTYPES[0],
+        zero_cond_t=None if zero_cond_t is None else zero_cond_t == "on",
+        progress=progress,
+    )
 
 
 def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
     """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
-    from ..images.files import check_writable, open_image, open_mask, output_path, read_metadata, save_png
+    from ..images.files import (
+        check_writable,
+        open_image,
+        open_mask,
+        open_transparency,
+        output_path,
+        read_metadata,
+        save_png,
+    )
+    from ..images.recompose import adopt_layer, edited_layer_path
 
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
     recorded = {}
-    if arguments.from_image is not None:
-        recorded = _beside(Path(arguments.from_image).parent, _checked(read_metadata(arguments.from_image)))
-    wanted = {**recorded, **{name: value for name, value in vars(arguments).items() if value is not None}}
+    if "from_image" in given:
+        recorded = _beside(Path(given["from_image"]).parent, _checked(read_metadata(given["from_image"])))
+        if "model" in given:
+            recorded.pop("revision", None)  # recorded for one model, it means nothing for another
+    wanted = {**recorded, **given}
     wanted.setdefault("seed", secrets.randbelow(2**32))  # as many bits as torch's generator uses
-    size = _size(arguments, recorded)
-    sources = wanted.get("images", [])
+    sources = _sources(given, wanted)
+    size = _size(given, recorded, bool(sources))
     if task == "edit" and not sources:
         raise RequestError("a picture to edit is missing: give --image")
     if task == "generate" and len(sources) > 1:
         raise RequestError(f"generate paints over one picture, but {len(sources)} are given with --image")
     for name in ("mask", "size", "strength", "mask_padding"):
-        if getattr(arguments, name) is not None and not sources:
+        if name in given and not sources:
             raise RequestError(f"--{name.replace('_', '-')} needs --image")
-    if task == "edit" and arguments.strength is not None and wanted.get("mask") is None:
+    if task == "edit" and "strength" in given and "mask" not in wanted:
         raise RequestError("--strength needs --mask: without one an edit begins with noise alone")
-    if sources and isinstance(size, tuple):
-        wanted["size"] = "x".join(map(str, size))
+    if sources and size is not None:
+        wanted["size"] = size if isinstance(size, str) else "x".join(map(str, size))
     draft = build_request(wanted, size if isinstance(size, tuple) else next(iter(ASPECT_SIZES.values())))
-    path = output_path(arguments.output)
+    adopted = edited_layer_path(given["layer"]) if "layer" in given and "output" not in given else None
+    path = adopted or output_path(given.get("output"))
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
 
-    from ..pipeline.pipeline import QwenImagePipeline
     from ..runtime.cache import EncodingCache
     from ..runtime.session import paint
     from .console import ProgressBars, messages
 
     with messages(), ProgressBars() as bars:
         pictures = [open_image(source) for source in sources]
-        mask = open_mask(wanted["mask"]) if wanted.get("mask") is not None else None
-        pipeline = QwenImagePipeline.from_pretrained(
-            wanted.get("model", default_model),
-            # A revision recorded for one model means nothing for another.
-            revision=wanted.get("revision") if arguments.model is None else arguments.revision,
-            dtype=wanted.get("dtype", DTYPES[0]),
-            zero_cond_t={None: None, "on": True, "off": False}[wanted.get("zero_cond_t")],
-            progress=bars,
-        )
-        check_task(pipeline, task)
-        canvas = _canvas(pipeline, wanted, pictures, mask, size) if pictures else None
+        mask = open_mask(wanted["mask"]) if "mask" in wanted else None
+        pipeline = open_pipeline(wanted, default_model, bars)
+        pipeline.check_task(task)
+        canvas = None
+        if pictures:
+            canvas = pipeline.edit_canvas(
+                pictures,
+                mask=mask,
+                size=size,
+                composite=not wanted.get("no_composite"),
+                crop_padding=wanted.get("mask_padding"),
+                transparency=[open_transparency(source) for source in sources] if wanted.get("keep_alpha") else None,
+            )
         recommended = {
             "steps": pipeline.variant.steps,
             "cfg_scale": pipeline.variant.cfg_scale,
@@ -162,13 +202,18 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
             canvas=canvas,
             reference_pixels=wanted.get("reference_pixels"),
         )
-        provenance = {name: wanted[name] for name in _PROVENANCE if wanted.get(name) is not None}
-        if arguments.seed is None and not recorded:
+        provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
+        if "seed" not in given and not recorded:
             logger.info("seed %d", request.seeds[0])
-        for number, painting in enumerate(paint(pipeline, request, bars, EncodingCache() if arguments.cache else None)):
+        for number, painting in enumerate(
+            paint(pipeline, request, bars, EncodingCache() if "cache" in given else None)
+        ):
             bars.close()
             file = path.with_stem(f"{path.stem}-{number}") if number else path
-            print(save_png(painting.image, file, {**painting.metadata, **provenance}), flush=True)
+            written = save_png(painting.image, file, {**painting.metadata, **provenance})
+            if adopted:
+                adopt_layer(given["layer"], written)
+            print(written, flush=True)
 
 
 def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
@@ -185,22 +230,6 @@ def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
         parameters=GenerationParameters(**settings),
         seeds=tuple(seed) if isinstance(seed, list) else (seed,),
         image_indices=range(first, first + wanted.get("num_images", 1)),
-    )
-
-
-def _canvas(
-    pipeline: QwenImagePipeline, wanted: Mapping[str, Any], pictures: list, mask: Any, size: str | tuple | None
-) -> Canvas:
-    from ..images.files import open_transparency
-
-    transparency = [open_transparency(source) for source in wanted["images"]] if wanted.get("keep_alpha") else None
-    return pipeline.edit_canvas(
-        pictures,
-        mask=mask,
-        size=size,
-        composite=not wanted.get("no_composite"),
-        crop_padding=wanted.get("mask_padding"),
-        transparency=transparency,
     )
 
 
@@ -223,27 +252,45 @@ def _beside(folder: Path, recorded: dict[str, Any]) -> dict[str, Any]:
     found = {name: find(recorded[name]) for name in ("model", "mask") if name in recorded}
     if "images" in recorded:
         found["images"] = [find(image) for image in recorded["images"]]
+    if "layer" in recorded:
+        place, _, number = recorded["layer"].rpartition(":")
+        found["layer"] = f"{find(place)}:{number}"
     return recorded | found
 
 
-def _size(arguments: argparse.Namespace, recorded: Mapping[str, Any]) -> tuple[int, int] | str | None:
+def _sources(given: Mapping[str, Any], wanted: dict[str, Any]) -> list[Any]:
+    """The pictures to work on; a layer brings what keeps it in its place, its size and its transparency."""
+    if "layer" not in given and ("layer" not in wanted or "images" in given):
+        wanted.pop("layer", None)
+        return wanted.get("images", [])
+    if "images" in given:
+        raise RequestError("give --image or --layer, not both")
+    from ..images.recompose import open_layer
+
+    wanted.pop("images", None)
+    wanted["keep_alpha"] = True
+    return [open_layer(wanted["layer"]).image]
+
+
+def _size(given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: bool) -> tuple[int, int] | str | None:
     """(width, height), "1mp", "source", or None for what is usual; the flags' or the recorded one."""
-    aspect = getattr(arguments, "aspect", None)
-    if (arguments.width is None) != (arguments.height is None):
+    if ("width" in given) != ("height" in given):
         raise RequestError("give both --width and --height, or --aspect")
-    explicit = [
-        None if arguments.width is None else (arguments.width, arguments.height),
-        ASPECT_SIZES.get(aspect),
-        None if arguments.size is None else _parsed_size(arguments.size),
-    ]
-    given = [size for size in explicit if size is not None]
-    if len(given) > 1:
+    explicit = []
+    if "width" in given:
+        explicit.append((given["width"], given["height"]))
+    if "aspect" in given:
+        explicit.append(ASPECT_SIZES[given["aspect"]])
+    if "size" in given:
+        explicit.append(_parsed_size(given["size"]))
+    if len(explicit) > 1:
         raise RequestError("give one size only: --width and --height, or --aspect, or --size")
-    if given:
-        return given[0]
+    if explicit:
+        return explicit[0]
     if "size" in recorded:
         return _parsed_size(recorded["size"])
-    painted_over = recorded.get("images") or getattr(arguments, "images", None)
+    if "layer" in given:
+        return "source"
     if {"width", "height"} <= recorded.keys() and not painted_over:
         return recorded["width"], recorded["height"]
     return None if painted_over else next(iter(ASPECT_SIZES.values()))

@@ -27,7 +27,7 @@ class Canvas:
     """How one picture is painted over.
 
     Attributes:
-        source: the upright RGB picture.
+        source: the upright picture, RGB or RGBA.
         mask: grey values of its size, white where it is painted anew; None: everywhere.
         size: (width, height) it is painted at.
         result_size: (width, height) of the result.
@@ -51,9 +51,14 @@ class Canvas:
             return self.source, self.mask
         return fill(self.source.crop(self.box), self.size), fill(self.mask.crop(self.box), self.size)
 
+    @property
+    def resized_source(self) -> Image.Image:
+        """The picture at the result's size."""
+        return _resized(self.source, self.result_size)
+
     def finish(self, painted: Image.Image) -> Image.Image:
         """The result: resized, pasted back, composited, with its alpha."""
-        base = _resized(self.source, self.result_size)
+        base = self.resized_source
         if self.box is not None:
             width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
             pasted = base.copy()
@@ -80,7 +85,7 @@ def plan_canvas(
     """Decides how a picture is painted over.
 
     Args:
-        source: the upright RGB picture.
+        source: the upright picture, RGB or RGBA.
         mask: white where it is painted anew; of the picture's size.
         size: "1mp" (about 1 MP at the picture's aspect, the model's own size), "source" (the same, resized back to the
             picture's size), or (width, height). None is "source" with a mask that is composited, else "1mp".

@@ -28,13 +28,13 @@ DEFAULT_NAME = "qwen-image.png"
 _FREE_MARGIN = 1 << 20
 
 
-def output_path(output: str | None) -> Path:
-    """The PNG a user's --output means: a file, or a directory to put `qwen-image.png` in; raises RequestError."""
+def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
+    """The PNG a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
     if output is None:
-        return Path(DEFAULT_NAME)
+        return Path(default_name)
     path = Path(output).expanduser()
     if output.endswith(("/", os.sep)) or path.is_dir():
-        return path / DEFAULT_NAME
+        return path / default_name
     if not path.suffix:
         return path.with_name(path.name + ".png")
     if path.suffix.lower() != ".png":
@@ -51,7 +51,7 @@ def check_writable(path: Path, nbytes: int) -> None:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise OutputError(f"cannot write to {path.parent}: {_reason(error)}") from error
+        raise OutputError(f"cannot write to {path.parent}: {reason(error)}") from error
     if free < nbytes + _FREE_MARGIN:
         raise OutputError(f"cannot write {path}: the disk has {free / 1e6:.1f} MB left; free some space")
 
@@ -76,15 +76,15 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=".", suffix=".png.partial", dir=path.parent)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             image.save(file, "PNG", pnginfo=info)
-        os.chmod(partial, 0o666 & ~_umask())
+        os.chmod(partial, 0o666 & ~umask())
         written = _claim(path)
         os.replace(partial, written)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
     finally:
         Path(partial).unlink(missing_ok=True)
     if written != path:
@@ -123,10 +123,8 @@ def open_rgba(source: ImageSource) -> Image.Image:
 
 def open_transparency(source: ImageSource) -> Image.Image | None:
     """The opacity of a picture (mode L, upright), or None if it is opaque; raises RequestError as `open_image` does."""
-    image = _decoded(source)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        return image.convert("RGBA").getchannel("A")
-    return None
+    alpha = _decoded(source).convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
 
 
 def open_mask(source: ImageSource) -> Image.Image:
@@ -174,8 +172,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RequestError(f"there is no file {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"{path} is not a readable picture: {reason}") from error
+        why = getattr(error, "strerror", None) or error
+        raise RequestError(f"{path} is not a readable picture: {why}") from error
     try:
         metadata = json.loads(text) if text is not None else None
     except json.JSONDecodeError:
@@ -204,14 +202,26 @@ def _candidates(path: Path) -> Iterator[Path]:
         yield path.with_stem(f"{path.stem}-{number}")
 
 
-def _umask() -> int:
-    # The umask can only be read by setting it.
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file in place of an old one, atomically; raises OutputError, and the old one stays."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+
+
+def umask() -> int:
+    """Permissions that new files are not given; it can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """Why, in lower case, for the end of a sentence."""
     if error.errno == errno.ENOSPC:
         return "the disk is full"
     return (error.strerror or str(error)).lower()

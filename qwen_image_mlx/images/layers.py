@@ -25,7 +25,8 @@ MAX_PIXELS = 1 << 29  # of all layers together: 2 GiB of RGBA
 
 # What XML 1.0 cannot hold, or no text encoding can.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_BAND_PIXELS = 1 << 18
+_BAND_PIXELS = 1 << 18  # so that float64 never holds more than a few of these at once
+_GAP, _SQUARE = 8, 8
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Layer:
             )
         if not _are_whole(self.offset, -MAX_OFFSET, MAX_OFFSET):
             raise RequestError(
-                f"a layer's offset is {self.offset!r:.80}, but must be two whole numbers from {-MAX_OFFSET} to {MAX_OFFSET}"
+                f"a layer's offset is {self.offset!r:.80}, but must be (x, y) in whole pixels within ±{MAX_OFFSET}"
             )
         object.__setattr__(self, "offset", tuple(self.offset))
         if not isinstance(self.visible, bool):
@@ -130,7 +131,9 @@ class LayerStack:
 
     def _at(self, index: int) -> Layer:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.layers):
-            raise RequestError(f"there is no layer {index!r:.80}; layers go from 0, the backmost, to {len(self.layers) - 1}")
+            raise RequestError(
+                f"there is no layer {index!r:.80}; layers go from 0, the backmost, to {len(self.layers) - 1}"
+            )
         return self.layers[index]
 
     def _changed(self, changes: dict[int, dict[str, Any]]) -> LayerStack:
@@ -189,7 +192,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
         RequestError: the pictures differ in size.
     """
     if a.size != b.size:
-        raise RequestError(f"pictures of {_times(a.size)} and {_times(b.size)} px cannot be compared; resize one")
+        raise RequestError(f"pictures of {a.size} and {b.size} px cannot be compared; resize one of them")
     difference = np.asarray(a.convert("RGB"), np.int32) - np.asarray(b.convert("RGB"), np.int32)
     error = float(np.mean(np.square(difference, out=difference), dtype=np.float64))
     return 10 * math.log10(255**2 / error) if error else math.inf
@@ -206,19 +209,59 @@ def contact_sheet(stack: LayerStack, *, max_side: int = 2048) -> Image.Image:
         RGB. A grid of equal cells from left to right and top to bottom: layer 0 (the backmost) first, the composite
         last, each with its number on a checkerboard that shows through where it is transparent.
     """
-    count = len(stack.layers) + 1
-    # The number of columns that leaves the largest cells.
-    scale, columns = max(
-        (min(1.0, *(_cell_scale(stack.size, grid, max_side))), -grid[0])
-        for grid in ((columns, -(-count // columns)) for columns in range(1, count + 1))
-    )
-    columns = -columns
-    cell = tuple(max(1, math.floor(side * scale)) for side in stack.size)
-    sheet = Image.new("RGB", tuple(_GAP + n * (side + _GAP) for n, side in zip((columns, -(-count // columns)), cell, strict=True)), "white")
+    pictures = [composite(LayerStack(stack.size, (replace(layer, visible=True),))) for layer in stack.layers]
+    pictures.append(composite(stack))
+    scale, columns, rows = max(_grids(stack.size, len(pictures), max_side))
+    width, height = (max(1, math.floor(side * scale)) for side in stack.size)
+    sheet = Image.new("RGB", (_GAP + columns * (width + _GAP), _GAP + rows * (height + _GAP)), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, picture in enumerate(_pictures(stack)):
-        x, y = (_GAP + place * (side + _GAP) for place, side in zip((number % columns, number // columns), cell, strict=True))
-        picture = picture.resize(cell, Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST)
-        sheet.paste(Image.alpha_composite(checkerboard(cell), picture).convert("RGB"), (x, y))
-        draw.text((x + 3, y + 1), str(number) if number < count - 1 else "=", fill="white", stroke_width=1, stroke_fill="black")
+    for number, picture in enumerate(pictures):
+        x, y = _GAP + number % columns * (width + _GAP), _GAP + number // columns * (height + _GAP)
+        picture = picture.resize((width, height), Image.Resampling.BOX)
+        sheet.paste(Image.alpha_composite(_checkerboard((width, height)), picture).convert("RGB"), (x, y))
+        label = str(number) if number < len(stack.layers) else "="
+        draw.text((x + 3, y + 1), label, fill="white", stroke_width=1, stroke_fill="black")
     return sheet
+
+
+def clean_name(name: str) -> str:
+    """A layer's name without what cannot be written to every format, and cut to 255 characters."""
+    return _UNPRINTABLE.sub("", name)[:MAX_NAME]
+
+
+def check_size(size: Any, what: str) -> None:
+    """Raises RequestError unless `size` is (width, height), both from 1 to 30000 pixels; `what` has that size."""
+    if not _are_whole(size, 1, MAX_SIDE):
+        raise RequestError(f"{what} has the size {size!r:.80}, but must have two sides from 1 to {MAX_SIDE} px")
+
+
+def _are_whole(pair: Any, low: int, high: int) -> bool:
+    return (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and all(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high for value in pair)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _overlap(layer: Layer, box: tuple[int, int, int, int]) -> tuple[int, int, int, int] | None:
+    (x, y), (width, height) = layer.offset, layer.image.size
+    left, upper, right, lower = max(x, box[0]), max(y, box[1]), min(x + width, box[2]), min(y + height, box[3])
+    return (left, upper, right, lower) if left < right and upper < lower else None
+
+
+def _grids(size: Size, count: int, max_side: int) -> Iterator[tuple[float, int, int]]:
+    """(scale of a cell, columns, rows) of every grid that holds `count` cells."""
+    for columns in range(1, count + 1):
+        grid = columns, -(-count // columns)
+        room = ((max_side - _GAP * (cells + 1)) / cells for cells in grid)
+        yield (min(1.0, *(free / side for free, side in zip(room, size, strict=True))), *grid)
+
+
+def _checkerboard(size: Size) -> Image.Image:
+    rows, columns = (np.arange(side) // _SQUARE % 2 for side in (size[1], size[0]))
+    grey = np.where(rows[:, None] ^ columns, 204, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGBA")

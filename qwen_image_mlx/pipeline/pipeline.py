@@ -9,20 +9,23 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from .. import __version__
 from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
-from ..images.files import ImageSource, listed, open_image, open_mask, open_transparency
+from ..images.files import ImageSource, listed, open_image, open_mask, open_rgba, open_transparency
 from ..images.geometry import Size
+from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
 from ..variants import ASPECT_SIZES, DEFAULT_MODEL
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
 from .core import PipelineCore
+from .decomposition import LayeredResult, layers_request
 from .parameters import DTYPES, GenerationParameters
 from .progress import Progress, ProgressCallback, Reporter
 from .request import Request
@@ -123,6 +126,7 @@ class QwenImagePipeline(PipelineCore):
         Raises:
             RequestError: a parameter is out of range, or a picture cannot be read.
         """
+        self.check_task("generate")
         canvas = None
         size = self._explicit_size(width, height)
         if image is not None:
@@ -194,6 +198,7 @@ class QwenImagePipeline(PipelineCore):
         Raises:
             RequestError: a parameter is out of range, a picture cannot be read, or the model does not edit.
         """
+        self.check_task("edit")
         sources = listed(images)
         pictures = self._open_images(sources)
         canvas = self.edit_canvas(
@@ -215,6 +220,59 @@ class QwenImagePipeline(PipelineCore):
             reference_pixels=reference_pixels,
         )
         return self._paint(request, staged, progress)
+
+    def decompose(
+        self,
+        image: ImageSource,
+        prompt: str = "",
+        *,
+        negative_prompt: str | None = " ",
+        num_layers: int = 4,
+        resolution: int = 640,
+        size: str = "source",
+        num_inference_steps: int | None = None,
+        cfg_scale: float | None = None,
+        cfg_normalize: bool = False,
+        caption_language: str = "en",
+        seed: int = 0,
+        rng: str = "torch",
+        staged: bool = True,
+        progress: ProgressCallback | None = None,
+    ) -> LayeredResult:
+        """Takes a picture apart into layers, with a layered model.
+
+        Args:
+            image: the picture; without alpha it counts as opaque.
+            prompt: what the whole picture shows; if it is empty the model writes a caption itself.
+            negative_prompt: what to avoid; None works without guidance.
+            num_layers: 1 … 8.
+            resolution: 640 or 1024; the model works at that squared, in pixels, at the picture's aspect.
+            size: of the layers, "source" (the picture's) or "bucket" (the model's).
+            num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
+            cfg_normalize: guidance keeps the length of each token's velocity.
+            caption_language: "en" or "zh".
+            seed, rng, staged, progress: as in `generate`.
+
+        Raises:
+            RequestError: a parameter is out of range, the picture cannot be read or is transparent everywhere, or the
+                model is not layered.
+        """
+        self.check_task("decompose")
+        request = layers_request(
+            open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
+            size=size, cfg_normalize=cfg_normalize, caption_language=caption_language, seed=seed, rng=rng,
+            num_inference_steps=self.variant.steps if num_inference_steps is None else num_inference_steps,
+            cfg_scale=self.variant.cfg_scale if cfg_scale is None else cfg_scale,
+        )  # fmt: skip
+        encoding = self.encode_request(request, progress)
+        if staged:
+            self.release_encoders()
+        return self.decompose_request(request, encoding, progress)
+
+    def check_task(self, task: str) -> None:
+        """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
+        if self.variant.task != task:
+            raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
 
     def edit_canvas(
         self,
@@ -238,9 +296,22 @@ class QwenImagePipeline(PipelineCore):
         )
 
     def encode_request(self, request: Request, progress: ProgressCallback | None = None) -> GuidanceEncoding:
-        """`encode_guidance_prompts` for a request; the negative prompt is left out where it would change nothing."""
+        """`encode_guidance_prompts` for a request; the negative prompt is left out where it would change nothing.
+
+        Where a layered model is given no prompt it captions the picture, always with the same draws: a seed stands for
+        the noise alone.
+        """
+        prompt = request.prompt
+        if self.variant.layered and not prompt.strip():
+            prompt = self.caption_image(
+                request.images[0],
+                language=request.caption_language,
+                resolution=math.isqrt(request.reference_pixels),
+                progress=progress,
+            )
+            logger.info("caption: %s", prompt)
         return self.encode_guidance_prompts(
-            request.prompt,
+            prompt,
             request.negative_prompt if request.parameters.cfg_scale > 1 else None,
             images=request.images,
             reference_pixels=request.reference_pixels,
@@ -273,11 +344,52 @@ class QwenImagePipeline(PipelineCore):
         """Paints a request's pictures one by one: (picture, seed, index)."""
         for seed in request.seeds:
             for index in request.image_indices:
-                pixels = self.generate_pixels(
+                latents = self.denoise_latents(
                     request.parameters, encoding, seed=seed, image_index=index, initial=initial, progress=progress
                 )
-                for image in to_images(pixels):
+                for frame in self.decode_frames(request.parameters, latents, progress=progress):
+                    (image,) = to_images(frame[None])
                     yield request.canvas.finish(image) if request.canvas else image, seed, index
+
+    def decompose_request(
+        self, request: Request, encoding: GuidanceEncoding, progress: ProgressCallback | None = None
+    ) -> LayeredResult:
+        """Paints a request's layers, each decoded, resized and turned into 8 bits before the next."""
+        pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress)]
+        layers = (Layer(image, f"layer {n}") for n, image in enumerate(pictures))
+        size = request.canvas.result_size
+        metadata = self.describe(request, encoding, request.seeds[0])
+        return LayeredResult(request.canvas.resized_source, LayerStack(size, tuple(layers), metadata))
+
+    def describe(self, request: Request, encoding: GuidanceEncoding, seed: int, image_index: int = 0) -> dict[str, Any]:
+        """The metadata of one result: all it takes to paint it again, JSON-serialisable."""
+        parameters = request.parameters
+        metadata = {
+            "model": self.model,
+            "revision": self.revision,
+            "prompt": encoding.source.prompt,
+            "negative_prompt": request.negative_prompt if parameters.cfg_scale > 1 else None,
+            "width": parameters.width,
+            "height": parameters.height,
+            "steps": parameters.num_inference_steps,
+            "cfg_scale": parameters.cfg_scale,
+            "seed": seed,
+            "image_index": image_index,
+            "rng": parameters.rng,
+            "sigmas": parameters.sigmas,
+            "shift": parameters.shift,
+            "strength": parameters.strength if self.starts_from_canvas(request) else None,
+            "dtype": str(self.dtype).rpartition(".")[2],
+            "version": __version__,
+        }
+        if self.variant.layered:
+            metadata |= {
+                "num_layers": parameters.num_layers,
+                "resolution": math.isqrt(request.reference_pixels),
+                "cfg_normalize": parameters.cfg_normalize,
+                "caption_language": None if request.prompt.strip() else request.caption_language,
+            }
+        return metadata
 
     def _paint(self, request: Request, staged: bool, progress: ProgressCallback | None) -> list[PILImage]:
         encoding, initial = self.encode_request(request, progress), self.encode_canvas(request, progress)

@@ -29,6 +29,8 @@ class Request:
         images: upright RGB pictures for an editing model to work on.
         canvas: the picture that is painted over, or whose size the result takes.
         reference_pixels: at most so many pixels of each of `images` are shown to the transformer.
+        caption_language: of the caption that a layered model writes where the prompt is empty; a key of
+            `CAPTION_TEMPLATES`.
     """
 
     prompt: str
@@ -39,6 +41,7 @@ class Request:
     images: tuple[Image, ...] = ()
     canvas: Canvas | None = None
     reference_pixels: int | None = None
+    caption_language: str | None = None
 
     def __post_init__(self) -> None:
         if self.reference_pixels is not None and self.reference_pixels < 32 * 32:

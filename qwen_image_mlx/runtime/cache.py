@@ -74,6 +74,7 @@ class EncodingCache:
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt if guided else None,
             "reference_pixels": request.reference_pixels,
+            "caption_language": request.caption_language,
             "images": [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in request.images],
         }
         return self._folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.safetensors"

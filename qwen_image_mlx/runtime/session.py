@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..pipeline.conditioning import GuidanceEncoding
+    from ..pipeline.decomposition import LayeredResult
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import ProgressCallback
     from ..pipeline.request import Request
@@ -54,36 +54,35 @@ def paint(
             "--reference-pixels makes them smaller",
             len(request.images),
         )
+    encoding = _encoded(pipeline, request, progress, cache)
+    initial = pipeline.encode_canvas(request, progress)
+    pipeline.release_encoders()
+    for image, seed, index in pipeline.paint_request(request, encoding, initial, progress):
+        yield Painting(image, pipeline.describe(request, encoding, seed, index))
+
+
+def decompose(
+    pipeline: QwenImagePipeline,
+    request: Request,
+    progress: ProgressCallback | None = None,
+    cache: EncodingCache | None = None,
+) -> LayeredResult:
+    """Takes a picture apart; the arguments are those of `paint`. The cache keeps the caption with the encoding."""
+    encoding = _encoded(pipeline, request, progress, cache)
+    pipeline.release_encoders()
+    return pipeline.decompose_request(request, encoding, progress)
+
+
+def _encoded(
+    pipeline: QwenImagePipeline,
+    request: Request,
+    progress: ProgressCallback | None,
+    cache: EncodingCache | None,
+) -> GuidanceEncoding:
     pipeline.prepare()
     encoding = cache.get(pipeline, request) if cache else None
     if encoding is None:
         encoding = pipeline.encode_request(request, progress)
         if cache:
             cache.put(pipeline, request, encoding)
-    initial = pipeline.encode_canvas(request, progress)
-    pipeline.release_encoders()
-    for image, seed, index in pipeline.paint_request(request, encoding, initial, progress):
-        yield Painting(image, describe(pipeline, request, seed, index))
-
-
-def describe(pipeline: QwenImagePipeline, request: Request, seed: int, image_index: int) -> dict[str, Any]:
-    """The metadata of one picture, under the names `generate --from-image` reads."""
-    parameters = request.parameters
-    return {
-        "model": pipeline.model,
-        "revision": pipeline.revision,
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt if parameters.cfg_scale > 1 else None,
-        "width": parameters.width,
-        "height": parameters.height,
-        "steps": parameters.num_inference_steps,
-        "cfg_scale": parameters.cfg_scale,
-        "seed": seed,
-        "image_index": image_index,
-        "rng": parameters.rng,
-        "sigmas": parameters.sigmas,
-        "shift": parameters.shift,
-        "strength": parameters.strength if pipeline.starts_from_canvas(request) else None,
-        "dtype": str(pipeline.dtype).rpartition(".")[2],
-        "version": __version__,
-    }
+    return encoding

@@ -1,0 +1,47 @@
+"""qwen-image-mlx caption: a picture in words."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
+from .painting import add_model_flags
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's flags."""
+    parser = commands.add_parser(
+        "caption",
+        help="describe a picture in words",
+        description="Describe a picture with the language model of a checkpoint, as decompose does without a prompt; "
+        "stdout gets the caption.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="the picture to describe")
+    add_model_flags(parser, DEFAULT_LAYERED_MODEL)
+    parser.add_argument("--language", choices=CAPTION_TEMPLATES, default="en", help="default: en")
+    parser.add_argument("--resolution", type=int, choices=LAYERED_RESOLUTIONS, default=LAYERED_RESOLUTIONS[0],
+                        help="show it at about this side squared, in pixels (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", "-s", type=int, default=0, metavar="N",
+                        help="of the draws, where the checkpoint asks for sampling (default: 0)")  # fmt: skip
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the caption."""
+    from ..images.files import open_rgba
+    from ..pipeline.parameters import check_seed
+
+    check_seed(arguments.seed)
+    picture = open_rgba(arguments.image)
+
+    from .console import ProgressBars, messages
+    from .painting import open_pipeline
+
+    with messages(), ProgressBars() as bars:
+        pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, bars)
+        caption = pipeline.caption_image(
+            picture, language=arguments.language, resolution=arguments.resolution, seed=arguments.seed
+        )
+        bars.close()
+        print(caption)

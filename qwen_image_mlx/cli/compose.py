@@ -1,0 +1,80 @@
+"""qwen-image-mlx compose: lay layers together into a picture again."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from ..errors import RequestError
+from ..variants import DEFAULT_EDIT_MODEL
+from .painting import add_cache_flag, add_model_flags, add_sampling_flags, run_painting
+
+DEFAULT_NAME = "composition.png"
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's flags."""
+    parser = commands.add_parser(
+        "compose",
+        help="lay layers together into a picture again",
+        description="Lay layers together, from back to front, and save the picture as PNG; stdout gets its path.",
+    )
+    add = parser.add_argument
+    add("layers", metavar="DIR|PSD|ORA", help="a folder that decompose wrote, its zip, a PSD or an ORA")
+    add("--hide", type=int, action="append", default=[], metavar="N", help="leave layer N out; repeat for more")
+    add("--move", action="append", default=[], metavar="N:X,Y", help="move layer N, right and down by pixels, as in "
+        "3:+40,-10; repeat for more")  # fmt: skip
+    add("--scale", action="append", default=[], metavar="N:F", help="scale what layer N shows about its middle; repeat "
+        "for more")  # fmt: skip
+    add("--output", "-o", metavar="PATH", help=f"PNG file or directory (default: ./{DEFAULT_NAME})")
+    add("--harmonize", metavar="PROMPT", help='let an editing model blend the result, as in "match light and shadows"')
+    blending = parser.add_argument_group("with --harmonize")
+    add_model_flags(blending, DEFAULT_EDIT_MODEL)
+    add_sampling_flags(blending, steps=40)
+    add_cache_flag(blending)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Lays the layers together, and has the result edited if that is asked for."""
+    from ..images.files import output_path, save_png
+    from ..images.recompose import compose
+
+    path = output_path(arguments.output, DEFAULT_NAME)
+    changes = {
+        "hide": arguments.hide,
+        "move": dict(_numbered(text, "--move", int, 2) for text in arguments.move),
+        "scale": dict(_numbered(text, "--scale", float, 1) for text in arguments.scale),
+    }
+    made_from = {"layers": arguments.layers} | {name: getattr(arguments, name) for name in changes}
+
+    from .console import messages
+
+    with messages():
+        picture = compose(arguments.layers, **changes)
+        if arguments.harmonize is None:
+            print(save_png(picture, path, made_from))
+            return
+        composed = save_png(picture, path.with_stem(f"{path.stem}-composed"), made_from)
+    blending = {
+        "prompt": arguments.harmonize,
+        "images": [str(composed)],
+        "size": "source",
+        "keep_alpha": True,
+        "output": str(path),
+    }
+    run_painting(argparse.Namespace(**{**vars(arguments), **blending}), DEFAULT_EDIT_MODEL, task="edit")
+
+
+def _numbered(text: str, flag: str, kind: type, count: int) -> tuple[int, Any]:
+    """(layer, value or values) of N:V or N:V,V."""
+    number, _, values = text.partition(":")
+    try:
+        numbers = tuple(kind(value) for value in values.split(","))
+        if len(numbers) == count and re.fullmatch(r"\d+", number):
+            return int(number), numbers if count > 1 else numbers[0]
+    except ValueError:
+        pass
+    example = {"--move": "3:+40,-10", "--scale": "3:0.5"}[flag]
+    raise RequestError(f"{flag} is {text!r}, but must be a layer and by how much, as in {example}")

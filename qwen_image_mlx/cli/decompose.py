@@ -1,0 +1,83 @@
+"""qwen-image-mlx decompose: take a picture apart into layers."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from ..pipeline.parameters import MAX_LAYERS, RNGS
+from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
+from .painting import add_cache_flag, add_model_flags
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's flags."""
+    parser = commands.add_parser(
+        "decompose",
+        help="take a picture apart into layers",
+        description="Take a picture apart into RGBA layers, from back to front, in a folder of their own; stdout gets "
+        "the folder, and how near the layers laid together come to the picture.",
+    )
+    add = parser.add_argument
+    add("image", nargs="?", metavar="PHOTO", help="the picture to take apart")
+    add("--layer", metavar="DIR:N", help="instead, layer N of a folder, PSD or ORA")
+    add_model_flags(parser, DEFAULT_LAYERED_MODEL)
+    add("--prompt", default="", help="what the whole picture shows (default: the model's own caption)")
+    add("--negative-prompt", "-n", metavar="N", default=" ", help='what to avoid (default: " ")')
+    add("--layers", type=int, metavar="N", default=4, help=f"1 to {MAX_LAYERS} (default: 4)")
+    add("--resolution", type=int, default=LAYERED_RESOLUTIONS[0], metavar="|".join(map(str, LAYERED_RESOLUTIONS)),
+        help="the model works at so many pixels squared, at the picture's aspect (default: %(default)s)")  # fmt: skip
+    add("--size", default="source", metavar="source|bucket", help="of the layers: the picture's or the model's "
+        "(default: source)")  # fmt: skip
+    add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    add("--cfg-scale", "-g", type=float, metavar="S", default=4.0, help="guidance; 1 turns it off (default: 4.0)")
+    add("--cfg-normalize", action="store_true", help="guidance keeps the length of each token's velocity")
+    add("--caption-language", choices=CAPTION_TEMPLATES, default="en", help="of the model's own caption (default: en)")
+    add("--seed", "-s", type=int, metavar="N", help="of the noise (default: random)")
+    add("--rng", choices=RNGS, default=RNGS[0], help="whose noise a seed stands for (default: %(default)s)")
+    add("--format", default="png", metavar="F,F", help="png, psd, ora, zip, pptx (default: png)")
+    add("--output", "-o", metavar="DIR", help="folder for the layers (default: named after the picture)")
+    add_cache_flag(parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Takes one picture apart and saves its layers."""
+    from ..images.files import check_writable, open_rgba
+    from ..images.layer_files import check_formats, free_folder
+    from ..images.recompose import open_layer
+    from ..pipeline.decomposition import layers_request
+
+    if (arguments.image is None) == (arguments.layer is None):
+        raise RequestError("give one picture: PHOTO, or --layer DIR:N")
+    name = Path(arguments.image or arguments.layer.replace(":", "-")).stem
+    picture = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
+    formats = check_formats(arguments.format.split(","))
+    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    request = layers_request(
+        picture, arguments.prompt, negative_prompt=arguments.negative_prompt, num_layers=arguments.layers,
+        resolution=arguments.resolution, size=arguments.size, num_inference_steps=arguments.steps,
+        cfg_scale=arguments.cfg_scale, cfg_normalize=arguments.cfg_normalize, seed=seed, rng=arguments.rng,
+        caption_language=arguments.caption_language,
+    )  # fmt: skip
+    folder = Path(arguments.output or f"{name}-layers").expanduser()
+    width, height = request.canvas.result_size
+    check_writable(folder / "layer_0.png", nbytes=4 * width * height * (arguments.layers + 2) * len(formats))
+
+    from ..runtime.cache import EncodingCache
+    from ..runtime.session import decompose
+    from .console import ProgressBars, messages
+    from .painting import open_pipeline
+
+    with messages(), ProgressBars() as bars:
+        pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, bars)
+        pipeline.check_task("decompose")
+        result = decompose(pipeline, request, bars, EncodingCache() if arguments.cache else None)
+        bars.close()
+        folder = free_folder(folder)
+        result.save(folder, formats)
+        print(folder)
+        print(f"PSNR {result.psnr:.2f} dB")

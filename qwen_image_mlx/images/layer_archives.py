@@ -1,0 +1,371 @@
+"""Layers as PNG files beside an index: our folder with its manifest, the same in a zip, and OpenRaster.
+
+Needs no library but Pillow. What is read is not trusted: only files that lie in the folder or the archive can be named,
+nothing is unpacked to disk, and sizes are checked before anything is decompressed or decoded. OpenRaster by
+https://www.openraster.org/baseline/file-layout-spec.html and layer-stack-spec.html.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from ..errors import RequestError
+from .files import METADATA_KEY, replace_file
+from .geometry import Size
+from .layers import MAX_LAYERS, MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+ORDER = "back to front"
+LAYER_FILE = re.compile(r"layer_(\d{1,9})\.png")
+ORA_TYPE = b"image/openraster"
+
+_MANIFEST_KEYS = {"manifest_version": int, "size": list, "order": str, "layers": list}
+_THUMBNAIL_SIDE = 256
+_MAX_INDEX = 4 << 20
+_MAX_FILE = 1 << 30
+_MAX_ARCHIVE = 4 << 30
+_MAX_MEMBERS = 10_000
+_MAX_DEPTH = 100
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError)
+
+
+class _Files:
+    """Files that an index may name: found by exact name among those listed, read whole, within limits."""
+
+    def __init__(self, label: str, names: Collection[str], fetch: Callable[[str, int], bytes]) -> None:
+        self.label = label
+        self.names = names
+        self._fetch = fetch
+        self._pixels = MAX_PIXELS
+
+    def read(self, name: str, limit: int = _MAX_FILE) -> bytes:
+        """A file's bytes; raises RequestError if it is not there or longer than `limit`."""
+        if name not in self.names:
+            raise RequestError(f"{self.label} names {name!r:.200} as a layer, but holds no such file; put it there")
+        return self._fetch(name, limit)
+
+    def picture(self, name: str) -> Image.Image:
+        """A PNG file as RGBA; raises RequestError if it is none, is damaged, or too large with those read before."""
+        data = self.read(name)
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                check_size(image.size, f"{name} in {self.label}")
+                self._pixels -= image.width * image.height
+                if self._pixels < 0:
+                    raise RequestError(f"{self.label} holds more than {MAX_PIXELS} pixels; make its layers smaller")
+                if getattr(image, "n_frames", 1) > 1:
+                    logger.warning("%s in %s is animated; its first frame is used", name, self.label)
+                if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits to 8
+                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGBA")
+                return image.convert("RGBA")
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise RequestError(f"{name} in {self.label} is too large to be opened safely; make it smaller") from error
+        except RequestError:
+            raise
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RequestError(f"{name} in {self.label} cannot be read as a PNG: {error}") from error
+
+
+def folder_files(stack: LayerStack) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the files of our folder format: `layer_0.png`, … from back to front, `manifest.json` last.
+
+    Raises:
+        RequestError: the metadata cannot be written as JSON, or uses one of the manifest's own keys.
+    """
+    manifest: dict[str, Any] = {
+        "manifest_version": MANIFEST_VERSION,
+        "size": list(stack.size),
+        "order": ORDER,
+        "layers": [],
+    }
+    if taken := sorted(manifest.keys() & stack.metadata.keys()):
+        raise RequestError(f"the metadata has {taken[0]!r}, which is the manifest's own; name it otherwise")
+    for number, layer in enumerate(stack.layers):
+        name = f"layer_{number}.png"
+        yield name, _png(layer.image)
+        manifest["layers"].append({
+            "file": name, "name": layer.name, "size": list(layer.image.size), "offset": list(layer.offset),
+            "visible": layer.visible, "opacity": layer.opacity,
+        })  # fmt: skip
+    try:
+        text = json.dumps(manifest | stack.metadata, ensure_ascii=False, indent=2, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the metadata cannot be written as JSON: {error}; give numbers, text, lists") from error
+    yield MANIFEST, text
+
+
+def ora_files(stack: LayerStack) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of an OpenRaster archive's files in order; metadata lies in mergedimage.png as in our PNGs."""
+    width, height = stack.size
+    image = ElementTree.Element("image", version="0.0.3", w=str(width), h=str(height), xres="72", yres="72")
+    root = ElementTree.SubElement(image, "stack")
+    for number, layer in reversed(list(enumerate(stack.layers))):  # stack.xml goes from front to back
+        ElementTree.SubElement(root, "layer", {
+            "name": layer.name, "src": f"data/layer{number}.png", "x": str(layer.offset[0]), "y": str(layer.offset[1]),
+            "opacity": np.format_float_positional(layer.opacity, trim="0"),
+            "visibility": "visible" if layer.visible else "hidden", "composite-op": "svg:src-over",
+        })  # fmt: skip
+    yield "mimetype", ORA_TYPE
+    yield "stack.xml", ElementTree.tostring(image, "UTF-8", xml_declaration=True)
+    for number, layer in enumerate(stack.layers):
+        yield f"data/layer{number}.png", _png(layer.image)
+    merged = composite(stack)
+    yield "mergedimage.png", _png(merged, stack.metadata)
+    merged.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    yield "Thumbnails/thumbnail.png", _png(merged)
+
+
+def write_folder(files: Iterator[tuple[str, bytes]], folder: Path) -> None:
+    """Writes files into an existing folder; raises OSError."""
+    for name, data in files:
+        (folder / name).write_bytes(data)
+
+
+def write_zip(files: Iterator[tuple[str, bytes]], path: Path) -> None:
+    """Writes files as a zip, PNGs and `mimetype` stored; the same files give the same bytes. Raises OSError."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files:
+            info = zipfile.ZipInfo(name)  # of 1980: the day must not change the bytes
+            info.external_attr = (stat.S_IFREG | 0o644) << 16
+            plain = name.endswith(".png") or name == "mimetype"
+            info.compress_type = zipfile.ZIP_STORED if plain else zipfile.ZIP_DEFLATED
+            archive.writestr(info, data)
+
+
+def read_folder(path: Path) -> LayerStack:
+    """The layers of a folder; without a manifest its layer_N.png in the order of their numbers. Raises RequestError."""
+
+    def fetch(name: str, limit: int) -> bytes:
+        with open(path / name, "rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is no layer of a picture")
+        return data
+
+    try:
+        home = path.resolve()
+        names = {e.name for e in os.scandir(path) if e.is_file() and Path(e.path).resolve().parent == home}
+        return _layers(_Files(str(path), names, fetch))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def adopt_file(folder: Path, index: int, name: str, size: Size) -> None:
+    """Makes a PNG in a folder a layer's own picture: the manifest names it from now on. Raises OutputError."""
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    manifest["layers"][index] |= {"file": name, "size": list(size)}
+    replace_file(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2).encode())
+
+
+def read_zip(path: Path) -> LayerStack:
+    """The layers of a zipped folder; raises RequestError."""
+    with _zip_files(path) as files:
+        return _layers(files)
+
+
+def read_ora(path: Path) -> LayerStack:
+    """The layers of an OpenRaster file, nested stacks flattened.
+
+    What a flat stack cannot hold is logged: filters and texts are skipped, blending is read as normal, a nested stack's
+    opacity goes to each of its layers.
+
+    Raises:
+        RequestError: it is damaged, too large, or unsafe.
+    """
+    with _zip_files(path) as files:
+        root = _xml(files)
+        layers = [layer for element in root.findall("stack")[:1] for layer in _ora_layers(element, files)]
+        if not layers:
+            raise RequestError(f"{path} holds no layers")
+        size = tuple(_attribute(root, key, None, int, files) for key in "wh")
+        return LayerStack(size, tuple(reversed(layers)), _ora_metadata(files))
+
+
+def is_ora(path: Path) -> bool:
+    """Whether a file is a zip that calls itself OpenRaster."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with _zip_files(path) as files:
+        return "mimetype" in files.names and files.read("mimetype", 1000).strip() == ORA_TYPE
+
+
+@contextmanager
+def _zip_files(path: Path) -> Iterator[_Files]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {i.filename: i for i in archive.infolist() if not i.is_dir() and _is_inside(i.filename)}
+            if len(members) > _MAX_MEMBERS or sum(info.file_size for info in members.values()) > _MAX_ARCHIVE:
+                raise RequestError(f"{path} unpacks to more than {_MAX_ARCHIVE >> 30} GB; this is no layered picture")
+
+            def fetch(name: str, limit: int) -> bytes:
+                if members[name].file_size > limit:  # zipfile never gives more than this size
+                    raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is no layer of a picture")
+                return archive.read(members[name])
+
+            yield _Files(str(path), members, fetch)
+    except RequestError:
+        raise
+    except _ZIP_ERRORS as error:
+        raise RequestError(f"{path} cannot be read: {error}") from error
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in name
+
+
+def _layers(files: _Files) -> LayerStack:
+    if MANIFEST not in files.names:
+        found = sorted((int(m[1]), m[0]) for m in map(LAYER_FILE.fullmatch, files.names) if m)
+        if not found:
+            raise RequestError(f"{files.label} holds neither {MANIFEST} nor layer_0.png")
+        layers = tuple(Layer(files.picture(name), Path(name).stem) for _, name in found[: MAX_LAYERS + 1])
+        if odd := [layer for layer in layers if layer.image.size != layers[0].image.size]:
+            raise RequestError(
+                f"{odd[0].name}.png in {files.label} is {odd[0].image.size} and {layers[0].name}.png "
+                f"{layers[0].image.size}; without {MANIFEST} all must be of one size"
+            )
+        return LayerStack(layers[0].image.size, layers)
+    manifest = _manifest(files)
+    entries = manifest.pop("layers")
+    if len(entries) > MAX_LAYERS:
+        raise RequestError(f"{files.label} has {len(entries)} layers, but must have from 1 to {MAX_LAYERS}")
+    layers = tuple(_entry(entry, manifest["size"], files) for entry in entries)
+    return LayerStack(tuple(manifest["size"]), layers, {k: v for k, v in manifest.items() if k not in _MANIFEST_KEYS})
+
+
+def _manifest(files: _Files) -> dict[str, Any]:
+    where = f"{MANIFEST} in {files.label}"
+    try:
+        manifest = json.loads(files.read(MANIFEST, _MAX_INDEX))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{where} is no JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise RequestError(f"{where} is {type(manifest).__name__}, but must be an object")
+    for key, kind in _MANIFEST_KEYS.items():
+        if not isinstance(manifest.get(key), kind) or isinstance(manifest[key], bool):
+            raise RequestError(f"{where} has {key} {manifest.get(key)!r:.80}, but needs one of type {kind.__name__}")
+    if manifest["manifest_version"] != MANIFEST_VERSION:
+        raise RequestError(
+            f"{where} has manifest_version {manifest['manifest_version']}, but this release reads {MANIFEST_VERSION}; "
+            "update this program"
+        )
+    if manifest["order"] != ORDER:
+        raise RequestError(f"{where} has order {manifest['order']!r:.80}, but must have {ORDER!r}")
+    check_size(manifest["size"], where)
+    return manifest
+
+
+def _entry(entry: Any, canvas: list[int], files: _Files) -> Layer:
+    where = f"{MANIFEST} in {files.label}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+        raise RequestError(f"{where} has a layer {entry!r:.80}, but each must be an object that names its file")
+    image, size = files.picture(entry["file"]), entry.get("size", canvas)
+    if list(image.size) != size:
+        raise RequestError(
+            f"{entry['file']} in {files.label} is {list(image.size)} px, but {MANIFEST} says {size!r:.80}; correct one"
+        )
+    fields = {key: entry[key] for key in ("name", "offset", "visible", "opacity") if key in entry}
+    try:
+        return Layer(image, **fields)
+    except RequestError as error:
+        raise RequestError(f"{where}: {entry['file']}: {error}") from error
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    """Refuses a document type, and with it every entity, before one is expanded."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise RequestError("it has a document type, which a layered picture has no use for")
+
+
+def _xml(files: _Files) -> ElementTree.Element:
+    data = files.read("stack.xml", _MAX_INDEX)
+    try:
+        root = ElementTree.fromstring(data, ElementTree.XMLParser(target=_NoDoctype()))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise RequestError(f"stack.xml in {files.label} cannot be read: {error}") from error
+    if root.tag != "image":
+        raise RequestError(f"stack.xml in {files.label} holds <{root.tag!s:.80}>, but must hold <image>")
+    return root
+
+
+def _ora_layers(
+    stack: ElementTree.Element,
+    files: _Files,
+    x: int = 0,
+    y: int = 0,
+    opacity: float = 1.0,
+    shown: bool = True,
+    depth: int = 0,
+) -> Iterator[Layer]:
+    """Front to back; offsets of nested stacks add up, as drafts before 0.0.5 had them."""
+    if depth > _MAX_DEPTH:
+        raise RequestError(f"stack.xml in {files.label} nests stacks deeper than {_MAX_DEPTH}; flatten it")
+    for element in stack:
+        name = clean_name(element.get("name", ""))
+        if element.tag not in ("stack", "layer") or not element.get("src", ".png").lower().endswith(".png"):
+            logger.warning("%s: %s %s is no layer of pixels; it is skipped", files.label, element.tag, name)
+            continue
+        if (blending := element.get("composite-op", "svg:src-over")) != "svg:src-over":
+            logger.warning("%s: %s is blended with %s; it is read as normal", files.label, name, blending)
+        own = _attribute(element, "opacity", 1.0, float, files)
+        place = tuple(_attribute(element, key, 0, int, files) + base for key, base in (("x", x), ("y", y)))
+        visible = shown and element.get("visibility", "visible") != "hidden"
+        if element.tag == "layer":
+            yield Layer(files.picture(element.get("src", "")), name, place, visible, opacity * own)
+            continue
+        if own < 1:
+            logger.warning("%s: the opacity of stack %s is given to each of its layers", files.label, name)
+        yield from _ora_layers(element, files, *place, opacity * own, visible, depth + 1)
+
+
+def _attribute(element: ElementTree.Element, key: str, default: Any, kind: type, files: _Files) -> Any:
+    value = element.get(key, default)
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"stack.xml in {files.label} has {key}={value!r:.80} in <{element.tag}>, but needs a number"
+        ) from error
+
+
+def _ora_metadata(files: _Files) -> dict[str, Any]:
+    """What `ora_files` put into mergedimage.png; nothing if another program wrote it since."""
+    if "mergedimage.png" not in files.names:
+        return {}
+    try:
+        with Image.open(io.BytesIO(files.read("mergedimage.png")), formats=("PNG",)) as image:
+            metadata = json.loads(getattr(image, "text", {}).get(METADATA_KEY, "{}"))
+    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _png(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    if metadata:
+        info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()

@@ -1,0 +1,163 @@
+"""Layers on disk: the table of formats, saving them together or not at all, loading by what a file is.
+
+A format is a row of `FORMATS`; how each is written and read stands in layer_archives.py and layer_documents.py. A
+folder of layers is written once and never over anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from ..errors import OutputError, RequestError
+from . import layer_archives as archives
+from . import layer_documents as documents
+from .files import reason, umask
+from .layers import LayerStack, composite, contact_sheet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a stack lies on disk.
+
+    Attributes:
+        file: name of its file in the directory; "" for the directory itself.
+        write: writes it to a path, which is a directory if `file` is "".
+        read: reads it from a path, or None.
+        recognises: whether an existing path is of this format.
+        library: module that writing and reading need.
+    """
+
+    file: str
+    write: Callable[[LayerStack, Path], None]
+    read: Callable[[Path], LayerStack] | None = None
+    recognises: Callable[[Path], bool] = lambda path: False
+    library: str | None = None
+
+
+# In the order in which a file is tried.
+FORMATS: dict[str, Format] = {
+    "png": Format(
+        "",
+        lambda stack, path: archives.write_folder(archives.folder_files(stack), path),
+        archives.read_folder,
+        Path.is_dir,
+    ),
+    "psd": Format("layers.psd", documents.write_psd, documents.read_psd, documents.is_psd, "psd_tools"),
+    "ora": Format(
+        "layers.ora",
+        lambda stack, path: archives.write_zip(archives.ora_files(stack), path),
+        archives.read_ora,
+        archives.is_ora,
+    ),
+    "zip": Format(
+        "layers.zip",
+        lambda stack, path: archives.write_zip(archives.folder_files(stack), path),
+        archives.read_zip,
+        zipfile.is_zipfile,
+    ),
+    "pptx": Format("layers.pptx", documents.write_pptx, library="pptx"),
+}
+READABLE = "a folder that decompose wrote, its zip, a PSD or an OpenRaster file"
+
+
+def check_formats(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, each once; raises RequestError for one that is no format or whose library is not installed."""
+    names = tuple(dict.fromkeys(names))
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or not names:
+        raise RequestError(
+            f"{', '.join(unknown) or 'nothing'} is no format of layers; give some of {', '.join(FORMATS)}"
+        )
+    for name in names:
+        if FORMATS[name].library:
+            documents.library(FORMATS[name].library, f"writing {name}")
+    return names
+
+
+def save_layers(stack: LayerStack, folder: str | os.PathLike, formats: Iterable[str] = ("png",)) -> list[Path]:
+    """Writes layers in one or more formats, with the picture they make and a contact sheet.
+
+    Args:
+        stack: the layers.
+        folder: made if it is missing, empty if it is not.
+        formats: keys of `FORMATS`.
+
+    Returns:
+        The files, `composite.png` and `contact_sheet.png` among them.
+
+    Raises:
+        RequestError: a format is unknown, or its library is not installed.
+        OutputError: the folder is not empty or cannot be written; nothing is left behind.
+    """
+    formats, folder = check_formats(formats), Path(folder).expanduser()
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        for name in formats:
+            FORMATS[name].write(stack, partial / FORMATS[name].file)
+        composite(stack).save(partial / "composite.png")
+        contact_sheet(stack).save(partial / "contact_sheet.png")
+        partial.chmod(0o777 & ~umask())
+        if not is_free(folder):
+            raise OutputError(f"{folder} holds something already; layers get a folder of their own")
+        os.replace(partial, folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {reason(error)}") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    return sorted(folder.iterdir())
+
+
+def free_folder(folder: Path) -> Path:
+    """The folder, or the first free `-1`, `-2`, … beside it; raises RequestError if a file has its name."""
+    if folder.is_file():
+        raise RequestError(f"{folder} is a file; layers get a folder of their own")
+    if is_free(folder):
+        return folder
+    free = next(place for n in count(1) if is_free(place := folder.with_name(f"{folder.name}-{n}")))
+    logger.warning("%s exists already; saved as %s", folder, free.name)
+    return free
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing has this name, or an empty folder."""
+    return not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()))
+
+
+def load_layers(path: str | os.PathLike) -> LayerStack:
+    """The layers of a folder, a zip, a PSD or an OpenRaster file, told apart by what they hold.
+
+    Raises:
+        RequestError: there is no such file, it holds no layers, or it is damaged, too large or unsafe.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise RequestError(f"there is no {path}; give {READABLE}")
+    try:
+        found = next((f for f in FORMATS.values() if f.read is not None and f.recognises(path)), None)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {reason(error)}") from error
+    if found is None:
+        raise RequestError(f"{path} holds no layers that can be read; give {READABLE}")
+    return found.read(path)
+
+
+def split_reference(reference: str) -> tuple[Path, int | None]:
+    """(path, layer) of PATH:N; (path, None) where no number is given or the whole is a path that exists."""
+    match = re.fullmatch(r"(.+):(\d{1,9})", reference)
+    if match and not Path(reference).expanduser().exists():
+        return Path(match[1]).expanduser(), int(match[2])
+    return Path(reference).expanduser(), None

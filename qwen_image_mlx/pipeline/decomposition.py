@@ -1,0 +1,117 @@
+"""A picture taken apart: what is asked for, and the layers that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import RequestError
+from ..images.canvas import plan_canvas
+from ..images.layer_files import save_layers
+from ..images.layers import LayerStack, composite, psnr
+from ..images.pixels import on_white
+from ..variants import CAPTION_TEMPLATES, LAYERED_RESOLUTIONS
+from .parameters import GenerationParameters
+from .request import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIZES = ("source", "bucket")
+
+
+@dataclass(frozen=True)
+class LayeredResult:
+    """A picture taken apart.
+
+    Attributes:
+        source: the picture itself at the layers' size, RGBA.
+        stack: its layers on their canvas, with the parameters that made them as metadata.
+    """
+
+    source: Image
+    stack: LayerStack
+
+    @property
+    def layers(self) -> list[Image]:
+        """The layers' pictures, RGBA with straight alpha, back to front."""
+        return [layer.image for layer in self.stack.layers]
+
+    @property
+    def prompt(self) -> str:
+        """What the model was told the picture shows; the caption it wrote itself if it was told nothing."""
+        return self.stack.metadata["prompt"]
+
+    @property
+    def psnr(self) -> float:
+        """How near the layers laid together come to the picture, both on white, in dB."""
+        return psnr(on_white(self.source), on_white(self.composite()))
+
+    def composite(self) -> Image:
+        """The layers laid together, RGBA."""
+        return composite(self.stack)
+
+    def save(self, folder: str | Path, formats: Iterable[str] = ("png",)) -> list[Path]:
+        """Writes the layers into a folder, all files or none, and returns their paths.
+
+        Args:
+            folder: made if it is missing.
+            formats: of "png" (a file per layer and a manifest), "psd", "ora", "zip", "pptx".
+
+        Raises:
+            RequestError: a format is unknown, or its library is not installed.
+            OutputError: it could not be written.
+        """
+        return save_layers(self.stack, folder, formats)
+
+
+def layers_request(
+    picture: Image,
+    prompt: str,
+    *,
+    negative_prompt: str | None,
+    num_layers: int,
+    resolution: int,
+    size: str,
+    num_inference_steps: int,
+    cfg_scale: float,
+    cfg_normalize: bool,
+    caption_language: str,
+    seed: int,
+    rng: str,
+) -> Request:
+    """What taking a picture apart asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`.
+
+    Raises:
+        RequestError: one of them is out of range, or the picture shows nothing.
+    """
+    for name, value, allowed in (
+        ("resolution", resolution, LAYERED_RESOLUTIONS),
+        ("size", size, SIZES),
+        ("caption_language", caption_language, tuple(CAPTION_TEMPLATES)),
+    ):
+        if value not in allowed:
+            raise RequestError(f"{name} is {value!r}, but must be {' or '.join(map(str, allowed))}")
+    if picture.getextrema()[3][1] == 0:
+        raise RequestError("the picture is transparent everywhere, so there is nothing to take apart")
+    canvas = plan_canvas(picture, size="source" if size == "source" else None, area=resolution**2)
+    return Request(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        parameters=GenerationParameters(
+            width=canvas.size[0],
+            height=canvas.size[1],
+            num_inference_steps=num_inference_steps,
+            cfg_scale=cfg_scale,
+            num_layers=num_layers,
+            cfg_normalize=cfg_normalize,
+            rng=rng,
+        ),
+        seeds=(seed,),
+        images=(picture,),
+        canvas=canvas,
+        reference_pixels=resolution**2,
+        caption_language=caption_language,
+    )

@@ -1,0 +1,266 @@
+"""decompose, compose, caption and edits of one layer, from flags to files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.images.geometry import size_of_area
+
+QUICK = ["--steps", "2", "--dtype", "float32", "--cfg-scale", "1"]
+APART = [*QUICK, "--resolution", "96", "--seed", "3", "--prompt", "a fox"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from reference_edit import write_edit, write_layered
+
+    folder = tmp_path_factory.mktemp("layers_cli")
+    return {
+        "decompose": write_layered(folder / "layered"),
+        "edit": write_edit(folder / "edit", "edit_plus"),
+    }
+
+
+@pytest.fixture(autouse=True)
+def small_areas(monkeypatch):
+    """The real areas are of 640 pixels squared and more; nothing but time depends on them."""
+    from qwen_image_mlx import variants
+    from qwen_image_mlx.images import canvas
+    from qwen_image_mlx.pipeline import caption, decomposition
+
+    row = variants.VARIANTS["QwenImageEditPlusPipeline"]
+    small = type(row)(**{**vars(row), "encoder_area": 96 * 96, "reference_area": 128 * 128})
+    monkeypatch.setitem(variants.VARIANTS, "QwenImageEditPlusPipeline", small)
+    monkeypatch.setitem(canvas.plan_canvas.__kwdefaults__, "area", 128 * 128)
+    monkeypatch.setattr(decomposition, "LAYERED_RESOLUTIONS", (96, 160))
+    monkeypatch.setattr(caption, "MAX_TOKENS", 4)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    Image.fromarray(coarse).resize((150, 100), Image.Resampling.BICUBIC).save("photo.png")
+    return tmp_path
+
+
+@pytest.fixture
+def run(here, models, capsys):
+    def call(command, *arguments, model=None):
+        kind = "edit" if command in ("edit", "compose") else "decompose"
+        given = [command, *map(str, arguments)]
+        if command != "compose" or "--harmonize" in given:
+            given += ["--model", str(model or models[kind])]
+        code = main(given)
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return call
+
+
+@pytest.fixture
+def layers(run):
+    """A folder of three layers, as decompose writes it."""
+    code, _, err = run("decompose", "photo.png", "--layers", "3", "-o", "apart", *APART)
+    assert code == 0, err
+    return Path("apart")
+
+
+def refusal(result) -> str:
+    code, out, err = result
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, out) == (2, [])
+    assert "Traceback" not in err
+    return line
+
+
+def opened(result) -> Image.Image:
+    code, (path,), err = result
+    assert code == 0, err
+    return Image.open(path)
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image if isinstance(image, Image.Image) else Image.open(image)).astype(int)
+
+
+def stacked(images) -> Image.Image:
+    result = images[0]
+    for image in images[1:]:
+        result = Image.alpha_composite(result, image)
+    return result
+
+
+def test_a_picture_is_taken_apart(run):
+    code, out, err = run("decompose", "photo.png", *APART)
+    assert code == 0, err
+    folder, psnr = out
+    assert code == 0, err
+    assert folder == "photo-layers"
+    names = {path.name for path in Path(folder).iterdir()}
+    assert names == {*(f"layer_{n}.png" for n in range(4)), "manifest.json", "composite.png", "contact_sheet.png"}
+    manifest = json.loads(Path(folder, "manifest.json").read_text())
+    assert (manifest["order"], manifest["size"], manifest["seed"]) == ("back to front", [150, 100], 3)
+    assert manifest["prompt"] == "a fox"
+    assert [layer["file"] for layer in manifest["layers"]] == [f"layer_{n}.png" for n in range(4)]
+    assert all(layer["offset"] == [0, 0] for layer in manifest["layers"])
+    images = [Image.open(Path(folder, f"layer_{n}.png")) for n in range(4)]
+    assert {(image.mode, image.size) for image in images} == {("RGBA", (150, 100))}
+    assert np.abs(pixels(stacked(images)) - pixels(Path(folder, "composite.png"))).max() <= 1
+    on_white = stacked([Image.new("RGBA", (150, 100), "white"), *images])
+    error = np.square(pixels(on_white)[..., :3] - pixels("photo.png")).mean()
+    assert float(psnr.split()[1]) == pytest.approx(10 * np.log10(255**2 / error), abs=0.05)
+
+
+def test_a_second_run_gets_a_folder_of_its_own(run, layers):
+    before = {path: path.read_bytes() for path in layers.iterdir()}
+    code, (folder, _), err = run("decompose", "photo.png", "--layers", "1", "-o", layers, *APART)
+    assert (code, folder) == (0, "apart-1"), err
+    assert {path: path.read_bytes() for path in layers.iterdir()} == before
+    assert "apart exists already" in err
+
+
+def test_formats_are_chosen(run):
+    code, (folder, _), err = run("decompose", "photo.png", "--format", "png,psd,ora,zip,pptx", *APART)
+    assert code == 0, err
+    assert {"layers.psd", "layers.ora", "layers.zip", "layers.pptx"} < {path.name for path in Path(folder).iterdir()}
+    from_folder = pixels(opened(run("compose", folder, "-o", "folder.png")))
+    for name in ("layers.psd", "layers.ora", "layers.zip"):
+        composed = opened(run("compose", Path(folder, name), "-o", f"{name}.png"))
+        np.testing.assert_array_equal(pixels(composed), from_folder)
+
+
+def test_the_bucket_s_size_can_be_kept(run):
+    _, (folder, _), _ = run("decompose", "photo.png", "--size", "bucket", *APART)
+    assert Image.open(Path(folder, "layer_0.png")).size == size_of_area(96**2, (150, 100))
+
+
+def test_without_a_prompt_the_caption_is_recorded_and_cached(run):
+    told = [*QUICK, "--resolution", "96", "--seed", "3", "--layers", "1", "--cache"]
+    (_, (caption,), _) = run("caption", "photo.png", "--dtype", "float32")
+    _, (folder, _), err = run("decompose", "photo.png", *told)
+    assert "load language_head" in err
+    prompt = json.loads(Path(folder, "manifest.json").read_text())["prompt"]
+    assert prompt
+    assert f"caption: {prompt}" in err
+    _, (again, _), err = run("decompose", "photo.png", *told)
+    assert "load language_head" not in err
+    assert json.loads(Path(again, "manifest.json").read_text())["prompt"] == prompt
+    assert caption
+
+
+def test_layers_are_laid_together_hidden_moved_and_scaled(run, layers):
+    images = [Image.open(layers / f"layer_{n}.png") for n in range(3)]
+    whole = opened(run("compose", layers))
+    assert np.abs(pixels(whole) - pixels(stacked(images))).max() <= 1
+    assert (whole.mode, Path("composition.png").is_file()) == ("RGBA", True)
+    without = opened(run("compose", layers, "--hide", "1", "-o", "without.png"))
+    assert np.abs(pixels(without) - pixels(stacked([images[0], images[2]]))).max() <= 1
+    moved = opened(run("compose", layers, "--move", "2:+40,-10", "-o", "moved.png"))
+    shifted = Image.new("RGBA", (150, 100))
+    shifted.paste(images[2], (40, -10))
+    seen = pixels(moved)[..., 3] > 0
+    assert np.abs(pixels(moved) - pixels(stacked([*images[:2], shifted])))[seen].max() <= 1
+    scaled = opened(run("compose", layers, "--hide", "1", "--hide", "2", "--scale", "0:0.5", "-o", "scaled.png"))
+    alpha = pixels(scaled)[..., 3]
+    assert alpha[:20].max() == 0
+    assert alpha[40:60, 60:90].max() > 0
+
+
+def test_edited_layers_keep_their_alpha_and_their_place(run, layers):
+    before = {path: path.read_bytes() for path in layers.glob("layer_*.png")}
+    edited = opened(run("edit", "make it red", "--layer", f"{layers}:2", *QUICK, "--seed", "1"))
+    original = Image.open(layers / "layer_2.png")
+    np.testing.assert_array_equal(pixels(edited)[..., 3], pixels(original)[..., 3])
+    assert np.abs(pixels(edited)[..., :3] - pixels(original)[..., :3]).mean() > 5
+    assert Path(edited.filename).parent == layers
+    assert {path: path.read_bytes() for path in before} == before
+    images = [Image.open(layers / "layer_0.png"), Image.open(layers / "layer_1.png"), edited]
+    assert np.abs(pixels(opened(run("compose", layers))) - pixels(stacked(images))).max() <= 1
+
+
+def test_an_edited_layer_can_go_elsewhere_and_is_painted_again(run, layers):
+    manifest = (layers / "manifest.json").read_bytes()
+    opened(run("edit", "make it red", "--layer", f"{layers}:1", "-o", "red.png", *QUICK, "--seed", "1"))
+    assert (layers / "manifest.json").read_bytes() == manifest
+    opened(run("edit", "--from-image", "red.png", "-o", "again.png"))
+    assert Path("red.png").read_bytes() == Path("again.png").read_bytes()
+
+
+def test_a_layer_is_taken_apart_again(run, layers):
+    code, (folder, _), err = run("decompose", "--layer", f"{layers}:1", "--layers", "2", *APART)
+    assert code == 0, err
+    assert folder == "apart-1-layers"
+    assert Image.open(Path(folder, "layer_1.png")).size == (150, 100)
+
+
+def test_a_composition_is_harmonized(run, layers):
+    blend = ["--harmonize", "match light and seams", *QUICK, "--seed", "5"]
+    result = opened(run("compose", layers, "--hide", "2", "-o", "all.png", *blend))
+    assert Path(result.filename).name == "all.png"
+    assert result.size == (150, 100)
+    composed = Image.open("all-composed.png")
+    again = opened(run("edit", "match light and seams", "--image", "all-composed.png", "--size", "source",
+                       "--keep-alpha", "-o", "again.png", *QUICK, "--seed", "5"))  # fmt: skip
+    np.testing.assert_array_equal(pixels(result), pixels(again))
+    assert composed.size == (150, 100)
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ((), "PHOTO"),
+    (("photo.png", "--layer", "apart:1"), "one picture"),
+    (("none.png",), "none.png"),
+    (("photo.png", "--layers", "0"), "num_layers"),
+    (("photo.png", "--layers", "9"), "from 1 to 8"),
+    (("photo.png", "--resolution", "800"), "resolution is 800"),
+    (("photo.png", "--size", "huge"), "source or bucket"),
+    (("photo.png", "--format", "gif"), "gif"),
+    (("photo.png", "--caption-language", "de"), "caption-language"),
+    (("photo.png", "--output", "photo.png"), "photo.png"),
+    (("clear.png",), "transparent"),
+    (("--layer", "apart"), "apart:0"),
+    (("--layer", "apart:7"), "0, the backmost, to 2"),
+    (("--layer", "none:1"), "none"),
+])  # fmt: skip
+def test_bad_requests(run, layers, here, arguments, says):
+    Image.new("RGBA", (50, 50)).save("clear.png")
+    before = sorted(here.rglob("*"))
+    assert says in refusal(run("decompose", *arguments, *(() if "--resolution" in arguments else APART[-6:])))
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (("nowhere",), "nowhere"),
+    (("photo.png",), "photo.png"),
+    (("apart", "--hide", "3"), "no layer 3"),
+    (("apart", "--move", "1:10"), "3:+40,-10"),
+    (("apart", "--move", "1:ten,1"), "3:+40,-10"),
+    (("apart", "--scale", "1:-2"), "positive"),
+    (("apart", "--scale", "1:nan"), "positive"),
+    (("apart", "--output", "out.jpg"), "out.jpg"),
+])  # fmt: skip
+def test_bad_compositions(run, layers, here, arguments, says):
+    before = sorted(here.rglob("*"))
+    assert says in refusal(run("compose", *arguments))
+    assert sorted(here.rglob("*")) == before
+
+
+def test_models_must_be_layered(run, models, tiny):
+    assert "use edit" in refusal(run("decompose", "photo.png", *APART, model=models["edit"]))
+    assert "use generate" in refusal(run("decompose", "photo.png", *APART, model=tiny))
+    assert "use decompose" in refusal(run("edit", "red", "--image", "photo.png", model=models["decompose"]))
+
+
+def test_a_manifest_never_leaves_its_folder(run, layers):
+    manifest = json.loads((layers / "manifest.json").read_text())
+    for file in ("../photo.png", str(Path("photo.png").resolve()), "gone.png"):
+        manifest["layers"][0]["file"] = file
+        (layers / "manifest.json").write_text(json.dumps(manifest))
+        assert "no such file" in refusal(run("compose", layers))
