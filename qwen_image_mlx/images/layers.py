@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import RequestError
 from .geometry import Size
@@ -214,13 +214,13 @@ def contact_sheet(stack: LayerStack, *, max_side: int = 2048) -> Image.Image:
     scale, columns, rows = max(_grids(stack.size, len(pictures), max_side))
     width, height = (max(1, math.floor(side * scale)) for side in stack.size)
     sheet = Image.new("RGB", (_GAP + columns * (width + _GAP), _GAP + rows * (height + _GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, height // 12))
     for number, picture in enumerate(pictures):
         x, y = _GAP + number % columns * (width + _GAP), _GAP + number // columns * (height + _GAP)
         picture = picture.resize((width, height), Image.Resampling.BOX)
         sheet.paste(Image.alpha_composite(_checkerboard((width, height)), picture).convert("RGB"), (x, y))
         label = str(number) if number < len(stack.layers) else "="
-        draw.text((x + 3, y + 1), label, fill="white", stroke_width=1, stroke_fill="black")
+        draw.text((x + 6, y + 3), label, fill="white", font=font, stroke_width=2, stroke_fill="black")
     return sheet
 
 

@@ -23,15 +23,19 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
-    from reference_edit import write_edit
+    from reference_edit import write_edit, write_layered
 
     from qwen_image_mlx import variants
     from qwen_image_mlx.images import canvas
+    from qwen_image_mlx.pipeline import decomposition
 
     edit = write_edit(tmp_path_factory.mktemp("readme") / "edit", "edit_plus")
-    row = variants.VARIANTS["QwenImageEditPlusPipeline"]
-    small = type(row)(**{**vars(row), "encoder_area": 96 * 96, "reference_area": 96 * 96, "steps": 2})
-    monkeypatch.setitem(variants.VARIANTS, "QwenImageEditPlusPipeline", small)
+    layered = write_layered(tmp_path_factory.mktemp("readme") / "layered")
+    changes = {"encoder_area": 96 * 96, "reference_area": 96 * 96, "steps": 2}
+    for name, changed in (("QwenImageEditPlusPipeline", changes), ("QwenImageLayeredPipeline", {"steps": 2})):
+        row = variants.VARIANTS[name]
+        monkeypatch.setitem(variants.VARIANTS, name, type(row)(**{**vars(row), **changed}))
+    monkeypatch.setattr(decomposition, "LAYERED_RESOLUTIONS", (64,))
     monkeypatch.setitem(canvas.plan_canvas.__kwdefaults__, "area", 96 * 96)
     monkeypatch.chdir(tmp_path)
     mask = np.zeros((64, 64), np.uint8)
@@ -40,12 +44,14 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     smaller = {
         '"Qwen/Qwen-Image-2512"': repr(str(tiny)),
         '"Qwen/Qwen-Image-Edit-2511"': repr(str(edit)),
+        '"Qwen/Qwen-Image-Layered"': repr(str(layered)),
         "1024": "64",
+        "640": "64",
         "num_inference_steps=30": "num_inference_steps=3",
     }
     scope: dict = {}
     examples = blocks("python")
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:
         for old, new in smaller.items():
             example = example.replace(old, new)
@@ -54,6 +60,15 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     assert scope["pixels"].shape == (1, 64, 64, 3)
     assert scope["image"].size == (64, 64)
     assert len({image.tobytes() for image in scope["sweep"]}) == 3
+    assert [layer.size for layer in scope["result"].layers] == 4 * [(64, 64)]
+    assert Image.open("moved.png").mode == "RGBA"
+
+
+def test_pictures_are_there():
+    places = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert len(places) == 3
+    for place in places:
+        Image.open(Path(__file__).parents[2] / place).verify()
 
 
 @pytest.mark.parametrize("line", [

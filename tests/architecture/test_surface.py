@@ -15,16 +15,46 @@ HEAVY = ("mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "torch", "trans
 
 PUBLIC = {
     "__version__", "QwenImagePipeline", "GenerationParameters", "GuidanceEncoding", "InitialImage", "Progress",
-    "HubSnapshot", "QwenImageError", "RequestError", "CheckpointError", "HubError", "OutputError", "Cancelled",
+    "LayeredResult", "compose", "pack_multi_layer_latents", "unpack_multi_layer_latents", "HubSnapshot",
+    "QwenImageError", "RequestError", "CheckpointError", "HubError", "OutputError", "Cancelled",
 }  # fmt: skip
-PAINTING = {
-    "--help", "--model", "--revision", "--negative-prompt", "--width", "--height", "--steps", "--cfg-scale", "--seed",
-    "--num-images", "--output", "--dtype", "--rng", "--image", "--mask", "--strength", "--size", "--mask-padding",
-    "--no-composite", "--cache", "--from-image", "-h", "-m", "-n", "-W", "-H", "-g", "-s", "-o",
+MODEL = {"--help", "--model", "--revision", "--dtype", "-h", "-m"}
+SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
+PAINTING = MODEL | SAMPLING | {
+    "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
+    "--no-composite", "--cache", "--from-image", "-W", "-H", "-o",
 }  # fmt: skip
 FLAGS = {
     "generate": PAINTING | {"--aspect"},
-    "edit": PAINTING | {"-i", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
+    "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
+    "decompose": MODEL
+    | SAMPLING
+    | {
+        "--layer",
+        "--prompt",
+        "--layers",
+        "--resolution",
+        "--size",
+        "--cfg-normalize",
+        "--caption-language",
+        "--format",
+        "--output",
+        "--cache",
+        "-o",
+    },
+    "compose": MODEL
+    | SAMPLING
+    | {
+        "--hide",
+        "--move",
+        "--scale",
+        "--output",
+        "--harmonize",
+        "--num-images",
+        "--cache",
+        "-o",
+    },
+    "caption": MODEL | {"--language", "--resolution", "--seed", "-s"},
     "info": {"-h", "--help", "--json"},
 }
 
@@ -60,8 +90,8 @@ def heavy_modules(*command: str) -> str:
 
 def test_importing_and_asking_for_help_load_nothing_heavy():
     assert heavy_modules() == "loaded: []"
-    for command in (["--help"], ["generate", "--help"], ["edit", "--help"], ["info", "--help"]):
-        assert heavy_modules(*command) == "loaded: []", command
+    for command in ([], *([name] for name in FLAGS)):
+        assert heavy_modules(*command, "--help") == "loaded: []", command
 
 
 def test_the_package_is_typed():
