@@ -7,6 +7,7 @@ flag such as `zero_cond_t` changes the picture. Field names are the checkpoint's
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
@@ -239,9 +240,11 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "text_encoder/generation_config.json") -> GenerationConfig:
-        """Reads the JSON object; a single `eos_token_id` may stand without its list."""
+        """Reads the JSON object; a single `eos_token_id` may stand without its list, and a `top_k` of 0 keeps all."""
         end = data.get("eos_token_id")
         data = {**data, "eos_token_id": end if isinstance(end, list) else [end]}
+        if data.get("top_k") == 0:
+            data["top_k"] = sys.maxsize
         return _read(cls, {k: v for k, v in data.items() if v not in (None, [None])}, where, ignored=None)
 
 

@@ -28,7 +28,27 @@ ASPECT_SIZES: dict[str, tuple[int, int]] = {
 # Sizes of a result that follow from its picture: the model's own, or the picture's.
 NAMED_SIZES = ("1mp", "source")
 
-TEXT_TEMPLATE = (
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """What stands around a prompt, and how much of the two counts.
+
+    Attributes:
+        text: the chat template, with `{prompt}`.
+        drop: tokens of its start that are encoded but not handed on.
+        max_tokens: tokens kept of the whole, the template's own included (None: all).
+        max_embeddings: rows kept of the encoded whole after the drop (None: all).
+        picture: what stands before the prompt for each picture, with its number `{n}` from 1.
+    """
+
+    text: str
+    drop: int = 0
+    max_tokens: int | None = None
+    max_embeddings: int | None = None
+    picture: str = ""
+
+
+_DESCRIBE = (
     "<|im_start|>system\n"
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
     "objects and background:<|im_end|>\n"
@@ -36,7 +56,7 @@ TEXT_TEMPLATE = (
     "<|im_start|>assistant\n"
 )
 
-EDIT_TEMPLATE = (
+_INSTRUCT = (
     "<|im_start|>system\n"
     "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
     "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
@@ -48,7 +68,7 @@ EDIT_TEMPLATE = (
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 # What asks the text encoder's own model for a caption, by language; the accidental line breaks are the reference's.
-CAPTION_TEMPLATES = {
+_CAPTION = {
     "en": (
         "<|im_start|>system\n"
         "You are a helpful assistant.<|im_end|>\n"
@@ -106,6 +126,8 @@ NEGATIVE_2512 = (
     "构图混乱。文字模糊，扭曲。"
 )
 
+CAPTION_TEMPLATES = {language: Template(text=text, picture=PICTURE) for language, text in _CAPTION.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -113,14 +135,11 @@ class Variant:
 
     Attributes:
         task: what it is for, and the command that does it: "generate", "edit" or "decompose".
-        template: the chat template around the prompt, with `{prompt}`.
-        template_drop: tokens of the template's start that are encoded but not handed to the transformer.
-        max_tokens: tokens kept of a tokenized prompt, the template's own included (None: all).
-        max_embeddings: rows kept of an encoded prompt after the drop (None: all).
+        template: what stands around the prompt.
         max_images: how many pictures it works on at once (0: it paints from text; None: any number).
-        image_prompt: what stands before the prompt for each picture, with its number `{n}` from 1.
         encoder_area: area in pixels that pictures are resized to for the text encoder (0: it is shown none).
         reference_area: area in pixels that pictures are resized to, at most, for the transformer.
+        target_area: area in pixels of a result whose size follows from a picture.
         size_from: index of the picture whose aspect the result takes.
         samples_references: with a mask, the transformer is shown the sampled latents that the loop blends with,
             rather than the most likely ones.
@@ -133,14 +152,11 @@ class Variant:
     """
 
     task: str
-    template: str
-    template_drop: int
-    max_tokens: int | None = None
-    max_embeddings: int | None = None
+    template: Template
     max_images: int | None = 0
-    image_prompt: str = ""
     encoder_area: int = 0
     reference_area: int = 0
+    target_area: int = 1024**2
     size_from: int = 0
     samples_references: bool = False
     layered: bool = False
@@ -159,19 +175,14 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "QwenImagePipeline": Variant(
         task="generate",
-        template=TEXT_TEMPLATE,
-        template_drop=34,
-        max_tokens=1024 + 34,
-        max_embeddings=512,
+        template=Template(text=_DESCRIBE, drop=34, max_tokens=1024 + 34, max_embeddings=512),
         steps=50,
         negative_prompt=NEGATIVE_2512,
     ),
     "QwenImageEditPipeline": Variant(
         task="edit",
-        template=EDIT_TEMPLATE,
-        template_drop=64,
+        template=Template(text=_INSTRUCT, drop=64, picture=PICTURE),
         max_images=1,
-        image_prompt=PICTURE,
         encoder_area=1024**2,
         reference_area=1024**2,
         samples_references=True,
@@ -180,10 +191,8 @@ VARIANTS: dict[str, Variant] = {
     ),
     "QwenImageEditPlusPipeline": Variant(
         task="edit",
-        template=EDIT_TEMPLATE,
-        template_drop=64,
+        template=Template(text=_INSTRUCT, drop=64, picture="Picture {n}: " + PICTURE),
         max_images=None,
-        image_prompt="Picture {n}: " + PICTURE,
         encoder_area=384**2,
         reference_area=1024**2,
         size_from=-1,
@@ -192,9 +201,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "QwenImageLayeredPipeline": Variant(
         task="decompose",
-        template=TEXT_TEMPLATE,
-        template_drop=34,
-        max_embeddings=512,
+        template=Template(text=_DESCRIBE, drop=34, max_embeddings=512),
         max_images=1,
         reference_area=1024**2,
         layered=True,

@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the caption."""
-    from ..images.files import open_rgba
+    from ..images.sources import open_rgba
     from ..pipeline.parameters import check_seed
 
     check_seed(arguments.seed)

@@ -46,9 +46,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Takes one picture apart and saves its layers."""
-    from ..images.files import check_writable, open_rgba
+    from ..images.files import check_writable
     from ..images.layer_files import check_formats, free_folder
     from ..images.recompose import open_layer
+    from ..images.sources import open_rgba
     from ..pipeline.decomposition import layers_request
 
     if (arguments.image is None) == (arguments.layer is None):

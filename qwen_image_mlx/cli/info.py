@@ -27,6 +27,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(metadata, ensure_ascii=False, indent=2))
         return
-    width = max(map(len, metadata))
+    width = max(map(len, metadata), default=0)
     for name, value in metadata.items():
         print(f"{name:{width}}  {'' if value is None else value}")

@@ -34,6 +34,18 @@ _PARAMETERS = {
     "strength": "strength",
 }
 
+# Types of what only the command line knows of a picture, added to its metadata.
+_PROVENANCE: dict[str, type | tuple[type, ...]] = {
+    "images": list,
+    "layer": str,
+    "mask": str,
+    "size": str,
+    "mask_padding": int,
+    "no_composite": bool,
+    "reference_pixels": int,
+    "keep_alpha": bool,
+    "zero_cond_t": str,
+}
 # Types of the metadata that --from-image reads; other keys are for people.
 _RECORDED: dict[str, type | tuple[type, ...]] = {
     "model": str,
@@ -51,28 +63,7 @@ _RECORDED: dict[str, type | tuple[type, ...]] = {
     "shift": (int, float),
     "strength": (int, float),
     "dtype": str,
-    "images": list,
-    "layer": str,
-    "mask": str,
-    "size": str,
-    "mask_padding": int,
-    "no_composite": bool,
-    "reference_pixels": int,
-    "keep_alpha": bool,
-    "zero_cond_t": str,
-}
-# What only the command line knows of a picture, added to its metadata.
-_PROVENANCE = (
-    "images",
-    "layer",
-    "mask",
-    "size",
-    "mask_padding",
-    "no_composite",
-    "reference_pixels",
-    "keep_alpha",
-    "zero_cond_t",
-)
+} | _PROVENANCE
 
 
 def add_flags(parser: argparse.ArgumentParser, default_model: str, steps: int) -> None:
@@ -134,16 +125,9 @@ def open_pipeline(given: Mapping[str, Any], default_model: str, progress: Progre
 
 def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
     """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
-    from ..images.files import (
-        check_writable,
-        open_image,
-        open_mask,
-        open_transparency,
-        output_path,
-        read_metadata,
-        save_png,
-    )
+    from ..images.files import check_writable, output_path, read_metadata, save_png
     from ..images.recompose import adopt_layer, edited_layer_path
+    from ..images.sources import open_image, open_mask, open_rgba
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     recorded = {}
@@ -162,6 +146,9 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     for name in ("mask", "size", "strength", "mask_padding"):
         if name in given and not sources:
             raise RequestError(f"--{name.replace('_', '-')} needs --image")
+    for name in ("mask_padding", "no_composite"):
+        if name in given and "mask" not in wanted:
+            raise RequestError(f"--{name.replace('_', '-')} needs --mask")
     if task == "edit" and "strength" in given and "mask" not in wanted:
         raise RequestError("--strength needs --mask: without one an edit begins with noise alone")
     if sources and size is not None:
@@ -182,13 +169,13 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         pipeline.check_task(task)
         canvas = None
         if pictures:
-            canvas = pipeline.edit_canvas(
+            canvas = pipeline.plan_canvas(
                 pictures,
                 mask=mask,
                 size=size,
                 composite=not wanted.get("no_composite"),
                 crop_padding=wanted.get("mask_padding"),
-                transparency=[open_transparency(source) for source in sources] if wanted.get("keep_alpha") else None,
+                straight=[open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None,
             )
         recommended = {
             "steps": pipeline.variant.steps,
@@ -198,7 +185,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         request = build_request({**recommended, **wanted}, canvas.size if canvas else size)
         request = replace(
             request,
-            images=tuple(pictures) if task == "edit" else (),
+            images=tuple(pictures) if pipeline.variant.takes_images else (),
             canvas=canvas,
             reference_pixels=wanted.get("reference_pixels"),
         )

@@ -18,7 +18,7 @@ from .geometry import Size, size_of_area
 
 Box = tuple[int, int, int, int]
 
-ONE_MEGAPIXEL = 1024 * 1024
+_ONE_MEGAPIXEL = 1024 * 1024
 _LANCZOS = Image.Resampling.LANCZOS
 
 
@@ -33,7 +33,7 @@ class Canvas:
         result_size: (width, height) of the result.
         composite: put what the mask keeps back into the result.
         box: part of the picture that is painted, in its pixels; None: all of it.
-        alpha: transparency to give the result, of the picture's size, or None.
+        straight: the picture as it was, RGBA, whose transparency the result gets; None: the result is opaque.
     """
 
     source: Image.Image
@@ -42,7 +42,7 @@ class Canvas:
     result_size: Size
     composite: bool
     box: Box | None = None
-    alpha: Image.Image | None = None
+    straight: Image.Image | None = None
 
     @property
     def initial(self) -> tuple[Image.Image, Image.Image | None]:
@@ -58,7 +58,8 @@ class Canvas:
 
     def finish(self, painted: Image.Image) -> Image.Image:
         """The result: resized, pasted back, composited, with its alpha."""
-        base = self.resized_source
+        straight = None if self.straight is None else _resized(self.straight, self.result_size)
+        base = self.resized_source if straight is None else straight.convert("RGB")
         if self.box is not None:
             width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
             pasted = base.copy()
@@ -67,8 +68,8 @@ class Canvas:
         painted = _resized(painted, self.result_size)
         if self.composite and self.mask is not None:
             painted = Image.composite(painted, base, feathered(_resized(self.mask, self.result_size)))
-        if self.alpha is not None:
-            painted.putalpha(_resized(self.alpha, self.result_size))
+        if straight is not None:
+            painted.putalpha(straight.getchannel("A"))
         return painted
 
 
@@ -79,8 +80,8 @@ def plan_canvas(
     size: str | Size | None = None,
     composite: bool = True,
     crop_padding: int | None = None,
-    alpha: Image.Image | None = None,
-    area: int = ONE_MEGAPIXEL,
+    straight: Image.Image | None = None,
+    area: int,
 ) -> Canvas:
     """Decides how a picture is painted over.
 
@@ -91,7 +92,7 @@ def plan_canvas(
             picture's size), or (width, height). None is "source" with a mask that is composited, else "1mp".
         composite: put what the mask keeps back, bit by bit.
         crop_padding: paint only the mask's surroundings, with so many pixels around it, at the full painting size.
-        alpha: transparency to keep.
+        straight: the picture as it was, RGBA, if the result is to have its transparency.
         area: what "1mp" means, in pixels.
 
     Raises:
@@ -106,21 +107,16 @@ def plan_canvas(
     if size is None:
         size = "source" if mask is not None and composite else "1mp"
     painted = size_of_area(area, source.size) if isinstance(size, str) else size
-    box = None
-    if crop_padding is not None:
-        box = crop_region(mask, painted, crop_padding)
-        if not isinstance(size, str):
-            size = "source"  # a crop goes back into the whole picture
-    result = source.size if size == "source" else painted
-    if not composite and box is None and size != "source":
-        result = painted
-    return Canvas(source, mask, painted, result, composite, box, alpha)
+    box = None if crop_padding is None else crop_region(mask, painted, crop_padding)
+    # A crop goes back into the whole picture.
+    result = source.size if size == "source" or box is not None else painted
+    return Canvas(source, mask, painted, result, composite, box, straight)
 
 
 def feathered(mask: Image.Image) -> Image.Image:
     """A mask as opacity: 0 outside, rising over some pixels inside, so that the seam lies within what was painted."""
     inside = np.asarray(mask.convert("L")) >= 128
-    width = max(1, round(4 * math.sqrt(mask.width * mask.height / ONE_MEGAPIXEL)))
+    width = max(1, round(4 * math.sqrt(mask.width * mask.height / _ONE_MEGAPIXEL)))
     depth = np.zeros(inside.shape, np.float32)
     for _ in range(width):
         depth += inside

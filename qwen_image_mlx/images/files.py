@@ -1,27 +1,22 @@
-"""Pictures on disk: written whole or not at all, never over another, and carrying what made them."""
+"""PNG files: written whole or not at all, never over another, and carrying what made them."""
 
 from __future__ import annotations
 
 import errno
-import io
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
-from .pixels import on_white
 
 logger = logging.getLogger(__name__)
-
-ImageSource = Image.Image | np.ndarray | str | os.PathLike | bytes
 
 METADATA_KEY = "qwen_image_mlx"
 DEFAULT_NAME = "qwen-image.png"
@@ -90,77 +85,6 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
     if written != path:
         logger.warning("%s exists already; saved as %s", path, written.name)
     return written
-
-
-def listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
-    """Pictures as a list; a single one may be given without."""
-    return [images] if isinstance(images, ImageSource) else list(images)
-
-
-def open_image(source: ImageSource) -> Image.Image:
-    """A picture as an upright RGB image: EXIF orientation applied, transparency laid on white, first frame only.
-
-    Args:
-        source: a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), a path, or a file's bytes.
-
-    Raises:
-        RequestError: it cannot be read, or is too large to be decoded safely.
-    """
-    image = _decoded(source)
-    if image.mode == "P" or "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode in ("RGBA", "LA", "PA"):
-        image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
-            logger.warning("%s has transparent parts; they are laid on white", _name(source))
-    return on_white(image)
-
-
-def open_rgba(source: ImageSource) -> Image.Image:
-    """A picture as an upright RGBA image, opaque if it has no alpha; raises RequestError as `open_image` does."""
-    return _decoded(source).convert("RGBA")
-
-
-def open_transparency(source: ImageSource) -> Image.Image | None:
-    """The opacity of a picture (mode L, upright), or None if it is opaque; raises RequestError as `open_image` does."""
-    alpha = _decoded(source).convert("RGBA").getchannel("A")
-    return None if alpha.getextrema()[0] == 255 else alpha
-
-
-def open_mask(source: ImageSource) -> Image.Image:
-    """A mask as an upright picture; raises RequestError as `open_image` does."""
-    return _decoded(source)
-
-
-def _decoded(source: ImageSource) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source)
-    if isinstance(source, np.ndarray):
-        try:
-            return Image.fromarray(source)
-        except (TypeError, ValueError) as error:
-            raise RequestError(
-                f"an array {source.shape} of {source.dtype} is no picture; give uint8 of (height, width, 3 or 4)"
-            ) from error
-    name = _name(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                logger.warning("%s is animated; its first frame is used", name)
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise RequestError(f"there is no picture {name}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RequestError(f"{name} is too large to be opened safely; make it smaller") from error
-    except UnidentifiedImageError as error:
-        raise RequestError(f"{name} is not a picture in a format that can be read") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RequestError(f"{name} cannot be read as a picture: {error}") from error
-
-
-def _name(source: ImageSource) -> str:
-    return str(source) if isinstance(source, str | os.PathLike) else "a picture"
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

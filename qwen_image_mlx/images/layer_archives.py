@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import lzma
 import os
 import re
 import stat
@@ -17,12 +18,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import RequestError
 from .files import METADATA_KEY, replace_file
@@ -37,6 +39,7 @@ ORDER = "back to front"
 LAYER_FILE = re.compile(r"layer_(\d{1,9})\.png")
 ORA_TYPE = b"image/openraster"
 
+_LAYER_KEYS = ("name", "offset", "visible", "opacity")
 _MANIFEST_KEYS = {"manifest_version": int, "size": list, "order": str, "layers": list}
 _THUMBNAIL_SIDE = 256
 _MAX_INDEX = 4 << 20
@@ -44,7 +47,7 @@ _MAX_FILE = 1 << 30
 _MAX_ARCHIVE = 4 << 30
 _MAX_MEMBERS = 10_000
 _MAX_DEPTH = 100
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError)
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError, ValueError)
 
 
 class _Files:
@@ -59,7 +62,7 @@ class _Files:
     def read(self, name: str, limit: int = _MAX_FILE) -> bytes:
         """A file's bytes; raises RequestError if it is not there or longer than `limit`."""
         if name not in self.names:
-            raise RequestError(f"{self.label} names {name!r:.200} as a layer, but holds no such file; put it there")
+            raise RequestError(f"{self.label} must hold {name!r:.200}, but there is no such file in it; put it there")
         return self._fetch(name, limit)
 
     def picture(self, name: str) -> Image.Image:
@@ -78,10 +81,20 @@ class _Files:
                 return image.convert("RGBA")
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise RequestError(f"{name} in {self.label} is too large to be opened safely; make it smaller") from error
+        except UnidentifiedImageError as error:
+            raise RequestError(f"{name} in {self.label} is no PNG; save it as one") from error
         except RequestError:
             raise
         except (OSError, SyntaxError, ValueError) as error:
             raise RequestError(f"{name} in {self.label} cannot be read as a PNG: {error}") from error
+
+    def layer(self, file: str, **fields: Any) -> Layer:
+        """A PNG file as a layer with these fields; raises RequestError if it cannot be read or a field is wrong."""
+        image = self.picture(file)
+        try:
+            return Layer(image, **fields)
+        except RequestError as error:
+            raise RequestError(f"{file} in {self.label}: {error}") from error
 
 
 def folder_files(stack: LayerStack) -> Iterator[tuple[str, bytes]]:
@@ -192,7 +205,8 @@ def read_ora(path: Path) -> LayerStack:
     """
     with _zip_files(path) as files:
         root = _xml(files)
-        layers = [layer for element in root.findall("stack")[:1] for layer in _ora_layers(element, files)]
+        stack = root.find("stack")
+        layers = [] if stack is None else list(islice(_ora_layers(stack, files), MAX_LAYERS + 1))
         if not layers:
             raise RequestError(f"{path} holds no layers")
         size = tuple(_attribute(root, key, None, int, files) for key in "wh")
@@ -237,7 +251,7 @@ def _layers(files: _Files) -> LayerStack:
         found = sorted((int(m[1]), m[0]) for m in map(LAYER_FILE.fullmatch, files.names) if m)
         if not found:
             raise RequestError(f"{files.label} holds neither {MANIFEST} nor layer_0.png")
-        layers = tuple(Layer(files.picture(name), Path(name).stem) for _, name in found[: MAX_LAYERS + 1])
+        layers = tuple(files.layer(name, name=Path(name).stem) for _, name in found[: MAX_LAYERS + 1])
         if odd := [layer for layer in layers if layer.image.size != layers[0].image.size]:
             raise RequestError(
                 f"{odd[0].name}.png in {files.label} is {odd[0].image.size} and {layers[0].name}.png "
@@ -254,11 +268,10 @@ def _layers(files: _Files) -> LayerStack:
 
 def _manifest(files: _Files) -> dict[str, Any]:
     where = f"{MANIFEST} in {files.label}"
+    data = files.read(MANIFEST, _MAX_INDEX)
     try:
-        manifest = json.loads(files.read(MANIFEST, _MAX_INDEX))
+        manifest = json.loads(data)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, RequestError):
-            raise
         raise RequestError(f"{where} is no JSON: {error}") from error
     if not isinstance(manifest, dict):
         raise RequestError(f"{where} is {type(manifest).__name__}, but must be an object")
@@ -267,8 +280,8 @@ def _manifest(files: _Files) -> dict[str, Any]:
             raise RequestError(f"{where} has {key} {manifest.get(key)!r:.80}, but needs one of type {kind.__name__}")
     if manifest["manifest_version"] != MANIFEST_VERSION:
         raise RequestError(
-            f"{where} has manifest_version {manifest['manifest_version']}, but this release reads {MANIFEST_VERSION}; "
-            "update this program"
+            f"{where} has manifest_version {manifest['manifest_version']!r:.80}, but this release reads "
+            f"{MANIFEST_VERSION}; update this program"
         )
     if manifest["order"] != ORDER:
         raise RequestError(f"{where} has order {manifest['order']!r:.80}, but must have {ORDER!r}")
@@ -277,19 +290,17 @@ def _manifest(files: _Files) -> dict[str, Any]:
 
 
 def _entry(entry: Any, canvas: list[int], files: _Files) -> Layer:
-    where = f"{MANIFEST} in {files.label}"
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-        raise RequestError(f"{where} has a layer {entry!r:.80}, but each must be an object that names its file")
-    image, size = files.picture(entry["file"]), entry.get("size", canvas)
-    if list(image.size) != size:
         raise RequestError(
-            f"{entry['file']} in {files.label} is {list(image.size)} px, but {MANIFEST} says {size!r:.80}; correct one"
+            f"{MANIFEST} in {files.label} has a layer {entry!r:.80}, but each must be an object that names its file"
         )
-    fields = {key: entry[key] for key in ("name", "offset", "visible", "opacity") if key in entry}
-    try:
-        return Layer(image, **fields)
-    except RequestError as error:
-        raise RequestError(f"{where}: {entry['file']}: {error}") from error
+    file, size = entry["file"], entry.get("size", canvas)
+    layer = files.layer(file, **{key: entry[key] for key in _LAYER_KEYS if key in entry})
+    if list(layer.image.size) != size:
+        raise RequestError(
+            f"{file} in {files.label} is {list(layer.image.size)} px, but {MANIFEST} says {size!r:.80}; correct one"
+        )
+    return layer
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -333,7 +344,8 @@ def _ora_layers(
         place = tuple(_attribute(element, key, 0, int, files) + base for key, base in (("x", x), ("y", y)))
         visible = shown and element.get("visibility", "visible") != "hidden"
         if element.tag == "layer":
-            yield Layer(files.picture(element.get("src", "")), name, place, visible, opacity * own)
+            file = element.get("src", "")
+            yield files.layer(file, name=name, offset=place, visible=visible, opacity=opacity * own)
             continue
         if own < 1:
             logger.warning("%s: the opacity of stack %s is given to each of its layers", files.label, name)

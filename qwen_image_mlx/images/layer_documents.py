@@ -38,6 +38,7 @@ _PSD_NOTICES = (
     (lambda layer: layer.has_effects(), "has effects, which are left out"),
     (lambda layer: layer.kind in _GROUPS and layer.opacity < 255, "has an opacity, which goes to each of its layers"),
 )
+_PSD_ALPHA = -1  # the channel's number in the file
 _PSD_MODES = ("RGB", "GRAYSCALE", "DUOTONE", "INDEXED", "CMYK")
 
 _EMU_PER_PIXEL = 9525  # at 96 pixels an inch
@@ -109,7 +110,7 @@ def read_psd(path: Path) -> LayerStack:
             layers = tuple(_psd_layers(document, path))
             if not layers:
                 logger.warning("%s holds no layers of pixels; its whole picture is read as one", path)
-                layers = (Layer(_rgba(document.topil()), path.stem),)
+                layers = (Layer(document.topil().convert("RGBA"), clean_name(path.stem)),)
             return LayerStack(document.size, layers)
     except QwenImageError:
         raise
@@ -170,7 +171,10 @@ def _psd_layers(group: Any, path: Path, opacity: float = 1.0, shown: bool = True
         if layer.kind in _GROUPS:
             yield from _psd_layers(layer, path, own, visible)
             continue
-        image = _rgba(layer.topil())
+        image = _rgba(layer)
+        if image is None:
+            logger.warning("%s: layer %s (%s) has no pixels and is skipped", path, name, layer.kind)
+            continue
         if layer.has_mask():
             image.putalpha(ImageChops.multiply(image.getchannel("A"), _psd_mask(layer)))
         yield Layer(image, name, tuple(layer.offset), visible, own)
@@ -187,10 +191,15 @@ def _psd_mask(layer: Any) -> Image.Image:
     return whole
 
 
-def _rgba(image: Image.Image | None) -> Image.Image:
+def _rgba(layer: Any) -> Image.Image | None:
+    """A layer's pixels, or None if it has none; psd-tools alone would lose the alpha of CMYK."""
+    image, alpha = layer.topil(), layer.topil(channel=_PSD_ALPHA)
     if image is None:
-        raise ValueError("a layer's pixels are missing")
-    return image.convert("RGBA")
+        return None
+    image = image.convert("RGBA")
+    if alpha is not None:
+        image.putalpha(alpha.convert("L"))
+    return image
 
 
 def _blending(layer: Any) -> str:

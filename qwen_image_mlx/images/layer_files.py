@@ -6,6 +6,7 @@ folder of layers is written once and never over anything.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -100,18 +101,18 @@ def save_layers(stack: LayerStack, folder: str | os.PathLike, formats: Iterable[
         RequestError: a format is unknown, or its library is not installed.
         OutputError: the folder is not empty or cannot be written; nothing is left behind.
     """
-    formats, folder = check_formats(formats), Path(folder).expanduser()
+    formats, folder = check_formats(formats), Path(os.path.expanduser(folder))
     partial = None
     try:
+        if not is_free(folder):
+            raise FileExistsError(errno.EEXIST, "it holds something already; layers get a folder of their own")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        partial = Path(tempfile.mkdtemp(prefix=".layers-", suffix=".partial", dir=folder.parent))
         for name in formats:
             FORMATS[name].write(stack, partial / FORMATS[name].file)
         composite(stack).save(partial / "composite.png")
         contact_sheet(stack).save(partial / "contact_sheet.png")
         partial.chmod(0o777 & ~umask())
-        if not is_free(folder):
-            raise OutputError(f"{folder} holds something already; layers get a folder of their own")
         os.replace(partial, folder)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {reason(error)}") from error
@@ -143,8 +144,8 @@ def load_layers(path: str | os.PathLike) -> LayerStack:
     Raises:
         RequestError: there is no such file, it holds no layers, or it is damaged, too large or unsafe.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(path))
+    if not os.path.exists(path):
         raise RequestError(f"there is no {path}; give {READABLE}")
     try:
         found = next((f for f in FORMATS.values() if f.read is not None and f.recognises(path)), None)
@@ -158,6 +159,7 @@ def load_layers(path: str | os.PathLike) -> LayerStack:
 def split_reference(reference: str) -> tuple[Path, int | None]:
     """(path, layer) of PATH:N; (path, None) where no number is given or the whole is a path that exists."""
     match = re.fullmatch(r"(.+):(\d{1,9})", reference)
-    if match and not Path(reference).expanduser().exists():
-        return Path(match[1]).expanduser(), int(match[2])
-    return Path(reference).expanduser(), None
+    path, number = reference, None
+    if match and not os.path.exists(os.path.expanduser(reference)):
+        path, number = match[1], int(match[2])
+    return Path(os.path.expanduser(path)), number

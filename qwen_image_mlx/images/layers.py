@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -209,15 +210,14 @@ def contact_sheet(stack: LayerStack, *, max_side: int = 2048) -> Image.Image:
         RGB. A grid of equal cells from left to right and top to bottom: layer 0 (the backmost) first, the composite
         last, each with its number on a checkerboard that shows through where it is transparent.
     """
-    pictures = [composite(LayerStack(stack.size, (replace(layer, visible=True),))) for layer in stack.layers]
-    pictures.append(composite(stack))
-    scale, columns, rows = max(_grids(stack.size, len(pictures), max_side))
+    alone = (LayerStack(stack.size, (replace(layer, visible=True),)) for layer in stack.layers)
+    scale, columns, rows = max(_grids(stack.size, len(stack.layers) + 1, max_side))
     width, height = (max(1, math.floor(side * scale)) for side in stack.size)
     sheet = Image.new("RGB", (_GAP + columns * (width + _GAP), _GAP + rows * (height + _GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, height // 12))
-    for number, picture in enumerate(pictures):
+    for number, cell in enumerate(chain(alone, (stack,))):
         x, y = _GAP + number % columns * (width + _GAP), _GAP + number // columns * (height + _GAP)
-        picture = picture.resize((width, height), Image.Resampling.BOX)
+        picture = composite(cell).resize((width, height), Image.Resampling.BOX)
         sheet.paste(Image.alpha_composite(_checkerboard((width, height)), picture).convert("RGB"), (x, y))
         label = str(number) if number < len(stack.layers) else "="
         draw.text((x + 6, y + 3), label, fill="white", font=font, stroke_width=2, stroke_fill="black")

@@ -1,4 +1,6 @@
-"""MLX's own layers, born with zeros: a checkpoint fills them, so building a model draws nothing from the application's
+"""Layers that models share.
+
+MLX's own are born with zeros here: a checkpoint fills them, so building a model draws nothing from the application's
 global random state, which MLX's initialisers would advance.
 """
 
@@ -34,3 +36,23 @@ class Conv2d(nn.Conv2d):
         self.weight = mx.zeros((out_channels, 3, 3, in_channels))
         self.bias = mx.zeros((out_channels,))
         self.stride, self.padding, self.dilation, self.groups = stride, padding, 1, 1
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dim: int, inner: int, bias: bool = False):
+        super().__init__()
+        self.gate_proj = Linear(dim, inner, bias)
+        self.up_proj = Linear(dim, inner, bias)
+        self.down_proj = Linear(inner, dim, bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@mx.compile
+def rotate_half(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Turns channel pairs (j, j + head_dim / 2) of x (…, head_dim) by angles that broadcast to half of it."""
+    a, b = mx.split(x, 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextEncoderConfig
-from .layers import Embedding, Linear
+from .layers import Embedding, GatedMLP, Linear, rotate_half
 
 
 class KeyValueCache(Protocol):
@@ -119,19 +119,6 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(2))
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, dim: int, inner: int, bias: bool = False):
-        super().__init__()
-        self.gate_proj = Linear(dim, inner, bias)
-        self.up_proj = Linear(dim, inner, bias)
-        self.down_proj = Linear(inner, dim, bias)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 def mrope_tables(
     positions: mx.array, sections: Sequence[int], head_dim: int, theta: float, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
@@ -149,10 +136,3 @@ def mrope_tables(
         axis=-1,
     )
     return mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
-
-
-@mx.compile
-def rotate_half(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turns channel pairs (j, j + head_dim / 2) of x (B, heads, L, head_dim)."""
-    a, b = mx.split(x, 2, axis=-1)
-    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

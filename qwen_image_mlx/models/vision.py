@@ -14,8 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import VisionConfig
-from .layers import Linear
-from .text_encoder import GatedMLP, rotate_half
+from .layers import GatedMLP, Linear, rotate_half
 
 EPS = 1e-6
 THETA = 10000.0
@@ -120,7 +119,7 @@ class PatchMerger(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        merged = config.hidden_size * config.spatial_merge_size**2
+        merged = config.merged_size
         self.ln_q = nn.RMSNorm(config.hidden_size, eps=EPS)
         self.mlp = [Linear(merged, merged), nn.GELU(), Linear(merged, config.out_hidden_size)]
         self._merged = merged
@@ -156,9 +155,7 @@ def window_index(height: int, width: int, side: int, per_cell: int, dtype: mx.Dt
     patches = (rows * width + cols) * per_cell + mx.arange(per_cell)
     shape = (down * across, side * side * per_cell)
     members = mx.where(inside, patches, 0).reshape(shape)
-    mask = (
-        mx.where(mx.broadcast_to(inside, patches.shape), 0.0, -mx.inf).astype(dtype).reshape(shape[0], 1, 1, shape[1])
-    )
+    mask = mx.where(mx.broadcast_to(inside, patches.shape), 0.0, -mx.inf).astype(dtype)
 
     row, col = (axis.reshape(-1, 1) for axis in mx.meshgrid(mx.arange(height), mx.arange(width), indexing="ij"))
     window = (row // side) * across + col // side

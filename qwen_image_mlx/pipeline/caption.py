@@ -7,14 +7,13 @@ mlx-lm's, imported only here; the random draws have a key of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import mlx.core as mx
 from PIL import Image
 
 from ..config import GenerationConfig
 from ..text.prompt import replace_vision_tokens, tokenize_prompt
-from ..variants import CAPTION_TEMPLATES, PICTURE
+from ..variants import CAPTION_TEMPLATES
 from .components import Components
 from .encode import encode_vision, feature_grid
 
@@ -34,15 +33,8 @@ def write_caption(
         seed: of the draws, where generation_config.json asks for sampling.
         on_token: told the number of tokens written.
     """
-    template = replace(
-        components.variant,
-        template=CAPTION_TEMPLATES[language],
-        template_drop=0,
-        max_tokens=None,
-        max_embeddings=None,
-        image_prompt=PICTURE,
-    )
-    tokens = tokenize_prompt(components.tokenizer, template, "", [feature_grid(components, image, area)])
+    grid = feature_grid(components, image, area)
+    tokens = tokenize_prompt(components.tokenizer, CAPTION_TEMPLATES[language], "", [grid])
     features = encode_vision(components, [image], area)
     encoder = components.text_encoder
     embeddings = replace_vision_tokens(encoder.embed(mx.array(tokens.ids)[None]), tokens.is_image, features)

@@ -199,10 +199,13 @@ class Components:
 
     @property
     def fingerprint(self) -> str:
-        """Tells checkpoints apart: the commit, or a directory's weight files by name, size and time."""
+        """Tells apart what encodes: the commit, or a directory's files by name, size and time."""
         if self.snapshot.revision is not None:
             return f"{self.snapshot.model}@{self.snapshot.revision}"
-        files = sorted({file for component in ("text_encoder", "vae") for file in self.weights(component).files})
+        folder = Path(self.snapshot.model).expanduser().resolve()
+        files = sorted(
+            f for part in ("text_encoder", "vae", "tokenizer", "processor") for f in folder.glob(f"{part}/*")
+        )
         return repr([(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
     def weights(self, component: str) -> ComponentWeights:

@@ -82,13 +82,16 @@ class GuidanceEncoding:
             mx.eval(arrays)
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is not a readable encoding: {error}") from error
-        if metadata.get("format") != _FORMAT or "positive" not in arrays:
+        if metadata.get("format") != _FORMAT:
             raise CheckpointError(f"{path} is not an encoding saved by GuidanceEncoding.save")
         known = {f.name for f in fields(EncodingSource)}
-        source = {k: v for k, v in json.loads(metadata["source"]).items() if k in known}
-        grids = json.loads(metadata["grids"])
-        references = tuple(Reference(arrays[f"reference.{n}"], *grid) for n, grid in enumerate(grids))
-        return cls(arrays["positive"], arrays.get("negative"), references, EncodingSource(**source))
+        try:
+            source = {k: v for k, v in json.loads(metadata["source"]).items() if k in known}
+            grids = json.loads(metadata["grids"])
+            references = tuple(Reference(arrays[f"reference.{n}"], *grid) for n, grid in enumerate(grids))
+            return cls(arrays["positive"], arrays.get("negative"), references, EncodingSource(**source))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is a damaged encoding ({error}); encode again") from error
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import QwenImageError, RequestError
-from ..images.files import ImageSource, listed, open_image, open_mask, open_rgba
 from ..images.geometry import Size, size_of_area
+from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
 from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
 from ..models.transformer import Modulation
 from ..sampling.denoise import Guidance, denoise
@@ -30,7 +30,7 @@ from .caption import MAX_TOKENS, write_caption
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
 from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
-from .parameters import GenerationParameters, check_seed, check_size
+from .parameters import GenerationParameters, check_reference_pixels, check_seed, check_size
 from .progress import Progress, ProgressCallback, Reporter
 from .start import Start, draw_start
 
@@ -78,7 +78,7 @@ class PipelineCore:
 
     @property
     def fingerprint(self) -> str:
-        """Tells checkpoints apart: the commit, or a directory's weight files by size and time."""
+        """Tells apart what encodes: the commit, or a directory's files by name, size and time."""
         return self._components.fingerprint
 
     def prepare(self) -> None:
@@ -123,15 +123,15 @@ class PipelineCore:
             RequestError: a picture cannot be read, or the model does not take so many.
             QwenImageError: the encoder's output is not finite, which float16 can cause.
         """
+        check_reference_pixels(reference_pixels)
         parts = self._components
         pictures = self._open_images(images)
         shown = pictures if self.variant.encoder_area else []
         with self._report.using(progress):
             prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
             grids = [feature_grid(parts, picture, self.variant.encoder_area) for picture in shown]
-            tokens = [
-                tokenize_prompt(parts.tokenizer, self.variant, text, grids, sequential_positions) for text in prompts
-            ]
+            template = self.variant.template
+            tokens = [tokenize_prompt(parts.tokenizer, template, text, grids, sequential_positions) for text in prompts]
             features = None
             if shown:
                 _ = parts.vision
@@ -211,9 +211,9 @@ class PipelineCore:
                 lambda count: self._report(Progress("caption", count, MAX_TOKENS)),
             )  # fmt: skip
 
-    def output_size(self, images: Sequence[ImageSource], area: int = 1024 * 1024) -> Size:
-        """(width, height) of about `area` pixels that an edit of these pictures has unless another is asked for."""
-        return size_of_area(area, self._open_images(images)[self.variant.size_from].size)
+    def output_size(self, images: Sequence[ImageSource]) -> Size:
+        """(width, height) that an edit of these pictures has unless another is asked for: about 1 MP."""
+        return size_of_area(self.variant.target_area, self._open_images(images)[self.variant.size_from].size)
 
     def generate_pixels(
         self,
@@ -373,7 +373,8 @@ class PipelineCore:
                 )
             latents = mx.array(latents)
         if initial is not None and initial.mean.shape[1:3] != (2 * grid[1], 2 * grid[2]):
-            height, width = (8 * side for side in initial.mean.shape[1:3])
+            factor = self._components.vae_config.spatial_factor
+            height, width = (factor * side for side in initial.mean.shape[1:3])
             raise RequestError(
                 f"the initial image was encoded at {width}x{height}, not at {parameters.width}x{parameters.height}"
             )

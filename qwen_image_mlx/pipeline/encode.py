@@ -58,7 +58,7 @@ def encode_prompt(encoder: TextEncoder, tokens: TokenizedPrompt, features: mx.ar
     embeddings = encoder.embed(mx.array(tokens.ids)[None])
     if features is not None:
         embeddings = replace_vision_tokens(embeddings, tokens.is_image, features)
-    states = encoder(embeddings, mx.array(tokens.positions))[:, tokens.first : tokens.last]
+    states = encoder(embeddings, mx.array(tokens.positions))[:, tokens.first :]
     mx.eval(states)
     if not mx.isfinite(states).all().item():
         raise QwenImageError("the encoded prompt is not finite: try --dtype bfloat16, or check the weights")
@@ -69,7 +69,8 @@ def encode_references(
     components: Components, images: Sequence[Image.Image], max_pixels: int | None
 ) -> tuple[Reference, ...]:
     """What the transformer is shown of each picture, at its own size of the pipeline's area (at most `max_pixels`)."""
-    area = min(components.variant.reference_area, max_pixels or components.variant.reference_area)
+    area = components.variant.reference_area
+    area = area if max_pixels is None else min(area, max_pixels)
     references = []
     for image in images:
         latents = encode_mode(

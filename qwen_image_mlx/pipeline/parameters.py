@@ -87,6 +87,12 @@ def check_seed(seed: int) -> int:
     return seed
 
 
+def check_reference_pixels(pixels: int | None) -> None:
+    """Raises RequestError unless it is None or an integer of at least 1024, the smallest picture."""
+    if pixels is not None:
+        _check_integer("reference_pixels", pixels, 32 * 32)
+
+
 def _check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         allowed = f"of at least {low}" if high is None else f"from {low} to {high}"

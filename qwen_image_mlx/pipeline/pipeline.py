@@ -16,10 +16,10 @@ import mlx.core as mx
 from .. import __version__
 from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
-from ..images.files import ImageSource, listed, open_image, open_mask, open_rgba, open_transparency
 from ..images.geometry import Size
 from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
+from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
 from ..variants import ASPECT_SIZES, DEFAULT_MODEL
 from ..weights.snapshot import HubSnapshot
 from .components import Components
@@ -90,6 +90,7 @@ class QwenImagePipeline(PipelineCore):
         mask: ImageSource | None = None,
         strength: float = 0.6,
         mask_padding: int | None = None,
+        size: str | Size | None = None,
         width: int | None = None,
         height: int | None = None,
         num_inference_steps: int | None = None,
@@ -110,7 +111,9 @@ class QwenImagePipeline(PipelineCore):
             mask: white where the picture is painted anew; the rest comes back bit by bit.
             strength: how much of the picture is painted anew, above 0 and at most 1.
             mask_padding: paint only the mask's surroundings, with so many pixels around it.
-            width, height: size in pixels, multiples of 16; None is 1328x1328, or about 1 MP at the picture's aspect.
+            size: with an image, "1mp" (about 1 MP at its aspect), "source" (its own size) or (width, height); None is
+                "source" with a composited mask, else "1mp".
+            width, height: the same as two numbers, multiples of 16; None is 1328x1328 without an image.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
             seed: of the initial noise.
@@ -128,17 +131,18 @@ class QwenImagePipeline(PipelineCore):
         """
         self.check_task("generate")
         canvas = None
-        size = self._explicit_size(width, height)
+        if size is None:
+            size = self._explicit_size(width, height)
         if image is not None:
-            canvas = plan_canvas(
-                open_image(image),
+            canvas = self.plan_canvas(
+                [open_image(image)],
                 mask=None if mask is None else open_mask(mask),
                 size=size,
                 composite=composite,
                 crop_padding=mask_padding,
             )
-        elif mask is not None:
-            raise RequestError("a mask needs an image to be painted over")
+        elif mask is not None or mask_padding is not None or isinstance(size, str):
+            raise RequestError("a mask, a padding around it, and a size by name need an image to be painted over")
         parameters = self._parameters(
             canvas.size if canvas else size or next(iter(ASPECT_SIZES.values())),
             num_inference_steps, 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale, rng, strength,
@@ -200,14 +204,15 @@ class QwenImagePipeline(PipelineCore):
         """
         self.check_task("edit")
         sources = listed(images)
+        straight = [open_rgba(source) for source in sources] if keep_alpha else None
         pictures = self._open_images(sources)
-        canvas = self.edit_canvas(
+        canvas = self.plan_canvas(
             pictures,
             mask=None if mask is None else open_mask(mask),
             size=size,
             composite=composite,
             crop_padding=mask_padding,
-            transparency=[open_transparency(source) for source in sources] if keep_alpha else None,
+            straight=straight,
         )
         request = Request(
             prompt=prompt,
@@ -274,7 +279,7 @@ class QwenImagePipeline(PipelineCore):
         if self.variant.task != task:
             raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
 
-    def edit_canvas(
+    def plan_canvas(
         self,
         pictures: Sequence[PILImage],
         *,
@@ -282,9 +287,15 @@ class QwenImagePipeline(PipelineCore):
         size: str | Size | None = None,
         composite: bool = True,
         crop_padding: int | None = None,
-        transparency: Sequence[PILImage | None] | None = None,
+        straight: Sequence[PILImage] | None = None,
     ) -> Canvas:
-        """Which of the pictures gives the result its size, and which it is: with a mask the first, else the model's."""
+        """How a picture is painted over, or gives an edit its size: with a mask the first, else the model's choice.
+
+        Args:
+            pictures: upright, RGB.
+            mask, size, composite, crop_padding: as in `images.canvas.plan_canvas`.
+            straight: the same pictures with their transparency, RGBA, if the result is to have it.
+        """
         index = 0 if mask is not None else self.variant.size_from
         return plan_canvas(
             pictures[index],
@@ -292,7 +303,8 @@ class QwenImagePipeline(PipelineCore):
             size=size,
             composite=composite,
             crop_padding=crop_padding,
-            alpha=None if transparency is None else transparency[index],
+            straight=None if straight is None or straight[index].getextrema()[3][0] == 255 else straight[index],
+            area=self.variant.target_area,
         )
 
     def encode_request(self, request: Request, progress: ProgressCallback | None = None) -> GuidanceEncoding:
@@ -362,7 +374,7 @@ class QwenImagePipeline(PipelineCore):
         return LayeredResult(request.canvas.resized_source, LayerStack(size, tuple(layers), metadata))
 
     def describe(self, request: Request, encoding: GuidanceEncoding, seed: int, image_index: int = 0) -> dict[str, Any]:
-        """The metadata of one result: all it takes to paint it again, JSON-serialisable."""
+        """The metadata of one result: all that the pipeline knows of how it was painted, JSON-serialisable."""
         parameters = request.parameters
         metadata = {
             "model": self.model,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import RequestError
-from .parameters import GenerationParameters, check_seed
+from .parameters import GenerationParameters, check_reference_pixels, check_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,8 +44,7 @@ class Request:
     caption_language: str | None = None
 
     def __post_init__(self) -> None:
-        if self.reference_pixels is not None and self.reference_pixels < 32 * 32:
-            raise RequestError(f"reference_pixels is {self.reference_pixels}, but must be at least {32 * 32}")
+        check_reference_pixels(self.reference_pixels)
         for seed in self.seeds:
             check_seed(seed)
         if not 1 <= len(self.image_indices) * len(self.seeds) <= MAX_IMAGES:

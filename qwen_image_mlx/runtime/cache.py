@@ -10,9 +10,11 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import __version__
 from ..errors import CheckpointError, OutputError
 from ..pipeline.conditioning import GuidanceEncoding
 
@@ -52,8 +54,9 @@ class EncodingCache:
         except CheckpointError as error:
             logger.warning("a cached encoding is damaged and is made anew: %s", error)
             return None
-        os.utime(path)
-        logger.info("the encoding comes from the cache; no encoder is loaded")
+        with suppress(OSError):
+            os.utime(path)
+        logger.info("the encoding comes from the cache; no text encoder is loaded")
         return encoding
 
     def put(self, pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding) -> None:
@@ -68,6 +71,7 @@ class EncodingCache:
     def _path(self, pipeline: QwenImagePipeline, request: Request) -> Path:
         guided = request.parameters.cfg_scale > 1
         facts = {
+            "version": __version__,
             "checkpoint": pipeline.fingerprint,
             "dtype": str(pipeline.dtype),
             "variant": repr(pipeline.variant),

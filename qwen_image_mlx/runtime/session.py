@@ -1,6 +1,6 @@
 """Works a request through with as little in memory as possible: encode, release the encoders, then paint.
 
-The pipeline below has no policy; this is where one is chosen. Printing and files are the caller's.
+The two core calls have no policy; the command line's is here. Printing and files are the caller's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Painting:
-    """A finished picture, and all it takes to paint it again."""
+    """A finished picture, and how the pipeline painted it."""
 
     image: Image
     metadata: dict[str, Any]
@@ -50,8 +50,8 @@ def paint(
         logger.warning("the prompt is empty: the model paints whatever it likes")
     if len(request.images) > 2:
         logger.warning(
-            "%d pictures are shown to the model, each as costly in every step as a target of its size; "
-            "--reference-pixels makes them smaller",
+            "%d pictures are shown to the model, each as costly in every step as a target of its size; fewer reference "
+            "pixels make them cheaper",
             len(request.images),
         )
     encoding = _encoded(pipeline, request, progress, cache)

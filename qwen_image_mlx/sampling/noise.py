@@ -12,7 +12,6 @@ import math
 import mlx.core as mx
 import numpy as np
 
-RNGS = ("torch", "mlx")
 _BLOCK = 16
 
 
@@ -67,5 +66,5 @@ class MLXGenerator:
 
 
 def generator(rng: str, seed: int) -> TorchGenerator | MLXGenerator:
-    """The stream of noise a seed stands for; `rng` is one of `RNGS`."""
+    """The stream of noise a seed stands for; `rng` is "torch" or "mlx"."""
     return {"torch": TorchGenerator, "mlx": MLXGenerator}[rng](seed)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import RequestError
-from ..variants import Variant
+from ..variants import Template
 from .tokenizer import QwenTokenizer
 
 logger = logging.getLogger(__name__)
@@ -30,19 +30,18 @@ class TokenizedPrompt:
         ids: int32 (L,): token ids of template, pictures and prompt.
         is_image: bool (L,): which tokens stand for a picture's features.
         positions: int32 (3, L): time, row and column of each token.
-        first, last: the half-open range of the encoder's output rows that go to the transformer.
+        first: the encoder's output rows from this one on go to the transformer.
     """
 
     ids: np.ndarray
     is_image: np.ndarray
     positions: np.ndarray
     first: int
-    last: int
 
 
 def tokenize_prompt(
     tokenizer: QwenTokenizer,
-    variant: Variant,
+    template: Template,
     prompt: str,
     grids: Sequence[tuple[int, int]] = (),
     sequential_positions: bool = False,
@@ -53,7 +52,7 @@ def tokenize_prompt(
 
     Args:
         tokenizer: the checkpoint's.
-        variant: the pipeline's row: template and limits.
+        template: what stands around the prompt, and the limits.
         prompt: what the user wrote.
         grids: for each picture, the rows and columns of its features.
         sequential_positions: number the tokens 0, 1, 2, … although there are pictures, as libraries do that lost the
@@ -68,20 +67,20 @@ def tokenize_prompt(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt is not valid text at character {error.start}; write it in UTF-8") from error
-    pictures = "".join(variant.image_prompt.format(n=n + 1) for n in range(len(grids)))
-    head = variant.template.split("{prompt}")[0] + pictures
-    text = variant.template.format(prompt=pictures + prompt)
+    pictures = "".join(template.picture.format(n=n + 1) for n in range(len(grids)))
+    head = template.text.split("{prompt}")[0] + pictures
+    text = template.text.format(prompt=pictures + prompt)
     ids, offsets = tokenizer.encode(text)
     last = min(
         len(ids),
-        variant.max_tokens or len(ids),
-        variant.template_drop + variant.max_embeddings if variant.max_embeddings else len(ids),
+        template.max_tokens or len(ids),
+        template.drop + template.max_embeddings if template.max_embeddings else len(ids),
     )
     cut = offsets[last - 1][1] - len(head)
     if cut < len(prompt):
         logger.warning(
             "the prompt is cut after %d of its %d characters (limit: %d tokens); the last words that count: “…%s”",
-            cut, len(prompt), last - variant.template_drop, prompt[max(0, cut - _SHOWN) : cut],
+            cut, len(prompt), last - template.drop, prompt[max(0, cut - _SHOWN) : cut],
         )  # fmt: skip
     # Rows past the last one that counts cannot influence it: the encoder is causal.
     short = np.array(ids[:last], dtype=np.int32)
@@ -95,7 +94,7 @@ def tokenize_prompt(
     positions = _positions(len(short), dict(zip(slots.tolist(), grids, strict=True)))
     if sequential_positions:
         positions = np.broadcast_to(np.arange(len(long), dtype=np.int32), positions.shape)
-    return TokenizedPrompt(long, is_image, positions, min(variant.template_drop, len(long)), len(long))
+    return TokenizedPrompt(long, is_image, positions, template.drop)
 
 
 def _positions(length: int, pictures: dict[int, tuple[int, int]]) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,10 @@ def edit_model(tmp_path_factory):
 def small_pictures(monkeypatch):
     """The real areas are a megapixel; nothing but time depends on them."""
     from qwen_image_mlx import variants
-    from qwen_image_mlx.images import canvas
 
-    row = variants.VARIANTS["QwenImageEditPlusPipeline"]
-    small = type(row)(**{**vars(row), "encoder_area": 96 * 96, "reference_area": 128 * 128})
-    monkeypatch.setitem(variants.VARIANTS, "QwenImageEditPlusPipeline", small)
-    monkeypatch.setitem(canvas.plan_canvas.__kwdefaults__, "area", 128 * 128)
+    for name, row in variants.VARIANTS.items():
+        small = replace(row, encoder_area=row.encoder_area and 96**2, reference_area=128**2, target_area=128**2)
+        monkeypatch.setitem(variants.VARIANTS, name, small)
 
 
 @pytest.fixture
@@ -194,6 +194,9 @@ def test_transparency_is_laid_on_white_or_kept(run):
     flat = run("edit", "a hat", "--image", "clear.png", "--size", "source", *QUICK)
     assert "laid on white" in flat[2]
     assert opened(flat).mode == "RGB"
+    masked = opened(run("edit", "a hat", "--image", "clear.png", "--mask", "mask.png", "--keep-alpha", *QUICK))
+    outside = np.asarray(alpha) == 0
+    np.testing.assert_array_equal(np.asarray(masked)[outside], np.asarray(image)[outside])
     kept = opened(run("edit", "a hat", "--image", "clear.png", "--size", "source", "--keep-alpha", *QUICK))
     assert kept.mode == "RGBA"
     np.testing.assert_array_equal(np.asarray(kept.getchannel("A")), np.asarray(alpha))
@@ -220,6 +223,16 @@ def test_a_cached_encoding_loads_no_encoder(run):
         assert "load text_encoder" in other[2], change
 
 
+def test_a_cache_knows_a_checkpoint_that_changed(run, here, edit_model):
+    shutil.copytree(edit_model, "model")
+    given = ["a hat", "--image", "photo.png", "--cache", "--model", "model", *QUICK]
+    run("edit", *given)
+    assert "load text_encoder" not in run("edit", *given)[2]
+    config = Path("model/processor/preprocessor_config.json")
+    config.write_text(config.read_text() + " ")
+    assert "load text_encoder" in run("edit", *given)[2]
+
+
 def test_a_damaged_cache_entry_is_made_anew(run, here):
     run("generate", "a hat", "--width", 64, "--height", 64, "--cache", *QUICK)
     (entry,) = here.glob("cache/qwen-image-mlx/encodings/*.safetensors")
@@ -231,8 +244,6 @@ def test_a_damaged_cache_entry_is_made_anew(run, here):
 
 
 def test_the_cache_is_bounded(tmp_path, edit_model):
-    from dataclasses import replace
-
     from qwen_image_mlx import GenerationParameters, QwenImagePipeline
     from qwen_image_mlx.pipeline.request import Request
     from qwen_image_mlx.runtime.cache import EncodingCache
@@ -277,7 +288,8 @@ def odd_files(here):
     (["--image", "photo.png", "--mask", "small.png"], "75x45"),
     (["--image", "photo.png", "--mask", "black.png"], "black"),
     (["--image", "photo.png", "--mask", "white.png"], "white"),
-    (["--image", "photo.png", "--mask-padding", "4"], "mask"),
+    (["--image", "photo.png", "--mask-padding", "4"], "needs --mask"),
+    (["--image", "photo.png", "--no-composite"], "needs --mask"),
     (["--image", "photo.png", "--mask", "mask.png", "--strength", "0"], "strength"),
     (["--image", "photo.png", "--size", "huge"], "1mp"),
     (["--image", "photo.png", "--size", "100x100"], "96 and 112"),
@@ -306,6 +318,12 @@ def test_one_pixel_and_animated_pictures_are_edited(run):
 def test_models_and_commands_must_match(run, tiny, edit_model):
     assert "use generate" in refusal(run("edit", "a hat", "--image", "photo.png", "--model", tiny, *QUICK))
     assert "use edit" in refusal(run("generate", "a hat", "--model", edit_model, *QUICK))
+
+
+def test_many_pictures_are_said_to_be_costly(run):
+    given = [flag for _ in range(3) for flag in ("--image", "photo.png")]
+    assert "3 pictures are shown" in run("edit", "a hat", *given, *QUICK, "--steps", "1")[2]
+    assert "are shown" not in run("edit", "a hat", *given[:4], *QUICK, "--steps", "1")[2]
 
 
 def test_painting_over_takes_one_picture(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,11 @@ def models(tmp_path_factory):
 def small_areas(monkeypatch):
     """The real areas are of 640 pixels squared and more; nothing but time depends on them."""
     from qwen_image_mlx import variants
-    from qwen_image_mlx.images import canvas
     from qwen_image_mlx.pipeline import caption, decomposition
 
-    row = variants.VARIANTS["QwenImageEditPlusPipeline"]
-    small = type(row)(**{**vars(row), "encoder_area": 96 * 96, "reference_area": 128 * 128})
-    monkeypatch.setitem(variants.VARIANTS, "QwenImageEditPlusPipeline", small)
-    monkeypatch.setitem(canvas.plan_canvas.__kwdefaults__, "area", 128 * 128)
+    name = "QwenImageEditPlusPipeline"
+    small = replace(variants.VARIANTS[name], encoder_area=96**2, reference_area=128**2, target_area=128**2)
+    monkeypatch.setitem(variants.VARIANTS, name, small)
     monkeypatch.setattr(decomposition, "LAYERED_RESOLUTIONS", (96, 160))
     monkeypatch.setattr(caption, "MAX_TOKENS", 4)
 

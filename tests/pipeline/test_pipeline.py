@@ -286,10 +286,12 @@ def test_an_encoding_with_pictures_does_not_fit_a_text_model(pipeline, encoding)
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    ({"mask": DISC}, "needs an image"),
+    ({"mask": DISC}, "need an image"),
     ({"image": PHOTO, "mask_padding": 8}, "needs a mask"),
-    ({"image": np.zeros((4, 4, 7), np.uint8)}, "no picture"),
+    ({"image": np.zeros((4, 4, 7), np.uint8)}, "cannot be read"),
     ({"width": 64}, "both width and height"),
+    ({"mask_padding": 8}, "need an image"),
+    ({"size": "source"}, "need an image"),
 ])  # fmt: skip
 def test_impossible_calls_are_refused(pipeline, arguments, says):
     with pytest.raises(RequestError, match=says):

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_image_mlx.sampling.noise import RNGS, generator
+from qwen_image_mlx.pipeline.parameters import RNGS
+from qwen_image_mlx.sampling.noise import generator
 
 SEEDS = [0, 42, 2**32 - 1, 2**32 + 5, 2**63, 2**64 - 1]
 SHAPES = [(16,), (17,), (31,), (33,), (100,), (3, 5, 7), (1, 16, 2, 2), (1, 16, 10, 14), (1, 16, 128, 166)]
