@@ -225,7 +225,7 @@ def is_ora(path: Path) -> bool:
 def _zip_files(path: Path) -> Iterator[_Files]:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {i.filename: i for i in archive.infolist() if not i.is_dir() and _is_inside(i.filename)}
+            members = {i.filename: i for i in archive.infolist() if _is_inside(i.filename)}
             if len(members) > _MAX_MEMBERS or sum(info.file_size for info in members.values()) > _MAX_ARCHIVE:
                 raise RequestError(f"{path} unpacks to more than {_MAX_ARCHIVE >> 30} GB; this is no layered picture")
 
@@ -243,7 +243,7 @@ def _zip_files(path: Path) -> Iterator[_Files]:
 
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in name
+    return not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name)
 
 
 def _layers(files: _Files) -> LayerStack:

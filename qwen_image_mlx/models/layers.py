@@ -38,6 +38,45 @@ class Conv2d(nn.Conv2d):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, 1, 1
 
 
+class QuantizedLinear(nn.QuantizedLinear):
+    """`nn.QuantizedLinear` around weights that are there already.
+
+    Args:
+        weight, scales, biases: as `mx.quantize` returns them; biases None outside the mode "affine".
+        group_size, bits, mode: as `mx.quantize` takes them.
+        bias: (out,), or None.
+    """
+
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array,
+        biases: mx.array | None,
+        group_size: int,
+        bits: int,
+        mode: str,
+        bias: mx.array | None = None,
+    ):
+        nn.Module.__init__(self)
+        self.weight, self.scales = weight, scales
+        if biases is not None:
+            self.biases = biases
+        if bias is not None:
+            self.bias = bias
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+
+
+class QuantizedEmbedding(QuantizedLinear):
+    """`nn.QuantizedEmbedding` around weights that are there already; rows come out in the dtype of the scales."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        biases = self.get("biases")
+        return mx.dequantize(
+            self.weight[ids], self.scales[ids], None if biases is None else biases[ids],
+            self.group_size, self.bits, self.mode,
+        )  # fmt: skip
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 

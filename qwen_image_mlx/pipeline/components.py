@@ -31,6 +31,7 @@ from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.loader import ComponentWeights, load_module
 from ..weights.mapping import canonical_names, needs_tensor, weights_map
+from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Components:
             are too coarse in bf16.
         loading: given a component's name, a context to load it in.
         zero_cond_t: overrides the transformer's flag; None obeys the checkpoint.
+        quantization: what matrices are packed into while they are loaded; None leaves them as they are stored.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class Components:
         loading: Callable[[str], AbstractContextManager[None]] = nullcontext,
         *,
         zero_cond_t: bool | None = None,
+        quantization: Quantization | None = None,
     ):
         self.snapshot = snapshot
         self.dtype = dtype
         self._loading = loading
         self._zero_cond_t = zero_cond_t
+        self._quantization = quantization or Quantization()
         self._loaded: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
         index = snapshot.read_json("model_index.json")
@@ -232,7 +236,7 @@ class Components:
         return self._loaded[name]
 
     def _load(self, component: str, part: str, module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-        return load_module(module, self.weights(component), part, dtype)
+        return load_module(module, self.weights(component), part, dtype, getattr(self._quantization, component, None))
 
     def _tokenizer_files(self) -> dict[str, Path]:
         names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]

@@ -21,6 +21,7 @@ from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
 from ..variants import ASPECT_SIZES, DEFAULT_MODEL
+from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
@@ -49,6 +50,7 @@ class QwenImagePipeline(PipelineCore):
         dtype: str = "bfloat16",
         offline: bool = False,
         zero_cond_t: bool | None = None,
+        quantize: Quantization | str | int | None = None,
         progress: ProgressCallback | None = None,
     ) -> QwenImagePipeline:
         """Opens a checkpoint; weights are fetched and loaded when they are first needed.
@@ -59,6 +61,8 @@ class QwenImagePipeline(PipelineCore):
             dtype: "bfloat16", "float16" or "float32", for the text encoder and the transformer.
             offline: never ask the network.
             zero_cond_t: overrides the transformer's flag, for files that lost it; None obeys the checkpoint.
+            quantize: pack matrices while they are loaded: 4 or "mxfp8" (the transformer; the text encoder takes 8),
+                "transformer=4,text_encoder=8,vision=none", or a `Quantization`; None loads them as they are stored.
             progress: told of downloads, loading and work; it can cancel.
 
         Raises:
@@ -75,8 +79,9 @@ class QwenImagePipeline(PipelineCore):
             progress=lambda name, done, total: report(Progress("download", done, total, name)),
         )
         components = Components(
-            snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t
-        )
+            snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t,
+            quantization=Quantization.parse(quantize) if isinstance(quantize, str | int) else quantize,
+        )  # fmt: skip
         return cls(components, report)
 
     # Painting in one call -----------------------------------------------------------------------------------------

@@ -1,68 +1,80 @@
 """From a component's files to the parameters of a module, strictly and without a peak.
 
 `mx.load` is lazy: a tensor's bytes are read when it is first evaluated, and given back when the last reference goes.
-So a component is checked by its headers alone, and evaluated one layer at a time: the peak is the result plus one
-layer. Nothing here knows a model; the weights map does.
+So a component is checked by its headers alone, and read, packed and evaluated one layer at a time: the peak is the
+result plus one layer. Nothing here knows a model; the weights map does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError
-from .mapping import LAYOUTS, TensorSpec, canonical_names, expected_tensors, other_part
+from ..models.layers import QuantizedEmbedding, QuantizedLinear
+from .mapping import LAYOUTS, TensorSpec, canonical_names, dialect_of, expected_tensors, other_part, weights_map
+from .packed import Packed
+from .quantize import Scheme, quantize_matrix
 from .shards import Tensor
+from .stored import FLOATS, FP8, Reader, stored_weights
 
-FLOAT_DTYPES = ("F32", "F16", "BF16")
+_LAYER = re.compile(r".*?\.\d+(?=\.)|.*")  # a name up to its first number
 _NAMES_SHOWN = 5
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class ComponentWeights:
-    """The tensors of one component, checked against the weights map, read on demand.
+    """The weights of one component, checked against the weights map, read on demand.
 
     Args:
-        component: "transformer", "text_encoder" or "vae".
+        component: a file of the weights map: "transformer", "text_encoder", "vision", "language_head" or "vae".
         config: its config dataclass.
         tensors: what the files' headers say, by stored name.
         parts: the parts that must be complete.
 
     Raises:
-        CheckpointError: names every missing, unexpected and mis-shaped tensor of those parts.
+        CheckpointError: names every missing, unexpected, mis-shaped and unreadable tensor of those parts.
     """
 
     def __init__(self, component: str, config: Any, tensors: Mapping[str, Tensor], parts: Iterable[str]):
         self.component = component
         self._specs = expected_tensors(component, config)
-        stored = {canonical: name for name, canonical in canonical_names(component, tensors).items()}
-        self._tensors = {canonical: tensors[name] for canonical, name in stored.items()}
-        self._check(frozenset(parts))
+        dialect = weights_map(component)["dialects"][dialect_of(component, tensors)]
+        self._channels_last = dialect.get("channels_last", False)
+        canonical = canonical_names(component, tensors)
+        shapes = {name: spec.shape for name, spec in self._specs.items()}
+        self._stored = stored_weights({canonical[name]: tensor for name, tensor in tensors.items()}, shapes)
+        self._check(frozenset(parts), dialect.get("markers", ()))
 
-    def _check(self, parts: frozenset[str]) -> None:
+    def _check(self, parts: frozenset[str], markers: Collection[str]) -> None:
         wanted = {name: spec for name, spec in self._specs.items() if spec.part in parts}
+        known = {*self._specs, *markers}
+        shapes = {name: self._file_shape(spec) for name, spec in self._specs.items()}
         problems = [
-            ("lacks", [name for name in wanted if name not in self._tensors]),
+            ("lacks", [name for name in wanted if name not in self._stored]),
             (
                 "has unexpected",
-                [n for n in self._tensors if n not in self._specs and other_part(self.component, n) is None],
+                [n for n in self._stored if n not in known and other_part(self.component, n) is None],
             ),
             (
                 "has mis-shaped",
                 [
-                    f"{name} {list(found.shape)} instead of {list(spec.shape)}"
-                    for name, spec in self._specs.items()
-                    if (found := self._tensors.get(name)) and found.shape != spec.shape
+                    f"{name} {list(found.shape)} instead of {list(shape)}"
+                    for name, shape in shapes.items()
+                    if (found := self._stored.get(name)) and not found.problem and found.shape != shape
                 ],
             ),
             (
-                f"has tensors that are not {', '.join(FLOAT_DTYPES)}:",
-                [f"{n} ({t.dtype})" for n in wanted if (t := self._tensors.get(n)) and t.dtype not in FLOAT_DTYPES],
+                f"has tensors that are not {', '.join(FLOATS)}, {FP8} or packed by MLX:",
+                [f"{n} ({found.problem})" for n in wanted if (found := self._stored.get(n)) and found.problem],
             ),
         ]
         said = [f"{what} {_some(names)}" for what, names in problems if names]
@@ -72,59 +84,111 @@ class ComponentWeights:
                 "check that the files belong together, or download them again"
             )
 
+    def _file_shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        if self._channels_last and len(spec.shape) > 2:
+            return (spec.shape[0], *spec.shape[2:], spec.shape[1])
+        return spec.shape
+
     def specs(self, part: str) -> list[TensorSpec]:
         """The tensors of a part, in the map's order."""
         return [spec for spec in self._specs.values() if spec.part == part]
 
     @property
     def files(self) -> set[Path]:
-        """The files the tensors are in."""
-        return {tensor.file for tensor in self._tensors.values()}
+        """The files the weights are in."""
+        return {file for stored in self._stored.values() for file in stored.files}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all the component's tensors as stored, those nobody reads included."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        """Bytes of all the component's weights as stored, those nobody reads included."""
+        return sum(stored.nbytes for stored in self._stored.values())
 
-    def read(self, part: str) -> dict[str, mx.array]:
-        """Lazy arrays of a part, in the module's layout and the file's dtype, by canonical name.
+    @property
+    def schemes(self) -> set[Scheme]:
+        """How its weights are packed; empty if none is."""
+        return {stored.scheme for stored in self._stored.values() if stored.scheme}
+
+    def open(self, part: str) -> Iterator[dict[str, mx.array | Packed]]:
+        """Layer by layer, the weights of a part by canonical name: lazy, in the module's layout, as they are stored.
 
         The caller owns the only references: what it drops is given back.
         """
-        shards: dict[Path, dict[str, mx.array]] = {}
-        arrays = {}
+        reader = Reader(self.component)
+        layers: dict[str, list[TensorSpec]] = {}
         for spec in self.specs(part):
-            tensor = self._tensors[spec.name]
-            if tensor.file not in shards:
-                shards[tensor.file] = _opened(self.component, tensor.file)
-            array = shards[tensor.file][tensor.name]
-            if spec.layout != "same":
-                # A copy: as a view, one temporal tap would keep all of them in memory.
-                array = mx.contiguous(LAYOUTS[spec.layout](array))
-            arrays[spec.name] = array
-        return arrays
+            layers.setdefault(_LAYER.match(spec.name)[0], []).append(spec)
+        for specs in layers.values():
+            yield {spec.name: self._laid_out(spec, reader.open(self._stored[spec.name])) for spec in specs}
+
+    def _laid_out(self, spec: TensorSpec, value: mx.array | Packed) -> mx.array | Packed:
+        if spec.layout == "same" or isinstance(value, Packed):
+            return value
+        if self._channels_last and value.ndim > 2:
+            value = mx.moveaxis(value, -1, 1)
+        # A copy: as a view, one temporal tap would keep all of them in memory.
+        return mx.contiguous(LAYOUTS[spec.layout](value))
 
 
-def _opened(component: str, file: Path) -> dict[str, mx.array]:
-    try:
-        return mx.load(str(file))
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the {component}'s file {file} could not be opened: {error}") from error
+def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype, scheme: Scheme | None = None) -> M:
+    """Gives every parameter of a new module its weight, evaluated layer by layer; returns the module.
 
-
-def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype) -> M:
-    """Gives every parameter of a new module its weight in `dtype`, evaluated layer by layer; returns the module.
+    Args:
+        module: its parameters have the weights map's names.
+        weights: what to fill it with.
+        part: which part of them.
+        dtype: of all floating parameters.
+        scheme: what the matrices that the map calls quantized are packed into; those already packed otherwise are
+            packed anew, all others stay as they are stored.
 
     Raises:
         CheckpointError: a file could not be read to its end.
     """
-    arrays = [(name, array.astype(dtype)) for name, array in weights.read(part).items()]
-    module.load_weights(arrays, strict=True)
-    del arrays
+    specs = {spec.name: spec for spec in weights.specs(part)}
+    names = {name for name, _ in tree_flatten(module.parameters())}
+    if names != specs.keys():
+        raise ValueError(f"module and weights map differ in {_some(sorted(names ^ specs.keys()))}")
+    for layer in weights.open(part):
+        for name in list(layer):
+            value, spec = layer.pop(name), specs[name]
+            if scheme is not None and spec.quantized and scheme.fits(spec.shape):
+                value = _repacked(weights.component, value, scheme)
+            if isinstance(value, Packed):
+                value = value.astype(dtype)
+                _set_layer(module, name.removesuffix(".weight"), value)
+                layer[name] = value.arrays
+            else:
+                layer[name] = value.astype(dtype)
+                module.load_weights([(name, layer[name])], strict=False)
+        evaluate(weights.component, layer)
     module.eval()
-    for layer in _layers(module):
-        evaluate(weights.component, layer.parameters())
     return module
+
+
+def _repacked(component: str, value: mx.array | Packed, scheme: Scheme) -> Packed:
+    if isinstance(value, Packed):
+        if Scheme(value.mode, value.bits, value.group_size) == scheme:
+            return value
+        value = value.dequantize()
+    with _reading(component):
+        return quantize_matrix(value, scheme)
+
+
+def _set_layer(module: nn.Module, path: str, packed: Packed) -> None:
+    """Puts a quantized layer in a layer's place; its bias stays."""
+    *parents, last = path.split(".")
+    for name in parents:
+        module = module[int(name)] if isinstance(module, list) else module[name]
+    place = int(last) if isinstance(module, list) else last
+    kind = QuantizedEmbedding if isinstance(module[place], nn.Embedding) else QuantizedLinear
+    module[place] = kind(*packed.arrays, packed.group_size, packed.bits, packed.mode, module[place].get("bias"))
+
+
+@contextmanager
+def _reading(component: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError(f"the {component}'s files could not be read while loading: {error}") from error
 
 
 def evaluate(component: str, arrays: Any) -> None:
@@ -133,20 +197,8 @@ def evaluate(component: str, arrays: Any) -> None:
     Raises:
         CheckpointError: the file could not be read, for instance because it was changed or removed meanwhile.
     """
-    try:
+    with _reading(component):
         mx.eval(arrays)
-    except RuntimeError as error:
-        raise CheckpointError(f"the {component}'s files could not be read while loading: {error}") from error
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The module's pieces, small enough to be evaluated at once: list entries one by one, then the whole."""
-    for child in module.children().values():
-        if isinstance(child, nn.Module):
-            yield from _layers(child)
-        elif isinstance(child, list):
-            yield from (item for item in child if isinstance(item, nn.Module))
-    yield module
 
 
 def _some(names: list[str]) -> str:

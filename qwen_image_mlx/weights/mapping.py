@@ -1,8 +1,8 @@
 """The weights map: which tensors a component has, under which names, in which shapes, and who needs them.
 
 Reads `weights_map/<component>.json` (rules over config fields, see `weights_map/README.md`); never touches a weight.
-Canonical names are those of the released checkpoints and of our modules; other spellings are dialects, lists of prefix
-replacements that lead to the canonical name and back.
+Canonical names are those of the released checkpoints and of our modules; other spellings are dialects, replacements
+that lead to the canonical name and back.
 """
 
 from __future__ import annotations
@@ -50,12 +50,14 @@ class TensorSpec:
         shape: shape in the file.
         part: which part of the component it belongs to; parts are loaded independently.
         layout: key of `LAYOUTS`: how the file's array becomes the module's.
+        quantized: whether a quantization scheme applies to it.
     """
 
     name: str
     shape: tuple[int, ...]
     part: str
     layout: str
+    quantized: bool = False
 
 
 @cache
@@ -83,31 +85,38 @@ def expected_tensors(component: str, config: Any) -> dict[str, TensorSpec]:
                     shape = tuple(_size(s, row, config) for s in rule[parameter])
                     layout = "same" if parameter == "bias" else rule.get("layout", "same")
                     name = f"{path}.{parameter}"
-                    specs[name] = TensorSpec(name, shape, part, layout)
+                    quantized = parameter == "weight" and rule.get("quantized", False)
+                    specs[name] = TensorSpec(name, shape, part, layout, quantized)
     return specs
 
 
 def canonical_names(component: str, names: Iterable[str]) -> dict[str, str]:
-    """Stored name -> canonical name, by the dialect that leaves the fewest names unknown to the map."""
+    """Stored name -> canonical name, by `dialect_of`."""
     names = list(names)
-    known = _known_names(component)
-    candidates = [
-        {name: _replace_prefix(name, dialect) for name in names}
-        for dialect in weights_map(component)["dialects"].values()
-    ]
-    return max(candidates, key=lambda renamed: sum(known.fullmatch(name) is not None for name in renamed.values()))
+    dialect = weights_map(component)["dialects"][dialect_of(component, names)]
+    return {name: _canonical(name, dialect) for name in names}
+
+
+def dialect_of(component: str, names: Iterable[str]) -> str:
+    """The dialect that leaves the fewest of the stored names unknown to the map."""
+    names, known, dialects = list(names), _known_names(component), weights_map(component)["dialects"]
+    return max(
+        dialects, key=lambda key: sum(known.fullmatch(_canonical(name, dialects[key])) is not None for name in names)
+    )
 
 
 def dialect_name(component: str, dialect: str, name: str) -> str:
     """How a dialect spells a canonical name; the inverse of `canonical_names`."""
-    inverse = [(new, old) for old, new in weights_map(component)["dialects"][dialect]]
-    return _replace_prefix(name, inverse)
+    rules = weights_map(component)["dialects"][dialect]
+    for stored, canonical in rules.get("segments", ()):
+        name = _replace_segment(name, canonical, stored)
+    return _replace_prefix(name, [(new, old) for old, new in rules["prefixes"]])
 
 
 def needs_tensor(component: str, stored_name: str, parts: Collection[str]) -> bool:
     """Whether a stored tensor may belong to one of the parts, judged by its name alone, before any header is read."""
     rules = weights_map(component)
-    names = {_replace_prefix(stored_name, dialect) for dialect in rules["dialects"].values()}
+    names = {_canonical(stored_name, dialect) for dialect in rules["dialects"].values()}
     found = {other_part(component, name) for name in names} - {None}
     return not found or not found.isdisjoint(parts)
 
@@ -153,6 +162,18 @@ def _size(size: int | str, row: Mapping[str, Any], config: Any) -> int:
     if isinstance(size, int):
         return size
     return prod(int(term) if term.isdigit() else _field(term, row, config) for term in size.split("*"))
+
+
+def _canonical(name: str, dialect: Mapping[str, Any]) -> str:
+    name = _replace_prefix(name, dialect["prefixes"])
+    for stored, canonical in dialect.get("segments", ()):
+        name = _replace_segment(name, stored, canonical)
+    return name
+
+
+def _replace_segment(name: str, old: str, new: str) -> str:
+    """Replaces whole dotted parts inside a name."""
+    return f".{name}.".replace(f".{old}.", f".{new}.")[1:-1]
 
 
 def _replace_prefix(name: str, replacements: Iterable[tuple[str, str]]) -> str:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from ..models.transformer import BlockRows, Modulation, timestep_features
 from .loader import ComponentWeights, evaluate
+from .packed import Packed
 
 _TIME = "time_text_embed.timestep_embedder"
 
@@ -32,11 +33,14 @@ def modulation_table(
     Returns:
         One `Modulation` per timestep; its rows are views into one array per block and stream.
     """
-    arrays = weights.read("modulation")
+    arrays = {name: value for layer in weights.open("modulation") for name, value in layer.items()}
+
+    def array(name: str) -> mx.array:
+        value = arrays.pop(name)
+        return value.dequantize(dtype) if isinstance(value, Packed) else value.astype(dtype)
 
     def linear(name: str, x: mx.array) -> mx.array:
-        w, b = arrays.pop(f"{name}.weight").astype(dtype), arrays.pop(f"{name}.bias").astype(dtype)
-        return mx.addmm(b, x, w.T)
+        return mx.addmm(array(f"{name}.bias"), x, array(f"{name}.weight").T)
 
     # The reference casts 1000 sigma to the model's dtype and divides there: bf16 moves a timestep by up to 0.4%.
     steps = len(timesteps)
@@ -46,7 +50,7 @@ def modulation_table(
     embedding = linear(f"{_TIME}.linear_2", hidden)
     if "time_text_embed.addition_t_embedding.weight" in arrays:
         # Its two rows tell pictures with and without a layer to decompose; pipelines always ask for row 0.
-        embedding = embedding + arrays.pop("time_text_embed.addition_t_embedding.weight")[0].astype(dtype)
+        embedding = embedding + array("time_text_embed.addition_t_embedding.weight")[0]
     embedding = nn.silu(embedding)
 
     def rows(name: str, scales: tuple[int, ...]) -> mx.array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -33,5 +33,19 @@ class Packed:
         return self.weight.shape[0], self.scales.shape[-1] * self.group_size
 
     def dequantize(self, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The matrix (rows, columns), lazily."""
-        return mx.dequantize(self.weight, self.scales, self.biases, self.group_size, self.bits, self.mode, dtype=dtype)
+        """The matrix (rows, columns), lazily, computed in `dtype`."""
+        scales, biases = self.scales, self.biases
+        if self.mode == "affine":
+            scales, biases = scales.astype(dtype), biases.astype(dtype)
+        return mx.dequantize(self.weight, scales, biases, self.group_size, self.bits, self.mode, dtype=dtype)
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Weight, scales and biases."""
+        return self.weight, self.scales, self.biases
+
+    def astype(self, dtype: mx.Dtype) -> Packed:
+        """With scales and biases in another dtype; the microscaling modes have none that could change."""
+        if self.mode != "affine":
+            return self
+        return replace(self, scales=self.scales.astype(dtype), biases=self.biases.astype(dtype))

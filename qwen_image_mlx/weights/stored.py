@@ -1,0 +1,137 @@
+"""How a weight lies in its file: as floats, as fp8 with or without a scale, packed by MLX, or in GGUF's blocks.
+
+Other tools put what belongs to a weight beside it under the same path: `x.weight`, `x.scales`, `x.biases`,
+`x.weight_scale`. Here these become one thing with the shape of the matrix it stands for, which opens lazily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from . import gguf
+from .packed import Packed
+from .quantize import Scheme
+from .shards import Tensor
+
+FLOATS = ("F32", "F16", "BF16")
+FP8 = "F8_E4M3"
+PACKED = "U32"
+# What may stand beside a weight, as its last word. The scales of activations are of no use here.
+COMPANIONS = ("scales", "biases", "weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant")
+_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}  # of what has no biases, by bits and group size
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One weight as it lies in its file or files.
+
+    Attributes:
+        tensor: the weight's own entry.
+        beside: its companions, by their last word.
+        shape: of what it stands for, as the weights map gives it.
+        scheme: of packed weights; None for all others.
+        problem: why it cannot be read, or None.
+    """
+
+    tensor: Tensor
+    beside: Mapping[str, Tensor]
+    shape: tuple[int, ...]
+    scheme: Scheme | None = None
+    problem: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, companions included."""
+        return self.tensor.nbytes + sum(tensor.nbytes for tensor in self.beside.values())
+
+    @property
+    def files(self) -> set[Path]:
+        """Where it lies."""
+        return {self.tensor.file, *(tensor.file for tensor in self.beside.values())}
+
+
+def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """Every weight of a component by canonical name, its companions gathered.
+
+    Args:
+        tensors: entries by canonical name.
+        shapes: what the weights map expects, by canonical name; tells bits and group size of packed weights.
+    """
+    stored = {}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        if last in COMPANIONS and f"{path}.weight" in tensors:
+            continue
+        places = {word: f"{path}.{word}" for word in COMPANIONS} if last == "weight" else {}
+        beside = {word: tensors[place] for word, place in places.items() if place in tensors}
+        stored[name] = _stored(tensor, beside, shapes.get(name, tensor.shape))
+    return stored
+
+
+def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
+    if tensor.dtype in FLOATS or isinstance(tensor, gguf.GgufTensor):
+        return Stored(tensor, {}, tensor.shape)
+    if tensor.dtype == FP8:
+        scales = {word: beside[word] for word in ("weight_scale", "scale_weight") if word in beside}
+        odd = [
+            word
+            for word, scale in scales.items()
+            if scale.shape not in ((), (1,), (tensor.shape[0],), (tensor.shape[0], 1))
+        ]
+        return Stored(
+            tensor, scales, tensor.shape, problem=f"{odd[0]} of shape {scales[odd[0]].shape}" if odd else None
+        )
+    if tensor.dtype != PACKED or len(expected) != 2:
+        return Stored(tensor, {}, tensor.shape, problem=tensor.dtype)
+    if "scales" not in beside:
+        return Stored(tensor, {}, tensor.shape, problem="packed, without scales")
+    kept = {word: beside[word] for word in ("scales", "biases") if word in beside}
+    bits, rest = divmod(32 * tensor.shape[-1], expected[1])
+    group, more = divmod(expected[1], kept["scales"].shape[-1] or 1)
+    mode = "affine" if "biases" in kept else _MODES.get((bits, group))
+    if rest or more or mode is None:
+        why = "without biases" if not rest and not more else "in no whole bits and groups"
+        return Stored(tensor, kept, tensor.shape, problem=f"packed {why}")
+    return Stored(tensor, kept, (tensor.shape[0], expected[1]), Scheme(mode, bits, group))
+
+
+class Reader:
+    """Opens files once and hands out what lies in them, lazily; what was handed out is not held any longer.
+
+    Args:
+        component: for what is said when a file cannot be opened.
+    """
+
+    def __init__(self, component: str):
+        self._component = component
+        self._files: dict[Path, dict[str, mx.array]] = {}
+
+    def open(self, stored: Stored) -> mx.array | Packed:
+        """A weight, packed if it lies so; in the file's layout and dtype, fp8 as fp32 with its scale applied."""
+        if isinstance(stored.tensor, gguf.GgufTensor):
+            return gguf.packed(stored.tensor) or gguf.decode(stored.tensor)
+        beside = {word: self._take(tensor) for word, tensor in stored.beside.items()}
+        array = self._take(stored.tensor)
+        if stored.scheme is not None:
+            scheme = stored.scheme
+            return Packed(array, beside["scales"], beside.get("biases"), scheme.group_size, scheme.bits, scheme.mode)
+        if stored.tensor.dtype == FP8:
+            array = mx.from_fp8(array, dtype=mx.float32)
+            for scale in beside.values():
+                array = array * scale.astype(mx.float32).reshape(-1, *(1,) * (array.ndim - 1))
+        return array
+
+    def _take(self, tensor: Tensor) -> mx.array:
+        if tensor.file not in self._files:
+            try:
+                self._files[tensor.file] = mx.load(str(tensor.file))
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointError(
+                    f"the {self._component}'s file {tensor.file} could not be opened: {error}"
+                ) from error
+        return self._files[tensor.file].pop(tensor.name)
