@@ -63,6 +63,7 @@ _RECORDED: dict[str, type | tuple[type, ...]] = {
     "shift": (int, float),
     "strength": (int, float),
     "dtype": str,
+    "quantize": str,
 } | _PROVENANCE
 
 
@@ -90,6 +91,9 @@ def add_model_flags(parser: argparse._ActionsContainer, default_model: str) -> N
     add("--model", "-m", help=f"a local directory or a Hugging Face id (default: {default_model})")
     add("--revision", help="branch, tag or commit of a Hugging Face model")
     add("--dtype", choices=DTYPES, help="of the text encoder and the transformer (default: bfloat16)")
+    add("--quantize", metavar="Q", help="pack weights while they are loaded: 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the "
+        "transformer's; the text encoder's take 8), or transformer=4,text_encoder=8,vision=8")  # fmt: skip
+    add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 (default: 64)")
 
 
 def add_sampling_flags(parser: argparse._ActionsContainer, steps: int) -> None:
@@ -112,13 +116,18 @@ def add_cache_flag(parser: argparse._ActionsContainer) -> None:
 def open_pipeline(given: Mapping[str, Any], default_model: str, progress: ProgressCallback) -> QwenImagePipeline:
     """The checkpoint that the flags name."""
     from ..pipeline.pipeline import QwenImagePipeline
+    from ..weights.quantize import NONE, Quantization
 
-    zero_cond_t = given.get("zero_cond_t")
+    zero_cond_t, group_size = given.get("zero_cond_t"), given.get("group_size")
+    if group_size is not None and given.get("quantize") is None:
+        raise RequestError("--group-size needs --quantize")
+    quantization = Quantization.parse(given.get("quantize") or NONE, group_size)
     return QwenImagePipeline.from_pretrained(
         given.get("model") or default_model,
         revision=given.get("revision"),
         dtype=given.get("dtype") or DTYPES[0],
         zero_cond_t=None if zero_cond_t is None else zero_cond_t == "on",
+        quantize=quantization,
         progress=progress,
     )
 

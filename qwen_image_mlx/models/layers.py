@@ -67,13 +67,26 @@ class QuantizedLinear(nn.QuantizedLinear):
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """`nn.QuantizedEmbedding` around weights that are there already; rows come out in the dtype of the scales."""
+    """`nn.QuantizedEmbedding` around weights that are there already; rows come out in `dtype`."""
+
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array,
+        biases: mx.array | None,
+        group_size: int,
+        bits: int,
+        mode: str,
+        dtype: mx.Dtype,
+    ):
+        super().__init__(weight, scales, biases, group_size, bits, mode)
+        self._dtype = dtype
 
     def __call__(self, ids: mx.array) -> mx.array:
         biases = self.get("biases")
         return mx.dequantize(
             self.weight[ids], self.scales[ids], None if biases is None else biases[ids],
-            self.group_size, self.bits, self.mode,
+            self.group_size, self.bits, self.mode, dtype=self._dtype,
         )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ class Components:
         self.dtype = dtype
         self._loading = loading
         self._zero_cond_t = zero_cond_t
-        self._quantization = quantization or Quantization()
+        self.quantization = quantization or Quantization()
         self._loaded: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
         index = snapshot.read_json("model_index.json")
@@ -236,7 +236,7 @@ class Components:
         return self._loaded[name]
 
     def _load(self, component: str, part: str, module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-        return load_module(module, self.weights(component), part, dtype, getattr(self._quantization, component, None))
+        return load_module(module, self.weights(component), part, dtype, getattr(self.quantization, component, None))
 
     def _tokenizer_files(self) -> dict[str, Path]:
         names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]

@@ -21,7 +21,7 @@ from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
 from ..variants import ASPECT_SIZES, DEFAULT_MODEL
-from ..weights.quantize import Quantization
+from ..weights.quantize import NONE, Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
@@ -397,6 +397,7 @@ class QwenImagePipeline(PipelineCore):
             "shift": parameters.shift,
             "strength": parameters.strength if self.starts_from_canvas(request) else None,
             "dtype": str(self.dtype).rpartition(".")[2],
+            "quantize": None if str(self._components.quantization) == NONE else str(self._components.quantization),
             "version": __version__,
         }
         if self.variant.layered:

@@ -146,9 +146,8 @@ def packed(tensor: GgufTensor) -> Packed | None:
 
     The form is exact: the integers are the file's, the scales are its float16 ones, and the bias of the types that
     have none, -8 or -128 times the scale, is exact in float16. Where that product overflows (a scale above 8188 or
-    511), scales and biases are float32. `mx.dequantize` multiplies in the scales' type, where products round to 11
-    bits; `dequantize` of what is returned here multiplies in float32, so `dequantize(mx.float32)` equals
-    `decode(tensor)`.
+    511), scales and biases are float32. Computed in float32, it equals `decode(tensor)` in every bit:
+    `dequantize(mx.float32)`. Computed in float16 (`mx.dequantize` with these scales) its products round to 11 bits.
 
     Args:
         tensor: A tensor `read_gguf` found.
@@ -176,16 +175,7 @@ def packed(tensor: GgufTensor) -> Packed | None:
             biases = scales * np.float32(-zero)
     rows = tensor.shape[0]
     weight, scales, biases = (mx.array(part.reshape(rows, -1)) for part in (words, scales, biases))
-    return _Exact(weight, scales, biases, group_size=elements, bits=8 if tensor.dtype == "Q8_0" else 4)
-
-
-@dataclass(frozen=True)
-class _Exact(Packed):
-    """A packed matrix that multiplies in float32, whatever its scales and the type asked for."""
-
-    def dequantize(self, dtype: mx.Dtype = mx.float32) -> mx.array:
-        scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
-        return mx.dequantize(self.weight, scales, biases, self.group_size, self.bits, self.mode, dtype=dtype)
+    return Packed(weight, scales, biases, group_size=elements, bits=8 if tensor.dtype == "Q8_0" else 4)
 
 
 # The helpers below say what is wrong by ValueError; read_gguf makes it a sentence with the path and the cure.

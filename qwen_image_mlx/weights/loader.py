@@ -7,6 +7,7 @@ result plus one layer. Nothing here knows a model; the weights map does.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from .packed import Packed
 from .quantize import Scheme, quantize_matrix
 from .shards import Tensor
 from .stored import FLOATS, FP8, Reader, stored_weights
+
+logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)|.*")  # a name up to its first number
 _NAMES_SHOWN = 5
@@ -147,6 +150,8 @@ def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype
     names = {name for name, _ in tree_flatten(module.parameters())}
     if names != specs.keys():
         raise ValueError(f"module and weights map differ in {_some(sorted(names ^ specs.keys()))}")
+    if scheme is not None:
+        _say_what_does_not_fit(weights.component, specs.values(), scheme)
     for layer in weights.open(part):
         for name in list(layer):
             value, spec = layer.pop(name), specs[name]
@@ -154,7 +159,7 @@ def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype
                 value = _repacked(weights.component, value, scheme)
             if isinstance(value, Packed):
                 value = value.astype(dtype)
-                _set_layer(module, name.removesuffix(".weight"), value)
+                _set_layer(module, name.removesuffix(".weight"), value, dtype)
                 layer[name] = value.arrays
             else:
                 layer[name] = value.astype(dtype)
@@ -162,6 +167,16 @@ def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype
         evaluate(weights.component, layer)
     module.eval()
     return module
+
+
+def _say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme: Scheme) -> None:
+    meant = [spec for spec in specs if spec.quantized]
+    left = [spec for spec in meant if not scheme.fits(spec.shape)]
+    if left:
+        logger.warning(
+            "%d of the %s's %d matrices stay as they are, because their rows are no whole groups of %d: %s",
+            len(left), component, len(meant), scheme.group_size, _some([spec.name for spec in left]),
+        )  # fmt: skip
 
 
 def _repacked(component: str, value: mx.array | Packed, scheme: Scheme) -> Packed:
@@ -173,14 +188,17 @@ def _repacked(component: str, value: mx.array | Packed, scheme: Scheme) -> Packe
         return quantize_matrix(value, scheme)
 
 
-def _set_layer(module: nn.Module, path: str, packed: Packed) -> None:
+def _set_layer(module: nn.Module, path: str, packed: Packed, dtype: mx.Dtype) -> None:
     """Puts a quantized layer in a layer's place; its bias stays."""
     *parents, last = path.split(".")
     for name in parents:
         module = module[int(name)] if isinstance(module, list) else module[name]
     place = int(last) if isinstance(module, list) else last
-    kind = QuantizedEmbedding if isinstance(module[place], nn.Embedding) else QuantizedLinear
-    module[place] = kind(*packed.arrays, packed.group_size, packed.bits, packed.mode, module[place].get("bias"))
+    form = (*packed.arrays, packed.group_size, packed.bits, packed.mode)
+    if isinstance(module[place], nn.Embedding):
+        module[place] = QuantizedEmbedding(*form, dtype)
+    else:
+        module[place] = QuantizedLinear(*form, module[place].get("bias"))
 
 
 @contextmanager

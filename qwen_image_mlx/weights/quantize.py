@@ -1,9 +1,9 @@
 """Quantizes matrices: which ones, into which form, and better than `mx.quantize` at equal size.
 
-Affine: w ≈ scale · q + bias for each group of consecutive columns. Scale and bias are rounded to bf16 before the elements
-are chosen, so that no rounding is left over; then they are refitted by least squares to the elements, which are chosen
-anew, while that helps. They are bf16 whatever the dtype of a run, so that a pack and a run mean the same numbers. The
-microscaling modes are MLX's own.
+Affine: w ≈ scale · q + bias for each group of consecutive columns. Scale and bias are rounded to bf16 before the
+elements are chosen, so that no rounding is left over; then they are refitted by least squares to the elements, which
+are chosen anew, while that helps. They are bf16 whatever the dtype of a run, so that a pack and a run mean the same
+numbers. The microscaling modes are MLX's own.
 """
 
 from __future__ import annotations
@@ -45,15 +45,23 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str | int, group_size: int | None = None) -> Scheme:
-        """From "4" or "mxfp8"; raises RequestError for an unknown one or a group size it does not have."""
-        if str(text) not in SCHEMES:
+        """From "4", "mxfp8" or "4/32", the last with its group size.
+
+        Raises:
+            RequestError: there is no such scheme, or it has no groups of that size.
+        """
+        name, _, group = str(text).partition("/")
+        if name not in SCHEMES:
             raise RequestError(f"{text!r} is no quantization; give one of {', '.join(SCHEMES)}, {NONE}")
-        mode, bits, groups = SCHEMES[str(text)]
-        if group_size is not None and group_size not in groups:
-            raise RequestError(
-                f"quantization {text} has groups of {' or '.join(map(str, groups))}, not of {group_size}"
-            )
-        return cls(mode, bits, group_size or groups[0])
+        mode, bits, groups = SCHEMES[name]
+        wanted = group or str(group_size or groups[0])
+        if wanted not in map(str, groups):
+            raise RequestError(f"quantization {name} has groups of {' or '.join(map(str, groups))}, not of {wanted}")
+        return cls(mode, bits, int(wanted))
+
+    def __str__(self) -> str:
+        name = str(self.bits) if self.mode == "affine" else self.mode
+        return name if self.group_size == SCHEMES[name][2][0] else f"{name}/{self.group_size}"
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight is a matrix whose rows are whole groups (and whole words)."""
@@ -87,11 +95,10 @@ class Quantization:
             RequestError: a component or scheme is unknown, or the group size is not one of a scheme's.
         """
         given = str(text)
-        if given == NONE:
-            return cls()
         if "=" not in given:
             beside = group_size if group_size in SCHEMES[_BESIDE][2] else None
-            return cls(transformer=Scheme.parse(given, group_size), text_encoder=Scheme.parse(_BESIDE, beside))
+            scheme = None if given == NONE else Scheme.parse(given, group_size)
+            return cls(transformer=scheme, text_encoder=scheme and Scheme.parse(_BESIDE, beside))
         known = [field.name for field in fields(cls)]
         schemes: dict[str, Scheme | None] = {}
         for part in given.split(","):
@@ -102,6 +109,10 @@ class Quantization:
                 )
             schemes[component] = None if scheme == NONE else Scheme.parse(scheme, group_size)
         return cls(**schemes)
+
+    def __str__(self) -> str:
+        schemes = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ",".join(f"{component}={scheme}" for component, scheme in schemes.items() if scheme) or NONE
 
 
 def quantize_matrix(w: mx.array, scheme: Scheme, refits: int = REFITS, dtype: mx.Dtype = SCALES) -> Packed:

@@ -15,10 +15,10 @@ HEAVY = ("mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "torch", "trans
 
 PUBLIC = {
     "__version__", "QwenImagePipeline", "GenerationParameters", "GuidanceEncoding", "InitialImage", "Progress",
-    "LayeredResult", "compose", "pack_multi_layer_latents", "unpack_multi_layer_latents", "HubSnapshot",
+    "LayeredResult", "Quantization", "compose", "pack_multi_layer_latents", "unpack_multi_layer_latents", "HubSnapshot",
     "QwenImageError", "RequestError", "CheckpointError", "HubError", "OutputError", "Cancelled",
 }  # fmt: skip
-MODEL = {"--help", "--model", "--revision", "--dtype", "-h", "-m"}
+MODEL = {"--help", "--model", "--revision", "--dtype", "--quantize", "--group-size", "-h", "-m"}
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = MODEL | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
