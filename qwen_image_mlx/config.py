@@ -17,6 +17,9 @@ from .errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+# What quantizers write into a config.json; the files themselves say how each tensor lies.
+_PACKS = ("quantization", "quantization_config", "mlx_format")
+
 T = TypeVar("T")
 
 
@@ -79,7 +82,7 @@ class TransformerConfig:
     def from_dict(cls, data: Mapping[str, Any], where: str = "transformer/config.json") -> TransformerConfig:
         """Reads and checks the JSON object; raises CheckpointError on ill-typed or impossible values."""
         # pooled_projection_dim stands in older files and was never used.
-        config = _read(cls, data, where, ignored=frozenset({"pooled_projection_dim", "quantization_config"}))
+        config = _read(cls, data, where, ignored=frozenset({"pooled_projection_dim", *_PACKS}))
         if sum(config.axes_dims_rope) != config.attention_head_dim or any(d % 2 for d in config.axes_dims_rope):
             raise CheckpointError(
                 f"{where}: axes_dims_rope {list(config.axes_dims_rope)} must be even numbers that add up to "
@@ -272,7 +275,7 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
         """Reads and checks the JSON object; raises CheckpointError on ill-typed or impossible values."""
-        config = _read(cls, data, where, ignored=frozenset({"quantization_config"}))
+        config = _read(cls, data, where, ignored=frozenset(_PACKS))
         if config.attn_scales:
             raise CheckpointError(f"{where}: attn_scales is {list(config.attn_scales)}; only [] is supported")
         if len(config.temperal_downsample) != len(config.dim_mult) - 1:

@@ -28,7 +28,7 @@ class ProgressBars:
         key = progress.stage, progress.detail
         if key != self._key or self._bar is None or progress.step < self._bar.n:
             self.close()
-            in_bytes = progress.stage == "download"
+            in_bytes = progress.stage in ("download", "quantize")
             self._key = key
             self._bar = tqdm(
                 total=progress.total,

@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import QwenImageError, RequestError
-from . import caption, compose, decompose, edit, generate, info
+from . import caption, compose, decompose, edit, generate, info, quantize
 
-COMMANDS = (generate, edit, decompose, compose, caption, info)
+COMMANDS = (generate, edit, decompose, compose, caption, quantize, info)
 
 
 class _Parser(argparse.ArgumentParser):

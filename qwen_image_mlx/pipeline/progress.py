@@ -18,7 +18,7 @@ class Progress:
     """What a progress callback is told.
 
     Attributes:
-        stage: "download", "load", "caption", "encode", "denoise" or "decode".
+        stage: "download", "load", "caption", "encode", "denoise", "decode" or "quantize".
         step, total: units done and units in all: bytes for "download", tokens written and at most for "caption",
             denoising steps for "denoise", else 0 of 1 when the work begins and 1 of 1 when it is done.
         detail: file or component, for "download" and "load".

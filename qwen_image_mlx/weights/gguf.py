@@ -146,8 +146,8 @@ def packed(tensor: GgufTensor) -> Packed | None:
 
     The form is exact: the integers are the file's, the scales are its float16 ones, and the bias of the types that
     have none, -8 or -128 times the scale, is exact in float16. Where that product overflows (a scale above 8188 or
-    511), scales and biases are float32. Computed in float32, it equals `decode(tensor)` in every bit:
-    `dequantize(mx.float32)`. Computed in float16 (`mx.dequantize` with these scales) its products round to 11 bits.
+    511), scales and biases are float32. `dequantize(mx.float32)` equals `decode(tensor)`; computed in
+    float16, as `mx.dequantize` does with these scales, products round to 11 bits.
 
     Args:
         tensor: A tensor `read_gguf` found.

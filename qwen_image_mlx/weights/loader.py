@@ -24,7 +24,7 @@ from .mapping import LAYOUTS, TensorSpec, canonical_names, dialect_of, expected_
 from .packed import Packed
 from .quantize import Scheme, quantize_matrix
 from .shards import Tensor
-from .stored import FLOATS, FP8, Reader, stored_weights
+from .stored import FLOATS, FP8, Reader, Stored, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,17 @@ class ComponentWeights:
         """The tensors of a part, in the map's order."""
         return [spec for spec in self._specs.values() if spec.part == part]
 
+    def layers(self, specs: Iterable[TensorSpec] | None = None) -> list[list[TensorSpec]]:
+        """Tensors grouped by layer, in the map's order; None is all that are stored, whatever their part."""
+        layers: dict[str, list[TensorSpec]] = {}
+        for spec in (s for s in self._specs.values() if s.name in self._stored) if specs is None else specs:
+            layers.setdefault(_LAYER.match(spec.name)[0], []).append(spec)
+        return list(layers.values())
+
+    def stored(self, name: str) -> Stored:
+        """How a tensor lies in its file, by canonical name."""
+        return self._stored[name]
+
     @property
     def files(self) -> set[Path]:
         """The files the weights are in."""
@@ -117,19 +128,22 @@ class ComponentWeights:
         The caller owns the only references: what it drops is given back.
         """
         reader = Reader(self.component)
-        layers: dict[str, list[TensorSpec]] = {}
-        for spec in self.specs(part):
-            layers.setdefault(_LAYER.match(spec.name)[0], []).append(spec)
-        for specs in layers.values():
-            yield {spec.name: self._laid_out(spec, reader.open(self._stored[spec.name])) for spec in specs}
+        for specs in self.layers(self.specs(part)):
+            yield {spec.name: _laid_out(spec, self.open_one(spec, reader)) for spec in specs}
 
-    def _laid_out(self, spec: TensorSpec, value: mx.array | Packed) -> mx.array | Packed:
-        if spec.layout == "same" or isinstance(value, Packed):
-            return value
-        if self._channels_last and value.ndim > 2:
+    def open_one(self, spec: TensorSpec, reader: Reader) -> mx.array | Packed:
+        """One weight in the layout of the released files, lazily."""
+        value = reader.open(self._stored[spec.name])
+        if self._channels_last and isinstance(value, mx.array) and value.ndim > 2:
             value = mx.moveaxis(value, -1, 1)
-        # A copy: as a view, one temporal tap would keep all of them in memory.
-        return mx.contiguous(LAYOUTS[spec.layout](value))
+        return value
+
+
+def _laid_out(spec: TensorSpec, value: mx.array | Packed) -> mx.array | Packed:
+    if spec.layout == "same" or isinstance(value, Packed):
+        return value
+    # A copy: as a view, one temporal tap would keep all of them in memory.
+    return mx.contiguous(LAYOUTS[spec.layout](value))
 
 
 def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype, scheme: Scheme | None = None) -> M:
@@ -156,7 +170,7 @@ def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype
         for name in list(layer):
             value, spec = layer.pop(name), specs[name]
             if scheme is not None and spec.quantized and scheme.fits(spec.shape):
-                value = _repacked(weights.component, value, scheme)
+                value = repacked(weights.component, value, scheme)
             if isinstance(value, Packed):
                 value = value.astype(dtype)
                 _set_layer(module, name.removesuffix(".weight"), value, dtype)
@@ -179,7 +193,8 @@ def _say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme
         )  # fmt: skip
 
 
-def _repacked(component: str, value: mx.array | Packed, scheme: Scheme) -> Packed:
+def repacked(component: str, value: mx.array | Packed, scheme: Scheme) -> Packed:
+    """A weight in a scheme's form, evaluated; raises CheckpointError if its file cannot be read."""
     if isinstance(value, Packed):
         if Scheme(value.mode, value.bits, value.group_size) == scheme:
             return value

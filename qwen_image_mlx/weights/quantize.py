@@ -63,6 +63,12 @@ class Scheme:
         name = str(self.bits) if self.mode == "affine" else self.mode
         return name if self.group_size == SCHEMES[name][2][0] else f"{name}/{self.group_size}"
 
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a matrix of that shape, packed."""
+        elements = shape[0] * shape[1]
+        per_group = 4 if self.mode == "affine" else 1
+        return elements * self.bits // 8 + elements // self.group_size * per_group
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight is a matrix whose rows are whole groups (and whole words)."""
         return len(shape) == 2 and shape[1] % self.group_size == 0 and shape[1] * self.bits % 32 == 0

@@ -93,6 +93,14 @@ class HubSnapshot:
         """
         return self._source().has(name)
 
+    def names(self, folder: str) -> list[str]:
+        """List the checkpoint's files in a folder, "" for its own (offline: those in the cache).
+
+        Raises:
+            HubError: The hub cannot say, and nothing is cached.
+        """
+        return self._source().names(folder)
+
     def file(self, name: str) -> Path:
         """Give the path of one file on disk, fetching it if needed.
 

@@ -55,6 +55,7 @@ FLAGS = {
         "-o",
     },
     "caption": MODEL | {"--language", "--resolution", "--seed", "-s"},
+    "quantize": {"-h", "--help", "--bits", "--group-size", "--revision"},
     "info": {"-h", "--help", "--json"},
 }
 

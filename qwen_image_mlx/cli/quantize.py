@@ -1,0 +1,46 @@
+"""qwen-image-mlx quantize: write a model anew with quantized weights."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DESCRIPTION = """\
+Write a model anew with quantized weights, into a folder that loads like any other model and with no flag.
+
+A third to a fifth of the size in memory for a small error, which the new folder's README lists for every matrix. 8 bits
+are hard to tell from the original; 4 fit a transformer of 41 GB into 8. The VAE, norms and the transformer's modulation
+stay exact. A run that was cut goes on when it is started again; half a folder never loads."""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's flags."""
+    parser = commands.add_parser(
+        "quantize",
+        help="write a model anew with quantized weights",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a local directory or a Hugging Face id")
+    add("out", metavar="OUT", help="a new folder")
+    add("--bits", required=True, metavar="B", help="3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the transformer's; the text "
+        "encoder's take 8), or transformer=4,text_encoder=8,vision=8")  # fmt: skip
+    add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 (default: 64)")
+    add("--revision", help="branch, tag or commit of a Hugging Face model")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes the pack and prints its path."""
+    from ..pipeline.packing import quantize_checkpoint
+    from ..weights.quantize import Quantization
+    from .console import ProgressBars, messages
+
+    quantization = Quantization.parse(arguments.bits, arguments.group_size)
+    with messages(), ProgressBars() as bars:
+        out = quantize_checkpoint(
+            arguments.model, arguments.out, quantization, revision=arguments.revision, progress=bars
+        )
+        bars.close()
+        print(out)

@@ -1,0 +1,181 @@
+"""Writes a component quantized: safetensors files that mean what they say, one layer in memory at a time.
+
+Which layers go into which file is settled beforehand, so a run that was cut goes on with the first file missing. A file
+is written under another name and renamed: what has its name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import CheckpointError, OutputError
+from .loader import ComponentWeights, repacked
+from .mapping import TensorSpec
+from .packed import Packed
+from .quantize import Scheme, relative_error
+from .shards import read_header
+from .stored import FLOATS, Reader
+
+_PLAN, _ERRORS = "qwen_image_mlx.plan", "qwen_image_mlx.errors"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some weights and what their matrices are packed into (None: nothing)."""
+
+    weights: ComponentWeights
+    scheme: Scheme | None
+
+    def packs(self, spec: TensorSpec) -> bool:
+        """Whether a tensor is packed here, whatever its form in the source."""
+        return self.scheme is not None and spec.quantized and self.scheme.fits(spec.shape)
+
+    def nbytes(self, spec: TensorSpec) -> int:
+        """Bytes of a tensor as it will be written."""
+        stored = self.weights.stored(spec.name)
+        return self.scheme.nbytes(spec.shape) if self.packs(spec) else stored.nbytes
+
+
+def write_component(
+    folder: Path,
+    stem: str,
+    parts: Sequence[Part],
+    *,
+    shard_bytes: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, float]:
+    """Writes a component's weights into a folder, with an index if there are several files.
+
+    Args:
+        folder: of the component; whole files of the same plan that lie there are kept.
+        stem: of the files' names.
+        parts: what to write, in this order.
+        shard_bytes: a file's tensors take at most so many bytes, unless one layer takes more.
+        progress: told of the bytes written so far, and of all.
+
+    Returns:
+        The relative error of each packed matrix, by the name of its layer.
+
+    Raises:
+        CheckpointError: the source could not be read.
+        OutputError: a file could not be written; those written before stay for the next run.
+    """
+    shards = list(_shards(parts, shard_bytes))
+    total = sum(nbytes for _, nbytes in shards)
+    readers = [Reader(part.weights.component) for part in parts]
+    names, errors, done, index = [], {}, 0, {}
+    for number, (layers, nbytes) in enumerate(shards, start=1):
+        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        path = folder / f"{stem}{suffix}.safetensors"
+        plan = _plan(parts, layers)
+        found = _whole(path, plan)
+        if found is None:
+            arrays, found = {}, {}
+            for which, specs in layers:
+                for spec in specs:
+                    _write_tensor(parts[which], spec, readers[which], arrays, found)
+            _save(path, arrays, {"format": "mlx", _PLAN: plan, _ERRORS: json.dumps(found)})
+            del arrays
+            mx.clear_cache()
+        errors |= found
+        index |= dict.fromkeys(read_header(path)[0], path.name)
+        names.append(path)
+        done += nbytes
+        progress(done, total)
+    if len(shards) > 1:
+        size = sum(path.stat().st_size for path in names)
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}, indent=2)
+        (folder / f"{stem}.safetensors.index.json").write_text(text)
+    return errors
+
+
+def quantization_config(parts: Sequence[Part]) -> dict[str, object] | None:
+    """What config.json says of the packed layers, as mlx-lm writes it; None where nothing is packed."""
+    layers: dict[str, object] = {}
+    for part in parts:
+        for specs in part.weights.layers():
+            for spec in specs:
+                if spec.name.endswith(".weight") and len(spec.shape) == 2:
+                    scheme = part.scheme if part.packs(spec) else part.weights.stored(spec.name).scheme
+                    layers[spec.name.removesuffix(".weight")] = scheme and vars(scheme)
+    used = [scheme for scheme in layers.values() if scheme]
+    if not used:
+        return None
+    usual = max(used, key=used.count)
+    return {**usual, **{name: scheme or False for name, scheme in layers.items() if scheme != usual}}
+
+
+Layers = list[tuple[int, list[TensorSpec]]]
+
+
+def _shards(parts: Sequence[Part], limit: int) -> Iterable[tuple[Layers, int]]:
+    """(layers as (part, tensors), bytes) of every file."""
+    layers: Layers = []
+    size = 0
+    for which, part in enumerate(parts):
+        for specs in part.weights.layers():
+            nbytes = sum(part.nbytes(spec) for spec in specs)
+            if layers and size + nbytes > limit:
+                yield layers, size
+                layers, size = [], 0
+            layers.append((which, specs))
+            size += nbytes
+    yield layers, size
+
+
+def _write_tensor(
+    part: Part, spec: TensorSpec, reader: Reader, arrays: dict[str, mx.array], errors: dict[str, float]
+) -> None:
+    """Adds a tensor to a file's arrays, evaluated, and its error to the errors if it is packed here."""
+    value, path = part.weights.open_one(spec, reader), spec.name.removesuffix(".weight")
+    if part.packs(spec):
+        packed = repacked(part.weights.component, value, part.scheme)
+        source = value.dequantize() if isinstance(value, Packed) else value
+        errors[path] = relative_error(source, packed)
+        value = packed
+    if isinstance(value, Packed):
+        names = (spec.name, f"{path}.scales", f"{path}.biases")
+        arrays |= {name: array for name, array in zip(names, value.arrays, strict=True) if array is not None}
+    else:
+        is_float = part.weights.stored(spec.name).tensor.dtype in FLOATS
+        arrays[spec.name] = value if is_float else value.astype(mx.bfloat16)
+
+
+def _plan(parts: Sequence[Part], layers: Layers) -> str:
+    """Stands for all that a file's bytes depend on."""
+    facts = []
+    for which, specs in layers:
+        part = parts[which]
+        for spec in specs:
+            tensor = part.weights.stored(spec.name).tensor
+            status = tensor.file.stat()
+            scheme = str(part.scheme) if part.packs(spec) else None
+            facts.append((spec.name, scheme, tensor.dtype, tensor.file.name, status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _whole(path: Path, plan: str) -> dict[str, float] | None:
+    """The errors of a file that an earlier run finished by the same plan; None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        metadata: Mapping[str, str] = read_header(path)[1]
+        return json.loads(metadata[_ERRORS]) if metadata.get(_PLAN) == plan else None
+    except (CheckpointError, KeyError, ValueError):
+        return None
+
+
+def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    partial = path.with_name(f".{path.name}.partial.safetensors")  # the ending is MLX's wish
+    try:
+        mx.save_safetensors(str(partial), arrays, metadata)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path} could not be written: {error}; free some space and run again to go on") from error

@@ -1,0 +1,193 @@
+"""Packs: the pixels of a run that quantizes by itself, whole or not there, and going on where a run was cut."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen_image_mlx import GenerationParameters, OutputError, Quantization, QwenImagePipeline, RequestError
+from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.models.layers import QuantizedEmbedding, QuantizedLinear
+from qwen_image_mlx.pipeline import packing
+from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.weights import pack
+from qwen_image_mlx.weights.shards import read_header
+from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
+
+PARAMETERS = GenerationParameters(width=64, height=48, num_inference_steps=2)
+WIDE = {
+    **TINY,
+    "transformer": replace(TINY["transformer"], num_attention_heads=4),
+    "text_encoder": replace(
+        TINY["text_encoder"], hidden_size=128, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4
+    ),
+}
+WIDE["transformer"] = replace(WIDE["transformer"], joint_attention_dim=128)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "wide", WIDE, dtype=mx.float32)
+
+
+def paint(folder, quantize=None, dtype="float32"):
+    pipeline = QwenImagePipeline.from_pretrained(folder, dtype=dtype, quantize=quantize)
+    encoding = pipeline.encode_guidance_prompts("a fox", " ")
+    return np.array(pipeline.generate_pixels(PARAMETERS, encoding, seed=1)), pipeline._components
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", ["4", "8/32", "mxfp4", "nvfp4", "transformer=5,text_encoder=mxfp8"])
+def test_a_pack_paints_what_a_run_that_quantizes_paints(source, tmp_path, bits, dtype):
+    folder = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse(bits))
+    packed, components = paint(folder, dtype=dtype)
+    running, _ = paint(source, bits, dtype)
+    np.testing.assert_array_equal(packed, running)
+    if dtype == "float32":
+        assert np.abs(packed - paint(source)[0]).max() > 0
+    assert type(components.transformer.transformer_blocks[0].attn.to_q) is QuantizedLinear
+    assert type(components.text_encoder.model.embed_tokens) is QuantizedEmbedding
+
+
+def test_a_pack_says_what_it_is(source, tmp_path):
+    folder = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+    for component, scheme in (("transformer", 4), ("text_encoder", 8)):
+        said = json.loads((folder / component / "config.json").read_text())["quantization"]
+        assert (said["bits"], said["group_size"], said["mode"]) == (scheme, 64, "affine")
+        (file,) = (folder / component).glob("*.safetensors")
+        tensors = read_header(file)[0]
+        for name, tensor in tensors.items():
+            path, _, last = name.rpartition(".")
+            if last == "weight" and len(tensor.shape) == 2:
+                assert (said.get(path, True) is not False) == (f"{path}.scales" in tensors) == (tensor.dtype == "U32")
+    assert json.loads((folder / "transformer/config.json").read_text())["quantization"]["img_in"] is False
+    report = json.loads((folder / "quantization_report.json").read_text())
+    assert 0.07 < report["transformer"]["transformer_blocks.0.attn.to_q"] < 0.1
+    assert 0.004 < report["text_encoder"]["model.embed_tokens"] < 0.007
+    card = (folder / "README.md").read_text()
+    assert "transformer_blocks.*.img_mlp.net.0.proj" in card
+    assert "qwen-image-mlx generate --model pack" in card
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_modulation_is_as_exact_as_in_the_source(source, tmp_path):
+    folder = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+    name = "transformer_blocks.0.img_mod.1.weight"
+    ours, theirs = (mx.load(str(next((f / "transformer").glob("*.safetensors"))))[name] for f in (folder, source))
+    assert mx.array_equal(ours, theirs)
+
+
+def test_a_pack_in_several_files_is_the_same(source, tmp_path):
+    whole = quantize_checkpoint(source, tmp_path / "whole", Quantization.parse("4"))
+    parts = quantize_checkpoint(source, tmp_path / "parts", Quantization.parse("4"), shard_bytes=200_000)
+    files = sorted((parts / "transformer").glob("*.safetensors"))
+    assert len(files) > 3
+    index = json.loads((parts / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
+    assert index == {name: file.name for file in files for name in read_header(file)[0]}
+    np.testing.assert_array_equal(paint(whole)[0], paint(parts)[0])
+
+
+def test_a_run_that_was_cut_goes_on(source, tmp_path, monkeypatch):
+    out, done, save = tmp_path / "pack", [], pack._save
+
+    def cut_after(number):
+        def saving(path, *rest):
+            if len(done) == number:
+                raise OutputError("the disk is full")
+            done.append(path.name)
+            save(path, *rest)
+
+        return saving
+
+    arguments = {"quantization": Quantization.parse("4"), "shard_bytes": 200_000}
+    monkeypatch.setattr(pack, "_save", cut_after(3))
+    with pytest.raises(OutputError, match="disk is full"):
+        quantize_checkpoint(source, out, **arguments)
+    assert not out.exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("pack.partial/*/*-of-*.safetensors")}
+    assert len(before) == 3
+    damaged = next(iter(before))
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    monkeypatch.setattr(pack, "_save", cut_after(-1))
+    done.clear()
+    quantize_checkpoint(source, out, **arguments)
+    assert damaged.name in done
+    assert not {path.name for path in before} - {damaged.name} & set(done)
+    np.testing.assert_array_equal(paint(out)[0], paint(source, "4")[0])
+
+
+def test_other_bits_do_not_go_on_from_what_lies_there(source, tmp_path, monkeypatch):
+    out = tmp_path / "pack"
+    monkeypatch.setattr(packing, "_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantize_checkpoint(source, out, Quantization.parse("4"))
+    monkeypatch.undo()
+    quantize_checkpoint(source, out, Quantization.parse("8"))
+    np.testing.assert_array_equal(paint(out)[0], paint(source, "8")[0])
+
+
+def test_a_pack_is_packed_again(source, tmp_path):
+    eight = quantize_checkpoint(source, tmp_path / "eight", Quantization.parse("8"))
+    four = quantize_checkpoint(eight, tmp_path / "four", Quantization.parse("4"))
+    np.testing.assert_array_equal(paint(four)[0], paint(eight, "4")[0])
+    np.testing.assert_array_equal(paint(eight)[0], paint(eight, "8")[0])
+
+
+def test_pictures_models_keep_their_vision_tower(tmp_path):
+    configs = {**WIDE, "vision": replace(TINY["vision"], out_hidden_size=128)}
+    folder = write_checkpoint(tmp_path / "edit", configs, pipeline="QwenImageEditPlusPipeline")
+    out = quantize_checkpoint(folder, tmp_path / "pack", Quantization.parse("transformer=4,vision=8/32"))
+    tensors = read_header(next((out / "text_encoder").glob("*.safetensors")))[0]
+    assert {name for name in tensors if name.startswith("visual.")}
+    assert (out / "processor/preprocessor_config.json").is_file()
+    picture = np.zeros((64, 64, 3), np.uint8)
+    packed, running = (
+        pipeline.encode_guidance_prompts("x", images=[picture], reference_pixels=4096).positive
+        for pipeline in (
+            QwenImagePipeline.from_pretrained(out),
+            QwenImagePipeline.from_pretrained(folder, quantize="transformer=4,vision=8/32"),
+        )
+    )
+    assert mx.array_equal(packed, running)
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--bits", "7"], "'7'"),
+    (["--bits", "none"], "nothing is to be quantized"),
+    (["--bits", "4", "--group-size", "48"], "not of 48"),
+    ([], "--bits"),
+])  # fmt: skip
+def test_bad_requests(source, tmp_path, capsys, arguments, says):
+    assert main(["quantize", str(source), str(tmp_path / "pack"), *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_exists_is_never_touched(source, tmp_path):
+    (tmp_path / "pack").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+    with pytest.raises(RequestError, match="nothing"):
+        quantize_checkpoint(source, tmp_path / "other", Quantization())
+
+
+def test_a_full_disk_is_said_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
+    with pytest.raises(OutputError, match=r"0\.0 GB left"):
+        quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+
+
+def test_a_pack_that_lacks_scales_is_refused(source, tmp_path):
+    folder = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    arrays = dict(mx.load(str(file)).items())
+    for lost, says in (("scales", "packed, without scales"), ("biases", "packed without biases")):
+        mx.save_safetensors(
+            str(file), {n: a for n, a in arrays.items() if n != f"transformer_blocks.1.attn.to_k.{lost}"}
+        )
+        with pytest.raises(Exception, match=says):
+            QwenImagePipeline.from_pretrained(folder).prepare()
