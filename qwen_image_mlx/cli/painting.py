@@ -45,6 +45,7 @@ _PROVENANCE: dict[str, type | tuple[type, ...]] = {
     "reference_pixels": int,
     "keep_alpha": bool,
     "zero_cond_t": str,
+    "lora_mode": str,
 }
 # Types of the metadata that --from-image reads; other keys are for people.
 _RECORDED: dict[str, type | tuple[type, ...]] = {
@@ -64,6 +65,7 @@ _RECORDED: dict[str, type | tuple[type, ...]] = {
     "strength": (int, float),
     "dtype": str,
     "quantize": str,
+    "loras": list,
 } | _PROVENANCE
 
 
@@ -94,6 +96,11 @@ def add_model_flags(parser: argparse._ActionsContainer, default_model: str) -> N
     add("--quantize", metavar="Q", help="pack weights while they are loaded: 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the "
         "transformer's; the text encoder's take 8), or transformer=4,text_encoder=8,vision=8")  # fmt: skip
     add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 (default: 64)")
+    add("--lora", dest="loras", action="append", metavar="REF[@S]", help="a LoRA and its strength: a file, a folder, "
+        "owner/repo, owner/repo:file or a file's address on the hub; repeat for more")  # fmt: skip
+    add("--lora-mode", choices=("auto", "merge", "side"), help="merge LoRAs into the weights, or run them beside "
+        "(default: auto, which merges unless the weights are packed or too coarse)")  # fmt: skip
+    add("--lightning", type=int, choices=(4, 8), help="the official LoRA of the model that paints in so many steps")
 
 
 def add_sampling_flags(parser: argparse._ActionsContainer, steps: int) -> None:
@@ -116,18 +123,26 @@ def add_cache_flag(parser: argparse._ActionsContainer) -> None:
 def open_pipeline(given: Mapping[str, Any], default_model: str, progress: ProgressCallback) -> QwenImagePipeline:
     """The checkpoint that the flags name."""
     from ..pipeline.pipeline import QwenImagePipeline
+    from ..weights.lora_inspect import LIGHTNING
     from ..weights.quantize import NONE, Quantization
 
     zero_cond_t, group_size = given.get("zero_cond_t"), given.get("group_size")
     if group_size is not None and given.get("quantize") is None:
         raise RequestError("--group-size needs --quantize")
     quantization = Quantization.parse(given.get("quantize") or NONE, group_size)
+    model, loras = given.get("model") or default_model, list(given.get("loras") or ())
+    if given.get("lightning"):
+        if model not in LIGHTNING:
+            raise RequestError(f"no official Lightning LoRA of {model} is known; give one with --lora")
+        loras.append(LIGHTNING[model][given["lightning"]])
     return QwenImagePipeline.from_pretrained(
-        given.get("model") or default_model,
+        model,
         revision=given.get("revision"),
         dtype=given.get("dtype") or DTYPES[0],
         zero_cond_t=None if zero_cond_t is None else zero_cond_t == "on",
         quantize=quantization,
+        loras=loras,
+        lora_mode=given.get("lora_mode") or "auto",
         progress=progress,
     )
 
@@ -187,8 +202,9 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
                 straight=[open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None,
             )
         recommended = {
-            "steps": pipeline.variant.steps,
-            "cfg_scale": pipeline.variant.cfg_scale,
+            "steps": pipeline.recommended.steps,
+            "cfg_scale": pipeline.recommended.cfg_scale,
+            "shift": pipeline.recommended.shift,
             "negative_prompt": recommended_negative_prompt(pipeline.variant, pipeline.model),
         }
         request = build_request({**recommended, **wanted}, canvas.size if canvas else size)

@@ -70,7 +70,6 @@ class _Files:
         data = self.read(name)
         try:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                check_size(image.size, f"{name} in {self.label}")
                 self._pixels -= image.width * image.height
                 if self._pixels < 0:
                     raise RequestError(f"{self.label} holds more than {MAX_PIXELS} pixels; make its layers smaller")
@@ -118,15 +117,15 @@ def folder_files(stack: LayerStack) -> Iterator[tuple[str, bytes]]:
             "file": name, "name": layer.name, "size": list(layer.image.size), "offset": list(layer.offset),
             "visible": layer.visible, "opacity": layer.opacity,
         })  # fmt: skip
-    try:
-        text = json.dumps(manifest | stack.metadata, ensure_ascii=False, indent=2, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"the metadata cannot be written as JSON: {error}; give numbers, text, lists") from error
-    yield MANIFEST, text
+    yield MANIFEST, _json(manifest | stack.metadata)
 
 
 def ora_files(stack: LayerStack) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of an OpenRaster archive's files in order; metadata lies in mergedimage.png as in our PNGs."""
+    """(name, bytes) of an OpenRaster archive's files in order; metadata lies in mergedimage.png as in our PNGs.
+
+    Raises:
+        RequestError: the metadata cannot be written as JSON.
+    """
     width, height = stack.size
     image = ElementTree.Element("image", version="0.0.3", w=str(width), h=str(height), xres="72", yres="72")
     root = ElementTree.SubElement(image, "stack")
@@ -368,16 +367,23 @@ def _ora_metadata(files: _Files) -> dict[str, Any]:
         return {}
     try:
         with Image.open(io.BytesIO(files.read("mergedimage.png")), formats=("PNG",)) as image:
-            metadata = json.loads(getattr(image, "text", {}).get(METADATA_KEY, "{}"))
+            metadata = json.loads(image.info.get(METADATA_KEY, "{}"))
     except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
 
 
+def _json(value: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the metadata cannot be written as JSON: {error}; give numbers, text, lists") from error
+
+
 def _png(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
     info = PngImagePlugin.PngInfo()
     if metadata:
-        info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+        info.add_itxt(METADATA_KEY, _json(metadata).decode())
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

@@ -66,6 +66,23 @@ class QuantizedLinear(nn.QuantizedLinear):
         self.group_size, self.bits, self.mode = group_size, bits, mode
 
 
+class SideBranch(nn.Module):
+    """A linear layer with a low-rank branch beside it: y = layer(x) + (x A^T) B^T.
+
+    Args:
+        layer: dense or quantized.
+        a: (r, in).
+        b: (out, r).
+    """
+
+    def __init__(self, layer: nn.Module, a: mx.array, b: mx.array):
+        super().__init__()
+        self.layer, self.a, self.b = layer, a, b
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.layer(x) + (x @ self.a.T) @ self.b.T
+
+
 class QuantizedEmbedding(QuantizedLinear):
     """`nn.QuantizedEmbedding` around weights that are there already; rows come out in `dtype`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -29,8 +29,9 @@ from ..models.vae import Decoder, Encoder
 from ..models.vision import VisionTower
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
-from ..weights.loader import ComponentWeights, load_module
-from ..weights.mapping import canonical_names, needs_tensor, weights_map
+from ..weights.adapters import Adapters
+from ..weights.loader import ComponentWeights, load_module, put_beside
+from ..weights.mapping import canonical_names, expected_tensors, needs_tensor, weights_map
 from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles
 
@@ -62,6 +63,7 @@ class Components:
         loading: given a component's name, a context to load it in.
         zero_cond_t: overrides the transformer's flag; None obeys the checkpoint.
         quantization: what matrices are packed into while they are loaded; None leaves them as they are stored.
+        read_loras: given the transformer's modules and their weights' shapes, the LoRAs for them; called once.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class Components:
         *,
         zero_cond_t: bool | None = None,
         quantization: Quantization | None = None,
+        read_loras: Callable[[Mapping[str, tuple[int, ...]]], Adapters] | None = None,
     ):
         self.snapshot = snapshot
         self.dtype = dtype
         self._loading = loading
         self._zero_cond_t = zero_cond_t
         self.quantization = quantization or Quantization()
+        self._read_loras = read_loras
         self._loaded: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
         index = snapshot.read_json("model_index.json")
@@ -88,6 +92,29 @@ class Components:
         """transformer/config.json."""
         config = TransformerConfig.from_dict(self._config("transformer"))
         return config if self._zero_cond_t is None else replace(config, zero_cond_t=self._zero_cond_t)
+
+    @cached_property
+    def adapters(self) -> Adapters | None:
+        """The LoRAs for the transformer."""
+        return self._read_loras(self.lora_targets()) if self._read_loras else None
+
+    def lora_targets(self) -> dict[str, tuple[int, ...]]:
+        """The transformer's modules that have a weight, with its shape."""
+        specs = expected_tensors("transformer", self.transformer_config)
+        return {name.removesuffix(".weight"): spec.shape for name, spec in specs.items() if name.endswith(".weight")}
+
+    def replace_adapters(self, adapters: Adapters | None) -> None:
+        """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
+        old, self.adapters = self.adapters, adapters
+        transformer = self._loaded.get("transformer")
+        if transformer is None:
+            return
+        before, after = (_beside(a, self.weights("transformer"), self.dtype) for a in (old, adapters))
+        if before is None or after is None:
+            self.release("transformer")
+            return
+        for path in before.keys() | after.keys():
+            put_beside(transformer, path, after.get(path))
 
     @cached_property
     def text_encoder_config(self) -> TextEncoderConfig:
@@ -161,7 +188,9 @@ class Components:
     def transformer(self) -> Transformer:
         """The transformer without its modulation, resident."""
         config = self.transformer_config
-        return self._ensure("transformer", lambda: self._load("transformer", "main", Transformer(config), self.dtype))
+        return self._ensure(
+            "transformer", lambda: self._load("transformer", "main", Transformer(config), self.dtype, self.adapters)
+        )
 
     @property
     def vae_encoder(self) -> Encoder:
@@ -186,7 +215,7 @@ class Components:
 
     def prepare(self) -> None:
         """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file."""
-        _ = self.scheduler_config
+        _ = self.scheduler_config, self.adapters
         self._tokenizer_files()
         shown = self.variant.encoder_area > 0
         if shown:
@@ -235,8 +264,11 @@ class Components:
                 self._loaded[name] = load()
         return self._loaded[name]
 
-    def _load(self, component: str, part: str, module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-        return load_module(module, self.weights(component), part, dtype, getattr(self.quantization, component, None))
+    def _load(
+        self, component: str, part: str, module: nn.Module, dtype: mx.Dtype, adapters: Adapters | None = None
+    ) -> nn.Module:
+        scheme = getattr(self.quantization, component, None)
+        return load_module(module, self.weights(component), part, dtype, scheme, adapters)
 
     def _tokenizer_files(self) -> dict[str, Path]:
         names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]
@@ -248,3 +280,18 @@ class Components:
         if expected and found not in (None, expected):
             raise CheckpointError(f"{component}/{name} is that of a {found}, not of a {expected}")
         return config
+
+
+def _beside(
+    adapters: Adapters | None, weights: ComponentWeights, dtype: mx.Dtype
+) -> dict[str, tuple[mx.array, mx.array]] | None:
+    """The branches of LoRAs that leave the resident weights alone; None if they are merged into some."""
+    if adapters is None:
+        return {}
+    resident = {spec.name.removesuffix(".weight") for spec in weights.specs("main")}
+    branches = adapters.branches(dtype)
+    if branches is None:
+        return None
+    branches = {path: branch for path, branch in branches.items() if path in resident}
+    packed = all(weights.stored(f"{path}.weight").scheme for path in branches)
+    return branches if adapters.mode == "side" or (packed and adapters.mode == "auto") else None

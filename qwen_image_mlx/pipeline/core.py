@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +30,7 @@ from .caption import MAX_TOKENS, write_caption
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
 from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
+from .loras import profile_of
 from .parameters import GenerationParameters, check_reference_pixels, check_seed, check_size
 from .progress import Progress, ProgressCallback, Reporter
 from .start import Start, draw_start
@@ -39,6 +40,22 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+
+class Recommended(NamedTuple):
+    """How a model wants to be sampled.
+
+    Attributes:
+        steps: denoising steps.
+        cfg_scale: guidance.
+        shift: a static shift of the schedule; None takes the checkpoint's own.
+        distilled: what showed that a LoRA is distilled; None if none is.
+    """
+
+    steps: int
+    cfg_scale: float
+    shift: float | None
+    distilled: str | None
 
 
 class PipelineCore:
@@ -75,6 +92,20 @@ class PipelineCore:
     def variant(self) -> Variant:
         """What the checkpoint's pipeline class implies: template, defaults."""
         return self._components.variant
+
+    @property
+    def components(self) -> Components:
+        """The checkpoint's parts, for what works on them beside the pipeline."""
+        return self._components
+
+    @property
+    def recommended(self) -> Recommended:
+        """How it wants to be sampled: as its card says, or as a distilled LoRA was trained."""
+        adapters = self._components.adapters
+        profile = profile_of(adapters.loras) if adapters else None
+        if profile is None:
+            return Recommended(self.variant.steps, self.variant.cfg_scale, None, None)
+        return Recommended(profile.steps, profile.cfg_scale, profile.shift, profile.evidence)
 
     @property
     def fingerprint(self) -> str:
@@ -414,5 +445,8 @@ class PipelineCore:
             weights = self._components.weights("transformer")
             zero_cond_t = self._components.transformer_config.zero_cond_t
             with self._report.stage("load", "modulation"):
-                self._table = schedule, modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t)
+                self._table = (
+                    schedule,
+                    modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t, self._components.adapters),
+                )
         return self._table[1]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from .. import __version__
 from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
 from ..images.geometry import Size
@@ -21,12 +21,14 @@ from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
 from ..variants import ASPECT_SIZES, DEFAULT_MODEL
-from ..weights.quantize import NONE, Quantization
+from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
 from .core import PipelineCore
 from .decomposition import LayeredResult, layers_request
+from .loras import LoRAReference, read_adapters
+from .metadata import describe
 from .parameters import DTYPES, GenerationParameters
 from .progress import Progress, ProgressCallback, Reporter
 from .request import Request
@@ -51,6 +53,8 @@ class QwenImagePipeline(PipelineCore):
         offline: bool = False,
         zero_cond_t: bool | None = None,
         quantize: Quantization | str | int | None = None,
+        loras: Sequence[LoRAReference] = (),
+        lora_mode: str = "auto",
         progress: ProgressCallback | None = None,
     ) -> QwenImagePipeline:
         """Opens a checkpoint; weights are fetched and loaded when they are first needed.
@@ -63,6 +67,10 @@ class QwenImagePipeline(PipelineCore):
             zero_cond_t: overrides the transformer's flag, for files that lost it; None obeys the checkpoint.
             quantize: pack matrices while they are loaded: 4 or "mxfp8" (the transformer; the text encoder takes 8),
                 "transformer=4,text_encoder=8,vision=none", or a `Quantization`; None loads them as they are stored.
+            loras: `REF` or `REF@STRENGTH`, or (REF, strength); REF is a file, a folder, `owner/repo`,
+                `owner/repo:file` or the address of a file on the hub. Read with the transformer's config.
+            lora_mode: "merge" into the weights, "side" to run beside them, "auto" to merge unless the weights are
+                packed already or too coarse.
             progress: told of downloads, loading and work; it can cancel.
 
         Raises:
@@ -81,6 +89,7 @@ class QwenImagePipeline(PipelineCore):
         components = Components(
             snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t,
             quantization=Quantization.parse(quantize) if isinstance(quantize, str | int) else quantize,
+            read_loras=partial(read_adapters, loras, lora_mode, offline=offline, report=report) if loras else None,
         )  # fmt: skip
         return cls(components, report)
 
@@ -271,8 +280,8 @@ class QwenImagePipeline(PipelineCore):
         request = layers_request(
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
             size=size, cfg_normalize=cfg_normalize, caption_language=caption_language, seed=seed, rng=rng,
-            num_inference_steps=self.variant.steps if num_inference_steps is None else num_inference_steps,
-            cfg_scale=self.variant.cfg_scale if cfg_scale is None else cfg_scale,
+            num_inference_steps=self.recommended.steps if num_inference_steps is None else num_inference_steps,
+            cfg_scale=self.recommended.cfg_scale if cfg_scale is None else cfg_scale,
         )  # fmt: skip
         encoding = self.encode_request(request, progress)
         if staged:
@@ -375,39 +384,8 @@ class QwenImagePipeline(PipelineCore):
         pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress)]
         layers = (Layer(image, f"layer {n}") for n, image in enumerate(pictures))
         size = request.canvas.result_size
-        metadata = self.describe(request, encoding, request.seeds[0])
+        metadata = describe(self, request, encoding, request.seeds[0])
         return LayeredResult(request.canvas.resized_source, LayerStack(size, tuple(layers), metadata))
-
-    def describe(self, request: Request, encoding: GuidanceEncoding, seed: int, image_index: int = 0) -> dict[str, Any]:
-        """The metadata of one result: all that the pipeline knows of how it was painted, JSON-serialisable."""
-        parameters = request.parameters
-        metadata = {
-            "model": self.model,
-            "revision": self.revision,
-            "prompt": encoding.source.prompt,
-            "negative_prompt": request.negative_prompt if parameters.cfg_scale > 1 else None,
-            "width": parameters.width,
-            "height": parameters.height,
-            "steps": parameters.num_inference_steps,
-            "cfg_scale": parameters.cfg_scale,
-            "seed": seed,
-            "image_index": image_index,
-            "rng": parameters.rng,
-            "sigmas": parameters.sigmas,
-            "shift": parameters.shift,
-            "strength": parameters.strength if self.starts_from_canvas(request) else None,
-            "dtype": str(self.dtype).rpartition(".")[2],
-            "quantize": None if str(self._components.quantization) == NONE else str(self._components.quantization),
-            "version": __version__,
-        }
-        if self.variant.layered:
-            metadata |= {
-                "num_layers": parameters.num_layers,
-                "resolution": math.isqrt(request.reference_pixels),
-                "cfg_normalize": parameters.cfg_normalize,
-                "caption_language": None if request.prompt.strip() else request.caption_language,
-            }
-        return metadata
 
     def _paint(self, request: Request, staged: bool, progress: ProgressCallback | None) -> list[PILImage]:
         encoding, initial = self.encode_request(request, progress), self.encode_canvas(request, progress)
@@ -421,8 +399,9 @@ class QwenImagePipeline(PipelineCore):
         return GenerationParameters(
             width=size[0],
             height=size[1],
-            num_inference_steps=self.variant.steps if steps is None else steps,
-            cfg_scale=self.variant.cfg_scale if cfg_scale is None else cfg_scale,
+            num_inference_steps=self.recommended.steps if steps is None else steps,
+            cfg_scale=self.recommended.cfg_scale if cfg_scale is None else cfg_scale,
+            shift=self.recommended.shift,
             rng=rng,
             strength=strength,
         )
@@ -451,6 +430,26 @@ class QwenImagePipeline(PipelineCore):
         """Gives back the memory of the transformer and of its modulation table."""
         self._table = None
         self._components.release("transformer")
+
+    def set_loras(self, loras: Sequence[LoRAReference], mode: str = "auto") -> None:
+        """Other LoRAs from now on, instead of all that were there.
+
+        Where all of them, old and new, run beside the weights (packed ones, or mode "side"), the transformer stays
+        loaded; otherwise it is loaded anew when it is next needed.
+
+        Args:
+            loras, mode: as in `from_pretrained`; an empty sequence takes all away.
+
+        Raises:
+            RequestError, CheckpointError, HubError: one cannot be found or does not fit; the old ones stay.
+        """
+        parts = self._components
+        adapters = None
+        if loras:
+            targets, offline = parts.lora_targets(), parts.snapshot.offline
+            adapters = read_adapters(loras, mode, targets, offline=offline, report=self._report)
+        self._table = None
+        parts.replace_adapters(adapters)
 
     def release_vae(self) -> None:
         """Gives back the autoencoder's memory."""

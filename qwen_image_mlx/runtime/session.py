@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..pipeline.metadata import describe
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -58,7 +60,7 @@ def paint(
     initial = pipeline.encode_canvas(request, progress)
     pipeline.release_encoders()
     for image, seed, index in pipeline.paint_request(request, encoding, initial, progress):
-        yield Painting(image, pipeline.describe(request, encoding, seed, index))
+        yield Painting(image, describe(pipeline, request, encoding, seed, index))
 
 
 def decompose(

@@ -1,8 +1,8 @@
 """From a component's files to the parameters of a module, strictly and without a peak.
 
 `mx.load` is lazy: a tensor's bytes are read when it is first evaluated, and given back when the last reference goes.
-So a component is checked by its headers alone, and read, packed and evaluated one layer at a time: the peak is the
-result plus one layer. Nothing here knows a model; the weights map does.
+So a component is checked by its headers alone, and read, packed and evaluated one tensor at a time: the peak is
+the result plus one of them. Nothing here knows a model; the weights map does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError
-from ..models.layers import QuantizedEmbedding, QuantizedLinear
+from ..models.layers import QuantizedEmbedding, QuantizedLinear, SideBranch
+from .adapters import Adapters
 from .mapping import LAYOUTS, TensorSpec, canonical_names, dialect_of, expected_tensors, other_part, weights_map
 from .packed import Packed
 from .quantize import Scheme, quantize_matrix
@@ -122,16 +123,7 @@ class ComponentWeights:
         """How its weights are packed; empty if none is."""
         return {stored.scheme for stored in self._stored.values() if stored.scheme}
 
-    def open(self, part: str) -> Iterator[dict[str, mx.array | Packed]]:
-        """Layer by layer, the weights of a part by canonical name: lazy, in the module's layout, as they are stored.
-
-        The caller owns the only references: what it drops is given back.
-        """
-        reader = Reader(self.component)
-        for specs in self.layers(self.specs(part)):
-            yield {spec.name: _laid_out(spec, self.open_one(spec, reader)) for spec in specs}
-
-    def open_one(self, spec: TensorSpec, reader: Reader) -> mx.array | Packed:
+    def open(self, spec: TensorSpec, reader: Reader) -> mx.array | Packed:
         """One weight in the layout of the released files, lazily."""
         value = reader.open(self._stored[spec.name])
         if self._channels_last and isinstance(value, mx.array) and value.ndim > 2:
@@ -139,15 +131,15 @@ class ComponentWeights:
         return value
 
 
-def _laid_out(spec: TensorSpec, value: mx.array | Packed) -> mx.array | Packed:
-    if spec.layout == "same" or isinstance(value, Packed):
-        return value
-    # A copy: as a view, one temporal tap would keep all of them in memory.
-    return mx.contiguous(LAYOUTS[spec.layout](value))
-
-
-def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype, scheme: Scheme | None = None) -> M:
-    """Gives every parameter of a new module its weight, evaluated layer by layer; returns the module.
+def load_module(
+    module: M,
+    weights: ComponentWeights,
+    part: str,
+    dtype: mx.Dtype,
+    scheme: Scheme | None = None,
+    adapters: Adapters | None = None,
+) -> M:
+    """Gives every parameter of a new module its weight, evaluated one by one; returns the module.
 
     Args:
         module: its parameters have the weights map's names.
@@ -156,29 +148,45 @@ def load_module(module: M, weights: ComponentWeights, part: str, dtype: mx.Dtype
         dtype: of all floating parameters.
         scheme: what the matrices that the map calls quantized are packed into; those already packed otherwise are
             packed anew, all others stay as they are stored.
+        adapters: LoRAs to be merged or put beside.
 
     Raises:
-        CheckpointError: a file could not be read to its end.
+        CheckpointError: a file could not be read to its end, or a LoRA cannot be combined with packed weights.
     """
-    specs = {spec.name: spec for spec in weights.specs(part)}
+    specs = weights.specs(part)
     names = {name for name, _ in tree_flatten(module.parameters())}
-    if names != specs.keys():
-        raise ValueError(f"module and weights map differ in {_some(sorted(names ^ specs.keys()))}")
+    if names != {spec.name for spec in specs}:
+        raise ValueError(f"module and weights map differ in {_some(sorted(names ^ {spec.name for spec in specs}))}")
     if scheme is not None:
-        _say_what_does_not_fit(weights.component, specs.values(), scheme)
-    for layer in weights.open(part):
-        for name in list(layer):
-            value, spec = layer.pop(name), specs[name]
-            if scheme is not None and spec.quantized and scheme.fits(spec.shape):
-                value = repacked(weights.component, value, scheme)
-            if isinstance(value, Packed):
-                value = value.astype(dtype)
-                _set_layer(module, name.removesuffix(".weight"), value, dtype)
-                layer[name] = value.arrays
-            else:
-                layer[name] = value.astype(dtype)
-                module.load_weights([(name, layer[name])], strict=False)
-        evaluate(weights.component, layer)
+        _say_what_does_not_fit(weights.component, specs, scheme)
+    reader, branches = Reader(weights.component), []
+    for spec in specs:
+        value, branch = weights.open(spec, reader), None
+        packs = scheme is not None and spec.quantized and scheme.fits(spec.shape)
+        if adapters and adapters.changes(spec.name):
+            with _reading(weights.component):
+                if len(spec.shape) == 2:
+                    value, branch = adapters.place(spec.name, value, scheme if packs else None, dtype)
+                else:
+                    value = adapters.apply(spec.name, value)
+        elif packs:
+            value = repacked(weights.component, value, scheme)
+        if isinstance(value, Packed):
+            value = value.astype(dtype)
+            evaluate(weights.component, value.arrays)
+            _quantize_layer(module, spec.name.removesuffix(".weight"), value, dtype)
+        else:
+            value = LAYOUTS[spec.layout](value)
+            # A copy: as a view, one temporal tap would keep all of them in memory.
+            value = (value if spec.layout == "same" else mx.contiguous(value)).astype(dtype)
+            evaluate(weights.component, value)
+            module.load_weights([(spec.name, value)], strict=False)
+        if branch is not None:
+            branches.append((spec.name.removesuffix(".weight"), branch))
+    if adapters:
+        adapters.say_what_became()
+    for path, branch in branches:
+        put_beside(module, path, branch)
     module.eval()
     return module
 
@@ -203,17 +211,29 @@ def repacked(component: str, value: mx.array | Packed, scheme: Scheme) -> Packed
         return quantize_matrix(value, scheme)
 
 
-def _set_layer(module: nn.Module, path: str, packed: Packed, dtype: mx.Dtype) -> None:
+def _quantize_layer(module: nn.Module, path: str, packed: Packed, dtype: mx.Dtype) -> None:
     """Puts a quantized layer in a layer's place; its bias stays."""
+    parent, place = _place(module, path)
+    form = (*packed.arrays, packed.group_size, packed.bits, packed.mode)
+    if isinstance(parent[place], nn.Embedding):
+        parent[place] = QuantizedEmbedding(*form, dtype)
+    else:
+        parent[place] = QuantizedLinear(*form, parent[place].get("bias"))
+
+
+def put_beside(module: nn.Module, path: str, branch: tuple[mx.array, mx.array] | None) -> None:
+    """Runs a low-rank branch beside a layer, instead of one that may be there; None takes it away."""
+    parent, place = _place(module, path)
+    layer = parent[place].layer if isinstance(parent[place], SideBranch) else parent[place]
+    parent[place] = layer if branch is None else SideBranch(layer, *branch)
+
+
+def _place(module: nn.Module, path: str) -> tuple[Any, str | int]:
+    """What holds a layer, a module or a list, and under which name or number."""
     *parents, last = path.split(".")
     for name in parents:
         module = module[int(name)] if isinstance(module, list) else module[name]
-    place = int(last) if isinstance(module, list) else last
-    form = (*packed.arrays, packed.group_size, packed.bits, packed.mode)
-    if isinstance(module[place], nn.Embedding):
-        module[place] = QuantizedEmbedding(*form, dtype)
-    else:
-        module[place] = QuantizedLinear(*form, module[place].get("bias"))
+    return module, int(last) if isinstance(module, list) else last
 
 
 @contextmanager

@@ -13,14 +13,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.transformer import BlockRows, Modulation, timestep_features
+from .adapters import Adapters
 from .loader import ComponentWeights, evaluate
 from .packed import Packed
+from .stored import Reader
 
 _TIME = "time_text_embed.timestep_embedder"
 
 
 def modulation_table(
-    weights: ComponentWeights, timesteps: Sequence[float], dtype: mx.Dtype, zero_cond_t: bool = False
+    weights: ComponentWeights,
+    timesteps: Sequence[float],
+    dtype: mx.Dtype,
+    zero_cond_t: bool = False,
+    adapters: Adapters | None = None,
 ) -> list[Modulation]:
     """The modulation of every step of a schedule.
 
@@ -29,18 +35,24 @@ def modulation_table(
         timesteps: sigma as the model is given it, in [0, 1]; rounded to `dtype` here, as the reference does.
         dtype: dtype of the rows.
         zero_cond_t: reference tokens are modulated as at timestep 0, whatever the step.
+        adapters: LoRAs, merged on the way.
 
     Returns:
         One `Modulation` per timestep; its rows are views into one array per block and stream.
     """
-    arrays = {name: value for layer in weights.open("modulation") for name, value in layer.items()}
+    specs = {spec.name: spec for spec in weights.specs("modulation")}
+    reader = Reader(weights.component)
 
     def array(name: str) -> mx.array:
-        value = arrays.pop(name)
-        return value.dequantize(dtype) if isinstance(value, Packed) else value.astype(dtype)
+        value = weights.open(specs[name], reader)
+        value = value.dequantize() if isinstance(value, Packed) else value
+        if adapters and adapters.changes(name):
+            return adapters.apply(name, value)  # in fp32, where nothing of it is lost
+        return value.astype(dtype)
 
     def linear(name: str, x: mx.array) -> mx.array:
-        return mx.addmm(array(f"{name}.bias"), x, array(f"{name}.weight").T)
+        w, b = array(f"{name}.weight"), array(f"{name}.bias")
+        return mx.addmm(b, x.astype(w.dtype), w.T).astype(dtype)
 
     # The reference casts 1000 sigma to the model's dtype and divides there: bf16 moves a timestep by up to 0.4%.
     steps = len(timesteps)
@@ -48,7 +60,7 @@ def modulation_table(
     rounded = thousandths.astype(dtype) / mx.array(1000, dtype=dtype)
     hidden = nn.silu(linear(f"{_TIME}.linear_1", timestep_features(rounded).astype(dtype)))
     embedding = linear(f"{_TIME}.linear_2", hidden)
-    if "time_text_embed.addition_t_embedding.weight" in arrays:
+    if "time_text_embed.addition_t_embedding.weight" in specs:
         # Its two rows tell pictures with and without a layer to decompose; pipelines always ask for row 0.
         embedding = embedding + array("time_text_embed.addition_t_embedding.weight")[0]
     embedding = nn.silu(embedding)
@@ -60,7 +72,7 @@ def modulation_table(
         evaluate(weights.component, out)
         return out
 
-    num_blocks = sum(name.endswith(".img_mod.1.weight") for name in arrays)
+    num_blocks = sum(name.endswith(".img_mod.1.weight") for name in specs)
     blocks = [
         tuple(rows(f"transformer_blocks.{n}.{stream}_mod.1", scales=(1, 4)) for stream in ("txt", "img"))
         for n in range(num_blocks)

@@ -133,7 +133,7 @@ def _write_tensor(
     part: Part, spec: TensorSpec, reader: Reader, arrays: dict[str, mx.array], errors: dict[str, float]
 ) -> None:
     """Adds a tensor to a file's arrays, evaluated, and its error to the errors if it is packed here."""
-    value, path = part.weights.open_one(spec, reader), spec.name.removesuffix(".weight")
+    value, path = part.weights.open(spec, reader), spec.name.removesuffix(".weight")
     if part.packs(spec):
         packed = repacked(part.weights.component, value, part.scheme)
         source = value.dequantize() if isinstance(value, Packed) else value

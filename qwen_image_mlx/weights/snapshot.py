@@ -56,6 +56,7 @@ class HubSnapshot:
     Attributes:
         model: The model as it was given.
         is_local: Whether the model is a directory of the user's.
+        offline: Whether only the cache is used.
 
     Raises:
         CheckpointError: The model is neither a directory nor a possible id.
@@ -76,7 +77,7 @@ class HubSnapshot:
         self.model = str(model)
         self.is_local = folder is not None
         self._wanted = revision
-        self._offline = offline
+        self.offline = offline
         self._progress = progress
         self._opened: Folder | Repo | None = Folder(folder) if folder else None
 
@@ -176,7 +177,7 @@ class HubSnapshot:
 
     def _source(self) -> Folder | Repo:
         if self._opened is None:
-            self._opened = open_model(self.model, self._wanted, self._offline, self._progress)
+            self._opened = open_model(self.model, self._wanted, self.offline, self._progress)
         return self._opened
 
 

@@ -18,7 +18,19 @@ PUBLIC = {
     "LayeredResult", "Quantization", "compose", "pack_multi_layer_latents", "unpack_multi_layer_latents", "HubSnapshot",
     "QwenImageError", "RequestError", "CheckpointError", "HubError", "OutputError", "Cancelled",
 }  # fmt: skip
-MODEL = {"--help", "--model", "--revision", "--dtype", "--quantize", "--group-size", "-h", "-m"}
+MODEL = {
+    "--help",
+    "--model",
+    "--revision",
+    "--dtype",
+    "--quantize",
+    "--group-size",
+    "--lora",
+    "--lora-mode",
+    "--lightning",
+    "-h",
+    "-m",
+}
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = MODEL | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",

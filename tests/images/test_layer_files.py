@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,14 @@ from test_layer_stacks import noise, plain, stacks
 
 from qwen_image_mlx.errors import OutputError, RequestError
 from qwen_image_mlx.images import layer_archives, layer_files
-from qwen_image_mlx.images.layer_files import FORMATS, free_folder, load_layers, save_layers, split_reference
+from qwen_image_mlx.images.layer_files import (
+    FORMATS,
+    check_formats,
+    free_folder,
+    load_layers,
+    save_layers,
+    split_reference,
+)
 from qwen_image_mlx.images.layers import Layer, LayerStack, clean_name, composite, contact_sheet
 
 STACK = LayerStack(
@@ -160,7 +168,9 @@ def test_a_folder_is_never_written_over(folder):
     assert os.listdir(folder.parent) == ["small"]
 
 
-@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")])
+@pytest.mark.parametrize("make", [
+    Path.touch, lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to(tempfile.mkdtemp()),
+])  # fmt: skip
 def test_files_and_links_are_never_written_over(tmp_path, make):
     make(tmp_path / "x")
     with pytest.raises(OutputError, match="already"):
@@ -238,6 +248,10 @@ def test_metadata_that_cannot_be_written_is_refused(tmp_path, metadata, says):
         with pytest.raises(RequestError, match=says):
             save_layers(LayerStack((8, 6), small.layers, metadata), tmp_path / "x", [name])
     assert os.listdir(tmp_path) == []
+
+
+def test_formats_count_once():
+    assert check_formats(["ora", "png", "ora"]) == ("ora", "png")
 
 
 def test_free_folders(folder, caplog):

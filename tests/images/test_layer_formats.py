@@ -169,13 +169,15 @@ def test_the_slide_has_every_layer_on_its_place(saved):
         assert amounts == ([] if layer.opacity == 1 else [str(round(layer.opacity * 100_000))])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (20, 1000), (30_000, 600)])
-def test_slides_keep_to_powerpoint_s_limits(tmp_path, size):
+@pytest.mark.parametrize(("size", "unit"), [
+    ((1000, 500), 9525), ((1, 1), 914_400), ((20, 1000), 914_400 / 20), ((30_000, 600), 51_206_400 / 30_000),
+])  # fmt: skip
+def test_slides_are_of_96_pixels_an_inch_within_powerpoint_s_limits(tmp_path, size, unit):
     save_layers(LayerStack(size, (Layer(plain("red")),)), tmp_path / "x", ["pptx"])
     show = pptx.Presentation(tmp_path / "x" / "layers.pptx")
     sides = show.slide_width, show.slide_height
     assert 914_400 <= min(sides) <= max(sides) <= 51_206_400
-    assert sides[0] / sides[1] == pytest.approx(size[0] / size[1], rel=1e-5)
+    assert sides == pytest.approx([side * unit for side in size], abs=1)
 
 
 def psd(path: Path, *layers, mode="RGBA", size=(8, 6), depth=8) -> Path:

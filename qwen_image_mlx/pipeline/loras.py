@@ -1,0 +1,96 @@
+"""LoRAs by reference: where they are, fetched if need be, bound to the transformer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ..errors import RequestError
+from ..weights.adapters import Adapters
+from ..weights.lora import SUFFIX, LoRA, read_lora
+from ..weights.lora_inspect import Profile, distilled_profile
+from ..weights.lora_references import kind_of, parse_reference
+from ..weights.snapshot import HubSnapshot
+from .progress import Progress, Reporter
+
+logger = logging.getLogger(__name__)
+
+LoRAReference = str | os.PathLike | tuple[str | os.PathLike, float]
+
+
+def read_adapters(
+    references: Sequence[LoRAReference],
+    mode: str,
+    targets: Mapping[str, tuple[int, ...]],
+    *,
+    offline: bool,
+    report: Reporter,
+) -> Adapters:
+    """Reads what LoRAs change, without their weights.
+
+    Args:
+        references: `REF` or `REF@STRENGTH`, or pairs of the two; REF is a file, a folder, `owner/repo`,
+            `owner/repo:file` or the address of a file on the hub.
+        mode: one of `weights.adapters.MODES`.
+        targets: the modules they may change, with their weights' shapes.
+        offline: never ask the network.
+        report: told of downloads.
+
+    Raises:
+        RequestError: a reference leads nowhere, a strength is no finite number, or the mode is another.
+        CheckpointError: a file is damaged or made for another model.
+        HubError: a file could not be downloaded.
+    """
+    split = [split_reference(reference) for reference in references]
+    loras = [read_lora(fetch_lora(reference, offline, report), targets, strength) for reference, strength in split]
+    if profile := profile_of(loras):
+        logger.info(
+            "a distilled LoRA (by %s): %d steps, guidance %g and a static shift of %g unless told otherwise",
+            profile.evidence, profile.steps, profile.cfg_scale, profile.shift,
+        )  # fmt: skip
+    return Adapters(loras, mode, [f"{reference}@{strength:g}" for reference, strength in split])
+
+
+def split_reference(reference: LoRAReference) -> tuple[str, float]:
+    """(reference, strength) of what a caller wrote."""
+    if isinstance(reference, tuple):
+        return os.fspath(reference[0]), reference[1]
+    return parse_reference(reference) if isinstance(reference, str) else (os.fspath(reference), 1.0)
+
+
+def profile_of(loras: Iterable[LoRA]) -> Profile | None:
+    """How the first distilled one is sampled; None if none is."""
+    for lora in loras:
+        if profile := distilled_profile(lora):
+            return profile
+    return None
+
+
+def fetch_lora(reference: str, offline: bool, report: Reporter) -> Path:
+    """The file or folder a reference leads to, downloaded if need be."""
+    source = kind_of(reference)
+    if source.path is not None:
+        return source.path
+    snapshot = HubSnapshot(
+        source.repo,
+        revision=source.revision,
+        offline=offline,
+        progress=lambda name, done, total: report(Progress("download", done, total, name)),
+    )
+    name = source.file or _only_file(snapshot, source.repo)
+    folder, _, file = name.rpartition("/")
+    settings = f"{folder}/adapter_config.json".lstrip("/")
+    if file == "adapter_model.safetensors" and snapshot.exists(settings):
+        snapshot.file(settings)  # PEFT keeps the scale beside the weights
+    return snapshot.file(name)
+
+
+def _only_file(snapshot: HubSnapshot, repo: str) -> str:
+    names = [name for name in snapshot.names("") if name.endswith(SUFFIX)]
+    if len(names) != 1:
+        found = f"{len(names)} LoRA files: {', '.join(names)}" if names else f"no {SUFFIX} file"
+        example = names[0] if names else f"folder/file{SUFFIX}"
+        raise RequestError(f"{repo} holds {found}; name one as in {repo}:{example}")
+    return names[0]

@@ -1,0 +1,49 @@
+"""What is recorded of a result, so that it can be made again."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..weights.quantize import NONE
+from .conditioning import GuidanceEncoding
+from .request import Request
+
+if TYPE_CHECKING:
+    from .pipeline import QwenImagePipeline
+
+
+def describe(
+    pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding, seed: int, image_index: int = 0
+) -> dict[str, Any]:
+    """The metadata of one result: all that the pipeline knows of how it was painted, JSON-serialisable."""
+    parameters, parts = request.parameters, pipeline.components
+    metadata = {
+        "model": pipeline.model,
+        "revision": pipeline.revision,
+        "prompt": encoding.source.prompt,
+        "negative_prompt": request.negative_prompt if parameters.cfg_scale > 1 else None,
+        "width": parameters.width,
+        "height": parameters.height,
+        "steps": parameters.num_inference_steps,
+        "cfg_scale": parameters.cfg_scale,
+        "seed": seed,
+        "image_index": image_index,
+        "rng": parameters.rng,
+        "sigmas": parameters.sigmas,
+        "shift": parameters.shift,
+        "strength": parameters.strength if pipeline.starts_from_canvas(request) else None,
+        "dtype": str(pipeline.dtype).rpartition(".")[2],
+        "quantize": None if str(parts.quantization) == NONE else str(parts.quantization),
+        "loras": list(parts.adapters.references) if parts.adapters else None,
+        "version": __version__,
+    }
+    if pipeline.variant.layered:
+        metadata |= {
+            "num_layers": parameters.num_layers,
+            "resolution": math.isqrt(request.reference_pixels),
+            "cfg_normalize": parameters.cfg_normalize,
+            "caption_language": None if request.prompt.strip() else request.caption_language,
+        }
+    return metadata

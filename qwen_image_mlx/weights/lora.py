@@ -1,0 +1,364 @@
+"""LoRA files as changes of weights: read, checked and computed here; knows no loader, no pipeline and no module.
+
+`read_lora` binds a file's tensors to the transformer's modules by their names and shapes alone; their values are read
+when a change is asked for, and dropped with it. W is always (out, in), as in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import CheckpointError, RequestError
+from .lora_formats import KINDS, PeftConfig, Shape, bind, check_dtypes, factored_kind, peft_config
+from .shards import Tensor, read_header
+
+SUFFIX = ".safetensors"
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+Read = Callable[[str], mx.array]
+
+
+class _Arrays:
+    """The arrays of one file: each is handed out once per opening, so that whoever drops it gives it back."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lazy: dict[str, mx.array] = {}
+
+    def take(self, tensor: Tensor) -> mx.array:
+        """One tensor's values in float32, read and found finite."""
+        try:
+            if tensor.name not in self._lazy:
+                self._lazy = mx.load(str(self._path))
+            array = self._lazy.pop(tensor.name)
+            if tensor.dtype == "F8_E4M3":
+                array = mx.from_fp8(array, mx.float32)
+            finite = mx.isfinite(array).all().item()
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self._path} could not be read to its end ({error}): download it again") from error
+        if not finite:
+            raise CheckpointError(
+                f"{self._path} holds NaN or infinity in {tensor.name}: it was damaged or its training failed; "
+                "use another version of it"
+            )
+        return array.astype(mx.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What a LoRA does to one target: W' = W + change, or with a magnitude m (DoRA) W' = m (W + change) / |W + change|.
+
+    The change is strength * scale * product + strength * difference, where the product is, by kind,
+
+    - LoRA: up @ down;
+    - LoHa: (w1_a @ w1_b) * (w2_a @ w2_b);
+    - LoKr: kron(w1, w2), where either may be a product of two;
+
+    and, where the file replaces the weight, strength * (replacement - W). DoRA's strength acts where PEFT's and
+    diffusers' does, inside the norm: at strength 0 the rows still get the trained magnitudes. The norm is taken over
+    the input axis for m of shape (out,) or (out, 1), over the output axis for (1, in).
+
+    Sources: PEFT's Linear, DoraLinearVariant, LoHaLayer and LoKrLayer; LyCORIS' modules; ComfyUI's weight adapters.
+
+    Attributes:
+        target: the module's canonical name.
+        shape: its weight's shape: (out, in), or (dim,) of a norm.
+        kind: "LoRA", "LoHa" or "LoKr"; None where it has no factors.
+        tensors: what the file has for it, by role.
+        scale: alpha / rank, without strength.
+        strength: how much of it is applied.
+    """
+
+    target: str
+    shape: Shape
+    kind: str | None
+    tensors: Mapping[str, Tensor]
+    scale: float
+    strength: float
+    _arrays: _Arrays = field(repr=False)
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether `delta` is anything but zero by design."""
+        return self.kind is not None or not {"difference", "replacement"}.isdisjoint(self.tensors)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether the result is scaled to stored magnitudes."""
+        return "magnitude" in self.tensors
+
+    @property
+    def rank(self) -> int | None:
+        """The number alpha is divided by; None without factors, and for a LoKr of whole ones."""
+        shapes = {role: tensor.shape for role, tensor in self.tensors.items()}
+        return KINDS[self.kind].rank(shapes) if self.kind else None
+
+    def delta(self, weight: mx.array) -> mx.array:
+        """W' - W.
+
+        Args:
+            weight: float32, `shape`: the weight of the base model.
+
+        Returns:
+            float32, `shape`; lazy, but the file's tensors have been read and found finite.
+
+        Raises:
+            CheckpointError: the file holds NaN or infinity, or ends too early.
+        """
+        assert weight.shape == self.shape, (self.target, weight.shape)
+        assert weight.dtype == mx.float32, (self.target, weight.dtype)
+        change = mx.zeros(self.shape, mx.float32)
+        if self.kind:
+            change = change + self.strength * self.scale * _PRODUCTS[self.kind](self._read, self.tensors)
+        if "difference" in self.tensors:
+            change = change + self.strength * self._read("difference")
+        if "replacement" in self.tensors:
+            change = change + self.strength * (self._read("replacement") - weight)
+        if not self.is_dora:
+            return change
+        moved = weight + change
+        magnitude = self._read("magnitude")
+        by_column = magnitude.shape == (1, self.shape[1]) != (self.shape[0], 1)
+        norm = mx.linalg.norm(moved, axis=0 if by_column else 1, keepdims=True)
+        magnitude = magnitude.reshape(norm.shape)
+        return moved * mx.where(norm > 0, magnitude / norm, 0) - weight
+
+    def bias_delta(self) -> mx.array | None:
+        """What is added to the module's bias: float32 (out,), strength included; None if nothing.
+
+        Raises:
+            CheckpointError: as `delta`.
+        """
+        change = None
+        if "up_bias" in self.tensors:
+            change = self.strength * self.scale * self._read("up_bias")
+        if "bias_difference" in self.tensors:
+            difference = self.strength * self._read("bias_difference")
+            change = difference if change is None else change + difference
+        return change
+
+    def factors(self) -> tuple[mx.array, mx.array] | None:
+        """The change as a side branch: float32 A (r, in), B (out, r), so that y += (x A^T) B^T; strength is in B.
+
+        It is exact: LoHa of rank r becomes a branch of rank r^2, LoKr one of the rank its Kronecker product has.
+
+        Returns:
+            A and B, or None where no branch does it: DoRA, full differences, and factors larger than the weight.
+
+        Raises:
+            CheckpointError: as `delta`.
+        """
+        if self.kind is None or self.is_dora or not {"difference", "replacement"}.isdisjoint(self.tensors):
+            return None
+        out, width = self.shape
+        rank = _BRANCH_RANKS[self.kind]({role: tensor.shape for role, tensor in self.tensors.items()})
+        if rank * (out + width) > out * width:
+            return None
+        a, b = _BRANCHES[self.kind](self._read, self.tensors)
+        return a, self.strength * self.scale * b
+
+    def check(self) -> None:
+        """Reads every tensor it has, and drops it.
+
+        Raises:
+            CheckpointError: as `delta`.
+        """
+        for role in self.tensors:
+            self._read(role)
+
+    def _read(self, role: str) -> mx.array:
+        return self._arrays.take(self.tensors[role])
+
+
+def _side(read: Read, roles: Iterable[str], side: str) -> mx.array:
+    return read(side) if side in roles else read(f"{side}_a") @ read(f"{side}_b")
+
+
+_PRODUCTS: dict[str, Callable[[Read, Iterable[str]], mx.array]] = {
+    "LoRA": lambda read, roles: read("up") @ read("down"),
+    "LoHa": lambda read, roles: (read("hada_w1_a") @ read("hada_w1_b")) * (read("hada_w2_a") @ read("hada_w2_b")),
+    "LoKr": lambda read, roles: mx.kron(_side(read, roles, "lokr_w1"), _side(read, roles, "lokr_w2")),
+}
+
+
+def _loha_branch(read: Read, roles: Iterable[str]) -> tuple[mx.array, mx.array]:
+    """(P Q) * (R S) = (P o R) (Q o S): products of every column of P with every column of R, rows likewise."""
+    p, q, r, s = (read(f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    b = (p[:, :, None] * r[:, None, :]).reshape(p.shape[0], -1)
+    a = (q[:, None, :] * s[None, :, :]).reshape(-1, q.shape[1])
+    return a, b
+
+
+def _lokr_branch(read: Read, roles: Iterable[str]) -> tuple[mx.array, mx.array]:
+    """kron(P Q, R S) = kron(P, R) kron(Q, S); a side that is not factored is itself times the identity."""
+    pairs = []
+    for side in ("lokr_w1", "lokr_w2"):
+        if side in roles:
+            whole = read(side)
+            pairs.append((whole, mx.eye(whole.shape[1])))
+        else:
+            pairs.append((read(f"{side}_a"), read(f"{side}_b")))
+    (p, q), (r, s) = pairs
+    return mx.kron(q, s), mx.kron(p, r)
+
+
+def _lokr_branch_rank(shapes: Mapping[str, Shape]) -> int:
+    ranks = (shapes[s][1] if s in shapes else shapes[f"{s}_b"][0] for s in ("lokr_w1", "lokr_w2"))
+    return math.prod(ranks)
+
+
+_BRANCHES: dict[str, Callable[[Read, Iterable[str]], tuple[mx.array, mx.array]]] = {
+    "LoRA": lambda read, roles: (read("down"), read("up")),
+    "LoHa": _loha_branch,
+    "LoKr": _lokr_branch,
+}
+_BRANCH_RANKS: dict[str, Callable[[Mapping[str, Shape]], int]] = {
+    "LoRA": lambda shapes: shapes["down"][0],
+    "LoHa": lambda shapes: shapes["hada_w1_b"][0] * shapes["hada_w2_b"][0],
+    "LoKr": _lokr_branch_rank,
+}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A LoRA file, bound to the modules of a transformer.
+
+    Attributes:
+        path: the file.
+        strength: how much of it is applied; any finite number.
+        updates: what it changes, by the module's canonical name.
+        unmatched: names of its tensors that belong to no module, and therefore do nothing.
+        total: matrices the transformer has.
+        dialects: how its names are spelled, most frequent first.
+        metadata: the header's metadata.
+        peft: PEFT's settings, where the scales come from there.
+        nbytes: bytes of its tensors.
+    """
+
+    path: Path
+    strength: float
+    updates: Mapping[str, Update] = field(repr=False, compare=False)
+    unmatched: tuple[str, ...] = field(repr=False, compare=False)
+    total: int = field(repr=False, compare=False)
+    dialects: tuple[str, ...] = field(repr=False, compare=False)
+    metadata: Mapping[str, str] = field(repr=False, compare=False)
+    peft: PeftConfig | None = field(repr=False, compare=False)
+    nbytes: int = field(repr=False, compare=False)
+
+    @property
+    def matched(self) -> int:
+        """How many of the `total` matrices it changes."""
+        return sum(update.changes_weight and len(update.shape) == 2 for update in self.updates.values())
+
+    def with_strength(self, strength: float) -> LoRA:
+        """The same file at another strength, without reading it again.
+
+        Raises:
+            RequestError: the strength is not a finite number.
+        """
+        strength = _checked_strength(strength, self.path)
+        updates = {name: replace(update, strength=strength) for name, update in self.updates.items()}
+        return replace(self, strength=strength, updates=updates)
+
+    def check(self) -> None:
+        """Reads everything once, one target at a time.
+
+        Raises:
+            CheckpointError: the file holds NaN or infinity, or ends too early.
+        """
+        for update in self.updates.values():
+            update.check()
+
+
+def read_lora(path: str | Path, targets: Mapping[str, Shape], strength: float = 1.0) -> LoRA:
+    """Reads what a LoRA file changes; of its weights only the alphas, which are single numbers.
+
+    Args:
+        path: a safetensors file, or a folder that holds exactly one.
+        targets: canonical module name -> shape of its weight: (out, in), or (dim,) of a norm.
+        strength: how much of it to apply.
+
+    Raises:
+        RequestError: the path leads to no safetensors file, or the strength is not a finite number.
+        CheckpointError: the file is damaged, was made for another model, does not fit a target, or is inconsistent.
+    """
+    path = weights_file(path)
+    strength = _checked_strength(strength, path)
+    tensors, metadata = read_header(path)
+    binding = bind(path, tensors, targets)
+    check_dtypes(path, tensors, binding)
+    peft = peft_config(path, metadata)
+    arrays = _Arrays(path)
+    updates = {}
+    for target, roles in binding.tensors.items():
+        kind = factored_kind(path, target, targets[target], roles)
+        update = Update(target, tuple(targets[target]), kind, roles, 1.0, strength, arrays)
+        updates[target] = replace(update, scale=_scale(path, update, peft, arrays))
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(len(shape) == 2 for shape in targets.values())
+    return LoRA(path, strength, updates, binding.unmatched, total, binding.dialects, metadata, peft, nbytes)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The one safetensors file that a path to a file or folder means.
+
+    Raises:
+        RequestError: there is none, there are several, or it is a pickle.
+    """
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path):
+        try:
+            files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        except OSError as error:
+            raise RequestError(f"the folder {path} cannot be read ({error.strerror}): check its permissions") from error
+        found = [file for file in files if file.suffix == SUFFIX]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RequestError(
+                f"the folder {path} holds {len(found)} LoRA files ({', '.join(file.name for file in found)}): "
+                "name one of them"
+            )
+        path = next((file for file in files if file.suffix in _PICKLES), path)
+        if os.path.isdir(path):
+            raise RequestError(f"the folder {path} holds no {SUFFIX} file: give a LoRA's file or its folder")
+    if not os.path.exists(path):
+        raise RequestError(f"there is no LoRA {path}: give a {SUFFIX} file that exists")
+    if path.suffix.lower() in _PICKLES:
+        raise RequestError(
+            f"{path} is a pickle, which can run any code when it is read: use its {SUFFIX} version, or convert it "
+            "where you trust it"
+        )
+    return path
+
+
+def _checked_strength(strength: float, path: Path) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise RequestError(f"the strength of {path} is {strength!r}: give a finite number, 1 for the LoRA as trained")
+    return float(strength)
+
+
+def _scale(path: Path, update: Update, peft: PeftConfig | None, arrays: _Arrays) -> float:
+    """alpha / rank: by PEFT's settings where there are any, else by the file's alpha; 1 without either."""
+    if peft:
+        rank = peft.rank_of(update.target)
+        if update.kind and update.rank not in (None, rank):
+            raise CheckpointError(
+                f"{path} does not fit its own settings: they give {update.target} rank {rank} and its tensors have "
+                f"{update.rank}; download it again"
+            )
+        if peft.decomposed and update.kind == "LoRA" and not update.is_dora:
+            raise CheckpointError(
+                f"{path} says it is a DoRA and has no magnitude for {update.target}: save it again with its "
+                "lora_magnitude_vector tensors"
+            )
+        return peft.scale_of(update.target)
+    if "alpha" not in update.tensors or update.rank is None:
+        return 1.0
+    return arrays.take(update.tensors["alpha"]).item() / update.rank
