@@ -25,6 +25,8 @@ ASPECT_SIZES: dict[str, tuple[int, int]] = {
     "2:3": (1056, 1584),
 }
 
+LORA_MODES = ("auto", "merge", "side")
+
 # Sizes of a result that follow from its picture: the model's own, or the picture's.
 NAMED_SIZES = ("1mp", "source")
 
@@ -221,7 +223,7 @@ RECOMMENDED_NEGATIVE_PROMPTS = {"Qwen/Qwen-Image": " "}
 
 def variant_of(class_name: object, model: str) -> Variant:
     """The row for a checkpoint's `_class_name`; raises CheckpointError for one this package does not run."""
-    if class_name not in VARIANTS:
+    if not isinstance(class_name, str) or class_name not in VARIANTS:
         raise CheckpointError(
             f"{model} is a {class_name or 'folder without a pipeline class'} in its model_index.json; "
             f"this version runs {', '.join(VARIANTS)}"

@@ -1,9 +1,11 @@
-"""qwen-image-mlx info: what a file says of itself."""
+"""qwen-image-mlx info: what a file or folder is."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 
@@ -11,22 +13,56 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "info",
-        help="print the parameters a picture was painted with",
-        description="Print the parameters a picture was painted with, as stored in its PNG.",
+        help="say what a picture, a model or a LoRA is",
+        description="Print the parameters a picture was painted with (as stored in its PNG), what a model holds and "
+        "will cost in memory, or what a LoRA changes.",
     )
-    parser.add_argument("image", metavar="IMAGE", help="a PNG file painted by this program")
+    parser.add_argument(
+        "path", metavar="PATH", help="a PNG painted by this program, a model's folder, or a LoRA's file"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints one parameter a line, or JSON."""
-    from ..images.files import read_metadata
+    """Prints one fact a line, or JSON."""
+    path = Path(arguments.path).expanduser()
+    if path.is_dir():
+        facts = _checkpoint(path)
+    elif path.suffix in (".safetensors", ".gguf"):
+        facts = _weights(path)
+    else:
+        from ..images.files import read_metadata
 
-    metadata = read_metadata(arguments.image)
+        facts = read_metadata(path)
     if arguments.json:
-        print(json.dumps(metadata, ensure_ascii=False, indent=2))
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
         return
-    width = max(map(len, metadata), default=0)
-    for name, value in metadata.items():
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
         print(f"{name:{width}}  {'' if value is None else value}")
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from ..pipeline.inspection import inspect_checkpoint
+
+    report = inspect_checkpoint(path)
+    facts: dict[str, Any] = {
+        "model": report.model, "class": report.class_name, "for": report.task, "transformer blocks": report.blocks,
+    }  # fmt: skip
+    for part in report.components:
+        forms = ", ".join(f"{form} {_size(nbytes)}" for form, nbytes in part.forms.items())
+        facts[part.name] = f"{_size(part.file_bytes)} in files ({forms}), {_size(part.resident_bytes)} in memory"
+    facts["while encoding"] = f"{_size(report.encoding_bytes)} and the pictures"
+    facts["while painting"] = f"{_size(report.painting_bytes)} and the picture"
+    return facts
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    from ..weights.identify import identify
+
+    return asdict(identify(path))
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

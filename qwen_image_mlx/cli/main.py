@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import QwenImageError, RequestError
-from . import caption, compose, decompose, edit, generate, info, quantize
+from . import caption, compose, decompose, edit, generate, info, lora, quantize
 
-COMMANDS = (generate, edit, decompose, compose, caption, quantize, info)
+COMMANDS = (generate, edit, decompose, compose, caption, quantize, lora, info)
 
 
 class _Parser(argparse.ArgumentParser):

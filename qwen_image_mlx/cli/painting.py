@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..pipeline.parameters import DTYPES, RNGS, GenerationParameters, check_size
 from ..pipeline.request import Request
-from ..variants import ASPECT_SIZES, NAMED_SIZES, recommended_negative_prompt
+from ..variants import ASPECT_SIZES, LORA_MODES, NAMED_SIZES, recommended_negative_prompt
 
 if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
@@ -69,6 +69,9 @@ _RECORDED: dict[str, type | tuple[type, ...]] = {
 } | _PROVENANCE
 
 
+_CHOICES = {"zero_cond_t": ("on", "off"), "lora_mode": LORA_MODES}
+
+
 def add_flags(parser: argparse.ArgumentParser, default_model: str, steps: int) -> None:
     """Adds the flags of both commands; every default is None, so that a flag given is a flag meant."""
     add = parser.add_argument
@@ -98,7 +101,7 @@ def add_model_flags(parser: argparse._ActionsContainer, default_model: str) -> N
     add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 (default: 64)")
     add("--lora", dest="loras", action="append", metavar="REF[@S]", help="a LoRA and its strength: a file, a folder, "
         "owner/repo, owner/repo:file or a file's address on the hub; repeat for more")  # fmt: skip
-    add("--lora-mode", choices=("auto", "merge", "side"), help="merge LoRAs into the weights, or run them beside "
+    add("--lora-mode", choices=LORA_MODES, help="merge LoRAs into the weights, or run them beside "
         "(default: auto, which merges unless the weights are packed or too coarse)")  # fmt: skip
     add("--lightning", type=int, choices=(4, 8), help="the official LoRA of the model that paints in so many steps")
 
@@ -149,7 +152,7 @@ def open_pipeline(given: Mapping[str, Any], default_model: str, progress: Progre
 
 def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
     """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
-    from ..images.files import check_writable, output_path, read_metadata, save_png
+    from ..images.files import check_text, check_writable, output_path, read_metadata, save_png
     from ..images.recompose import adopt_layer, edited_layer_path
     from ..images.sources import open_image, open_mask, open_rgba
 
@@ -177,6 +180,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         raise RequestError("--strength needs --mask: without one an edit begins with noise alone")
     if sources and size is not None:
         wanted["size"] = size if isinstance(size, str) else "x".join(map(str, size))
+    check_text([wanted.get(name) for name in _PROVENANCE])
     draft = build_request(wanted, size if isinstance(size, tuple) else next(iter(ASPECT_SIZES.values())))
     adopted = edited_layer_path(given["layer"]) if "layer" in given and "output" not in given else None
     path = adopted or output_path(given.get("output"))
@@ -249,8 +253,11 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded values that are set; raises RequestError for one of the wrong type."""
     recorded = {name: metadata[name] for name in _RECORDED if metadata.get(name) is not None}
     for name, value in recorded.items():
-        if not isinstance(value, _RECORDED[name]) or isinstance(value, bool) != (_RECORDED[name] is bool):
-            raise RequestError(f"the picture's metadata is damaged: its {name} is {value!r}")
+        fits = isinstance(value, _RECORDED[name]) and isinstance(value, bool) == (_RECORDED[name] is bool)
+        if isinstance(value, list):
+            fits = fits and all(isinstance(item, (int, float) if name == "sigmas" else str) for item in value)
+        if not fits or value not in _CHOICES.get(name, (value,)):
+            raise RequestError(f"the picture's metadata is damaged: its {name} is {value!r:.80}")
     return recorded
 
 

@@ -70,6 +70,8 @@ class Canvas:
             painted = Image.composite(painted, base, feathered(_resized(self.mask, self.result_size)))
         if straight is not None:
             painted.putalpha(straight.getchannel("A"))
+        if "icc_profile" in self.source.info:  # the model changes colours' numbers, not what they mean
+            painted.info["icc_profile"] = self.source.info["icc_profile"]
         return painted
 
 
@@ -102,7 +104,12 @@ def plan_canvas(
         mask = _checked_mask(mask, source.size)
     if crop_padding is not None and mask is None:
         raise RequestError("a padding around the mask needs a mask")
-    if isinstance(size, str) and size not in NAMED_SIZES:
+    if crop_padding is not None and (type(crop_padding) is not int or crop_padding < 0):
+        raise RequestError(
+            f"the padding around the mask is {crop_padding!r}, but must be a whole number of pixels from 0"
+        )
+    is_pair = isinstance(size, tuple | list) and len(size) == 2
+    if size is not None and not is_pair and size not in NAMED_SIZES:
         raise RequestError(f"size is {size!r}, but must be {' or '.join(map(repr, NAMED_SIZES))} or (width, height)")
     if size is None:
         size = "source" if mask is not None and composite else "1mp"

@@ -21,14 +21,20 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "qwen_image_mlx"
 DEFAULT_NAME = "qwen-image.png"
 _FREE_MARGIN = 1 << 20
+_NAME_BYTES = 200  # most file systems take 255; a number may be added
 
 
 def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
     """The PNG a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
     if output is None:
         return Path(default_name)
-    path = Path(output).expanduser()
-    if output.endswith(("/", os.sep)) or path.is_dir():
+    try:
+        path = Path(output).expanduser()
+        if path.is_dir():
+            return path / default_name
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RequestError(f"--output is {output!r:.80}, which leads nowhere: {error}") from error
+    if output.endswith(("/", os.sep)):
         return path / default_name
     if not path.suffix:
         return path.with_name(path.name + ".png")
@@ -37,12 +43,25 @@ def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
     return path
 
 
+def check_text(metadata: Any) -> None:
+    """Raises RequestError, before any work is done, for names of files that a PNG could not record."""
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "a file's name is not valid text, so no picture could say that it was made from it"
+        ) from error
+
+
 def check_writable(path: Path, nbytes: int) -> None:
     """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now."""
     folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     try:
+        path.exists()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if len(os.fsencode(path.name)) > _NAME_BYTES:
+            raise OutputError(f"cannot write {path.name[:40]}…: the name is too long")
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -72,13 +91,16 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
         handle, partial = tempfile.mkstemp(prefix=".", suffix=".png.partial", dir=path.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {reason(error)}") from error
+    written = None
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, "PNG", pnginfo=info)
+            image.save(file, "PNG", pnginfo=info, icc_profile=image.info.get("icc_profile"))
         os.chmod(partial, 0o666 & ~umask())
         written = _claim(path)
         os.replace(partial, written)
     except OSError as error:
+        if written is not None:
+            written.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {reason(error)}") from error
     finally:
         Path(partial).unlink(missing_ok=True)
@@ -100,7 +122,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise RequestError(f"{path} is not a readable picture: {why}") from error
     try:
         metadata = json.loads(text) if text is not None else None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own PNG files do")

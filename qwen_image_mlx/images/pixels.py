@@ -13,9 +13,12 @@ _MODES = {3: "RGB", 4: "RGBA"}
 
 def on_white(image: Image.Image) -> Image.Image:
     """An RGBA picture laid on white, RGB; any other converted to RGB."""
+    info = image.info
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = info.copy()
+    return image
 
 
 def to_images(pixels: mx.array) -> list[Image.Image]:

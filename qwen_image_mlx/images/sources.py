@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import RequestError
 from .pixels import on_white
@@ -21,8 +21,13 @@ ImageSource = Image.Image | np.ndarray | str | os.PathLike | bytes
 
 
 def listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
-    """Pictures as a list; a single one may be given without."""
-    return [images] if isinstance(images, ImageSource) else list(images)
+    """Pictures as a list; a single one may be given without. Raises RequestError for anything else."""
+    if isinstance(images, ImageSource):
+        return [images]
+    try:
+        return list(images)
+    except TypeError as error:
+        raise RequestError(f"pictures are {images!r:.80}, but must be a list of pictures, or one") from error
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -52,6 +57,10 @@ def open_mask(source: ImageSource) -> Image.Image:
 
 def _decoded(source: ImageSource) -> Image.Image:
     """Upright, whole, in 8 bits."""
+    if not isinstance(source, ImageSource):
+        raise RequestError(
+            f"a picture is of type {type(source).__name__}; give a PIL image, an array, a path or a file's bytes"
+        )
     name = _name(source)
     with readable(name):
         if isinstance(source, np.ndarray):
@@ -70,6 +79,7 @@ def readable(name: str) -> Iterator[None]:
     """Makes whatever Pillow raises while it reads a picture a RequestError about `name`."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except FileNotFoundError as error:
@@ -87,7 +97,18 @@ def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise RequestError(f"{name} has values of 32 bits; give uint8 of (height, width, 3 or 4), or a usual picture")
+    if not image.width * image.height:
+        raise RequestError(f"{name} has no pixels")
+    if image.info.get("icc_profile", b"")[16:20] != b"RGB ":
+        image.info.pop("icc_profile", None)  # of colours that it no longer has
+    if image.mode in ("LAB", "HSV", "YCbCr", "CMYK"):
+        return image.convert("RGB") if image.mode != "LAB" else _from_lab(image)
     return image
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
 
 
 def _name(source: ImageSource) -> str:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,11 +31,13 @@ from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.adapters import Adapters
 from ..weights.loader import ComponentWeights, load_module, put_beside
-from ..weights.mapping import canonical_names, expected_tensors, needs_tensor, weights_map
+from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, weights_map
 from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
 # The parts of each component that are read (see the weights map).
@@ -90,7 +92,7 @@ class Components:
     @cached_property
     def transformer_config(self) -> TransformerConfig:
         """transformer/config.json."""
-        config = TransformerConfig.from_dict(self._config("transformer"))
+        config = self._parsed(TransformerConfig, "transformer")
         return config if self._zero_cond_t is None else replace(config, zero_cond_t=self._zero_cond_t)
 
     @cached_property
@@ -100,8 +102,7 @@ class Components:
 
     def lora_targets(self) -> dict[str, tuple[int, ...]]:
         """The transformer's modules that have a weight, with its shape."""
-        specs = expected_tensors("transformer", self.transformer_config)
-        return {name.removesuffix(".weight"): spec.shape for name, spec in specs.items() if name.endswith(".weight")}
+        return matrix_shapes("transformer", self.transformer_config)
 
     def replace_adapters(self, adapters: Adapters | None) -> None:
         """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
@@ -119,17 +120,17 @@ class Components:
     @cached_property
     def text_encoder_config(self) -> TextEncoderConfig:
         """text_encoder/config.json."""
-        return TextEncoderConfig.from_dict(self._config("text_encoder"))
+        return self._parsed(TextEncoderConfig, "text_encoder")
 
     @cached_property
     def vision_config(self) -> VisionConfig:
         """The vision tower's part of text_encoder/config.json."""
-        return VisionConfig.from_dict(self._config("text_encoder"))
+        return self._parsed(VisionConfig, "text_encoder")
 
     @cached_property
     def image_processor(self) -> ImageProcessorConfig:
         """How pictures are prepared for the vision tower."""
-        return ImageProcessorConfig.from_dict(self._config("processor", "preprocessor_config.json"))
+        return self._parsed(ImageProcessorConfig, "processor", "preprocessor_config.json")
 
     @cached_property
     def language_head_config(self) -> TextEncoderConfig:
@@ -146,7 +147,7 @@ class Components:
     def vae_config(self) -> VAEConfig:
         """vae/config.json; where it does not say how many channels a picture has, its tensors do."""
         data = self._config("vae")
-        config = VAEConfig.from_dict(data)
+        config = self._parsed(VAEConfig, "vae")
         if "input_channels" not in data and self.variant.layered:
             tensors = self._files("vae").tensors
             names = canonical_names("vae", tensors)
@@ -157,7 +158,7 @@ class Components:
     @cached_property
     def scheduler_config(self) -> SchedulerConfig:
         """scheduler/scheduler_config.json."""
-        return SchedulerConfig.from_dict(self._config("scheduler", "scheduler_config.json"))
+        return self._parsed(SchedulerConfig, "scheduler", "scheduler_config.json")
 
     @property
     def tokenizer(self) -> QwenTokenizer:
@@ -273,6 +274,13 @@ class Components:
     def _tokenizer_files(self) -> dict[str, Path]:
         names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]
         return {name: self.snapshot.file(f"tokenizer/{name}") for name in names}
+
+    def _parsed(self, cls: type[T], component: str, name: str = "config.json") -> T:
+        """A component's config; whatever is impossible in it is a CheckpointError."""
+        try:
+            return cls.from_dict(self._config(component, name))
+        except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{component}/{name} holds impossible values ({error}); download it again") from error
 
     def _config(self, component: str, name: str = "config.json") -> dict[str, Any]:
         config = self.snapshot.read_json(f"{component}/{name}")

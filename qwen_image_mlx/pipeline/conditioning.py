@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from uuid import uuid4
 
 import mlx.core as mx
 
@@ -66,7 +67,7 @@ class GuidanceEncoding:
             "grids": json.dumps([(reference.height, reference.width) for reference in self.references]),
         }
         # mx.save_safetensors insists on this ending.
-        partial = path.with_name(f".{path.name}.partial.safetensors")
+        partial = path.with_name(f".{path.name}.{uuid4().hex}.partial.safetensors")
         try:
             mx.save_safetensors(str(partial), arrays, metadata)
             partial.replace(path)
@@ -89,6 +90,9 @@ class GuidanceEncoding:
             source = {k: v for k, v in json.loads(metadata["source"]).items() if k in known}
             grids = json.loads(metadata["grids"])
             references = tuple(Reference(arrays[f"reference.{n}"], *grid) for n, grid in enumerate(grids))
+            odd = [r for r in references if r.latents.shape[:2] != (1, r.height * r.width)]
+            if odd or any(not mx.issubdtype(array.dtype, mx.floating) for array in arrays.values()):
+                raise ValueError("shapes or dtypes do not fit")
             return cls(arrays["positive"], arrays.get("negative"), references, EncodingSource(**source))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is a damaged encoding ({error}); encode again") from error

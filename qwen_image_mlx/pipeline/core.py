@@ -31,7 +31,7 @@ from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
 from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
 from .loras import profile_of
-from .parameters import GenerationParameters, check_reference_pixels, check_seed, check_size
+from .parameters import GenerationParameters, check_image_index, check_reference_pixels, check_seed, check_size
 from .progress import Progress, ProgressCallback, Reporter
 from .start import Start, draw_start
 
@@ -163,6 +163,7 @@ class PipelineCore:
             grids = [feature_grid(parts, picture, self.variant.encoder_area) for picture in shown]
             template = self.variant.template
             tokens = [tokenize_prompt(parts.tokenizer, template, text, grids, sequential_positions) for text in prompts]
+            self._check_length(max(len(prompt_tokens.ids) - prompt_tokens.first for prompt_tokens in tokens))
             features = None
             if shown:
                 _ = parts.vision
@@ -300,12 +301,22 @@ class PipelineCore:
         if variant.takes_images != bool(references):
             kinds = ("works on pictures", "none") if variant.takes_images else ("paints from text", "pictures")
             raise RequestError("{} {}; the encoding holds {}".format(self.model, *kinds))
+        if variant.max_images is not None and len(references) > variant.max_images:
+            raise RequestError(
+                f"{self.model} works on {variant.max_images} picture, but the encoding has {len(references)}"
+            )
         if variant.layered and initial is not None:
             raise RequestError(f"{self.model} takes a picture apart; it does not paint one over")
         frames, height, width = self._grid(parameters)
         schedule = self._schedule(parameters, height * width, references)
         start = self._start(
-            parameters, schedule, (frames, height, width), check_seed(seed), image_index, latents, initial
+            parameters,
+            schedule,
+            (frames, height, width),
+            check_seed(seed),
+            check_image_index(image_index),
+            latents,
+            initial,
         )
         if start.blended and variant.samples_references:
             references = (Reference(start.image, height, width),)
@@ -365,6 +376,8 @@ class PipelineCore:
                 decoder = self._components.vae_decoder
                 with self._report.stage("decode", f"layer {n}" if first else ""):
                     pixels = decode(decoder, self._components.vae_config, unpacked[n : n + 1])[0]
+            if not mx.isfinite(pixels).all().item():
+                raise QwenImageError("the decoded picture is not finite: check the autoencoder's weights")
             yield pixels
 
     # Steps of the above -------------------------------------------------------------------------------------------
@@ -419,10 +432,14 @@ class PipelineCore:
             raise RequestError(
                 f"the encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})"
             )
-        if text_start(segments) + states.shape[1] > MAX_POSITION:
+        self._check_length(states.shape[1], text_start(segments))
+
+    @staticmethod
+    def _check_length(tokens: int, start: int = 0) -> None:
+        if start + tokens > MAX_POSITION:
             raise RequestError(
-                f"{states.shape[1]} prompt tokens beside pictures of this size reach past position {MAX_POSITION}; "
-                "shorten the prompt or make the picture smaller"
+                f"{tokens} prompt tokens after the {start} positions of pictures reach past {MAX_POSITION}; shorten "
+                "the prompt or make the pictures smaller"
             )
 
     def _schedule(

@@ -33,7 +33,7 @@ def read_adapters(
     Args:
         references: `REF` or `REF@STRENGTH`, or pairs of the two; REF is a file, a folder, `owner/repo`,
             `owner/repo:file` or the address of a file on the hub.
-        mode: one of `weights.adapters.MODES`.
+        mode: one of `variants.LORA_MODES`.
         targets: the modules they may change, with their weights' shapes.
         offline: never ask the network.
         report: told of downloads.

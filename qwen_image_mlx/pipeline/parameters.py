@@ -17,6 +17,7 @@ SIZE_STEP = 16  # pixels per token side: the VAE's 8 times the transformer's 2x2
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_LAYERS = 8
+MAX_IMAGES = 10_000
 MAX_SEED = 2**64 - 1
 
 
@@ -78,13 +79,25 @@ def check_size(width: int, height: int) -> None:
             near = f"{below} and {above} are near" if below else f"{above} is the nearest"
             raise RequestError(f"{name} is {value}, but must be a multiple of {SIZE_STEP}; {near}")
     if width * height > MAX_PIXELS:
-        raise RequestError(f"{width}x{height} is {width * height / 1e6:.1f} MP; at most {MAX_PIXELS / 1e6:.1f} MP work")
+        raise RequestError(f"{width}x{height} are {width * height:,} pixels; at most {MAX_PIXELS:,} work")
 
 
 def check_seed(seed: int) -> int:
     """Returns the seed; raises RequestError unless it is an integer from 0 to 2**64 - 1."""
     _check_integer("seed", seed, 0, MAX_SEED)
     return seed
+
+
+def check_image_index(index: int) -> int:
+    """Returns the index; raises RequestError unless it is an integer from 0 to 9999."""
+    _check_integer("image_index", index, 0, MAX_IMAGES - 1)
+    return index
+
+
+def check_num_images(count: int) -> int:
+    """Returns the number of pictures; raises RequestError unless it is an integer from 1 to 10000."""
+    _check_integer("num_images", count, 1, MAX_IMAGES)
+    return count
 
 
 def check_reference_pixels(pixels: int | None) -> None:
@@ -100,10 +113,13 @@ def _check_integer(name: str, value: int, low: int, high: int | None = None) -> 
 
 
 def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
-    values = tuple(float(s) for s in sigmas)
+    try:
+        values = tuple(float(s) for s in sigmas)
+    except (TypeError, ValueError, OverflowError):
+        values = ()
     falling = all(a > b for a, b in pairwise(values))
     if not values or not falling or not all(0 < s <= 1 for s in values):
-        raise RequestError(f"sigmas is {list(values)}, but must be falling numbers above 0 and at most 1")
+        raise RequestError(f"sigmas is {sigmas!r:.80}, but must be falling numbers above 0 and at most 1")
     return values
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from .core import PipelineCore
 from .decomposition import LayeredResult, layers_request
 from .loras import LoRAReference, read_adapters
 from .metadata import describe
-from .parameters import DTYPES, GenerationParameters
+from .parameters import DTYPES, GenerationParameters, check_num_images
 from .progress import Progress, ProgressCallback, Reporter
 from .request import Request
 
@@ -77,6 +78,8 @@ class QwenImagePipeline(PipelineCore):
             HubError: the hub has no such model, or cannot be reached and nothing is cached.
             CheckpointError: the files are not those of a pipeline this package runs.
         """
+        if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+            raise RequestError(f"model is {model!r:.80}, but must be a directory or a model's id")
         if dtype not in DTYPES:
             raise RequestError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
         report = Reporter(progress)
@@ -166,7 +169,7 @@ class QwenImagePipeline(PipelineCore):
             negative_prompt=negative_prompt,
             parameters=parameters,
             seeds=(seed,),
-            image_indices=range(num_images),
+            image_indices=range(check_num_images(num_images)),
             canvas=canvas,
         )
         return self._paint(request, staged, progress)
@@ -233,7 +236,7 @@ class QwenImagePipeline(PipelineCore):
             negative_prompt=negative_prompt,
             parameters=self._parameters(canvas.size, num_inference_steps, cfg_scale, rng, strength),
             seeds=(seed,),
-            image_indices=range(num_images),
+            image_indices=range(check_num_images(num_images)),
             images=tuple(pictures),
             canvas=canvas,
             reference_pixels=reference_pixels,

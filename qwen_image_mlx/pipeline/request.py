@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import RequestError
-from .parameters import GenerationParameters, check_reference_pixels, check_seed
+from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..images.canvas import Canvas
-
-MAX_IMAGES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +45,6 @@ class Request:
         check_reference_pixels(self.reference_pixels)
         for seed in self.seeds:
             check_seed(seed)
-        if not 1 <= len(self.image_indices) * len(self.seeds) <= MAX_IMAGES:
+        indices = self.image_indices
+        if not indices or indices[0] < 0 or indices[-1] >= MAX_IMAGES or len(indices) * len(self.seeds) > MAX_IMAGES:
             raise RequestError(f"the number of pictures must be from 1 to {MAX_IMAGES}")

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 
 from ..errors import CheckpointError, RequestError
+from ..variants import LORA_MODES
 from .lora import LoRA, Update
 from .packed import Packed
 from .quantize import Scheme, quantize_matrix
 
 logger = logging.getLogger(__name__)
 
-MODES = ("auto", "merge", "side")
 _ENOUGH = 0.9  # of a change must survive in the stored weights, or "auto" runs it beside them
 
 Branch = tuple[mx.array, mx.array]
@@ -39,8 +39,8 @@ class Adapters:
     """
 
     def __init__(self, loras: Sequence[LoRA], mode: str = "auto", references: Sequence[str] = ()):
-        if mode not in MODES:
-            raise RequestError(f"the LoRA mode is {mode!r}, but must be one of {', '.join(MODES)}")
+        if mode not in LORA_MODES:
+            raise RequestError(f"the LoRA mode is {mode!r}, but must be one of {', '.join(LORA_MODES)}")
         self.loras = tuple(loras)
         self.mode = mode
         self.references = tuple(references)

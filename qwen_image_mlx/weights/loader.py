@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,9 +120,22 @@ class ComponentWeights:
         return sum(stored.nbytes for stored in self._stored.values())
 
     @property
-    def schemes(self) -> set[Scheme]:
-        """How its weights are packed; empty if none is."""
-        return {stored.scheme for stored in self._stored.values() if stored.scheme}
+    def forms(self) -> dict[str, int]:
+        """How its weights lie in the files, and how many bytes so: "BF16", "F8_E4M3", "Q4_K", "4 bit" or "mxfp8"."""
+        forms: dict[str, int] = {}
+        for stored in self._stored.values():
+            form = stored.tensor.dtype if stored.scheme is None else f"packed {stored.scheme}"
+            forms[form] = forms.get(form, 0) + stored.nbytes
+        return dict(sorted(forms.items(), key=lambda item: -item[1]))
+
+    def resident_bytes(self, part: str, dtype: mx.Dtype, scheme: Scheme | None = None) -> int:
+        """Bytes in memory once a part is loaded, as `load_module` does with the same arguments."""
+        total = 0
+        for spec in self.specs(part):
+            form = scheme if scheme and spec.quantized and scheme.fits(spec.shape) else self._stored[spec.name].scheme
+            shape = LAYOUTS[spec.layout](mx.zeros(spec.shape, mx.uint8)).shape if form is None else spec.shape
+            total += form.nbytes(spec.shape) if form else prod(shape) * dtype.size
+        return total
 
     def open(self, spec: TensorSpec, reader: Reader) -> mx.array | Packed:
         """One weight in the layout of the released files, lazily."""

@@ -90,6 +90,12 @@ def expected_tensors(component: str, config: Any) -> dict[str, TensorSpec]:
     return specs
 
 
+def matrix_shapes(component: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """The modules of a component that have a weight, by canonical name, with its shape."""
+    specs = expected_tensors(component, config)
+    return {name.removesuffix(".weight"): spec.shape for name, spec in specs.items() if name.endswith(".weight")}
+
+
 def canonical_names(component: str, names: Iterable[str]) -> dict[str, str]:
     """Stored name -> canonical name, by `dialect_of`."""
     names = list(names)

@@ -39,37 +39,19 @@ PAINTING = MODEL | SAMPLING | {
 FLAGS = {
     "generate": PAINTING | {"--aspect"},
     "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
-    "decompose": MODEL
-    | SAMPLING
-    | {
-        "--layer",
-        "--prompt",
-        "--layers",
-        "--resolution",
-        "--size",
-        "--cfg-normalize",
-        "--caption-language",
-        "--format",
-        "--output",
-        "--cache",
-        "-o",
+    "decompose": MODEL | SAMPLING | {
+        "--layer", "--prompt", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
+        "--format", "--output", "--cache", "-o",
     },
-    "compose": MODEL
-    | SAMPLING
-    | {
-        "--hide",
-        "--move",
-        "--scale",
-        "--output",
-        "--harmonize",
-        "--num-images",
-        "--cache",
-        "-o",
+    "compose": MODEL | SAMPLING | {
+        "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "-o",
     },
     "caption": MODEL | {"--language", "--resolution", "--seed", "-s"},
     "quantize": {"-h", "--help", "--bits", "--group-size", "--revision"},
+    "lora": {"-h", "--help"},
+    "lora inspect": {"-h", "--help", "--model", "-m"},
     "info": {"-h", "--help", "--json"},
-}
+}  # fmt: skip
 
 
 def test_public_names():
@@ -79,12 +61,17 @@ def test_public_names():
     assert set(dir(qwen_image_mlx)) >= PUBLIC
 
 
+def commands_of(parser: argparse.ArgumentParser, prefix: str = ""):
+    """(command, flags) of every command and of those below it."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield prefix + name, {option for a in below._actions for option in a.option_strings}
+                yield from commands_of(below, f"{prefix}{name} ")
+
+
 def test_flags_of_every_command():
-    (commands,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    found = {
-        name: {option for action in parser._actions for option in action.option_strings}
-        for name, parser in commands.choices.items()
-    }
+    found = dict(commands_of(build_parser()))
     assert found == FLAGS
 
 
@@ -103,7 +90,7 @@ def heavy_modules(*command: str) -> str:
 
 def test_importing_and_asking_for_help_load_nothing_heavy():
     assert heavy_modules() == "loaded: []"
-    for command in ([], *([name] for name in FLAGS)):
+    for command in ([], *(name.split() for name in FLAGS)):
         assert heavy_modules(*command, "--help") == "loaded: []", command
 
 

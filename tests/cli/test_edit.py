@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,6 +292,9 @@ def odd_files(here):
     (["--image", "photo.png", "--mask", "white.png"], "white"),
     (["--image", "photo.png", "--mask-padding", "4"], "needs --mask"),
     (["--image", "photo.png", "--no-composite"], "needs --mask"),
+    (["--image", "photo.png", "--mask", "mask.png", "--mask-padding", "-30"], "padding"),
+    (["--image", "photo.png", "--output", 300 * "a" + ".png"], "too long"),
+    (["--image", "photo.png", "--output", "~nobody-of-this-name/x.png"], "leads nowhere"),
     (["--image", "photo.png", "--mask", "mask.png", "--strength", "0"], "strength"),
     (["--image", "photo.png", "--size", "huge"], "1mp"),
     (["--image", "photo.png", "--size", "100x100"], "96 and 112"),
@@ -344,3 +349,57 @@ def test_painting_over_needs_a_picture(run):
 
 def test_a_prompt_with_a_placeholder_of_its_own(run):
     assert "<|image_pad|>" in refusal(run("edit", "put <|image_pad|> here", "--image", "photo.png", *QUICK))
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_it_is_encoded(run):
+    result = run("edit", "x " * 9000, "--image", "photo.png", *QUICK)
+    assert "reach past" in refusal(result)
+    assert "encode prompts" not in result[2]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_names_that_are_no_text_are_refused_before_any_work(run):
+    shutil.copy("photo.png", b"bad\xff.png")
+    result = run("edit", "a hat", "--image", os.fsdecode(b"bad\xff.png"), *QUICK)
+    assert "not valid text" in refusal(result)
+    assert "load" not in result[2]
+
+
+@pytest.mark.parametrize("change", [
+    {"images": [1]}, {"images": [None]}, {"image_index": -1}, {"image_index": 10**30}, {"sigmas": ["a"]},
+    {"sigmas": [[1]]},
+    {"mask_padding": -30}, {"zero_cond_t": "maybe"}, {"seed": "3"}, {"size": "big"}, {"quantize": "7"}, {"loras": [3]},
+], ids=str)  # fmt: skip
+def test_damaged_metadata_is_refused(run, change):
+    from PIL.PngImagePlugin import PngInfo
+
+    path = opened(run("edit", "a hat", "--image", "photo.png", "--mask", "mask.png", *QUICK)).filename
+    metadata = {**json.loads(Image.open(path).text["qwen_image_mlx"]), **change}
+    info = PngInfo()
+    info.add_itxt("qwen_image_mlx", json.dumps(metadata))
+    Image.open(path).save("odd.png", pnginfo=info)
+    refusal(run("edit", "--from-image", "odd.png", "-o", "again.png"))
+    assert not Path("again.png").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"seed": 1' + "0" * 5000 + "}", "nothing", "[]"])
+def test_metadata_that_is_no_json_is_refused(run, text):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("qwen_image_mlx", text)
+    Image.open("photo.png").save("odd.png", pnginfo=info)
+    assert "carries no parameters" in refusal(run("edit", "--from-image", "odd.png"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--mask", "mask.png"], ["--size", "source"]])
+def test_colours_mean_what_they_meant(run, flags):
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.open("photo.png").save("profiled.png", icc_profile=profile)
+    result = opened(run("edit", "a hat", "--image", "profiled.png", *flags, *QUICK, "--steps", "1"))
+    assert result.info["icc_profile"] == profile
+    plain = opened(run("edit", "a hat", "--image", "photo.png", *flags, *QUICK, "--steps", "1"))
+    assert plain.tobytes() == result.tobytes()
+    assert "icc_profile" not in plain.info

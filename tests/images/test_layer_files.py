@@ -237,16 +237,17 @@ def test_missing_libraries_are_noticed_before_anything_is_written(tmp_path, save
         assert "reading psd needs psd-tools" in refusal(saved / "layers.psd")
 
 
-@pytest.mark.parametrize(("metadata", "says"), [
-    ({"layers": []}, "'layers'"),
-    ({"psnr": math.inf}, "JSON"),
-    ({"image": object()}, "JSON"),
-    ({"text": "\ud83d"}, "JSON"),
-])  # fmt: skip
-def test_metadata_that_cannot_be_written_is_refused(tmp_path, metadata, says):
-    for name in ("png", "zip"):
-        with pytest.raises(RequestError, match=says):
-            save_layers(LayerStack((8, 6), small.layers, metadata), tmp_path / "x", [name])
+@pytest.mark.parametrize("name", ["png", "zip", "ora"])
+@pytest.mark.parametrize("value", [math.inf, object(), "\ud83d", {1: {object(): 2}}])
+def test_metadata_that_cannot_be_written_is_refused(tmp_path, name, value):
+    with pytest.raises(RequestError, match="the metadata cannot be written as JSON"):
+        save_layers(LayerStack((8, 6), small.layers, {"psnr": value}), tmp_path / "x", [name])
+    assert os.listdir(tmp_path) == []
+
+
+def test_metadata_never_hides_the_manifest(tmp_path):
+    with pytest.raises(RequestError, match="the metadata has 'layers', which is the manifest's own"):
+        save_layers(LayerStack((8, 6), small.layers, {"layers": []}), tmp_path / "x")
     assert os.listdir(tmp_path) == []
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 from PIL import Image
 
 from qwen_image_mlx import (
@@ -142,6 +143,32 @@ def test_foreign_files_are_no_encodings(tmp_path, tiny):
             GuidanceEncoding.load(path)
 
 
+def test_damaged_encodings_are_said_to_be(tmp_path, tiny):
+    reference = Reference(mx.zeros((1, 16, 64)), 4, 4)
+    GuidanceEncoding(mx.zeros((1, 5, 64)), None, (reference,)).save(tmp_path / "whole.safetensors")
+    arrays, metadata = mx.load(str(tmp_path / "whole.safetensors"), return_metadata=True)
+    for change in ({"grids": "[[7, 4]]"}, {"grids": '[["a", "b"]]'}, {"grids": "[[4, 4], [4, 4]]"}, {"source": "[]"}):
+        mx.save_safetensors(str(tmp_path / "odd.safetensors"), arrays, {**metadata, **change})
+        with pytest.raises(CheckpointError, match="damaged"):
+            GuidanceEncoding.load(tmp_path / "odd.safetensors")
+    whole = {**arrays, "positive": arrays["positive"].astype(mx.int32)}
+    mx.save_safetensors(str(tmp_path / "odd.safetensors"), whole, metadata)
+    with pytest.raises(CheckpointError, match="damaged"):
+        GuidanceEncoding.load(tmp_path / "odd.safetensors")
+
+
+def test_two_writers_of_one_encoding_do_not_meet(encoding, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    path = tmp_path / "shared.safetensors"
+    encoding.save(path)
+    with ThreadPoolExecutor(4) as pool:
+        for saved in [pool.submit(encoding.save, path) for _ in range(40)]:
+            saved.result()
+            GuidanceEncoding.load(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_an_encoding_that_cannot_be_written_leaves_nothing(encoding, tmp_path):
     with pytest.raises(OutputError):
         encoding.save(tmp_path / "no" / "folder" / "fox.safetensors")
@@ -257,14 +284,34 @@ def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(pipeline, 
         pipeline.generate_pixels(PARAMETERS, poisoned)
 
 
+def test_a_broken_decoder_is_an_error_not_a_black_picture(pipeline, encoding):
+    decoder = pipeline.components.vae_decoder
+    decoder.update(tree_map(lambda array: array * mx.nan, decoder.parameters()))
+    with pytest.raises(QwenImageError, match="not finite"):
+        pipeline.generate_pixels(PARAMETERS, encoding)
+
+
+@pytest.mark.parametrize("index", [-1, 1.5, 10**30])
+def test_impossible_indices_are_refused(pipeline, encoding, index):
+    with pytest.raises(RequestError, match="image_index"):
+        pipeline.generate_pixels(PARAMETERS, encoding, image_index=index)
+
+
+@pytest.mark.parametrize("model", [None, 5, b"model", ""])
+def test_impossible_models_are_refused(model):
+    with pytest.raises(RequestError, match="model"):
+        QwenImagePipeline.from_pretrained(model)
+
+
 @pytest.mark.parametrize("change", [
     {"width": 100}, {"width": 0}, {"height": -16}, {"width": 8}, {"width": 16384, "height": 16384}, {"width": 64.0},
     {"num_inference_steps": 0}, {"num_inference_steps": -3}, {"num_inference_steps": 5000}, {"cfg_scale": 0.5},
     {"cfg_scale": float("nan")}, {"cfg_scale": "4"}, {"rng": "numpy"}, {"sigmas": ()}, {"sigmas": (0.5, 0.7)},
-    {"sigmas": (1.5, 1.0)}, {"shift": 0}, {"shift": float("inf")},
+    {"sigmas": (1.5, 1.0)}, {"sigmas": "abc"}, {"sigmas": 0.5}, {"sigmas": [[1]]},
+    {"shift": 0}, {"shift": float("inf")},
 ], ids=str)  # fmt: skip
 def test_impossible_parameters_are_refused(change):
-    with pytest.raises(RequestError, match=next(iter(change)) if len(change) == 1 else "MP"):
+    with pytest.raises(RequestError, match=next(iter(change)) if len(change) == 1 else "pixels"):
         GenerationParameters(**{"width": 64, "height": 64, **change})
 
 
@@ -292,6 +339,13 @@ def test_an_encoding_with_pictures_does_not_fit_a_text_model(pipeline, encoding)
     ({"width": 64}, "both width and height"),
     ({"mask_padding": 8}, "need an image"),
     ({"size": "source"}, "need an image"),
+    ({"image": PHOTO, "mask": DISC, "mask_padding": -1}, "padding"),
+    ({"image": PHOTO, "mask": DISC, "mask_padding": 1.5}, "padding"),
+    ({"image": PHOTO, "size": 5}, "size is 5"),
+    ({"image": [1]}, "of type list"),
+    ({"image": 5}, "of type int"),
+    ({"num_images": 1.5}, "num_images"),
+    ({"num_images": 10**20}, "num_images"),
 ])  # fmt: skip
 def test_impossible_calls_are_refused(pipeline, arguments, says):
     with pytest.raises(RequestError, match=says):

@@ -1,0 +1,45 @@
+"""qwen-image-mlx lora: what a LoRA file is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's flags."""
+    parser = commands.add_parser("lora", help="look into LoRA files", description="Look into LoRA files.")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    inspect = actions.add_parser(
+        "inspect",
+        help="print what a LoRA changes",
+        description="Print a LoRA's dialect, kinds, ranks, scales and targets, and what of it would do nothing. Reads "
+        "no weights.",
+    )
+    inspect.add_argument("file", metavar="REF", help="a file, a folder, owner/repo, owner/repo:file or a hub address")
+    inspect.add_argument("--model", "-m", help="whose transformer it is for (default: that of the released models)")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints one fact a line."""
+    from ..config import TransformerConfig
+    from ..pipeline.loras import fetch_lora, split_reference
+    from ..pipeline.progress import Reporter
+    from ..weights.lora import read_lora
+    from ..weights.lora_inspect import describe
+    from ..weights.mapping import matrix_shapes
+    from ..weights.snapshot import HubSnapshot
+    from .console import ProgressBars, messages
+
+    with messages(), ProgressBars() as bars:
+        config = TransformerConfig()
+        if arguments.model is not None:
+            config = TransformerConfig.from_dict(HubSnapshot(arguments.model).read_json("transformer/config.json"))
+        reference, strength = split_reference(arguments.file)
+        lora = read_lora(fetch_lora(reference, False, Reporter(bars)), matrix_shapes("transformer", config), strength)
+        bars.close()
+        rows = describe(lora)
+        width = max(len(label) for label, _ in rows)
+        for label, text in rows:
+            print(f"{label:{width}}  {text}")

@@ -1,0 +1,99 @@
+"""What a checkpoint is, what it holds and what it will cost, told from configs and headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..weights.quantize import Quantization
+from ..weights.snapshot import HubSnapshot
+from .components import Components
+
+# What is in memory together, by stage; the parts of the weights map.
+_RESIDENT = {
+    "text_encoder": (("main",), None),
+    "vision": (("main",), None),
+    "transformer": (("main",), None),
+    "vae": (("encoder", "decoder"), mx.float32),
+}
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """One component of a checkpoint.
+
+    Attributes:
+        name: "transformer", "text_encoder", "vision" or "vae".
+        file_bytes: its weights in the files.
+        forms: how they lie there, and how many bytes so.
+        resident_bytes: what it takes in memory once it is loaded.
+    """
+
+    name: str
+    file_bytes: int
+    forms: dict[str, int]
+    resident_bytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A checkpoint.
+
+    Attributes:
+        model: where it is.
+        class_name: its pipeline class.
+        task: what it is for: "generate", "edit" or "decompose".
+        blocks: of its transformer.
+        components: its parts.
+    """
+
+    model: str
+    class_name: str
+    task: str
+    blocks: int
+    components: tuple[ComponentReport, ...]
+
+    @property
+    def encoding_bytes(self) -> int:
+        """What is in memory while prompts and pictures are encoded."""
+        return sum(c.resident_bytes for c in self.components if c.name != "transformer")
+
+    @property
+    def painting_bytes(self) -> int:
+        """What is in memory while it paints and decodes, apart from the picture itself."""
+        return sum(c.resident_bytes for c in self.components if c.name in ("transformer", "vae"))
+
+
+def inspect_checkpoint(
+    model: str | Path, *, revision: str | None = None, dtype: mx.Dtype = mx.bfloat16,
+    quantization: Quantization | None = None,
+) -> CheckpointReport:  # fmt: skip
+    """Reads a checkpoint's configs and headers.
+
+    Args:
+        model, revision: as in `QwenImagePipeline.from_pretrained`; what a hub model lacks is downloaded.
+        dtype: what it would be run in.
+        quantization: what it would be packed into while it is loaded.
+
+    Raises:
+        CheckpointError: the files are not those of a pipeline this package runs.
+        HubError: they cannot be fetched.
+    """
+    components = Components(HubSnapshot(model, revision=revision), dtype, quantization=quantization)
+    names = [n for n in _RESIDENT if n != "vision" or components.variant.encoder_area or components.variant.layered]
+    reports = []
+    for name in names:
+        weights, (parts, own_dtype) = components.weights(name), _RESIDENT[name]
+        scheme = getattr(components.quantization, name, None)
+        resident = sum(weights.resident_bytes(part, own_dtype or dtype, scheme) for part in parts)
+        reports.append(ComponentReport(name, weights.nbytes, weights.forms, resident))
+    index = components.snapshot.read_json("model_index.json")
+    return CheckpointReport(
+        str(model),
+        index["_class_name"],
+        components.variant.task,
+        components.transformer_config.num_layers,
+        tuple(reports),
+    )
