@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,9 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 def _weights(path: Path) -> dict[str, Any]:
     from ..weights.identify import identify
 
-    return asdict(identify(path))
+    report = identify(path)
+    forms = ", ".join(f"{form} {_size(nbytes)}" for form, nbytes in report.forms.items())
+    return {"kind": report.kind, "tensors": report.tensors, "in the file": forms, **report.facts}
 
 
 def _size(nbytes: int) -> str:

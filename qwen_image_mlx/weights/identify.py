@@ -10,11 +10,20 @@ from ..errors import CheckpointError
 from .gguf import read_gguf
 from .lora import read_lora
 from .lora_inspect import describe
-from .mapping import canonical_names, known_share, matrix_shapes
+from .mapping import canonical_names, matrix_shapes
 from .shards import read_header
 
-COMPONENTS = ("transformer", "text_encoder", "vision", "vae")
-_ENOUGH = 0.5  # of a file's names must be a component's
+# A tensor that every file of a component has, by canonical name, and no LoRA.
+_SIGNATURES = {
+    "transformer": "transformer_blocks.0.attn.add_k_proj.weight",
+    "text_encoder": "model.layers.0.input_layernorm.weight",
+    "vae": "decoder.conv_in.weight",
+}
+# Tensors that say more, by canonical name: (label, what is said).
+_MARKS = {
+    "__index_timestep_zero__": ("zero_cond_t", "on, as editing models of 2511 want it"),
+    "time_text_embed.addition_t_embedding.weight": ("layered", "yes"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class FileReport:
 
     Attributes:
         path: where it is.
-        kind: "transformer", "text_encoder", "vision", "vae" or "LoRA".
+        kind: "transformer", "text_encoder", "vae" or "LoRA".
         tensors: how many it holds.
         file_bytes: of their data.
         forms: how they lie in it, and how many bytes so.
@@ -44,24 +53,18 @@ def identify(path: Path) -> FileReport:
     Raises:
         CheckpointError: it is damaged, or holds nothing this package knows.
     """
-    tensors, metadata = read_gguf(path) if path.suffix == ".gguf" else read_header(path)
+    tensors = (read_gguf if path.suffix == ".gguf" else read_header)(path)[0]
     forms: dict[str, int] = {}
     for tensor in tensors.values():
         forms[tensor.dtype] = forms.get(tensor.dtype, 0) + tensor.nbytes
     total = sum(forms.values())
-    kind = max(COMPONENTS, key=lambda component: known_share(component, tensors))
-    if known_share(kind, tensors) >= _ENOUGH:
+    for kind, signature in _SIGNATURES.items():
         names = set(canonical_names(kind, tensors).values())
-        facts = {label: text for label, (found, text) in _MARKS.items() if found in names}
-        return FileReport(str(path), kind, len(tensors), total, forms, facts)
+        if signature in names:
+            facts = dict(said for name, said in _MARKS.items() if name in names)
+            return FileReport(str(path), kind, len(tensors), total, forms, facts)
     try:
         lora = read_lora(path, matrix_shapes("transformer", TransformerConfig()))
     except CheckpointError as error:
-        raise CheckpointError(f"{path} is neither a component of a Qwen-Image model nor a LoRA for one: {error}") from error
+        raise CheckpointError(f"{path} is neither a part of a Qwen-Image model nor a LoRA for one: {error}") from error
     return FileReport(str(path), "LoRA", len(tensors), total, forms, dict(describe(lora)))
-
-
-_MARKS = {
-    "zero_cond_t": ("__index_timestep_zero__", "on: an editing model of 2511"),
-    "layered": ("time_text_embed.addition_t_embedding.weight", "yes"),
-}

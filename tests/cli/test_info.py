@@ -1,0 +1,110 @@
+"""info and lora inspect: what pictures, models, single files and LoRAs are said to be."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import mlx.core as mx
+import pytest
+
+from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.config import TransformerConfig
+from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
+from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.weights.mapping import matrix_shapes
+from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.synthetic import FULL, TINY, write_checkpoint
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(None, "float32"), ("4", "bfloat16"), ("transformer=mxfp8", "bfloat16")])
+def test_the_memory_that_is_announced_is_taken(tiny, bits, dtype):
+    from mlx.utils import tree_flatten
+
+    from qwen_image_mlx import QwenImagePipeline
+
+    quantization = bits and Quantization.parse(bits)
+    report = inspect_checkpoint(tiny, dtype=getattr(mx, dtype), quantization=quantization)
+    components = QwenImagePipeline.from_pretrained(tiny, dtype=dtype, quantize=quantization).components
+    loaded = {
+        "text_encoder": [components.text_encoder],
+        "transformer": [components.transformer],
+        "vae": [components.vae_encoder, components.vae_decoder],
+    }
+    for part in report.components:
+        held = sum(array.nbytes for module in loaded[part.name] for _, array in tree_flatten(module.parameters()))
+        assert part.resident_bytes == held, part.name
+    assert report.painting_bytes == sum(c.resident_bytes for c in report.components if c.name != "text_encoder")
+
+
+def test_a_model_is_described(tiny, tmp_path, run):
+    code, out, _ = run("info", tiny)
+    assert code == 0
+    assert re.search(r"class +QwenImagePipeline", out)
+    assert re.search(r"transformer +[\d.]+ MB in files \(F32 [\d.]+ MB\), [\d.]+ MB in memory", out)
+    configs = {**TINY, "text_encoder": TINY["text_encoder"]}
+    source = write_checkpoint(tmp_path / "source", configs)
+    pack = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("text_encoder=8"))
+    _, out, _ = run("info", pack, "--json")
+    assert "packed 8" in json.loads(out)["text_encoder"]
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
+def test_a_component_s_file_is_recognised(tiny, run, component):
+    (file,) = (tiny / component).glob("*.safetensors")
+    code, out, err = run("info", file, "--json")
+    assert code == 0, err
+    assert json.loads(out)["kind"] == component
+
+
+def test_a_lora_is_described(tmp_path, run):
+    shapes = matrix_shapes("transformer", TransformerConfig())
+    name = "transformer_blocks.7.attn.to_q"
+    out_features, in_features = shapes[name]
+    file = tmp_path / "style.safetensors"
+    tensors = {
+        f"{name}.lora_down.weight": mx.ones((4, in_features)),
+        f"{name}.lora_up.weight": mx.ones((out_features, 4)),
+    }
+    mx.save_safetensors(str(file), {**tensors, f"{name}.alpha": mx.array(2.0)})
+    for arguments in (("lora", "inspect", file), ("info", file)):
+        code, out, err = run(*arguments)
+        assert code == 0, err
+        assert re.search(r"alpha / rank +0\.5", out)
+        assert re.search(rf"targets +1 of {sum(len(s) == 2 for s in shapes.values())}", out)
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"", "safetensors"), (b"\x08" + bytes(15), "safetensors")])
+def test_damaged_files_are_refused(tmp_path, run, content, says):
+    (tmp_path / "odd.safetensors").write_bytes(content)
+    for command in (["info"], ["lora", "inspect"]):
+        code, out, err = run(*command, tmp_path / "odd.safetensors")
+        assert (code, out) == (2, "")
+        assert says in err
+
+
+def test_other_models_are_refused(tmp_path, run):
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), {"double_blocks.0.img_attn.qkv.weight": mx.ones((4, 4))})
+    code, _, err = run("info", tmp_path / "other.safetensors")
+    assert code == 2
+    assert "neither a part of a Qwen-Image model nor a LoRA" in err
+
+
+def test_lora_inspect_takes_another_model_s_shapes(tiny, tmp_path, run):
+    name, (out_features, in_features) = "transformer_blocks.0.attn.to_q", (96, 96)
+    file = tmp_path / "tiny.safetensors"
+    mx.save_safetensors(str(file), {f"{name}.lora_A.weight": mx.ones((2, in_features)),
+                                    f"{name}.lora_B.weight": mx.ones((out_features, 2))})  # fmt: skip
+    assert run("lora", "inspect", file, "--model", tiny)[0] == 0
+    assert run("lora", "inspect", file)[0] == 2
+    assert FULL["transformer"].num_layers == 60
