@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.cli.main import build_parser
 from qwen_image_mlx.weights.mapping import expected_tensors
 from qwen_image_mlx.weights.synthetic import FULL
@@ -39,6 +40,13 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     mask = np.zeros((64, 64), np.uint8)
     mask[10:40, 20:50] = 255
     Image.fromarray(mask).save("hat-mask.png")
+    from test_loras import TARGETS, write_lora
+
+    write_lora(
+        Path("fox-style.safetensors"),
+        QwenImagePipeline.from_pretrained(tiny).components.lora_targets(),
+        targets=TARGETS,
+    )
     smaller = {
         '"Qwen/Qwen-Image-2512"': repr(str(tiny)),
         '"Qwen/Qwen-Image-Edit-2511"': repr(str(edit)),
@@ -49,7 +57,7 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     }
     scope: dict = {}
     examples = blocks("python")
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         for old, new in smaller.items():
             example = example.replace(old, new)
