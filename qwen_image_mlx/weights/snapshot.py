@@ -10,16 +10,25 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError
+from .gguf import read_gguf
 from .hub import Folder, Progress, Repo, open_model
 from .shards import Tensor, component_tensors
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_SAFETENSORS, _GGUF, _INDEX = ".safetensors", ".gguf", ".safetensors.index.json"
+_NUMBERED = re.compile(r"\d+\.safetensors")  # shards that say by their names that they belong together
+
+
+_NO_PICKLES = (
+    "are pickles, which can run any code when they are read: use a checkpoint with .safetensors files, or convert this "
+    "one where you trust it"
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class WeightFiles:
     """The weights of one component, on disk and whole.
 
     Attributes:
-        files: The safetensors files.
+        files: The safetensors or GGUF files.
         index: Tensor name to file name as the checkpoint's index says, shards left out by `keep` included; None
             where the component is a single file.
         tensors: Every tensor that `files` hold, by name.
@@ -132,9 +141,12 @@ class HubSnapshot:
     def weight_files(self, component: str, stem: str, keep: Callable[[str], bool] | None = None) -> WeightFiles:
         """Give the weights of one component, fetching what is missing and checking that each file is whole.
 
+        Files of the usual name come first. Where there are none, the folder's only index counts, or its only file of
+        weights, or files that are named by numbers: other tools choose other names.
+
         Args:
             component: Its folder, "transformer"; "" for the checkpoint's own.
-            stem: The file's name before ".safetensors": "diffusion_pytorch_model" or "model".
+            stem: The usual file's name before ".safetensors": "diffusion_pytorch_model" or "model".
             keep: Says by a tensor's name whether it is needed; shards without a needed tensor are neither fetched
                 nor required. All are needed if None.
 
@@ -143,22 +155,39 @@ class HubSnapshot:
             HubError: They cannot be fetched.
         """
         source = self._source()
-        single = posixpath.join(component, f"{stem}.safetensors")
+        index_name, names = self._find_weights(component, stem)
         index = None
-        names = [single]
-        if source.has(f"{single}.index.json"):
-            index = self._weight_map(f"{single}.index.json")
+        if index_name is not None:
+            index = self._weight_map(index_name)
             shards = {shard for tensor, shard in index.items() if keep is None or keep(tensor)}
             names = [posixpath.join(component, shard) for shard in sorted(shards)]
-        elif not source.has(single):
-            pickles = [name for name in source.names(component) if name.endswith(_PICKLES)]
-            if pickles:
-                raise CheckpointError(
-                    f"the weights {', '.join(pickles)} of {self.model} are pickles, which can run any code when they "
-                    "are read: use a checkpoint with .safetensors files, or convert this one where you trust it"
-                )
         files = tuple(source.fetch(names, label=component or self.model))
-        return WeightFiles(files, index, component_tensors(files, index))
+        return WeightFiles(files, index, read_tensors(files, index))
+
+    def _find_weights(self, component: str, stem: str) -> tuple[str | None, list[str]]:
+        """The name of a component's index, or None and those of its files."""
+        source = self._source()
+        usual = posixpath.join(component, stem)
+        if source.has(usual + _INDEX):
+            return usual + _INDEX, []
+        if source.has(usual + _SAFETENSORS):
+            return None, [usual + _SAFETENSORS]
+        there = source.names(component)
+        indexes = [name for name in there if name.endswith(_INDEX)]
+        files = [name for name in there if name.endswith((_SAFETENSORS, _GGUF))]
+        if len(indexes) == 1:
+            return indexes[0], []
+        if len(files) == 1 or (files and all(_NUMBERED.fullmatch(posixpath.basename(name)) for name in files)):
+            return None, files
+        if files:
+            raise CheckpointError(
+                f"{self.model} has neither {usual}{_SAFETENSORS} nor one index for {', '.join(files)}, so it is not "
+                "plain which of them belong together: leave one, or all with their index"
+            )
+        pickles = [name for name in there if name.endswith(_PICKLES)]
+        if pickles:
+            raise CheckpointError(f"the weights {', '.join(pickles)} of {self.model} {_NO_PICKLES}")
+        return None, [usual + _SAFETENSORS]
 
     def _weight_map(self, name: str) -> dict[str, str]:
         index = self.read_json(name).get("weight_map")
@@ -179,6 +208,33 @@ class HubSnapshot:
         if self._opened is None:
             self._opened = open_model(self.model, self._wanted, self.offline, self._progress)
         return self._opened
+
+
+def read_tensors(files: Sequence[Path], index: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """The headers of a component's files as one, of whichever kind they are.
+
+    Raises:
+        CheckpointError: as `shards.component_tensors` and `gguf.read_gguf`.
+    """
+    if len(files) == 1 and files[0].suffix == _GGUF:
+        return dict(read_gguf(files[0])[0])
+    return component_tensors(files, index)
+
+
+def weight_file(path: Path) -> WeightFiles:
+    """One file of weights by itself.
+
+    Raises:
+        RequestError: there is no such file, or its name ends like that of another kind.
+        CheckpointError: it is a pickle or damaged.
+    """
+    if not path.is_file():
+        raise RequestError(f"there is no file {str(path)!r}: give one that exists")
+    if path.suffix in _PICKLES:
+        raise CheckpointError(f"the weights {path} {_NO_PICKLES}")
+    if path.suffix not in (_SAFETENSORS, _GGUF):
+        raise RequestError(f"{path} is no file of weights that is read here: give a {_SAFETENSORS} or a {_GGUF} file")
+    return WeightFiles((path,), None, read_tensors([path]))
 
 
 def _local_folder(model: str | Path) -> Path | None:

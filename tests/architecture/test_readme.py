@@ -25,6 +25,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
+    from lora_files import TARGETS, write_lora
     from reference_edit import write_edit, write_layered
 
     from qwen_image_mlx import variants
@@ -40,13 +41,8 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     mask = np.zeros((64, 64), np.uint8)
     mask[10:40, 20:50] = 255
     Image.fromarray(mask).save("hat-mask.png")
-    from test_loras import TARGETS, write_lora
-
-    write_lora(
-        Path("fox-style.safetensors"),
-        QwenImagePipeline.from_pretrained(tiny).components.lora_targets(),
-        targets=TARGETS,
-    )
+    targets = QwenImagePipeline.from_pretrained(tiny).components.lora_targets()
+    write_lora(Path("fox-style.safetensors"), targets, targets=TARGETS)
     smaller = {
         '"Qwen/Qwen-Image-2512"': repr(str(tiny)),
         '"Qwen/Qwen-Image-Edit-2511"': repr(str(edit)),
