@@ -68,3 +68,42 @@ def one_error(done) -> str:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr
     return line
+
+
+def test_loras_are_fetched_from_the_hub(tmp_path, sharded):
+    from lora_files import TARGETS, write_lora
+
+    from qwen_image_mlx import QwenImagePipeline
+
+    shapes = QwenImagePipeline.from_pretrained(sharded).components.lora_targets()
+    one, two = tmp_path / "one", tmp_path / "two"
+    (two / "styles").mkdir(parents=True)
+    one.mkdir()
+    write_lora(one / "only.safetensors", shapes, targets=TARGETS)
+    write_lora(two / "a.safetensors", shapes, targets=TARGETS, seed=1)
+    write_lora(two / "styles" / "b.safetensors", shapes, targets=TARGETS)
+    with HubServer() as hub:
+        hub.add("someone/tiny", sharded)
+        hub.add("someone/one", one)
+        hub.add("someone/two", two)
+        pictures = {}
+        for n, reference in enumerate((
+            str(one / "only.safetensors"), "someone/one", "someone/two:styles/b.safetensors",
+            "https://huggingface.co/someone/two/blob/main/styles/b.safetensors",
+        )):  # fmt: skip
+            done = run(tmp_path, hub.url, "--lora", f"{reference}@0.5", "-o", f"{n}.png")
+            assert done.returncode == 0, done.stderr
+            pictures[reference] = (tmp_path / f"{n}.png").read_bytes()[-2000:]
+        assert len(set(pictures.values())) == 1
+        hub.add("someone/several", two / "styles")
+        write_lora(two / "styles" / "c.safetensors", shapes)
+        hub.add("someone/several", two / "styles")
+        for reference, says in (
+            ("someone/several", "b.safetensors"),
+            ("someone/none", "someone/none"),
+            ("someone/two:gone.safetensors", "gone.safetensors"),
+        ):
+            assert says in one_error(run(tmp_path, hub.url, "--lora", reference))
+    offline = run(tmp_path, "http://127.0.0.1:9", "--lora", "someone/one@0.5", "-o", "offline.png")
+    assert offline.returncode == 0, offline.stderr
+    assert (tmp_path / "offline.png").read_bytes()[-2000:] == pictures["someone/one"]
