@@ -11,6 +11,7 @@ from ..variants import DEFAULT_EDIT_MODEL
 from .painting import add_cache_flag, add_model_flags, add_sampling_flags, run_painting
 
 DEFAULT_NAME = "composition.png"
+_OWN = ("layers", "hide", "move", "scale", "output", "harmonize", "run")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -41,11 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ..images.files import output_path, save_png
     from ..images.recompose import compose
 
+    blending = {name for name, value in vars(arguments).items() if value not in (None, []) and name not in _OWN}
+    if arguments.harmonize is None and blending:
+        raise RequestError(f"--{min(blending).replace('_', '-')} needs --harmonize")
     path = output_path(arguments.output, DEFAULT_NAME)
     changes = {
         "hide": arguments.hide,
-        "move": dict(_numbered(text, "--move", int, 2) for text in arguments.move),
-        "scale": dict(_numbered(text, "--scale", float, 1) for text in arguments.scale),
+        "move": _by_layer("--move", arguments.move, int, 2),
+        "scale": _by_layer("--scale", arguments.scale, float, 1),
     }
     made_from = {"layers": arguments.layers} | {name: getattr(arguments, name) for name in changes}
 
@@ -57,14 +61,25 @@ def run(arguments: argparse.Namespace) -> None:
             print(save_png(picture, path, made_from))
             return
         composed = save_png(picture, path.with_stem(f"{path.stem}-composed"), made_from)
-    blending = {
+    edit = {
         "prompt": arguments.harmonize,
         "images": [str(composed)],
         "size": "source",
         "keep_alpha": True,
         "output": str(path),
     }
-    run_painting(argparse.Namespace(**{**vars(arguments), **blending}), DEFAULT_EDIT_MODEL, task="edit")
+    try:
+        run_painting(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, task="edit")
+    except BaseException:
+        composed.unlink()
+        raise
+
+
+def _by_layer(flag: str, texts: list[str], kind: type, count: int) -> dict[int, Any]:
+    numbered = [_numbered(text, flag, kind, count) for text in texts]
+    if len(dict(numbered)) < len(numbered):
+        raise RequestError(f"{flag} is given twice for one layer; add the two up")
+    return dict(numbered)
 
 
 def _numbered(text: str, flag: str, kind: type, count: int) -> tuple[int, Any]:

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.image is None) == (arguments.layer is None):
         raise RequestError("give one picture: PHOTO, or --layer DIR:N")
-    name = Path(arguments.image or arguments.layer.replace(":", "-")).stem
+    name = Path(arguments.layer.replace(":", "-") if arguments.image is None else arguments.image).stem
     picture = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
     formats = check_formats(arguments.format.split(","))
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed

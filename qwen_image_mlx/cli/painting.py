@@ -66,6 +66,9 @@ _RECORDED: dict[str, type | tuple[type, ...]] = {
     "dtype": str,
     "quantize": str,
     "loras": list,
+    "transformer": str,
+    "text_encoder": str,
+    "vae": str,
 } | _PROVENANCE
 
 
@@ -103,6 +106,10 @@ def add_model_flags(parser: argparse._ActionsContainer, default_model: str) -> N
         "owner/repo, owner/repo:file or a file's address on the hub; repeat for more")  # fmt: skip
     add("--lora-mode", choices=LORA_MODES, help="merge LoRAs into the weights, or run them beside "
         "(default: auto, which merges unless the weights are packed or too coarse)")  # fmt: skip
+    add("--transformer", metavar="FILE", help="a .safetensors or .gguf file (or a folder) to take instead of the "
+        "model's own, as other programs use them")  # fmt: skip
+    add("--text-encoder", metavar="FILE", help="the same for the text encoder with its vision tower")
+    add("--vae", metavar="FILE", help="the same for the autoencoder")
     add("--lightning", type=int, choices=(4, 8), help="the official LoRA of the model that paints in so many steps")
 
 
@@ -146,6 +153,9 @@ def open_pipeline(given: Mapping[str, Any], default_model: str, progress: Progre
         quantize=quantization,
         loras=loras,
         lora_mode=given.get("lora_mode") or "auto",
+        transformer=given.get("transformer"),
+        text_encoder=given.get("text_encoder"),
+        vae=given.get("vae"),
         progress=progress,
     )
 
@@ -161,7 +171,8 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     if "from_image" in given:
         recorded = _beside(Path(given["from_image"]).parent, _checked(read_metadata(given["from_image"])))
         if "model" in given:
-            recorded.pop("revision", None)  # recorded for one model, it means nothing for another
+            for name in ("revision", "transformer", "text_encoder", "vae"):
+                recorded.pop(name, None)  # recorded for one model, it means nothing for another
     wanted = {**recorded, **given}
     wanted.setdefault("seed", secrets.randbelow(2**32))  # as many bits as torch's generator uses
     sources = _sources(given, wanted)
@@ -183,6 +194,8 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     check_text([wanted.get(name) for name in _PROVENANCE])
     draft = build_request(wanted, size if isinstance(size, tuple) else next(iter(ASPECT_SIZES.values())))
     adopted = edited_layer_path(given["layer"]) if "layer" in given and "output" not in given else None
+    if adopted and (wanted["size"] != "source" or len(draft.seeds) * len(draft.image_indices) > 1):
+        raise RequestError("one picture of the layer's own size takes its place: give --output for others")
     path = adopted or output_path(given.get("output"))
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
 
@@ -268,7 +281,8 @@ def _beside(folder: Path, recorded: dict[str, Any]) -> dict[str, Any]:
         beside = folder / place
         return str(beside) if beside.exists() and not Path(place).exists() else place
 
-    found = {name: find(recorded[name]) for name in ("model", "mask") if name in recorded}
+    places = ("model", "mask", "transformer", "text_encoder", "vae")
+    found = {name: find(recorded[name]) for name in places if name in recorded}
     if "images" in recorded:
         found["images"] = [find(image) for image in recorded["images"]]
     if "layer" in recorded:
@@ -284,11 +298,15 @@ def _sources(given: Mapping[str, Any], wanted: dict[str, Any]) -> list[Any]:
         return wanted.get("images", [])
     if "images" in given:
         raise RequestError("give --image or --layer, not both")
-    from ..images.recompose import open_layer
+    from ..images.recompose import layer_file, open_layer
 
     wanted.pop("images", None)
     wanted["keep_alpha"] = True
-    return [open_layer(wanted["layer"]).image]
+    image, file = open_layer(wanted["layer"]).image, layer_file(wanted["layer"])
+    if file is not None:  # recorded as itself: the layer of that number may be another one tomorrow
+        del wanted["layer"]
+        wanted["images"] = [str(file)]
+    return [image]
 
 
 def _size(given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: bool) -> tuple[int, int] | str | None:

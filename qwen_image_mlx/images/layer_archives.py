@@ -180,6 +180,14 @@ def read_folder(path: Path) -> LayerStack:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def layer_names(folder: Path) -> list[str]:
+    """The names of a folder's layers, back to front; of one that `read_folder` can read."""
+    if (folder / MANIFEST).is_file():
+        return [entry["file"] for entry in json.loads((folder / MANIFEST).read_bytes())["layers"]]
+    found = sorted((int(match[1]), match[0]) for match in map(LAYER_FILE.fullmatch, os.listdir(folder)) if match)
+    return [name for _, name in found]
+
+
 def adopt_file(folder: Path, index: int, name: str, size: Size) -> None:
     """Makes a PNG in a folder a layer's own picture: the manifest names it from now on. Raises OutputError."""
     manifest = json.loads((folder / MANIFEST).read_bytes())

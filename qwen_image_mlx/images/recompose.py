@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import RequestError
-from .layer_archives import MANIFEST, adopt_file
+from .layer_archives import MANIFEST, adopt_file, layer_names
 from .layer_files import load_layers, split_reference
 from .layers import Layer, LayerStack, composite
 
@@ -58,6 +58,12 @@ def edited_layer_path(reference: str) -> Path | None:
     """Where an edited layer of a folder with a manifest belongs, beside the old one; None for all other layers."""
     path, index = split_reference(reference)
     return path / f"layer_{index}-edited.png" if (path / MANIFEST).is_file() else None
+
+
+def layer_file(reference: str) -> Path | None:
+    """The PNG that a layer of a folder lies in; None for all other layers."""
+    path, index = split_reference(reference)
+    return path / layer_names(path)[index] if path.is_dir() else None
 
 
 def adopt_layer(reference: str, file: Path) -> None:

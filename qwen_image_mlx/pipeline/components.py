@@ -31,9 +31,10 @@ from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.adapters import Adapters
 from ..weights.loader import ComponentWeights, load_module, put_beside
-from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, weights_map
+from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
 from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles
+from .sources import Sources
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ PARTS = {
     "language_head": ("main",),
     "vae": ("encoder", "decoder"),
 }
+ADDITION = "time_text_embed.addition_t_embedding.weight"  # in layered models alone
 CLASS_NAMES = {
     "transformer": "QwenImageTransformer2DModel",
     "vae": "AutoencoderKLQwenImage",
@@ -66,6 +68,7 @@ class Components:
         zero_cond_t: overrides the transformer's flag; None obeys the checkpoint.
         quantization: what matrices are packed into while they are loaded; None leaves them as they are stored.
         read_loras: given the transformer's modules and their weights' shapes, the LoRAs for them; called once.
+        replaced: files that stand in for the checkpoint's own, as in `Sources`.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Components:
         zero_cond_t: bool | None = None,
         quantization: Quantization | None = None,
         read_loras: Callable[[Mapping[str, tuple[int, ...]]], Adapters] | None = None,
+        replaced: Mapping[str, str | Path] | None = None,
     ):
         self.snapshot = snapshot
         self.dtype = dtype
@@ -86,14 +90,25 @@ class Components:
         self._read_loras = read_loras
         self._loaded: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
-        index = snapshot.read_json("model_index.json")
-        self.variant: Variant = variant_of(index.get("_class_name"), snapshot.model)
+        self.sources = Sources(snapshot, replaced)
+        self.variant: Variant = variant_of(self.sources.class_name, snapshot.model)
 
     @cached_property
     def transformer_config(self) -> TransformerConfig:
-        """transformer/config.json."""
-        config = self._parsed(TransformerConfig, "transformer")
-        return config if self._zero_cond_t is None else replace(config, zero_cond_t=self._zero_cond_t)
+        """transformer/config.json, corrected by what the weights' names show."""
+        config = TransformerConfig.from_dict(self._config("transformer"))
+        names = self.sources.names("transformer")
+        layered = ADDITION in canonical_names("transformer", names).values()
+        if names and layered != config.use_additional_t_cond:
+            kinds = {True: "a layered model", False: "a model that is not layered"}
+            raise CheckpointError(
+                f"the transformer's weights are those of {kinds[layered]}, but its config is that of "
+                f"{kinds[not layered]}: give a transformer and a model of one kind"
+            )
+        shown = shown_settings("transformer", names)
+        if self._zero_cond_t is not None:
+            shown["zero_cond_t"] = self._zero_cond_t
+        return replace(config, **shown)
 
     @cached_property
     def adapters(self) -> Adapters | None:
@@ -104,8 +119,15 @@ class Components:
         """The transformer's modules that have a weight, with its shape."""
         return matrix_shapes("transformer", self.transformer_config)
 
+    def _check_adapters(self, adapters: Adapters | None) -> None:
+        if adapters is not None:
+            weights = self.weights("transformer")
+            resident = {spec.name for spec in weights.specs("main")}
+            adapters.check(lambda path: f"{path}.weight" in resident and weights.is_packed(f"{path}.weight"))
+
     def replace_adapters(self, adapters: Adapters | None) -> None:
         """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
+        self._check_adapters(adapters)
         old, self.adapters = self.adapters, adapters
         transformer = self._loaded.get("transformer")
         if transformer is None:
@@ -151,8 +173,8 @@ class Components:
         if "input_channels" not in data and self.variant.layered:
             tensors = self._files("vae").tensors
             names = canonical_names("vae", tensors)
-            first = next((t for name, t in tensors.items() if names[name] == "encoder.conv_in.weight"), None)
-            config = config if first is None else replace(config, input_channels=first.shape[1])
+            last = next((t for name, t in tensors.items() if names[name] == "decoder.conv_out.bias"), None)
+            config = config if last is None else replace(config, input_channels=last.shape[0])
         return config
 
     @cached_property
@@ -189,6 +211,7 @@ class Components:
     def transformer(self) -> Transformer:
         """The transformer without its modulation, resident."""
         config = self.transformer_config
+        self._check_adapters(self.adapters)
         return self._ensure(
             "transformer", lambda: self._load("transformer", "main", Transformer(config), self.dtype, self.adapters)
         )
@@ -223,6 +246,7 @@ class Components:
             _ = self.image_processor
         for component in ("transformer", "text_encoder", *(["vision"] if shown else []), "vae"):
             self.weights(component)
+        self._check_adapters(self.adapters)
 
     def prepare_captions(self) -> None:
         """The same for what writing captions needs."""
@@ -234,13 +258,16 @@ class Components:
     @property
     def fingerprint(self) -> str:
         """Tells apart what encodes: the commit, or a directory's files by name, size and time."""
-        if self.snapshot.revision is not None:
-            return f"{self.snapshot.model}@{self.snapshot.revision}"
-        folder = Path(self.snapshot.model).expanduser().resolve()
-        files = sorted(
-            f for part in ("text_encoder", "vae", "tokenizer", "processor") for f in folder.glob(f"{part}/*")
-        )
-        return repr([(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+        parts, files = ("text_encoder", "vae", "tokenizer", "processor"), []
+        if self.snapshot.revision is None:
+            folder = Path(self.snapshot.model).expanduser().resolve()
+            files = [file for part in parts for file in folder.glob(f"{part}/*")]
+        for place in (path for name, path in self.sources.replaced.items() if name in parts):
+            files += place.glob("*") if place.is_dir() else [place]
+        commit = f"{self.snapshot.model}@{self.snapshot.revision}" if self.snapshot.revision else ""
+        found = sorted({file.resolve() for file in files})
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
+        return commit + repr(stats) if stats or not commit else commit
 
     def weights(self, component: str) -> ComponentWeights:
         """A component's tensors, fetched and checked once, not read."""
@@ -252,12 +279,7 @@ class Components:
         return self._weights[component]
 
     def _files(self, component: str) -> WeightFiles:
-        rules = weights_map(component)
-        return self.snapshot.weight_files(
-            rules.get("folder", component),
-            rules["stem"],
-            keep=lambda name: needs_tensor(component, name, PARTS[component]),
-        )
+        return self.sources.weights(component, keep=lambda name: needs_tensor(component, name, PARTS[component]))
 
     def _ensure(self, name: str, load: Callable[[], Any]) -> Any:
         if name not in self._loaded:
@@ -283,7 +305,7 @@ class Components:
             raise CheckpointError(f"{component}/{name} holds impossible values ({error}); download it again") from error
 
     def _config(self, component: str, name: str = "config.json") -> dict[str, Any]:
-        config = self.snapshot.read_json(f"{component}/{name}")
+        config = self.sources.config(component, name)
         found, expected = config.get("_class_name"), CLASS_NAMES.get(component)
         if expected and found not in (None, expected):
             raise CheckpointError(f"{component}/{name} is that of a {found}, not of a {expected}")

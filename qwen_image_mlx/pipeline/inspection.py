@@ -89,10 +89,9 @@ def inspect_checkpoint(
         scheme = getattr(components.quantization, name, None)
         resident = sum(weights.resident_bytes(part, own_dtype or dtype, scheme) for part in parts)
         reports.append(ComponentReport(name, weights.nbytes, weights.forms, resident))
-    index = components.snapshot.read_json("model_index.json")
     return CheckpointReport(
         str(model),
-        index["_class_name"],
+        str(components.sources.class_name),
         components.variant.task,
         components.transformer_config.num_layers,
         tuple(reports),

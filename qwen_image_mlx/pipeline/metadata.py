@@ -9,6 +9,7 @@ from .. import __version__
 from ..weights.quantize import NONE
 from .conditioning import GuidanceEncoding
 from .request import Request
+from .sources import REPLACEABLE
 
 if TYPE_CHECKING:
     from .pipeline import QwenImagePipeline
@@ -37,6 +38,7 @@ def describe(
         "dtype": str(pipeline.dtype).rpartition(".")[2],
         "quantize": None if str(parts.quantization) == NONE else str(parts.quantization),
         "loras": list(parts.adapters.references) if parts.adapters else None,
+        **{name: str(parts.sources.replaced.get(name, "")) or None for name in REPLACEABLE},
         "version": __version__,
     }
     if pipeline.variant.layered:

@@ -18,11 +18,13 @@ import mlx.core as mx
 
 from .. import __version__
 from ..errors import OutputError, RequestError
+from ..weights.loader import say_what_does_not_fit
 from ..weights.pack import Part, quantization_config, write_component
 from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .progress import Progress, ProgressCallback, Reporter
+from .sources import INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +85,10 @@ def quantize_checkpoint(
     try:
         partial.mkdir(parents=True, exist_ok=True)
         _require_space(partial, folders)
-        shutil.copyfile(snapshot.file("model_index.json"), partial / "model_index.json")
         _copy(snapshot, partial, set(folders))
+        for path, value in components.sources.stand_ins().items():
+            (partial / path).parent.mkdir(exist_ok=True)
+            (partial / path).write_text(json.dumps(value, indent=2))
         errors: dict[str, dict[str, float]] = {}
         for name, (stem, parts) in folders.items():
             (partial / name).mkdir(exist_ok=True)
@@ -92,7 +96,7 @@ def quantize_checkpoint(
                 partial / name, stem, parts, shard_bytes=shard_bytes,
                 progress=lambda done, total, name=name: report(Progress("quantize", done, total, name)),
             )  # fmt: skip
-            config = snapshot.read_json(f"{name}/config.json")
+            config = components.sources.config(name)
             config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
             if said := quantization_config(parts):
                 config["quantization"] = said
@@ -114,6 +118,9 @@ def _folders(components: Components) -> dict[str, tuple[str, list[Part]]]:
     if variant.layered:
         wanted["text_encoder"].append("language_head")
     stems = {"transformer": "diffusion_pytorch_model", "text_encoder": "model"}
+    for name in (name for names in wanted.values() for name in names):
+        if scheme := getattr(quantization, name, None):
+            say_what_does_not_fit(name, components.weights(name).specs("main"), scheme)
     return {
         folder: (stems[folder], [Part(components.weights(n), getattr(quantization, n, None)) for n in names])
         for folder, names in wanted.items()
@@ -122,6 +129,8 @@ def _folders(components: Components) -> dict[str, tuple[str, list[Part]]]:
 
 def _copy(snapshot: HubSnapshot, partial: Path, written: set[str]) -> None:
     """Copies what is no weight, and the weights of folders that are not written anew."""
+    if snapshot.exists(INDEX):
+        shutil.copyfile(snapshot.file(INDEX), partial / INDEX)
     for folder in _COPIED:
         for name in snapshot.names(folder):
             is_weight = name.endswith((".safetensors", ".safetensors.index.json"))

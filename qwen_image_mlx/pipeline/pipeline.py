@@ -56,6 +56,9 @@ class QwenImagePipeline(PipelineCore):
         quantize: Quantization | str | int | None = None,
         loras: Sequence[LoRAReference] = (),
         lora_mode: str = "auto",
+        transformer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
         progress: ProgressCallback | None = None,
     ) -> QwenImagePipeline:
         """Opens a checkpoint; weights are fetched and loaded when they are first needed.
@@ -72,6 +75,8 @@ class QwenImagePipeline(PipelineCore):
                 `owner/repo:file` or the address of a file on the hub. Read with the transformer's config.
             lora_mode: "merge" into the weights, "side" to run beside them, "auto" to merge unless the weights are
                 packed already or too coarse.
+            transformer, text_encoder, vae: a .safetensors or .gguf file, or a folder, to take instead of the
+                checkpoint's own; its configs are the checkpoint's, corrected by what the file shows.
             progress: told of downloads, loading and work; it can cancel.
 
         Raises:
@@ -89,10 +94,12 @@ class QwenImagePipeline(PipelineCore):
             offline=offline,
             progress=lambda name, done, total: report(Progress("download", done, total, name)),
         )
+        replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         components = Components(
             snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t,
             quantization=Quantization.parse(quantize) if isinstance(quantize, str | int) else quantize,
             read_loras=partial(read_adapters, loras, lora_mode, offline=offline, report=report) if loras else None,
+            replaced={name: path for name, path in replaced.items() if path is not None},
         )  # fmt: skip
         return cls(components, report)
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,7 @@ class EncodingCache:
             "version": __version__,
             "checkpoint": pipeline.fingerprint,
             "dtype": str(pipeline.dtype),
+            "quantization": str(replace(pipeline.components.quantization, transformer=None)),
             "variant": repr(pipeline.variant),
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt if guided else None,

@@ -8,7 +8,7 @@ for all LoRAs together.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 
@@ -84,6 +84,30 @@ class Adapters:
         mx.eval(changed)
         return changed
 
+    def check(self, is_packed: Callable[[str], bool]) -> None:
+        """Finds out, reading nothing, whether everything can be merged or run beside.
+
+        Args:
+            is_packed: given a module's canonical name, whether its weight is packed already.
+
+        Raises:
+            CheckpointError: a change of a packed weight cannot run beside it, or is to be merged.
+        """
+        for lora in self.loras:
+            for path, update in lora.updates.items():
+                if not (update.changes_weight or update.is_dora) or not is_packed(path):
+                    continue
+                if self.mode == "merge":
+                    raise CheckpointError(
+                        f"a LoRA cannot be merged into the packed weights of {path}: packing them again would lose it; "
+                        "let it run beside them (--lora-mode side), or merge it into the model they were packed from"
+                    )
+                if not update.has_factors:
+                    raise CheckpointError(
+                        f"the change of {path} by {lora.path.name} cannot run beside packed weights, as a plain LoRA's "
+                        "could: use the model they were packed from, with --quantize"
+                    )
+
     def place(
         self, name: str, value: mx.array | Packed, scheme: Scheme | None, dtype: mx.Dtype
     ) -> tuple[mx.array | Packed, Branch | None]:
@@ -91,30 +115,22 @@ class Adapters:
 
         Args:
             name: the weight's canonical name; one that is changed.
-            value: as it is read: dense, or packed already.
+            value: as it is read: dense, or packed already, which `check` has allowed.
             scheme: what it is packed into; None stores it dense.
             dtype: what it is stored in when dense.
 
         Returns:
             The weight, dense in `dtype` or packed, and A (r, in), B (out, r) in `dtype` or None; evaluated.
-
-        Raises:
-            CheckpointError: it has to run beside packed weights and is none that can.
         """
         path = name.removesuffix(".weight")
-        if isinstance(value, Packed) and self.mode != "merge":
-            return value, self._branch(path, dtype, must=True)
         if isinstance(value, Packed):
-            raise CheckpointError(
-                f"a LoRA cannot be merged into the packed weights of {path}: packing them again would lose it; let it "
-                "run beside them (--lora-mode side), or merge it into the model they were packed from"
-            )
+            return value, self._branch(path, dtype)
         base = value.astype(mx.float32)
-        branch = self._branch(path, dtype, must=False) if self.mode == "side" else None
+        branch = self._branch(path, dtype) if self.mode == "side" else None
         if branch is None:
             change = self.apply(name, base) - base
             stored, kept, asked = _stored(base, change, scheme, dtype)
-            if self.mode == "auto" and kept < _ENOUGH * asked and (branch := self._branch(path, dtype, must=False)):
+            if self.mode == "auto" and kept < _ENOUGH * asked and (branch := self._branch(path, dtype)):
                 return _stored(base, mx.zeros_like(base), scheme, dtype)[0], branch
             self.merged += 1
             self._kept, self._asked = self._kept + kept, self._asked + asked
@@ -129,14 +145,9 @@ class Adapters:
             return None
         return {path: stack_branches(found, dtype) for path, found in pairs.items()}
 
-    def _branch(self, path: str, dtype: mx.Dtype, must: bool) -> Branch | None:
+    def _branch(self, path: str, dtype: mx.Dtype) -> Branch | None:
         pairs = [update.factors() for update in self.updates(path)]
         if None in pairs:
-            if must:
-                raise CheckpointError(
-                    f"the LoRA's change of {path} cannot run beside packed weights, as a plain one could: use the "
-                    "model they were packed from, with --quantize"
-                )
             return None
         branch = stack_branches(pairs, dtype)
         mx.eval(branch)
@@ -145,11 +156,11 @@ class Adapters:
 
     def say_what_became(self) -> None:
         """Logs how many matrices were merged and run beside, and how much of the merged change survived."""
+        share = 1.0 if self.share_kept is None else self.share_kept  # nothing asked, nothing lost
         if self.merged:
             logger.log(
-                logging.INFO if self.share_kept >= _ENOUGH else logging.WARNING,
-                "merged into %d matrices; %.1f%% of the change is in the stored weights",
-                self.merged, 100 * self.share_kept,
+                logging.INFO if share >= _ENOUGH else logging.WARNING,
+                "merged into %d matrices; %.1f%% of the change is in the stored weights", self.merged, 100 * share,
             )  # fmt: skip
         if self.beside:
             logger.info("running beside %d matrices", self.beside)

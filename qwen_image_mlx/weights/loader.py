@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -22,11 +23,20 @@ from mlx.utils import tree_flatten
 from ..errors import CheckpointError
 from ..models.layers import QuantizedEmbedding, QuantizedLinear, SideBranch
 from .adapters import Adapters
-from .mapping import LAYOUTS, TensorSpec, canonical_names, dialect_of, expected_tensors, other_part, weights_map
+from .mapping import (
+    LAYOUTS,
+    TensorSpec,
+    canonical_names,
+    expected_tensors,
+    is_ignored,
+    known_share,
+    other_part,
+    weights_map,
+)
 from .packed import Packed
 from .quantize import Scheme, quantize_matrix
 from .shards import Tensor
-from .stored import FLOATS, FP8, Reader, Stored, stored_weights
+from .stored import FLOATS, FP8, PACKED, Reader, Stored, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,29 +62,37 @@ class ComponentWeights:
     def __init__(self, component: str, config: Any, tensors: Mapping[str, Tensor], parts: Iterable[str]):
         self.component = component
         self._specs = expected_tensors(component, config)
-        dialect = weights_map(component)["dialects"][dialect_of(component, tensors)]
-        self._channels_last = dialect.get("channels_last", False)
         canonical = canonical_names(component, tensors)
+        _check_model(component, tensors, canonical)
         shapes = {name: spec.shape for name, spec in self._specs.items()}
         self._stored = stored_weights({canonical[name]: tensor for name, tensor in tensors.items()}, shapes)
-        self._check(frozenset(parts), dialect.get("markers", ()))
+        # Other tools lay convolutions out as MLX does; the smallest ones look the same either way, so all say it.
+        moved = {name: _channels_last(spec.shape) for name, spec in self._specs.items() if len(spec.shape) > 2}
+        fits = {name: self._stored[name].shape == shape for name, shape in moved.items() if name in self._stored}
+        self._channels_last = any(fits[name] and moved[name] != self._specs[name].shape for name in fits)
+        self._check(frozenset(parts))
 
-    def _check(self, parts: frozenset[str], markers: Collection[str]) -> None:
+    def _check(self, parts: frozenset[str]) -> None:
         wanted = {name: spec for name, spec in self._specs.items() if spec.part in parts}
-        known = {*self._specs, *markers}
-        shapes = {name: self._file_shape(spec) for name, spec in self._specs.items()}
+        known = {*self._specs, *weights_map(self.component).get("markers", ())}
         problems = [
             ("lacks", [name for name in wanted if name not in self._stored]),
             (
                 "has unexpected",
-                [n for n in self._stored if n not in known and other_part(self.component, n) is None],
+                [
+                    name
+                    for name in self._stored
+                    if name not in known
+                    and other_part(self.component, name) is None
+                    and not is_ignored(self.component, name)
+                ],
             ),
             (
                 "has mis-shaped",
                 [
-                    f"{name} {list(found.shape)} instead of {list(shape)}"
-                    for name, shape in shapes.items()
-                    if (found := self._stored.get(name)) and not found.problem and found.shape != shape
+                    f"{name} {list(found.shape)} instead of {list(self._file_shape(spec))}"
+                    for name, spec in self._specs.items()
+                    if (found := self._stored.get(name)) and not found.problem and not self._fits(spec, found.shape)
                 ],
             ),
             (
@@ -90,9 +108,10 @@ class ComponentWeights:
             )
 
     def _file_shape(self, spec: TensorSpec) -> tuple[int, ...]:
-        if self._channels_last and len(spec.shape) > 2:
-            return (spec.shape[0], *spec.shape[2:], spec.shape[1])
-        return spec.shape
+        return _channels_last(spec.shape) if self._channels_last and len(spec.shape) > 2 else spec.shape
+
+    def _fits(self, spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+        return shape == self._file_shape(spec) or (spec.layout == "vector" and shape == spec.shape[:1])
 
     def specs(self, part: str) -> list[TensorSpec]:
         """The tensors of a part, in the map's order."""
@@ -104,6 +123,10 @@ class ComponentWeights:
         for spec in (s for s in self._specs.values() if s.name in self._stored) if specs is None else specs:
             layers.setdefault(_LAYER.match(spec.name)[0], []).append(spec)
         return list(layers.values())
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a weight lies packed in its file."""
+        return self._stored[name].scheme is not None
 
     def stored(self, name: str) -> Stored:
         """How a tensor lies in its file, by canonical name."""
@@ -124,7 +147,7 @@ class ComponentWeights:
         """How its weights lie in the files, and how many bytes so: "BF16", "F8_E4M3", "Q4_K", "4 bit" or "mxfp8"."""
         forms: dict[str, int] = {}
         for stored in self._stored.values():
-            form = stored.tensor.dtype if stored.scheme is None else f"packed {stored.scheme}"
+            form = f"packed {stored.scheme}" if stored.tensor.dtype == PACKED else stored.tensor.dtype
             forms[form] = forms.get(form, 0) + stored.nbytes
         return dict(sorted(forms.items(), key=lambda item: -item[1]))
 
@@ -142,7 +165,32 @@ class ComponentWeights:
         value = reader.open(self._stored[spec.name])
         if self._channels_last and isinstance(value, mx.array) and value.ndim > 2:
             value = mx.moveaxis(value, -1, 1)
-        return value
+        return value.reshape(spec.shape) if isinstance(value, mx.array) and spec.layout == "vector" else value
+
+
+_LABELS = {"transformer": "a transformer", "text_encoder": "a text encoder", "vae": "an autoencoder"}
+
+
+def _check_model(component: str, tensors: Mapping[str, Tensor], canonical: Mapping[str, str]) -> None:
+    """Refuses files of another component or model, and names that mean the same twice."""
+    if len(set(canonical.values())) < len(canonical):
+        twice = next(name for name, count in Counter(canonical.values()).items() if count > 1)
+        raise CheckpointError(f"the {component} has {twice} twice, under two spellings: use another file")
+    share, kind = known_share(component, tensors), weights_map(component).get("folder", component)
+    what = next((f"{label} of Qwen-Image's kind" for other, label in _LABELS.items()
+                 if share < 0.5 and other != kind and known_share(other, tensors) > 0.5), None)  # fmt: skip
+    if what is None and kind == "transformer":
+        other = weights_map("lora")["other_models"]
+        what = next((model for pattern, model in other for name in tensors if re.search(pattern, name)), None)
+    if what is None and share < 0.5 and tensors:
+        what = f"something else ({_some(list(tensors))})"
+    if what is not None:
+        place = next(iter(tensors.values())).file
+        raise CheckpointError(f"{place} holds {what}, not {_LABELS[kind]} of Qwen-Image: give the file of one")
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], *shape[2:], shape[1])
 
 
 def load_module(
@@ -172,7 +220,7 @@ def load_module(
     if names != {spec.name for spec in specs}:
         raise ValueError(f"module and weights map differ in {_some(sorted(names ^ {spec.name for spec in specs}))}")
     if scheme is not None:
-        _say_what_does_not_fit(weights.component, specs, scheme)
+        say_what_does_not_fit(weights.component, specs, scheme)
     reader, branches = Reader(weights.component), []
     for spec in specs:
         value, branch = weights.open(spec, reader), None
@@ -205,7 +253,8 @@ def load_module(
     return module
 
 
-def _say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme: Scheme) -> None:
+def say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme: Scheme) -> None:
+    """Warns of the matrices that a scheme is meant for and cannot take."""
     meant = [spec for spec in specs if spec.quantized]
     left = [spec for spec in meant if not scheme.fits(spec.shape)]
     if left:

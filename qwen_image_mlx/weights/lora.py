@@ -143,6 +143,15 @@ class Update:
             change = difference if change is None else change + difference
         return change
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether `factors` gives any; reads nothing."""
+        if self.kind is None or self.is_dora or not {"difference", "replacement"}.isdisjoint(self.tensors):
+            return False
+        out, width = self.shape
+        rank = _BRANCH_RANKS[self.kind]({role: tensor.shape for role, tensor in self.tensors.items()})
+        return rank * (out + width) <= out * width
+
     def factors(self) -> tuple[mx.array, mx.array] | None:
         """The change as a side branch: float32 A (r, in), B (out, r), so that y += (x A^T) B^T; strength is in B.
 
@@ -154,11 +163,7 @@ class Update:
         Raises:
             CheckpointError: as `delta`.
         """
-        if self.kind is None or self.is_dora or not {"difference", "replacement"}.isdisjoint(self.tensors):
-            return None
-        out, width = self.shape
-        rank = _BRANCH_RANKS[self.kind]({role: tensor.shape for role, tensor in self.tensors.items()})
-        if rank * (out + width) > out * width:
+        if not self.has_factors:
             return None
         a, b = _BRANCHES[self.kind](self._read, self.tensors)
         return a, self.strength * self.scale * b

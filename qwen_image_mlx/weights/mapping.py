@@ -103,6 +103,18 @@ def canonical_names(component: str, names: Iterable[str]) -> dict[str, str]:
     return {name: _canonical(name, dialect) for name in names}
 
 
+def known_share(component: str, names: Iterable[str]) -> float:
+    """How much of a file's parameters belongs to a component, whatever its config; in its best dialect, 0 to 1."""
+    known, canonical = _known_names(component), canonical_names(component, names)
+    parameters = [name for name in canonical.values() if name.endswith(_PARAMETERS)]
+    return sum(known.fullmatch(name) is not None for name in parameters) / max(len(parameters), 1)
+
+
+def is_ignored(component: str, name: str) -> bool:
+    """Whether a canonical name is that of a tensor some tools write which has no effect."""
+    return name.endswith(tuple(weights_map(component).get("ignored", ())))
+
+
 def dialect_of(component: str, names: Iterable[str]) -> str:
     """The dialect that leaves the fewest of the stored names unknown to the map."""
     names, known, dialects = list(names), _known_names(component), weights_map(component)["dialects"]
@@ -127,6 +139,13 @@ def needs_tensor(component: str, stored_name: str, parts: Collection[str]) -> bo
     return not found or not found.isdisjoint(parts)
 
 
+def shown_settings(component: str, stored_names: Iterable[str]) -> dict[str, Any]:
+    """The fields of a config that a checkpoint's own names settle, by the map's markers."""
+    markers = weights_map(component).get("markers", {})
+    found = set(canonical_names(component, stored_names).values())
+    return {field: value for name in markers if name in found for field, value in markers[name].items()}
+
+
 def other_part(component: str, name: str) -> str | None:
     """The part of a tensor the map names only by its prefix (`lm_head.`, `visual.`), or None."""
     parts = weights_map(component).get("other_parts", {})
@@ -135,10 +154,11 @@ def other_part(component: str, name: str) -> str | None:
 
 @cache
 def _known_names(component: str) -> re.Pattern[str]:
-    """Matches every canonical name of any config: rows become wildcards."""
+    """Matches every canonical name of any config: fields of rows are numbers, or what the map says of them."""
     rules = weights_map(component)
+    fields = rules.get("fields", {})
     paths = [
-        re.sub(r"\\\{\w+\\\}", r"[\\w.]+", re.escape(spelling))
+        re.sub(r"\\\{(\w+)\\\}", lambda field: rf"(?:{fields.get(field[1], '[0-9]+')})", re.escape(spelling))
         for rule in rules["tensors"]
         for spelling in _alternatives(rule["name"])
     ]

@@ -23,6 +23,8 @@ FP8 = "F8_E4M3"
 PACKED = "U32"
 # What may stand beside a weight, as its last word. The scales of activations are of no use here.
 COMPANIONS = ("scales", "biases", "weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant")
+# Of GGUF's types, those whose blocks are MLX's.
+_GGUF_SCHEMES = {"Q4_0": Scheme("affine", 4, 32), "Q4_1": Scheme("affine", 4, 32), "Q8_0": Scheme("affine", 8, 32)}
 _MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}  # of what has no biases, by bits and group size
 
 
@@ -34,7 +36,7 @@ class Stored:
         tensor: the weight's own entry.
         beside: its companions, by their last word.
         shape: of what it stands for, as the weights map gives it.
-        scheme: of packed weights; None for all others.
+        scheme: of weights that MLX can use as they are packed; None for all others.
         problem: why it cannot be read, or None.
     """
 
@@ -74,7 +76,10 @@ def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
 
 
 def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
-    if tensor.dtype in FLOATS or isinstance(tensor, gguf.GgufTensor):
+    if isinstance(tensor, gguf.GgufTensor):
+        scheme = _GGUF_SCHEMES.get(tensor.dtype) if len(tensor.shape) == 2 else None
+        return Stored(tensor, {}, tensor.shape, scheme, None if tensor.dtype in gguf.DECODED else tensor.dtype)
+    if tensor.dtype in FLOATS:
         return Stored(tensor, {}, tensor.shape)
     if tensor.dtype == FP8:
         scales = {word: beside[word] for word in ("weight_scale", "scale_weight") if word in beside}

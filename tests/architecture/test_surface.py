@@ -28,6 +28,9 @@ MODEL = {
     "--lora",
     "--lora-mode",
     "--lightning",
+    "--transformer",
+    "--text-encoder",
+    "--vae",
     "-h",
     "-m",
 }

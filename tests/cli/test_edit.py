@@ -235,6 +235,13 @@ def test_a_cache_knows_a_checkpoint_that_changed(run, here, edit_model):
     assert "load text_encoder" in run("edit", *given)[2]
 
 
+def test_a_cache_knows_how_the_encoder_was_packed(run):
+    given = ["a hat", "--image", "photo.png", "--cache", *QUICK]
+    run("edit", *given)
+    assert "load text_encoder" in run("edit", *given, "--quantize", "text_encoder=8/32")[2]
+    assert "load text_encoder" not in run("edit", *given, "--quantize", "transformer=8/32")[2]
+
+
 def test_a_damaged_cache_entry_is_made_anew(run, here):
     run("generate", "a hat", "--width", 64, "--height", 64, "--cache", *QUICK)
     (entry,) = here.glob("cache/qwen-image-mlx/encodings/*.safetensors")

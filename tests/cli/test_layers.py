@@ -185,6 +185,26 @@ def test_edited_layers_keep_their_alpha_and_their_place(run, layers):
     assert np.abs(pixels(opened(run("compose", layers))) - pixels(stacked(images))).max() <= 1
 
 
+def test_an_edited_layer_is_painted_again_from_what_it_was(run, layers):
+    edited = opened(run("edit", "make it red", "--layer", f"{layers}:2", *QUICK, "--seed", "1"))
+    again = opened(run("edit", "--from-image", edited.filename, "-o", "again.png"))
+    np.testing.assert_array_equal(pixels(again), pixels(edited))
+
+
+@pytest.mark.parametrize("flags", [["--size", "96x48"], ["--seed", "6", "7"], ["--num-images", "2"], ["--size", "1mp"]])
+def test_what_cannot_take_a_layer_s_place_needs_an_output(run, layers, flags):
+    before = {path: path.read_bytes() for path in layers.iterdir()}
+    assert "--output" in refusal(run("edit", "make it red", "--layer", f"{layers}:2", *QUICK, *flags))
+    assert {path: path.read_bytes() for path in layers.iterdir()} == before
+    assert run("edit", "make it red", "--layer", f"{layers}:2", "-o", "red.png", *QUICK, *flags)[0] == 0
+
+
+def test_a_composition_that_cannot_be_blended_leaves_nothing(run, layers, here):
+    before = sorted(here.rglob("*"))
+    assert "num_inference_steps" in refusal(run("compose", layers, "--harmonize", "blend", "--steps", "0"))
+    assert sorted(here.rglob("*")) == before
+
+
 def test_an_edited_layer_can_go_elsewhere_and_is_painted_again(run, layers):
     manifest = (layers / "manifest.json").read_bytes()
     opened(run("edit", "make it red", "--layer", f"{layers}:1", "-o", "red.png", *QUICK, "--seed", "1"))
@@ -216,6 +236,7 @@ def test_a_composition_is_harmonized(run, layers):
     ((), "PHOTO"),
     (("photo.png", "--layer", "apart:1"), "one picture"),
     (("none.png",), "none.png"),
+    (("",), "picture"),
     (("photo.png", "--layers", "0"), "num_layers"),
     (("photo.png", "--layers", "9"), "from 1 to 8"),
     (("photo.png", "--resolution", "800"), "resolution is 800"),
@@ -243,6 +264,8 @@ def test_bad_requests(run, layers, here, arguments, says):
     (("apart", "--move", "1:ten,1"), "3:+40,-10"),
     (("apart", "--scale", "1:-2"), "positive"),
     (("apart", "--scale", "1:nan"), "positive"),
+    (("apart", "--move", "1:1,1", "--move", "1:2,2"), "twice for one layer"),
+    (("apart", "--seed", "3"), "--seed needs --harmonize"),
     (("apart", "--output", "out.jpg"), "out.jpg"),
 ])  # fmt: skip
 def test_bad_compositions(run, layers, here, arguments, says):

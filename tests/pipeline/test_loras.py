@@ -113,7 +113,19 @@ def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
     for picture in (beside, merged_first):
         assert np.abs(picture - exact).mean() < 0.5 * change
     with pytest.raises(CheckpointError, match="packing them again would lose it"):
-        paint(pack, loras=[str(file)], lora_mode="merge")
+        QwenImagePipeline.from_pretrained(pack, loras=[str(file)], lora_mode="merge").prepare()
+    name = "transformer_blocks.0.attn.to_q"
+    whole = {f"{name}.diff": mx.ones(WIDE_SHAPES[name]) * 0.01}
+    mx.save_safetensors(str(tmp_path / "whole.safetensors"), whole)
+    with pytest.raises(CheckpointError, match=r"whole\.safetensors cannot run beside packed weights"):
+        pipeline.set_loras([str(tmp_path / "whole.safetensors")])
+    np.testing.assert_array_equal(repaint(pipeline), beside)
+
+
+def test_a_lora_at_strength_nothing_changes_nothing(tiny, shapes, tmp_path):
+    file = write_lora(tmp_path / "lora.safetensors", shapes)
+    for mode in ("auto", "merge", "side"):
+        np.testing.assert_array_equal(paint(tiny, loras=[f"{file}@0"], lora_mode=mode)[0], paint(tiny)[0])
 
 
 def test_changes_too_small_for_bf16_run_beside_it(wide, tmp_path, caplog):

@@ -1,0 +1,124 @@
+"""Where the parts of a model come from: a checkpoint, files given instead of its own, and what a tool left out.
+
+Some tools save weights alone. What the released configs say then stands in for theirs, and the class is told from a
+record beside the weights, or from the weights; `weights_map/packs.json` has both tables.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, RequestError
+from ..weights.mapping import canonical_names, weights_map
+from ..weights.snapshot import HubSnapshot, WeightFiles, weight_file
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+CONFIG = "config.json"
+REPLACEABLE = ("transformer", "text_encoder", "vae")
+
+
+class Sources:
+    """The files of a model's parts.
+
+    Args:
+        snapshot: the checkpoint.
+        replaced: by the name of its folder, a part's file, or its folder, that stands in for the checkpoint's own.
+
+    Raises:
+        RequestError: one of them does not exist.
+    """
+
+    def __init__(self, snapshot: HubSnapshot, replaced: Mapping[str, str | Path] | None = None):
+        self.snapshot = snapshot
+        self.replaced = {name: Path(path).expanduser() for name, path in (replaced or {}).items()}
+        for name, path in self.replaced.items():
+            if not path.exists():
+                raise RequestError(f"the {name} {str(path)!r} does not exist: give a file of weights or its folder")
+        # A folder of one part is a checkpoint whose root has what a whole one keeps in that folder.
+        self._folders = {name: HubSnapshot(path) for name, path in self.replaced.items() if path.is_dir()}
+        self._read: dict[str, WeightFiles] = {}
+
+    @cached_property
+    def class_name(self) -> object:
+        """The pipeline class, as model_index.json names it or as the weights show."""
+        return self._pack["class"] if self._pack else self.snapshot.read_json(INDEX).get("_class_name")
+
+    def config(self, folder: str, name: str = CONFIG) -> dict[str, Any]:
+        """A part's JSON; of a file without one that of the checkpoint, of a checkpoint without any the usual one.
+
+        Raises:
+            CheckpointError: the checkpoint should have it, but has not.
+        """
+        path = f"{folder}/{name}"
+        if folder in self._folders and self._folders[folder].exists(name):
+            return self._folders[folder].read_json(name)
+        if self._pack and path in weights_map("packs")["usual"] and not self.snapshot.exists(path):
+            return weights_map("packs")["usual"][path] | self._pack.get("configs", {}).get(path, {})
+        return self.snapshot.read_json(path)
+
+    def stand_ins(self) -> dict[str, dict[str, Any]]:
+        """The JSON files, by their place, that the checkpoint should have and has not; {} where it has its own."""
+        if not self._pack:
+            return {}
+        missing = [path for path in weights_map("packs")["usual"] if not self.snapshot.exists(path)]
+        configs = {path: self.config(*path.split("/")) for path in missing}
+        return {INDEX: {"_class_name": self._pack["class"]}} | configs
+
+    def weights(self, component: str, keep: Callable[[str], bool] | None = None) -> WeightFiles:
+        """A component's files; of a checkpoint with an index only those with a tensor to `keep`."""
+        rules = weights_map(component)
+        folder = rules.get("folder", component)
+        if folder in self._folders:
+            return self._folders[folder].weight_files("", rules["stem"], keep)
+        if folder not in self.replaced:
+            return self.snapshot.weight_files(folder, rules["stem"], keep)
+        if folder not in self._read:
+            self._read[folder] = weight_file(self.replaced[folder])
+        return self._read[folder]
+
+    def names(self, component: str) -> set[str]:
+        """What a component's files hold, as they spell it; told from its index where there is one."""
+        files = self.weights(component, keep=lambda name: False)
+        return {*files.tensors, *(files.index or ())}
+
+    @cached_property
+    def _pack(self) -> dict[str, Any] | None:
+        """What stands in for a checkpoint's JSON files; None where it has its own."""
+        if self.snapshot.exists(INDEX) or not all(self.snapshot.names(part) for part in REPLACEABLE):
+            return None
+        pack = self._recorded() or self._guessed()
+        if pack is None:
+            raise CheckpointError(
+                f"{self.snapshot.model} has no {INDEX}, and its weights are not those of a Qwen-Image model: name "
+                "the folder of one"
+            )
+        logger.info("%s has no %s: it is taken for a %s", self.snapshot.model, INDEX, pack["class"])
+        if "advice" in pack:
+            logger.warning("what kind of model %s is can only be guessed; %s", self.snapshot.model, pack["advice"])
+        return pack
+
+    def _recorded(self) -> dict[str, Any] | None:
+        table = weights_map("packs")
+        record = table["record"]
+        if not self.snapshot.exists(record["file"]):
+            return None
+        said = self.snapshot.read_json(record["file"])
+        for field in record["fields"]:
+            value: Any = said
+            for key in field:
+                value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, str) and value in table["recorded"]:
+                return table["recorded"][value]
+        return None
+
+    def _guessed(self) -> dict[str, Any] | None:
+        for guess in weights_map("packs")["guessed"]:
+            if guess["holds"] in canonical_names(guess["component"], self.names(guess["component"])).values():
+                return guess
+        return None
