@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..variants import DEFAULT_EDIT_MODEL
-from .painting import add_cache_flag, add_model_flags, add_sampling_flags, run_painting
+from .painting import add_cache_flag, add_model_flags, add_painter_flags, add_sampling_flags, run_painting
 
 DEFAULT_NAME = "composition.png"
 _OWN = ("layers", "hide", "move", "scale", "output", "harmonize", "run")
@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--harmonize", metavar="PROMPT", help='let an editing model blend the result, as in "match light and shadows"')
     blending = parser.add_argument_group("with --harmonize")
     add_model_flags(blending, DEFAULT_EDIT_MODEL)
+    add_painter_flags(blending)
     add_sampling_flags(blending, steps=40)
     add_cache_flag(blending)
     return parser

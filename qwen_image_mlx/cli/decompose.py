@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import RequestError
 from ..pipeline.parameters import MAX_LAYERS, RNGS
 from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
-from .painting import add_cache_flag, add_model_flags
+from .painting import add_cache_flag, add_model_flags, add_painter_flags
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("image", nargs="?", metavar="PHOTO", help="the picture to take apart")
     add("--layer", metavar="DIR:N", help="instead, layer N of a folder, PSD or ORA")
     add_model_flags(parser, DEFAULT_LAYERED_MODEL)
+    add_painter_flags(parser)
     add("--prompt", default="", help="what the whole picture shows (default: the model's own caption)")
     add("--negative-prompt", "-n", metavar="N", default=" ", help='what to avoid (default: " ")')
     add("--layers", type=int, metavar="N", default=4, help=f"1 to {MAX_LAYERS} (default: 4)")

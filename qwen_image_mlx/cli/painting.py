@@ -79,6 +79,7 @@ def add_flags(parser: argparse.ArgumentParser, default_model: str, steps: int) -
     """Adds the flags of both commands; every default is None, so that a flag given is a flag meant."""
     add = parser.add_argument
     add_model_flags(parser, default_model)
+    add_painter_flags(parser)
     add("--width", "-W", type=int, help="in pixels, a multiple of 16")
     add("--height", "-H", type=int, help="in pixels, a multiple of 16")
     add_sampling_flags(parser, steps)
@@ -102,13 +103,19 @@ def add_model_flags(parser: argparse._ActionsContainer, default_model: str) -> N
     add("--quantize", metavar="Q", help="pack weights while they are loaded: 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the "
         "transformer's; the text encoder's take 8), or transformer=4,text_encoder=8,vision=8")  # fmt: skip
     add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 (default: 64)")
+    add("--text-encoder", metavar="FILE", help="a .safetensors file (or a folder) to take instead of the model's own "
+        "text encoder with its vision tower, as other programs use them")  # fmt: skip
+
+
+def add_painter_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds what else `open_pipeline` reads where a picture is painted."""
+    add = parser.add_argument
     add("--lora", dest="loras", action="append", metavar="REF[@S]", help="a LoRA and its strength: a file, a folder, "
         "owner/repo, owner/repo:file or a file's address on the hub; repeat for more")  # fmt: skip
     add("--lora-mode", choices=LORA_MODES, help="merge LoRAs into the weights, or run them beside "
         "(default: auto, which merges unless the weights are packed or too coarse)")  # fmt: skip
     add("--transformer", metavar="FILE", help="a .safetensors or .gguf file (or a folder) to take instead of the "
-        "model's own, as other programs use them")  # fmt: skip
-    add("--text-encoder", metavar="FILE", help="the same for the text encoder with its vision tower")
+        "model's own")  # fmt: skip
     add("--vae", metavar="FILE", help="the same for the autoencoder")
     add("--lightning", type=int, choices=(4, 8), help="the official LoRA of the model that paints in so many steps")
 

@@ -35,12 +35,17 @@ def compose(
     Raises:
         RequestError: the file cannot be read, there is no such layer, or a number is out of range.
     """
+    if not isinstance(layers, LayerStack | str | os.PathLike):
+        raise RequestError(f"layers are {type(layers).__name__}, but must be a stack, or a folder or file of layers")
     stack = layers if isinstance(layers, LayerStack) else load_layers(layers)
-    for index, factor in (scale or {}).items():
-        stack = stack.scale(index, factor)
-    for index, (dx, dy) in (move or {}).items():
-        stack = stack.move(index, dx, dy)
-    return composite(stack, hide)
+    try:
+        for index, factor in (scale or {}).items():
+            stack = stack.scale(index, factor)
+        for index, (dx, dy) in (move or {}).items():
+            stack = stack.move(index, dx, dy)
+        return composite(stack, tuple(hide))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RequestError(f"hide takes layers' numbers, move {{2: (40, -10)}}, scale {{2: 0.5}}: {error}") from error
 
 
 def open_layer(reference: str) -> Layer:

@@ -128,11 +128,10 @@ class Components:
     def replace_adapters(self, adapters: Adapters | None) -> None:
         """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
         self._check_adapters(adapters)
-        old, self.adapters = self.adapters, adapters
-        transformer = self._loaded.get("transformer")
-        if transformer is None:
-            return
-        before, after = (_beside(a, self.weights("transformer"), self.dtype) for a in (old, adapters))
+        transformer, before, after = self._loaded.get("transformer"), None, None
+        if transformer is not None:
+            before, after = (_beside(a, self.weights("transformer"), self.dtype) for a in (self.adapters, adapters))
+        self.adapters = adapters
         if before is None or after is None:
             self.release("transformer")
             return

@@ -31,7 +31,14 @@ from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
 from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
 from .loras import profile_of
-from .parameters import GenerationParameters, check_image_index, check_reference_pixels, check_seed, check_size
+from .parameters import (
+    GenerationParameters,
+    check_image_index,
+    check_reference_pixels,
+    check_seed,
+    check_side,
+    check_size,
+)
 from .progress import Progress, ProgressCallback, Reporter
 from .start import Start, draw_start
 
@@ -232,7 +239,8 @@ class PipelineCore:
             RequestError: the picture cannot be read, or the language is another.
             CheckpointError: the checkpoint has no language head or no vision tower.
         """
-        if language not in CAPTION_TEMPLATES:
+        check_side(resolution)
+        if not isinstance(language, str) or language not in CAPTION_TEMPLATES:
             raise RequestError(f"language is {language!r}, but must be one of {', '.join(CAPTION_TEMPLATES)}")
         parts, picture = self._components, open_rgba(image)
         with self._report.using(progress):

@@ -92,8 +92,10 @@ def layers_request(
         ("size", size, SIZES),
         ("caption_language", caption_language, tuple(CAPTION_TEMPLATES)),
     ):
-        if value not in allowed:
+        if isinstance(value, list | dict | set) or value not in allowed:
             raise RequestError(f"{name} is {value!r}, but must be {' or '.join(map(str, allowed))}")
+    if not isinstance(prompt, str):
+        raise RequestError(f"the prompt is {prompt!r:.80}, but must be a string; an empty one asks for a caption")
     if picture.getextrema()[3][1] == 0:
         raise RequestError("the picture is transparent everywhere, so there is nothing to take apart")
     canvas = plan_canvas(picture, size="source" if size == "source" else None, area=resolution**2)

@@ -43,6 +43,8 @@ def read_adapters(
         CheckpointError: a file is damaged or made for another model.
         HubError: a file could not be downloaded.
     """
+    if isinstance(references, str | os.PathLike):
+        references = [references]
     split = [split_reference(reference) for reference in references]
     loras = [read_lora(fetch_lora(reference, offline, report), targets, strength) for reference, strength in split]
     if profile := profile_of(loras):
@@ -55,9 +57,13 @@ def read_adapters(
 
 def split_reference(reference: LoRAReference) -> tuple[str, float]:
     """(reference, strength) of what a caller wrote."""
-    if isinstance(reference, tuple):
+    if isinstance(reference, str):
+        return parse_reference(reference)
+    if isinstance(reference, os.PathLike):
+        return os.fspath(reference), 1.0
+    if isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], str | os.PathLike):
         return os.fspath(reference[0]), reference[1]
-    return parse_reference(reference) if isinstance(reference, str) else (os.fspath(reference), 1.0)
+    raise RequestError(f"a LoRA is {reference!r:.80}, but must be a reference, or (reference, strength)")
 
 
 def profile_of(loras: Iterable[LoRA]) -> Profile | None:

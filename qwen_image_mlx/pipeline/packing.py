@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 << 30
 REPORT = "quantization_report.json"
+_PLAN = "plan.txt"
 # What of a checkpoint is copied; other weights that may lie at its root are not of this layout.
 _COPIED = ("scheduler", "tokenizer", "processor", "vae", "text_encoder", "transformer")
 _COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".safetensors")
@@ -83,7 +85,7 @@ def quantize_checkpoint(
     folders = _folders(components)
     partial = out.with_name(f"{out.name}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        _begin(partial, repr((components.fingerprint, str(quantization), shard_bytes, __version__)))
         _require_space(partial, folders)
         _copy(snapshot, partial, set(folders))
         for path, value in components.sources.stand_ins().items():
@@ -103,10 +105,23 @@ def quantize_checkpoint(
             (partial / name / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
         (partial / REPORT).write_text(json.dumps(errors, indent=2))
         (partial / "README.md").write_text(_card(components, out.name, errors), encoding="utf-8")
+        (partial / _PLAN).unlink()
         os.replace(partial, out)
     except OSError as error:
         raise OutputError(f"{out} could not be written: {error.strerror or error}; run again to go on") from error
     return out
+
+
+def _begin(partial: Path, plan: str) -> None:
+    """Makes the folder, or goes on with what an earlier run of the same plan left in it."""
+    if partial.is_dir() and any(partial.iterdir()):
+        if not (partial / _PLAN).is_file():
+            raise OutputError(f"{partial} is not what an earlier run left there; remove it or name another folder")
+        if (partial / _PLAN).read_text() == plan:
+            return
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / _PLAN).write_text(plan)
 
 
 def _folders(components: Components) -> dict[str, tuple[str, list[Part]]]:
@@ -118,7 +133,11 @@ def _folders(components: Components) -> dict[str, tuple[str, list[Part]]]:
     if variant.layered:
         wanted["text_encoder"].append("language_head")
     stems = {"transformer": "diffusion_pytorch_model", "text_encoder": "model"}
-    for name in (name for names in wanted.values() for name in names):
+    present = [name for names in wanted.values() for name in names]
+    for field in fields(quantization):
+        if getattr(quantization, field.name) and field.name not in present:
+            raise RequestError(f"{components.snapshot.model} has no {field.name} that could be quantized")
+    for name in present:
         if scheme := getattr(quantization, name, None):
             say_what_does_not_fit(name, components.weights(name).specs("main"), scheme)
     return {

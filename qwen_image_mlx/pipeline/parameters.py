@@ -100,6 +100,11 @@ def check_num_images(count: int) -> int:
     return count
 
 
+def check_side(resolution: int) -> None:
+    """Raises RequestError unless it is an integer from 32 to 4096: the side of a square of as many pixels."""
+    _check_integer("resolution", resolution, 32, 4096)
+
+
 def check_reference_pixels(pixels: int | None) -> None:
     """Raises RequestError unless it is None or an integer of at least 1024, the smallest picture."""
     if pixels is not None:

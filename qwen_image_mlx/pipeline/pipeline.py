@@ -85,6 +85,10 @@ class QwenImagePipeline(PipelineCore):
         """
         if not isinstance(model, str | os.PathLike) or not os.fspath(model):
             raise RequestError(f"model is {model!r:.80}, but must be a directory or a model's id")
+        if isinstance(quantize, str | int) and not isinstance(quantize, bool):
+            quantize = Quantization.parse(quantize)
+        if not isinstance(quantize, Quantization | None):
+            raise RequestError(f"quantize is {quantize!r:.80}, but must be bits, component=bits, or None")
         if dtype not in DTYPES:
             raise RequestError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
         report = Reporter(progress)
@@ -97,7 +101,7 @@ class QwenImagePipeline(PipelineCore):
         replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         components = Components(
             snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t,
-            quantization=Quantization.parse(quantize) if isinstance(quantize, str | int) else quantize,
+            quantization=quantize,
             read_loras=partial(read_adapters, loras, lora_mode, offline=offline, report=report) if loras else None,
             replaced={name: path for name, path in replaced.items() if path is not None},
         )  # fmt: skip

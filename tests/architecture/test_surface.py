@@ -19,34 +19,22 @@ PUBLIC = {
     "QwenImageError", "RequestError", "CheckpointError", "HubError", "OutputError", "Cancelled",
 }  # fmt: skip
 MODEL = {
-    "--help",
-    "--model",
-    "--revision",
-    "--dtype",
-    "--quantize",
-    "--group-size",
-    "--lora",
-    "--lora-mode",
-    "--lightning",
-    "--transformer",
-    "--text-encoder",
-    "--vae",
-    "-h",
-    "-m",
-}
+    "--help", "--model", "--revision", "--dtype", "--quantize", "--group-size", "--text-encoder", "-h", "-m",
+}  # fmt: skip
+PAINTER = MODEL | {"--lora", "--lora-mode", "--lightning", "--transformer", "--vae"}
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
-PAINTING = MODEL | SAMPLING | {
+PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
     "--no-composite", "--cache", "--from-image", "-W", "-H", "-o",
 }  # fmt: skip
 FLAGS = {
     "generate": PAINTING | {"--aspect"},
     "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
-    "decompose": MODEL | SAMPLING | {
+    "decompose": PAINTER | SAMPLING | {
         "--layer", "--prompt", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
         "--format", "--output", "--cache", "-o",
     },
-    "compose": MODEL | SAMPLING | {
+    "compose": PAINTER | SAMPLING | {
         "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "-o",
     },
     "caption": MODEL | {"--language", "--resolution", "--seed", "-s"},

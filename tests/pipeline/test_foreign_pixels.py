@@ -65,11 +65,8 @@ def copied(models, tmp_path):
 
 def paint(folder: Path, **options) -> np.ndarray:
     pipeline = QwenImagePipeline.from_pretrained(folder, dtype="float32", **options)
-    if pipeline.variant.layered:
-        result = pipeline.decompose(PHOTO.convert("RGBA"), "a fox", num_layers=1, num_inference_steps=2, seed=1)
-        return np.stack([np.asarray(layer.image) for layer in result.layers]).astype(float)
-    images = [PHOTO] if pipeline.variant.takes_images else []
-    encoding = pipeline.encode_guidance_prompts("a fox", " ", images=images)
+    images = [PHOTO.convert("RGBA" if pipeline.variant.layered else "RGB")] if pipeline.variant.takes_images else []
+    encoding = pipeline.encode_guidance_prompts("a fox", " ", images=images, reference_pixels=4096)
     return np.array(pipeline.generate_pixels(PARAMETERS, encoding, seed=1))
 
 

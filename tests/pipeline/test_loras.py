@@ -120,6 +120,14 @@ def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
     with pytest.raises(CheckpointError, match=r"whole\.safetensors cannot run beside packed weights"):
         pipeline.set_loras([str(tmp_path / "whole.safetensors")])
     np.testing.assert_array_equal(repaint(pipeline), beside)
+    broken = {key: value * mx.nan for key, value in mx.load(str(file)).items()}
+    mx.save_safetensors(str(tmp_path / "nan.safetensors"), broken)
+    with pytest.raises(CheckpointError, match="NaN"):
+        pipeline.set_loras([str(tmp_path / "nan.safetensors")])
+    np.testing.assert_array_equal(repaint(pipeline), beside)
+    for odd in ([5], [(str(file),)], [[str(file), 1]]):
+        with pytest.raises(RequestError, match="a LoRA is"):
+            pipeline.set_loras(odd)
 
 
 def test_a_lora_at_strength_nothing_changes_nothing(tiny, shapes, tmp_path):

@@ -130,6 +130,37 @@ def test_other_bits_do_not_go_on_from_what_lies_there(source, tmp_path, monkeypa
     np.testing.assert_array_equal(paint(out)[0], paint(source, "8")[0])
 
 
+def test_another_model_does_not_go_on_from_what_lies_there(source, tmp_path, monkeypatch):
+    out = tmp_path / "pack"
+    other = write_checkpoint(tmp_path / "other", WIDE, dtype=mx.float32, seed=9)
+    monkeypatch.setattr(packing, "_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantize_checkpoint(other, out, Quantization.parse("4"))
+    monkeypatch.undo()
+    quantize_checkpoint(source, out, Quantization.parse("4"))
+    np.testing.assert_array_equal(paint(out)[0], paint(source, "4")[0])
+    assert not (out / "plan.txt").exists()
+
+
+def test_a_partial_folder_of_others_is_left_alone(source, tmp_path):
+    (tmp_path / "pack.partial").mkdir()
+    (tmp_path / "pack.partial" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="earlier run"):
+        quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+    assert (tmp_path / "pack.partial" / "mine.txt").read_text() == "mine"
+
+
+def test_what_a_model_lacks_cannot_be_quantized(source, tmp_path):
+    with pytest.raises(RequestError, match="has no vision"):
+        quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("transformer=4,vision=8"))
+
+
+@pytest.mark.parametrize("quantize", [[4], {"transformer": 4}, 4.0, True])
+def test_impossible_quantizations_are_refused(source, quantize):
+    with pytest.raises(RequestError, match="quantize"):
+        QwenImagePipeline.from_pretrained(source, quantize=quantize)
+
+
 def test_a_pack_is_packed_again(source, tmp_path):
     eight = quantize_checkpoint(source, tmp_path / "eight", Quantization.parse("8"))
     four = quantize_checkpoint(eight, tmp_path / "four", Quantization.parse("4"))
