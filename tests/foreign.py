@@ -29,7 +29,9 @@ def read(folder: Path) -> Tensors:
 def save(path: Path, tensors: Tensors, **metadata: str) -> Path:
     """One file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata or {"format": "pt"})
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata or {"format": "pt"}
+    )
     return path
 
 

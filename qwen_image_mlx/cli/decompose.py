@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import RequestError
+from ..errors import OutputError, RequestError
 from ..pipeline.parameters import MAX_LAYERS, RNGS
 from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .painting import add_cache_flag, add_model_flags, add_painter_flags
+
+if TYPE_CHECKING:
+    from ..pipeline.decomposition import LayeredResult
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -45,10 +49,25 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
+    """Saves into the first free folder, which another run may have taken meanwhile."""
+    from ..images.layer_files import free_folder, is_free
+
+    while True:
+        folder = free_folder(wanted)
+        try:
+            result.save(folder, formats)
+        except OutputError:
+            if is_free(folder):
+                raise
+        else:
+            return folder
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Takes one picture apart and saves its layers."""
     from ..images.files import check_writable
-    from ..images.layer_files import check_formats, free_folder
+    from ..images.layer_files import check_formats
     from ..images.recompose import open_layer
     from ..images.sources import open_rgba
     from ..pipeline.decomposition import layers_request
@@ -79,7 +98,5 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline.check_task("decompose")
         result = decompose(pipeline, request, bars, EncodingCache() if arguments.cache else None)
         bars.close()
-        folder = free_folder(folder)
-        result.save(folder, formats)
-        print(folder)
+        print(_save(result, folder, formats))
         print(f"PSNR {result.psnr:.2f} dB")

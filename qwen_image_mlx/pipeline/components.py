@@ -23,6 +23,7 @@ from ..config import (
     VisionConfig,
 )
 from ..errors import CheckpointError
+from ..models.layers import SideBranch
 from ..models.text_encoder import LanguageHead, TextEncoder
 from ..models.transformer import Transformer
 from ..models.vae import Decoder, Encoder
@@ -128,15 +129,16 @@ class Components:
     def replace_adapters(self, adapters: Adapters | None) -> None:
         """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
         self._check_adapters(adapters)
-        transformer, before, after = self._loaded.get("transformer"), None, None
-        if transformer is not None:
-            before, after = (_beside(a, self.weights("transformer"), self.dtype) for a in (self.adapters, adapters))
+        transformer, branches = self._loaded.get("transformer"), None
+        if transformer is not None and not (self.adapters and self.adapters.altered):
+            branches = _beside(adapters, self.weights("transformer"), self.dtype)
         self.adapters = adapters
-        if before is None or after is None:
+        if branches is None:
             self.release("transformer")
             return
-        for path in before.keys() | after.keys():
-            put_beside(transformer, path, after.get(path))
+        there = {path for path, module in transformer.named_modules() if isinstance(module, SideBranch)}
+        for path in there | branches.keys():
+            put_beside(transformer, path, branches.get(path))
 
     @cached_property
     def text_encoder_config(self) -> TextEncoderConfig:

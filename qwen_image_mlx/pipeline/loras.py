@@ -52,7 +52,9 @@ def read_adapters(
             "a distilled LoRA (by %s): %d steps, guidance %g and a static shift of %g unless told otherwise",
             profile.evidence, profile.steps, profile.cfg_scale, profile.shift,
         )  # fmt: skip
-    return Adapters(loras, mode, [f"{reference}@{strength:g}" for reference, strength in split])
+    return Adapters(
+        loras, mode, [f"{reference}@{float(strength)!r}".removesuffix(".0") for reference, strength in split]
+    )
 
 
 def split_reference(reference: LoRAReference) -> tuple[str, float]:

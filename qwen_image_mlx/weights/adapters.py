@@ -44,6 +44,7 @@ class Adapters:
         self.loras = tuple(loras)
         self.mode = mode
         self.references = tuple(references)
+        self.altered = False  # a resident weight holds some of it
         self.merged = 0
         self.beside = 0
         self._kept = self._asked = 0.0
@@ -133,6 +134,7 @@ class Adapters:
             if self.mode == "auto" and kept < _ENOUGH * asked and (branch := self._branch(path, dtype)):
                 return _stored(base, mx.zeros_like(base), scheme, dtype)[0], branch
             self.merged += 1
+            self.altered = True
             self._kept, self._asked = self._kept + kept, self._asked + asked
             return stored, None
         return _stored(base, mx.zeros_like(base), scheme, dtype)[0], branch

@@ -231,6 +231,7 @@ def load_module(
                     value, branch = adapters.place(spec.name, value, scheme if packs else None, dtype)
                 else:
                     value = adapters.apply(spec.name, value)
+                    adapters.altered = True
         elif packs:
             value = repacked(weights.component, value, scheme)
         if isinstance(value, Packed):

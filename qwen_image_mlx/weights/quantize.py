@@ -54,6 +54,8 @@ class Scheme:
         if name not in SCHEMES:
             raise RequestError(f"{text!r} is no quantization; give one of {', '.join(SCHEMES)}, {NONE}")
         mode, bits, groups = SCHEMES[name]
+        if group and group_size is not None and group != str(group_size):
+            raise RequestError(f"quantization {text} has a group size of its own; leave {group_size} out")
         wanted = group or str(group_size or groups[0])
         if wanted not in map(str, groups):
             raise RequestError(f"quantization {name} has groups of {' or '.join(map(str, groups))}, not of {wanted}")

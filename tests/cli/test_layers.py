@@ -126,6 +126,25 @@ def test_a_second_run_gets_a_folder_of_its_own(run, layers):
     assert "apart exists already" in err
 
 
+def test_two_runs_at_once_both_keep_their_layers(run, layers, monkeypatch):
+    from qwen_image_mlx.images import layer_files
+
+    free, taken = layer_files.free_folder, []
+
+    def beaten(folder):
+        place = free(folder)
+        if not taken:
+            taken.append(place)
+            place.mkdir()
+            (place / "other.txt").write_text("another run's")
+        return place
+
+    monkeypatch.setattr(layer_files, "free_folder", beaten)
+    code, (folder, _), err = run("decompose", "photo.png", "--layers", "1", "-o", "raced", *APART)
+    assert (code, folder) == (0, "raced-1"), err
+    assert [path.name for path in Path("raced").iterdir()] == ["other.txt"]
+
+
 def test_formats_are_chosen(run):
     code, (folder, _), err = run("decompose", "photo.png", "--format", "png,psd,ora,zip,pptx", *APART)
     assert code == 0, err

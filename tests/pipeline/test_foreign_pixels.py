@@ -373,9 +373,7 @@ def layered(tensors):
 
 
 def twice(tensors):
-    return tensors | {"transformer_blocks.0.attn.to_q.weight": tensors["img_in.weight"]} | foreign.prefixed(
-        {"img_in.weight": tensors["img_in.weight"]}, "model.diffusion_model."
-    )  # fmt: skip
+    return tensors | foreign.prefixed({"img_in.weight": tensors["img_in.weight"]}, "model.diffusion_model.")
 
 
 def other_dtype(tensors):
@@ -390,7 +388,7 @@ BAD = {
     "missing scales": (missing_scales, r"to_q.weight \(packed, without scales\)"),
     "odd scales": (odd_scales, r"weight_scale of shape \(7,\)"),
     "layered": (layered, "those of a layered model, but its config is that of a model that is not layered"),
-    "twice": (twice, "instead of|unexpected|twice"),
+    "twice": (twice, "has img_in.weight twice, under two spellings"),
     "other dtype": (other_dtype, r"img_in.bias \(I32\)"),
     "nothing": (lambda t: {}, "lacks"),
 }

@@ -178,6 +178,24 @@ def test_loras_are_swapped(request, base, mode, kept, tmp_path):
     np.testing.assert_array_equal(repaint(pipeline), plain)
 
 
+def test_loras_are_taken_away_when_their_files_are_gone(pack, tmp_path):
+    file = write_lora(tmp_path / "lora.safetensors", WIDE_SHAPES)
+    plain, pipeline = paint(pack)
+    pipeline.set_loras([str(file)])
+    assert not np.array_equal(repaint(pipeline), plain)
+    file.unlink()
+    pipeline.set_loras([])
+    assert pipeline.is_transformer_loaded
+    np.testing.assert_array_equal(repaint(pipeline), plain)
+
+
+def test_strengths_are_recorded_to_the_last_digit(tiny, shapes, tmp_path):
+    file = write_lora(tmp_path / "lora.safetensors", shapes)
+    _, pipeline = paint(tiny, loras=[(file, 0.123456789012345)])
+    (reference,) = pipeline.components.adapters.references
+    assert float(reference.rpartition("@")[2]) == 0.123456789012345
+
+
 def test_what_bound_is_said(tiny, shapes, tmp_path, caplog):
     caplog.set_level("INFO")
     file = write_lora(tmp_path / "style.safetensors", shapes)
