@@ -129,6 +129,7 @@ def test_a_picture_carries_its_parameters_and_can_be_painted_again(run, tiny):
         "model": str(tiny), "revision": None, "prompt": "a fox 🦊", "negative_prompt": "blurry", "width": 64,
         "height": 48, "steps": 2, "cfg_scale": 2.5, "seed": 10, "image_index": 1, "rng": "torch", "sigmas": None,
         "shift": None, "strength": None, "dtype": "float32", "quantize": None, "loras": None, "version": __version__,
+        "transformer": None, "text_encoder": None, "vae": None,
     }  # fmt: skip
     _, lines, _ = run("info", "qwen-image-3.png")
     assert dict(line.split(maxsplit=1) for line in lines if len(line.split()) > 1)["seed"] == "10"
