@@ -90,7 +90,9 @@ class Sources:
     @cached_property
     def _pack(self) -> dict[str, Any] | None:
         """What stands in for a checkpoint's JSON files; None where it has its own."""
-        if self.snapshot.exists(INDEX) or not all(self.snapshot.names(part) for part in REPLACEABLE):
+        usual = f"transformer/{weights_map('transformer')['stem']}"
+        released = any(name.startswith(usual) for name in self.snapshot.names("transformer"))  # then it is damaged
+        if self.snapshot.exists(INDEX) or released or not all(self.snapshot.names(part) for part in REPLACEABLE):
             return None
         pack = self._recorded() or self._guessed()
         if pack is None:
