@@ -2,7 +2,7 @@
 
 Takes packed latents, projected text, one step's modulation and rotary tables; knows nothing of timesteps, schedules
 or guidance. A third of the checkpoint's weights only turn the timestep into modulation: they are not part of this
-module, see `Modulation` and `weights/modulation.py`.
+module, see `Modulation`, `modulation.py` and `weights/modulation.py`.
 
 Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, L text tokens, D width.
 """
@@ -10,6 +10,7 @@ Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -27,8 +28,9 @@ TIME_CHANNELS = 256
 class BlockRows(NamedTuple):
     """One block's modulation in one step.
 
-    Each is (6, D): shift, 1 + scale and gate of the attention half, then of the MLP half. Reference tokens have rows
-    of their own where the model sees them at timestep 0 (`zero_cond_t`), else they share the target's.
+    Each is (6, D): shift, 1 + scale and gate of the attention half, then of the MLP half; or (6, B, 1, D), where every
+    sample has a timestep of its own, as in training. Reference tokens have rows of their own where the model sees them
+    at timestep 0 (`zero_cond_t`), else they share the target's.
     """
 
     text: mx.array
@@ -41,11 +43,15 @@ class Modulation(NamedTuple):
 
     Attributes:
         blocks: the rows of each block.
-        out: (2, D): 1 + scale and shift of the final norm.
+        out: (2, D) or (2, B, 1, D): 1 + scale and shift of the final norm.
     """
 
     blocks: list[BlockRows]
     out: mx.array
+
+
+# A block, its images, its text, its rows and the rotary tables, to the streams after it.
+RunBlock = Callable[..., tuple[list[mx.array], mx.array]]
 
 
 class Transformer(nn.Module):
@@ -74,6 +80,7 @@ class Transformer(nn.Module):
         modulation: Modulation,
         rotary: Rotary,
         references: mx.array | None = None,
+        run_block: RunBlock | None = None,
     ) -> mx.array:
         """Velocity (B, N, patch channels) of the packed target latents (B, N, in_channels).
 
@@ -83,14 +90,14 @@ class Transformer(nn.Module):
             modulation: this step's rows.
             rotary: tables for L + N (+ R) tokens: text, target, references.
             references: `project_references`' result (B, R, D), or None.
+            run_block: runs a block in another way, as training does to save memory.
         """
         images, txt = [self.img_in(latents)], text
         if references is not None:
             images.append(references)
         for block, rows in zip(self.transformer_blocks, modulation.blocks, strict=True):
-            images, txt = block(images, txt, rows, rotary)
-        scale, shift = modulation.out
-        return self.proj_out(mx.fast.layer_norm(images[0], scale, shift, EPS))
+            images, txt = (run_block or TransformerBlock.__call__)(block, images, txt, rows, rotary)
+        return self.proj_out(modulate(images[0], *modulation.out))
 
 
 class TransformerBlock(nn.Module):
@@ -112,7 +119,7 @@ class TransformerBlock(nn.Module):
     ) -> tuple[list[mx.array], mx.array]:
         """The streams after the block; images are the target (B, N, D) and, if any, the references (B, R, D)."""
         streams = [(txt, rows.text), *zip(images, rows[1:], strict=False)]
-        normed = [mx.fast.layer_norm(x, scale, shift, EPS) for x, (shift, scale, *_) in streams]
+        normed = [modulate(x, scale, shift) for x, (shift, scale, *_) in streams]
         attended = self.attn(normed[0], normed[1:], rotary)
         if self._last:
             return [_add_mlp(self.img_mlp, images[0], rows.target, attended[0])], txt
@@ -126,7 +133,7 @@ def _add_mlp(mlp: FeedForward, x: mx.array, rows: mx.array, attended: mx.array) 
     """Adds a stream's attention and then its MLP, each through its gate."""
     _, _, gate1, shift2, scale2, gate2 = rows
     x = gated_add(x, gate1, attended)
-    return gated_add(x, gate2, mlp(mx.fast.layer_norm(x, scale2, shift2, EPS)))
+    return gated_add(x, gate2, mlp(modulate(x, scale2, shift2)))
 
 
 class JointAttention(nn.Module):
@@ -201,6 +208,16 @@ class _GELUProjection(nn.Module):
         return gelu_tanh(self.proj(x))
 
 
+def modulate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """Layer norm of x (B, N, D), times scale (which holds its 1 already), plus shift.
+
+    Rows (D,) that all samples share make it one kernel; rows (B, 1, D) of each sample do not fit in it.
+    """
+    if scale.ndim == 1:
+        return mx.fast.layer_norm(x, scale, shift, EPS)
+    return mx.fast.layer_norm(x, None, None, EPS) * scale + shift
+
+
 @mx.compile
 def gated_add(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
     """x + gate * y; in float16 held inside its range, as the reference does after each block."""
@@ -212,11 +229,12 @@ def gated_add(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
 def gelu_tanh(x: mx.array) -> mx.array:
     """x / 2 * (1 + tanh(z)) with z = sqrt(2 / pi) * (x + 0.044715 x**3), in fp32, rounded once.
 
-    Written as x / (1 + exp(-2 z)), which is the same and takes less than half the time where tanh is slow.
+    Written as x / (1 + exp(-2 z)), which is the same and takes less than half the time where tanh is slow. The exponent
+    ends at 80, where the result is 0 to 34 digits: past 88 the exponential is infinite, and its gradient not a number.
     """
     wide = x.astype(mx.float32)
     z = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-    return (wide / (1 + mx.exp(-2 * z))).astype(x.dtype)
+    return (wide / (1 + mx.exp(mx.minimum(-2 * z, 80)))).astype(x.dtype)
 
 
 def timestep_features(timesteps: mx.array) -> mx.array:

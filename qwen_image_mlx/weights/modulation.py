@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from ..models.transformer import BlockRows, Modulation, timestep_features
+from ..models.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
+from ..models.transformer import BlockRows, Modulation
 from .adapters import Adapters
 from .loader import ComponentWeights, evaluate
 from .packed import Packed
 from .stored import Reader
 
-_TIME = "time_text_embed.timestep_embedder"
+_TIME = "time_text_embed"
 
 
 def modulation_table(
@@ -54,30 +54,26 @@ def modulation_table(
         w, b = array(f"{name}.weight"), array(f"{name}.bias")
         return mx.addmm(b, x.astype(w.dtype), w.T).astype(dtype)
 
-    # The reference casts 1000 sigma to the model's dtype and divides there: bf16 moves a timestep by up to 0.4%.
-    steps = len(timesteps)
-    thousandths = 1000 * mx.array([*map(float, timesteps), 0.0], dtype=mx.float32)
-    rounded = thousandths.astype(dtype) / mx.array(1000, dtype=dtype)
-    hidden = nn.silu(linear(f"{_TIME}.linear_1", timestep_features(rounded).astype(dtype)))
-    embedding = linear(f"{_TIME}.linear_2", hidden)
-    if "time_text_embed.addition_t_embedding.weight" in specs:
-        # Its two rows tell pictures with and without a layer to decompose; pipelines always ask for row 0.
-        embedding = embedding + array("time_text_embed.addition_t_embedding.weight")[0]
-    embedding = nn.silu(embedding)
+    steps, addition = len(timesteps), f"{_TIME}.addition_t_embedding.weight"
+    embedding = time_embedding(
+        mx.array([*map(float, timesteps), 0.0], dtype=mx.float32),
+        dtype,
+        lambda name, x: linear(f"{_TIME}.{name}", x),
+        array(addition) if addition in specs else None,
+    )
 
     def rows(name: str, scales: tuple[int, ...]) -> mx.array:
         """(steps + 1, rows, D), with 1 added to the rows that scale, evaluated; the last is of timestep 0."""
-        out = linear(name, embedding).reshape(steps + 1, -1, embedding.shape[-1])
-        out = mx.stack([out[:, i] + 1 if i in scales else out[:, i] for i in range(out.shape[1])], axis=1)
+        out = split_rows(linear(name, embedding), embedding.shape[-1], scales)
         evaluate(weights.component, out)
         return out
 
     num_blocks = sum(name.endswith(".img_mod.1.weight") for name in specs)
     blocks = [
-        tuple(rows(f"transformer_blocks.{n}.{stream}_mod.1", scales=(1, 4)) for stream in ("txt", "img"))
+        tuple(rows(f"transformer_blocks.{n}.{stream}_mod.1", BLOCK_SCALES) for stream in ("txt", "img"))
         for n in range(num_blocks)
     ]
-    out = rows("norm_out.linear", scales=(0,))
+    out = rows("norm_out.linear", OUT_SCALES)
     return [
         Modulation([BlockRows(txt[i], img[i], img[-1 if zero_cond_t else i]) for txt, img in blocks], out[i])
         for i in range(steps)

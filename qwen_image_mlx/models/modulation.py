@@ -1,0 +1,115 @@
+"""From a timestep to the shifts, scales and gates of every block: the formula, and the network that learns it.
+
+To paint, the rows of all steps are computed once, one weight in memory at a time (`weights/modulation.py`), and this
+network never exists; to train all weights it does. Source: diffusers' transformer_qwenimage.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import TransformerConfig
+from .layers import Embedding, Linear
+from .transformer import TIME_CHANNELS, BlockRows, Modulation, timestep_features
+
+# The name of a linear layer below "time_text_embed" and what it is given, to what it makes of it.
+Apply = Callable[[str, mx.array], mx.array]
+
+BLOCK_SCALES = (1, 4)  # which of a block's six rows scale
+OUT_SCALES = (0,)  # which of the final norm's two
+
+
+def time_embedding(timesteps: mx.array, dtype: mx.Dtype, apply: Apply, addition: mx.array | None) -> mx.array:
+    """What the modulation's matrices are given.
+
+    Args:
+        timesteps: (S,) in [0, 1], fp32.
+        dtype: the model's; the reference casts 1000 sigma to it and divides there, which in bf16 moves a timestep by
+            up to 0.4%.
+        apply: runs `timestep_embedder.linear_1` or `linear_2`, by name.
+        addition: (2, D): its rows tell pictures with and without a layer to decompose; pipelines always ask for row 0.
+
+    Returns:
+        (S, D) in `dtype`, after the activation.
+    """
+    rounded = (1000 * timesteps).astype(dtype) / mx.array(1000, dtype=dtype)
+    hidden = nn.silu(apply("timestep_embedder.linear_1", timestep_features(rounded).astype(dtype)))
+    embedding = apply("timestep_embedder.linear_2", hidden)
+    return nn.silu(embedding if addition is None else embedding + addition[0])
+
+
+def split_rows(out: mx.array, dim: int, scales: tuple[int, ...]) -> mx.array:
+    """A modulation matrix's output (S, R * D) as rows (S, R, D), with 1 added to those that scale."""
+    out = out.reshape(out.shape[0], -1, dim)
+    return mx.stack([out[:, i] + 1 if i in scales else out[:, i] for i in range(out.shape[1])], axis=1)
+
+
+class TimeModulation(nn.Module):
+    """The rows of a batch whose samples have timesteps of their own; parameters have the checkpoint's names."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.time_text_embed = _TimeEmbedding(config.dim, config.use_additional_t_cond)
+        self.transformer_blocks = [_BlockModulation(config.dim) for _ in config.blocks]
+        self.norm_out = _NormOut(config.dim)
+        self._dim, self._zero_cond_t = config.dim, config.zero_cond_t
+
+    def __call__(self, timesteps: mx.array, dtype: mx.Dtype) -> Modulation:
+        """Rows (6, B, 1, D) and (2, B, 1, D) of timesteps (B,) in [0, 1].
+
+        With `zero_cond_t` references have the rows of timestep 0, (6, D), whatever the sample.
+        """
+        count = timesteps.shape[0]
+        timesteps = mx.concatenate([timesteps, mx.zeros(1)]) if self._zero_cond_t else timesteps
+        embedding = self.time_text_embed(timesteps.astype(mx.float32), dtype)
+
+        def rows(layer: nn.Module, scales: tuple[int, ...]) -> mx.array:
+            return split_rows(layer(embedding), self._dim, scales)
+
+        def of_samples(found: mx.array) -> mx.array:
+            return found[:count].transpose(1, 0, 2)[:, :, None]
+
+        blocks = []
+        for block in self.transformer_blocks:
+            text, image = (rows(mod[1], BLOCK_SCALES) for mod in (block.txt_mod, block.img_mod))
+            target = of_samples(image)
+            blocks.append(BlockRows(of_samples(text), target, image[count] if self._zero_cond_t else target))
+        return Modulation(blocks, of_samples(rows(self.norm_out.linear, OUT_SCALES)))
+
+
+class _TimeEmbedding(nn.Module):
+    def __init__(self, dim: int, addition: bool):
+        super().__init__()
+        self.timestep_embedder = _TimestepEmbedder(dim)
+        if addition:
+            self.addition_t_embedding = Embedding(2, dim)
+
+    def __call__(self, timesteps: mx.array, dtype: mx.Dtype) -> mx.array:
+        addition = self.addition_t_embedding.weight if "addition_t_embedding" in self else None
+        layers = {f"timestep_embedder.{name}": self.timestep_embedder[name] for name in ("linear_1", "linear_2")}
+        return time_embedding(timesteps, dtype, lambda name, x: layers[name](x), addition)
+
+
+class _TimestepEmbedder(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear_1 = Linear(TIME_CHANNELS, dim)
+        self.linear_2 = Linear(dim, dim)
+
+
+class _BlockModulation(nn.Module):
+    """The lists give the checkpoint's names `img_mod.1` and `txt_mod.1`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.img_mod = [nn.Identity(), Linear(dim, 6 * dim)]
+        self.txt_mod = [nn.Identity(), Linear(dim, 6 * dim)]
+
+
+class _NormOut(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = Linear(dim, 2 * dim)

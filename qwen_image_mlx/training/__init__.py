@@ -1,0 +1,1 @@
+"""Fine-tuning with LoRAs and training of all weights."""

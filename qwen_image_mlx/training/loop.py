@@ -1,0 +1,214 @@
+"""The loop: batches in, parameters after a step out; deterministic in seed and step, so that it can stop and go on.
+
+Knows no files and no data: what a step is trained on is a function of the step, and every draw has a key of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..errors import QwenImageError
+from ..models.transformer import Modulation
+from .loss import FlowMatching, key_of
+from .network import Batch, Network, Table
+from .optimizers import Optimizer, Parameters
+
+# A step's number, from 0, to what it is trained on.
+Batches = Callable[[int], Sequence[Batch]]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How a step is computed.
+
+    Attributes:
+        seed: of noise and noise levels.
+        dtype: of all products; parameters, gradients and the optimizer's state are fp32.
+        ema: decay of the parameters' moving average; None keeps none.
+    """
+
+    seed: int = 0
+    dtype: mx.Dtype = mx.float32
+    ema: float | None = None
+
+
+class StepResult(NamedTuple):
+    """What a step was like; `step` counts those done."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    rate: float
+
+
+class NotFinite(QwenImageError):
+    """The loss or its gradient is not a number any more; the parameters are those before the step."""
+
+
+class Trainer:
+    """Trains what is trainable in a network.
+
+    Args:
+        network: its trainable parameters become fp32.
+        batches: what each step is trained on; several batches are accumulated, each sample counting the same.
+        optimizer: how parameters move.
+        flow: the objective.
+        settings: how a step is computed.
+        table: the modulation of noise levels, if it is not trained.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        batches: Batches,
+        optimizer: Optimizer,
+        flow: FlowMatching,
+        settings: LoopSettings | None = None,
+        table: Table | None = None,
+    ):
+        assert (table is None) == ("modulation" in network), "the modulation is either trained or in a table"
+        self.network, self.flow, self.settings = network, flow, settings or LoopSettings()
+        self.step = 0
+        self.parameters: Parameters = {
+            name: array.astype(mx.float32) for name, array in tree_flatten(network.trainable_parameters())
+        }
+        self.average = dict(self.parameters) if self.settings.ema is not None else None
+        self._batches, self._optimizer, self._table = batches, optimizer, table
+        self._sigmas = flow.sigmas
+        self._gradients = mx.value_and_grad(self._loss)
+        optimizer.init(self.parameters)
+        mx.eval(self.parameters)
+        self._put(self.parameters)
+
+    def run(self, until: int, on_step: Callable[[StepResult], bool | None] | None = None) -> None:
+        """Trains until so many steps are done, or `on_step` returns False.
+
+        Raises:
+            NotFinite: a loss or gradient is not a number; that step is not taken.
+        """
+        while self.step < until:
+            result = self.take_step()
+            if on_step is not None and on_step(result) is False:
+                break
+
+    def take_step(self) -> StepResult:
+        """One step; raises NotFinite and changes nothing if it cannot be taken."""
+        loss, gradients = self.gradients(self.step)
+        gradients, norm = self._optimizer.clip(gradients)
+        mx.eval(norm)
+        if not math.isfinite(loss + norm.item()):
+            raise NotFinite(
+                f"the loss is {loss:g} and its gradient's norm {norm.item():g} in step {self.step + 1}: "
+                "try a lower learning rate"
+            )
+        rate = self._optimizer.rate(self.step)
+        parameters = self._optimizer.update(self.step, self.parameters, gradients)
+        average = self.average
+        if average is not None:
+            keep = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+            average = {name: keep * average[name] + (1 - keep) * array for name, array in parameters.items()}
+        mx.eval(parameters, average, self._optimizer.state)
+        self.parameters, self.average, self.step = parameters, average, self.step + 1
+        return StepResult(self.step, loss, norm.item(), rate)
+
+    def gradients(self, step: int) -> tuple[float, Parameters]:
+        """The loss of a step, and its gradient by every parameter, evaluated; not clipped."""
+        batches = self._batches(step)
+        samples = sum(map(len, batches))
+        total, gradients = 0.0, None
+        for number, batch in enumerate(batches):
+            levels, noise = self.draws(step, number, batch)
+            rows = None if self._table is None else self._table(levels.tolist())
+            loss, found = self._gradients(
+                self.parameters, batch.latents, noise, self._sigmas[levels], batch.text.astype(self.settings.dtype),
+                tuple(self.network.rotary(batch)), batch.references, rows and tuple(rows),
+            )  # fmt: skip
+            self._put(self.parameters)
+            share = len(batch) / samples
+            found = {
+                name: share * gradient if gradients is None else gradients[name] + share * gradient
+                for name, gradient in found.items()
+            }
+            mx.eval(loss, found)
+            gradients, total = found, total + share * loss.item()
+        return total, gradients
+
+    def draws(self, step: int, number: int, batch: Batch) -> tuple[mx.array, mx.array]:
+        """Noise levels (B,), as indices, and noise (B, N, C) of a step's batch."""
+        seed = self.settings.seed
+        levels = self.flow.levels_drawn(key_of(seed, "levels", step, number), len(batch))
+        return levels, mx.random.normal(batch.latents.shape, key=key_of(seed, "noise", step, number))
+
+    def _loss(
+        self,
+        parameters: Parameters,
+        latents: mx.array,
+        noise: mx.array,
+        sigmas: mx.array,
+        text: mx.array,
+        rotary: tuple[mx.array, mx.array],
+        references: mx.array | None,
+        rows: tuple | None,
+    ) -> mx.array:
+        dtype = self.settings.dtype
+        self._put({name: array.astype(dtype) for name, array in parameters.items()})
+        velocity = self.network(
+            self.flow.noisy(latents, noise, sigmas).astype(dtype),
+            text,
+            sigmas,
+            rotary,
+            None if references is None else references.astype(dtype),
+            rows and Modulation(*rows),
+        )
+        return self.flow.loss(velocity, latents, noise, sigmas).mean()
+
+    def _put(self, parameters: Mapping[str, mx.array]) -> None:
+        self.network.update(tree_unflatten([*parameters.items()]))
+
+    @contextmanager
+    def weights(self, average: bool = True) -> Iterator[Network]:
+        """The network with the averaged parameters, where there are any, for as long as the context lasts."""
+        dtype = self.settings.dtype
+        found = self.average if average and self.average is not None else self.parameters
+        self._put({name: array.astype(dtype) for name, array in found.items()})
+        try:
+            yield self.network
+        finally:
+            self._put(self.parameters)
+
+    # To stop and go on ----------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Parameters:
+        """Everything that changes, but the step, by name."""
+        parts = {"parameters": self.parameters, "optimizer": self._optimizer.state, "average": self.average or {}}
+        return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+
+    def restore(self, step: int, state: Mapping[str, mx.array]) -> None:
+        """Goes on after `step` steps from what `state` was then.
+
+        Raises:
+            KeyError: it is that of another network or optimizer.
+        """
+        parts: dict[str, Parameters] = {"parameters": {}, "optimizer": {}, "average": {}}
+        for name, array in state.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = array
+        names = {name: array.shape for name, array in self.parameters.items()}
+        for part in ("parameters", *(["average"] if self.average is not None else [])):
+            if {name: array.shape for name, array in parts[part].items()} != names:
+                raise KeyError(part)
+        self._optimizer.restore(self.parameters, parts["optimizer"])
+        self.parameters = {name: parts["parameters"][name] for name in self.parameters}
+        if self.average is not None:
+            self.average = {name: parts["average"][name] for name in self.average}
+        self.step = step
+        mx.eval(self.parameters, self.average, self._optimizer.state)
+        self._put(self.parameters)

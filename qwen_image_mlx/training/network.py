@@ -1,0 +1,124 @@
+"""What is trained: a transformer, with the modulation of every sample's own noise level.
+
+Trained whole, the modulation is a part of it; with a LoRA it is frozen, and comes from a table of all levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import TransformerConfig
+from ..models.modulation import TimeModulation
+from ..models.rope import Rotary, Segment, rotary_tables
+from ..models.transformer import BlockRows, Modulation, Transformer, TransformerBlock
+
+# Indices of noise levels to a batch's rows: (6, B, 1, D), and (2, B, 1, D) of the final norm.
+Table = Callable[[Sequence[int]], Modulation]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one shape: the same segments, and prompts of the same number of tokens, so that nothing is padded.
+
+    Attributes:
+        latents: clean packed latents of the target, all its frames (B, N, C), fp32.
+        text: encoder states (B, L, J).
+        segments: the target's frames, then the references.
+        references: packed latents (B, R, C), fp32, or None.
+    """
+
+    latents: mx.array
+    text: mx.array
+    segments: tuple[Segment, ...]
+    references: mx.array | None = None
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    @staticmethod
+    def join(batches: Sequence[Batch]) -> Batch:
+        """One batch of several of the same shape."""
+        first = batches[0]
+        join = {"latents": mx.concatenate([b.latents for b in batches]),
+                "text": mx.concatenate([b.text for b in batches])}  # fmt: skip
+        if first.references is not None:
+            join["references"] = mx.concatenate([b.references for b in batches])
+        return replace(first, **join)
+
+
+class Network(nn.Module):
+    """A transformer and, if it is trained too, its modulation.
+
+    Args:
+        transformer: dense or quantized; what is frozen in it stays as it is.
+        config: its config.
+        modulation: the trained one; None takes each batch's rows from a table.
+        checkpointing: keep only what goes into each block, and compute the rest again for the gradient.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        config: TransformerConfig,
+        modulation: TimeModulation | None = None,
+        *,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.transformer = transformer
+        if modulation is not None:
+            self.modulation = modulation
+        self._run_block = _recomputed if checkpointing else None
+        self._rotary = cache(lambda segments, length: rotary_tables(segments, length, config.axes_dims_rope))
+
+    def rotary(self, batch: Batch) -> Rotary:
+        """The tables of a batch's tokens."""
+        return self._rotary(batch.segments, batch.text.shape[1])
+
+    def __call__(
+        self,
+        latents: mx.array,
+        text: mx.array,
+        sigmas: mx.array,
+        rotary: Rotary,
+        references: mx.array | None = None,
+        rows: Modulation | None = None,
+    ) -> mx.array:
+        """Velocity (B, N, C) of noisy packed latents (B, N, C); all arrays in the dtype to compute in.
+
+        Args:
+            latents: of the target.
+            text: encoder states (B, L, J).
+            sigmas: noise levels (B,), fp32.
+            rotary: `rotary`'s tables.
+            references: packed latents (B, R, C), or None.
+            rows: the modulation where it is not trained.
+        """
+        transformer = self.transformer
+        return transformer(
+            latents,
+            transformer.project_text(text),
+            self.modulation(sigmas, latents.dtype) if rows is None else rows,
+            rotary,
+            None if references is None else transformer.project_references(references),
+            self._run_block,
+        )
+
+
+def _recomputed(
+    block: TransformerBlock, images: list[mx.array], txt: mx.array, rows: BlockRows, rotary: Rotary
+) -> tuple[list[mx.array], mx.array]:
+    """A block whose inside is forgotten, and computed again for the gradient."""
+
+    def run(
+        parameters: dict, images: list[mx.array], txt: mx.array, rows: Sequence[mx.array], rotary: Sequence[mx.array]
+    ) -> tuple[list[mx.array], mx.array]:
+        block.update(parameters)
+        return block(images, txt, BlockRows(*rows), Rotary(*rotary))
+
+    return mx.checkpoint(run)(block.trainable_parameters(), images, txt, tuple(rows), tuple(rotary))
