@@ -116,6 +116,7 @@ class Trainer:
             average = {name: keep * average[name] + (1 - keep) * array for name, array in parameters.items()}
         mx.eval(parameters, average, self._optimizer.state)
         self.parameters, self.average, self.step = parameters, average, self.step + 1
+        self._put(parameters)
         return StepResult(self.step, loss, norm.item(), rate)
 
     def gradients(self, step: int) -> tuple[float, Parameters]:

@@ -1,0 +1,79 @@
+"""Checkpoints of a run: one file each, whole or absent, from which it goes on to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError, OutputError
+from ..images.files import reason
+from ..weights.shards import save_tensors
+from .loop import Trainer
+
+_FORMAT = "qwen_image_mlx.training.1"
+_NAME = re.compile(r"step-(\d{6,})\.safetensors")
+KEPT = 2  # the last one, and the one before in case the last is lost
+
+
+def save_checkpoint(folder: Path, trainer: Trainer, record: Mapping[str, Any]) -> Path:
+    """Writes where a trainer is, and drops all checkpoints but the last two.
+
+    Args:
+        folder: of the run's checkpoints; made if missing.
+        trainer: its step, parameters, average and optimizer.
+        record: JSON of what the run depends on; `load_checkpoint` compares it.
+
+    Raises:
+        OutputError: it could not be written; the earlier ones stay.
+    """
+    path = folder / f"step-{trainer.step:06}.safetensors"
+    metadata = {"format": _FORMAT, "step": str(trainer.step), "record": json.dumps(record, sort_keys=True)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {reason(error)}") from error
+    save_tensors(path, trainer.state, metadata)
+    for _, old in _found(folder)[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps; None if there is none."""
+    found = _found(folder)
+    return found[-1][1] if found else None
+
+
+def load_checkpoint(path: Path, trainer: Trainer, record: Mapping[str, Any]) -> None:
+    """Puts a trainer where `save_checkpoint` left it.
+
+    Raises:
+        CheckpointError: the file is damaged, or the run depended on something else.
+    """
+    try:
+        state, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        if metadata.get("format") != _FORMAT:
+            raise ValueError("it is no checkpoint of a training run")
+        step, written = int(metadata["step"]), json.loads(metadata["record"])
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on from the one before") from error
+    here = json.loads(json.dumps(record))
+    changed = [name for name in {*here, *written} if here.get(name) != written.get(name)]
+    if changed:
+        said = ", ".join(f"{name} {written.get(name)!r:.60} and not {here.get(name)!r:.60}" for name in sorted(changed))
+        raise CheckpointError(f"{path} belongs to a run with {said}: give what that run was given, or another --output")
+    try:
+        trainer.restore(step, state)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is that of another network or is damaged ({error})") from error
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    """(steps, file) of every checkpoint, fewest steps first."""
+    files = folder.iterdir() if folder.is_dir() else []
+    return sorted((int(found[1]), file) for file in files if (found := _NAME.fullmatch(file.name)))
