@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), {**TINY, "vae": FULL["vae"]}, pipeline="QwenImageLayeredPipeline")
         pipeline = QwenImagePipeline.from_pretrained(folder)
-        components = pipeline._components
+        components = pipeline.components
         decoder, config = components.vae_decoder, components.vae_config
 
         def one_by_one(parameters: GenerationParameters, latents: mx.array) -> None:

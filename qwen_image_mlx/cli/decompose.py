@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="the model works at so many pixels squared, at the picture's aspect (default: %(default)s)")  # fmt: skip
     add("--size", default="source", metavar="source|bucket", help="of the layers: the picture's or the model's "
         "(default: source)")  # fmt: skip
-    add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    add("--cfg-scale", "-g", type=float, metavar="S", default=4.0, help="guidance; 1 turns it off (default: 4.0)")
+    add("--steps", type=int, help="denoising steps (default: 50)")
+    add("--cfg-scale", "-g", type=float, metavar="S", help="guidance; 1 turns it off (default: 4.0)")
     add("--cfg-normalize", action="store_true", help="guidance keeps the length of each token's velocity")
     add("--caption-language", choices=CAPTION_TEMPLATES, default="en", help="of the model's own caption (default: en)")
     add("--seed", "-s", type=int, metavar="N", help="of the noise (default: random)")
@@ -78,11 +79,12 @@ def run(arguments: argparse.Namespace) -> None:
     picture = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
     formats = check_formats(arguments.format.split(","))
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    given = {"num_inference_steps": arguments.steps, "cfg_scale": arguments.cfg_scale}
     request = layers_request(
         picture, arguments.prompt, negative_prompt=arguments.negative_prompt, num_layers=arguments.layers,
-        resolution=arguments.resolution, size=arguments.size, num_inference_steps=arguments.steps,
-        cfg_scale=arguments.cfg_scale, cfg_normalize=arguments.cfg_normalize, seed=seed, rng=arguments.rng,
-        caption_language=arguments.caption_language,
+        resolution=arguments.resolution, size=arguments.size, cfg_normalize=arguments.cfg_normalize, seed=seed,
+        rng=arguments.rng, caption_language=arguments.caption_language,
+        sampling={name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     folder = Path(arguments.output or f"{name}-layers").expanduser()
     width, height = request.canvas.result_size
@@ -96,6 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
     with messages(), ProgressBars() as bars:
         pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, bars)
         pipeline.check_task("decompose")
+        sampling = pipeline.recommended.unless(**given)
+        request = replace(request, parameters=replace(request.parameters, **sampling))
         result = decompose(pipeline, request, bars, EncodingCache() if arguments.cache else None)
         bars.close()
         print(_save(result, folder, formats))

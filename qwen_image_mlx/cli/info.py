@@ -12,12 +12,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "info",
-        help="say what a picture, a model or a LoRA is",
+        help="say what a picture, layers, a model or a LoRA is",
         description="Print the parameters a picture was painted with (as stored in its PNG), what a model holds and "
         "will cost in memory, or what a LoRA changes.",
     )
     parser.add_argument(
-        "path", metavar="PATH", help="a PNG painted by this program, a model's folder, or a LoRA's file"
+        "path", metavar="PATH", help="a PNG painted by this program, layers, a model's folder, or a file of weights"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -25,8 +25,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line, or JSON."""
+    from ..images.layer_files import is_layers
+
     path = Path(arguments.path).expanduser()
-    if path.is_dir():
+    if path.exists() and is_layers(path):
+        facts = _layers(path)
+    elif path.is_dir():
         facts = _checkpoint(path)
     elif path.suffix in (".safetensors", ".gguf"):
         facts = _weights(path)
@@ -40,6 +44,17 @@ def run(arguments: argparse.Namespace) -> None:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         print(f"{name:{width}}  {'' if value is None else value}")
+
+
+def _layers(path: Path) -> dict[str, Any]:
+    from ..images.layer_files import load_layers
+
+    stack = load_layers(path)
+    facts: dict[str, Any] = {"layers": len(stack.layers), "size": "x".join(map(str, stack.size))}
+    for number, layer in enumerate(stack.layers):
+        width, height = layer.image.size
+        facts[f"layer {number}"] = f"{layer.name}, {width}x{height}"
+    return facts | dict(stack.metadata)
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
@@ -62,7 +77,10 @@ def _weights(path: Path) -> dict[str, Any]:
 
     report = identify(path)
     forms = ", ".join(f"{form} {_size(nbytes)}" for form, nbytes in report.forms.items())
-    return {"kind": report.kind, "tensors": report.tensors, "in the file": forms, **report.facts}
+    facts: dict[str, Any] = {"kind": report.kind, "tensors": report.tensors, "in the file": forms}
+    if report.resident_bytes is not None:
+        facts["in memory"] = _size(report.resident_bytes)
+    return facts | report.facts
 
 
 def _size(nbytes: int) -> str:

@@ -225,10 +225,11 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
                 crop_padding=wanted.get("mask_padding"),
                 straight=[open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None,
             )
+        sampling = pipeline.recommended
         recommended = {
-            "steps": pipeline.recommended.steps,
-            "cfg_scale": pipeline.recommended.cfg_scale,
-            "shift": pipeline.recommended.shift,
+            "steps": sampling.num_inference_steps,
+            "cfg_scale": sampling.cfg_scale,
+            "shift": sampling.shift,
             "negative_prompt": recommended_negative_prompt(pipeline.variant, pipeline.model),
         }
         request = build_request({**recommended, **wanted}, canvas.size if canvas else size)
@@ -292,6 +293,9 @@ def _beside(folder: Path, recorded: dict[str, Any]) -> dict[str, Any]:
     found = {name: find(recorded[name]) for name in places if name in recorded}
     if "images" in recorded:
         found["images"] = [find(image) for image in recorded["images"]]
+    if "loras" in recorded:
+        parts = [reference.rpartition("@") for reference in recorded["loras"]]
+        found["loras"] = [f"{find(place)}@{strength}" for place, _, strength in parts]
     if "layer" in recorded:
         place, _, number = recorded["layer"].rpartition(":")
         found["layer"] = f"{find(place)}:{number}"

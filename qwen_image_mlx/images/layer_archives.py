@@ -16,7 +16,7 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from ..errors import RequestError
+from ..errors import OutputError, RequestError
 from .files import METADATA_KEY, replace_file
 from .geometry import Size
 from .layers import MAX_LAYERS, MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
@@ -180,18 +180,33 @@ def read_folder(path: Path) -> LayerStack:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def is_folder_of_layers(folder: Path) -> bool:
+    """Whether a folder has a manifest, or files named as layers."""
+    names = os.listdir(folder)
+    return MANIFEST in names or bool(_in_order(names))
+
+
 def layer_names(folder: Path) -> list[str]:
     """The names of a folder's layers, back to front; of one that `read_folder` can read."""
     if (folder / MANIFEST).is_file():
         return [entry["file"] for entry in json.loads((folder / MANIFEST).read_bytes())["layers"]]
-    found = sorted((int(match[1]), match[0]) for match in map(LAYER_FILE.fullmatch, os.listdir(folder)) if match)
-    return [name for _, name in found]
+    return _in_order(os.listdir(folder))
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Those that are layer_N.png, by N."""
+    return [name for _, name in sorted((int(m[1]), m[0]) for m in map(LAYER_FILE.fullmatch, names) if m)]
 
 
 def adopt_file(folder: Path, index: int, name: str, size: Size) -> None:
     """Makes a PNG in a folder a layer's own picture: the manifest names it from now on. Raises OutputError."""
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    manifest["layers"][index] |= {"file": name, "size": list(size)}
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest["layers"][index] |= {"file": name, "size": list(size)}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise OutputError(
+            f"{folder / name} is saved, but {MANIFEST} was changed meanwhile and cannot name it as layer {index}"
+        ) from error
     replace_file(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=2).encode())
 
 
@@ -255,10 +270,10 @@ def _is_inside(name: str) -> bool:
 
 def _layers(files: _Files) -> LayerStack:
     if MANIFEST not in files.names:
-        found = sorted((int(m[1]), m[0]) for m in map(LAYER_FILE.fullmatch, files.names) if m)
+        found = _in_order(files.names)
         if not found:
             raise RequestError(f"{files.label} holds neither {MANIFEST} nor layer_0.png")
-        layers = tuple(files.layer(name, name=Path(name).stem) for _, name in found[: MAX_LAYERS + 1])
+        layers = tuple(files.layer(name, name=Path(name).stem) for name in found[: MAX_LAYERS + 1])
         if odd := [layer for layer in layers if layer.image.size != layers[0].image.size]:
             raise RequestError(
                 f"{odd[0].name}.png in {files.label} is {odd[0].image.size} and {layers[0].name}.png "

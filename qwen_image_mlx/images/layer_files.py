@@ -74,7 +74,9 @@ READABLE = "a folder that decompose wrote, its zip, a PSD or an OpenRaster file"
 
 def check_formats(names: Iterable[str]) -> tuple[str, ...]:
     """The names, each once; raises RequestError for one that is no format or whose library is not installed."""
-    names = tuple(dict.fromkeys(names))
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise RequestError(f"formats are {names!r:.80}, but must be some of {', '.join(FORMATS)}")
+    names = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
     unknown = [name for name in names if name not in FORMATS]
     if unknown or not names:
         raise RequestError(
@@ -101,7 +103,10 @@ def save_layers(stack: LayerStack, folder: str | os.PathLike, formats: Iterable[
         RequestError: a format is unknown, or its library is not installed.
         OutputError: the folder is not empty or cannot be written; nothing is left behind.
     """
-    formats, folder = check_formats(formats), Path(os.path.expanduser(folder))
+    formats = check_formats(formats)
+    if not isinstance(folder, str | os.PathLike) or "\0" in os.fspath(folder):
+        raise RequestError(f"the folder is {folder!r:.80}, but must be a path")
+    folder = Path(os.path.expanduser(folder))
     partial = None
     try:
         if not is_free(folder):
@@ -138,6 +143,11 @@ def is_free(folder: Path) -> bool:
     return not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()))
 
 
+def is_layers(path: Path) -> bool:
+    """Whether an existing path looks like one that `load_layers` reads."""
+    return archives.is_folder_of_layers(path) if path.is_dir() else _format_of(path) is not None
+
+
 def load_layers(path: str | os.PathLike) -> LayerStack:
     """The layers of a folder, a zip, a PSD or an OpenRaster file, told apart by what they hold.
 
@@ -147,13 +157,17 @@ def load_layers(path: str | os.PathLike) -> LayerStack:
     path = Path(os.path.expanduser(path))
     if not os.path.exists(path):
         raise RequestError(f"there is no {path}; give {READABLE}")
-    try:
-        found = next((f for f in FORMATS.values() if f.read is not None and f.recognises(path)), None)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {reason(error)}") from error
+    found = _format_of(path)
     if found is None:
         raise RequestError(f"{path} holds no layers that can be read; give {READABLE}")
     return found.read(path)
+
+
+def _format_of(path: Path) -> Format | None:
+    try:
+        return next((f for f in FORMATS.values() if f.read is not None and f.recognises(path)), None)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def split_reference(reference: str) -> tuple[Path, int | None]:

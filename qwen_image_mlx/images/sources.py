@@ -50,6 +50,12 @@ def open_rgba(source: ImageSource) -> Image.Image:
     return _decoded(source).convert("RGBA")
 
 
+def check_visible(picture: Image.Image) -> None:
+    """Raises RequestError if an RGBA picture shows nothing."""
+    if picture.getextrema()[3][1] == 0:
+        raise RequestError("the picture is transparent everywhere, so there is nothing to see in it")
+
+
 def open_mask(source: ImageSource) -> Image.Image:
     """A mask as an upright picture; raises RequestError as `open_image` does."""
     return _decoded(source)

@@ -22,7 +22,7 @@ from ..config import (
     VAEConfig,
     VisionConfig,
 )
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from ..models.layers import SideBranch
 from ..models.text_encoder import LanguageHead, TextEncoder
 from ..models.transformer import Transformer
@@ -30,7 +30,7 @@ from ..models.vae import Decoder, Encoder
 from ..models.vision import VisionTower
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
-from ..weights.adapters import Adapters
+from ..weights.adapters import Adapters, Branch
 from ..weights.loader import ComponentWeights, load_module, put_beside
 from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
 from ..weights.quantize import Quantization
@@ -93,11 +93,14 @@ class Components:
         self._weights: dict[str, ComponentWeights] = {}
         self.sources = Sources(snapshot, replaced)
         self.variant: Variant = variant_of(self.sources.class_name, snapshot.model)
+        for name in self.quantization.components:
+            if name not in ("transformer", *self.encoders):
+                raise RequestError(f"{snapshot.model} has no {name} that could be quantized")
 
     @cached_property
     def transformer_config(self) -> TransformerConfig:
         """transformer/config.json, corrected by what the weights' names show."""
-        config = TransformerConfig.from_dict(self._config("transformer"))
+        config = self._parsed(TransformerConfig, "transformer")
         names = self.sources.names("transformer")
         layered = ADDITION in canonical_names("transformer", names).values()
         if names and layered != config.use_additional_t_cond:
@@ -122,16 +125,20 @@ class Components:
 
     def _check_adapters(self, adapters: Adapters | None) -> None:
         if adapters is not None:
-            weights = self.weights("transformer")
-            resident = {spec.name for spec in weights.specs("main")}
-            adapters.check(lambda path: f"{path}.weight" in resident and weights.is_packed(f"{path}.weight"))
+            adapters.check({path for path, is_packed in self._resident_modules().items() if is_packed})
+
+    def _resident_modules(self) -> dict[str, bool]:
+        """The transformer's modules that stay in memory, and whether their weights are packed in the files."""
+        weights = self.weights("transformer")
+        names = [spec.name for spec in weights.specs("main") if spec.name.endswith(".weight")]
+        return {name.removesuffix(".weight"): weights.is_packed(name) for name in names}
 
     def replace_adapters(self, adapters: Adapters | None) -> None:
         """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
         self._check_adapters(adapters)
         transformer, branches = self._loaded.get("transformer"), None
         if transformer is not None and not (self.adapters and self.adapters.altered):
-            branches = _beside(adapters, self.weights("transformer"), self.dtype)
+            branches = self._branches(adapters)
         self.adapters = adapters
         if branches is None:
             self.release("transformer")
@@ -139,6 +146,16 @@ class Components:
         there = {path for path, module in transformer.named_modules() if isinstance(module, SideBranch)}
         for path in there | branches.keys():
             put_beside(transformer, path, branches.get(path))
+
+    def _branches(self, adapters: Adapters | None) -> dict[str, Branch] | None:
+        """What LoRAs put beside the resident weights; None if they are merged into some."""
+        branches = adapters.branches(self.dtype) if adapters else {}
+        if not branches:
+            return branches
+        resident = self._resident_modules()
+        branches = {path: branch for path, branch in branches.items() if path in resident}
+        packed = all(resident[path] for path in branches)
+        return branches if adapters.mode == "side" or (packed and adapters.mode == "auto") else None
 
     @cached_property
     def text_encoder_config(self) -> TextEncoderConfig:
@@ -212,10 +229,12 @@ class Components:
     def transformer(self) -> Transformer:
         """The transformer without its modulation, resident."""
         config = self.transformer_config
-        self._check_adapters(self.adapters)
-        return self._ensure(
-            "transformer", lambda: self._load("transformer", "main", Transformer(config), self.dtype, self.adapters)
-        )
+
+        def load() -> nn.Module:
+            self._check_adapters(self.adapters)
+            return self._load("transformer", "main", Transformer(config), self.dtype, self.adapters)
+
+        return self._ensure("transformer", load)
 
     @property
     def vae_encoder(self) -> Encoder:
@@ -237,6 +256,12 @@ class Components:
         """Gives the memory of components back; those not loaded are passed over."""
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """What of the text encoder's folder this kind of checkpoint uses."""
+        vision = ("vision",) if self.variant.encoder_area or self.variant.layered else ()
+        return ("text_encoder", *vision, *(("language_head",) if self.variant.layered else ()))
 
     def prepare(self) -> None:
         """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file."""
@@ -267,8 +292,7 @@ class Components:
             files += place.glob("*") if place.is_dir() else [place]
         commit = f"{self.snapshot.model}@{self.snapshot.revision}" if self.snapshot.revision else ""
         found = sorted({file.resolve() for file in files})
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-        return commit + repr(stats) if stats or not commit else commit
+        return commit + repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found])
 
     def weights(self, component: str) -> ComponentWeights:
         """A component's tensors, fetched and checked once, not read."""
@@ -311,18 +335,3 @@ class Components:
         if expected and found not in (None, expected):
             raise CheckpointError(f"{component}/{name} is that of a {found}, not of a {expected}")
         return config
-
-
-def _beside(
-    adapters: Adapters | None, weights: ComponentWeights, dtype: mx.Dtype
-) -> dict[str, tuple[mx.array, mx.array]] | None:
-    """The branches of LoRAs that leave the resident weights alone; None if they are merged into some."""
-    if adapters is None:
-        return {}
-    resident = {spec.name.removesuffix(".weight") for spec in weights.specs("main")}
-    branches = adapters.branches(dtype)
-    if branches is None:
-        return None
-    branches = {path: branch for path, branch in branches.items() if path in resident}
-    packed = all(weights.stored(f"{path}.weight").scheme for path in branches)
-    return branches if adapters.mode == "side" or (packed and adapters.mode == "auto") else None

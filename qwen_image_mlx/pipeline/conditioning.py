@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from uuid import uuid4
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError
+from ..weights.shards import save_tensors
 
 _FORMAT = "qwen_image_mlx.guidance_encoding.1"
 
@@ -56,7 +56,6 @@ class GuidanceEncoding:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, atomically; raises OutputError if it cannot."""
-        path = Path(path)
         arrays = {"positive": self.positive}
         if self.negative is not None:
             arrays["negative"] = self.negative
@@ -66,14 +65,7 @@ class GuidanceEncoding:
             "source": json.dumps(asdict(self.source), ensure_ascii=False),
             "grids": json.dumps([(reference.height, reference.width) for reference in self.references]),
         }
-        # mx.save_safetensors insists on this ending.
-        partial = path.with_name(f".{path.name}.{uuid4().hex}.partial.safetensors")
-        try:
-            mx.save_safetensors(str(partial), arrays, metadata)
-            partial.replace(path)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"the encoding could not be written to {path}: {error}") from error
+        save_tensors(Path(path), arrays, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> GuidanceEncoding:

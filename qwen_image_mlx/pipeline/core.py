@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import QwenImageError, RequestError
 from ..images.geometry import Size, size_of_area
-from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
+from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
 from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
 from ..models.transformer import Modulation
 from ..sampling.denoise import Guidance, denoise
@@ -50,19 +50,21 @@ logger = logging.getLogger(__name__)
 
 
 class Recommended(NamedTuple):
-    """How a model wants to be sampled.
+    """How a model wants to be sampled; the fields are those of `GenerationParameters`.
 
     Attributes:
-        steps: denoising steps.
+        num_inference_steps: denoising steps.
         cfg_scale: guidance.
         shift: a static shift of the schedule; None takes the checkpoint's own.
-        distilled: what showed that a LoRA is distilled; None if none is.
     """
 
-    steps: int
+    num_inference_steps: int
     cfg_scale: float
     shift: float | None
-    distilled: str | None
+
+    def unless(self, **given: float | None) -> dict[str, float | None]:
+        """The fields by name; those given, and not None, instead of the recommended ones."""
+        return self._asdict() | {name: value for name, value in given.items() if value is not None}
 
 
 class PipelineCore:
@@ -71,10 +73,13 @@ class PipelineCore:
     Args:
         components: the checkpoint's parts.
         report: where progress goes.
+
+    Attributes:
+        components: the checkpoint's parts, for what works on them beside the pipeline.
     """
 
     def __init__(self, components: Components, report: Reporter):
-        self._components = components
+        self.components = components
         self._report = report
         self._table: tuple[Schedule, list[Modulation]] | None = None
 
@@ -83,41 +88,36 @@ class PipelineCore:
     @property
     def model(self) -> str:
         """The directory or repository id it was opened from."""
-        return self._components.snapshot.model
+        return self.components.snapshot.model
 
     @property
     def revision(self) -> str | None:
         """Commit of the checkpoint; None for a local directory."""
-        return self._components.snapshot.revision
+        return self.components.snapshot.revision
 
     @property
     def dtype(self) -> mx.Dtype:
         """Dtype of the text encoder and the transformer."""
-        return self._components.dtype
+        return self.components.dtype
 
     @property
     def variant(self) -> Variant:
         """What the checkpoint's pipeline class implies: template, defaults."""
-        return self._components.variant
-
-    @property
-    def components(self) -> Components:
-        """The checkpoint's parts, for what works on them beside the pipeline."""
-        return self._components
+        return self.components.variant
 
     @property
     def recommended(self) -> Recommended:
         """How it wants to be sampled: as its card says, or as a distilled LoRA was trained."""
-        adapters = self._components.adapters
+        adapters = self.components.adapters
         profile = profile_of(adapters.loras) if adapters else None
         if profile is None:
-            return Recommended(self.variant.steps, self.variant.cfg_scale, None, None)
-        return Recommended(profile.steps, profile.cfg_scale, profile.shift, profile.evidence)
+            return Recommended(self.variant.steps, self.variant.cfg_scale, None)
+        return Recommended(profile.steps, profile.cfg_scale, profile.shift)
 
     @property
     def fingerprint(self) -> str:
         """Tells apart what encodes: the commit, or a directory's files by name, size and time."""
-        return self._components.fingerprint
+        return self.components.fingerprint
 
     def prepare(self) -> None:
         """Fetches all that painting needs and checks the files, loading nothing.
@@ -126,7 +126,7 @@ class PipelineCore:
             HubError: something could not be downloaded.
             CheckpointError: something is missing, damaged or does not fit.
         """
-        self._components.prepare()
+        self.components.prepare()
 
     # The two core calls -----------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class PipelineCore:
             QwenImageError: the encoder's output is not finite, which float16 can cause.
         """
         check_reference_pixels(reference_pixels)
-        parts = self._components
+        parts = self.components
         pictures = self._open_images(images)
         shown = pictures if self.variant.encoder_area else []
         with self._report.using(progress):
@@ -213,9 +213,9 @@ class PipelineCore:
         check_size(*size)
         picture, opened = open_image(image), None if mask is None else open_mask(mask)
         with self._report.using(progress):
-            _ = self._components.vae_encoder
+            _ = self.components.vae_encoder
             with self._report.stage("encode", "picture"):
-                return encode_initial_image(self._components, picture, size, opened)
+                return encode_initial_image(self.components, picture, size, opened)
 
     def caption_image(
         self,
@@ -236,13 +236,14 @@ class PipelineCore:
             progress: told of every token, and can cancel.
 
         Raises:
-            RequestError: the picture cannot be read, or the language is another.
+            RequestError: the picture cannot be read or shows nothing, or the language is another.
             CheckpointError: the checkpoint has no language head or no vision tower.
         """
         check_side(resolution)
         if not isinstance(language, str) or language not in CAPTION_TEMPLATES:
             raise RequestError(f"language is {language!r}, but must be one of {', '.join(CAPTION_TEMPLATES)}")
-        parts, picture = self._components, open_rgba(image)
+        parts, picture = self.components, open_rgba(image)
+        check_visible(picture)
         with self._report.using(progress):
             parts.prepare_captions()
             _ = parts.vision, parts.text_encoder, parts.language_head
@@ -305,7 +306,7 @@ class PipelineCore:
         progress: ProgressCallback | None = None,
     ) -> mx.array:
         """The first half of `generate_pixels`: packed clean latents (1, N, 64) in the model's dtype, evaluated."""
-        config, variant, references = self._components.transformer_config, self.variant, encoding.references
+        config, variant, references = self.components.transformer_config, self.variant, encoding.references
         if variant.takes_images != bool(references):
             kinds = ("works on pictures", "none") if variant.takes_images else ("paints from text", "pictures")
             raise RequestError("{} {}; the encoding holds {}".format(self.model, *kinds))
@@ -340,7 +341,7 @@ class PipelineCore:
         renormalize = variant.renormalize if parameters.cfg_normalize is None else parameters.cfg_normalize
         with self._report.using(progress):
             table = self._modulation(start.schedule)
-            transformer = self._components.transformer
+            transformer = self.components.transformer
             text = [transformer.project_text(states.astype(self.dtype)) for states in branches]
             rotary = [rotary_tables(segments, states.shape[1], config.axes_dims_rope) for states in branches]
             shown = None
@@ -381,9 +382,9 @@ class PipelineCore:
         first = 1 if self.variant.layered else 0
         for n in range(first, frames):
             with self._report.using(progress):
-                decoder = self._components.vae_decoder
+                decoder = self.components.vae_decoder
                 with self._report.stage("decode", f"layer {n}" if first else ""):
-                    pixels = decode(decoder, self._components.vae_config, unpacked[n : n + 1])[0]
+                    pixels = decode(decoder, self.components.vae_config, unpacked[n : n + 1])[0]
             if not mx.isfinite(pixels).all().item():
                 raise QwenImageError("the decoded picture is not finite: check the autoencoder's weights")
             yield pixels
@@ -402,7 +403,7 @@ class PipelineCore:
 
     def _grid(self, parameters: GenerationParameters) -> tuple[int, int, int]:
         """Frames, and rows and columns of each frame's tokens."""
-        side = 2 * self._components.vae_config.spatial_factor
+        side = 2 * self.components.vae_config.spatial_factor
         frames = parameters.num_layers + 1 if self.variant.layered else 1
         return frames, parameters.height // side, parameters.width // side
 
@@ -417,7 +418,7 @@ class PipelineCore:
         initial: InitialImage | None,
     ) -> Start:
         if latents is not None:
-            shape = (1, math.prod(grid), self._components.transformer_config.in_channels)
+            shape = (1, math.prod(grid), self.components.transformer_config.in_channels)
             if tuple(latents.shape) != shape:
                 raise RequestError(
                     f"latents have the shape {tuple(latents.shape)}, but "
@@ -425,17 +426,17 @@ class PipelineCore:
                 )
             latents = mx.array(latents)
         if initial is not None and initial.mean.shape[1:3] != (2 * grid[1], 2 * grid[2]):
-            factor = self._components.vae_config.spatial_factor
+            factor = self.components.vae_config.spatial_factor
             height, width = (factor * side for side in initial.mean.shape[1:3])
             raise RequestError(
                 f"the initial image was encoded at {width}x{height}, not at {parameters.width}x{parameters.height}"
             )
         return draw_start(
-            self._components.vae_config, schedule, parameters, grid, seed, image_index, latents, initial, self.dtype
+            self.components.vae_config, schedule, parameters, grid, seed, image_index, latents, initial, self.dtype
         )
 
     def _check_states(self, states: mx.array, segments: Sequence[Segment]) -> None:
-        dim = self._components.transformer_config.joint_attention_dim
+        dim = self.components.transformer_config.joint_attention_dim
         if states.ndim != 3 or states.shape[0] != 1 or states.shape[2] != dim:
             raise RequestError(
                 f"the encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})"
@@ -453,7 +454,7 @@ class PipelineCore:
     def _schedule(
         self, parameters: GenerationParameters, frame_tokens: int, references: Sequence[Reference]
     ) -> Schedule:
-        config = self._components.scheduler_config
+        config = self.components.scheduler_config
         if parameters.shift is not None:
             config = static_shift(config, parameters.shift)
         sigmas = parameters.sigmas or uniform_sigmas(parameters.num_inference_steps)
@@ -467,11 +468,11 @@ class PipelineCore:
         """The table for a schedule; the last one is kept, so a sweep over seeds makes it once."""
         if self._table is None or not np.array_equal(self._table[0].sigmas, schedule.sigmas):
             self._table = None
-            weights = self._components.weights("transformer")
-            zero_cond_t = self._components.transformer_config.zero_cond_t
+            weights = self.components.weights("transformer")
+            zero_cond_t = self.components.transformer_config.zero_cond_t
             with self._report.stage("load", "modulation"):
                 self._table = (
                     schedule,
-                    modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t, self._components.adapters),
+                    modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t, self.components.adapters),
                 )
         return self._table[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from ..images.canvas import plan_canvas
 from ..images.layer_files import save_layers
 from ..images.layers import LayerStack, composite, psnr
 from ..images.pixels import on_white
+from ..images.sources import check_visible
 from ..variants import CAPTION_TEMPLATES, LAYERED_RESOLUTIONS
 from .parameters import GenerationParameters
 from .request import Request
@@ -75,14 +76,16 @@ def layers_request(
     num_layers: int,
     resolution: int,
     size: str,
-    num_inference_steps: int,
-    cfg_scale: float,
+    sampling: Mapping[str, float | None],
     cfg_normalize: bool,
     caption_language: str,
     seed: int,
     rng: str,
 ) -> Request:
     """What taking a picture apart asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`.
+
+    Args:
+        sampling: further fields of `GenerationParameters`: steps, guidance, shift.
 
     Raises:
         RequestError: one of them is out of range, or the picture shows nothing.
@@ -96,8 +99,7 @@ def layers_request(
             raise RequestError(f"{name} is {value!r}, but must be {' or '.join(map(str, allowed))}")
     if not isinstance(prompt, str):
         raise RequestError(f"the prompt is {prompt!r:.80}, but must be a string; an empty one asks for a caption")
-    if picture.getextrema()[3][1] == 0:
-        raise RequestError("the picture is transparent everywhere, so there is nothing to take apart")
+    check_visible(picture)
     canvas = plan_canvas(picture, size="source" if size == "source" else None, area=resolution**2)
     return Request(
         prompt=prompt,
@@ -105,11 +107,10 @@ def layers_request(
         parameters=GenerationParameters(
             width=canvas.size[0],
             height=canvas.size[1],
-            num_inference_steps=num_inference_steps,
-            cfg_scale=cfg_scale,
             num_layers=num_layers,
             cfg_normalize=cfg_normalize,
             rng=rng,
+            **sampling,
         ),
         seeds=(seed,),
         images=(picture,),

@@ -82,9 +82,8 @@ def inspect_checkpoint(
         HubError: they cannot be fetched.
     """
     components = Components(HubSnapshot(model, revision=revision), dtype, quantization=quantization)
-    names = [n for n in _RESIDENT if n != "vision" or components.variant.encoder_area or components.variant.layered]
     reports = []
-    for name in names:
+    for name in (name for name in _RESIDENT if name in ("transformer", *components.encoders, "vae")):
         weights, (parts, own_dtype) = components.weights(name), _RESIDENT[name]
         scheme = getattr(components.quantization, name, None)
         resident = sum(weights.resident_bytes(part, own_dtype or dtype, scheme) for part in parts)

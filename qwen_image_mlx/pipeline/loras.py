@@ -45,6 +45,8 @@ def read_adapters(
     """
     if isinstance(references, str | os.PathLike):
         references = [references]
+    if not isinstance(references, Iterable):
+        raise RequestError(f"loras are {references!r:.80}, but must be a list of references")
     split = [split_reference(reference) for reference in references]
     loras = [read_lora(fetch_lora(reference, offline, report), targets, strength) for reference, strength in split]
     if profile := profile_of(loras):

@@ -6,12 +6,13 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -20,8 +21,10 @@ import mlx.core as mx
 from .. import __version__
 from ..errors import OutputError, RequestError
 from ..weights.loader import say_what_does_not_fit
+from ..weights.mapping import weights_map
 from ..weights.pack import Part, quantization_config, write_component
 from ..weights.quantize import Quantization
+from ..weights.shards import PARTIAL
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .progress import Progress, ProgressCallback, Reporter
@@ -36,6 +39,8 @@ _PLAN = "plan.txt"
 _COPIED = ("scheduler", "tokenizer", "processor", "vae", "text_encoder", "transformer")
 _COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".safetensors")
 _MARGIN = 1 << 26
+# The parts that go into each folder that is written anew.
+Folders = Mapping[str, list[Part]]
 
 
 def quantize_checkpoint(
@@ -65,7 +70,7 @@ def quantize_checkpoint(
         `out`.
 
     Raises:
-        RequestError: nothing is to be quantized.
+        RequestError: nothing is to be quantized, or what lies at OUT.partial is another run's or no run's.
         CheckpointError, HubError: the model is damaged or cannot be fetched.
         OutputError: `out` exists, or could not be written; run again to go on.
     """
@@ -84,66 +89,74 @@ def quantize_checkpoint(
     components.prepare()
     folders = _folders(components)
     partial = out.with_name(f"{out.name}.partial")
+    _require_space(partial, folders)
+    plan = repr((components.fingerprint, str(quantization), shard_bytes, __version__))
     try:
-        _begin(partial, repr((components.fingerprint, str(quantization), shard_bytes, __version__)))
-        _require_space(partial, folders)
-        _copy(snapshot, partial, set(folders))
-        for path, value in components.sources.stand_ins().items():
-            (partial / path).parent.mkdir(exist_ok=True)
-            (partial / path).write_text(json.dumps(value, indent=2))
-        errors: dict[str, dict[str, float]] = {}
-        for name, (stem, parts) in folders.items():
-            (partial / name).mkdir(exist_ok=True)
-            errors[name] = write_component(
-                partial / name, stem, parts, shard_bytes=shard_bytes,
-                progress=lambda done, total, name=name: report(Progress("quantize", done, total, name)),
-            )  # fmt: skip
-            config = components.sources.config(name)
-            config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-            if said := quantization_config(parts):
-                config["quantization"] = said
-            (partial / name / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
-        (partial / REPORT).write_text(json.dumps(errors, indent=2))
-        (partial / "README.md").write_text(_card(components, out.name, errors), encoding="utf-8")
-        (partial / _PLAN).unlink()
-        os.replace(partial, out)
+        with _begun(partial, plan):
+            _write(components, partial, out.name, folders, shard_bytes, report)
+            os.replace(partial, out)
+            (out / _PLAN).unlink()
     except OSError as error:
-        raise OutputError(f"{out} could not be written: {error.strerror or error}; run again to go on") from error
+        said = error if isinstance(error, OutputError) else f"{out} could not be written: {error.strerror or error}"
+        raise OutputError(f"{said}; run again to go on") from error
     return out
 
 
-def _begin(partial: Path, plan: str) -> None:
-    """Makes the folder, or goes on with what an earlier run of the same plan left in it."""
-    if partial.is_dir() and any(partial.iterdir()):
-        if not (partial / _PLAN).is_file():
-            raise OutputError(f"{partial} is not what an earlier run left there; remove it or name another folder")
-        if (partial / _PLAN).read_text() == plan:
-            return
-        shutil.rmtree(partial)
+def _write(
+    components: Components, partial: Path, name: str, folders: Folders, shard_bytes: int, report: Reporter
+) -> None:
+    """Fills the folder."""
+    _copy(components.snapshot, partial, set(folders))
+    for path, value in components.sources.stand_ins().items():
+        (partial / path).parent.mkdir(exist_ok=True)
+        (partial / path).write_text(json.dumps(value, indent=2))
+    errors: dict[str, dict[str, float]] = {}
+    for folder, parts in folders.items():
+        (partial / folder).mkdir(exist_ok=True)
+        errors[folder] = write_component(
+            partial / folder, parts, shard_bytes=shard_bytes,
+            progress=lambda done, total, folder=folder: report(Progress("quantize", done, total, folder)),
+        )  # fmt: skip
+        config = components.sources.config(folder)
+        config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+        if said := quantization_config(parts):
+            config["quantization"] = said
+        (partial / folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
+    (partial / REPORT).write_text(json.dumps(errors, indent=2))
+    (partial / "README.md").write_text(_card(components, name, errors), encoding="utf-8")
+
+
+@contextmanager
+def _begun(partial: Path, plan: str) -> Iterator[None]:
+    """The folder, new or with what an earlier run of the same plan left in it, for this run alone."""
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / _PLAN).write_text(plan)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = partial / _PLAN
+        if any(partial.iterdir()) and not found.is_file():
+            raise RequestError(f"{partial} is not what an earlier run left there; remove it or name another folder")
+        if found.is_file() and found.read_text() != plan:
+            for path in partial.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        found.write_text(plan)
+        for unfinished in partial.rglob(f".*{PARTIAL}"):
+            unfinished.unlink()
+        yield
+    except BlockingIOError:
+        raise RequestError(f"{partial} is being written by another run; wait for it or name another folder") from None
+    finally:
+        os.close(handle)
 
 
-def _folders(components: Components) -> dict[str, tuple[str, list[Part]]]:
-    """For each folder that is written anew, its files' stem and what goes into them."""
-    variant, quantization = components.variant, components.quantization
-    wanted = {"transformer": ["transformer"], "text_encoder": ["text_encoder"]}
-    if variant.encoder_area or variant.layered:
-        wanted["text_encoder"].append("vision")
-    if variant.layered:
-        wanted["text_encoder"].append("language_head")
-    stems = {"transformer": "diffusion_pytorch_model", "text_encoder": "model"}
-    present = [name for names in wanted.values() for name in names]
-    for field in fields(quantization):
-        if getattr(quantization, field.name) and field.name not in present:
-            raise RequestError(f"{components.snapshot.model} has no {field.name} that could be quantized")
-    for name in present:
-        if scheme := getattr(quantization, name, None):
-            say_what_does_not_fit(name, components.weights(name).specs("main"), scheme)
-    return {
-        folder: (stems[folder], [Part(components.weights(n), getattr(quantization, n, None)) for n in names])
-        for folder, names in wanted.items()
-    }
+def _folders(components: Components) -> Folders:
+    folders: dict[str, list[Part]] = {}
+    for name in ("transformer", *components.encoders):
+        weights, scheme = components.weights(name), getattr(components.quantization, name, None)
+        if scheme:
+            say_what_does_not_fit(name, weights.specs("main"), scheme)
+        folders.setdefault(weights_map(name).get("folder", name), []).append(Part(weights, scheme))
+    return folders
 
 
 def _copy(snapshot: HubSnapshot, partial: Path, written: set[str]) -> None:
@@ -161,11 +174,11 @@ def _copy(snapshot: HubSnapshot, partial: Path, written: set[str]) -> None:
                 shutil.copyfile(source, target)
 
 
-def _require_space(partial: Path, folders: Mapping[str, tuple[str, list[Part]]]) -> None:
-    parts = [part for _, parts in folders.values() for part in parts]
+def _require_space(partial: Path, folders: Folders) -> None:
+    parts = [part for parts in folders.values() for part in parts]
     needed = sum(part.nbytes(spec) for part in parts for specs in part.weights.layers() for spec in specs)
     there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    free = shutil.disk_usage(partial).free
+    free = shutil.disk_usage(next(place for place in (partial, *partial.absolute().parents) if place.is_dir())).free
     if free + there < needed + _MARGIN:
         raise OutputError(
             f"{partial.parent} has {free / 1e9:.1f} GB left, but the pack takes {needed / 1e9:.1f} GB; free some space"

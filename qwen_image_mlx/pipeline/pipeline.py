@@ -294,12 +294,9 @@ class QwenImagePipeline(PipelineCore):
         request = layers_request(
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
             size=size, cfg_normalize=cfg_normalize, caption_language=caption_language, seed=seed, rng=rng,
-            num_inference_steps=self.recommended.steps if num_inference_steps is None else num_inference_steps,
-            cfg_scale=self.recommended.cfg_scale if cfg_scale is None else cfg_scale,
+            sampling=self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale),
         )  # fmt: skip
-        encoding = self.encode_request(request, progress)
-        if staged:
-            self.release_encoders()
+        encoding, _ = self._encoded(request, staged, progress)
         return self.decompose_request(request, encoding, progress)
 
     def check_task(self, task: str) -> None:
@@ -402,10 +399,17 @@ class QwenImagePipeline(PipelineCore):
         return LayeredResult(request.canvas.resized_source, LayerStack(size, tuple(layers), metadata))
 
     def _paint(self, request: Request, staged: bool, progress: ProgressCallback | None) -> list[PILImage]:
-        encoding, initial = self.encode_request(request, progress), self.encode_canvas(request, progress)
+        encoding, initial = self._encoded(request, staged, progress)
+        return [image for image, _, _ in self.paint_request(request, encoding, initial, progress)]
+
+    def _encoded(
+        self, request: Request, staged: bool, progress: ProgressCallback | None
+    ) -> tuple[GuidanceEncoding, InitialImage | None]:
+        self.prepare()
+        encoded = self.encode_request(request, progress), self.encode_canvas(request, progress)
         if staged:
             self.release_encoders()
-        return [image for image, _, _ in self.paint_request(request, encoding, initial, progress)]
+        return encoded
 
     def _parameters(
         self, size: Size, steps: int | None, cfg_scale: float | None, rng: str, strength: float
@@ -413,11 +417,9 @@ class QwenImagePipeline(PipelineCore):
         return GenerationParameters(
             width=size[0],
             height=size[1],
-            num_inference_steps=self.recommended.steps if steps is None else steps,
-            cfg_scale=self.recommended.cfg_scale if cfg_scale is None else cfg_scale,
-            shift=self.recommended.shift,
             rng=rng,
             strength=strength,
+            **self.recommended.unless(num_inference_steps=steps, cfg_scale=cfg_scale),
         )
 
     @staticmethod
@@ -430,20 +432,20 @@ class QwenImagePipeline(PipelineCore):
 
     def release_encoders(self) -> None:
         """Gives back the memory of all that encodes: text encoder, vision tower, tokenizer, the VAE's encoder."""
-        self._components.release("text_encoder", "language_head", "vision", "tokenizer", "vae_encoder")
+        self.components.release("text_encoder", "language_head", "vision", "tokenizer", "vae_encoder")
 
     def release_text_encoder(self) -> None:
         """Gives back the memory of the text encoder, its vision tower and its head."""
-        self._components.release("text_encoder", "language_head", "vision")
+        self.components.release("text_encoder", "language_head", "vision")
 
     def release_tokenizer(self) -> None:
         """Gives back the tokenizer's memory."""
-        self._components.release("tokenizer")
+        self.components.release("tokenizer")
 
     def release_transformer(self) -> None:
         """Gives back the memory of the transformer and of its modulation table."""
         self._table = None
-        self._components.release("transformer")
+        self.components.release("transformer")
 
     def set_loras(self, loras: Sequence[LoRAReference], mode: str = "auto") -> None:
         """Other LoRAs from now on, instead of all that were there.
@@ -457,7 +459,7 @@ class QwenImagePipeline(PipelineCore):
         Raises:
             RequestError, CheckpointError, HubError: one cannot be found or does not fit; the old ones stay.
         """
-        parts = self._components
+        parts = self.components
         adapters = None
         if loras:
             targets, offline = parts.lora_targets(), parts.snapshot.offline
@@ -467,32 +469,32 @@ class QwenImagePipeline(PipelineCore):
 
     def release_vae(self) -> None:
         """Gives back the autoencoder's memory."""
-        self._components.release("vae_encoder", "vae_decoder")
+        self.components.release("vae_encoder", "vae_decoder")
 
     def reload_text_encoder(self) -> None:
         """Loads the text encoder now, unless it is loaded."""
-        _ = self._components.text_encoder
+        _ = self.components.text_encoder
 
     def reload_tokenizer(self) -> None:
         """Loads the tokenizer now, unless it is loaded."""
-        _ = self._components.tokenizer
+        _ = self.components.tokenizer
 
     @property
     def is_text_encoder_loaded(self) -> bool:
         """Whether the text encoder is in memory."""
-        return self._components.is_loaded("text_encoder")
+        return self.components.is_loaded("text_encoder")
 
     @property
     def is_tokenizer_loaded(self) -> bool:
         """Whether the tokenizer is in memory."""
-        return self._components.is_loaded("tokenizer")
+        return self.components.is_loaded("tokenizer")
 
     @property
     def is_transformer_loaded(self) -> bool:
         """Whether the transformer is in memory."""
-        return self._components.is_loaded("transformer")
+        return self.components.is_loaded("transformer")
 
     @property
     def is_vae_loaded(self) -> bool:
         """Whether any half of the autoencoder is in memory."""
-        return self._components.is_loaded("vae_encoder") or self._components.is_loaded("vae_decoder")
+        return self.components.is_loaded("vae_encoder") or self.components.is_loaded("vae_decoder")

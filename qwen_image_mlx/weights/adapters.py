@@ -8,7 +8,7 @@ for all LoRAs together.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import mlx.core as mx
 
@@ -85,18 +85,18 @@ class Adapters:
         mx.eval(changed)
         return changed
 
-    def check(self, is_packed: Callable[[str], bool]) -> None:
+    def check(self, packed: Collection[str]) -> None:
         """Finds out, reading nothing, whether everything can be merged or run beside.
 
         Args:
-            is_packed: given a module's canonical name, whether its weight is packed already.
+            packed: the modules, by canonical name, whose weights are packed already.
 
         Raises:
             CheckpointError: a change of a packed weight cannot run beside it, or is to be merged.
         """
         for lora in self.loras:
             for path, update in lora.updates.items():
-                if not (update.changes_weight or update.is_dora) or not is_packed(path):
+                if not (update.changes_weight or update.is_dora) or path not in packed:
                     continue
                 if self.mode == "merge":
                     raise CheckpointError(
@@ -127,17 +127,17 @@ class Adapters:
         if isinstance(value, Packed):
             return value, self._branch(path, dtype)
         base = value.astype(mx.float32)
-        branch = self._branch(path, dtype) if self.mode == "side" else None
-        if branch is None:
-            change = self.apply(name, base) - base
-            stored, kept, asked = _stored(base, change, scheme, dtype)
-            if self.mode == "auto" and kept < _ENOUGH * asked and (branch := self._branch(path, dtype)):
-                return _stored(base, mx.zeros_like(base), scheme, dtype)[0], branch
-            self.merged += 1
-            self.altered = True
-            self._kept, self._asked = self._kept + kept, self._asked + asked
-            return stored, None
-        return _stored(base, mx.zeros_like(base), scheme, dtype)[0], branch
+        if self.mode == "side" and (branch := self._branch(path, dtype)):
+            return _stored(base, scheme, dtype), branch
+        changed = self.apply(name, base)
+        stored = _stored(changed, scheme, dtype)
+        kept, asked = _survival(base, changed, stored)
+        if self.mode == "auto" and kept < _ENOUGH * asked and (branch := self._branch(path, dtype)):
+            return _stored(base, scheme, dtype), branch
+        self.merged += 1
+        self.altered = True
+        self._kept, self._asked = self._kept + kept, self._asked + asked
+        return stored, None
 
     def branches(self, dtype: mx.Dtype) -> dict[str, Branch] | None:
         """What runs beside each changed module if everything does; None if something cannot."""
@@ -174,13 +174,15 @@ def stack_branches(pairs: Iterable[Branch], dtype: mx.Dtype) -> Branch:
     return mx.concatenate(a, axis=0).astype(dtype), mx.concatenate(b, axis=1).astype(dtype)
 
 
-def _stored(
-    base: mx.array, change: mx.array, scheme: Scheme | None, dtype: mx.Dtype
-) -> tuple[mx.array | Packed, float, float]:
-    """base + change as it is stored, <stored - base, change> and <change, change>."""
-    changed = base + change
-    stored = changed.astype(dtype) if scheme is None else quantize_matrix(changed, scheme)
+def _stored(value: mx.array, scheme: Scheme | None, dtype: mx.Dtype) -> mx.array | Packed:
+    """A matrix as it is stored, evaluated."""
+    stored = value.astype(dtype) if scheme is None else quantize_matrix(value, scheme)
+    mx.eval(stored.arrays if isinstance(stored, Packed) else stored)
+    return stored
+
+
+def _survival(base: mx.array, changed: mx.array, stored: mx.array | Packed) -> tuple[float, float]:
+    """<stored - base, change> and <change, change>: what is stored of a change, and what was asked."""
     back = stored.dequantize() if isinstance(stored, Packed) else stored.astype(mx.float32)
-    kept, asked = ((back - base) * change).sum(), mx.square(change).sum()
-    mx.eval(stored.arrays if isinstance(stored, Packed) else stored, kept, asked)
-    return stored, kept.item(), asked.item()
+    change = changed - base
+    return ((back - base) * change).sum().item(), mx.square(change).sum().item()

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import TransformerConfig
+import mlx.core as mx
+
+from ..config import TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
 from .gguf import read_gguf
+from .loader import ComponentWeights
 from .lora import read_lora
 from .lora_inspect import describe
-from .mapping import canonical_names, matrix_shapes
-from .shards import read_header
+from .mapping import canonical_names, matrix_shapes, shown_settings
+from .shards import Tensor, read_header
 
 # A tensor that every file of a component has, by canonical name, and no LoRA.
 _SIGNATURES = {
     "transformer": "transformer_blocks.0.attn.add_k_proj.weight",
     "text_encoder": "model.layers.0.input_layernorm.weight",
     "vae": "decoder.conv_in.weight",
+}
+# The released models' configs, and the parts of each component that stay in memory, with their dtype.
+_RESIDENT = {
+    "transformer": (TransformerConfig(), ("main",), mx.bfloat16),
+    "text_encoder": (TextEncoderConfig(), ("main",), mx.bfloat16),
+    "vae": (VAEConfig(), ("encoder", "decoder"), mx.float32),
 }
 # Tensors that say more, by canonical name: (label, what is said).
 _MARKS = {
@@ -37,6 +47,8 @@ class FileReport:
         file_bytes: of their data.
         forms: how they lie in it, and how many bytes so.
         facts: what else is to be said, by label.
+        resident_bytes: what it takes in memory once it is loaded, in bf16 (an autoencoder in fp32); None for a LoRA,
+            and for a component that is not of the released models' size.
     """
 
     path: str
@@ -45,6 +57,7 @@ class FileReport:
     file_bytes: int
     forms: dict[str, int]
     facts: dict[str, str]
+    resident_bytes: int | None = None
 
 
 def identify(path: Path) -> FileReport:
@@ -62,9 +75,18 @@ def identify(path: Path) -> FileReport:
         names = set(canonical_names(kind, tensors).values())
         if signature in names:
             facts = dict(said for name, said in _MARKS.items() if name in names)
-            return FileReport(str(path), kind, len(tensors), total, forms, facts)
+            return FileReport(str(path), kind, len(tensors), total, forms, facts, _resident_bytes(kind, tensors))
     try:
         lora = read_lora(path, matrix_shapes("transformer", TransformerConfig()))
     except CheckpointError as error:
         raise CheckpointError(f"{path} is neither a part of a Qwen-Image model nor a LoRA for one: {error}") from error
     return FileReport(str(path), "LoRA", len(tensors), total, forms, dict(describe(lora)))
+
+
+def _resident_bytes(kind: str, tensors: Mapping[str, Tensor]) -> int | None:
+    config, parts, dtype = _RESIDENT[kind]
+    try:
+        weights = ComponentWeights(kind, replace(config, **shown_settings(kind, tensors)), tensors, parts)
+    except CheckpointError:
+        return None
+    return sum(weights.resident_bytes(part, dtype) for part in parts)

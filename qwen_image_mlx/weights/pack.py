@@ -14,12 +14,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError
 from .loader import ComponentWeights, repacked
-from .mapping import TensorSpec
+from .mapping import TensorSpec, weights_map
 from .packed import Packed
 from .quantize import Scheme, relative_error
-from .shards import read_header
+from .shards import read_header, save_tensors
 from .stored import FLOATS, Reader
 
 _PLAN, _ERRORS = "qwen_image_mlx.plan", "qwen_image_mlx.errors"
@@ -44,7 +44,6 @@ class Part:
 
 def write_component(
     folder: Path,
-    stem: str,
     parts: Sequence[Part],
     *,
     shard_bytes: int,
@@ -54,8 +53,7 @@ def write_component(
 
     Args:
         folder: of the component; whole files of the same plan that lie there are kept.
-        stem: of the files' names.
-        parts: what to write, in this order.
+        parts: what to write, in this order; the files are named as the first one's are.
         shard_bytes: a file's tensors take at most so many bytes, unless one layer takes more.
         progress: told of the bytes written so far, and of all.
 
@@ -66,6 +64,7 @@ def write_component(
         CheckpointError: the source could not be read.
         OutputError: a file could not be written; those written before stay for the next run.
     """
+    stem = weights_map(parts[0].weights.component)["stem"]
     shards = list(_shards(parts, shard_bytes))
     total = sum(nbytes for _, nbytes in shards)
     readers = [Reader(part.weights.component) for part in parts]
@@ -80,7 +79,7 @@ def write_component(
             for which, specs in layers:
                 for spec in specs:
                     _write_tensor(parts[which], spec, readers[which], arrays, found)
-            _save(path, arrays, {"format": "mlx", _PLAN: plan, _ERRORS: json.dumps(found)})
+            save_tensors(path, arrays, {"format": "mlx", _PLAN: plan, _ERRORS: json.dumps(found)})
             del arrays
             mx.clear_cache()
         errors |= found
@@ -169,13 +168,3 @@ def _whole(path: Path, plan: str) -> dict[str, float] | None:
         return json.loads(metadata[_ERRORS]) if metadata.get(_PLAN) == plan else None
     except (CheckpointError, KeyError, ValueError):
         return None
-
-
-def _save(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.partial.safetensors")  # the ending is MLX's wish
-    try:
-        mx.save_safetensors(str(partial), arrays, metadata)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} could not be written: {error}; free some space and run again to go on") from error

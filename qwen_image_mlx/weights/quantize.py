@@ -91,6 +91,11 @@ class Quantization:
     text_encoder: Scheme | None = None
     vision: Scheme | None = None
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those that are quantized."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+
     @classmethod
     def parse(cls, text: str | int, group_size: int | None = None) -> Quantization:
         """From "4" (the transformer; the text encoder then takes 8) or "transformer=4,text_encoder=8,vision=none".

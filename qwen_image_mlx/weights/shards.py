@@ -1,4 +1,4 @@
-"""Reads safetensors headers; never tensor data.
+"""Reads safetensors headers, never tensor data; writes whole files or none.
 
 The format, https://github.com/huggingface/safetensors#format: eight bytes of header length (little-endian), a JSON
 header that gives each tensor's dtype, shape and byte range, then the tensors' bytes, one after another without holes.
@@ -14,8 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from ..errors import CheckpointError
+import mlx.core as mx
+
+from ..errors import CheckpointError, OutputError
 
 _BITS = {
     "F4": 4,
@@ -29,6 +32,7 @@ _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_RANK = 16  # far above any model's; bounds the product of a made-up shape
 _MAX_DIM = 2**63
+PARTIAL = ".partial.safetensors"  # how names of unfinished files end; the last part is MLX's wish
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -124,6 +128,22 @@ def component_tensors(files: Sequence[Path], index: Mapping[str, str] | None) ->
                 "download the file and its index again"
             )
     return tensors
+
+
+def save_tensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file under another name and renames it, so that what has its name is whole.
+
+    Raises:
+        OutputError: it could not be written; what lay there stays.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex}{PARTIAL}")
+    try:
+        mx.save_safetensors(str(partial), dict(arrays), dict(metadata))
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{path} could not be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # The helpers below say what is wrong by ValueError; read_header makes it a sentence with the path and the cure.

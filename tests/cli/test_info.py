@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import mlx.core as mx
@@ -108,3 +109,24 @@ def test_lora_inspect_takes_another_model_s_shapes(tiny, tmp_path, run):
     assert run("lora", "inspect", file, "--model", tiny)[0] == 0
     assert run("lora", "inspect", file)[0] == 2
     assert FULL["transformer"].num_layers == 60
+
+
+def test_a_single_file_s_memory_is_announced(tmp_path, run):
+    """A file of the real width with holes for data: only its header is read."""
+    from qwen_image_mlx.weights.mapping import expected_tensors
+
+    specs = expected_tensors("transformer", TransformerConfig())
+    header, end = {}, 0
+    for spec in specs.values():
+        size = 2 * math.prod(spec.shape)
+        header[spec.name] = {"dtype": "BF16", "shape": list(spec.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    file = tmp_path / "transformer.safetensors"
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + end)
+    code, out, err = run("info", file)
+    assert code == 0, err
+    assert re.search(r"in the file +BF16 40\.86 GB", out)
+    assert re.search(r"in memory +27\.\d+ GB", out)

@@ -305,3 +305,51 @@ def test_a_manifest_never_leaves_its_folder(run, layers):
         manifest["layers"][0]["file"] = file
         (layers / "manifest.json").write_text(json.dumps(manifest))
         assert "no such file" in refusal(run("compose", layers))
+
+
+def test_a_manifest_that_changed_meanwhile_keeps_the_edit(run, layers, monkeypatch):
+    from qwen_image_mlx.images import recompose
+
+    adopt, manifest = recompose.adopt_file, layers / "manifest.json"
+
+    def after_a_change(*arguments):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"layers": []}))
+        adopt(*arguments)
+
+    monkeypatch.setattr(recompose, "adopt_file", after_a_change)
+    said = refusal(run("edit", "make it red", "--layer", f"{layers}:2", *QUICK, "--seed", "1"))
+    assert "layer_2-edited.png is saved, but manifest.json was changed" in said
+    assert (layers / "layer_2-edited.png").is_file()
+
+
+def test_a_distilled_lora_sets_how_pictures_are_taken_apart(run, models, here):
+    from lora_files import write_lora
+
+    from qwen_image_mlx import QwenImagePipeline
+
+    shapes = QwenImagePipeline.from_pretrained(models["decompose"]).components.lora_targets()
+    write_lora(here / "Fox-Lightning-4steps-V1.0.safetensors", shapes)
+    flags = [*APART[2:4], *APART[6:], "--lora", "Fox-Lightning-4steps-V1.0.safetensors", "--layers", "1"]
+
+    def parameters(*more):
+        code, (folder, _), err = run("decompose", "photo.png", *flags, *more)
+        assert code == 0, err
+        found = json.loads((Path(folder) / "manifest.json").read_text())
+        return found["steps"], found["cfg_scale"], found["shift"]
+
+    assert parameters() == (4, 1.0, 3.0)
+    assert parameters("--steps", "2", "--cfg-scale", "1.5") == (2, 1.5, 3.0)
+
+
+@pytest.mark.parametrize("name", ["", "layers.psd", "layers.ora", "layers.zip"])
+def test_info_describes_layers(run, here, capsys, name):
+    code, (folder, _), err = run("decompose", "photo.png", "--layers", "2", "--format", "png,psd,ora,zip", *APART)
+    assert code == 0, err
+    assert main(["info", str(Path(folder) / name), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["layers"], facts["size"]) == (2, "150x100")
+
+
+def test_a_picture_that_shows_nothing_has_no_caption(run, here):
+    Image.new("RGBA", (64, 64)).save("empty.png")
+    assert "transparent everywhere" in refusal(run("caption", "empty.png"))

@@ -277,3 +277,22 @@ def test_references(folder, monkeypatch):
     assert split_reference("~nobody-has-this-name/small:0") == (Path("~nobody-has-this-name/small"), 0)
     for text in ("small", "small:", "small:-1", "small:x", "small:1.0", ":1"):
         assert split_reference(text) == (Path(text), None)
+
+
+@pytest.mark.parametrize(("folder", "formats", "says"), [
+    (None, ("png",), "must be a path"),
+    ("a\0b", ("png",), "must be a path"),
+    ("layers", None, "formats are None"),
+    ("layers", (1,), "formats are"),
+])  # fmt: skip
+def test_what_is_no_place_and_no_format_is_refused(tmp_path, monkeypatch, folder, formats, says):
+    monkeypatch.chdir(tmp_path)
+    stack = LayerStack((4, 4), (Layer(Image.new("RGBA", (4, 4))),))
+    with pytest.raises(RequestError, match=says):
+        save_layers(stack, folder, formats)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_format_may_be_a_word(tmp_path):
+    save_layers(LayerStack((4, 4), (Layer(Image.new("RGBA", (4, 4))),)), tmp_path / "layers", "ora")
+    assert (tmp_path / "layers" / "layers.ora").is_file()

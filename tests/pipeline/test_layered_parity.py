@@ -145,7 +145,7 @@ def test_captions_are_the_reference_s_greedy_ones(layered, language, english, pe
     monkeypatch.setattr(caption, "MAX_TOKENS", 24)
     config = GenerationConfig(repetition_penalty=penalty)
     pipeline = QwenImagePipeline.from_pretrained(layered, dtype="float32")
-    monkeypatch.setattr(type(pipeline._components), "generation_config", config)
+    monkeypatch.setattr(type(pipeline.components), "generation_config", config)
     chosen = []
     monkeypatch.setattr(QwenTokenizer, "decode", lambda self, ids: chosen.extend(ids) or self._tokenizer.decode(ids))
     ours = pipeline.caption_image(image, language=language, resolution=160)
@@ -158,7 +158,7 @@ def test_sampled_captions_follow_the_seed_and_leave_the_application_s_randomness
     monkeypatch.setattr(caption, "MAX_TOKENS", 12)
     pipeline = QwenImagePipeline.from_pretrained(layered, dtype="float32")
     config = GenerationConfig(do_sample=True, temperature=2.0, top_k=40, top_p=0.9, repetition_penalty=1.05)
-    monkeypatch.setattr(type(pipeline._components), "generation_config", config)
+    monkeypatch.setattr(type(pipeline.components), "generation_config", config)
     image = picture(100, 100)
     mx.random.seed(5)
     expected = mx.random.normal((3,)).tolist()

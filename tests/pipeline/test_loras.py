@@ -286,3 +286,39 @@ def test_bad_loras(run, shapes, tmp_path, flags, says):
     assert says in line
     assert "Traceback" not in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("loras", [5, 1.5])
+def test_loras_that_are_no_list_are_refused(tiny, loras):
+    with pytest.raises(RequestError, match="list of references"):
+        QwenImagePipeline.from_pretrained(tiny).set_loras(loras)
+
+
+def test_a_picture_finds_its_lora_beside_it(run, shapes, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    write_lora(tmp_path / "fox.safetensors", shapes)
+    _, (path,), _ = run("--lora", "fox.safetensors@0.7", "--steps", "1")
+    picture = (tmp_path / path).read_bytes()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, (again,), err = run("--from-image", f"../{path}", "-o", "again.png")
+    assert code == 0, err
+    assert recorded(again)["loras"] == ["../fox.safetensors@0.7"]
+    from PIL import Image
+
+    np.testing.assert_array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(tmp_path / path)))
+    assert (tmp_path / path).read_bytes() == picture
+
+
+def test_what_cannot_run_beside_packed_weights_is_refused_before_any_work(pack, tmp_path, monkeypatch):
+    name = "transformer_blocks.0.attn.to_q"
+    out, width = QwenImagePipeline.from_pretrained(pack).components.lora_targets()[name]
+    tensors = {
+        f"{name}.lora_A.weight": mx.ones((4, width)),
+        f"{name}.lora_B.weight": mx.ones((out, 4)),
+        f"{name}.lora_magnitude_vector": mx.ones((out,)),
+    }
+    mx.save_safetensors(str(tmp_path / "dora.safetensors"), tensors)
+    pipeline = QwenImagePipeline.from_pretrained(pack, loras=[tmp_path / "dora.safetensors"])
+    monkeypatch.setattr(pipeline, "encode_request", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(CheckpointError, match="cannot run beside packed weights"):
+        pipeline.generate("a fox", width=64, height=48, num_inference_steps=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +38,7 @@ def source(tmp_path_factory):
 def paint(folder, quantize=None, dtype="float32"):
     pipeline = QwenImagePipeline.from_pretrained(folder, dtype=dtype, quantize=quantize)
     encoding = pipeline.encode_guidance_prompts("a fox", " ")
-    return np.array(pipeline.generate_pixels(PARAMETERS, encoding, seed=1)), pipeline._components
+    return np.array(pipeline.generate_pixels(PARAMETERS, encoding, seed=1)), pipeline.components
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -92,7 +93,7 @@ def test_a_pack_in_several_files_is_the_same(source, tmp_path):
 
 
 def test_a_run_that_was_cut_goes_on(source, tmp_path, monkeypatch):
-    out, done, save = tmp_path / "pack", [], pack._save
+    out, done, save = tmp_path / "pack", [], pack.save_tensors
 
     def cut_after(number):
         def saving(path, *rest):
@@ -104,7 +105,7 @@ def test_a_run_that_was_cut_goes_on(source, tmp_path, monkeypatch):
         return saving
 
     arguments = {"quantization": Quantization.parse("4"), "shard_bytes": 200_000}
-    monkeypatch.setattr(pack, "_save", cut_after(3))
+    monkeypatch.setattr(pack, "save_tensors", cut_after(3))
     with pytest.raises(OutputError, match="disk is full"):
         quantize_checkpoint(source, out, **arguments)
     assert not out.exists()
@@ -112,7 +113,7 @@ def test_a_run_that_was_cut_goes_on(source, tmp_path, monkeypatch):
     assert len(before) == 3
     damaged = next(iter(before))
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    monkeypatch.setattr(pack, "_save", cut_after(-1))
+    monkeypatch.setattr(pack, "save_tensors", cut_after(-1))
     done.clear()
     quantize_checkpoint(source, out, **arguments)
     assert damaged.name in done
@@ -145,7 +146,7 @@ def test_another_model_does_not_go_on_from_what_lies_there(source, tmp_path, mon
 def test_a_partial_folder_of_others_is_left_alone(source, tmp_path):
     (tmp_path / "pack.partial").mkdir()
     (tmp_path / "pack.partial" / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="earlier run"):
+    with pytest.raises(RequestError, match="earlier run"):
         quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
     assert (tmp_path / "pack.partial" / "mine.txt").read_text() == "mine"
 
@@ -222,3 +223,39 @@ def test_a_pack_that_lacks_scales_is_refused(source, tmp_path):
         )
         with pytest.raises(Exception, match=says):
             QwenImagePipeline.from_pretrained(folder).prepare()
+
+
+def test_two_runs_into_one_folder_are_kept_apart(source, tmp_path, monkeypatch):
+    out, refused = tmp_path / "pack", []
+    write = packing.write_component
+
+    def meanwhile(*arguments, **options):
+        monkeypatch.setattr(packing, "write_component", write)
+        with pytest.raises(RequestError, match="another run"):
+            quantize_checkpoint(source, out, Quantization.parse("8"))
+        refused.append(True)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(packing, "write_component", meanwhile)
+    quantize_checkpoint(source, out, Quantization.parse("4"))
+    assert refused
+    np.testing.assert_array_equal(paint(out)[0], paint(source, "4")[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["pack"]
+
+
+def test_a_failed_write_is_said_once(source, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[save_safetensors] no space left")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OutputError) as refusal:
+        quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+    assert str(refusal.value).count("could not be written") == 1
+    assert str(refusal.value).endswith("run again to go on")
+
+
+def test_nothing_is_left_where_there_is_no_space(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(OutputError, match="GB left"):
+        quantize_checkpoint(source, tmp_path / "deep" / "pack", Quantization.parse("4"))
+    assert not list(tmp_path.iterdir())

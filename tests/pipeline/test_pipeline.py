@@ -179,7 +179,7 @@ def test_guidance_needs_a_negative_prompt_and_a_scale_above_one(pipeline, encodi
     """The second pass is skipped unless it changes the result."""
     calls = []
     pipeline.generate_pixels(PARAMETERS, encoding)  # loads
-    transformer = type(pipeline._components.transformer)
+    transformer = type(pipeline.components.transformer)
     forward = transformer.__call__
     monkeypatch.setattr(transformer, "__call__", lambda self, *args: calls.append(1) or forward(self, *args))
     alone = GuidanceEncoding(encoding.positive)
