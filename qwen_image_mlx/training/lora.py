@@ -1,0 +1,124 @@
+"""LoRAs that are trained: low-rank branches beside frozen matrices, dense or packed, and the file they are saved in.
+
+The file is diffusers', with PEFT's settings, which this package's loader and diffusers both read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..errors import RequestError
+from ..models.transformer import Transformer
+from ..weights.shards import save_tensors
+from .loss import key_of
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
+PREFIX = "transformer."  # of a network's parameters, and of a file's tensors
+
+
+class LoRALinear(nn.Module):
+    """layer(x) + scale * (x A^T) B^T, of which A (r, in) and B (out, r) are trained."""
+
+    def __init__(self, layer: nn.Module, a: mx.array, b: mx.array, scale: float):
+        super().__init__()
+        self.layer, self.lora_A, self.lora_B = layer, a, b
+        self.scale = scale
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (…, in) to (…, out), in x's dtype if A and B have it."""
+        return self.layer(x) + self.scale * ((x @ self.lora_A.T) @ self.lora_B.T)
+
+
+def add_lora(
+    transformer: Transformer,
+    shapes: Mapping[str, tuple[int, ...]],
+    targets: str,
+    rank: int,
+    alpha: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Freezes a transformer and puts branches that change nothing yet beside some of its matrices.
+
+    A is drawn with a standard deviation of 1 / rank and B is 0, as in diffusers' training script ("gaussian").
+
+    Args:
+        transformer: dense or packed.
+        shapes: (out, in) of its matrices, by name.
+        targets: "attention", "all", or ends of names, separated by commas.
+        rank: of each branch.
+        alpha: a branch counts alpha / rank; None is rank.
+        seed: of A.
+
+    Returns:
+        The names of the matrices.
+
+    Raises:
+        RequestError: an end fits nothing, or the rank or alpha is not positive.
+    """
+    if rank < 1 or (alpha is not None and not alpha > 0):
+        raise RequestError(f"rank is {rank} and alpha {alpha}, but both must be positive")
+    layers = {name: layer for name, layer in transformer.named_modules() if _is_matrix(layer)}
+    names = matched(layers, targets)
+    transformer.freeze()
+    branches = []
+    for name in names:
+        out, width = shapes[name]
+        if rank > min(out, width):
+            raise RequestError(f"rank is {rank}, but {name} has only {min(out, width)} rows or columns")
+        a = mx.random.normal((rank, width), key=key_of(seed, "lora", name)) / rank
+        branches.append((name, LoRALinear(layers[name], a, mx.zeros((out, rank)), (alpha or rank) / rank)))
+    transformer.update_modules(tree_unflatten(branches))
+    mx.eval(transformer.trainable_parameters())
+    return names
+
+
+def matched(names: Collection[str], targets: str) -> list[str]:
+    """The names that "attention", "all" or ends of names, separated by commas, mean; raises RequestError for none."""
+    ends = TARGETS.get(targets) or tuple(end.strip() for end in targets.split(","))
+    fitting = {end: [name for name in names if name == end or (end and name.endswith(f".{end}"))] for end in ends}
+    if odd := [end for end, found in fitting.items() if not found]:
+        allowed = sorted({name.partition(".")[2].partition(".")[2] or name for name in names})
+        raise RequestError(
+            f"targets name {odd[0]!r}, but must be {', '.join(TARGETS)} or some of: {', '.join(allowed)}"
+        )
+    return [name for name in names if any(name in found for found in fitting.values())]
+
+
+def save_lora(
+    path: Path, parameters: Mapping[str, mx.array], rank: int, alpha: float, record: Mapping[str, object]
+) -> None:
+    """Writes what `pipe.load_lora_weights` reads, whole or not at all.
+
+    Args:
+        path: a .safetensors file.
+        parameters: of a `Network`, by name.
+        rank, alpha: of every branch.
+        record: JSON of how it was trained, for people.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    modules = sorted({name.removeprefix(PREFIX).rpartition(".")[0] for name in parameters})
+    settings = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules, "lora_dropout": 0.0,
+        "bias": "none", "init_lora_weights": "gaussian", "use_dora": False, "use_rslora": False,
+        "rank_pattern": {}, "alpha_pattern": {},
+    }  # fmt: skip
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"{PREFIX}{key}": value for key, value in settings.items()}),
+        "qwen_image_mlx.training": json.dumps(record, ensure_ascii=False),
+    }
+    save_tensors(path, {f"{name}.weight": array for name, array in parameters.items()}, metadata)
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear | nn.QuantizedLinear)

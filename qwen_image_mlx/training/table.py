@@ -1,0 +1,105 @@
+"""The frozen modulation of a run: the rows of every noise level it draws, on disk, read a few at a time.
+
+Its matrices, a third of the model, are read once at the start (`weights/modulation.py`) and never stay in memory. The
+rows of 1000 levels of the released models are 4.4 GB; a batch needs 4.4 MB of them for each sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from ..models.transformer import BlockRows, Modulation
+from ..weights.adapters import Adapters
+from ..weights.loader import ComponentWeights
+from ..weights.modulation import modulation_table
+from ..weights.shards import read_header, save_tensors
+
+_LEVELS_PER_FILE = 50
+_KEY = "qwen_image_mlx.table"
+
+
+class LevelTable:
+    """Rows by the index of a noise level.
+
+    Args:
+        folder: where they lie; those of the same model and levels are kept from one run to the next.
+        weights: the transformer's, with the part "modulation".
+        sigmas: every noise level (N,).
+        levels: the indices that are drawn.
+        dtype: of the rows.
+        zero_cond_t: references have the rows of timestep 0.
+        adapters: LoRAs, merged on the way.
+        fingerprint: tells apart what the rows depend on, the weights' files.
+
+    Raises:
+        OutputError: the rows could not be written.
+        CheckpointError: the weights could not be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        weights: ComponentWeights,
+        sigmas: mx.array,
+        levels: Sequence[int],
+        dtype: mx.Dtype,
+        zero_cond_t: bool,
+        adapters: Adapters | None,
+        fingerprint: str,
+    ):
+        drawn = sorted({*levels})
+        chunks = [drawn[n : n + _LEVELS_PER_FILE] for n in range(0, len(drawn), _LEVELS_PER_FILE)]
+        self._files = {level: _file(folder, n) for n, chunk in enumerate(chunks) for level in chunk}
+        key = repr((fingerprint, [sigmas[level].item() for level in drawn], str(dtype), zero_cond_t))
+        key = hashlib.sha256(key.encode()).hexdigest()
+        if all(_is_of(_file(folder, n), key) for n in range(len(chunks))):
+            return
+        timesteps = [sigmas[level].item() for level in drawn]
+        table = dict(zip(drawn, modulation_table(weights, timesteps, dtype, zero_cond_t, adapters), strict=True))
+        folder.mkdir(parents=True, exist_ok=True)
+        for n, chunk in enumerate(chunks):
+            arrays = {}
+            for level in chunk:
+                rows = table[level]
+                arrays[f"{level}.blocks"] = mx.stack([mx.stack([rows.text, rows.target]) for rows in rows.blocks])
+                arrays[f"{level}.out"] = rows.out
+            if zero_cond_t:
+                arrays["references"] = mx.stack([rows.references for rows in table[chunk[0]].blocks])
+            save_tensors(_file(folder, n), arrays, {_KEY: key})
+
+    def __call__(self, levels: Sequence[int]) -> Modulation:
+        """The rows of a batch's samples: (6, D) if there is one sample, else (6, B, 1, D)."""
+        found = []
+        for level in levels:
+            try:
+                found.append(mx.load(str(self._files[level])))
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(f"{self._files[level]} is gone or damaged ({error}): resume the run") from error
+        blocks = _of_samples([arrays[f"{level}.blocks"] for level, arrays in zip(levels, found, strict=True)])
+        out = _of_samples([arrays[f"{level}.out"] for level, arrays in zip(levels, found, strict=True)])
+        shown = found[0].get("references")
+        return Modulation(
+            [BlockRows(text, target, target if shown is None else shown[n]) for n, (text, target) in enumerate(blocks)],
+            out,
+        )
+
+
+def _of_samples(arrays: Sequence[mx.array]) -> mx.array:
+    """(…, D) of each sample as (…, B, 1, D); of a single one as it is, which its kernels like best."""
+    return arrays[0] if len(arrays) == 1 else mx.stack(arrays, axis=-2)[..., None, :]
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"modulation-{number:02}.safetensors"
+
+
+def _is_of(path: Path, key: str) -> bool:
+    try:
+        return path.is_file() and read_header(path)[1].get(_KEY) == key
+    except CheckpointError:
+        return False
