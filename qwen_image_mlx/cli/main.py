@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import QwenImageError, RequestError
-from . import caption, compose, decompose, edit, generate, info, lora, quantize
+from . import caption, compose, decompose, edit, generate, info, lora, quantize, train
 
-COMMANDS = (generate, edit, decompose, compose, caption, quantize, lora, info)
+COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, info)
 
 
 class _Parser(argparse.ArgumentParser):

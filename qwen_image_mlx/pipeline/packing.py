@@ -106,10 +106,7 @@ def _write(
     components: Components, partial: Path, name: str, folders: Folders, shard_bytes: int, report: Reporter
 ) -> None:
     """Fills the folder."""
-    _copy(components.snapshot, partial, set(folders))
-    for path, value in components.sources.stand_ins().items():
-        (partial / path).parent.mkdir(exist_ok=True)
-        (partial / path).write_text(json.dumps(value, indent=2))
+    copy_unwritten(components, partial, set(folders))
     errors: dict[str, dict[str, float]] = {}
     for folder, parts in folders.items():
         (partial / folder).mkdir(exist_ok=True)
@@ -159,8 +156,9 @@ def _folders(components: Components) -> Folders:
     return folders
 
 
-def _copy(snapshot: HubSnapshot, partial: Path, written: set[str]) -> None:
-    """Copies what is no weight, and the weights of folders that are not written anew."""
+def copy_unwritten(components: Components, partial: Path, written: set[str]) -> None:
+    """Copies a checkpoint into a folder: what is no weight, and the weights of folders that are not written anew."""
+    snapshot = components.snapshot
     if snapshot.exists(INDEX):
         shutil.copyfile(snapshot.file(INDEX), partial / INDEX)
     for folder in _COPIED:
@@ -172,6 +170,9 @@ def _copy(snapshot: HubSnapshot, partial: Path, written: set[str]) -> None:
             target.parent.mkdir(exist_ok=True)
             if not target.is_file() or target.stat().st_size != source.stat().st_size:
                 shutil.copyfile(source, target)
+    for path, value in components.sources.stand_ins().items():
+        (partial / path).parent.mkdir(exist_ok=True)
+        (partial / path).write_text(json.dumps(value, indent=2))
 
 
 def _require_space(partial: Path, folders: Folders) -> None:

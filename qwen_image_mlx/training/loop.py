@@ -38,6 +38,10 @@ class LoopSettings:
     dtype: mx.Dtype = mx.float32
     ema: float | None = None
 
+    def levels(self, flow: FlowMatching, step: int, number: int, count: int) -> mx.array:
+        """The noise levels of a step's batch, as indices (count,)."""
+        return flow.levels_drawn(key_of(self.seed, "levels", step, number), count)
+
 
 class StepResult(NamedTuple):
     """What a step was like; `step` counts those done."""
@@ -143,9 +147,8 @@ class Trainer:
 
     def draws(self, step: int, number: int, batch: Batch) -> tuple[mx.array, mx.array]:
         """Noise levels (B,), as indices, and noise (B, N, C) of a step's batch."""
-        seed = self.settings.seed
-        levels = self.flow.levels_drawn(key_of(seed, "levels", step, number), len(batch))
-        return levels, mx.random.normal(batch.latents.shape, key=key_of(seed, "noise", step, number))
+        noise = mx.random.normal(batch.latents.shape, key=key_of(self.settings.seed, "noise", step, number))
+        return self.settings.levels(self.flow, step, number, len(batch)), noise
 
     def _loss(
         self,

@@ -17,10 +17,8 @@ from ..errors import RequestError
 from ..models.transformer import Transformer
 from ..weights.shards import save_tensors
 from .loss import key_of
+from .settings import TARGETS
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
 PREFIX = "transformer."  # of a network's parameters, and of a file's tensors
 
 

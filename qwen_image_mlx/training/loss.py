@@ -14,9 +14,7 @@ import mlx.core as mx
 
 from ..config import SchedulerConfig
 from ..errors import RequestError
-
-TIMESTEPS = ("uniform", "logit_normal", "mode")
-WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
+from .settings import TIMESTEPS, WEIGHTINGS
 
 
 def key_of(seed: int, *words: object) -> mx.array:

@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from ..errors import RequestError
+from .settings import SCHEDULES
 
 Parameters = dict[str, mx.array]
-SCHEDULES = ("constant", "cosine", "linear")
 
 
 @dataclass(frozen=True)

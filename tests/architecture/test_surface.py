@@ -38,6 +38,12 @@ FLAGS = {
         "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "-o",
     },
     "caption": MODEL | {"--language", "--resolution", "--seed", "-s"},
+    "train": MODEL | {
+        "--data", "--output", "--task", "--steps", "--rank", "--alpha", "--targets", "--full", "--learning-rate",
+        "--warmup", "--schedule", "--batch-size", "--accumulate", "--weight-decay", "--timesteps", "--logit-mean",
+        "--logit-std", "--shift", "--weighting", "--resolution", "--caption-dropout", "--checkpointing", "--ema",
+        "--seed", "--save-every", "--sample-every", "--sample-prompt", "--resume", "-o", "-s",
+    },
     "quantize": {"-h", "--help", "--bits", "--group-size", "--revision"},
     "lora": {"-h", "--help"},
     "lora inspect": {"-h", "--help", "--model", "-m"},

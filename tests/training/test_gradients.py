@@ -12,9 +12,10 @@ from peft import LoraConfig
 
 from qwen_image_mlx.models.transformer import gelu_tanh
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
-from qwen_image_mlx.training.lora import ATTENTION, TARGETS, add_lora
+from qwen_image_mlx.training.lora import add_lora
 from qwen_image_mlx.training.loss import FlowMatching
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
+from qwen_image_mlx.training.settings import ATTENTION, TARGETS
 from qwen_image_mlx.training.table import LevelTable
 from qwen_image_mlx.weights.mapping import matrix_shapes
 

@@ -12,7 +12,8 @@ from reference import REAL_CONFIGS
 
 from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.training.loss import TIMESTEPS, WEIGHTINGS, FlowMatching, key_of, training_shift
+from qwen_image_mlx.training.loss import FlowMatching, key_of, training_shift
+from qwen_image_mlx.training.settings import TIMESTEPS, WEIGHTINGS
 
 
 @pytest.mark.parametrize("config", [

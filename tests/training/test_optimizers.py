@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.training.optimizers import SCHEDULES, Optimizer, Rate
+from qwen_image_mlx.training.optimizers import Optimizer, Rate
+from qwen_image_mlx.training.settings import SCHEDULES
 
 SHAPES = {"matrix": (6, 4), "bias": (6,)}
 

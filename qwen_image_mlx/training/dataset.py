@@ -1,0 +1,266 @@
+"""Examples as latents and text encodings: made once by the pipeline's own encoders, kept on disk, drawn in batches.
+
+An entry's name stands for all it depends on, so that a change of a picture, a caption or the model makes another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+from PIL import Image, ImageOps
+
+from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
+from ..images.files import reason
+from ..images.geometry import Size, size_of_area
+from ..images.pixels import to_pixels
+from ..images.sources import open_image, open_rgba
+from ..models.rope import Segment, place_images
+from ..pipeline.autoencode import encode_mode
+from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.progress import Progress, ProgressCallback
+from ..sampling.latents import pack_multi_layer_latents
+from ..weights.shards import read_header, save_tensors
+from .examples import Example, bucket_of, buckets_of, some
+from .loss import key_of
+from .network import Batch
+
+_FORMAT = "qwen_image_mlx.example.1"
+_ENLARGED = 1.1  # how much a picture may be enlarged, along a side
+DROPPED = " "  # what stands for a caption that is dropped, as the reference's pipelines write an empty prompt
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An encoded example: its file, and what a batch must have in common."""
+
+    path: Path
+    segments: tuple[Segment, ...]
+    tokens: int
+    dropped_tokens: int
+
+    def load(self, dropped: bool) -> Batch:
+        try:
+            arrays = mx.load(str(self.path))
+            text = arrays["dropped" if dropped else "text"]
+            return Batch(arrays["latents"], text, self.segments, arrays.get("references"))
+        except (OSError, RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.path} is gone or damaged ({error}): resume the run to make it anew"
+            ) from error
+
+
+class Dataset:
+    """Encoded examples, and the batches of every step.
+
+    Args:
+        entries: by example.
+        seed: of their order, which is another in every epoch, and of the captions dropped.
+        batch_size: most samples of a batch.
+        accumulate: a step has so many times `batch_size` samples.
+        caption_dropout: share of samples without their caption.
+    """
+
+    def __init__(
+        self, entries: Sequence[_Entry], seed: int, batch_size: int, accumulate: int = 1, caption_dropout: float = 0.0
+    ):
+        self._entries, self._seed, self._size = tuple(entries), seed, batch_size
+        self._samples, self._dropout = batch_size * accumulate, caption_dropout
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def batches(self, step: int) -> list[Batch]:
+        """What a step is trained on: as few batches as the samples' shapes allow."""
+        return [Batch.join([entry.load(drop) for entry, drop in group]) for group in self._groups(step)]
+
+    def batch_sizes(self, step: int) -> list[int]:
+        """How many samples each of a step's batches has."""
+        return [len(group) for group in self._groups(step)]
+
+    @property
+    def text_tokens(self) -> int:
+        """The longest text."""
+        return max(entry.tokens for entry in self._entries)
+
+    def _groups(self, step: int) -> list[list[tuple[_Entry, bool]]]:
+        shapes: dict[tuple, list[tuple[_Entry, bool]]] = {}
+        for position in range(step * self._samples, (step + 1) * self._samples):
+            entry, drop = self._entries[self._example(position)], self._drops(position)
+            shape = entry.segments, entry.dropped_tokens if drop else entry.tokens
+            shapes.setdefault(shape, []).append((entry, drop))
+        return [same[n : n + self._size] for same in shapes.values() for n in range(0, len(same), self._size)]
+
+    def _example(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._entries))
+        if self._order[0] != epoch:
+            order = mx.random.permutation(len(self._entries), key=key_of(self._seed, "order", epoch))
+            self._order = epoch, order.tolist()
+        return self._order[1][place]
+
+    def _drops(self, position: int) -> bool:
+        if not self._dropout:
+            return False
+        return mx.random.uniform(key=key_of(self._seed, "caption", position)).item() < self._dropout
+
+
+def check_pictures(examples: Sequence[Example], task: str, resolution: int, report: Callable[[Progress], None]) -> None:
+    """Decodes every picture once, before any model is loaded.
+
+    Raises:
+        RequestError: one cannot be read, is too small for the resolution, or a layer has not its picture's size.
+    """
+    small, unequal = [], []
+    for n, example in enumerate(examples):
+        sizes = {file: open_rgba(file).size for file in example.files}
+        size = sizes[example.image]
+        wanted = target_size(size, task, resolution)
+        if max(want / have for want, have in zip(wanted, size, strict=True)) > _ENLARGED:
+            small.append(f"{example.image.name} ({size[0]}x{size[1]})")
+        unequal += [f"{file} ({sizes[file][0]}x{sizes[file][1]})" for file in example.layers if sizes[file] != size]
+        report(Progress("check", n + 1, len(examples), "pictures"))
+    if small:
+        raise RequestError(
+            f"{len(small)} of {len(examples)} pictures are smaller than the {resolution}x{resolution} pixels that "
+            f"--resolution {resolution} trains on: {some(small)}; lower it, or take them out"
+        )
+    if unequal:
+        raise RequestError(f"{len(unequal)} layers have not the size of their picture: {some(unequal)}")
+
+
+def target_size(size: Size, task: str, resolution: int) -> Size:
+    """(width, height) that a picture is trained on at.
+
+    From text, the bucket whose aspect is nearest; from pictures, what the pipeline gives a result of that area, so that
+    picture and result lie on each other.
+    """
+    return bucket_of(size, buckets_of(resolution)) if task == "t2i" else size_of_area(resolution**2, size)
+
+
+def encode_examples(
+    pipeline: QwenImagePipeline,
+    examples: Sequence[Example],
+    task: str,
+    resolution: int,
+    with_dropped: bool,
+    folder: Path,
+    progress: ProgressCallback | None = None,
+) -> list[_Entry]:
+    """Encodes what is not encoded yet, and releases the encoders.
+
+    Args:
+        pipeline: of the model that is trained.
+        examples: pictures and captions.
+        task: "t2i", "edit" or "layered".
+        resolution: as in `target_size`.
+        with_dropped: encode each example without its caption too.
+        folder: where the entries are kept.
+        progress: told of every example.
+
+    Raises:
+        RequestError: a picture cannot be read, or is too small.
+        QwenImageError: an encoding is not finite.
+        OutputError: an entry could not be written.
+    """
+    report = progress or (lambda _: None)
+    text_only = pipeline.variant.encoder_area == 0
+    made_by = (_FORMAT, task, resolution, with_dropped, pipeline.fingerprint, str(pipeline.dtype),
+               str(pipeline.components.quantization))  # fmt: skip
+    paths = [folder / f"{_digest(example, made_by)}.safetensors" for example in examples]
+    entries = [_read_entry(path) for path in paths]
+    new = [n for n, entry in enumerate(entries) if entry is None]
+    if new:
+        check_pictures([examples[n] for n in new], task, resolution, report)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {folder}: {reason(error)}") from error
+        _ = pipeline.components.vae_encoder, pipeline.components.text_encoder  # told of, unlike what follows
+        shared = None
+        if with_dropped and text_only:
+            shared = _states(pipeline, DROPPED, (), resolution)[0]
+        for done, n in enumerate(new, start=1):
+            _encode(pipeline, examples[n], task, resolution, with_dropped, shared, paths[n])
+            report(Progress("encode", done, len(new), "examples"))
+        pipeline.release_encoders()
+        entries = [_read_entry(path) for path in paths]
+        if lost := [path for path, entry in zip(paths, entries, strict=True) if entry is None]:
+            raise OutputError(f"{some(lost)} could not be read after it was written: check the disk")
+    return entries
+
+
+def _encode(
+    pipeline: QwenImagePipeline,
+    example: Example,
+    task: str,
+    resolution: int,
+    with_dropped: bool,
+    shared: mx.array | None,
+    path: Path,
+) -> None:
+    parts = pipeline.components
+    layered = task == "layered"
+    frames = [open_rgba(file) if layered else open_image(file) for file in (example.image, *example.layers)]
+    size = target_size(frames[0].size, task, resolution)
+    fit = partial(ImageOps.fit, size=size, method=Image.Resampling.LANCZOS) if task == "t2i" else (lambda image: image)
+    encode = partial(encode_mode, parts.vae_encoder, parts.vae_config)
+    latents = mx.stack([encode(to_pixels(fit(frame), size))[0] for frame in frames])[None]
+    grid = latents.shape[2] // 2, latents.shape[3] // 2
+    shown = (frames[0],) if layered else example.sources
+    text, references = _states(pipeline, example.caption, shown, resolution)
+    arrays = {"latents": pack_multi_layer_latents(latents), "text": text}
+    if with_dropped:
+        arrays["dropped"] = _states(pipeline, DROPPED, shown, resolution)[0] if shared is None else shared
+    if references:
+        arrays["references"] = mx.concatenate([reference.latents for reference in references], axis=1)
+    if not mx.isfinite(arrays["latents"]).all().item():
+        raise QwenImageError(f"the latents of {example.image} are not finite: check the autoencoder's weights")
+    grids = [grid] * len(frames) + [(reference.height, reference.width) for reference in references]
+    segments = place_images(grids, parts.transformer_config.use_layer3d_rope)
+    metadata = {"format": _FORMAT, "segments": json.dumps(segments)}
+    save_tensors(path, arrays, metadata)
+
+
+def _states(pipeline: QwenImagePipeline, prompt: str, images: Sequence, resolution: int) -> tuple[mx.array, tuple]:
+    """A caption's states (1, L, J), and the pictures it is about as the transformer is shown them."""
+    pixels = resolution**2 if images else None
+    encoding = pipeline.encode_guidance_prompts(prompt, images=images, reference_pixels=pixels, progress=_say_nothing)
+    return encoding.positive, encoding.references
+
+
+def _say_nothing(progress: Progress) -> None:
+    """For many short calls, which are told of together."""
+
+
+def _read_entry(path: Path) -> _Entry | None:
+    """An entry by its header; None if there is none or it is damaged."""
+    try:
+        tensors, metadata = read_header(path) if path.is_file() else ({}, {})
+        if metadata.get("format") != _FORMAT:
+            return None
+        segments = tuple(Segment(*segment) for segment in json.loads(metadata["segments"]))
+        tokens = [tensors[name].shape[1] if name in tensors else 0 for name in ("text", "dropped")]
+        return _Entry(path, segments, *tokens)
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return None
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """Stands for all pictures and captions, in their order."""
+    return hashlib.sha256(repr([_digest(example, ()) for example in examples]).encode()).hexdigest()[:32]
+
+
+def _digest(example: Example, made_by: tuple) -> str:
+    digest = hashlib.sha256(repr((made_by, example.caption, [len(example.sources), len(example.layers)])).encode())
+    for file in example.files:
+        try:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        except OSError as error:
+            raise RequestError(f"{file} cannot be read: {reason(error)}") from error
+    return digest.hexdigest()[:32]

@@ -1,0 +1,95 @@
+"""A model whose weights were all trained, as a folder that loads like any other and that diffusers reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import OutputError
+from ..images.files import reason
+from ..pipeline.components import Components
+from ..pipeline.packing import copy_unwritten
+from ..weights.mapping import TensorSpec, weights_map
+from ..weights.packed import Packed
+from ..weights.shards import save_tensors
+from ..weights.stored import Reader
+
+SHARD_BYTES = 5_000_000_000
+
+
+def save_model(
+    folder: Path, components: Components, parameters: Mapping[str, mx.array], *, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Writes a checkpoint with a trained transformer, whole or not at all; takes the place of an earlier one.
+
+    What no picture needs (the last block's text) is as in the checkpoint the training began with.
+
+    Args:
+        folder: where to.
+        components: of that checkpoint.
+        parameters: of a `Network`, by name.
+        shard_bytes: most bytes of a file.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    trained = {name.partition(".")[2]: array.astype(components.dtype) for name, array in parameters.items()}
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    try:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copy_unwritten(components, partial, {"transformer"})
+        _write_transformer(partial / "transformer", components, trained, shard_bytes)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+    except OSError as error:
+        said = error if isinstance(error, OutputError) else f"{folder} could not be written: {reason(error)}"
+        raise OutputError(str(said)) from error
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+    return folder
+
+
+def _write_transformer(folder: Path, components: Components, trained: Mapping[str, mx.array], shard_bytes: int) -> None:
+    weights, reader = components.weights("transformer"), Reader("transformer")
+    stem, index = weights_map("transformer")["stem"], {}
+    folder.mkdir(exist_ok=True)
+    shards = list(_shards(weights.layers(), components.dtype, shard_bytes))
+    for number, specs in enumerate(shards, start=1):
+        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        arrays = {}
+        for spec in specs:
+            value = trained.get(spec.name)
+            if value is None:
+                value = weights.open(spec, reader)
+                value = (value.dequantize() if isinstance(value, Packed) else value).astype(components.dtype)
+            arrays[spec.name] = value
+        save_tensors(folder / f"{stem}{suffix}.safetensors", arrays, {"format": "pt"})
+        index |= dict.fromkeys(arrays, f"{stem}{suffix}.safetensors")
+    if len(shards) > 1:
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}, indent=2)
+        (folder / f"{stem}.safetensors.index.json").write_text(text)
+
+
+def _shards(layers: list[list[TensorSpec]], dtype: mx.Dtype, limit: int) -> Iterator[list[TensorSpec]]:
+    shard: list[TensorSpec] = []
+    size = 0
+    for specs in layers:
+        nbytes = sum(prod(spec.shape) * dtype.size for spec in specs)
+        if shard and size + nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.extend(specs)
+        size += nbytes
+    yield shard

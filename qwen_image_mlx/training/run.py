@@ -1,0 +1,319 @@
+"""A training run and its folder: what is made first, what is kept, in which order memory is taken and given back.
+
+```
+checkpoints/step-000250.safetensors   from which the run goes on; the last two
+lora-000250.safetensors               the LoRA of that step (of all weights: nothing)
+samples/step-000250.png               the samples of that step
+cache/                                encoded examples, and the modulation of every noise level
+log.jsonl  plot.png                   every step's loss; the curve and the latest samples
+lora.safetensors  or  model/          the result
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import OutputError, QwenImageError, RequestError
+from ..images.files import check_writable, reason, replace_file
+from ..models.modulation import TimeModulation
+from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.progress import ProgressCallback
+from ..weights.loader import load_module
+from .checkpoints import KEPT, last_checkpoint, load_checkpoint, save_checkpoint
+from .dataset import Dataset, digest_of, encode_examples
+from .examples import Example
+from .export import save_model
+from .loop import LoopSettings, NotFinite, StepResult, Trainer
+from .lora import add_lora, save_lora
+from .loss import FlowMatching, training_shift
+from .network import Network
+from .optimizers import Optimizer, Rate
+from .plot import plot_run
+from .samples import Painter, Samples
+from .settings import TASKS, TrainingSettings
+from .table import LevelTable
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS, CACHE, SAMPLES, LOG, PLOT = "checkpoints", "cache", "samples", "log.jsonl", "plot.png"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        result: the LoRA or the model; None if it was stopped before its last step.
+        checkpoint: the last one.
+        steps: how many are done.
+    """
+
+    result: Path | None
+    checkpoint: Path
+    steps: int
+
+
+def train(
+    pipeline: QwenImagePipeline,
+    examples: Sequence[Example],
+    settings: TrainingSettings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+    on_step: Callable[[StepResult], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Fine-tunes a model.
+
+    Args:
+        pipeline: opened from the model, without LoRAs.
+        examples: of the task that the model is for.
+        settings: how.
+        folder: of the run; new or empty, unless it is resumed.
+        resume: go on from the folder's last checkpoint.
+        progress: told of the examples' encoding, and of the samples' steps.
+        on_step: told of every step.
+        stop: asked after every step whether to save and stop.
+
+    Raises:
+        RequestError: something does not fit the model, or the folder is another run's.
+        CheckpointError: the checkpoint to go on from is damaged or belongs to another run.
+        OutputError: something could not be written; the last checkpoint stays.
+        NotFinite: the loss is not a number any more; says which checkpoint is the last good one.
+    """
+    parts, task = pipeline.components, TASKS[pipeline.variant.task]
+    _check(pipeline, examples, settings, folder, resume)
+    pipeline.prepare()
+    record = _record(pipeline, examples, settings)
+    cache = folder / CACHE
+    entries = encode_examples(
+        pipeline, examples, task, settings.resolution, settings.caption_dropout > 0, cache, progress
+    )
+    dataset = Dataset(entries, settings.seed, settings.batch_size, settings.accumulate, settings.caption_dropout)
+    samples = None
+    if settings.sample_every:
+        samples = Samples(
+            pipeline, examples[0], settings.sample_prompts, settings.resolution, cache, seed=settings.seed
+        )
+    pipeline.release_encoders()
+
+    trainer = _trainer(pipeline, dataset, settings, cache)
+    _require_space(folder, trainer)
+    done = last_checkpoint(folder / CHECKPOINTS) if resume else None
+    if done is not None:
+        load_checkpoint(done, trainer, record)
+        logger.info("going on after step %d", trainer.step)
+    files = _Files(folder, trainer, settings, record, pipeline)
+    files.begin()
+    painter = Painter(parts, trainer.network, progress) if samples else None
+    checkpoint = done
+
+    def after(result: StepResult) -> bool:
+        nonlocal checkpoint
+        files.log(result)
+        if on_step is not None:
+            on_step(result)
+        stopping = stop() and result.step < settings.steps
+        if samples and (result.step % settings.sample_every == 0 or result.step == settings.steps):
+            files.sample(samples, painter)
+        if result.step % settings.save_every == 0 or result.step == settings.steps or stopping:
+            checkpoint = files.save()
+        return not stopping
+
+    try:
+        trainer.run(settings.steps, after)
+    except NotFinite as error:
+        where = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint before it"
+        raise NotFinite(f"{error}; {where}") from error
+    except OutputError as error:
+        where = f"the last checkpoint, {checkpoint}, is whole" if checkpoint else "there is no checkpoint yet"
+        raise OutputError(f"{error}; {where}, and --resume goes on") from error
+    if checkpoint is None or trainer.step > settings.steps:
+        raise RequestError(f"{folder} has {trainer.step} steps already: ask for more with --steps")
+    result = files.finish() if trainer.step == settings.steps else None
+    return Outcome(result, checkpoint, trainer.step)
+
+
+def _check(
+    pipeline: QwenImagePipeline,
+    examples: Sequence[Example],
+    settings: TrainingSettings,
+    folder: Path,
+    resume: bool,
+) -> None:
+    """What can be wrong without reading a weight."""
+    if not examples:
+        raise RequestError("there is nothing to train on: give at least one example")
+    quantization = pipeline.components.quantization
+    if settings.full and "transformer" in quantization.components:
+        raise RequestError("packed weights cannot be trained: leave --quantize away, or train a LoRA")
+    try:
+        there = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be read: {reason(error)}") from error
+    if resume and not there:
+        raise RequestError(f"{folder} holds no run to go on with: leave --resume away")
+    if there and not resume:
+        raise RequestError(f"{folder} is not empty: name a new folder, or go on with --resume")
+    check_writable(folder / LOG, nbytes=1 << 20)
+
+
+def _record(pipeline: QwenImagePipeline, examples: Sequence[Example], settings: TrainingSettings) -> dict[str, Any]:
+    """All that the numbers of a run depend on; a checkpoint carries it."""
+    parts = pipeline.components
+    weights = parts.weights("transformer")
+    stored = [(spec.name, weights.stored(spec.name).tensor) for layer in weights.layers() for spec in layer]
+    facts = [(name, tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in stored]
+    path = Path(pipeline.model).expanduser()
+    return settings.record | {
+        "model": str(path.resolve()) if path.is_dir() else pipeline.model,
+        "revision": pipeline.revision,
+        "transformer": hashlib.sha256(repr((facts, parts.transformer_config)).encode()).hexdigest()[:16],
+        "dtype": str(pipeline.dtype),
+        "quantize": str(parts.quantization),
+        "data": digest_of(examples),
+    }
+
+
+def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSettings, cache: Path) -> Trainer:
+    """The network, in memory from here on, and what trains it."""
+    parts, config = pipeline.components, pipeline.components.transformer_config
+    shift = training_shift(parts.scheduler_config) if settings.shift is None else settings.shift
+    flow = FlowMatching(
+        settings.timesteps, settings.logit_mean, settings.logit_std, shift=shift, weighting=settings.weighting,
+        levels=parts.scheduler_config.num_train_timesteps,
+    )  # fmt: skip
+    loop = LoopSettings(settings.seed, pipeline.dtype, settings.ema)
+    optimizer = Optimizer(
+        Rate(settings.rate, settings.warmup, settings.schedule, settings.steps),
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+    )
+    weights, table, modulation = parts.weights("transformer"), None, None
+    if settings.full:
+        if any(weights.is_packed(spec.name) for spec in weights.specs("main") if spec.name.endswith(".weight")):
+            raise RequestError(f"{pipeline.model} is packed, which cannot be trained: use the model it was made from")
+        modulation = load_module(TimeModulation(config), weights, "modulation", pipeline.dtype)
+    else:
+        drawn = [
+            level
+            for step in range(settings.steps)
+            for number, size in enumerate(dataset.batch_sizes(step))
+            for level in loop.levels(flow, step, number, size).tolist()
+        ]
+        files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weights.files)
+        table = LevelTable(
+            cache, weights, flow.sigmas, drawn, pipeline.dtype, config.zero_cond_t, parts.adapters, repr(files)
+        )
+        mx.clear_cache()
+    transformer = parts.transformer
+    network = Network(transformer, config, modulation, checkpointing=settings.checkpointing)
+    if not settings.full:
+        names = add_lora(
+            transformer, parts.lora_targets(), settings.targets, settings.rank, settings.alpha, settings.seed
+        )
+    trainer = Trainer(network, dataset.batches, optimizer, flow, loop, table)
+    count = sum(array.size for array in trainer.parameters.values())
+    what = "all weights" if settings.full else f"a LoRA of rank {settings.rank} beside {len(names)} matrices"
+    logger.info("%d examples; training %s: %.3g million parameters", len(dataset), what, count / 1e6)
+    return trainer
+
+
+def _require_space(folder: Path, trainer: Trainer) -> None:
+    """Raises OutputError if the disk has no room for the checkpoints."""
+    nbytes = sum(array.nbytes for array in trainer.state.values())
+    check_writable(folder / "lora.safetensors", nbytes=(KEPT + 1) * nbytes)
+
+
+class _Files:
+    """What a run writes; every method raises OutputError if it cannot."""
+
+    def __init__(
+        self,
+        folder: Path,
+        trainer: Trainer,
+        settings: TrainingSettings,
+        record: dict[str, Any],
+        pipeline: QwenImagePipeline,
+    ):
+        self._folder, self._trainer, self._settings, self._record = folder, trainer, settings, record
+        self._pipeline = pipeline
+        self._losses: list[tuple[int, float]] = []
+        self._sample: Path | None = None
+        self._since = time.monotonic()
+
+    def begin(self) -> None:
+        """Reads the log of the steps that are done, and forgets what came after them."""
+        path, lines = self._folder / LOG, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                row = json.loads(line)
+                step, loss = int(row["step"]), float(row["loss"])
+            except (KeyError, TypeError, ValueError):
+                continue  # half a line of a run that was cut
+            if step <= self._trainer.step:
+                lines.append(line)
+                self._losses.append((step, loss))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, "".join(f"{line}\n" for line in lines).encode())
+        painted = sorted((self._folder / SAMPLES).glob("step-*.png"))
+        self._sample = painted[-1] if painted else None
+        self._since = time.monotonic()
+
+    def log(self, result: StepResult) -> None:
+        """Adds a step to the log."""
+        now = time.monotonic()
+        row = {**result._asdict(), "seconds": round(now - self._since, 4), "peak_bytes": mx.get_peak_memory()}
+        self._since = now
+        self._losses.append((result.step, result.loss))
+        try:
+            with (self._folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OutputError(f"cannot write {self._folder / LOG}: {reason(error)}") from error
+
+    def sample(self, samples: Samples, painter: Painter) -> None:
+        """Paints with the weights as they are."""
+        path = self._folder / SAMPLES / f"step-{self._trainer.step:06}.png"
+        path.unlink(missing_ok=True)  # of a run that was cut and went on
+        try:
+            with self._trainer.weights():
+                self._sample = samples.paint(painter, path)
+        except OutputError:
+            raise
+        except QwenImageError as error:  # training may recover from what a picture does not survive
+            logger.warning("no samples after step %d: %s", self._trainer.step, error)
+        self._since = time.monotonic()
+
+    def save(self) -> Path:
+        """Writes a checkpoint, the LoRA of this step and the plot; returns the checkpoint."""
+        checkpoint = save_checkpoint(self._folder / CHECKPOINTS, self._trainer, self._record)
+        if not self._settings.full:
+            self._save_lora(self._folder / f"lora-{self._trainer.step:06}.safetensors")
+        plot_run(self._folder / PLOT, self._losses, self._sample)
+        self._since = time.monotonic()
+        return checkpoint
+
+    def finish(self) -> Path:
+        """Writes the result and returns its path."""
+        if self._settings.full:
+            trainer = self._trainer
+            return save_model(self._folder / "model", self._pipeline.components, trainer.average or trainer.parameters)
+        return self._save_lora(self._folder / "lora.safetensors")
+
+    def _save_lora(self, path: Path) -> Path:
+        settings = self._settings
+        record = {"steps": self._trainer.step} | {k: v for k, v in self._record.items() if k not in ("data", "steps")}
+        save_lora(path, self._trainer.parameters, settings.rank, settings.scale_numerator, record)
+        return path

@@ -1,0 +1,138 @@
+"""Pictures that show how far a training run is: its own pipeline, painting with the weights as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+from PIL import Image
+
+from ..errors import CheckpointError
+from ..images.files import save_png
+from ..images.geometry import size_of_area
+from ..images.pixels import to_images
+from ..images.sources import open_rgba
+from ..models.modulation import TimeModulation
+from ..models.transformer import BlockRows, Modulation
+from ..pipeline.components import Components
+from ..pipeline.conditioning import GuidanceEncoding
+from ..pipeline.parameters import GenerationParameters
+from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.progress import ProgressCallback, Reporter
+from ..sampling.schedule import Schedule
+from ..variants import recommended_negative_prompt
+from .examples import Example
+from .network import Network
+
+STEPS = 20  # at most: enough to judge by
+_GAP = 8
+
+
+class Painter(QwenImagePipeline):
+    """A pipeline whose transformer is being trained.
+
+    Args:
+        components: those the network's transformer is one of.
+        network: what is trained; its modulation is used where it has one.
+        progress: told of the pictures' steps.
+    """
+
+    def __init__(self, components: Components, network: Network, progress: ProgressCallback | None = None):
+        super().__init__(components, Reporter(progress))
+        self._network = network
+
+    def _modulation(self, schedule: Schedule) -> list[Modulation]:
+        if "modulation" not in self._network:
+            return super()._modulation(schedule)
+        return rows_of_steps(self._network.modulation, schedule, self.dtype)
+
+
+def rows_of_steps(modulation: TimeModulation, schedule: Schedule, dtype: mx.Dtype) -> list[Modulation]:
+    """The modulation of every step of a schedule, as `modulation_table` makes it from files."""
+    rows = modulation(mx.array(schedule.timesteps), dtype)
+    mx.eval(rows)
+
+    def of_step(array: mx.array, step: int) -> mx.array:
+        return array[:, step, 0] if array.ndim == 4 else array
+
+    return [
+        Modulation(
+            [BlockRows(*(of_step(array, step) for array in block)) for block in rows.blocks], of_step(rows.out, step)
+        )
+        for step in range(schedule.num_steps)
+    ]
+
+
+class Samples:
+    """What is painted every so often: encoded once, so that no encoder comes back.
+
+    Args:
+        pipeline: of the model that is trained; its encoders are used here.
+        example: gives the pictures an editing or layered model works on, and its caption where there are no prompts.
+        prompts: what the samples show.
+        resolution: they have about resolution² pixels.
+        folder: where encodings are kept.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        pipeline: QwenImagePipeline,
+        example: Example,
+        prompts: Sequence[str],
+        resolution: int,
+        folder: Path,
+        seed: int,
+    ):
+        variant, recommended = pipeline.variant, pipeline.recommended
+        images = {"generate": (), "edit": example.sources, "decompose": (example.image,)}[variant.task]
+        size = size_of_area(resolution**2, open_rgba(images[0]).size) if images else (resolution, resolution)
+        self._parameters = GenerationParameters(
+            width=size[0],
+            height=size[1],
+            num_inference_steps=min(STEPS, recommended.num_inference_steps),
+            cfg_scale=recommended.cfg_scale,
+            shift=recommended.shift,
+            num_layers=len(example.layers) or 1,
+        )
+        negative = recommended_negative_prompt(variant, pipeline.model) if recommended.cfg_scale > 1 else None
+        self._seed, self._encodings = seed, []
+        for prompt in prompts or (example.caption,):
+            key = (prompt, negative, [str(image) for image in images], resolution, pipeline.fingerprint)
+            path = folder / f"sample-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
+            try:
+                encoding = GuidanceEncoding.load(path)
+            except CheckpointError:
+                encoding = pipeline.encode_guidance_prompts(
+                    prompt, negative, images=images, reference_pixels=resolution**2 if images else None
+                )
+                folder.mkdir(parents=True, exist_ok=True)
+                encoding.save(path)
+            self._encodings.append(encoding)
+
+    def paint(self, painter: Painter, path: Path) -> Path:
+        """Paints and saves all of them, side by side; layers under each other.
+
+        Raises:
+            OutputError: the file could not be written.
+        """
+        columns = []
+        for encoding in self._encodings:
+            pixels = painter.generate_pixels(self._parameters, encoding, seed=self._seed)
+            columns.append([frame.convert("RGBA") for frame in to_images(pixels)])
+        painter.release_vae()
+        return save_png(side_by_side(columns), path, {"prompts": [e.source.prompt for e in self._encodings]})
+
+
+def side_by_side(columns: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Pictures of one size as columns, on white, RGB; `Samples` has a column for each prompt."""
+    width, height = columns[0][0].size
+    rows = max(map(len, columns))
+    size = (len(columns) * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
+    sheet = Image.new("RGB", size, "white")
+    for x, column in enumerate(columns):
+        for y, picture in enumerate(column):
+            sheet.paste(picture, (x * (width + _GAP), y * (height + _GAP)), picture)
+    return sheet

@@ -1,0 +1,131 @@
+"""What a training run is asked for, validated once; importable without MLX, for the command line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..errors import RequestError
+from ..pipeline.parameters import check_seed
+
+# What a model of each kind is trained on, by the task of its variant.
+TASKS = {"generate": "t2i", "edit": "edit", "decompose": "layered"}
+TIMESTEPS = ("uniform", "logit_normal", "mode")
+WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
+SCHEDULES = ("constant", "cosine", "linear")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How a model is fine-tuned.
+
+    Attributes:
+        steps: optimizer steps in all.
+        rank: of the LoRA.
+        alpha: the LoRA counts alpha / rank; None is rank.
+        targets: which matrices the LoRA changes: "attention", "all", or ends of their names, separated by commas.
+        full: train all weights instead of a LoRA.
+        learning_rate: after the warm-up; None is 1e-4 for a LoRA and 1e-5 for all weights.
+        warmup: steps in which the rate rises.
+        schedule: of the rate afterwards: "constant", "cosine" or "linear".
+        batch_size: samples that are computed together, where their shapes are the same.
+        accumulate: a step's samples are batch_size times as many.
+        weight_decay: decoupled.
+        clip: largest norm of all gradients together.
+        timesteps: density of the noise levels: "uniform", "logit_normal" or "mode".
+        logit_mean, logit_std: of "logit_normal".
+        shift: moves all noise levels towards noise; None is the scheduler's own for no particular size.
+        weighting: of errors by noise level: "none", "sigma_sqrt" or "cosmap".
+        resolution: pictures are trained on at about resolution² pixels, at their aspect.
+        caption_dropout: share of samples that are trained without their caption.
+        checkpointing: compute a block's inside again instead of keeping it: slower, and a fraction of the memory.
+        ema: decay of the average of all weights that --full saves; None saves the last ones.
+        seed: of everything that is drawn.
+        save_every: steps between checkpoints.
+        sample_every: steps between sample pictures; 0 paints none.
+        sample_prompts: what they show; none takes the first example's caption.
+
+    Raises:
+        RequestError: a value is out of range; the message says which and what is allowed.
+    """
+
+    steps: int
+    rank: int = 16
+    alpha: float | None = None
+    targets: str = "attention"
+    full: bool = False
+    learning_rate: float | None = None
+    warmup: int = 0
+    schedule: str = "constant"
+    batch_size: int = 1
+    accumulate: int = 1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    timesteps: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float | None = None
+    weighting: str = "none"
+    resolution: int = 1024
+    caption_dropout: float = 0.0
+    checkpointing: bool = False
+    ema: float | None = None
+    seed: int = 0
+    save_every: int = 250
+    sample_every: int = 0
+    sample_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("rank", 1), ("batch_size", 1), ("accumulate", 1), ("save_every", 1),
+                          ("warmup", 0), ("sample_every", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise RequestError(f"{_word(name)} is {value!r}, but must be a whole number of at least {low}")
+        for name in ("alpha", "learning_rate", "clip", "logit_std", "shift"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise RequestError(f"{_word(name)} is {value}, but must be a positive number")
+        for name, allowed in (("schedule", SCHEDULES), ("timesteps", TIMESTEPS), ("weighting", WEIGHTINGS)):
+            if getattr(self, name) not in allowed:
+                raise RequestError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise RequestError(f"caption dropout is {self.caption_dropout}, but must be from 0 to 1")
+        if not 0 <= self.weight_decay < math.inf or not math.isfinite(self.logit_mean):
+            raise RequestError(f"weight decay is {self.weight_decay} and logit mean {self.logit_mean}: give numbers")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise RequestError(f"ema is {self.ema}, but must be above 0 and below 1")
+        if self.ema is not None and not self.full:
+            raise RequestError("ema is for training all weights: give --full with it")
+        if not isinstance(self.resolution, int) or not 64 <= self.resolution <= 2048 or self.resolution % 16:
+            raise RequestError(f"resolution is {self.resolution!r}, but must be a multiple of 16 from 64 to 2048")
+        check_seed(self.seed)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.learning_rate if self.learning_rate is not None else 1e-5 if self.full else 1e-4
+
+    @property
+    def scale_numerator(self) -> float:
+        """alpha."""
+        return self.rank if self.alpha is None else self.alpha
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the numbers of a run depend on; a run goes on only with the same.
+
+        Saving and samples are left out, and so are the steps where the rate does not depend on them.
+        """
+        free = {"save_every", "sample_every", "sample_prompts"} | ({"steps"} if self.schedule == "constant" else set())
+        free |= {"rank", "alpha", "targets"} if self.full else {"ema"}
+        return {name: value for name, value in asdict(self).items() if name not in free} | {"learning_rate": self.rate}
+
+
+def _word(name: str) -> str:
+    return name.replace("_", " ")
+
+
+FIELDS = {field.name: field.default for field in fields(TrainingSettings)}
