@@ -136,6 +136,7 @@ class _LossLine:
     def __init__(self, steps: int):
         self._steps, self._average, self._weight = steps, 0.0, 0.0
         self._bar: tqdm | None = None
+        self._said = ""
 
     def show(self, result: StepResult) -> None:
         """After a step."""
@@ -144,9 +145,8 @@ class _LossLine:
                              file=sys.stderr)  # fmt: skip
         self._average = 0.97 * self._average + 0.03 * result.loss
         self._weight = 0.97 * self._weight + 0.03
-        self._bar.set_postfix_str(
-            f"loss {result.loss:.4f}, mean {self._average / self._weight:.4f}, rate {result.rate:.2g}", refresh=False
-        )
+        self._said = f"loss {result.loss:.4f}, mean {self._average / self._weight:.4f}, rate {result.rate:.2g}"
+        self._bar.set_postfix_str(self._said, refresh=False)
         self._bar.update(1)
 
     def tell(self, progress: Progress) -> None:
@@ -157,6 +157,7 @@ class _LossLine:
     def close(self) -> None:
         """Ends the line."""
         if self._bar is not None:
+            self._bar.set_postfix_str(self._said)
             self._bar.close()
             self._bar = None
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from ..images.files import replace_file
 
+_FINE = 2  # drawn so much larger, then made smaller: lines without stairs
 _WIDTH, _HEIGHT, _MARGIN, _SHEET = 960, 420, 56, 480
 _INK, _GRID, _RAW, _SMOOTH = "#333333", "#dddddd", "#b9cfe8", "#1f5fa8"
 _TICKS = 5
@@ -30,30 +30,31 @@ def plot_run(path: Path, losses: Sequence[tuple[int, float]], sample: Path | Non
 
 def draw_losses(losses: Sequence[tuple[int, float]]) -> Image.Image:
     """The curve alone."""
-    sheet = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
-    draw = ImageDraw.Draw(sheet)
-    smooth = smoothed([loss for _, loss in losses])
-    steps = [step for step, _ in losses]
-    top = sorted(loss for _, loss in losses)[max(0, math.ceil(0.98 * len(losses)) - 1)]  # a few peaks may leave it
-    low, high = min(smooth), max(top, *smooth)
+    width, height, margin = (_FINE * side for side in (_WIDTH, _HEIGHT, _MARGIN))
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FINE * 12)
+    smooth, steps = smoothed([loss for _, loss in losses]), [step for step, _ in losses]
+    ordered, cut = sorted(loss for _, loss in losses), len(losses) // 50  # a few peaks may leave the picture
+    low, high = min(ordered[cut], *smooth), max(ordered[-1 - cut], *smooth)
     high = high if high > low else low + 1.0
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 
     def place(step: int, loss: float) -> tuple[float, float]:
-        x = _MARGIN + (_WIDTH - 2 * _MARGIN) * (step - first) / (last - first)
-        y = _HEIGHT - _MARGIN - (_HEIGHT - 2 * _MARGIN) * (min(loss, high) - low) / (high - low)
-        return x, min(y, _HEIGHT - _MARGIN)
+        level = (min(max(loss, low), high) - low) / (high - low)
+        x = margin + (width - 2 * margin) * (step - first) / (last - first)
+        return x, height - margin - (height - 2 * margin) * level
 
     for n in range(_TICKS):
         level, step = low + (high - low) * n / (_TICKS - 1), first + (last - first) * n // (_TICKS - 1)
         y, x = place(first, level)[1], place(step, low)[0]
-        draw.line([(_MARGIN, y), (_WIDTH - _MARGIN, y)], fill=_GRID)
-        draw.text((_MARGIN - 6, y), f"{level:.3g}", fill=_INK, anchor="rm")
-        draw.text((x, _HEIGHT - _MARGIN + 6), str(step), fill=_INK, anchor="mt")
-    draw.line([place(*point) for point in losses], fill=_RAW)
-    draw.line([place(*point) for point in zip(steps, smooth, strict=True)], fill=_SMOOTH, width=3)
-    draw.text((_MARGIN, _MARGIN / 2), f"loss {smooth[-1]:.4f} after {steps[-1]} steps", fill=_INK, anchor="lm")
-    return sheet
+        draw.line([(margin, y), (width - margin, y)], fill=_GRID, width=_FINE)
+        draw.text((margin - 12, y), f"{level:.3g}", fill=_INK, anchor="rm", font=font)
+        draw.text((x, height - margin + 12), str(step), fill=_INK, anchor="mt", font=font)
+    draw.line([place(*point) for point in losses], fill=_RAW, width=_FINE)
+    draw.line([place(*point) for point in zip(steps, smooth, strict=True)], fill=_SMOOTH, width=3 * _FINE)
+    text = f"loss {smooth[-1]:.4f} after {steps[-1]} steps"
+    draw.text((margin, margin / 2), text, fill=_INK, anchor="lm", font=font)
+    return sheet.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS)
 
 
 def smoothed(values: Sequence[float], decay: float = 0.97) -> list[float]:

@@ -1,0 +1,119 @@
+"""What is found in a folder or a manifest, and one sentence for everything that is wrong with it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from qwen_image_mlx.errors import RequestError
+from qwen_image_mlx.training.examples import Example, bucket_of, buckets_of, read_examples
+
+
+def picture(path, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
+    return path
+
+
+def manifest(folder, *rows):
+    path = folder / "metadata.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_folder_of_pictures_with_captions(tmp_path):
+    for name, caption in {"b.PNG": "ein Fuchs 🦊\n", "a.jpg": "a fox"}.items():
+        picture(tmp_path / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
+    (tmp_path / "notes.md").write_text("no picture")
+    assert read_examples(tmp_path, "t2i") == [
+        Example("a fox", tmp_path / "a.jpg"), Example("ein Fuchs 🦊", tmp_path / "b.PNG"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_manifests_of_every_task(tmp_path, given):
+    for name in ("a.png", "b.png", "sub/0.png", "sub/1.png"):
+        picture(tmp_path / name)
+    a, b, layers = tmp_path / "a.png", tmp_path / "b.png", (tmp_path / "sub/0.png", tmp_path / "sub/1.png")
+    rows = {
+        "t2i": ({"image": "a.png", "caption": "x"}, Example("x", a)),
+        "edit": ({"source": "a.png", "target": "b.png", "instruction": "y"}, Example("y", b, (a,))),
+        "layered": ({"image": "a.png", "layers": ["sub/0.png", "sub/1.png"], "caption": "z"},
+                    Example("z", a, layers=layers)),
+    }  # fmt: skip
+    for task, (row, example) in rows.items():
+        path = manifest(tmp_path, row, "", row)
+        assert read_examples(path if given == "file" else str(tmp_path), task) == [example, example]
+    manifest(tmp_path, {"source": ["a.png", "b.png"], "target": "b.png", "instruction": "join them"})
+    assert read_examples(tmp_path, "edit") == [Example("join them", b, (a, b))]
+
+
+def broken(tmp_path):
+    """(what is wrong, the data, the task, what is said)"""
+
+    def folder(name):
+        path = tmp_path / name
+        path.mkdir()
+        picture(path / "a.png")
+        return path
+
+    yield tmp_path / "none", "t2i", "do not exist"
+    yield (tmp_path / "empty", (tmp_path / "empty").mkdir())[0], "t2i", "holds nothing to train on"
+    yield folder("silent"), "t2i", r"1 of 1 pictures in .* have no caption in a .txt file of the same name: a.png"
+    blank = folder("blank")
+    (blank / "a.txt").write_text(" \n")
+    yield blank, "t2i", r"1 of 1 captions are missing or empty: .*a\.png"
+    twice = folder("twice")
+    picture(twice / "a.jpg")
+    (twice / "a.txt").write_text("x")
+    yield twice, "t2i", r"share a caption, because only their endings differ: a\.jpg, a\.png"
+    yield folder("edit"), "edit", r"has no metadata\.jsonl; training edit needs one, with target, source, instruction"
+    rows = [
+        ("no json", "{", "line 1 .* is not JSON"), ("list", "[]", "line 1 .* is not a JSON object"),
+        ("no image", {"caption": "x"}, "line 1 .* has no image"),
+        ("no text", {"image": "a.png", "caption": 5}, "line 1 .* has no caption"),
+        ("gone", {"image": "b.png", "caption": "x"}, r"1 pictures are missing: .*b\.png"),
+        ("no caption", {"image": "a.png"}, "1 of 1 captions are missing or empty"),
+    ]  # fmt: skip
+    for name, row, said in rows:
+        path = folder(name)
+        manifest(path, row)
+        yield path, "t2i", said
+    path = folder("layers")
+    manifest(path, {"image": "a.png", "layers": [], "caption": "x"})
+    yield path, "layered", "line 1 .* has no layers"
+    path = folder("binary")
+    (path / "a.txt").write_bytes(b"\xff\xfe\xff")
+    yield path, "t2i", r"a\.txt cannot be read as text"
+
+
+def test_every_fault_is_one_sentence(tmp_path):
+    for data, task, said in broken(tmp_path):
+        with pytest.raises(RequestError, match=said) as raised:
+            read_examples(data, task)
+        assert "\n" not in str(raised.value)
+
+
+def test_long_lists_are_cut_short(tmp_path):
+    for n in range(9):
+        picture(tmp_path / f"{n}.png")
+    with pytest.raises(RequestError, match=r"9 of 9 .*: 0\.png, 1\.png, 2\.png, 3\.png, 4\.png and 4 more$"):
+        read_examples(tmp_path, "t2i")
+
+
+@given(st.sampled_from([64, 256, 512, 768, 1024, 2048]), st.integers(1, 5000), st.integers(1, 5000))
+def test_buckets_are_sizes_that_a_model_paints_at_the_area_that_was_asked_for(resolution, width, height):
+    buckets = buckets_of(resolution)
+    assert buckets[0] == (resolution, resolution)
+    assert len({*buckets}) == len(buckets) <= 35
+    bucket = bucket_of((width, height), buckets)
+    assert all(side % 16 == 0 for side in bucket)
+    assert 0.85 < bucket[0] * bucket[1] / resolution**2 < 1.15
+    if bucket[0] != bucket[1]:
+        assert (bucket[0] > bucket[1]) == (width > height)
+    if resolution >= 256 and 1 / 4 <= width / height <= 4:
+        assert 0.9 < bucket[0] / bucket[1] / (width / height) < 1.1
