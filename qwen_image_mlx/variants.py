@@ -6,7 +6,10 @@ means this table lacks a field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .errors import CheckpointError
 
@@ -26,6 +29,8 @@ ASPECT_SIZES: dict[str, tuple[int, int]] = {
 }
 
 LORA_MODES = ("auto", "merge", "side")
+
+LAYERED_RESOLUTIONS = (640, 1024)
 
 # Sizes of a result that follow from its picture: the model's own, or the picture's.
 NAMED_SIZES = ("1mp", "source")
@@ -131,6 +136,9 @@ NEGATIVE_2512 = (
 CAPTION_TEMPLATES = {language: Template(text=text, picture=PICTURE) for language, text in _CAPTION.items()}
 
 
+_USUAL_AREA = 1024**2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """What `_class_name` in model_index.json implies.
@@ -146,6 +154,8 @@ class Variant:
         samples_references: with a mask, the transformer is shown the sampled latents that the loop blends with,
             rather than the most likely ones.
         layered: it paints a frame with everything, which is dropped, and one for each layer.
+        captions: given no prompt it describes its picture itself.
+        resolutions: sides of the squares whose areas a picture can be decomposed at, the default first.
         shift_by_root: mu of the schedule is the root of the picture's tokens / 256, not the config's line.
         renormalize: with guidance, each token keeps the length of its positive velocity.
         steps: default number of denoising steps.
@@ -158,10 +168,12 @@ class Variant:
     max_images: int | None = 0
     encoder_area: int = 0
     reference_area: int = 0
-    target_area: int = 1024**2
+    target_area: int = _USUAL_AREA
     size_from: int = 0
     samples_references: bool = False
     layered: bool = False
+    captions: bool = False
+    resolutions: tuple[int, ...] = ()
     shift_by_root: bool = False
     renormalize: bool = True
     steps: int
@@ -172,6 +184,14 @@ class Variant:
     def takes_images(self) -> bool:
         """Whether it needs pictures to work on."""
         return self.max_images != 0
+
+    def size_of(self, aspect: str) -> tuple[int, int]:
+        """(width, height) of a picture from text: the official one, or one of the model's own area."""
+        width, height = ASPECT_SIZES[aspect]
+        if self.target_area == _USUAL_AREA:
+            return width, height
+        scale = math.sqrt(self.target_area / (width * height)) / 16
+        return 16 * max(1, round(width * scale)), 16 * max(1, round(height * scale))
 
 
 VARIANTS: dict[str, Variant] = {
@@ -207,6 +227,8 @@ VARIANTS: dict[str, Variant] = {
         max_images=1,
         reference_area=1024**2,
         layered=True,
+        captions=True,
+        resolutions=LAYERED_RESOLUTIONS,
         shift_by_root=True,
         renormalize=False,
         steps=50,
@@ -214,21 +236,42 @@ VARIANTS: dict[str, Variant] = {
     ),
 }
 
-# The sides of the squares whose areas a picture can be decomposed at.
-LAYERED_RESOLUTIONS = (640, 1024)
-
 # Recommendations of model cards that differ from their pipeline class's.
 RECOMMENDED_NEGATIVE_PROMPTS = {"Qwen/Qwen-Image": " "}
 
 
-def variant_of(class_name: object, model: str) -> Variant:
-    """The row for a checkpoint's `_class_name`; raises CheckpointError for one this package does not run."""
+# What a checkpoint of unusual size may say of itself in model_index.json, under `OWN`.
+OWN = "_qwen_image_mlx"
+_OWN_FIELDS = ("encoder_area", "reference_area", "target_area", "resolutions", "captions", "steps", "cfg_scale",
+               "negative_prompt")  # fmt: skip
+
+
+def variant_of(index: Mapping[str, Any], model: str) -> Variant:
+    """The row for a checkpoint's model_index.json, with what it says of itself.
+
+    Raises:
+        CheckpointError: this package does not run its class, or knows nothing of what it says.
+    """
+    class_name = index.get("_class_name")
     if not isinstance(class_name, str) or class_name not in VARIANTS:
         raise CheckpointError(
             f"{model} is a {class_name or 'folder without a pipeline class'} in its model_index.json; "
             f"this version runs {', '.join(VARIANTS)}"
         )
-    return VARIANTS[class_name]
+    return replace(VARIANTS[class_name], **_own_settings(index.get(OWN, {}), VARIANTS[class_name], model))
+
+
+def _own_settings(said: object, usual: Variant, model: str) -> dict[str, Any]:
+    """What a checkpoint says of itself, checked against the kinds of the usual values."""
+    if not isinstance(said, dict) or said.keys() - set(_OWN_FIELDS):
+        raise CheckpointError(
+            f"model_index.json of {model} says {said!r:.80} under {OWN}, but may only say {', '.join(_OWN_FIELDS)}"
+        )
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    for name, value in own.items():
+        if type(value) is not type(getattr(usual, name)):
+            raise CheckpointError(f"model_index.json of {model} gives {name} as {value!r:.80} under {OWN}")
+    return own
 
 
 def recommended_negative_prompt(variant: Variant, model: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--prompt", default="", help="what the whole picture shows (default: the model's own caption)")
     add("--negative-prompt", "-n", metavar="N", default=" ", help='what to avoid (default: " ")')
     add("--layers", type=int, metavar="N", default=4, help=f"1 to {MAX_LAYERS} (default: 4)")
-    add("--resolution", type=int, default=LAYERED_RESOLUTIONS[0], metavar="|".join(map(str, LAYERED_RESOLUTIONS)),
-        help="the model works at so many pixels squared, at the picture's aspect (default: %(default)s)")  # fmt: skip
+    add("--resolution", type=int, metavar="|".join(map(str, LAYERED_RESOLUTIONS)),
+        help="the model works at so many pixels squared, at the picture's aspect (default: 640)")  # fmt: skip
     add("--size", default="source", metavar="source|bucket", help="of the layers: the picture's or the model's "
         "(default: source)")  # fmt: skip
     add("--steps", type=int, help="denoising steps (default: 50)")
@@ -80,14 +80,18 @@ def run(arguments: argparse.Namespace) -> None:
     formats = check_formats(arguments.format.split(","))
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     given = {"num_inference_steps": arguments.steps, "cfg_scale": arguments.cfg_scale}
-    request = layers_request(
-        picture, arguments.prompt, negative_prompt=arguments.negative_prompt, num_layers=arguments.layers,
-        resolution=arguments.resolution, size=arguments.size, cfg_normalize=arguments.cfg_normalize, seed=seed,
-        rng=arguments.rng, caption_language=arguments.caption_language,
-        sampling={name: value for name, value in given.items() if value is not None},
+    ask = partial(
+        layers_request, picture, arguments.prompt, negative_prompt=arguments.negative_prompt,
+        num_layers=arguments.layers, resolution=arguments.resolution, size=arguments.size,
+        cfg_normalize=arguments.cfg_normalize, seed=seed, rng=arguments.rng,
+        caption_language=arguments.caption_language,
     )  # fmt: skip
+    draft = ask(
+        resolutions=(arguments.resolution or LAYERED_RESOLUTIONS[0],),
+        sampling={name: value for name, value in given.items() if value is not None},
+    )
     folder = Path(arguments.output or f"{name}-layers").expanduser()
-    width, height = request.canvas.result_size
+    width, height = draft.canvas.result_size
     check_writable(folder / "layer_0.png", nbytes=4 * width * height * (arguments.layers + 2) * len(formats))
 
     from ..runtime.cache import EncodingCache
@@ -98,8 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     with messages(), ProgressBars() as bars:
         pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, bars)
         pipeline.check_task("decompose")
-        sampling = pipeline.recommended.unless(**given)
-        request = replace(request, parameters=replace(request.parameters, **sampling))
+        request = ask(resolutions=pipeline.variant.resolutions, sampling=pipeline.recommended.unless(**given))
         result = decompose(pipeline, request, bars, EncodingCache() if arguments.cache else None)
         bars.close()
         print(_save(result, folder, formats))

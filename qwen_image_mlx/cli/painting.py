@@ -199,7 +199,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     if sources and size is not None:
         wanted["size"] = size if isinstance(size, str) else "x".join(map(str, size))
     check_text([wanted.get(name) for name in _PROVENANCE])
-    draft = build_request(wanted, size if isinstance(size, tuple) else next(iter(ASPECT_SIZES.values())))
+    draft = build_request(wanted, size if isinstance(size, tuple) else ASPECT_SIZES.get(size, (1024, 1024)))
     adopted = edited_layer_path(given["layer"]) if "layer" in given and "output" not in given else None
     if adopted and (wanted["size"] != "source" or len(draft.seeds) * len(draft.image_indices) > 1):
         raise RequestError("one picture of the layer's own size takes its place: give --output for others")
@@ -215,6 +215,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         mask = open_mask(wanted["mask"]) if "mask" in wanted else None
         pipeline = open_pipeline(wanted, default_model, bars)
         pipeline.check_task(task)
+        size = pipeline.variant.size_of(size) if size in ASPECT_SIZES else size
         canvas = None
         if pictures:
             canvas = pipeline.plan_canvas(
@@ -321,14 +322,14 @@ def _sources(given: Mapping[str, Any], wanted: dict[str, Any]) -> list[Any]:
 
 
 def _size(given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: bool) -> tuple[int, int] | str | None:
-    """(width, height), "1mp", "source", or None for what is usual; the flags' or the recorded one."""
+    """(width, height), "1mp", "source", an aspect, or None for what is usual; the flags' or the recorded one."""
     if ("width" in given) != ("height" in given):
         raise RequestError("give both --width and --height, or --aspect")
     explicit = []
     if "width" in given:
         explicit.append((given["width"], given["height"]))
     if "aspect" in given:
-        explicit.append(ASPECT_SIZES[given["aspect"]])
+        explicit.append(given["aspect"])
     if "size" in given:
         explicit.append(_parsed_size(given["size"]))
     if len(explicit) > 1:
@@ -341,11 +342,11 @@ def _size(given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: b
         return "source"
     if {"width", "height"} <= recorded.keys() and not painted_over:
         return recorded["width"], recorded["height"]
-    return None if painted_over else next(iter(ASPECT_SIZES.values()))
+    return None if painted_over else next(iter(ASPECT_SIZES))
 
 
 def _parsed_size(text: str) -> tuple[int, int] | str:
-    if text.lower() in NAMED_SIZES:
+    if text.lower() in (*NAMED_SIZES, *ASPECT_SIZES):
         return text.lower()
     match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
     if not match:

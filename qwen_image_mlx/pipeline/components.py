@@ -92,7 +92,7 @@ class Components:
         self._loaded: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
         self.sources = Sources(snapshot, replaced)
-        self.variant: Variant = variant_of(self.sources.class_name, snapshot.model)
+        self.variant: Variant = variant_of(self.sources.index, snapshot.model)
         for name in self.quantization.components:
             if name not in ("transformer", *self.encoders):
                 raise RequestError(f"{snapshot.model} has no {name} that could be quantized")
@@ -260,8 +260,8 @@ class Components:
     @property
     def encoders(self) -> tuple[str, ...]:
         """What of the text encoder's folder this kind of checkpoint uses."""
-        vision = ("vision",) if self.variant.encoder_area or self.variant.layered else ()
-        return ("text_encoder", *vision, *(("language_head",) if self.variant.layered else ()))
+        vision = ("vision",) if self.variant.encoder_area or self.variant.captions else ()
+        return ("text_encoder", *vision, *(("language_head",) if self.variant.captions else ()))
 
     def prepare(self) -> None:
         """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file."""
@@ -285,9 +285,8 @@ class Components:
     def fingerprint(self) -> str:
         """Tells apart what encodes: the commit, or a directory's files by name, size and time."""
         parts, files = ("text_encoder", "vae", "tokenizer", "processor"), []
-        if self.snapshot.revision is None:
-            folder = Path(self.snapshot.model).expanduser().resolve()
-            files = [file for part in parts for file in folder.glob(f"{part}/*")]
+        if self.snapshot.is_local:
+            files = [self.snapshot.file(name) for part in parts for name in self.snapshot.names(part)]
         for place in (path for name, path in self.sources.replaced.items() if name in parts):
             files += place.glob("*") if place.is_dir() else [place]
         commit = f"{self.snapshot.model}@{self.snapshot.revision}" if self.snapshot.revision else ""

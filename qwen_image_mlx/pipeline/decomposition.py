@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from ..images.layer_files import save_layers
 from ..images.layers import LayerStack, composite, psnr
 from ..images.pixels import on_white
 from ..images.sources import check_visible
-from ..variants import CAPTION_TEMPLATES, LAYERED_RESOLUTIONS
+from ..variants import CAPTION_TEMPLATES
 from .parameters import GenerationParameters
 from .request import Request
 
@@ -74,7 +74,8 @@ def layers_request(
     *,
     negative_prompt: str | None,
     num_layers: int,
-    resolution: int,
+    resolution: int | None,
+    resolutions: Sequence[int],
     size: str,
     sampling: Mapping[str, float | None],
     cfg_normalize: bool,
@@ -85,13 +86,15 @@ def layers_request(
     """What taking a picture apart asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`.
 
     Args:
+        resolutions: those the model works at, the default first.
         sampling: further fields of `GenerationParameters`: steps, guidance, shift.
 
     Raises:
         RequestError: one of them is out of range, or the picture shows nothing.
     """
+    resolution = resolutions[0] if resolution is None else resolution
     for name, value, allowed in (
-        ("resolution", resolution, LAYERED_RESOLUTIONS),
+        ("resolution", resolution, resolutions),
         ("size", size, SIZES),
         ("caption_language", caption_language, tuple(CAPTION_TEMPLATES)),
     ):

@@ -90,7 +90,7 @@ def inspect_checkpoint(
         reports.append(ComponentReport(name, weights.nbytes, weights.forms, resident))
     return CheckpointReport(
         str(model),
-        str(components.sources.class_name),
+        str(components.sources.index.get("_class_name")),
         components.variant.task,
         components.transformer_config.num_layers,
         tuple(reports),

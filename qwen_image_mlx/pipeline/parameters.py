@@ -82,6 +82,13 @@ def check_size(width: int, height: int) -> None:
         raise RequestError(f"{width}x{height} are {width * height:,} pixels; at most {MAX_PIXELS:,} work")
 
 
+def explicit_size(width: int | None, height: int | None) -> tuple[int, int] | None:
+    """(width, height), or None without either; raises RequestError for one alone."""
+    if (width is None) != (height is None):
+        raise RequestError("give both width and height, or neither")
+    return None if width is None else (width, height)
+
+
 def check_seed(seed: int) -> int:
     """Returns the seed; raises RequestError unless it is an integer from 0 to 2**64 - 1."""
     _check_integer("seed", seed, 0, MAX_SEED)

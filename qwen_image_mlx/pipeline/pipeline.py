@@ -21,7 +21,7 @@ from ..images.geometry import Size
 from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
-from ..variants import ASPECT_SIZES, DEFAULT_MODEL
+from ..variants import DEFAULT_MODEL
 from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
@@ -30,7 +30,7 @@ from .core import PipelineCore
 from .decomposition import LayeredResult, layers_request
 from .loras import LoRAReference, read_adapters
 from .metadata import describe
-from .parameters import DTYPES, GenerationParameters, check_num_images
+from .parameters import DTYPES, GenerationParameters, check_num_images, explicit_size
 from .progress import Progress, ProgressCallback, Reporter
 from .request import Request
 
@@ -141,7 +141,8 @@ class QwenImagePipeline(PipelineCore):
             mask_padding: paint only the mask's surroundings, with so many pixels around it.
             size: with an image, "1mp" (about 1 MP at its aspect), "source" (its own size) or (width, height); None is
                 "source" with a composited mask, else "1mp".
-            width, height: the same as two numbers, multiples of 16; None is 1328x1328 without an image.
+            width, height: the same as two numbers, multiples of 16; None is the model's own size without an image,
+                1328x1328 for the released ones.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
             seed: of the initial noise.
@@ -160,7 +161,7 @@ class QwenImagePipeline(PipelineCore):
         self.check_task("generate")
         canvas = None
         if size is None:
-            size = self._explicit_size(width, height)
+            size = explicit_size(width, height)
         if image is not None:
             canvas = self.plan_canvas(
                 [open_image(image)],
@@ -172,7 +173,7 @@ class QwenImagePipeline(PipelineCore):
         elif mask is not None or mask_padding is not None or isinstance(size, str):
             raise RequestError("a mask, a padding around it, and a size by name need an image to be painted over")
         parameters = self._parameters(
-            canvas.size if canvas else size or next(iter(ASPECT_SIZES.values())),
+            canvas.size if canvas else size or self.variant.size_of("1:1"),
             num_inference_steps, 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale, rng, strength,
         )  # fmt: skip
         request = Request(
@@ -261,7 +262,7 @@ class QwenImagePipeline(PipelineCore):
         *,
         negative_prompt: str | None = " ",
         num_layers: int = 4,
-        resolution: int = 640,
+        resolution: int | None = None,
         size: str = "source",
         num_inference_steps: int | None = None,
         cfg_scale: float | None = None,
@@ -279,7 +280,8 @@ class QwenImagePipeline(PipelineCore):
             prompt: what the whole picture shows; if it is empty the model writes a caption itself.
             negative_prompt: what to avoid; None works without guidance.
             num_layers: 1 … 8.
-            resolution: 640 or 1024; the model works at that squared, in pixels, at the picture's aspect.
+            resolution: 640 (which None is) or 1024; the model works at that squared, in pixels, at the picture's
+                aspect.
             size: of the layers, "source" (the picture's) or "bucket" (the model's).
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             cfg_normalize: guidance keeps the length of each token's velocity.
@@ -293,7 +295,8 @@ class QwenImagePipeline(PipelineCore):
         self.check_task("decompose")
         request = layers_request(
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
-            size=size, cfg_normalize=cfg_normalize, caption_language=caption_language, seed=seed, rng=rng,
+            resolutions=self.variant.resolutions, size=size, cfg_normalize=cfg_normalize,
+            caption_language=caption_language, seed=seed, rng=rng,
             sampling=self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale),
         )  # fmt: skip
         encoding, _ = self._encoded(request, staged, progress)
@@ -339,7 +342,7 @@ class QwenImagePipeline(PipelineCore):
         the noise alone.
         """
         prompt = request.prompt
-        if self.variant.layered and not prompt.strip():
+        if self.variant.captions and not prompt.strip():
             prompt = self.caption_image(
                 request.images[0],
                 language=request.caption_language,
@@ -421,12 +424,6 @@ class QwenImagePipeline(PipelineCore):
             strength=strength,
             **self.recommended.unless(num_inference_steps=steps, cfg_scale=cfg_scale),
         )
-
-    @staticmethod
-    def _explicit_size(width: int | None, height: int | None) -> Size | None:
-        if (width is None) != (height is None):
-            raise RequestError("give both width and height, or neither")
-        return None if width is None else (width, height)
 
     # Memory: a released component comes back by itself when it is next needed -------------------------------------
 

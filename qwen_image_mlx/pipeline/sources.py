@@ -45,9 +45,9 @@ class Sources:
         self._read: dict[str, WeightFiles] = {}
 
     @cached_property
-    def class_name(self) -> object:
-        """The pipeline class, as model_index.json names it or as the weights show."""
-        return self._pack["class"] if self._pack else self.snapshot.read_json(INDEX).get("_class_name")
+    def index(self) -> dict[str, Any]:
+        """model_index.json, or what the weights show that it would say."""
+        return {"_class_name": self._pack["class"]} if self._pack else self.snapshot.read_json(INDEX)
 
     def config(self, folder: str, name: str = CONFIG) -> dict[str, Any]:
         """A part's JSON; of a file without one that of the checkpoint, of a checkpoint without any the usual one.
@@ -68,7 +68,7 @@ class Sources:
             return {}
         missing = [path for path in weights_map("packs")["usual"] if not self.snapshot.exists(path)]
         configs = {path: self.config(*path.split("/")) for path in missing}
-        return {INDEX: {"_class_name": self._pack["class"]}} | configs
+        return {INDEX: self.index} | configs
 
     def weights(self, component: str, keep: Callable[[str], bool] | None = None) -> WeightFiles:
         """A component's files; of a checkpoint with an index only those with a tensor to `keep`."""

@@ -28,22 +28,34 @@ _SPACE_MARGIN = 1.05
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint that is on disk as far as it can be had: the user's directory, or a commit in the cache."""
+    """A checkpoint that is on disk as far as it can be had: the user's directory, or a commit in the cache.
+
+    Attributes:
+        root: where its files are.
+        revision, repo: of a commit in the cache.
+        shared: where folders are that `root` does not have itself.
+    """
 
     root: Path
     revision: str | None = None
     repo: str | None = None
+    shared: Path | None = None
 
     def has(self, name: str) -> bool:
         """Whether the file is there."""
-        return (self.root / name).is_file()
+        return self._path(name).is_file()
 
     def names(self, folder: str) -> list[str]:
         """The files of a folder."""
         try:
-            return sorted(posixpath.join(folder, name) for name in os.listdir(self.root / folder))
+            found = [entry.name for entry in os.scandir(self._path(folder)) if entry.is_file()]
         except OSError:
             return []
+        return sorted(posixpath.join(folder, name) for name in found)
+
+    def _path(self, name: str) -> Path:
+        part = name.partition("/")[0]
+        return (self.root if self.shared is None or (self.root / part).exists() else self.shared) / name
 
     def fetch(self, names: Sequence[str], label: str) -> list[Path]:
         """Paths of the files; raises CheckpointError or HubError if one is not there."""
@@ -54,7 +66,7 @@ class Folder:
                 "is out of reach: run again online to fetch the rest"
             )
         _require(missing, str(self.root))
-        return [self.root / name for name in names]
+        return [self._path(name) for name in names]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ NONE = "none"
 REFITS = 6
 SCALES = mx.bfloat16
 _BESIDE = "8"  # the text encoder's scheme where only the transformer's is said: 7 GB beside a transformer of 8
-_BAND = 1 << 24  # elements quantized at once: 64 MiB in fp32
+_BAND = 1 << 21  # elements quantized at once: 8 MiB in fp32, of which a refit takes some fifteen
 
 
 @dataclass(frozen=True)

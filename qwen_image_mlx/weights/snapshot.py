@@ -25,6 +25,9 @@ _SAFETENSORS, _GGUF, _INDEX = ".safetensors", ".gguf", ".safetensors.index.json"
 _NUMBERED = re.compile(r"\d+\.safetensors")  # shards that say by their names that they belong together
 
 
+DEMOS = ("demo", "demo-edit", "demo-layered")  # the models inside this package
+_DEMO_ROOT = Path(__file__).parents[1] / "demo"
+
 _NO_PICKLES = (
     "are pickles, which can run any code when they are read: use a checkpoint with .safetensors files, or convert this "
     "one where you trust it"
@@ -56,7 +59,8 @@ class HubSnapshot:
     When the hub cannot be reached, what the cache holds of the revision is used, with a warning.
 
     Args:
-        model: A directory, or a model's id on the hub such as "Qwen/Qwen-Image". An existing directory wins.
+        model: A directory, a model's id on the hub such as "Qwen/Qwen-Image", or one of `DEMOS`. An existing directory
+            wins over an id, but not over a demo: "./demo" is a directory.
         revision: Branch, tag or commit on the hub; its main branch if None.
         offline: Use the cache only. HF_HUB_OFFLINE=1 does the same.
         progress: Called with (component or file name, bytes done, bytes in all) while a download runs, possibly from
@@ -64,7 +68,7 @@ class HubSnapshot:
 
     Attributes:
         model: The model as it was given.
-        is_local: Whether the model is a directory of the user's.
+        is_local: Whether nothing of it is ever downloaded.
         offline: Whether only the cache is used.
 
     Raises:
@@ -80,15 +84,15 @@ class HubSnapshot:
         offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        folder = _local_folder(model)
-        if folder and revision is not None:
+        local = _local_folder(model)
+        if local and revision is not None:
             raise RequestError(f"revision {revision!r} means nothing for the directory {model}: leave it out")
         self.model = str(model)
-        self.is_local = folder is not None
         self._wanted = revision
         self.offline = offline
         self._progress = progress
-        self._opened: Folder | Repo | None = Folder(folder) if folder else None
+        self.is_local = local is not None
+        self._opened: Folder | Repo | None = local
 
     @property
     def revision(self) -> str | None:
@@ -237,11 +241,13 @@ def weight_file(path: Path) -> WeightFiles:
     return WeightFiles((path,), None, read_tensors([path]))
 
 
-def _local_folder(model: str | Path) -> Path | None:
-    """Tell a directory from a hub id: the directory, or None for an id."""
+def _local_folder(model: str | Path) -> Folder | None:
+    """Tell a directory or a demo from a hub id, for which it gives None."""
+    if model in DEMOS:
+        return Folder(_DEMO_ROOT / model, shared=_DEMO_ROOT / "shared")
     path = os.path.expanduser(model)
     if path and os.path.isdir(path):
-        return Path(path)
+        return Folder(Path(path))
     if os.path.exists(path):
         raise CheckpointError(f"{model} is a file: give the directory of a checkpoint, the one with model_index.json")
     if "/" not in str(model) or not _is_repo_id(model):  # ids without an owner are not those of checkpoints

@@ -29,14 +29,15 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     from reference_edit import write_edit, write_layered
 
     from qwen_image_mlx import variants
-    from qwen_image_mlx.pipeline import decomposition
 
     edit = write_edit(tmp_path_factory.mktemp("readme") / "edit", "edit_plus")
     layered = write_layered(tmp_path_factory.mktemp("readme") / "layered")
     changes = {"encoder_area": 96 * 96, "reference_area": 96 * 96, "target_area": 96 * 96, "steps": 2}
-    for name, changed in (("QwenImageEditPlusPipeline", changes), ("QwenImageLayeredPipeline", {"steps": 2})):
+    for name, changed in (
+        ("QwenImageEditPlusPipeline", changes),
+        ("QwenImageLayeredPipeline", {"steps": 2, "resolutions": (64,)}),
+    ):
         monkeypatch.setitem(variants.VARIANTS, name, replace(variants.VARIANTS[name], **changed))
-    monkeypatch.setattr(decomposition, "LAYERED_RESOLUTIONS", (64,))
     monkeypatch.chdir(tmp_path)
     mask = np.zeros((64, 64), np.uint8)
     mask[10:40, 20:50] = 255

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from qwen_image_mlx import (
     compose,
     pack_multi_layer_latents,
     unpack_multi_layer_latents,
+    variants,
 )
 from qwen_image_mlx.images.geometry import size_of_area
 from qwen_image_mlx.pipeline import caption, decomposition
@@ -32,7 +35,8 @@ def layered(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_areas(monkeypatch):
     """The real buckets are of 640 and 1024 pixels squared; nothing but time depends on them."""
-    monkeypatch.setattr(decomposition, "LAYERED_RESOLUTIONS", (96, 160))
+    name = "QwenImageLayeredPipeline"
+    monkeypatch.setitem(variants.VARIANTS, name, replace(variants.VARIANTS[name], resolutions=(96, 160)))
     monkeypatch.setattr(caption, "MAX_TOKENS", 5)
 
 
@@ -125,7 +129,8 @@ def test_a_cached_caption_loads_no_language_model(layered, tmp_path):
             "negative_prompt": " ", "num_layers": 2, "size": "bucket", "cfg_scale": 1.0, "cfg_normalize": False,
             "caption_language": "en", "rng": "torch", **QUICK, **change,
         }  # fmt: skip
-        request = decomposition.layers_request(picture(), "", **settings)
+        settings["sampling"] = {name: settings.pop(name) for name in ("num_inference_steps", "cfg_scale")}
+        request = decomposition.layers_request(picture(), "", resolutions=(96, 160), **settings)
         return decompose(pipeline, request, cache=EncodingCache(tmp_path))
 
     first = run()

@@ -274,7 +274,7 @@ def test_what_stands_in_for_missing_configs(copied, caplog, record, class_name, 
         config.unlink()
     with caplog.at_level("INFO"):
         components = Components(HubSnapshot(folder), mx.float32)
-    assert components.sources.class_name == class_name
+    assert components.sources.index["_class_name"] == class_name
     assert f"taken for a {class_name}" in caplog.text
     assert components.transformer_config == replace(FULL["transformer"], zero_cond_t=zero_cond_t)
     assert components.text_encoder_config == FULL["text_encoder"]
