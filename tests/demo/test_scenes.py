@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "demo"))
-
-from scenes import COLOURS, SHAPES, Thing, analyse, coverage, draw_scene, flatten, is_held_out, recolour
+from demo.scenes import COLOURS, SHAPES, Thing, analyse, coverage, draw_scene, flatten, is_held_out, recolour
 
 
 def scenes(count: int, **options):
