@@ -4,6 +4,10 @@ Each message is one sentence a person can act on: the offending value, what is a
 turns any of them into exit code 2; a bug raises something else and keeps its traceback.
 """
 
+from collections.abc import Iterable
+
+_NAMES_SHOWN = 5
+
 
 class QwenImageError(Exception):
     """Base of all errors raised on purpose."""
@@ -27,3 +31,10 @@ class OutputError(QwenImageError, OSError):
 
 class Cancelled(QwenImageError):
     """The progress callback asked to stop; the pipeline stays usable."""
+
+
+def some(names: Iterable[str], count: int = _NAMES_SHOWN) -> str:
+    """The first few of many names, and how many more there are, for a sentence."""
+    names = list(names)
+    more = len(names) - count
+    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")

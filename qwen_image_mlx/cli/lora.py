@@ -25,19 +25,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line."""
     from ..config import TransformerConfig
     from ..pipeline.loras import fetch_lora, split_reference
+    from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import Reporter
     from ..weights.lora import read_lora
     from ..weights.lora_inspect import describe
     from ..weights.mapping import matrix_shapes
-    from ..weights.snapshot import HubSnapshot
     from .console import ProgressBars, messages
 
     with messages(), ProgressBars() as bars:
-        config = TransformerConfig()
+        targets = matrix_shapes("transformer", TransformerConfig())
         if arguments.model is not None:
-            config = TransformerConfig.from_dict(HubSnapshot(arguments.model).read_json("transformer/config.json"))
+            targets = QwenImagePipeline.from_pretrained(arguments.model, progress=bars).components.lora_targets()
         reference, strength = split_reference(arguments.file)
-        lora = read_lora(fetch_lora(reference, False, Reporter(bars)), matrix_shapes("transformer", config), strength)
+        lora = read_lora(fetch_lora(reference, False, Reporter(bars)), targets, strength)
         bars.close()
         rows = describe(lora)
         width = max(len(label) for label, _ in rows)

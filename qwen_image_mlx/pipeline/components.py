@@ -30,7 +30,7 @@ from ..models.vae import Decoder, Encoder
 from ..models.vision import VisionTower
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
-from ..weights.adapters import Adapters, Branch
+from ..weights.adapters import Adapters, Branch, Placement
 from ..weights.loader import ComponentWeights, load_module, put_beside
 from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
 from ..weights.quantize import Quantization
@@ -70,6 +70,9 @@ class Components:
         quantization: what matrices are packed into while they are loaded; None leaves them as they are stored.
         read_loras: given the transformer's modules and their weights' shapes, the LoRAs for them; called once.
         replaced: files that stand in for the checkpoint's own, as in `Sources`.
+
+    Attributes:
+        placement: what became of the LoRAs when the transformer was loaded last; None without any.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Components:
         self._zero_cond_t = zero_cond_t
         self.quantization = quantization or Quantization()
         self._read_loras = read_loras
+        self.placement: Placement | None = None
         self._loaded: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
         self.sources = Sources(snapshot, replaced)
@@ -137,7 +141,7 @@ class Components:
         """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
         self._check_adapters(adapters)
         transformer, branches = self._loaded.get("transformer"), None
-        if transformer is not None and not (self.adapters and self.adapters.altered):
+        if transformer is not None and not (self.placement and self.placement.altered):
             branches = self._branches(adapters)
         self.adapters = adapters
         if branches is None:
@@ -146,16 +150,19 @@ class Components:
         there = {path for path, module in transformer.named_modules() if isinstance(module, SideBranch)}
         for path in there | branches.keys():
             put_beside(transformer, path, branches.get(path))
+        if branches:
+            logger.info("running beside %d matrices", len(branches))
 
     def _branches(self, adapters: Adapters | None) -> dict[str, Branch] | None:
         """What LoRAs put beside the resident weights; None if they are merged into some."""
-        branches = adapters.branches(self.dtype) if adapters else {}
-        if not branches:
-            return branches
+        if adapters is None:
+            return {}
         resident = self._resident_modules()
-        branches = {path: branch for path, branch in branches.items() if path in resident}
-        packed = all(resident[path] for path in branches)
-        return branches if adapters.mode == "side" or (packed and adapters.mode == "auto") else None
+        paths = adapters.paths & resident.keys()
+        beside = adapters.mode == "side" or (adapters.mode == "auto" and all(resident[path] for path in paths))
+        if not beside or not all(map(adapters.can_run_beside, paths)):
+            return None
+        return {path: adapters.branch(path, self.dtype) for path in paths}
 
     @cached_property
     def text_encoder_config(self) -> TextEncoderConfig:
@@ -232,7 +239,8 @@ class Components:
 
         def load() -> nn.Module:
             self._check_adapters(self.adapters)
-            return self._load("transformer", "main", Transformer(config), self.dtype, self.adapters)
+            self.placement = Placement(self.adapters) if self.adapters else None
+            return self._load("transformer", "main", Transformer(config), self.dtype, self.placement)
 
         return self._ensure("transformer", load)
 
@@ -312,10 +320,10 @@ class Components:
         return self._loaded[name]
 
     def _load(
-        self, component: str, part: str, module: nn.Module, dtype: mx.Dtype, adapters: Adapters | None = None
+        self, component: str, part: str, module: nn.Module, dtype: mx.Dtype, placement: Placement | None = None
     ) -> nn.Module:
         scheme = getattr(self.quantization, component, None)
-        return load_module(module, self.weights(component), part, dtype, scheme, adapters)
+        return load_module(module, self.weights(component), part, dtype, scheme, placement)
 
     def _tokenizer_files(self) -> dict[str, Path]:
         names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]

@@ -28,7 +28,7 @@ def read_adapters(
     offline: bool,
     report: Reporter,
 ) -> Adapters:
-    """Reads what LoRAs change, without their weights.
+    """Reads what LoRAs change; their weights once, to find them whole and finite, and drops them.
 
     Args:
         references: `REF` or `REF@STRENGTH`, or pairs of the two; REF is a file, a folder, `owner/repo`,
@@ -49,6 +49,8 @@ def read_adapters(
         raise RequestError(f"loras are {references!r:.80}, but must be a list of references")
     split = [split_reference(reference) for reference in references]
     loras = [read_lora(fetch_lora(reference, offline, report), targets, strength) for reference, strength in split]
+    for lora in loras:
+        lora.check()
     if profile := profile_of(loras):
         logger.info(
             "a distilled LoRA (by %s): %d steps, guidance %g and a static shift of %g unless told otherwise",

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 << 30
 REPORT = "quantization_report.json"
-_PLAN = "plan.txt"
+_PLAN = ".qwen-image-mlx-plan"
 # What of a checkpoint is copied; other weights that may lie at its root are not of this layout.
 _COPIED = ("scheduler", "tokenizer", "processor", "vae", "text_encoder", "transformer")
 _COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".safetensors")
@@ -131,7 +131,8 @@ def _begun(partial: Path, plan: str) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         found = partial / _PLAN
-        if any(partial.iterdir()) and not found.is_file():
+        strangers = {path.name for path in partial.iterdir()} - {_PLAN, INDEX, REPORT, "README.md", *_COPIED}
+        if strangers or (any(partial.iterdir()) and not found.is_file()):
             raise RequestError(f"{partial} is not what an earlier run left there; remove it or name another folder")
         if found.is_file() and found.read_text() != plan:
             for path in partial.iterdir():
@@ -182,7 +183,8 @@ def _require_space(partial: Path, folders: Folders) -> None:
     free = shutil.disk_usage(next(place for place in (partial, *partial.absolute().parents) if place.is_dir())).free
     if free + there < needed + _MARGIN:
         raise OutputError(
-            f"{partial.parent} has {free / 1e9:.1f} GB left, but the pack takes {needed / 1e9:.1f} GB; free some space"
+            f"{partial.parent} has {free / 1e6:,.0f} MB left, but the pack takes {(needed + _MARGIN) / 1e6:,.0f} MB; "
+            "free some space"
         )
 
 

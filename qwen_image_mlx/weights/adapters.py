@@ -8,11 +8,11 @@ for all LoRAs together.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, RequestError
+from ..errors import CheckpointError, RequestError, some
 from ..variants import LORA_MODES
 from .lora import LoRA, Update
 from .packed import Packed
@@ -44,25 +44,22 @@ class Adapters:
         self.loras = tuple(loras)
         self.mode = mode
         self.references = tuple(references)
-        self.altered = False  # a resident weight holds some of it
-        self.merged = 0
-        self.beside = 0
-        self._kept = self._asked = 0.0
         for lora in loras:
+            biases = f" and {lora.biases} biases" if lora.biases else ""
             logger.info(
-                "LoRA %s at %g: changes %d of %d matrices", lora.path.name, lora.strength, lora.matched, lora.total
-            )
+                "LoRA %s at %g: changes %d of %d matrices%s",
+                lora.path.name, lora.strength, lora.matched, lora.total, biases,
+            )  # fmt: skip
             if lora.unmatched:
-                shown = ", ".join(lora.unmatched[:5]) + (", …" if len(lora.unmatched) > 5 else "")
                 logger.warning(
                     "LoRA %s: %d of its tensors belong to nothing in this model and do nothing: %s",
-                    lora.path.name, len(lora.unmatched), shown,
+                    lora.path.name, len(lora.unmatched), some(lora.unmatched),
                 )  # fmt: skip
 
     @property
-    def share_kept(self) -> float | None:
-        """How much of what was merged is in the stored weights: <stored - W, change> / <change, change>."""
-        return self._kept / self._asked if self._asked else None
+    def paths(self) -> set[str]:
+        """The modules that they change, by canonical name."""
+        return {path for lora in self.loras for path in lora.updates}
 
     def updates(self, path: str) -> list[Update]:
         """What the LoRAs do to a module, by its canonical name."""
@@ -72,8 +69,8 @@ class Adapters:
         """Whether a parameter is changed by any of them."""
         path, _, parameter = name.rpartition(".")
         if parameter == "weight":
-            return any(update.changes_weight or update.is_dora for update in self.updates(path))
-        return parameter == "bias" and any(update.bias_delta() is not None for update in self.updates(path))
+            return any(update.changes_weight for update in self.updates(path))
+        return parameter == "bias" and any(update.changes_bias for update in self.updates(path))
 
     def apply(self, name: str, value: mx.array) -> mx.array:
         """A parameter with all changes, fp32, evaluated."""
@@ -96,7 +93,7 @@ class Adapters:
         """
         for lora in self.loras:
             for path, update in lora.updates.items():
-                if not (update.changes_weight or update.is_dora) or path not in packed:
+                if not update.changes_weight or path not in packed:
                     continue
                 if self.mode == "merge":
                     raise CheckpointError(
@@ -109,14 +106,53 @@ class Adapters:
                         "could: use the model they were packed from, with --quantize"
                     )
 
-    def place(
+    def can_run_beside(self, path: str) -> bool:
+        """Whether all that changes a module can run beside it; reads nothing."""
+        return all(update.has_factors and not update.changes_bias for update in self.updates(path))
+
+    def branch(self, path: str, dtype: mx.Dtype) -> Branch | None:
+        """What runs beside a module's weight, the ranks of all LoRAs one after another; None if it cannot.
+
+        Returns:
+            A (r, in), B (out, r) in `dtype`, lazily.
+        """
+        pairs = [update.factors() for update in self.updates(path)]
+        if None in pairs:
+            return None
+        a, b = zip(*pairs, strict=True)
+        return mx.concatenate(a, axis=0).astype(dtype), mx.concatenate(b, axis=1).astype(dtype)
+
+
+class Placement:
+    """What becomes of LoRAs while one module is loaded.
+
+    Args:
+        adapters: the LoRAs.
+
+    Attributes:
+        merged, beside: how many matrices they were merged into, and run beside.
+        altered: whether anything that was loaded holds some of them.
+    """
+
+    def __init__(self, adapters: Adapters):
+        self.adapters = adapters
+        self.merged = self.beside = 0
+        self.altered = False
+        self._kept = self._asked = 0.0
+
+    @property
+    def share_kept(self) -> float | None:
+        """How much of what was merged is in the stored weights: <stored - W, change> / <change, change>."""
+        return self._kept / self._asked if self._asked else None
+
+    def matrix(
         self, name: str, value: mx.array | Packed, scheme: Scheme | None, dtype: mx.Dtype
     ) -> tuple[mx.array | Packed, Branch | None]:
         """A matrix as it is to be stored, and what runs beside it.
 
         Args:
             name: the weight's canonical name; one that is changed.
-            value: as it is read: dense, or packed already, which `check` has allowed.
+            value: as it is read: dense, or packed already, which `Adapters.check` has allowed.
             scheme: what it is packed into; None stores it dense.
             dtype: what it is stored in when dense.
 
@@ -127,33 +163,28 @@ class Adapters:
         if isinstance(value, Packed):
             return value, self._branch(path, dtype)
         base = value.astype(mx.float32)
-        if self.mode == "side" and (branch := self._branch(path, dtype)):
+        if self.adapters.mode == "side" and (branch := self._branch(path, dtype)):
             return _stored(base, scheme, dtype), branch
-        changed = self.apply(name, base)
+        changed = self.adapters.apply(name, base)
         stored = _stored(changed, scheme, dtype)
         kept, asked = _survival(base, changed, stored)
-        if self.mode == "auto" and kept < _ENOUGH * asked and (branch := self._branch(path, dtype)):
+        if self.adapters.mode == "auto" and kept < _ENOUGH * asked and (branch := self._branch(path, dtype)):
             return _stored(base, scheme, dtype), branch
         self.merged += 1
         self.altered = True
         self._kept, self._asked = self._kept + kept, self._asked + asked
         return stored, None
 
-    def branches(self, dtype: mx.Dtype) -> dict[str, Branch] | None:
-        """What runs beside each changed module if everything does; None if something cannot."""
-        paths = {path for lora in self.loras for path in lora.updates}
-        pairs = {path: [update.factors() for update in self.updates(path)] for path in paths}
-        if any(None in found or self.changes(f"{path}.bias") for path, found in pairs.items()):
-            return None
-        return {path: stack_branches(found, dtype) for path, found in pairs.items()}
+    def vector(self, name: str, value: mx.array) -> mx.array:
+        """A bias or a norm's weight, changed; fp32, evaluated."""
+        self.altered = True
+        return self.adapters.apply(name, value)
 
     def _branch(self, path: str, dtype: mx.Dtype) -> Branch | None:
-        pairs = [update.factors() for update in self.updates(path)]
-        if None in pairs:
-            return None
-        branch = stack_branches(pairs, dtype)
-        mx.eval(branch)
-        self.beside += 1
+        branch = self.adapters.branch(path, dtype)
+        if branch is not None:
+            mx.eval(branch)
+            self.beside += 1
         return branch
 
     def say_what_became(self) -> None:
@@ -166,12 +197,9 @@ class Adapters:
             )  # fmt: skip
         if self.beside:
             logger.info("running beside %d matrices", self.beside)
-
-
-def stack_branches(pairs: Iterable[Branch], dtype: mx.Dtype) -> Branch:
-    """Several branches as one: their ranks one after another."""
-    a, b = zip(*pairs, strict=True)
-    return mx.concatenate(a, axis=0).astype(dtype), mx.concatenate(b, axis=1).astype(dtype)
+        changed = sum(self.adapters.changes(f"{path}.weight") for path in self.adapters.paths)
+        if rest := changed - self.merged - self.beside:
+            logger.info("the other %d are merged where the modulation is made, which loses nothing", rest)
 
 
 def _stored(value: mx.array, scheme: Scheme | None, dtype: mx.Dtype) -> mx.array | Packed:

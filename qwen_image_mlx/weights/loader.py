@@ -20,9 +20,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some
 from ..models.layers import QuantizedEmbedding, QuantizedLinear, SideBranch
-from .adapters import Adapters
+from .adapters import Placement
 from .mapping import (
     LAYOUTS,
     TensorSpec,
@@ -41,7 +41,6 @@ from .stored import FLOATS, FP8, PACKED, Reader, Stored, stored_weights
 logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)|.*")  # a name up to its first number
-_NAMES_SHOWN = 5
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,7 +99,7 @@ class ComponentWeights:
                 [f"{n} ({found.problem})" for n in wanted if (found := self._stored.get(n)) and found.problem],
             ),
         ]
-        said = [f"{what} {_some(names)}" for what, names in problems if names]
+        said = [f"{what} {some(names)}" for what, names in problems if names]
         if said:
             raise CheckpointError(
                 f"the {self.component} does not fit its config.json: it {'; it '.join(said)}; "
@@ -183,7 +182,7 @@ def _check_model(component: str, tensors: Mapping[str, Tensor], canonical: Mappi
         other = weights_map("lora")["other_models"]
         what = next((model for pattern, model in other for name in tensors if re.search(pattern, name)), None)
     if what is None and share < 0.5 and tensors:
-        what = f"something else ({_some(list(tensors))})"
+        what = f"something else ({some(list(tensors))})"
     if what is not None:
         place = next(iter(tensors.values())).file
         raise CheckpointError(f"{place} holds {what}, not {_LABELS[kind]} of Qwen-Image: give the file of one")
@@ -199,7 +198,7 @@ def load_module(
     part: str,
     dtype: mx.Dtype,
     scheme: Scheme | None = None,
-    adapters: Adapters | None = None,
+    placement: Placement | None = None,
 ) -> M:
     """Gives every parameter of a new module its weight, evaluated one by one; returns the module.
 
@@ -210,7 +209,7 @@ def load_module(
         dtype: of all floating parameters.
         scheme: what the matrices that the map calls quantized are packed into; those already packed otherwise are
             packed anew, all others stay as they are stored.
-        adapters: LoRAs to be merged or put beside.
+        placement: LoRAs to be merged or put beside; told what became of them.
 
     Raises:
         CheckpointError: a file could not be read to its end, or a LoRA cannot be combined with packed weights.
@@ -218,20 +217,19 @@ def load_module(
     specs = weights.specs(part)
     names = {name for name, _ in tree_flatten(module.parameters())}
     if names != {spec.name for spec in specs}:
-        raise ValueError(f"module and weights map differ in {_some(sorted(names ^ {spec.name for spec in specs}))}")
+        raise ValueError(f"module and weights map differ in {some(sorted(names ^ {spec.name for spec in specs}))}")
     if scheme is not None:
         say_what_does_not_fit(weights.component, specs, scheme)
     reader, branches = Reader(weights.component), []
     for spec in specs:
         value, branch = weights.open(spec, reader), None
         packs = scheme is not None and spec.quantized and scheme.fits(spec.shape)
-        if adapters and adapters.changes(spec.name):
+        if placement and placement.adapters.changes(spec.name):
             with _reading(weights.component):
                 if len(spec.shape) == 2:
-                    value, branch = adapters.place(spec.name, value, scheme if packs else None, dtype)
+                    value, branch = placement.matrix(spec.name, value, scheme if packs else None, dtype)
                 else:
-                    value = adapters.apply(spec.name, value)
-                    adapters.altered = True
+                    value = placement.vector(spec.name, value)
         elif packs:
             value = repacked(weights.component, value, scheme)
         if isinstance(value, Packed):
@@ -246,8 +244,8 @@ def load_module(
             module.load_weights([(spec.name, value)], strict=False)
         if branch is not None:
             branches.append((spec.name.removesuffix(".weight"), branch))
-    if adapters:
-        adapters.say_what_became()
+    if placement:
+        placement.say_what_became()
     for path, branch in branches:
         put_beside(module, path, branch)
     module.eval()
@@ -261,7 +259,7 @@ def say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme:
     if left:
         logger.warning(
             "%d of the %s's %d matrices stay as they are, because their rows are no whole groups of %d: %s",
-            len(left), component, len(meant), scheme.group_size, _some([spec.name for spec in left]),
+            len(left), component, len(meant), scheme.group_size, some([spec.name for spec in left]),
         )  # fmt: skip
 
 
@@ -316,8 +314,3 @@ def evaluate(component: str, arrays: Any) -> None:
     """
     with _reading(component):
         mx.eval(arrays)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -129,6 +129,11 @@ class Update:
         magnitude = magnitude.reshape(norm.shape)
         return moved * mx.where(norm > 0, magnitude / norm, 0) - weight
 
+    @property
+    def changes_bias(self) -> bool:
+        """Whether it changes the module's bias."""
+        return not {"up_bias", "bias_difference"}.isdisjoint(self.tensors)
+
     def bias_delta(self) -> mx.array | None:
         """What is added to the module's bias: float32 (out,), strength included; None if nothing.
 
@@ -261,15 +266,10 @@ class LoRA:
         """How many of the `total` matrices it changes."""
         return sum(update.changes_weight and len(update.shape) == 2 for update in self.updates.values())
 
-    def with_strength(self, strength: float) -> LoRA:
-        """The same file at another strength, without reading it again.
-
-        Raises:
-            RequestError: the strength is not a finite number.
-        """
-        strength = _checked_strength(strength, self.path)
-        updates = {name: replace(update, strength=strength) for name, update in self.updates.items()}
-        return replace(self, strength=strength, updates=updates)
+    @property
+    def biases(self) -> int:
+        """How many biases it changes."""
+        return sum(update.changes_bias for update in self.updates.values())
 
     def check(self) -> None:
         """Reads everything once, one target at a time.

@@ -16,11 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some
 from .mapping import weights_map
 from .shards import Tensor
 
-_NAMES_SHOWN = 3
 _PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _DTYPES = ("F32", "F16", "BF16", "F8_E4M3")
@@ -95,6 +94,9 @@ class Binding:
     unmatched: tuple[str, ...]
 
 
+_BIAS_ROLES = ("up_bias", "bias_difference")
+
+
 def bind(path: Path, tensors: Mapping[str, Tensor], targets: Shapes) -> Binding:
     """Finds the target and the role of every tensor of a file.
 
@@ -111,6 +113,8 @@ def bind(path: Path, tensors: Mapping[str, Tensor], targets: Shapes) -> Binding:
             _refuse(path, name, suffix)
             if meaning := _meaning(suffix):
                 dialect, role = meaning
+                if role in _BIAS_ROLES and len(targets[target]) == 1:
+                    continue  # norms have no bias
                 twin = bound.setdefault(target, {}).setdefault(role, tensor)
                 if twin is not tensor:
                     raise CheckpointError(
@@ -194,13 +198,6 @@ def _check_model(path: Path, names: list[str], unmatched: list[str], targets: in
     if not any(re.search(r"lora|lokr|hada|\.diff|\.alpha$|dora_scale", name) for name in names):
         raise CheckpointError(f"{path} is not a LoRA: {shown}; a whole model is loaded with --model")
     raise CheckpointError(f"{path} was made for another model: {shown}; use a LoRA made for Qwen-Image")
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------

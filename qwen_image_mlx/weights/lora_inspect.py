@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..errors import some
 from .lora import SUFFIX, LoRA, Update
-from .lora_formats import some
 
 _METADATA_SHOWN = (
     "modelspec.title", "modelspec.author", "modelspec.license", "modelspec.architecture", "modelspec.trigger_phrase",
@@ -110,12 +110,13 @@ def describe(lora: LoRA) -> list[tuple[str, str]]:
     scales = Counter(f"{update.scale:g}" for update in updates if update.kind)
     groups = Counter(_group(update.target) for update in updates)
     dtypes = Counter(tensor.dtype for update in updates for tensor in update.tensors.values())
-    source = "PEFT settings" if lora.peft else "alpha tensors" if _has_alphas(lora) else "no alpha: 1"
+    source = "PEFT settings" if lora.peft else "alpha tensors" if _has_alphas(lora) else "no alpha in the file"
     rows = [
         ("file", str(lora.path)),
         ("bytes", str(lora.nbytes)),
         ("dialect", ", ".join(lora.dialects)),
         ("kinds", _counted(kinds)),
+        ("strength", f"{lora.strength:g}" if lora.strength != 1 else ""),
         ("targets", f"{lora.matched} of {lora.total}"),
         ("rank", _counted(ranks)),
         ("alpha / rank", f"{_counted(scales)} ({source})" if scales else ""),
@@ -135,7 +136,7 @@ def _kind_names(updates: Iterable[Update]) -> Iterable[str]:
         for role, name in (("difference", "difference"), ("replacement", "replacement")):
             if role in update.tensors:
                 yield name
-        if not {"up_bias", "bias_difference"}.isdisjoint(update.tensors):
+        if update.changes_bias:
             yield "bias"
 
 

@@ -50,8 +50,8 @@ class Scheme:
         Raises:
             RequestError: there is no such scheme, or it has no groups of that size.
         """
-        name, _, group = str(text).partition("/")
-        if name not in SCHEMES:
+        name, slash, group = str(text).partition("/")
+        if name not in SCHEMES or (slash and not group):
             raise RequestError(f"{text!r} is no quantization; give one of {', '.join(SCHEMES)}, {NONE}")
         mode, bits, groups = SCHEMES[name]
         if group and group_size is not None and group != str(group_size):
@@ -63,7 +63,8 @@ class Scheme:
 
     def __str__(self) -> str:
         name = str(self.bits) if self.mode == "affine" else self.mode
-        return name if self.group_size == SCHEMES[name][2][0] else f"{name}/{self.group_size}"
+        usual = SCHEMES[name][2][0] if name in SCHEMES else None  # others are read, but not made
+        return name if self.group_size == usual else f"{name}/{self.group_size}"
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a matrix of that shape, packed."""
@@ -109,9 +110,11 @@ class Quantization:
         """
         given = str(text)
         if "=" not in given:
-            beside = group_size if group_size in SCHEMES[_BESIDE][2] else None
-            scheme = None if given == NONE else Scheme.parse(given, group_size)
-            return cls(transformer=scheme, text_encoder=scheme and Scheme.parse(_BESIDE, beside))
+            if given == NONE:
+                return cls()
+            scheme = Scheme.parse(given, group_size)
+            beside = scheme.group_size if scheme.mode == "affine" else None
+            return cls(transformer=scheme, text_encoder=Scheme.parse(_BESIDE, beside))
         known = [field.name for field in fields(cls)]
         schemes: dict[str, Scheme | None] = {}
         for part in given.split(","):
@@ -128,14 +131,13 @@ class Quantization:
         return ",".join(f"{component}={scheme}" for component, scheme in schemes.items() if scheme) or NONE
 
 
-def quantize_matrix(w: mx.array, scheme: Scheme, refits: int = REFITS, dtype: mx.Dtype = SCALES) -> Packed:
+def quantize_matrix(w: mx.array, scheme: Scheme, refits: int = REFITS) -> Packed:
     """A matrix in a scheme's form, evaluated band by band.
 
     Args:
         w: (rows, columns), floating, lazily if that is how it is read.
         scheme: one that `fits`.
         refits: at most so many least-squares refits; 0 is min-max quantization with rounded scales.
-        dtype: of scales and biases; the microscaling modes have their own.
 
     Returns:
         What `mx.quantized_matmul` takes.
@@ -145,7 +147,7 @@ def quantize_matrix(w: mx.array, scheme: Scheme, refits: int = REFITS, dtype: mx
     for top in range(0, w.shape[0], rows):
         band = w[top : top + rows].astype(mx.float32)
         if scheme.mode == "affine":
-            parts = _affine(band, scheme, dtype, refits)
+            parts = _affine(band, scheme, refits)
         else:
             parts = mx.quantize(band, scheme.group_size, scheme.bits, scheme.mode)
         mx.eval(parts)
@@ -161,13 +163,13 @@ def relative_error(w: mx.array, packed: Packed) -> float:
     return float((mx.linalg.norm(w - packed.dequantize()) / mx.maximum(mx.linalg.norm(w), 1e-30)).item())
 
 
-def _affine(w: mx.array, scheme: Scheme, dtype: mx.Dtype, refits: int) -> tuple[mx.array, mx.array, mx.array]:
+def _affine(w: mx.array, scheme: Scheme, refits: int) -> tuple[mx.array, mx.array, mx.array]:
     groups = w.reshape(w.shape[0], -1, scheme.group_size)
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    levels, slack = 2**scheme.bits - 1, mx.finfo(dtype).eps / 2
+    levels, slack = 2**scheme.bits - 1, mx.finfo(SCALES).eps / 2
     # Widened by what rounding may take, so that the ends stay within reach.
-    bias = (low - slack * mx.abs(low)).astype(dtype).astype(mx.float32)
-    scale, bias = _rounded(mx.maximum((high - bias) / levels * (1 + slack), 1e-12), bias, dtype)
+    bias = (low - slack * mx.abs(low)).astype(SCALES).astype(mx.float32)
+    scale, bias = _rounded(mx.maximum((high - bias) / levels * (1 + slack), 1e-12), bias)
     q = _elements(groups, scale, bias, levels)
     error = _error(groups, q, scale, bias)
     for _ in range(refits):
@@ -176,7 +178,7 @@ def _affine(w: mx.array, scheme: Scheme, dtype: mx.Dtype, refits: int) -> tuple[
         variance = mx.square(q - mean_q).mean(axis=-1, keepdims=True)
         covariance = ((q - mean_q) * (groups - mean_w)).mean(axis=-1, keepdims=True)
         slope = mx.where(variance > 0, covariance / mx.maximum(variance, 1e-12), scale)
-        new_scale, new_bias = _rounded(slope, mean_w - slope * mean_q, dtype)
+        new_scale, new_bias = _rounded(slope, mean_w - slope * mean_q)
         new_q = _elements(groups, new_scale, new_bias, levels)
         new_error = _error(groups, new_q, new_scale, new_bias)
         better = new_error < error
@@ -187,13 +189,13 @@ def _affine(w: mx.array, scheme: Scheme, dtype: mx.Dtype, refits: int) -> tuple[
     columns = w.shape[1]
     return (
         _pack(q.astype(mx.uint32).reshape(-1, columns), scheme.bits),
-        scale.reshape(w.shape[0], -1).astype(dtype),
-        bias.reshape(w.shape[0], -1).astype(dtype),
+        scale.reshape(w.shape[0], -1).astype(SCALES),
+        bias.reshape(w.shape[0], -1).astype(SCALES),
     )
 
 
-def _rounded(scale: mx.array, bias: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    return scale.astype(dtype).astype(mx.float32), bias.astype(dtype).astype(mx.float32)
+def _rounded(scale: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    return scale.astype(SCALES).astype(mx.float32), bias.astype(SCALES).astype(mx.float32)
 
 
 def _elements(w: mx.array, scale: mx.array, bias: mx.array, levels: int) -> mx.array:

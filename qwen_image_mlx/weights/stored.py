@@ -25,6 +25,7 @@ PACKED = "U32"
 COMPANIONS = ("scales", "biases", "weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant")
 # Of GGUF's types, those whose blocks are MLX's.
 _GGUF_SCHEMES = {"Q4_0": Scheme("affine", 4, 32), "Q4_1": Scheme("affine", 4, 32), "Q8_0": Scheme("affine", 8, 32)}
+_AFFINE_BITS, _AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)  # of what has biases: those MLX computes with
 _MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}  # of what has no biases, by bits and group size
 
 
@@ -83,11 +84,8 @@ def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, .
         return Stored(tensor, {}, tensor.shape)
     if tensor.dtype == FP8:
         scales = {word: beside[word] for word in ("weight_scale", "scale_weight") if word in beside}
-        odd = [
-            word
-            for word, scale in scales.items()
-            if scale.shape not in ((), (1,), (tensor.shape[0],), (tensor.shape[0], 1))
-        ]
+        rows = tensor.shape[:1]
+        odd = [word for word, scale in scales.items() if scale.shape not in ((), (1,), rows, (*rows, 1))]
         return Stored(
             tensor, scales, tensor.shape, problem=f"{odd[0]} of shape {scales[odd[0]].shape}" if odd else None
         )
@@ -96,13 +94,26 @@ def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, .
     if "scales" not in beside:
         return Stored(tensor, {}, tensor.shape, problem="packed, without scales")
     kept = {word: beside[word] for word in ("scales", "biases") if word in beside}
-    bits, rest = divmod(32 * tensor.shape[-1], expected[1])
-    group, more = divmod(expected[1], kept["scales"].shape[-1] or 1)
-    mode = "affine" if "biases" in kept else _MODES.get((bits, group))
-    if rest or more or mode is None:
-        why = "without biases" if not rest and not more else "in no whole bits and groups"
-        return Stored(tensor, kept, tensor.shape, problem=f"packed {why}")
-    return Stored(tensor, kept, (tensor.shape[0], expected[1]), Scheme(mode, bits, group))
+    if any(len(part.shape) != 2 or part.shape[0] != tensor.shape[0] for part in (tensor, *kept.values())):
+        return Stored(tensor, kept, tensor.shape, problem="packed, in parts that do not belong together")
+    bits, rest = divmod(32 * tensor.shape[1], expected[1])
+    group, more = divmod(expected[1], kept["scales"].shape[1] or 1)
+    if rest or more:
+        return Stored(tensor, kept, tensor.shape, problem="packed in no whole bits and groups")
+    scheme, problem = _scheme(bits, group, **kept)
+    return Stored(tensor, kept, tensor.shape if problem else (tensor.shape[0], expected[1]), scheme, problem)
+
+
+def _scheme(bits: int, group: int, scales: Tensor, biases: Tensor | None = None) -> tuple[Scheme | None, str | None]:
+    """(scheme, None) of a packed weight, or (None, why it is none that MLX can use)."""
+    if biases is None:
+        mode = _MODES.get((bits, group)) if scales.dtype == "U8" else None
+        return (Scheme(mode, bits, group), None) if mode else (None, "packed without biases")
+    if biases.shape != scales.shape or not {scales.dtype, biases.dtype} <= set(FLOATS):
+        return None, "packed, with scales and biases that do not belong together"
+    if bits not in _AFFINE_BITS or group not in _AFFINE_GROUPS:
+        return None, f"packed in {bits} bits and groups of {group}"
+    return Scheme("affine", bits, group), None
 
 
 class Reader:

@@ -143,13 +143,13 @@ def test_changes_too_small_for_bf16_run_beside_it(wide, tmp_path, caplog):
     large, small = (write_lora(tmp_path / f"{size}.safetensors", WIDE_SHAPES, size=size) for size in (0.3, 0.0005))
     _, pipeline = paint(folder, dtype="bfloat16", loras=[str(large)])
     assert SideBranch not in kinds(pipeline).values()
-    assert pipeline.components.adapters.share_kept > 0.99
+    assert pipeline.components.placement.share_kept > 0.99
     assert "merged into 9 matrices; 100.0% of the change is in the stored weights" in caplog.text
     _, pipeline = paint(folder, dtype="bfloat16", loras=[str(small)])
     assert set(kinds(pipeline).values()) == {SideBranch}
     caplog.clear()
     _, pipeline = paint(folder, dtype="bfloat16", loras=[str(small)], lora_mode="merge")
-    assert pipeline.components.adapters.share_kept < 0.9
+    assert pipeline.components.placement.share_kept < 0.9
     assert next(r for r in caplog.records if "merged into" in r.getMessage()).levelname == "WARNING"
 
 
@@ -322,3 +322,39 @@ def test_what_cannot_run_beside_packed_weights_is_refused_before_any_work(pack, 
     monkeypatch.setattr(pipeline, "encode_request", lambda *_: pytest.fail("work was done"))
     with pytest.raises(CheckpointError, match="cannot run beside packed weights"):
         pipeline.generate("a fox", width=64, height=48, num_inference_steps=1)
+
+
+def test_infinite_loras_are_refused_before_any_work(tiny, shapes, tmp_path, monkeypatch):
+    name = "transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": mx.ones((4, shapes[name][1])),
+               f"{name}.lora_B.weight": mx.full((shapes[name][0], 4), mx.nan)}  # fmt: skip
+    mx.save_safetensors(str(tmp_path / "nan.safetensors"), tensors)
+    pipeline = QwenImagePipeline.from_pretrained(tiny, loras=[tmp_path / "nan.safetensors"])
+    with pytest.raises(CheckpointError, match="NaN"):
+        pipeline.prepare()
+
+
+def test_each_load_counts_anew(tiny, shapes, tmp_path, caplog):
+    caplog.set_level("INFO")
+    file = write_lora(tmp_path / "lora.safetensors", shapes, targets=[*TARGETS, *MODULATION])
+    pipeline = QwenImagePipeline.from_pretrained(tiny, dtype="float32", loras=[file])
+    for _ in range(2):
+        repaint(pipeline)
+        pipeline.release_transformer()
+    said = [record.getMessage() for record in caplog.records]
+    assert sum(f"merged into {len(TARGETS)} matrices" in line for line in said) == 2
+    assert sum(f"the other {len(MODULATION)} are merged where the modulation is made" in line for line in said) == 2
+
+
+def test_a_bias_for_what_has_none_does_nothing_and_is_said(tiny, shapes, tmp_path, caplog):
+    norm, layer = "transformer_blocks.0.attn.norm_q", "transformer_blocks.0.attn.to_q"
+    odd = {f"diffusion_model.{norm}.diff_b": mx.ones(shapes[norm])}
+    mx.save_safetensors(str(tmp_path / "odd.safetensors"), odd)
+    with pytest.raises(CheckpointError, match="norm_q"):
+        QwenImagePipeline.from_pretrained(tiny, loras=[tmp_path / "odd.safetensors"]).prepare()
+    both = odd | {f"diffusion_model.{layer}.diff_b": mx.ones(shapes[layer][:1])}
+    mx.save_safetensors(str(tmp_path / "both.safetensors"), both)
+    caplog.set_level("INFO")
+    QwenImagePipeline.from_pretrained(tiny, loras=[tmp_path / "both.safetensors"]).prepare()
+    assert "changes 0 of 34 matrices and 1 biases" in caplog.text
+    assert f"belong to nothing in this model and do nothing: diffusion_model.{norm}.diff_b" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen_image_mlx import GenerationParameters, OutputError, Quantization, QwenImagePipeline, RequestError
+from qwen_image_mlx import (
+    CheckpointError,
+    GenerationParameters,
+    OutputError,
+    Quantization,
+    QwenImagePipeline,
+    RequestError,
+)
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.models.layers import QuantizedEmbedding, QuantizedLinear
 from qwen_image_mlx.pipeline import packing
@@ -143,12 +151,17 @@ def test_another_model_does_not_go_on_from_what_lies_there(source, tmp_path, mon
     assert not (out / "plan.txt").exists()
 
 
-def test_a_partial_folder_of_others_is_left_alone(source, tmp_path):
+@pytest.mark.parametrize("name", ["mine.txt", "plan.txt", packing._PLAN])
+def test_a_partial_folder_of_others_is_left_alone(source, tmp_path, name):
     (tmp_path / "pack.partial").mkdir()
-    (tmp_path / "pack.partial" / "mine.txt").write_text("mine")
+    (tmp_path / "pack.partial" / name).write_text("mine")
+    if name != packing._PLAN:
+        (tmp_path / "pack.partial" / "README.md").write_text("mine, too")
+    else:
+        (tmp_path / "pack.partial" / "diary.txt").write_text("mine, too")
     with pytest.raises(RequestError, match="earlier run"):
         quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
-    assert (tmp_path / "pack.partial" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "pack.partial" / name).read_text() == "mine"
 
 
 def test_what_a_model_lacks_cannot_be_quantized(source, tmp_path):
@@ -201,28 +214,60 @@ def test_bad_requests(source, tmp_path, capsys, arguments, says):
 
 def test_a_folder_that_exists_is_never_touched(source, tmp_path):
     (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
         quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+    assert [path.name for path in (tmp_path / "pack").iterdir()] == ["mine.txt"]
     with pytest.raises(RequestError, match="nothing"):
         quantize_checkpoint(source, tmp_path / "other", Quantization())
 
 
-def test_a_full_disk_is_said_before_any_work(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
-    with pytest.raises(OutputError, match=r"0\.0 GB left"):
-        quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+@pytest.fixture(scope="module")
+def small(source, tmp_path_factory):
+    return quantize_checkpoint(source, tmp_path_factory.mktemp("small") / "pack", Quantization.parse("8/32"))
 
 
-def test_a_pack_that_lacks_scales_is_refused(source, tmp_path):
-    folder = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+# What is done to one weight's packed parts, (weight, scales, biases) each or None, and what is said of it.
+DAMAGES = {
+    "no scales": (lambda w, s, b: (w, None, b), "packed, without scales"),
+    "no biases": (lambda w, s, b: (w, s, None), "packed without biases"),
+    "a scale": (lambda w, s, b: (w, mx.array(1.0), b), "do not belong together"),
+    "a weight": (lambda w, s, b: (w[0, 0], s, b), "do not belong together"),
+    "fewer scales": (lambda w, s, b: (w, s[:-1], b), "do not belong together"),
+    "fewer biases": (lambda w, s, b: (w, s, b[:-1]), "do not belong together"),
+    "narrow biases": (lambda w, s, b: (w, s, b[:, :1]), "do not belong together"),
+    "whole scales": (lambda w, s, b: (w, s.astype(mx.int32), b), "do not belong together"),
+    "7 bits": (lambda w, s, b: (w[:, : w.shape[1] * 7 // 8], s, b), "7 bits"),
+    "groups of 16": (lambda w, s, b: (w, mx.repeat(s, 2, 1), mx.repeat(b, 2, 1)), "groups of 16"),
+    "odd groups": (lambda w, s, b: (w, s[:, :-1], b[:, :-1]), "no whole bits and groups"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_pack_is_refused(small, tmp_path, damage):
+    folder = shutil.copytree(small, tmp_path / "pack")
     (file,) = (folder / "transformer").glob("*.safetensors")
+    path, parts = "transformer_blocks.1.attn.to_k", ("weight", "scales", "biases")
     arrays = dict(mx.load(str(file)).items())
-    for lost, says in (("scales", "packed, without scales"), ("biases", "packed without biases")):
-        mx.save_safetensors(
-            str(file), {n: a for n, a in arrays.items() if n != f"transformer_blocks.1.attn.to_k.{lost}"}
-        )
-        with pytest.raises(Exception, match=says):
-            QwenImagePipeline.from_pretrained(folder).prepare()
+    change, says = DAMAGES[damage]
+    changed = change(*(arrays.pop(f"{path}.{part}") for part in parts))
+    arrays |= {f"{path}.{part}": array for part, array in zip(parts, changed, strict=True) if array is not None}
+    mx.save_safetensors(str(file), arrays)
+    with pytest.raises(CheckpointError, match=says):
+        QwenImagePipeline.from_pretrained(folder).prepare()
+
+
+def test_two_bits_are_read_though_not_made(small, tmp_path, capsys):
+    folder = shutil.copytree(small, tmp_path / "pack")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    path = "transformer_blocks.1.attn.to_k"
+    arrays = dict(mx.load(str(file)).items())
+    packed = mx.quantize(mx.random.normal((128, 128)), 64, 2)
+    arrays |= {f"{path}.{part}": array for part, array in zip(("weight", "scales", "biases"), packed, strict=True)}
+    mx.save_safetensors(str(file), arrays)
+    assert main(["info", str(folder)]) == 0
+    assert "packed 2/64" in capsys.readouterr().out
+    paint(folder)
 
 
 def test_two_runs_into_one_folder_are_kept_apart(source, tmp_path, monkeypatch):
@@ -256,6 +301,7 @@ def test_a_failed_write_is_said_once(source, tmp_path, monkeypatch):
 
 def test_nothing_is_left_where_there_is_no_space(source, tmp_path, monkeypatch):
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    with pytest.raises(OutputError, match="GB left"):
+    monkeypatch.setattr(packing, "write_component", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(OutputError, match="has 1 MB left, but the pack takes 70 MB"):
         quantize_checkpoint(source, tmp_path / "deep" / "pack", Quantization.parse("4"))
     assert not list(tmp_path.iterdir())

@@ -405,15 +405,6 @@ def test_stored_types_are_read_as_they_stand(tmp_path, targets, base, dtype) -> 
     close(delta(lora, Q, base), 2 * (b.float() @ a.float()).numpy())
 
 
-def test_strength_can_be_changed_without_reading_again(tmp_path, targets, base) -> None:
-    lora = lora_of(tmp_path, spell("peft", "", False, targets), targets, 1.0)
-    half = lora.with_strength(0.5)
-    assert (lora.strength, half.strength) == (1.0, 0.5)
-    close(delta(half, Q, base), 0.5 * delta(lora, Q, base))
-    with pytest.raises(RequestError, match="finite number"):
-        lora.with_strength(math.nan)
-
-
 # --- what is read, and when ------------------------------------------------------------------------------------------
 
 

@@ -157,3 +157,16 @@ def test_quantized_embeddings_are_rows(scheme, dtype):
     rows = QuantizedEmbedding(*packed.arrays, scheme.group_size, scheme.bits, scheme.mode, dtype)(mx.array([[5, 0]]))
     assert rows.dtype == dtype
     assert mx.abs(rows[0] - packed.dequantize()[mx.array([5, 0])]).max().item() < 0.05
+
+
+@pytest.mark.parametrize(("text", "group", "beside"), [
+    ("4/32", None, "8/32"), ("4", 32, "8/32"), ("4", None, "8"), ("4", 128, "8/128"), ("mxfp4", 32, "8"),
+    ("8", None, "8"),
+])  # fmt: skip
+def test_the_text_encoder_takes_the_transformer_s_groups(text, group, beside):
+    assert str(Quantization.parse(text, group).text_encoder) == beside
+
+
+def test_a_group_size_is_not_left_open():
+    with pytest.raises(RequestError, match="no quantization"):
+        Quantization.parse("4/")
