@@ -169,7 +169,6 @@ def encode_examples(
         OutputError: an entry could not be written.
     """
     report = progress or (lambda _: None)
-    text_only = pipeline.variant.encoder_area == 0
     made_by = (_FORMAT, task, resolution, with_dropped, pipeline.fingerprint, str(pipeline.dtype),
                str(pipeline.components.quantization))  # fmt: skip
     paths = [folder / f"{_digest(example, made_by)}.safetensors" for example in examples]
@@ -182,9 +181,9 @@ def encode_examples(
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {reason(error)}") from error
         _ = pipeline.components.vae_encoder, pipeline.components.text_encoder  # told of, unlike what follows
-        shared = None
-        if with_dropped and text_only:
-            shared = _states(pipeline, DROPPED, (), resolution)[0]
+        shared = None  # without pictures all dropped captions are one
+        if with_dropped and not pipeline.variant.takes_images:
+            shared = pipeline.encode_guidance_prompts(DROPPED, progress=_say_nothing).positive
         for done, n in enumerate(new, start=1):
             _encode(pipeline, examples[n], task, resolution, with_dropped, shared, paths[n])
             report(Progress("encode", done, len(new), "examples"))
@@ -213,10 +212,16 @@ def _encode(
     latents = mx.stack([encode(to_pixels(fit(frame), size))[0] for frame in frames])[None]
     grid = latents.shape[2] // 2, latents.shape[3] // 2
     shown = (frames[0],) if layered else example.sources
-    text, references = _states(pipeline, example.caption, shown, resolution)
-    arrays = {"latents": pack_multi_layer_latents(latents), "text": text}
+    encoding = pipeline.encode_guidance_prompts(
+        example.caption,
+        DROPPED if with_dropped and shared is None else None,
+        images=shown,
+        reference_pixels=resolution**2 if shown else None,
+        progress=_say_nothing,
+    )
+    arrays, references = {"latents": pack_multi_layer_latents(latents), "text": encoding.positive}, encoding.references
     if with_dropped:
-        arrays["dropped"] = _states(pipeline, DROPPED, shown, resolution)[0] if shared is None else shared
+        arrays["dropped"] = encoding.negative if shared is None else shared
     if references:
         arrays["references"] = mx.concatenate([reference.latents for reference in references], axis=1)
     if not mx.isfinite(arrays["latents"]).all().item():
@@ -225,13 +230,6 @@ def _encode(
     segments = place_images(grids, parts.transformer_config.use_layer3d_rope)
     metadata = {"format": _FORMAT, "segments": json.dumps(segments)}
     save_tensors(path, arrays, metadata)
-
-
-def _states(pipeline: QwenImagePipeline, prompt: str, images: Sequence, resolution: int) -> tuple[mx.array, tuple]:
-    """A caption's states (1, L, J), and the pictures it is about as the transformer is shown them."""
-    pixels = resolution**2 if images else None
-    encoding = pipeline.encode_guidance_prompts(prompt, images=images, reference_pixels=pixels, progress=_say_nothing)
-    return encoding.positive, encoding.references
 
 
 def _say_nothing(progress: Progress) -> None:

@@ -56,7 +56,8 @@ def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, 
     assert (batch.latents.shape, batch.references) == ((1, 18, 64), None)
     own = pipeline.encode_guidance_prompts("a wide fox").positive
     assert mx.array_equal(batch.text, own)
-    cropped = Image.open(pictures / "wide-rgb.png").crop((15, 0, 135, 60)).resize((96, 48), Image.Resampling.LANCZOS)
+    picture = Image.open(pictures / "wide-rgb.png")
+    cropped = picture.resize((96, 48), Image.Resampling.LANCZOS, box=(15, 0, 135, 60))
     initial = pipeline.encode_initial_image(cropped, (96, 48))
     config = pipeline.components.vae_config
     expected = (initial.mean - mx.array(config.latents_mean)) / mx.array(config.latents_std)
