@@ -13,8 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from ..config import TransformerConfig
 from ..errors import RequestError
 from ..models.transformer import Transformer
+from ..weights.mapping import expected_tensors
 from ..weights.shards import save_tensors
 from .loss import key_of
 from .settings import TARGETS
@@ -49,7 +51,7 @@ def add_lora(
 
     Args:
         transformer: dense or packed.
-        shapes: (out, in) of its matrices, by name.
+        shapes: (out, in) of its matrices, by name, as `matrices` gives them.
         targets: "attention", "all", or ends of names, separated by commas.
         rank: of each branch.
         alpha: a branch counts alpha / rank; None is rank.
@@ -59,22 +61,35 @@ def add_lora(
         The names of the matrices.
 
     Raises:
-        RequestError: an end fits nothing, or the rank or alpha is not positive.
+        RequestError: an end fits nothing, or the rank is too high.
     """
-    if rank < 1 or (alpha is not None and not alpha > 0):
-        raise RequestError(f"rank is {rank} and alpha {alpha}, but both must be positive")
-    layers = {name: layer for name, layer in transformer.named_modules() if _is_matrix(layer)}
-    names = matched(layers, targets)
+    names = check_lora(shapes, targets, rank)
+    layers = dict(transformer.named_modules())
     transformer.freeze()
     branches = []
     for name in names:
         out, width = shapes[name]
-        if rank > min(out, width):
-            raise RequestError(f"rank is {rank}, but {name} has only {min(out, width)} rows or columns")
         a = mx.random.normal((rank, width), key=key_of(seed, "lora", name)) / rank
         branches.append((name, LoRALinear(layers[name], a, mx.zeros((out, rank)), (alpha or rank) / rank)))
     transformer.update_modules(tree_unflatten(branches))
     mx.eval(transformer.trainable_parameters())
+    return names
+
+
+def matrices(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """(out, in) of every matrix that stays in memory, by its module's name."""
+    specs = expected_tensors("transformer", config).values()
+    return {
+        spec.name.removesuffix(".weight"): spec.shape for spec in specs if spec.part == "main" and len(spec.shape) == 2
+    }
+
+
+def check_lora(shapes: Mapping[str, tuple[int, ...]], targets: str, rank: int) -> list[str]:
+    """The names of the matrices that a LoRA changes; raises RequestError as `add_lora` does, before it is built."""
+    names = matched(shapes, targets)
+    smallest = min(names, key=lambda name: min(shapes[name]))
+    if not 1 <= rank <= min(shapes[smallest]):
+        raise RequestError(f"rank is {rank}, but must be from 1 to {min(shapes[smallest])}, the size of {smallest}")
     return names
 
 
@@ -116,7 +131,3 @@ def save_lora(
         "qwen_image_mlx.training": json.dumps(record, ensure_ascii=False),
     }
     save_tensors(path, {f"{name}.weight": array for name, array in parameters.items()}, metadata)
-
-
-def _is_matrix(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | nn.QuantizedLinear)

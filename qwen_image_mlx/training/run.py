@@ -34,7 +34,7 @@ from .dataset import Dataset, digest_of, encode_examples
 from .examples import Example
 from .export import save_model
 from .loop import LoopSettings, NotFinite, StepResult, Trainer
-from .lora import add_lora, save_lora
+from .lora import add_lora, check_lora, matrices, save_lora
 from .loss import FlowMatching, training_shift
 from .network import Network
 from .optimizers import Optimizer, Rate
@@ -158,6 +158,8 @@ def _check(
     quantization = pipeline.components.quantization
     if settings.full and "transformer" in quantization.components:
         raise RequestError("packed weights cannot be trained: leave --quantize away, or train a LoRA")
+    if not settings.full:
+        check_lora(matrices(pipeline.components.transformer_config), settings.targets, settings.rank)
     try:
         there = folder.is_dir() and any(folder.iterdir())
     except OSError as error:
@@ -206,12 +208,7 @@ def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSe
             raise RequestError(f"{pipeline.model} is packed, which cannot be trained: use the model it was made from")
         modulation = load_module(TimeModulation(config), weights, "modulation", pipeline.dtype)
     else:
-        drawn = [
-            level
-            for step in range(settings.steps)
-            for number, size in enumerate(dataset.batch_sizes(step))
-            for level in loop.levels(flow, step, number, size).tolist()
-        ]
+        drawn = _levels(dataset, settings, loop, flow)
         files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weights.files)
         table = LevelTable(
             cache, weights, flow.sigmas, drawn, pipeline.dtype, config.zero_cond_t, parts.adapters, repr(files)
@@ -220,14 +217,24 @@ def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSe
     transformer = parts.transformer
     network = Network(transformer, config, modulation, checkpointing=settings.checkpointing)
     if not settings.full:
-        names = add_lora(
-            transformer, parts.lora_targets(), settings.targets, settings.rank, settings.alpha, settings.seed
-        )
+        names = add_lora(transformer, matrices(config), settings.targets, settings.rank, settings.alpha, settings.seed)
     trainer = Trainer(network, dataset.batches, optimizer, flow, loop, table)
     count = sum(array.size for array in trainer.parameters.values())
     what = "all weights" if settings.full else f"a LoRA of rank {settings.rank} beside {len(names)} matrices"
     logger.info("%d examples; training %s: %.3g million parameters", len(dataset), what, count / 1e6)
     return trainer
+
+
+def _levels(dataset: Dataset, settings: TrainingSettings, loop: LoopSettings, flow: FlowMatching) -> Sequence[int]:
+    """The noise levels that a run draws, or all where that is nearly the same."""
+    if settings.steps * settings.batch_size * settings.accumulate > 3 * flow.levels:
+        return range(flow.levels)
+    return [
+        level
+        for step in range(settings.steps)
+        for number, size in enumerate(dataset.batch_sizes(step))
+        for level in loop.levels(flow, step, number, size).tolist()
+    ]
 
 
 def _require_space(folder: Path, trainer: Trainer) -> None:

@@ -12,12 +12,11 @@ from peft import LoraConfig
 
 from qwen_image_mlx.models.transformer import gelu_tanh
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
-from qwen_image_mlx.training.lora import add_lora
+from qwen_image_mlx.training.lora import add_lora, matrices
 from qwen_image_mlx.training.loss import FlowMatching
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
 from qwen_image_mlx.training.settings import ATTENTION, TARGETS
 from qwen_image_mlx.training.table import LevelTable
-from qwen_image_mlx.weights.mapping import matrix_shapes
 
 TOLERANCE = 1e-4
 
@@ -67,7 +66,7 @@ def test_full_gradients_are_those_of_torch(twins, task, checkpointing):
 def lora_trainer(both, folder, batch, targets="attention", checkpointing=False, alpha=8, flow=None):
     """A trainer of LoRAs, and the reference's transformer with PEFT's of the same random values."""
     network = both.network(full=False, checkpointing=checkpointing)
-    add_lora(network.transformer, matrix_shapes("transformer", both.config), targets, rank=4, alpha=alpha)
+    add_lora(network.transformer, matrices(both.config), targets, rank=4, alpha=alpha)
     flow = flow or FlowMatching()
     table = LevelTable(
         folder, both.weights, flow.sigmas, range(1000), mx.float32, both.config.zero_cond_t, None, both.task
@@ -141,7 +140,7 @@ def test_a_single_sample_has_the_gradients_it_has_in_a_batch(adapted, tmp_path):
 def test_a_lora_begins_by_changing_nothing_and_trains_nothing_else(adapted, tmp_path):
     both = adapted("t2i", "attention")
     network = both.network(full=False)
-    names = add_lora(network.transformer, matrix_shapes("transformer", both.config), "attention", rank=4)
+    names = add_lora(network.transformer, matrices(both.config), "attention", rank=4)
     assert len(names) == 2 * len(ATTENTION) - 2
     trained = [name for name, _ in tree_flatten(network.trainable_parameters())]
     assert sorted(trained) == sorted(f"transformer.{name}.lora_{side}" for name in names for side in "AB")
