@@ -26,13 +26,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line, or JSON."""
     from ..images.layer_files import is_layers
+    from ..weights.shards import PICKLES
 
     path = Path(arguments.path).expanduser()
-    if path.exists() and is_layers(path):
+    if path.exists() and path.suffix.lower() not in PICKLES and is_layers(path):
         facts = _layers(path)
     elif path.is_dir():
         facts = _checkpoint(path)
-    elif path.suffix in (".safetensors", ".gguf"):
+    elif path.suffix.lower() in (".safetensors", ".gguf", *PICKLES):
         facts = _weights(path)
     else:
         from ..images.files import read_metadata

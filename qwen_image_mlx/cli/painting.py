@@ -102,7 +102,8 @@ def add_model_flags(parser: argparse._ActionsContainer, default_model: str) -> N
     add("--dtype", choices=DTYPES, help="of the text encoder and the transformer (default: bfloat16)")
     add("--quantize", metavar="Q", help="pack weights while they are loaded: 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the "
         "transformer's; the text encoder's take 8), or transformer=4,text_encoder=8,vision=8")  # fmt: skip
-    add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 (default: 64)")
+    add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 "
+        "(default: 64); the microscaling formats have their own")  # fmt: skip
     add("--text-encoder", metavar="FILE", help="a .safetensors file (or a folder) to take instead of the model's own "
         "text encoder with its vision tower, as other programs use them")  # fmt: skip
 

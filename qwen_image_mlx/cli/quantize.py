@@ -8,9 +8,10 @@ from typing import Any
 DESCRIPTION = """\
 Write a model anew with quantized weights, into a folder that loads like any other model and with no flag.
 
-A third to a fifth of the size in memory for a small error, which the new folder's README lists for every matrix. 8 bits
-are hard to tell from the original; 4 fit a transformer of 41 GB into 8. The VAE, norms and the transformer's modulation
-stay exact. A run that was cut goes on when it is started again; half a folder never loads."""
+At 8 bits a transformer takes 14.4 GB of memory instead of 27.0 and is hard to tell from the original, at 4 bits 7.6.
+The VAE, norms and the modulation, which is in the file but never stays in memory, are as exact as they were.
+quantization_report.json in the new folder has every matrix's error. A run that was cut goes on when it is started
+again; half a folder never loads."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -26,7 +27,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("out", metavar="OUT", help="a new folder")
     add("--bits", required=True, metavar="B", help="3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the transformer's; the text "
         "encoder's take 8), or transformer=4,text_encoder=8,vision=8")  # fmt: skip
-    add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 (default: 64)")
+    add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 "
+        "(default: 64); the microscaling formats have their own")  # fmt: skip
     add("--revision", help="branch, tag or commit of a Hugging Face model")
     return parser
 

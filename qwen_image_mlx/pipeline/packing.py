@@ -19,13 +19,14 @@ from statistics import median
 import mlx.core as mx
 
 from .. import __version__
-from ..errors import OutputError, RequestError
+from ..errors import OutputError, RequestError, some
 from ..weights.loader import say_what_does_not_fit
 from ..weights.mapping import weights_map
 from ..weights.pack import Part, quantization_config, write_component
 from ..weights.quantize import Quantization
 from ..weights.shards import PARTIAL
 from ..weights.snapshot import HubSnapshot
+from ..weights.stored import FLOATS
 from .components import Components
 from .progress import Progress, ProgressCallback, Reporter
 from .sources import INDEX
@@ -72,7 +73,7 @@ def quantize_checkpoint(
     Raises:
         RequestError: nothing is to be quantized, or what lies at OUT.partial is another run's or no run's.
         CheckpointError, HubError: the model is damaged or cannot be fetched.
-        OutputError: `out` exists, or could not be written; run again to go on.
+        OutputError: `out` exists, or could not be written; a run that was cut goes on when it is repeated.
     """
     out, report = Path(out).expanduser(), Reporter(progress)
     if quantization == Quantization():
@@ -88,6 +89,12 @@ def quantize_checkpoint(
     components = Components(snapshot, mx.bfloat16, quantization=quantization)
     components.prepare()
     folders = _folders(components)
+    forms = {form for parts in folders.values() for part in parts for form in part.weights.forms}
+    if packed := sorted(forms - set(FLOATS)):
+        logger.warning(
+            "%s is %s already; what that lost stays lost, and errors are counted from there: start from the full model",
+            model, some(packed),
+        )  # fmt: skip
     partial = out.with_name(f"{out.name}.partial")
     _require_space(partial, folders)
     plan = repr((components.fingerprint, str(quantization), shard_bytes, __version__))
@@ -197,6 +204,7 @@ def _card(components: Components, name: str, errors: Mapping[str, Mapping[str, f
         for folder, layers in errors.items()
         for kind, values in _by_kind(layers).items()
     ]
+    forms = sorted({form for part in ("transformer", *components.encoders) for form in components.weights(part).forms})
     base = f"base_model: {source.model}\n" if source.revision else ""
     licence = "license: apache-2.0\n" if source.revision else ""
     return f"""---
@@ -205,7 +213,7 @@ tags: [mlx, qwen-image, quantized]
 {base}{licence}---
 # {name}
 
-{origin}, with quantized weights ({components.quantization}), written by
+{origin} ({", ".join(forms)}), with quantized weights ({components.quantization}), written by
 [qwen_image_mlx](https://pypi.org/project/qwen-image-mlx/) {__version__}. It loads like any other model:
 
 ```sh

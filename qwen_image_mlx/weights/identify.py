@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from ..config import TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
-from .gguf import read_gguf
 from .loader import ComponentWeights
 from .lora import read_lora
 from .lora_inspect import describe
 from .mapping import canonical_names, matrix_shapes, shown_settings
-from .shards import Tensor, read_header
+from .shards import Tensor
+from .snapshot import weight_file
 
 # A tensor that every file of a component has, by canonical name, and no LoRA.
 _SIGNATURES = {
@@ -64,12 +64,14 @@ def identify(path: Path) -> FileReport:
     """Says what a safetensors or GGUF file is.
 
     Raises:
-        CheckpointError: it is damaged, or holds nothing this package knows.
+        RequestError: there is no such file.
+        CheckpointError: it is damaged, a pickle, or holds nothing this package knows.
     """
-    tensors = (read_gguf if path.suffix == ".gguf" else read_header)(path)[0]
+    tensors = weight_file(path).tensors
     forms: dict[str, int] = {}
     for tensor in tensors.values():
         forms[tensor.dtype] = forms.get(tensor.dtype, 0) + tensor.nbytes
+    forms = dict(sorted(forms.items(), key=lambda form: -form[1]))
     total = sum(forms.values())
     for kind, signature in _SIGNATURES.items():
         names = set(canonical_names(kind, tensors).values())

@@ -138,14 +138,14 @@ class ComponentWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all the component's weights as stored, those nobody reads included."""
-        return sum(stored.nbytes for stored in self._stored.values())
+        """Bytes of its weights as stored; what else its files hold is not counted."""
+        return sum(self.forms.values())
 
     @property
     def forms(self) -> dict[str, int]:
         """How its weights lie in the files, and how many bytes so: "BF16", "F8_E4M3", "Q4_K", "4 bit" or "mxfp8"."""
         forms: dict[str, int] = {}
-        for stored in self._stored.values():
+        for stored in (self._stored[name] for name in self._specs if name in self._stored):
             form = f"packed {stored.scheme}" if stored.tensor.dtype == PACKED else stored.tensor.dtype
             forms[form] = forms.get(form, 0) + stored.nbytes
         return dict(sorted(forms.items(), key=lambda item: -item[1]))
@@ -154,7 +154,7 @@ class ComponentWeights:
         """Bytes in memory once a part is loaded, as `load_module` does with the same arguments."""
         total = 0
         for spec in self.specs(part):
-            form = scheme if scheme and spec.quantized and scheme.fits(spec.shape) else self._stored[spec.name].scheme
+            form = scheme if spec.is_packed_by(scheme) else self._stored[spec.name].scheme
             shape = LAYOUTS[spec.layout](mx.zeros(spec.shape, mx.uint8)).shape if form is None else spec.shape
             total += form.nbytes(spec.shape) if form else prod(shape) * dtype.size
         return total
@@ -223,7 +223,7 @@ def load_module(
     reader, branches = Reader(weights.component), []
     for spec in specs:
         value, branch = weights.open(spec, reader), None
-        packs = scheme is not None and spec.quantized and scheme.fits(spec.shape)
+        packs = spec.is_packed_by(scheme)
         if placement and placement.adapters.changes(spec.name):
             with _reading(weights.component):
                 if len(spec.shape) == 2:

@@ -16,10 +16,9 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, RequestError
 from .lora_formats import KINDS, PeftConfig, Shape, bind, check_dtypes, factored_kind, peft_config
-from .shards import Tensor, read_header
+from .shards import PICKLES, Tensor, read_header
 
 SUFFIX = ".safetensors"
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 Read = Callable[[str], mx.array]
 
@@ -330,12 +329,12 @@ def weights_file(path: str | Path) -> Path:
                 f"the folder {path} holds {len(found)} LoRA files ({', '.join(file.name for file in found)}): "
                 "name one of them"
             )
-        path = next((file for file in files if file.suffix in _PICKLES), path)
+        path = next((file for file in files if file.suffix in PICKLES), path)
         if os.path.isdir(path):
             raise RequestError(f"the folder {path} holds no {SUFFIX} file: give a LoRA's file or its folder")
     if not os.path.exists(path):
         raise RequestError(f"there is no LoRA {path}: give a {SUFFIX} file that exists")
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise RequestError(
             f"{path} is a pickle, which can run any code when it is read: use its {SUFFIX} version, or convert it "
             "where you trust it"

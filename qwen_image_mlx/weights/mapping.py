@@ -15,9 +15,12 @@ from functools import cache
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    from .quantize import Scheme
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Installed, the map lies inside the package; in a checkout, beside it.
@@ -58,6 +61,10 @@ class TensorSpec:
     part: str
     layout: str
     quantized: bool = False
+
+    def is_packed_by(self, scheme: Scheme | None) -> bool:
+        """Whether a quantization means this tensor and can take it, whatever its form in the file."""
+        return scheme is not None and self.quantized and scheme.fits(self.shape)
 
 
 @cache

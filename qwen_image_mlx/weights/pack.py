@@ -32,14 +32,10 @@ class Part:
     weights: ComponentWeights
     scheme: Scheme | None
 
-    def packs(self, spec: TensorSpec) -> bool:
-        """Whether a tensor is packed here, whatever its form in the source."""
-        return self.scheme is not None and spec.quantized and self.scheme.fits(spec.shape)
-
     def nbytes(self, spec: TensorSpec) -> int:
         """Bytes of a tensor as it will be written."""
         stored = self.weights.stored(spec.name)
-        return self.scheme.nbytes(spec.shape) if self.packs(spec) else stored.nbytes
+        return self.scheme.nbytes(spec.shape) if spec.is_packed_by(self.scheme) else stored.nbytes
 
 
 def write_component(
@@ -101,7 +97,7 @@ def quantization_config(parts: Sequence[Part]) -> dict[str, object] | None:
         for specs in part.weights.layers():
             for spec in specs:
                 if spec.name.endswith(".weight") and len(spec.shape) == 2:
-                    scheme = part.scheme if part.packs(spec) else part.weights.stored(spec.name).scheme
+                    scheme = part.scheme if spec.is_packed_by(part.scheme) else part.weights.stored(spec.name).scheme
                     layers[spec.name.removesuffix(".weight")] = scheme and vars(scheme)
     used = [scheme for scheme in layers.values() if scheme]
     if not used:
@@ -133,7 +129,7 @@ def _write_tensor(
 ) -> None:
     """Adds a tensor to a file's arrays, evaluated, and its error to the errors if it is packed here."""
     value, path = part.weights.open(spec, reader), spec.name.removesuffix(".weight")
-    if part.packs(spec):
+    if spec.is_packed_by(part.scheme):
         packed = repacked(part.weights.component, value, part.scheme)
         source = value.dequantize() if isinstance(value, Packed) else value
         errors[path] = relative_error(source, packed)
@@ -154,7 +150,7 @@ def _plan(parts: Sequence[Part], layers: Layers) -> str:
         for spec in specs:
             tensor = part.weights.stored(spec.name).tensor
             status = tensor.file.stat()
-            scheme = str(part.scheme) if part.packs(spec) else None
+            scheme = str(part.scheme) if spec.is_packed_by(part.scheme) else None
             facts.append((spec.name, scheme, tensor.dtype, tensor.file.name, status.st_size, status.st_mtime_ns))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 

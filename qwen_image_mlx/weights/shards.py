@@ -32,6 +32,7 @@ _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_RANK = 16  # far above any model's; bounds the product of a made-up shape
 _MAX_DIM = 2**63
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # endings of files that run code when they are read
 PARTIAL = ".partial.safetensors"  # how names of unfinished files end; the last part is MLX's wish
 _LFS_POINTER = b"version https://git-lfs"
 

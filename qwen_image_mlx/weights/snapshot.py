@@ -18,9 +18,8 @@ from typing import Any
 from ..errors import CheckpointError, RequestError
 from .gguf import read_gguf
 from .hub import Folder, Progress, Repo, open_model
-from .shards import Tensor, component_tensors
+from .shards import PICKLES, Tensor, component_tensors
 
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _SAFETENSORS, _GGUF, _INDEX = ".safetensors", ".gguf", ".safetensors.index.json"
 _NUMBERED = re.compile(r"\d+\.safetensors")  # shards that say by their names that they belong together
 
@@ -188,7 +187,7 @@ class HubSnapshot:
                 f"{self.model} has neither {usual}{_SAFETENSORS} nor one index for {', '.join(files)}, so it is not "
                 "plain which of them belong together: leave one, or all with their index"
             )
-        pickles = [name for name in there if name.endswith(_PICKLES)]
+        pickles = [name for name in there if name.endswith(PICKLES)]
         if pickles:
             raise CheckpointError(f"the weights {', '.join(pickles)} of {self.model} {_NO_PICKLES}")
         return None, [usual + _SAFETENSORS]
@@ -220,7 +219,7 @@ def read_tensors(files: Sequence[Path], index: Mapping[str, str] | None = None) 
     Raises:
         CheckpointError: as `shards.component_tensors` and `gguf.read_gguf`.
     """
-    if len(files) == 1 and files[0].suffix == _GGUF:
+    if len(files) == 1 and files[0].suffix.lower() == _GGUF:
         return dict(read_gguf(files[0])[0])
     return component_tensors(files, index)
 
@@ -234,9 +233,12 @@ def weight_file(path: Path) -> WeightFiles:
     """
     if not path.is_file():
         raise RequestError(f"there is no file {str(path)!r}: give one that exists")
-    if path.suffix in _PICKLES:
-        raise CheckpointError(f"the weights {path} {_NO_PICKLES}")
-    if path.suffix not in (_SAFETENSORS, _GGUF):
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{path} is a pickle, which can run any code when it is read: use its {_SAFETENSORS} version, or convert "
+            "it where you trust it"
+        )
+    if path.suffix.lower() not in (_SAFETENSORS, _GGUF):
         raise RequestError(f"{path} is no file of weights that is read here: give a {_SAFETENSORS} or a {_GGUF} file")
     return WeightFiles((path,), None, read_tensors([path]))
 

@@ -15,7 +15,8 @@ from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import matrix_shapes
 from qwen_image_mlx.weights.quantize import Quantization
-from qwen_image_mlx.weights.synthetic import FULL, TINY, write_checkpoint
+from qwen_image_mlx.weights.shards import read_header
+from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 
 @pytest.fixture
@@ -53,8 +54,7 @@ def test_a_model_is_described(tiny, tmp_path, run):
     assert code == 0
     assert re.search(r"class +QwenImagePipeline", out)
     assert re.search(r"transformer +[\d.]+ MB in files \(F32 [\d.]+ MB\), [\d.]+ MB in memory", out)
-    configs = {**TINY, "text_encoder": TINY["text_encoder"]}
-    source = write_checkpoint(tmp_path / "source", configs)
+    source = write_checkpoint(tmp_path / "source", TINY)
     pack = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("text_encoder=8"))
     _, out, _ = run("info", pack, "--json")
     assert "packed 8" in json.loads(out)["text_encoder"]
@@ -108,7 +108,6 @@ def test_lora_inspect_takes_another_model_s_shapes(tiny, tmp_path, run):
                                     f"{name}.lora_B.weight": mx.ones((out_features, 2))})  # fmt: skip
     assert run("lora", "inspect", file, "--model", tiny)[0] == 0
     assert run("lora", "inspect", file)[0] == 2
-    assert FULL["transformer"].num_layers == 60
 
 
 def test_a_single_file_s_memory_is_announced(tmp_path, run):
@@ -130,3 +129,20 @@ def test_a_single_file_s_memory_is_announced(tmp_path, run):
     assert code == 0, err
     assert re.search(r"in the file +BF16 40\.86 GB", out)
     assert re.search(r"in memory +27\.\d+ GB", out)
+
+
+def test_a_file_with_two_components_is_counted_once(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", TINY, pipeline="QwenImageEditPlusPipeline")
+    parts = {part.name: part.file_bytes for part in inspect_checkpoint(folder).components}
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    tensors = read_header(file)[0].values()
+    assert parts["vision"] == sum(t.nbytes for t in tensors if t.name.startswith("visual."))
+    assert parts["text_encoder"] + parts["vision"] <= sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.PT", "model.bin"])
+def test_pickles_are_refused_and_called_so(tmp_path, run, name):
+    (tmp_path / name).write_bytes(b"anything")
+    code, out, err = run("info", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert "is a pickle" in err

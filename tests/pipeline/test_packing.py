@@ -305,3 +305,10 @@ def test_nothing_is_left_where_there_is_no_space(source, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="has 1 MB left, but the pack takes 70 MB"):
         quantize_checkpoint(source, tmp_path / "deep" / "pack", Quantization.parse("4"))
     assert not list(tmp_path.iterdir())
+
+
+def test_packing_a_pack_is_done_and_said(small, tmp_path, caplog):
+    folder = quantize_checkpoint(small, tmp_path / "pack", Quantization.parse("4/32"))
+    assert "is packed 8/32 already" in caplog.text
+    assert "(F32, packed 8/32), with quantized weights" in (folder / "README.md").read_text()
+    paint(folder)
