@@ -1,57 +1,188 @@
 #!/usr/bin/env python3
-"""Train the models that the package ships, from nothing.
+"""Train the models that the package ships, from nothing, stage by stage; a stage that was cut goes on where it was.
 
-python scripts/train_demo.py vae --out build/demo
+python scripts/train_demo.py vae rgba-vae text-encoder t2i-edit layered pack --out build/demo
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from demo import autoencoder
+import numpy as np
+from demo import autoencoder, checkpoint, judge, painter, samples
 
 from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
+from qwen_image_mlx.training.network import Network
 
-
-def train_autoencoder(folder: Path, channels: int, arguments: argparse.Namespace) -> None:
-    """Trains, measures and saves at regular steps; goes on where a run ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = autoencoder.Trainer(
-        VAEConfig(base_dim=arguments.base_dim, input_channels=channels), arguments.steps, seed=arguments.seed
-    )
-    state = folder / "state.safetensors"
-    if state.exists():
-        trainer.restore(state)
-    while trainer.step < trainer.steps:
-        begin = time.monotonic()
-        first = trainer.step
-        loss = trainer.run(min(trainer.steps, (trainer.step // arguments.every + 1) * arguments.every))
-        seconds = (time.monotonic() - begin) / (trainer.step - first)
-        trainer.save(state)
-        line = {"step": trainer.step, "loss": loss, "seconds_per_step": round(seconds, 3)}
-        report(folder, line | autoencoder.judge(trainer.averaged(), channels))
-
-
-def report(folder: Path, line: dict) -> None:
-    """Adds a line to the stage's log and shows it."""
-    text = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()})
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-        log.write(text + "\n")
-    print(text, flush=True)
+VAE = VAEConfig(base_dim=8)
+STEPS = {"vae": 5000, "rgba-vae": 3000, "t2i-edit": 12000, "layered": 6000}
+SAMPLES = {"t2i": 30000, "edit": 16000, "layered": 5000}
+LAYERS = (2, 3, 4)
+BATCH = 64
+JUDGED = 100  # held-out scenes
+HELD_OUT_SEED = 11
+SCALES = {"demo": 3.0, "demo-edit": 2.0, "demo-layered": 1.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae"])
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--every", type=int, default=500, help="steps between two saved states: %(default)s")
-    parser.add_argument("--base-dim", type=int, default=8)
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and models")
+    parser.add_argument("--every", type=int, default=500, help="steps between two saved states (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if arguments.stage == "vae":
-        train_autoencoder(arguments.out / "vae-training", 3, arguments)
+    for stage in arguments.stages:
+        STAGES[stage](arguments.out, arguments.every, arguments.seed)
+
+
+def train_vae(out: Path, every: int, seed: int) -> None:
+    """The autoencoder of pictures."""
+    trainer = autoencoder.Trainer(VAE, STEPS["vae"], seed=seed)
+    _train_autoencoder(out / "vae", trainer, every)
+
+
+def train_rgba_vae(out: Path, every: int, seed: int) -> None:
+    """The autoencoder of layers, from that of pictures."""
+    config = VAEConfig(base_dim=VAE.base_dim, input_channels=4)
+    weights = autoencoder.averaged_weights(out / "vae" / "state.safetensors")
+    trainer = autoencoder.Trainer(config, STEPS["rgba-vae"], seed=seed, weights=weights)
+    _train_autoencoder(out / "rgba-vae", trainer, every)
+
+
+def write_frames(out: Path, every: int, seed: int) -> None:
+    """Tokenizers, text encoders and autoencoders of all models whose autoencoder is trained."""
+    for model in checkpoint.PIPELINES:
+        layered = checkpoint.transformer_config(model).use_layer3d_rope
+        folder = out / ("rgba-vae" if layered else "vae")
+        state, target = folder / "state.safetensors", out / "models" / model
+        written = target / "model_index.json"
+        if not state.exists() or (written.exists() and written.stat().st_mtime > state.stat().st_mtime):
+            continue
+        config = VAEConfig(base_dim=VAE.base_dim, input_channels=4 if layered else 3)
+        trained = autoencoder.load_averaged(config, state)
+        config = autoencoder.with_statistics(trained, config)
+        checkpoint.write_frame(target, model, config, autoencoder.module_weights(trained), seed)
+
+
+def train_t2i_edit(out: Path, every: int, seed: int) -> None:
+    """The transformer that paints and edits."""
+    frames = {model: samples.Frame(out / "models" / model) for model in ("demo", "demo-edit")}
+    folder = out / "t2i-edit"
+    scenes = samples.draw_scenes(JUDGED, HELD_OUT_SEED, most_things=1, held_out=True)
+    pairs = samples.draw_edits(JUDGED, HELD_OUT_SEED, held_out=True)
+    asked = {"demo": samples.paintings(frames["demo"], scenes), "demo-edit": samples.edits(frames["demo-edit"], pairs)}
+    kinds = [
+        _kept(folder / "paintings.npz", lambda: samples.paintings(
+            frames["demo"], samples.draw_scenes(SAMPLES["t2i"], seed))),
+        _kept(folder / "edits.npz", lambda: samples.edits(
+            frames["demo-edit"], samples.draw_edits(SAMPLES["edit"], seed))),
+    ]  # fmt: skip
+
+    def judged(network: Network) -> dict[str, float]:
+        painted = {
+            model: frames[model].pictures(painter.paint(network, asked[model], 12, SCALES[model])) for model in asked
+        }
+        found = {
+            "t2i": judge.judge_paintings(painted["demo"], scenes),
+            "edit": judge.judge_edits(painted["demo-edit"], [p.before for p in pairs], [p.after for p in pairs]),
+        }
+        return {f"{task} {name}": value for task, values in found.items() for name, value in values.items()}
+
+    _train_painter(folder, "demo-edit", kinds, every, seed, judged, [out / "models" / model for model in asked])
+
+
+def train_layered(out: Path, every: int, seed: int) -> None:
+    """The transformer that takes pictures apart."""
+    frame, folder = samples.Frame(out / "models" / "demo-layered"), out / "layered"
+    scenes = samples.draw_scenes(JUDGED, HELD_OUT_SEED, held_out=True)
+    asked = samples.decompositions(frame, scenes, LAYERS[-1])
+    kinds = [
+        _kept(folder / f"{layers}.npz", lambda layers=layers: samples.decompositions(
+            frame, samples.draw_scenes(SAMPLES["layered"], seed + layers, most_things=layers - 1), layers))
+        for layers in LAYERS
+    ]  # fmt: skip
+
+    def judged(network: Network) -> dict[str, float]:
+        tokens = painter.paint(network, asked, 12, SCALES["demo-layered"])
+        frames = tokens.reshape(JUDGED * (LAYERS[-1] + 1), -1, tokens.shape[-1])
+        pictures = frame.pictures(frames)
+        return judge.judge_layers(pictures.reshape(JUDGED, -1, *pictures.shape[1:])[:, 1:], scenes)
+
+    _train_painter(folder, "demo-layered", kinds, every, seed, judged, [out / "models" / "demo-layered"])
+
+
+def pack(out: Path, every: int, seed: int) -> None:
+    """Lays the models into the package, with what they share only once."""
+    checkpoint.pack(out / "models", Path(__file__).parents[1] / "qwen_image_mlx" / "demo")
+
+
+STAGES = {
+    "vae": train_vae, "rgba-vae": train_rgba_vae, "text-encoder": write_frames, "t2i-edit": train_t2i_edit,
+    "layered": train_layered, "pack": pack,
+}  # fmt: skip
+
+
+def _train_autoencoder(folder: Path, trainer: autoencoder.Trainer, every: int) -> None:
+    state = folder / "state.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    if state.exists():
+        trainer.restore(state)
+    while trainer.step < trainer.steps:
+        first, begin = trainer.step, time.monotonic()
+        loss = trainer.run(min(trainer.steps, (first // every + 1) * every))
+        seconds = (time.monotonic() - begin) / (trainer.step - first)
+        trainer.save(state)
+        found = autoencoder.judge(trainer.averaged(), trainer.config.input_channels)
+        _report(folder, trainer.step, seconds, {"loss": loss} | found)
+
+
+def _train_painter(
+    folder: Path,
+    model: str,
+    kinds: Sequence[samples.Samples],
+    every: int,
+    seed: int,
+    judged: Callable[[Network], dict[str, float]],
+    models: Sequence[Path],
+) -> None:
+    config, steps = checkpoint.transformer_config(model), STEPS[folder.name]
+    record = {"stage": folder.name, "steps": steps, "seed": seed, "batch": BATCH}
+    trainer = painter.new_trainer(
+        painter.new_network(config, seed), painter.draw_batches(kinds, BATCH, seed), steps, seed
+    )
+    last = last_checkpoint(folder)
+    if last is not None:
+        load_checkpoint(last, trainer, record)
+    while trainer.step < steps:
+        first, begin = trainer.step, time.monotonic()
+        losses = [trainer.take_step().loss for _ in range(min(every - first % every, steps - first))]
+        seconds = (time.monotonic() - begin) / (trainer.step - first)
+        save_checkpoint(folder, trainer, record)
+        with trainer.weights() as network:
+            found = judged(network)
+        _report(folder, trainer.step, seconds, {"loss": float(np.mean(losses))} | found)
+        for target in models:
+            checkpoint.write_component(target, "transformer", config, painter.file_weights(trainer))
+
+
+def _kept(path: Path, make: Callable[[], samples.Samples]) -> samples.Samples:
+    """Samples from a file, made if it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make().save(path)
+    return samples.Samples.load(path)
+
+
+def _report(folder: Path, step: int, seconds: float, found: dict[str, float]) -> None:
+    """Adds a line to the stage's log and shows it."""
+    line = {"step": step, "seconds_per_step": seconds} | found
+    text = json.dumps({name: round(value, 4) for name, value in line.items()})
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(text + "\n")
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

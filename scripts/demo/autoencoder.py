@@ -225,6 +225,17 @@ def _widened(value: mx.array, shape: tuple[int, ...]) -> mx.array:
     return mx.pad(value, [(0, new - old) for old, new in zip(value.shape, shape, strict=True)])
 
 
+def load_averaged(config: VAEConfig, path: Path) -> Autoencoder:
+    """The model of a state that `Trainer.save` wrote, with the averaged weights."""
+    return _put(Autoencoder(config), averaged_weights(path))
+
+
+def averaged_weights(path: Path) -> dict[str, mx.array]:
+    """The averaged weights of such a state, by name."""
+    found = mx.load(str(path))
+    return {name.removeprefix("average "): value for name, value in found.items() if name.startswith("average ")}
+
+
 # Judging --------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +12,24 @@ from typing import Any
 import mlx.core as mx
 
 from qwen_image_mlx.config import SchedulerConfig, TransformerConfig, VAEConfig
-from qwen_image_mlx.variants import VARIANTS
+from qwen_image_mlx.variants import OWN, VARIANTS
 from qwen_image_mlx.weights.mapping import TensorSpec, expected_tensors
 from qwen_image_mlx.weights.shards import save_tensors
 
+from .scenes import SIDE
 from .text_encoder import write_text_encoder
 from .tokenizer import write_tokenizer
 
 PIPELINES = {
     "demo": "QwenImagePipeline", "demo-edit": "QwenImageEditPlusPipeline", "demo-layered": "QwenImageLayeredPipeline",
+}  # fmt: skip
+# What they say of themselves in model_index.json.
+_OWN = {
+    "demo": {"target_area": SIDE**2, "steps": 12, "cfg_scale": 3.0, "negative_prompt": " "},
+    "demo-edit": {"encoder_area": SIDE**2, "reference_area": SIDE**2, "target_area": SIDE**2, "steps": 12,
+                  "cfg_scale": 2.0, "negative_prompt": " "},
+    "demo-layered": {"reference_area": SIDE**2, "resolutions": [SIDE], "captions": False, "steps": 12, "cfg_scale": 1.0,
+                     "negative_prompt": " "},
 }  # fmt: skip
 # Sixteen tokens make a picture: the released shift by size would leave nearly no steps to the noise.
 SCHEDULER = SchedulerConfig(use_dynamic_shifting=False, shift=2.0)
@@ -33,11 +43,11 @@ _CLASSES = {
 
 
 def transformer_config(model: str) -> TransformerConfig:
-    """The transformer of one of the demo's models; the first two share their weights."""
+    """The transformer of one of the demo's models; the first two share theirs."""
     layered = VARIANTS[PIPELINES[model]].layered
     return TransformerConfig(
         num_layers=4, num_attention_heads=4, attention_head_dim=32, axes_dims_rope=(8, 12, 12), joint_attention_dim=128,
-        zero_cond_t=model == "demo-edit", use_additional_t_cond=layered, use_layer3d_rope=layered,
+        zero_cond_t=not layered, use_additional_t_cond=layered, use_layer3d_rope=layered,
     )  # fmt: skip
 
 
@@ -52,13 +62,14 @@ def write_frame(folder: Path, model: str, vae: VAEConfig, weights: Mapping[str, 
         seed: of the text encoder's weights.
     """
     pipeline = PIPELINES[model]
-    processor = {"processor": ["transformers", "Qwen2VLProcessor"]} if VARIANTS[pipeline].takes_images else {}
-    write_json(folder / "model_index.json", {"_class_name": pipeline, **_CLASSES, **processor})
     scheduler = {"_class_name": _CLASSES["scheduler"][1], **asdict(SCHEDULER)}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_component(folder, "vae", vae, weights)
     special = write_tokenizer(folder / "tokenizer")
-    write_text_encoder(folder, special, vision=bool(processor), seed=seed)
+    write_text_encoder(folder, special, seed)
+    processor = {"processor": ["transformers", "Qwen2VLProcessor"]} if VARIANTS[pipeline].takes_images else {}
+    index = {"_class_name": pipeline, OWN: _OWN[model], **_CLASSES, **processor}
+    write_json(folder / "model_index.json", index)
 
 
 def write_component(
@@ -81,6 +92,32 @@ def write_component(
     (folder / component).mkdir(parents=True, exist_ok=True)
     save_tensors(folder / component / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / component / "config.json", {"_class_name": class_name, **asdict(config)})
+
+
+def pack(models: Path, to: Path) -> None:
+    """Copies models into one folder; a part that several have alike goes to `shared`, once.
+
+    Args:
+        models: the folder of `PIPELINES`' models.
+        to: where the copies go; a part's folder that is there already is replaced.
+    """
+    parts = sorted({part.name for model in PIPELINES for part in (models / model).iterdir() if part.is_dir()})
+    for part in parts:
+        owners = [models / model / part for model in PIPELINES if (models / model / part).exists()]
+        shared = [owner for owner in owners if _same(owner, models / "demo-edit" / part)]
+        places = {to / "shared" / part: models / "demo-edit" / part} if shared else {}
+        places |= {to / owner.parent.name / part: owner for owner in owners if owner not in shared}
+        for place, source in places.items():
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(source, place)
+    for model in PIPELINES:
+        (to / model).mkdir(parents=True, exist_ok=True)
+        shutil.copy(models / model / "model_index.json", to / model)
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two folders hold the same files."""
+    return {p.name: p.read_bytes() for p in a.iterdir()} == {p.name: p.read_bytes() for p in b.iterdir()}
 
 
 def in_file_layout(spec: TensorSpec, value: mx.array | None) -> mx.array:

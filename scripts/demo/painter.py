@@ -11,13 +11,14 @@ import numpy as np
 from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.models.modulation import TimeModulation
 from qwen_image_mlx.models.transformer import Transformer
-from qwen_image_mlx.sampling.denoise import Guidance, denoise
-from qwen_image_mlx.sampling.schedule import Schedule
+from qwen_image_mlx.sampling.denoise import Guidance, Velocity, denoise
+from qwen_image_mlx.sampling.schedule import Schedule, make_schedule, uniform_sigmas
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
 from qwen_image_mlx.training.loss import FlowMatching, key_of
 from qwen_image_mlx.training.network import Batch, Network
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
 
+from .checkpoint import SCHEDULER
 from .samples import Samples
 
 WARM_UP = 200  # steps
@@ -47,6 +48,11 @@ def new_trainer(network: Network, batches: Callable[[int], Sequence[Batch]], ste
     return Trainer(network, batches, optimizer, FlowMatching("logit_normal"), LoopSettings(seed, ema=EMA))
 
 
+def file_weights(trainer: Trainer) -> dict[str, mx.array]:
+    """The averaged weights by their names in a checkpoint, where transformer and modulation are one."""
+    return {name.partition(".")[2]: value for name, value in trainer.average.items()}
+
+
 def draw_batches(kinds: Sequence[Samples], size: int, seed: int) -> Callable[[int], Sequence[Batch]]:
     """A step's batches: one of every kind, `size` samples together."""
     return lambda step: [
@@ -54,14 +60,34 @@ def draw_batches(kinds: Sequence[Samples], size: int, seed: int) -> Callable[[in
     ]
 
 
-def paint(network: Network, batch: Batch, negative: mx.array, schedule: Schedule, scale: float, seed: int) -> mx.array:
-    """Latents (B, N, C) of a batch's prompts and references, guided away from negative prompts (B, M, C)."""
-    branches = [batch.text, negative]
-    rotary = [network.rotary(Batch(batch.latents, text, batch.segments)) for text in branches]
+def paint(network: Network, samples: Samples, steps: int, scale: float, seed: int = 0) -> mx.array:
+    """Latents (N, F * 16, 64) painted anew of all samples' prompts and references.
 
+    Args:
+        network: with the weights to paint with.
+        samples: their latents are not looked at.
+        steps: of the sampler.
+        scale: of guidance; 1 paints without.
+        seed: of the noise.
+    """
+    schedule = make_schedule(SCHEDULER, uniform_sigmas(steps), 0)
+    found: list[mx.array] = [mx.array(0)] * len(samples.latents)
+    for members in samples.alike.values():
+        batch = samples.at(members, samples.prompt[members])
+        branches = [batch, samples.at(members, samples.dropped[members, -1])]
+        velocity = _velocity(network, branches, schedule)
+        noise = mx.random.normal(batch.latents.shape, key=key_of(seed, "paint", int(members[0])))
+        guidance = Guidance(scale, not samples.layered) if scale != 1 else None
+        painted = denoise(velocity, noise, schedule, guidance)
+        for n, latents in zip(members, painted, strict=True):
+            found[n] = latents
+    return mx.stack(found)
+
+
+def _velocity(network: Network, branches: Sequence[Batch], schedule: Schedule) -> Velocity:
     def velocity(latents: mx.array, step: int, branch: int) -> mx.array:
+        batch = branches[branch]
         sigmas = mx.full((len(batch),), float(schedule.timesteps[step]))
-        return network(latents, branches[branch], sigmas, rotary[branch], batch.references)
+        return network(latents, batch.text, sigmas, network.rotary(batch), batch.references)
 
-    noise = mx.random.normal(batch.latents.shape, key=key_of(seed, "paint"))
-    return denoise(velocity, noise, schedule, Guidance(scale, True) if scale != 1 else None)
+    return velocity

@@ -6,9 +6,11 @@ nothing is padded; which samples a step sees follows from its number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,31 +19,32 @@ from PIL import Image
 from qwen_image_mlx.images.pixels import to_patches
 from qwen_image_mlx.models.rope import Segment, place_images
 from qwen_image_mlx.pipeline.components import Components
-from qwen_image_mlx.sampling.latents import pack_latents
+from qwen_image_mlx.sampling.latents import pack_latents, unpack_latents
 from qwen_image_mlx.text.prompt import TokenizedPrompt, replace_vision_tokens, tokenize_prompt
 from qwen_image_mlx.training.network import Batch
 from qwen_image_mlx.weights.snapshot import HubSnapshot
 
 from . import fast
 from .autoencoder import to_signed
-from .scenes import Scene, draw_scene, recolour
+from .scenes import SIDE, Scene, draw_scene, recolour
 
 GRID = (4, 4)  # a picture's tokens
 DROPPED = ("", " ")  # what stands for no prompt
 CHUNK = 64
+EMPTY = np.broadcast_to(np.array([255, 255, 255, 0], np.uint8), (SIDE, SIDE, 4))  # a layer that shows nothing
 _FEATURES = (2, 2)  # the vision tower's rows and columns of a picture
 
 
-class Encoders:
-    """The frozen parts of a demo model.
+class Frame:
+    """A demo model but for its transformer: what encodes and decodes, frozen.
 
     Args:
-        folder: of the model; it needs no transformer yet.
+        folder: of the model.
     """
 
     def __init__(self, folder: Path):
         self._parts = Components(HubSnapshot(folder), mx.float32)
-        self.channels = self._parts.vae_config.input_channels
+        self.template = self._parts.variant.template
 
     def latents(self, pictures: np.ndarray) -> np.ndarray:
         """Packed, normalised latents (N, 16, 64), float16, of pictures (N, H, W, C), uint8."""
@@ -53,6 +56,14 @@ class Encoders:
             found.append(np.array(pack_latents((latents - mean) / std), np.float16))
         return np.concatenate(found)
 
+    def pictures(self, latents: mx.array) -> np.ndarray:
+        """Pictures (N, H, W, C), uint8, of packed, normalised latents (N, 16, 64)."""
+        config = self._parts.vae_config
+        mean, std = mx.array(config.latents_mean), mx.array(config.latents_std)
+        spread = unpack_latents(latents, 2 * GRID[0], 2 * GRID[1]) * std + mean
+        out = np.array(fast.decode(self._parts.vae_decoder, spread))
+        return np.rint(np.clip(out * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
+
     def features(self, pictures: np.ndarray) -> np.ndarray:
         """What the text encoder is shown of pictures: (N, 4, C), float16."""
         parts = self._parts
@@ -60,9 +71,8 @@ class Encoders:
         side = config.patch_size * config.spatial_merge_size * _FEATURES[0]
         found = []
         for picture in pictures:
-            shown = Image.fromarray(picture).resize((384, 384), Image.Resampling.LANCZOS)
             patches = to_patches(
-                shown, (side, side), patch=config.patch_size, merge=config.spatial_merge_size,
+                Image.fromarray(picture), (side, side), patch=config.patch_size, merge=config.spatial_merge_size,
                 mean=processor.image_mean, std=processor.image_std,
             )  # fmt: skip
             features = parts.vision(patches, side // config.patch_size, side // config.patch_size)
@@ -120,20 +130,29 @@ class Samples:
         frames = self.latents.shape[1] // (GRID[0] * GRID[1])
         return tuple(place_images([GRID] * (frames + (self.references is not None)), self.layered))
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(N,): tokens of every sample's prompt."""
+        return np.array([len(text) for text in self.texts])[self.prompt]
+
+    @cached_property
+    def alike(self) -> dict[int, np.ndarray]:
+        """By a number of tokens, the samples whose prompts have so many."""
+        return by_length(self.lengths)
+
     def batch(self, rng: np.random.Generator, size: int, drop: float = 0.1) -> Batch:
         """Samples drawn by lot, of one length of prompt; with probability `drop` all of them without their prompt."""
         if rng.random() < drop:
             chosen = rng.integers(len(self.latents), size=size)
             texts = self.dropped[chosen, rng.integers(self.dropped.shape[1])]
         else:
-            lengths = np.array([len(self.texts[n]) for n in self.prompt])
-            alike = np.flatnonzero(lengths == rng.choice(lengths))
+            alike = self.alike[rng.choice(self.lengths)]
             chosen = rng.choice(alike, size)
             texts = self.prompt[chosen]
         return self.at(chosen, texts)
 
     def at(self, chosen: np.ndarray, texts: np.ndarray) -> Batch:
-        """Some samples, with given texts of one length."""
+        """Chosen samples, with given texts of one length."""
         shown = None if self.references is None else _array(self.references[chosen])
         return Batch(
             _array(self.latents[chosen]), _array(np.stack([self.texts[n] for n in texts])), self.segments, shown
@@ -160,73 +179,79 @@ class Samples:
                    bool(arrays["layered"]))  # fmt: skip
 
 
-def paintings(encoders: Encoders, count: int, seed: int, held_out: bool = False) -> Samples:
-    """Scenes and their captions; a third of them of two things."""
-    rng = np.random.default_rng([seed, 1])
-    scenes = [draw_scene(rng, things=1 + (n % 3 == 2), held_out=held_out) for n in range(count)]
-    latents = encoders.latents(_rendered(scenes))
-    captions = [scene.caption for scene in scenes]
-    distinct = [*DROPPED, *dict.fromkeys(captions)]
-    place = {caption: n for n, caption in enumerate(distinct)}
-    dropped = np.broadcast_to(np.arange(len(DROPPED)), (count, len(DROPPED)))
-    return Samples(latents, encoders.texts(distinct), np.array([place[c] for c in captions]), dropped)
+def paintings(frame: Frame, scenes: Sequence[Scene]) -> Samples:
+    """Scenes and their captions."""
+    texts, prompt, dropped = _captioned(frame, scenes)
+    return Samples(frame.latents(rendered(scenes)), texts, prompt, dropped)
 
 
-def edits(encoders: Encoders, count: int, seed: int, held_out: bool = False) -> Samples:
-    """Scenes of one thing with a new colour, made from the scenes before; the text encoder sees those too."""
-    rng = np.random.default_rng([seed, 2])
-    before = [draw_scene(rng, held_out=held_out) for _ in range(count)]
-    after, instructions = zip(*(_edit(scene, rng, held_out) for scene in before), strict=True)
-    pictures = _rendered(before)
-    features = encoders.features(pictures)
-    texts = encoders.texts([*instructions, *[" "] * count], np.concatenate([features, features]))
-    numbers = np.arange(count)
-    return Samples(
-        encoders.latents(_rendered(after)), texts, numbers, (numbers + count)[:, None], encoders.latents(pictures)
-    )
+def edits(frame: Frame, pairs: Sequence[Edit]) -> Samples:
+    """Scenes after an edit, made from the scenes before; the text encoder sees those too."""
+    pictures, count = rendered([pair.before for pair in pairs]), len(pairs)
+    features = frame.features(pictures)
+    prompts = [*(pair.instruction for pair in pairs), *[" "] * count]
+    texts = frame.texts(prompts, np.concatenate([features, features]))
+    target, numbers = frame.latents(rendered([pair.after for pair in pairs])), np.arange(count)
+    return Samples(target, texts, numbers, numbers[:, None] + count, frame.latents(pictures))
 
 
-def decompositions(encoders: Encoders, count: int, seed: int, frames: int, held_out: bool = False) -> Samples:
+def decompositions(frame: Frame, scenes: Sequence[Scene], layers: int) -> Samples:
     """Scenes as they are and in layers, back to front; those left over show nothing."""
-    rng = np.random.default_rng([seed, 3, frames])
-    scenes = [draw_scene(rng, things=int(rng.integers(1, min(3, frames))), held_out=held_out) for _ in range(count)]
-    pictures = np.concatenate([_rendered(scenes), np.full((count, *_rendered(scenes[:1]).shape[1:3], 1), 255)], axis=-1)
-    whole = encoders.latents(pictures.astype(np.uint8))
-    layers = [whole]
-    stacks = [scene.layers() for scene in scenes]
-    for n in range(frames):
-        layers.append(encoders.latents(np.stack([s[n] if n < len(s) else empty_layer(s[0].shape) for s in stacks])))
+    texts, prompt, dropped = _captioned(frame, scenes)
+    opaque = np.full((len(scenes), SIDE, SIDE, 1), 255, np.uint8)
+    whole = frame.latents(np.concatenate([rendered(scenes), opaque], axis=-1))
+    stacks = [[*scene.layers(), *[EMPTY] * layers] for scene in scenes]
+    found = [frame.latents(np.stack([stack[n] for stack in stacks])) for n in range(layers)]
+    return Samples(np.concatenate([whole, *found], axis=1), texts, prompt, dropped, whole, layered=True)
+
+
+def _captioned(frame: Frame, scenes: Sequence[Scene]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """The distinct texts of scenes, which is whose, and which are none's."""
     captions = [scene.caption for scene in scenes]
     distinct = [*DROPPED, *dict.fromkeys(captions)]
     place = {caption: n for n, caption in enumerate(distinct)}
-    dropped = np.broadcast_to(np.arange(len(DROPPED)), (count, len(DROPPED)))
-    return Samples(
-        np.concatenate(layers, axis=1), encoders.texts(distinct), np.array([place[c] for c in captions]), dropped,
-        whole, layered=True,
-    )  # fmt: skip
+    dropped = np.broadcast_to(np.arange(len(DROPPED)), (len(scenes), len(DROPPED)))
+    return frame.texts(distinct), np.array([place[caption] for caption in captions]), dropped
 
 
-def empty_layer(shape: tuple[int, int, int]) -> np.ndarray:
-    """A layer that shows nothing: white, transparent."""
-    return np.broadcast_to(np.array([255, 255, 255, 0], np.uint8), shape)
+# What is encoded ------------------------------------------------------------------------------------------------------
 
 
-def by_length(lengths: Iterable[int]) -> dict[int, np.ndarray]:
-    """Numbers of the members of each length."""
-    lengths = np.array(list(lengths))
-    return {int(length): np.flatnonzero(lengths == length) for length in np.unique(lengths)}
+class Edit(NamedTuple):
+    """A scene, the scene after an edit, and what was asked for."""
+
+    before: Scene
+    after: Scene
+    instruction: str
 
 
-def _edit(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
-    """An edit whose outcome is held out, or is not, as asked."""
-    while True:
-        after, instruction = recolour(scene, rng)
-        if after.is_held_out <= held_out:
-            return after, instruction
+def draw_scenes(count: int, seed: int, most_things: int = 2, held_out: bool = False) -> list[Scene]:
+    """Scenes drawn by lot; where there may be two things, every third has them."""
+    rng = np.random.default_rng([seed, 1])
+    return [draw_scene(rng, things=2 if n % 3 == 2 <= most_things else 1, held_out=held_out) for n in range(count)]
 
 
-def _rendered(scenes: Sequence[Scene]) -> np.ndarray:
+def draw_edits(count: int, seed: int, held_out: bool = False) -> list[Edit]:
+    """Edits drawn by lot; neither side of one that is not held out is."""
+    rng = np.random.default_rng([seed, 2])
+    found: list[Edit] = []
+    while len(found) < count:
+        before = draw_scene(rng, held_out=held_out)
+        after, instruction = recolour(before, rng)
+        if held_out or not after.is_held_out:
+            found.append(Edit(before, after, instruction))
+    return found
+
+
+def rendered(scenes: Sequence[Scene]) -> np.ndarray:
+    """(N, H, W, 3), uint8."""
     return np.stack([scene.render() for scene in scenes])
+
+
+def by_length(lengths: Sequence[int]) -> dict[int, np.ndarray]:
+    """By a length, the numbers of those that have it."""
+    lengths = np.asarray(lengths)
+    return {int(length): np.flatnonzero(lengths == length) for length in np.unique(lengths)}
 
 
 def _chunks(values: np.ndarray) -> list[np.ndarray]:

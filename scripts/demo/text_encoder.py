@@ -29,30 +29,27 @@ PROCESSOR = ImageProcessorConfig(min_pixels=56 * 56, max_pixels=56 * 56)
 SUBLAYER_GAIN = 0.5  # of what attention and MLP add to a token
 
 
-def write_text_encoder(folder: Path, special: Mapping[str, int], *, vision: bool = True, seed: int = 0) -> None:
-    """Writes `text_encoder/` and, if it sees pictures, `processor/`.
+def write_text_encoder(folder: Path, special: Mapping[str, int], seed: int = 0) -> None:
+    """Writes `text_encoder/` and `processor/`.
 
     Args:
         folder: of the model.
         special: ids of the tokenizer's special tokens.
-        vision: whether the vision tower is there; the language model is the same with and without.
         seed: of the weights.
     """
-    specs = dict(expected_tensors("text_encoder", LANGUAGE))
-    specs |= expected_tensors("vision", VISION) if vision else {}
+    specs = expected_tensors("text_encoder", LANGUAGE) | expected_tensors("vision", VISION)
     tensors = {name: _values(spec, seed).astype(mx.bfloat16) for name, spec in specs.items()}
-    (folder / "text_encoder").mkdir(parents=True, exist_ok=True)
+    for name in ("text_encoder", "processor"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "text_encoder" / "model.safetensors"), tensors, {"format": "pt"})
     _write_json(folder / "text_encoder" / "config.json", _config(special))
-    if vision:
-        (folder / "processor").mkdir(exist_ok=True)
-        processor = {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "patch_size": VISION.patch_size,
-            "temporal_patch_size": VISION.temporal_patch_size,
-            "merge_size": VISION.spatial_merge_size,
-        }
-        _write_json(folder / "processor" / "preprocessor_config.json", processor | asdict(PROCESSOR))
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": VISION.patch_size,
+        "temporal_patch_size": VISION.temporal_patch_size,
+        "merge_size": VISION.spatial_merge_size,
+    }
+    _write_json(folder / "processor" / "preprocessor_config.json", processor | asdict(PROCESSOR))
 
 
 def _values(spec: TensorSpec, seed: int) -> mx.array:
