@@ -95,7 +95,9 @@ def check_lora(shapes: Mapping[str, tuple[int, ...]], targets: str, rank: int) -
 
 def matched(names: Collection[str], targets: str) -> list[str]:
     """The names that "attention", "all" or ends of names, separated by commas, mean; raises RequestError for none."""
-    ends = TARGETS.get(targets) or tuple(end.strip() for end in targets.split(","))
+    if targets in TARGETS:  # a model of one block has not all of them
+        return [name for name in names if name.endswith(tuple(f".{end}" for end in TARGETS[targets]))]
+    ends = tuple(end.strip() for end in targets.split(","))
     fitting = {end: [name for name in names if name == end or (end and name.endswith(f".{end}"))] for end in ends}
     if odd := [end for end, found in fitting.items() if not found]:
         allowed = sorted({name.partition(".")[2].partition(".")[2] or name for name in names})

@@ -10,9 +10,11 @@ from mlx.utils import tree_flatten
 from nets import TASKS, Twins, named, relative
 from peft import LoraConfig
 
+from qwen_image_mlx.config import TransformerConfig
+from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.models.transformer import gelu_tanh
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
-from qwen_image_mlx.training.lora import add_lora, matrices
+from qwen_image_mlx.training.lora import add_lora, check_lora, matrices
 from qwen_image_mlx.training.loss import FlowMatching
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
 from qwen_image_mlx.training.settings import ATTENTION, TARGETS
@@ -155,3 +157,10 @@ def test_gradients_of_very_negative_activations_are_numbers():
     x = mx.array([-1e4, -200.0, -12.0, -9.0, 0.0, 12.0])
     gradient = mx.grad(lambda x: gelu_tanh(x).sum())(x)
     assert gradient.tolist() == pytest.approx([0, 0, 0, 0, 0.5, 1], abs=1e-6)
+
+
+def test_a_model_of_one_block_has_what_there_is_of_the_named_targets():
+    only = matrices(TransformerConfig(num_layers=1))
+    assert len(check_lora(only, "attention", 4)) == len(ATTENTION) - 2
+    with pytest.raises(RequestError, match=r"targets name 'add_q_proj', but must be attention, all or some of: .*to_v"):
+        check_lora(only, "to_q,add_q_proj", 4)
