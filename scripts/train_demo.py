@@ -18,7 +18,7 @@ from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint
 from qwen_image_mlx.training.network import Network
 
 VAE = VAEConfig(base_dim=8)
-STEPS = {"vae": 5000, "rgba-vae": 3000, "t2i-edit": 12000, "layered": 6000}
+STEPS = {"vae": 5000, "rgba-vae": 3000, "t2i-edit": 8000, "layered": 5000}
 SAMPLES = {"t2i": 30000, "edit": 16000, "layered": 5000}
 LAYERS = (2, 3, 4)
 BATCH = 64

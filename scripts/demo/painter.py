@@ -23,7 +23,7 @@ from .samples import Samples
 
 WARM_UP = 200  # steps
 EMA = 0.999
-RATE, MUON_RATE = 1e-3, 2e-3
+RATE, MUON_RATE = 2e-3, 1.5e-2
 _BORN_ZERO = ("img_mod.", "txt_mod.", "norm_out.", "proj_out.")
 
 

@@ -131,6 +131,8 @@ def test_diffusers_and_our_pipeline_decode_the_files_alike(tmp_path, channels):
 
     x = to_signed(held_out_pictures(2, channels))
     latents = encode_mode(ours.encode_side, config, x)
+    spread = latents * mx.array(config.latents_std) + mx.array(config.latents_mean)
+    assert_close(spread, fast.encode(model.encode_side, x)[0])
     assert mx.abs(latents.mean()).item() < 0.5
     with torch.no_grad():
         seen = theirs.encode(torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)[:, :, None]).latent_dist.mode()
