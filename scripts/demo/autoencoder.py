@@ -144,7 +144,7 @@ class Trainer:
 
     Args:
         config: of the VAE.
-        steps: of the whole run; the learning rate falls to nothing along a cosine.
+        steps: in which the learning rate falls to nothing along a cosine.
         rate: the learning rate of matrices and convolutions, by Muon; everything else has a third of it, by AdamW.
         seed: of weights, pictures and noise.
         weights: of another run's model, to begin with; channels that they lack begin at zero.
@@ -159,7 +159,7 @@ class Trainer:
         seed: int = 0,
         weights: Mapping[str, mx.array] | None = None,
     ):
-        self.config, self.steps, self.seed, self.step = config, steps, seed, 0
+        self.config, self.seed, self.step = config, seed, 0
         self.model = Autoencoder(config, seed)
         self.parameters = dict(tree_flatten(self.model.parameters()))
         if weights is not None:
