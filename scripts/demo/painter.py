@@ -11,8 +11,8 @@ import numpy as np
 from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.models.modulation import TimeModulation
 from qwen_image_mlx.models.transformer import Transformer
-from qwen_image_mlx.sampling.denoise import Guidance, Velocity, denoise
-from qwen_image_mlx.sampling.schedule import Schedule, make_schedule, uniform_sigmas
+from qwen_image_mlx.sampling.denoise import Guidance, euler_step, guide
+from qwen_image_mlx.sampling.schedule import make_schedule, uniform_sigmas
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
 from qwen_image_mlx.training.loss import FlowMatching, key_of
 from qwen_image_mlx.training.network import Batch, Network
@@ -74,20 +74,14 @@ def paint(network: Network, samples: Samples, steps: int, scale: float, seed: in
     found: list[mx.array] = [mx.array(0)] * len(samples.latents)
     for members in samples.alike.values():
         batch = samples.at(members, samples.prompt[members])
-        branches = [batch, samples.at(members, samples.dropped[members, -1])]
-        velocity = _velocity(network, branches, schedule)
-        noise = mx.random.normal(batch.latents.shape, key=key_of(seed, "paint", int(members[0])))
-        guidance = Guidance(scale, not samples.layered) if scale != 1 else None
-        painted = denoise(velocity, noise, schedule, guidance)
-        for n, latents in zip(members, painted, strict=True):
-            found[n] = latents
+        branches = [batch, samples.at(members, samples.dropped[members, -1])][: 1 if scale == 1 else 2]
+        latents = mx.random.normal(batch.latents.shape, key=key_of(seed, "paint", int(members[0])))
+        for step, sigma in enumerate(schedule.timesteps):
+            sigmas = mx.full((len(batch),), float(sigma))
+            ways = [network(latents, b.text, sigmas, network.rotary(b), b.references) for b in branches]
+            velocity = ways[0] if scale == 1 else guide(*ways, Guidance(scale, renormalize=not samples.layered))
+            latents = euler_step(latents, velocity, schedule.dt(step))
+            mx.eval(latents)
+        for n, painted in zip(members, latents, strict=True):
+            found[n] = painted
     return mx.stack(found)
-
-
-def _velocity(network: Network, branches: Sequence[Batch], schedule: Schedule) -> Velocity:
-    def velocity(latents: mx.array, step: int, branch: int) -> mx.array:
-        batch = branches[branch]
-        sigmas = mx.full((len(batch),), float(schedule.timesteps[step]))
-        return network(latents, batch.text, sigmas, network.rotary(batch), batch.references)
-
-    return velocity
