@@ -177,7 +177,7 @@ class Ours:
     def velocity(self) -> Any:
         import numpy as np
 
-        return np.array(self._predict(self.latents, 0, 0))
+        return np.array(self._predict(self.latents, 0)[0])
 
     def block(self) -> float:
         import mlx.core as mx
@@ -189,10 +189,12 @@ class Ours:
         from qwen_image_mlx.sampling.denoise import Guidance, denoise
 
         guidance = Guidance(cfg, renormalize=True) if cfg > 1 else None
-        return stopwatch(lambda: denoise(self._predict, self.latents, self.schedule, guidance))
+        predict = partial(self._predict, branches=1 if guidance is None else 2)
+        return stopwatch(lambda: denoise(predict, self.latents, self.schedule, guidance))
 
-    def _predict(self, latents: Any, step: int, _branch: int) -> Any:
-        return self.model(latents, self.text, self.table[step], self.rotary, self.shown)
+    def _predict(self, latents: Any, step: int, branches: int = 1) -> Any:
+        texts, tables = [self.text] * branches, [self.rotary] * branches
+        return self.model.velocities(latents, texts, self.table[step], tables, self.shown)
 
 
 class Diffusers:

@@ -5,6 +5,7 @@ The reference libraries take seconds to import, so they are imported only when a
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,10 @@ import pytest
 
 if TYPE_CHECKING:
     from diffusers import QwenImagePipeline
+
+# Started in the background a run ignores Ctrl-C, and so do the programs it starts; the tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

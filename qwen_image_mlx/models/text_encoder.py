@@ -50,6 +50,10 @@ class TextEncoder(nn.Module):
         """
         return self.model(embeddings, positions, caches)
 
+    def together(self, prompts: Sequence[tuple[mx.array, mx.array]]) -> list[mx.array]:
+        """Final states of several prompts, (embeddings, positions) each; every layer serves all before the next one."""
+        return self.model.together(prompts)
+
 
 class LanguageHead(nn.Module):
     """Final states to scores of the next token."""
@@ -79,6 +83,16 @@ class LanguageModel(nn.Module):
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             hidden = layer(hidden, tables, cache)
         return self.norm(hidden)
+
+    def together(self, prompts: Sequence[tuple[mx.array, mx.array]]) -> list[mx.array]:
+        """(B, L, C) to (B, L, C) for each, causally."""
+        tables = [mrope_tables(positions, *self._rope, hidden.dtype) for hidden, positions in prompts]
+        states = [hidden for hidden, _ in prompts]
+        for layer in self.layers:
+            states = [layer(hidden, turns, None) for hidden, turns in zip(states, tables, strict=True)]
+            if len(states) > 1:  # all are computed while this layer's weights are there
+                states = mx.depends(states, states)
+        return [self.norm(hidden) for hidden in states]
 
 
 class DecoderLayer(nn.Module):

@@ -10,7 +10,7 @@ Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -92,12 +92,33 @@ class Transformer(nn.Module):
             references: `project_references`' result (B, R, D), or None.
             run_block: runs a block in another way, as training does to save memory.
         """
-        images, txt = [self.img_in(latents)], text
+        (velocity,) = self.velocities(latents, [text], modulation, [rotary], references, run_block)
+        return velocity
+
+    def velocities(
+        self,
+        latents: mx.array,
+        texts: Sequence[mx.array],
+        modulation: Modulation,
+        rotary: Sequence[Rotary],
+        references: mx.array | None = None,
+        run_block: RunBlock | None = None,
+    ) -> list[mx.array]:
+        """The same for several texts, each with its tables; every block serves all of them before the next one."""
+        images = [self.img_in(latents)]
         if references is not None:
             images.append(references)
+        streams = [(images, text) for text in texts]
         for block, rows in zip(self.transformer_blocks, modulation.blocks, strict=True):
-            images, txt = (run_block or TransformerBlock.__call__)(block, images, txt, rows, rotary)
-        return self.proj_out(modulate(images[0], *modulation.out))
+            streams = [
+                (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
+                for (images, txt), tables in zip(streams, rotary, strict=True)
+            ]
+            if len(streams) > 1:  # all are computed while this block's weights are there
+                flat = mx.depends(*[[x for images, txt in streams for x in (*images, txt)]] * 2)
+                size = len(streams[0][0]) + 1
+                streams = [(flat[n : n + size - 1], flat[n + size - 1]) for n in range(0, len(flat), size)]
+        return [self.proj_out(modulate(images[0], *modulation.out)) for images, _ in streams]
 
 
 class TransformerBlock(nn.Module):

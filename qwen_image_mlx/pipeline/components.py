@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +31,11 @@ from ..models.vision import VisionTower
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.adapters import Adapters, Branch, Placement
-from ..weights.loader import ComponentWeights, load_module, put_beside
+from ..weights.loader import ComponentWeights, load_module, put_beside, reading
 from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
 from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles
+from ..weights.streaming import STREAMABLE, stream_module
 from .sources import Sources
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Components:
         quantization: what matrices are packed into while they are loaded; None leaves them as they are stored.
         read_loras: given the transformer's modules and their weights' shapes, the LoRAs for them; called once.
         replaced: files that stand in for the checkpoint's own, as in `Sources`.
+        streamed: of `STREAMABLE`, those whose layers are read from their files at each pass instead of held.
 
     Attributes:
         placement: what became of the LoRAs when the transformer was loaded last; None without any.
@@ -85,12 +87,16 @@ class Components:
         quantization: Quantization | None = None,
         read_loras: Callable[[Mapping[str, tuple[int, ...]]], Adapters] | None = None,
         replaced: Mapping[str, str | Path] | None = None,
+        streamed: Collection[str] = (),
     ):
         self.snapshot = snapshot
         self.dtype = dtype
         self._loading = loading
         self._zero_cond_t = zero_cond_t
         self.quantization = quantization or Quantization()
+        self.streamed = frozenset(streamed)
+        if odd := sorted(map(str, self.streamed - STREAMABLE)):
+            raise RequestError(f"{', '.join(odd)} cannot be streamed; {', '.join(sorted(STREAMABLE))} can")
         self._read_loras = read_loras
         self.placement: Placement | None = None
         self._loaded: dict[str, Any] = {}
@@ -141,7 +147,8 @@ class Components:
         """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
         self._check_adapters(adapters)
         transformer, branches = self._loaded.get("transformer"), None
-        if transformer is not None and not (self.placement and self.placement.altered):
+        streams = "transformer" in self.streamed
+        if transformer is not None and not streams and not (self.placement and self.placement.altered):
             branches = self._branches(adapters)
         self.adapters = adapters
         if branches is None:
@@ -239,8 +246,7 @@ class Components:
 
         def load() -> nn.Module:
             self._check_adapters(self.adapters)
-            self.placement = Placement(self.adapters) if self.adapters else None
-            return self._load("transformer", "main", Transformer(config), self.dtype, self.placement)
+            return self._load("transformer", "main", Transformer(config), self.dtype, self.adapters)
 
         return self._ensure("transformer", load)
 
@@ -255,6 +261,20 @@ class Components:
         """Latents to pixels, resident."""
         config = self.vae_config
         return self._ensure("vae_decoder", lambda: self._load("vae", "decoder", Decoder(config), mx.float32))
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """A pass through a component; if its layers are streamed, what fails to be read is a CheckpointError.
+
+        Raises:
+            CheckpointError: a file was changed or removed during the pass, so that what came of it is worth nothing.
+        """
+        if name not in self.streamed:
+            yield
+            return
+        with reading(name):
+            yield
+        self.weights(name).check_unchanged()
 
     def is_loaded(self, name: str) -> bool:
         """Whether a component is in memory."""
@@ -320,10 +340,15 @@ class Components:
         return self._loaded[name]
 
     def _load(
-        self, component: str, part: str, module: nn.Module, dtype: mx.Dtype, placement: Placement | None = None
+        self, component: str, part: str, module: nn.Module, dtype: mx.Dtype, adapters: Adapters | None = None
     ) -> nn.Module:
-        scheme = getattr(self.quantization, component, None)
-        return load_module(module, self.weights(component), part, dtype, scheme, placement)
+        scheme, weights = getattr(self.quantization, component, None), self.weights(component)
+        if component in self.streamed:
+            return stream_module(module, weights, part, dtype, scheme, adapters)
+        placement = Placement(adapters) if adapters else None
+        if component == "transformer":
+            self.placement = placement
+        return load_module(module, weights, part, dtype, scheme, placement)
 
     def _tokenizer_files(self) -> dict[str, Path]:
         names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]

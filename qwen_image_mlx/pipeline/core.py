@@ -29,7 +29,7 @@ from .autoencode import decode
 from .caption import MAX_TOKENS, write_caption
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
-from .encode import encode_initial_image, encode_prompt, encode_references, encode_vision, feature_grid
+from .encode import encode_initial_image, encode_prompts, encode_references, encode_vision, feature_grid
 from .loras import profile_of
 from .parameters import (
     GenerationParameters,
@@ -176,9 +176,9 @@ class PipelineCore:
                 _ = parts.vision
                 with self._report.stage("encode", "pictures"):
                     features = encode_vision(parts, shown, self.variant.encoder_area)
-            encoder = parts.text_encoder
+            _ = parts.text_encoder
             with self._report.stage("encode", "prompts"):
-                states = [encode_prompt(encoder, prompt_tokens, features) for prompt_tokens in tokens]
+                states = encode_prompts(parts, tokens, features)
             references = ()
             if pictures:
                 _ = parts.vae_encoder
@@ -351,14 +351,15 @@ class PipelineCore:
             mx.eval(text, rotary, [] if shown is None else shown)
             steps, sigmas = start.schedule.num_steps, start.schedule.sigmas
             self._report(Progress("denoise", 0, steps, sigma=float(sigmas[0]), latents=start.latents))
-            result = denoise(
-                lambda x, step, branch: transformer(x, text[branch], table[step], rotary[branch], shown),
-                start.latents,
-                start.schedule,
-                Guidance(parameters.cfg_scale, renormalize) if guided else None,
-                lambda done, x: self._report(Progress("denoise", done, steps, sigma=float(sigmas[done]), latents=x)),
-                start.blend if start.blended else None,
-            )
+            with self.components.reading("transformer"):
+                result = denoise(
+                    lambda x, step: transformer.velocities(x, text, table[step], rotary, shown),
+                    start.latents,
+                    start.schedule,
+                    Guidance(parameters.cfg_scale, renormalize) if guided else None,
+                    lambda n, x: self._report(Progress("denoise", n, steps, sigma=float(sigmas[n]), latents=x)),
+                    start.blend if start.blended else None,
+                )
         if not mx.isfinite(result).all().item():
             raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
         return result

@@ -14,7 +14,6 @@ from PIL import Image
 from ..errors import QwenImageError
 from ..images.geometry import Size, size_of_area, vision_size
 from ..images.pixels import on_white, to_mask, to_patches, to_pixels
-from ..models.text_encoder import TextEncoder
 from ..sampling.latents import pack_latents
 from ..text.prompt import TokenizedPrompt, replace_vision_tokens
 from .autoencode import encode_mode, encode_moments
@@ -42,25 +41,33 @@ def encode_vision(components: Components, images: Sequence[Image.Image], area: i
             resized, size, patch=config.patch_size, merge=config.spatial_merge_size,
             mean=processor.image_mean, std=processor.image_std,
         )  # fmt: skip
-        features.append(
-            tower(patches.astype(components.dtype), size[1] // config.patch_size, size[0] // config.patch_size)
-        )
-        mx.eval(features[-1])
+        with components.reading("vision"):
+            features.append(
+                tower(patches.astype(components.dtype), size[1] // config.patch_size, size[0] // config.patch_size)
+            )
+            mx.eval(features[-1])
     return mx.concatenate(features)
 
 
-def encode_prompt(encoder: TextEncoder, tokens: TokenizedPrompt, features: mx.array | None) -> mx.array:
-    """States (1, L, C) of a prompt's rows that count.
+def encode_prompts(
+    components: Components, prompts: Sequence[TokenizedPrompt], features: mx.array | None
+) -> list[mx.array]:
+    """States (1, L, C) of each prompt's rows that count.
 
     Raises:
         QwenImageError: they are not finite, which float16 can cause.
     """
-    embeddings = encoder.embed(mx.array(tokens.ids)[None])
-    if features is not None:
-        embeddings = replace_vision_tokens(embeddings, tokens.is_image, features)
-    states = encoder(embeddings, mx.array(tokens.positions))[:, tokens.first :]
-    mx.eval(states)
-    if not mx.isfinite(states).all().item():
+    encoder, embedded = components.text_encoder, []
+    for tokens in prompts:
+        embeddings = encoder.embed(mx.array(tokens.ids)[None])
+        if features is not None:
+            embeddings = replace_vision_tokens(embeddings, tokens.is_image, features)
+        embedded.append((embeddings, mx.array(tokens.positions)))
+    with components.reading("text_encoder"):
+        whole = encoder.together(embedded)
+        states = [rows[:, tokens.first :] for rows, tokens in zip(whole, prompts, strict=True)]
+        mx.eval(states)
+    if not all(mx.isfinite(rows).all().item() for rows in states):
         raise QwenImageError("the encoded prompt is not finite: try --dtype bfloat16, or check the weights")
     return states
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +59,7 @@ class QwenImagePipeline(PipelineCore):
         transformer: str | Path | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
+        streamed: Collection[str] = (),
         progress: ProgressCallback | None = None,
     ) -> QwenImagePipeline:
         """Opens a checkpoint; weights are fetched and loaded when they are first needed.
@@ -77,6 +78,8 @@ class QwenImagePipeline(PipelineCore):
                 packed already or too coarse.
             transformer, text_encoder, vae: a .safetensors or .gguf file, or a folder, to take instead of the
                 checkpoint's own; its configs are the checkpoint's, corrected by what the file shows.
+            streamed: of "transformer", "text_encoder" and "vision", those whose layers are never held: each pass reads
+                them from the files again. Same pixels, less memory, more time; the transformer is read once a step.
             progress: told of downloads, loading and work; it can cancel.
 
         Raises:
@@ -103,7 +106,7 @@ class QwenImagePipeline(PipelineCore):
             snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t,
             quantization=quantize,
             read_loras=partial(read_adapters, loras, lora_mode, offline=offline, report=report) if loras else None,
-            replaced={name: path for name, path in replaced.items() if path is not None},
+            replaced={name: path for name, path in replaced.items() if path is not None}, streamed=streamed,
         )  # fmt: skip
         return cls(components, report)
 

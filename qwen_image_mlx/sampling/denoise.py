@@ -6,15 +6,15 @@ QwenImage pipelines and FlowMatchEulerDiscreteScheduler.step, dtype by dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from .schedule import Schedule
 
-# (latents, step, branch) -> velocity; branch 0 follows the prompt, branch 1 the negative prompt.
-Velocity = Callable[[mx.array, int, int], mx.array]
+# (latents, step) -> the velocity that follows the prompt, and with guidance that of the negative prompt.
+Velocities = Callable[[mx.array, int], Sequence[mx.array]]
 OnStep = Callable[[int, mx.array], None]
 Blend = Callable[[int, mx.array], mx.array]
 
@@ -27,7 +27,7 @@ class Guidance(NamedTuple):
 
 
 def denoise(
-    velocity: Velocity,
+    velocities: Velocities,
     latents: mx.array,
     schedule: Schedule,
     guidance: Guidance | None,
@@ -37,7 +37,7 @@ def denoise(
     """Runs every step of the schedule.
 
     Args:
-        velocity: the model, called once per step, or twice with guidance.
+        velocities: the model, called once per step.
         latents: noise (B, N, C) in the model's dtype; latents stay in it between steps, as in the reference.
         schedule: the sigmas.
         guidance: None for a single pass.
@@ -48,9 +48,8 @@ def denoise(
         The clean latents (B, N, C), evaluated.
     """
     for step in range(schedule.num_steps):
-        prediction = velocity(latents, step, 0)
-        if guidance is not None:
-            prediction = guide(prediction, velocity(latents, step, 1), guidance)
+        predictions = velocities(latents, step)
+        prediction = predictions[0] if guidance is None else guide(*predictions, guidance)
         latents = euler_step(latents, prediction, schedule.dt(step))
         if blend is not None:
             latents = blend(step + 1, latents)

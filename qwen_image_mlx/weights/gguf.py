@@ -62,12 +62,7 @@ class GgufTensor(Tensor):
 
     `dtype` is ggml's word ("F32", "Q4_K", ...), `shape` is in PyTorch's order, the reverse of the file's: the last
     dimension is the one whose elements are neighbours.
-
-    Attributes:
-        offset: Where its data begins in the file, in bytes.
     """
-
-    offset: int
 
 
 def read_gguf(path: str | Path) -> tuple[dict[str, GgufTensor], dict[str, Any]]:

@@ -70,6 +70,7 @@ class ComponentWeights:
         fits = {name: self._stored[name].shape == shape for name, shape in moved.items() if name in self._stored}
         self._channels_last = any(fits[name] and moved[name] != self._specs[name].shape for name in fits)
         self._check(frozenset(parts))
+        self._states = {path: _state_of(path) for path in self.files}
 
     def _check(self, parts: frozenset[str]) -> None:
         wanted = {name: spec for name, spec in self._specs.items() if spec.part in parts}
@@ -131,6 +132,14 @@ class ComponentWeights:
         """How a tensor lies in its file, by canonical name."""
         return self._stored[name]
 
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file is not what it was when its header was read."""
+        for path, state in self._states.items():
+            if _state_of(path) != state:
+                raise CheckpointError(
+                    f"{path} was changed or removed while the {self.component} was read from it: start again"
+                )
+
     @property
     def files(self) -> set[Path]:
         """The files the weights are in."""
@@ -188,6 +197,15 @@ def _check_model(component: str, tensors: Mapping[str, Tensor], canonical: Mappi
         raise CheckpointError(f"{place} holds {what}, not {_LABELS[kind]} of Qwen-Image: give the file of one")
 
 
+def _state_of(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another or a changed one; None if it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], *shape[2:], shape[1])
 
@@ -214,18 +232,52 @@ def load_module(
     Raises:
         CheckpointError: a file could not be read to its end, or a LoRA cannot be combined with packed weights.
     """
+    specs = specs_of(module, weights, part, scheme)
+    fill(module, weights, specs, Reader(weights.component), dtype, scheme, placement)
+    if placement:
+        placement.say_what_became()
+    module.eval()
+    return module
+
+
+def specs_of(module: nn.Module, weights: ComponentWeights, part: str, scheme: Scheme | None) -> list[TensorSpec]:
+    """A part's tensors, which are the module's parameters."""
     specs = weights.specs(part)
     names = {name for name, _ in tree_flatten(module.parameters())}
     if names != {spec.name for spec in specs}:
         raise ValueError(f"module and weights map differ in {some(sorted(names ^ {spec.name for spec in specs}))}")
     if scheme is not None:
         say_what_does_not_fit(weights.component, specs, scheme)
-    reader, branches = Reader(weights.component), []
+    return specs
+
+
+def fill(
+    module: nn.Module,
+    weights: ComponentWeights,
+    specs: Iterable[TensorSpec],
+    reader: Reader,
+    dtype: mx.Dtype,
+    scheme: Scheme | None = None,
+    placement: Placement | None = None,
+    *,
+    prefix: str = "",
+    lazily: bool = False,
+) -> None:
+    """Gives some parameters of a module their weights; the arguments are those of `load_module` and:
+
+    Args:
+        specs: which.
+        reader: hands the files' tensors out.
+        prefix: what the module's own names lack.
+        lazily: leaves arrays to be read when they are used and given back by whoever used them; for weights that are
+            neither packed nor changed on the way.
+    """
+    branches = []
     for spec in specs:
-        value, branch = weights.open(spec, reader), None
+        value, branch, name = weights.open(spec, reader), None, spec.name.removeprefix(prefix)
         packs = spec.is_packed_by(scheme)
         if placement and placement.adapters.changes(spec.name):
-            with _reading(weights.component):
+            with reading(weights.component):
                 if len(spec.shape) == 2:
                     value, branch = placement.matrix(spec.name, value, scheme if packs else None, dtype)
                 else:
@@ -234,22 +286,20 @@ def load_module(
             value = repacked(weights.component, value, scheme)
         if isinstance(value, Packed):
             value = value.astype(dtype)
-            evaluate(weights.component, value.arrays)
-            _quantize_layer(module, spec.name.removesuffix(".weight"), value, dtype)
+            if not lazily:
+                evaluate(weights.component, value.arrays)
+            _quantize_layer(module, name.removesuffix(".weight"), value, dtype)
         else:
             value = LAYOUTS[spec.layout](value)
             # A copy: as a view, one temporal tap would keep all of them in memory.
             value = (value if spec.layout == "same" else mx.contiguous(value)).astype(dtype)
-            evaluate(weights.component, value)
-            module.load_weights([(spec.name, value)], strict=False)
+            if not lazily:
+                evaluate(weights.component, value)
+            module.load_weights([(name, value)], strict=False)
         if branch is not None:
-            branches.append((spec.name.removesuffix(".weight"), branch))
-    if placement:
-        placement.say_what_became()
+            branches.append((name.removesuffix(".weight"), branch))
     for path, branch in branches:
         put_beside(module, path, branch)
-    module.eval()
-    return module
 
 
 def say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme: Scheme) -> None:
@@ -269,7 +319,7 @@ def repacked(component: str, value: mx.array | Packed, scheme: Scheme) -> Packed
         if Scheme(value.mode, value.bits, value.group_size) == scheme:
             return value
         value = value.dequantize()
-    with _reading(component):
+    with reading(component):
         return quantize_matrix(value, scheme)
 
 
@@ -299,7 +349,8 @@ def _place(module: nn.Module, path: str) -> tuple[Any, str | int]:
 
 
 @contextmanager
-def _reading(component: str) -> Iterator[None]:
+def reading(component: str) -> Iterator[None]:
+    """Makes MLX's error while a component's files are read a CheckpointError."""
     try:
         yield
     except RuntimeError as error:
@@ -312,5 +363,5 @@ def evaluate(component: str, arrays: Any) -> None:
     Raises:
         CheckpointError: the file could not be read, for instance because it was changed or removed meanwhile.
     """
-    with _reading(component):
+    with reading(component):
         mx.eval(arrays)

@@ -47,6 +47,7 @@ class Tensor:
         shape: Its dimensions; () for a scalar.
         file: The file that holds it.
         nbytes: Bytes of its data.
+        offset: Where its data begins in the file, in bytes.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Tensor:
     shape: tuple[int, ...]
     file: Path
     nbytes: int
+    offset: int
 
 
 def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -91,7 +93,8 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file, {error}: download it again") from error
     tensors = {
-        name: Tensor(name, dtype, shape, path, end - begin) for name, (dtype, shape, begin, end) in entries.items()
+        name: Tensor(name, dtype, shape, path, end - begin, _LENGTH_BYTES + length + begin)
+        for name, (dtype, shape, begin, end) in entries.items()
     }
     return tensors, metadata
 

@@ -179,16 +179,16 @@ def test_guidance_needs_a_negative_prompt_and_a_scale_above_one(pipeline, encodi
     """The second pass is skipped unless it changes the result."""
     calls = []
     pipeline.generate_pixels(PARAMETERS, encoding)  # loads
-    transformer = type(pipeline.components.transformer)
-    forward = transformer.__call__
-    monkeypatch.setattr(transformer, "__call__", lambda self, *args: calls.append(1) or forward(self, *args))
+    block = type(pipeline.components.transformer.transformer_blocks[0])
+    forward, blocks = block.__call__, len(pipeline.components.transformer.transformer_blocks)
+    monkeypatch.setattr(block, "__call__", lambda self, *args: calls.append(1) or forward(self, *args))
     alone = GuidanceEncoding(encoding.positive)
     for scale, given, passes in ((1.0, encoding, 3), (4.0, alone, 3), (4.0, encoding, 6), (1.01, encoding, 6)):
         calls.clear()
         pipeline.generate_pixels(
             GenerationParameters(width=64, height=48, num_inference_steps=3, cfg_scale=scale), given
         )
-        assert len(calls) == passes, scale
+        assert len(calls) == passes * blocks, scale
 
 
 def test_progress_tells_stages_steps_sigmas_and_latents(pipeline):

@@ -35,12 +35,15 @@ def test_reads_names_shapes_types_sizes_and_metadata(tmp_path: Path) -> None:
     }
     save_file(arrays, path, metadata={"format": "pt"})
     tensors, metadata = read_header(path)
+    offsets = {name: tensor.offset for name, tensor in tensors.items()}
     assert tensors == {
-        "w": Tensor("w", "F16", (2, 3), path, 12),
-        "scalar": Tensor("scalar", "F32", (), path, 4),
-        "empty": Tensor("empty", "I8", (0, 4), path, 0),
-        "mask": Tensor("mask", "BOOL", (5,), path, 5),
+        "w": Tensor("w", "F16", (2, 3), path, 12, offsets["w"]),
+        "scalar": Tensor("scalar", "F32", (), path, 4, offsets["scalar"]),
+        "empty": Tensor("empty", "I8", (0, 4), path, 0, offsets["empty"]),
+        "mask": Tensor("mask", "BOOL", (5,), path, 5, offsets["mask"]),
     }
+    for name, array in arrays.items():
+        assert path.read_bytes()[offsets[name] :].startswith(array.tobytes())
     assert metadata == {"format": "pt"}
     assert read_header(str(path))[0] == tensors
 
