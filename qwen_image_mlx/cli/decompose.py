@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,9 @@ from .painting import add_cache_flag, add_model_flags, add_painter_flags
 
 if TYPE_CHECKING:
     from ..pipeline.decomposition import LayeredResult
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -95,15 +100,22 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(folder / "layer_0.png", nbytes=4 * width * height * (arguments.layers + 2) * len(formats))
 
     from ..runtime.cache import EncodingCache
+    from ..runtime.profile import Profile
     from ..runtime.session import decompose
     from .console import ProgressBars, messages
-    from .painting import open_pipeline
+    from .painting import open_pipeline, settled
 
-    with messages(), ProgressBars() as bars:
-        pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, bars)
+    with messages(), ProgressBars() as bars, ExitStack() as stack:
+        profile = Profile(bars) if arguments.profile else None
+        pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, profile or bars)
         pipeline.check_task("decompose")
         request = ask(resolutions=pipeline.variant.resolutions, sampling=pipeline.recommended.unless(**given))
-        result = decompose(pipeline, request, bars, EncodingCache() if arguments.cache else None)
+        asked = {name: value for name, value in vars(arguments).items() if value is not None}
+        plan = stack.enter_context(settled(pipeline, request, asked))
+        cache = EncodingCache() if arguments.cache else None
+        result = decompose(pipeline, request, profile or bars, cache, plan.residency)
         bars.close()
+        if profile:
+            logger.info("%s", profile.table())
         print(_save(result, folder, formats))
         print(f"PSNR {result.psnr:.2f} dB")

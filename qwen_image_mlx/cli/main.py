@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import QwenImageError, RequestError
-from . import caption, compose, decompose, edit, generate, info, lora, quantize, train
+from . import caption, compose, decompose, edit, generate, info, lora, plan, quantize, train
 
-COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, info)
+COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, plan, info)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,7 +6,8 @@ import argparse
 import logging
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ..variants import ASPECT_SIZES, LORA_MODES, NAMED_SIZES, recommended_negati
 if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import ProgressCallback
+    from ..runtime.memory import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,10 @@ def add_painter_flags(parser: argparse._ActionsContainer) -> None:
     add("--transformer", metavar="FILE", help="a .safetensors or .gguf file (or a folder) to take instead of the "
         "model's own")  # fmt: skip
     add("--vae", metavar="FILE", help="the same for the autoencoder")
+    add("--memory", metavar="M", help="keep to it: 16GB, or auto for what this machine has; weights stay loaded, take "
+        "turns or are streamed from the files as it demands (default: they take turns)")  # fmt: skip
+    add("--force", action="store_true", default=None, help="paint although the plan does not fit the memory")
+    add("--profile", action="store_true", default=None, help="print what each stage takes, and record it")
     add("--lightning", type=int, choices=(4, 8), help="the official LoRA of the model that paints in so many steps")
 
 
@@ -168,6 +174,46 @@ def open_pipeline(given: Mapping[str, Any], default_model: str, progress: Progre
     )
 
 
+@contextmanager
+def settled(pipeline: QwenImagePipeline, request: Request, given: Mapping[str, Any]) -> Iterator[MemoryPlan]:
+    """The plan for a request, which the pipeline and, with --memory, MLX keep to meanwhile.
+
+    Raises:
+        RequestError: nothing fits the memory, unless --force is given.
+    """
+    from ..runtime.memory import (
+        DEFAULT,
+        RESIDENCIES,
+        STRIPS,
+        choose,
+        limits,
+        make_plan,
+        parse_memory,
+        table_of,
+        usable_memory,
+        work_of,
+    )
+
+    budget = (parse_memory(given["memory"]) if "memory" in given else None) or usable_memory()
+    components, work = pipeline.components, work_of(request, pipeline.components)
+    plan = choose(components, work, budget) if "memory" in given else make_plan(components, work, DEFAULT)
+    if plan is None or plan.peak > budget:
+        plans = [make_plan(components, work, residency, STRIPS[-1]) for residency in RESIDENCIES]
+        logger.warning("too large for the memory, in GB:\n%s", table_of(plans, budget))
+        if not given.get("force"):
+            cure = "a smaller picture or --quantize 4" if "memory" in given else "--memory auto or --quantize 4"
+            raise RequestError(
+                f"this takes {(plan or plans[-1]).peak / 1e9:.2f} GB, but only {budget / 1e9:.2f} may be used; try "
+                f"{cure}, or paint all the same with --force"
+            )
+        plan = plan or plans[-1]
+    components.streamed, pipeline.strip_pixels = plan.residency.streamed, plan.strip_pixels
+    if "memory" in given:
+        logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, budget / 1e9)
+    with limits(budget) if "memory" in given else nullcontext():
+        yield plan
+
+
 def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
     """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
     from ..images.files import check_text, check_writable, output_path, read_metadata, save_png
@@ -208,13 +254,15 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
 
     from ..runtime.cache import EncodingCache
+    from ..runtime.profile import Profile
     from ..runtime.session import paint
     from .console import ProgressBars, messages
 
-    with messages(), ProgressBars() as bars:
+    with messages(), ProgressBars() as bars, ExitStack() as stack:
+        profile = Profile(bars) if "profile" in given else None
         pictures = [open_image(source) for source in sources]
         mask = open_mask(wanted["mask"]) if "mask" in wanted else None
-        pipeline = open_pipeline(wanted, default_model, bars)
+        pipeline = open_pipeline(wanted, default_model, profile or bars)
         pipeline.check_task(task)
         size = pipeline.variant.size_of(size) if size in ASPECT_SIZES else size
         canvas = None
@@ -241,18 +289,23 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
             canvas=canvas,
             reference_pixels=wanted.get("reference_pixels"),
         )
+        plan = stack.enter_context(settled(pipeline, request, given))
         provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
         if "seed" not in given and not recorded:
             logger.info("seed %d", request.seeds[0])
         for number, painting in enumerate(
-            paint(pipeline, request, bars, EncodingCache() if "cache" in given else None)
+            paint(pipeline, request, profile or bars, EncodingCache() if "cache" in given else None, plan.residency)
         ):
             bars.close()
+            if profile:
+                painting.metadata["profile"] = profile.record()
             file = path.with_stem(f"{path.stem}-{number}") if number else path
             written = save_png(painting.image, file, {**painting.metadata, **provenance})
             if adopted:
                 adopt_layer(given["layer"], written)
             print(written, flush=True)
+        if profile:
+            logger.info("%s", profile.table())
 
 
 def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
@@ -332,13 +385,13 @@ def _size(given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: b
     if "aspect" in given:
         explicit.append(given["aspect"])
     if "size" in given:
-        explicit.append(_parsed_size(given["size"]))
+        explicit.append(parsed_size(given["size"]))
     if len(explicit) > 1:
         raise RequestError("give one size only: --width and --height, or --aspect, or --size")
     if explicit:
         return explicit[0]
     if "size" in recorded:
-        return _parsed_size(recorded["size"])
+        return parsed_size(recorded["size"])
     if "layer" in given:
         return "source"
     if {"width", "height"} <= recorded.keys() and not painted_over:
@@ -346,7 +399,8 @@ def _size(given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: b
     return None if painted_over else next(iter(ASPECT_SIZES))
 
 
-def _parsed_size(text: str) -> tuple[int, int] | str:
+def parsed_size(text: str) -> tuple[int, int] | str:
+    """(width, height) of WIDTHxHEIGHT, or one of the names of sizes; raises RequestError."""
     if text.lower() in (*NAMED_SIZES, *ASPECT_SIZES):
         return text.lower()
     match = re.fullmatch(r"(\d+)x(\d+)", text.lower())

@@ -25,7 +25,7 @@ from ..sampling.schedule import Schedule, exponential_mu, make_schedule, root_mu
 from ..text.prompt import tokenize_prompt
 from ..variants import CAPTION_TEMPLATES, Variant
 from ..weights.modulation import modulation_table
-from .autoencode import decode
+from .autoencode import STRIP_PIXELS, decode
 from .caption import MAX_TOKENS, write_caption
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
@@ -76,11 +76,13 @@ class PipelineCore:
 
     Attributes:
         components: the checkpoint's parts, for what works on them beside the pipeline.
+        strip_pixels: most pixels that are decoded at once; changes memory, never a bit of the result.
     """
 
     def __init__(self, components: Components, report: Reporter):
         self.components = components
         self._report = report
+        self.strip_pixels = STRIP_PIXELS
         self._table: tuple[Schedule, list[Modulation]] | None = None
 
     # What it is -------------------------------------------------------------------------------------------------
@@ -381,11 +383,12 @@ class PipelineCore:
         frames, height, width = self._grid(parameters)
         unpacked = unpack_multi_layer_latents(latents, frames, 2 * height, 2 * width)[0]
         first = 1 if self.variant.layered else 0
+        strips = max(1, parameters.width * parameters.height // self.strip_pixels)
         for n in range(first, frames):
             with self._report.using(progress):
                 decoder = self.components.vae_decoder
                 with self._report.stage("decode", f"layer {n}" if first else ""):
-                    pixels = decode(decoder, self.components.vae_config, unpacked[n : n + 1])[0]
+                    pixels = decode(decoder, self.components.vae_config, unpacked[n : n + 1], strips)[0]
             if not mx.isfinite(pixels).all().item():
                 raise QwenImageError("the decoded picture is not finite: check the autoencoder's weights")
             yield pixels

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,12 @@ from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
-from .core import PipelineCore
 from .decomposition import LayeredResult, layers_request
 from .loras import LoRAReference, read_adapters
 from .metadata import describe
 from .parameters import DTYPES, GenerationParameters, check_num_images, explicit_size
 from .progress import Progress, ProgressCallback, Reporter
+from .releasable import ReleasablePipeline
 from .request import Request
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class QwenImagePipeline(PipelineCore):
+class QwenImagePipeline(ReleasablePipeline):
     """Pictures from text and from pictures, with a Qwen-Image checkpoint. Make one with `from_pretrained`."""
 
     @classmethod
@@ -383,22 +384,29 @@ class QwenImagePipeline(PipelineCore):
         encoding: GuidanceEncoding,
         initial: InitialImage | None,
         progress: ProgressCallback | None = None,
+        release: bool = False,
     ) -> Iterator[tuple[PILImage, int, int]]:
-        """Paints a request's pictures one by one: (picture, seed, index)."""
-        for seed in request.seeds:
-            for index in request.image_indices:
-                latents = self.denoise_latents(
-                    request.parameters, encoding, seed=seed, image_index=index, initial=initial, progress=progress
-                )
-                for frame in self.decode_frames(request.parameters, latents, progress=progress):
-                    (image,) = to_images(frame[None])
-                    yield request.canvas.finish(image) if request.canvas else image, seed, index
+        """Paints a request's pictures, (picture, seed, index) each; may drop the transformer after the last."""
+        draws = list(product(request.seeds, request.image_indices))
+        for seed, index in draws:
+            latents = self.denoise_latents(
+                request.parameters, encoding, seed=seed, image_index=index, initial=initial, progress=progress
+            )
+            if release and (seed, index) == draws[-1]:
+                self.release_transformer()
+            for frame in self.decode_frames(request.parameters, latents, progress=progress):
+                (image,) = to_images(frame[None])
+                yield request.canvas.finish(image) if request.canvas else image, seed, index
 
     def decompose_request(
-        self, request: Request, encoding: GuidanceEncoding, progress: ProgressCallback | None = None
+        self,
+        request: Request,
+        encoding: GuidanceEncoding,
+        progress: ProgressCallback | None = None,
+        release: bool = False,
     ) -> LayeredResult:
         """Paints a request's layers, each decoded, resized and turned into 8 bits before the next."""
-        pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress)]
+        pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress, release)]
         layers = (Layer(image, f"layer {n}") for n, image in enumerate(pictures))
         size = request.canvas.result_size
         metadata = describe(self, request, encoding, request.seeds[0])
@@ -427,74 +435,3 @@ class QwenImagePipeline(PipelineCore):
             strength=strength,
             **self.recommended.unless(num_inference_steps=steps, cfg_scale=cfg_scale),
         )
-
-    # Memory: a released component comes back by itself when it is next needed -------------------------------------
-
-    def release_encoders(self) -> None:
-        """Gives back the memory of all that encodes: text encoder, vision tower, tokenizer, the VAE's encoder."""
-        self.components.release("text_encoder", "language_head", "vision", "tokenizer", "vae_encoder")
-
-    def release_text_encoder(self) -> None:
-        """Gives back the memory of the text encoder, its vision tower and its head."""
-        self.components.release("text_encoder", "language_head", "vision")
-
-    def release_tokenizer(self) -> None:
-        """Gives back the tokenizer's memory."""
-        self.components.release("tokenizer")
-
-    def release_transformer(self) -> None:
-        """Gives back the memory of the transformer and of its modulation table."""
-        self._table = None
-        self.components.release("transformer")
-
-    def set_loras(self, loras: Sequence[LoRAReference], mode: str = "auto") -> None:
-        """Other LoRAs from now on, instead of all that were there.
-
-        Where all of them, old and new, run beside the weights (packed ones, or mode "side"), the transformer stays
-        loaded; otherwise it is loaded anew when it is next needed.
-
-        Args:
-            loras, mode: as in `from_pretrained`; an empty sequence takes all away.
-
-        Raises:
-            RequestError, CheckpointError, HubError: one cannot be found or does not fit; the old ones stay.
-        """
-        parts = self.components
-        adapters = None
-        if loras:
-            targets, offline = parts.lora_targets(), parts.snapshot.offline
-            adapters = read_adapters(loras, mode, targets, offline=offline, report=self._report)
-        self._table = None
-        parts.replace_adapters(adapters)
-
-    def release_vae(self) -> None:
-        """Gives back the autoencoder's memory."""
-        self.components.release("vae_encoder", "vae_decoder")
-
-    def reload_text_encoder(self) -> None:
-        """Loads the text encoder now, unless it is loaded."""
-        _ = self.components.text_encoder
-
-    def reload_tokenizer(self) -> None:
-        """Loads the tokenizer now, unless it is loaded."""
-        _ = self.components.tokenizer
-
-    @property
-    def is_text_encoder_loaded(self) -> bool:
-        """Whether the text encoder is in memory."""
-        return self.components.is_loaded("text_encoder")
-
-    @property
-    def is_tokenizer_loaded(self) -> bool:
-        """Whether the tokenizer is in memory."""
-        return self.components.is_loaded("tokenizer")
-
-    @property
-    def is_transformer_loaded(self) -> bool:
-        """Whether the transformer is in memory."""
-        return self.components.is_loaded("transformer")
-
-    @property
-    def is_vae_loaded(self) -> bool:
-        """Whether any half of the autoencoder is in memory."""
-        return self.components.is_loaded("vae_encoder") or self.components.is_loaded("vae_decoder")

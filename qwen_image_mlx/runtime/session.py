@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..pipeline.metadata import describe
+from .memory import DEFAULT, Residency
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,14 +40,17 @@ def paint(
     request: Request,
     progress: ProgressCallback | None = None,
     cache: EncodingCache | None = None,
+    residency: Residency = DEFAULT,
 ) -> Iterator[Painting]:
-    """Yields the request's pictures one by one; the encoders are gone before the first is begun.
+    """Yields the request's pictures one by one.
 
     Args:
         pipeline: the opened checkpoint.
         request: what to paint.
         progress: told of every stage and step, and can cancel.
         cache: encodings of earlier runs; with a hit no encoder is loaded.
+        residency: staged, the encoders are gone before the first picture is begun, and the transformer before the last
+            is decoded.
     """
     if not request.prompt.strip():
         logger.warning("the prompt is empty: the model paints whatever it likes")
@@ -58,8 +62,10 @@ def paint(
         )
     encoding = _encoded(pipeline, request, progress, cache)
     initial = pipeline.encode_canvas(request, progress)
-    pipeline.release_encoders()
-    for image, seed, index in pipeline.paint_request(request, encoding, initial, progress):
+    if residency.staged:
+        pipeline.release_encoders()
+    pictures = pipeline.paint_request(request, encoding, initial, progress, release=residency.staged)
+    for image, seed, index in pictures:
         yield Painting(image, describe(pipeline, request, encoding, seed, index))
 
 
@@ -68,11 +74,13 @@ def decompose(
     request: Request,
     progress: ProgressCallback | None = None,
     cache: EncodingCache | None = None,
+    residency: Residency = DEFAULT,
 ) -> LayeredResult:
     """Takes a picture apart; the arguments are those of `paint`. The cache keeps the caption with the encoding."""
     encoding = _encoded(pipeline, request, progress, cache)
-    pipeline.release_encoders()
-    return pipeline.decompose_request(request, encoding, progress)
+    if residency.staged:
+        pipeline.release_encoders()
+    return pipeline.decompose_request(request, encoding, progress, release=residency.staged)
 
 
 def _encoded(

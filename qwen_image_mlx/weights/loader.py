@@ -161,8 +161,12 @@ class ComponentWeights:
 
     def resident_bytes(self, part: str, dtype: mx.Dtype, scheme: Scheme | None = None) -> int:
         """Bytes in memory once a part is loaded, as `load_module` does with the same arguments."""
+        return self.bytes_of(self.specs(part), dtype, scheme)
+
+    def bytes_of(self, specs: Iterable[TensorSpec], dtype: mx.Dtype, scheme: Scheme | None = None) -> int:
+        """The same for some of its tensors."""
         total = 0
-        for spec in self.specs(part):
+        for spec in specs:
             form = scheme if spec.is_packed_by(scheme) else self._stored[spec.name].scheme
             shape = LAYOUTS[spec.layout](mx.zeros(spec.shape, mx.uint8)).shape if form is None else spec.shape
             total += form.nbytes(spec.shape) if form else prod(shape) * dtype.size

@@ -8,7 +8,7 @@ operations on the same numbers as layers that stay.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import CheckpointError
 from .adapters import Adapters, Placement
 from .loader import ComponentWeights, fill, specs_of
+from .mapping import TensorSpec
 from .quantize import Scheme
 from .stored import Reader
 
@@ -28,6 +29,22 @@ M = TypeVar("M", bound=nn.Module)
 _LAYERS = {"transformer": "transformer_blocks", "text_encoder": "model.layers", "vision": "visual.blocks"}
 STREAMABLE = frozenset(_LAYERS)
 _EMBEDDING = "model.embed_tokens"
+
+
+def layer_specs(component: str, specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
+    """A streamed component's tensors by layer."""
+    layers: dict[str, list[TensorSpec]] = {}
+    prefix = f"{_LAYERS[component]}."
+    for spec in specs:
+        if spec.name.startswith(prefix):
+            layers.setdefault(spec.name.removeprefix(prefix).partition(".")[0], []).append(spec)
+    return list(layers.values())
+
+
+def held_specs(component: str, specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """What of a streamed component stays in memory; the embedding of a text encoder is read by the row."""
+    passing = (f"{_LAYERS[component]}.", f"{_EMBEDDING}.")
+    return [spec for spec in specs if not spec.name.startswith(passing)]
 
 
 def stream_module(
@@ -54,13 +71,12 @@ def stream_module(
         home = home[parent]
     layers = StreamedLayers(home[name], path, weights, part, dtype, scheme, adapters)
     setattr(home, name, layers)
-    others = [spec for spec in specs if not spec.name.startswith(f"{path}.")]
-    embedding = next((spec for spec in others if spec.name == f"{_EMBEDDING}.weight"), None)
-    if embedding is not None and scheme is None:
-        rows = StreamedRows.of(weights, embedding.name, dtype)
-        if rows is not None:
-            others.remove(embedding)
-            module.model.embed_tokens = rows
+    others = held_specs(weights.component, specs)
+    embedding = [spec for spec in specs if spec.name.startswith(f"{_EMBEDDING}.")]
+    if embedding and (rows := StreamedRows.of(weights, embedding[0].name, dtype)) and scheme is None:
+        module.model.embed_tokens = rows
+    else:
+        others += embedding
     fill(module, weights, others, Reader(weights.component), dtype, scheme, adapters and Placement(adapters))
     module.eval()
     return module

@@ -21,7 +21,9 @@ PUBLIC = {
 MODEL = {
     "--help", "--model", "--revision", "--dtype", "--quantize", "--group-size", "--text-encoder", "-h", "-m",
 }  # fmt: skip
-PAINTER = MODEL | {"--lora", "--lora-mode", "--lightning", "--transformer", "--vae"}
+PAINTER = MODEL | {
+    "--lora", "--lora-mode", "--lightning", "--transformer", "--vae", "--memory", "--force", "--profile",
+}  # fmt: skip
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
@@ -45,6 +47,10 @@ FLAGS = {
         "--seed", "--save-every", "--sample-every", "--sample-prompt", "--resume", "-o", "-s",
     },
     "quantize": {"-h", "--help", "--bits", "--group-size", "--revision"},
+    "plan": {
+        "-h", "--help", "--memory", "--revision", "--dtype", "--quantize", "--group-size", "--size", "--references",
+        "--layers", "--steps", "--json",
+    },
     "lora": {"-h", "--help"},
     "lora inspect": {"-h", "--help", "--model", "-m"},
     "info": {"-h", "--help", "--json"},

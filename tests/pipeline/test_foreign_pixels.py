@@ -416,7 +416,7 @@ def test_files_of_another_part_are_named(models, tmp_path, given, wanted, says):
 
 
 @pytest.mark.parametrize(("name", "content", "error", "says"), [
-    ("model.ckpt", b"PK\3\4", CheckpointError, "are pickles"),
+    ("model.ckpt", b"PK\3\4", CheckpointError, "is a pickle"),
     ("model.safetensors", b"PK\3\4 and so on", CheckpointError, "not a whole safetensors file"),
     ("model.safetensors", b"", CheckpointError, "not a whole safetensors file"),
     ("model.gguf", b"GGUF\3\0\0\0", CheckpointError, "not a whole GGUF file"),

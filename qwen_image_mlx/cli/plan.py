@@ -1,0 +1,135 @@
+"""qwen-image-mlx plan: what painting will take in memory, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..pipeline.parameters import DTYPES, MAX_LAYERS, check_size
+from ..variants import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from ..pipeline.components import Components
+    from ..runtime.memory import MemoryPlan, Work
+
+DESCRIPTION = """\
+Say what each stage of painting will take in memory, in GB, for every way to keep weights there, and which fits.
+
+  resident   everything stays loaded, for the next picture
+  staged     encoders, transformer and autoencoder one after another (what generate does)
+  streamed   layers are read from the files again at each pass
+
+Reads configs, and of a model on disk the headers of its files; no weights are downloaded."""
+
+_OTHERS = ("8", "6", "4")  # quantizations worth a look where nothing is said
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's flags."""
+    parser = commands.add_parser(
+        "plan",
+        help="say what a model will take in memory",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="a local directory or a Hugging Face id "
+        "(default: %(default)s)")  # fmt: skip
+    add("--memory", metavar="M", default="auto", help="what may be used, as 16GB; auto is this machine's "
+        "(default: auto)")  # fmt: skip
+    add("--revision", help="branch, tag or commit of a Hugging Face model")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the text encoder and the transformer")
+    add("--quantize", metavar="Q", help="pack weights while they are loaded, as in generate")
+    add("--group-size", type=int, metavar="G", help="columns that share a scale")
+    add("--size", metavar="WxH", help="of the picture (default: the model's own)")
+    add("--references", type=int, metavar="N", help="pictures an editing model is shown (default: 1)")
+    add("--layers", type=int, default=4, metavar="N", help="of a layered model (default: 4)")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
+    add("--json", action="store_true", help="print JSON, in bytes")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the tables."""
+    from ..pipeline.pipeline import QwenImagePipeline
+    from ..runtime.memory import RESIDENCIES, make_plan, parse_memory, table_of, usable_memory
+    from ..weights.quantize import NONE, Quantization
+    from .console import messages
+
+    if not 1 <= arguments.layers <= MAX_LAYERS:
+        raise RequestError(f"--layers is {arguments.layers}, but must be from 1 to {MAX_LAYERS}")
+    if arguments.group_size is not None and arguments.quantize is None:
+        raise RequestError("--group-size needs --quantize")
+    budget = parse_memory(arguments.memory) or usable_memory()
+
+    def plans_for(quantize: str | None) -> tuple[Components, Work, list[MemoryPlan]]:
+        quantization = Quantization.parse(quantize or NONE, arguments.group_size if quantize else None)
+        components = QwenImagePipeline.from_pretrained(
+            arguments.model, revision=arguments.revision, dtype=arguments.dtype, quantize=quantization
+        ).components
+        work = _work(arguments, components)
+        return components, work, [make_plan(components, work, residency) for residency in RESIDENCIES]
+
+    with messages():
+        components, work, plans = plans_for(arguments.quantize)
+        others = [] if arguments.quantize else [(bits, plans_for(bits)[2]) for bits in _OTHERS]
+    if arguments.json:
+        print(json.dumps(_facts(components, work, plans, budget), indent=2))
+        return
+    quantized = f", --quantize {arguments.quantize}" if arguments.quantize else ""
+    print(f"{arguments.model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "
+          f"{budget / 1e9:.1f} GB may be used")  # fmt: skip
+    print(table_of(plans, budget))
+    for bits, alternatives in others:
+        print(f"\nwith --quantize {bits}")
+        print(table_of(alternatives, budget))
+
+
+def _work(arguments: argparse.Namespace, components: Components) -> Work:
+    from ..images.geometry import size_of_area
+    from ..runtime.memory import Work
+    from .painting import parsed_size
+
+    variant = components.variant
+    references = arguments.references
+    if references is None:
+        references = int(variant.takes_images)
+    if references < 0 or (references and not variant.takes_images) or (variant.takes_images and not references):
+        raise RequestError(f"--references is {references}, which {components.snapshot.model} does not take")
+    square = (1, 1)
+    if arguments.size:
+        size = parsed_size(arguments.size)
+        if isinstance(size, str):
+            raise RequestError(f"--size is {arguments.size}, but must be WIDTHxHEIGHT here")
+    elif variant.layered:
+        size = size_of_area(variant.resolutions[0] ** 2, square)
+    else:
+        size = size_of_area(variant.target_area, square) if variant.takes_images else variant.size_of("1:1")
+    check_size(*size)
+    shown = size if variant.layered else size_of_area(variant.reference_area, square) if references else size
+    return Work(
+        width=size[0], height=size[1], frames=arguments.layers + 1 if variant.layered else 1,
+        shown=(shown,) * references, encoded=shown[0] * shown[1] if references else 0,
+        guided=variant.cfg_scale > 1, steps=arguments.steps or variant.steps,
+    )  # fmt: skip
+
+
+def _facts(components: Components, work: Work, plans: list[MemoryPlan], budget: int) -> dict[str, Any]:
+    return {
+        "model": components.snapshot.model,
+        "disk": plans[0].disk,
+        "width": work.width,
+        "height": work.height,
+        "memory": budget,
+        "plans": [
+            {
+                "residency": plan.residency.name,
+                "peak": plan.peak,
+                "fits": plan.peak <= budget,
+                "stages": {stage.name: {"resident": stage.resident, "peak": stage.peak} for stage in plan.stages},
+            }
+            for plan in plans
+        ],
+    }

@@ -1,0 +1,368 @@
+"""What painting will take in memory, told before it begins from configs and headers alone, and how it is kept to.
+
+A plan has four stages. Weights are counted to the byte; what work takes beside them is a model with constants measured
+by benchmarks/full_size.py. A residency says which weights are there at which stage; the first that fits is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..errors import RequestError
+from ..pipeline.autoencode import STRIP_PIXELS
+from ..pipeline.components import Components
+from ..weights.mapping import LAYOUTS, TensorSpec, expected_tensors
+from ..weights.streaming import held_specs, layer_specs
+
+if TYPE_CHECKING:
+    from ..pipeline.request import Request
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SHARE = 0.9  # of the machine's memory may be planned with
+_CACHE = 1 << 30  # most bytes that MLX keeps for reuse
+_LEAST = 1 << 28
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Which weights are in memory when.
+
+    Attributes:
+        name: how it is called.
+        staged: encoders are released before painting, the transformer before the last picture is decoded.
+        streamed: components whose layers are read from their files at each pass.
+    """
+
+    name: str
+    staged: bool = True
+    streamed: frozenset[str] = frozenset()
+
+
+_ENCODERS = frozenset({"text_encoder", "vision"})
+# From the fastest to the most frugal.
+RESIDENCIES = (
+    Residency("resident", staged=False),
+    Residency("staged"),
+    Residency("staged, encoders streamed", streamed=_ENCODERS),
+    Residency("streamed", streamed=_ENCODERS | {"transformer"}),
+)
+DEFAULT = RESIDENCIES[1]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is painted, as far as memory depends on it.
+
+    Attributes:
+        width, height: of a picture.
+        frames: pictures painted together: 1, or layers + 1.
+        shown: (width, height) of each picture as the transformer is shown it.
+        encoded: area in pixels that the VAE encodes at once; 0 for none.
+        text_tokens: of a prompt, its template included, its pictures not.
+        guided: whether there are two passes in each step.
+        steps: denoising steps.
+        pictures: how many are painted one after another.
+    """
+
+    width: int
+    height: int
+    frames: int = 1
+    shown: tuple[tuple[int, int], ...] = ()
+    encoded: int = 0
+    text_tokens: int = 256
+    guided: bool = True
+    steps: int = 50
+    pictures: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of one forward pass."""
+        return self.frames * self.width * self.height // 256 + sum(w * h // 256 for w, h in self.shown)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a plan, in bytes.
+
+    Attributes:
+        name: "encode", "load", "denoise" or "decode".
+        resident: weights, and what stays beside them.
+        peak: the most there is at any moment.
+    """
+
+    name: str
+    resident: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one piece of work takes with one residency.
+
+    Attributes:
+        residency: which weights are there when.
+        stages: in their order.
+        disk: bytes of the files that are read.
+        strip_pixels: most pixels that are decoded at once.
+    """
+
+    residency: Residency
+    stages: tuple[Stage, ...]
+    disk: int
+    strip_pixels: int = STRIP_PIXELS
+
+    @property
+    def peak(self) -> int:
+        """The most bytes in memory at any moment."""
+        return max(stage.peak for stage in self.stages)
+
+
+# What work takes beside the weights: a model, measured on the backends it names. -------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes that work takes beside weights and results.
+
+    Attributes:
+        text: per token and byte of the text encoder's width (hidden and intermediate together).
+        block: per token and byte of the transformer's width.
+        pixel_in, pixel_out: per pixel and base channel of the VAE that it encodes, and decodes in one strip.
+        layers: layers of a streamed module that are there at once.
+        read: per byte of a modulation weight while the table is made.
+        base: whatever the work.
+    """
+
+    text: float
+    block: float
+    pixel_in: float
+    pixel_out: float
+    layers: float
+    read: float
+    base: int
+
+
+COSTS = {
+    "cpu": Costs(4.0, 20.0, 115.0, 121.0, 2.0, 1.2, 40 << 20),
+    "gpu": Costs(4.0, 20.0, 26.0, 26.0, 3.0, 1.2, 40 << 20),
+}
+STRIPS = tuple(STRIP_PIXELS >> n for n in range(5))  # pixels of a strip, from the fastest to the most frugal
+
+
+def make_plan(
+    components: Components, work: Work, residency: Residency = DEFAULT, strip_pixels: int = STRIP_PIXELS
+) -> MemoryPlan:
+    """The memory of every stage.
+
+    Args:
+        components: an opened checkpoint; its configs are read, and of one on disk the headers of its weights.
+        work: what is to be painted.
+        residency: which weights are there when.
+        strip_pixels: most pixels that are decoded at once.
+
+    Raises:
+        CheckpointError, HubError: a config or a header cannot be read.
+    """
+    return _Planner(components, work, residency).plan(strip_pixels)
+
+
+class _Planner:
+    def __init__(self, components: Components, work: Work, residency: Residency):
+        self.components, self.work, self.residency = components, work, residency
+        self.costs = COSTS["gpu" if mx.default_device() == mx.gpu else "cpu"]
+        self.itemsize = components.dtype.size
+
+    def plan(self, strip_pixels: int) -> MemoryPlan:
+        parts, work, costs = self.components, self.work, self.costs
+        vision = self.held("vision") if work.shown and parts.variant.encoder_area else 0
+        encoders = vision + self.held("text_encoder")
+        vae_in = self.bytes("vae", "encoder", mx.float32) if work.encoded else 0
+        text = parts.text_encoder_config
+        tokens = work.text_tokens + len(work.shown) * parts.variant.encoder_area // 28**2
+        widths = 2 * text.intermediate_size + 6 * text.hidden_size
+        passes = 2 if work.guided else 1
+        thinking = int(costs.text * tokens * widths * self.itemsize * passes / 4) + costs.base
+        thinking += self.passing("text_encoder")
+        looking = self.passing("vision") + costs.base if vision else 0
+        channels = parts.vae_config.base_dim
+        reading = int(costs.pixel_in * channels * work.encoded)
+        encode = Stage(
+            "encode",
+            encoders + vae_in,
+            max(encoders + thinking, vision + looking, encoders + vae_in + reading if work.encoded else 0),
+        )
+        kept = 0 if self.residency.staged else encoders + vae_in
+        transformer, table = self.held("transformer"), self.table()
+        load = Stage(
+            "load",
+            kept + table + transformer,
+            kept
+            + table
+            + max(
+                transformer + self.largest("transformer", "main"),
+                int(costs.read * self.largest("transformer", "modulation")),
+            ),
+        )
+        dim, length = parts.transformer_config.dim, work.tokens + work.text_tokens
+        moving = int(costs.block * length * dim * self.itemsize) + costs.base + self.passing("transformer")
+        painting = kept + table + transformer
+        denoise = Stage("denoise", painting, painting + moving)
+        vae_out = self.bytes("vae", "decoder", mx.float32)
+        pixels = work.width * work.height
+        result = pixels * parts.vae_config.input_channels * 4
+        strip = int(costs.pixel_out * channels * min(pixels, 1.25 * strip_pixels))
+        before = kept if self.residency.staged and work.pictures == 1 else painting
+        decode = Stage("decode", before + vae_out, before + vae_out + strip + 2 * result)
+        return MemoryPlan(self.residency, (encode, load, denoise, decode), self.disk(), strip_pixels)
+
+    def held(self, name: str) -> int:
+        """Bytes of a component's weights that stay."""
+        specs = self.specs(name, "main")
+        return self.count(name, held_specs(name, specs) if name in self.residency.streamed else specs)
+
+    def passing(self, name: str) -> int:
+        """Bytes of a streamed component's layers that are there at once."""
+        if name not in self.residency.streamed:
+            return 0
+        layers = layer_specs(name, self.specs(name, "main"))
+        return int(self.costs.layers * max(self.count(name, layer) for layer in layers))
+
+    def table(self) -> int:
+        """Bytes of the modulation of all steps."""
+        config = self.components.transformer_config
+        return self.work.steps * (12 * config.num_layers + 2) * config.dim * self.itemsize
+
+    def largest(self, name: str, part: str) -> int:
+        """Bytes of the largest matrix as it is read."""
+        return max(2 * prod(spec.shape) for spec in self.specs(name, part))
+
+    def bytes(self, name: str, part: str, dtype: mx.Dtype) -> int:
+        return self.count(name, self.specs(name, part), dtype)
+
+    def count(self, name: str, specs: Sequence[TensorSpec], dtype: mx.Dtype | None = None) -> int:
+        """Bytes of tensors once they are loaded."""
+        dtype, scheme = dtype or self.components.dtype, getattr(self.components.quantization, name, None)
+        if self.is_here:
+            return self.components.weights(name).bytes_of(specs, dtype, scheme)
+        return sum(
+            scheme.nbytes(spec.shape) if spec.is_packed_by(scheme)
+            else prod(LAYOUTS[spec.layout](mx.zeros(spec.shape, mx.uint8)).shape) * dtype.size
+            for spec in specs
+        )  # fmt: skip
+
+    def specs(self, name: str, part: str) -> list[TensorSpec]:
+        config = getattr(self.components, f"{name}_config")
+        return [spec for spec in expected_tensors(name, config).values() if spec.part == part]
+
+    def disk(self) -> int:
+        names = ("transformer", *self.components.encoders, "vae")
+        if self.is_here:
+            return sum(self.components.weights(name).nbytes for name in names)
+        return sum(
+            2 * prod(spec.shape)
+            for name in names
+            for spec in expected_tensors(name, getattr(self.components, f"{name}_config")).values()
+        )
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the files are on disk, so that their headers tell how weights are stored."""
+        return self.components.snapshot.is_local
+
+
+# Choosing and keeping to it -------------------------------------------------------------------------------------------
+
+
+def parse_memory(text: str) -> int | None:
+    """Bytes of "16GB", "12.5 GiB" or "16000000000"; None for "auto".
+
+    Raises:
+        RequestError: it is none of these, or less than 256 MiB.
+    """
+    if text.strip().lower() == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    if not match:
+        raise RequestError(f"memory is {text!r}, but must be like 16GB, 12.5GiB, a number of bytes, or auto")
+    nbytes = int(float(match[1]) * _UNITS[match[2] or ""])
+    if nbytes < _LEAST:
+        raise RequestError(f"memory is {text!r}; nothing runs in less than {_LEAST >> 20} MiB")
+    return nbytes
+
+
+def usable_memory() -> int:
+    """Bytes that may be planned with on this machine: what Metal recommends, or what Linux has available."""
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    try:
+        with open("/proc/meminfo") as file:
+            kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+        return int(1024 * kilobytes * _SHARE)
+    except (OSError, StopIteration):
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _SHARE)
+
+
+def choose(components: Components, work: Work, budget: int) -> MemoryPlan | None:
+    """The plan of the first residency that fits a budget in bytes, in the fewest strips; None if none does."""
+    plans = (make_plan(components, work, residency, strip) for residency in RESIDENCIES for strip in STRIPS)
+    return next((plan for plan in plans if plan.peak <= budget), None)
+
+
+def work_of(request: Request, components: Components) -> Work:
+    """What a request asks for."""
+    from ..images.geometry import size_of_area
+
+    parameters, variant = request.parameters, components.variant
+    area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
+    shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
+    starts = request.canvas is not None and (request.canvas.mask is not None or not variant.takes_images)
+    encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * starts
+    return Work(
+        width=parameters.width,
+        height=parameters.height,
+        frames=parameters.num_layers + 1 if variant.layered else 1,
+        shown=shown,
+        encoded=max(encoded, default=0),
+        guided=parameters.cfg_scale > 1 and request.negative_prompt is not None,
+        steps=parameters.num_inference_steps,
+        pictures=len(request.seeds) * len(request.image_indices),
+    )
+
+
+@contextmanager
+def limits(budget: int) -> Iterator[None]:
+    """MLX's cache and wired limits for a budget in bytes, as they were afterwards."""
+    cache = mx.set_cache_limit(min(_CACHE, budget // 8))
+    memory = mx.set_memory_limit(budget)
+    wired = mx.set_wired_limit(min(budget, usable_memory())) if mx.metal.is_available() else None
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(cache)
+        mx.set_memory_limit(memory)
+        if wired is not None:
+            mx.set_wired_limit(wired)
+        mx.clear_cache()
+
+
+def table_of(plans: Sequence[MemoryPlan], budget: int) -> str:
+    """Plans as a table for people, in GB; a mark for what fits a budget."""
+    names = [stage.name for stage in plans[0].stages]
+    head = ["", *names, "most", "fits"]
+    rows = [
+        [plan.residency.name, *(f"{stage.peak / 1e9:.2f}" for stage in plan.stages), f"{plan.peak / 1e9:.2f}",
+         "yes" if plan.peak <= budget else "no"]
+        for plan in plans
+    ]  # fmt: skip
+    widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
+    return "\n".join(
+        f"{row[0]:{widths[0]}}  {'  '.join(map(str.rjust, row[1:], widths[1:]))}".rstrip() for row in (head, *rows)
+    )

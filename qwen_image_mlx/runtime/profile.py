@@ -1,0 +1,71 @@
+"""What each stage took: seconds, and bytes as MLX counts them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+if TYPE_CHECKING:
+    from ..pipeline.progress import Progress, ProgressCallback
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage that is done.
+
+    Attributes:
+        stage: as `Progress` names it, with its detail.
+        seconds: from its beginning to its end.
+        resident: bytes in use after it.
+        peak: most bytes in use during it.
+    """
+
+    stage: str
+    seconds: float
+    resident: int
+    peak: int
+
+
+class Profile:
+    """A progress callback that notes what stages took and hands everything on.
+
+    Args:
+        inner: the callback that it stands before; it can cancel as ever.
+
+    Attributes:
+        costs: of the stages that are done.
+    """
+
+    def __init__(self, inner: ProgressCallback | None = None):
+        self.costs: list[StageCost] = []
+        self._inner = inner
+        self._begun: dict[str, float] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        name = f"{progress.stage} {progress.detail}".strip()
+        if progress.step == 0 or name not in self._begun:
+            self._begun[name] = time.perf_counter()
+            mx.reset_peak_memory()
+        if progress.step == progress.total:
+            seconds = time.perf_counter() - self._begun.pop(name)
+            held = mx.get_active_memory()
+            self.costs.append(StageCost(name, seconds, held, max(held, mx.get_peak_memory())))
+        if self._inner is not None:
+            self._inner(progress)
+
+    def record(self) -> list[dict[str, Any]]:
+        """The costs for a picture's metadata."""
+        return [asdict(cost) | {"seconds": round(cost.seconds, 3)} for cost in self.costs]
+
+    def table(self) -> str:
+        """The costs for people."""
+        width = max((len(cost.stage) for cost in self.costs), default=0)
+        rows = [f"{'':{width}}  {'seconds':>8}  {'held GB':>8}  {'peak GB':>8}"]
+        rows += [
+            f"{cost.stage:{width}}  {cost.seconds:8.2f}  {cost.resident / 1e9:8.3f}  {cost.peak / 1e9:8.3f}"
+            for cost in self.costs
+        ]
+        return "\n".join(rows)
