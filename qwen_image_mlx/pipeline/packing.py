@@ -40,6 +40,11 @@ _PLAN = ".qwen-image-mlx-plan"
 _COPIED = ("scheduler", "tokenizer", "processor", "vae", "text_encoder", "transformer")
 _COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".safetensors")
 _MARGIN = 1 << 26
+_EXAMPLES = {
+    "generate": '"A red fox"',
+    "edit": '"Make the coat green" --image portrait.jpg',
+    "decompose": "lake.png",
+}  # what stands behind a command on the card
 # The parts that go into each folder that is written anew.
 Folders = Mapping[str, list[Part]]
 
@@ -214,11 +219,10 @@ tags: [mlx, qwen-image, quantized]
 # {name}
 
 {origin} ({", ".join(forms)}), with quantized weights ({components.quantization}), written by
-[qwen_image_mlx](https://pypi.org/project/qwen-image-mlx/) {__version__}. It loads like any other model:
+qwen_image_mlx {__version__}, which runs the Qwen-Image family on Macs. It loads like any other model:
 
 ```sh
-pip install qwen-image-mlx
-qwen-image-mlx {components.variant.task} --model {name} --help
+qwen-image-mlx {components.variant.task} {_EXAMPLES[components.variant.task]} --model ./{name}
 ```
 
 Matrices are in MLX's quantized form: `x.weight` holds packed elements (uint32), `x.scales` and `x.biases` one number

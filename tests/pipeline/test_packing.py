@@ -79,7 +79,7 @@ def test_a_pack_says_what_it_is(source, tmp_path):
     assert 0.004 < report["text_encoder"]["model.embed_tokens"] < 0.007
     card = (folder / "README.md").read_text()
     assert "transformer_blocks.*.img_mlp.net.0.proj" in card
-    assert "qwen-image-mlx generate --model pack" in card
+    assert 'qwen-image-mlx generate "A red fox" --model ./pack' in card
     assert not list(tmp_path.glob("*.partial"))
 
 
