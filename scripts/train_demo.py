@@ -18,8 +18,9 @@ from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint
 from qwen_image_mlx.training.network import Network
 
 VAE = VAEConfig(base_dim=8)
-STEPS = {"vae": 3000, "rgba-vae": 2500, "t2i-edit": 8000, "layered": 5000}
-VAE_SCHEDULE = 5000  # steps that its learning rate's fall was planned for; the average was sharp enough before
+STEPS = {"vae": 3000, "rgba-vae": 1000, "t2i-edit": 8000, "layered": 5000}
+# Steps that the autoencoders' learning rates fall over; their averages are sharp enough before.
+SCHEDULES = {"vae": 5000, "rgba-vae": 2500}
 SAMPLES = {"t2i": 30000, "edit": 16000, "layered": 5000}
 LAYERS = (2, 3, 4)
 BATCH = 64
@@ -41,7 +42,7 @@ def main() -> None:
 
 def train_vae(out: Path, every: int, seed: int) -> None:
     """The autoencoder of pictures."""
-    trainer = autoencoder.Trainer(VAE, VAE_SCHEDULE, seed=seed)
+    trainer = autoencoder.Trainer(VAE, SCHEDULES["vae"], seed=seed)
     _train_autoencoder(out / "vae", trainer, every)
 
 
@@ -49,7 +50,7 @@ def train_rgba_vae(out: Path, every: int, seed: int) -> None:
     """The autoencoder of layers, from that of pictures."""
     config = VAEConfig(base_dim=VAE.base_dim, input_channels=4)
     weights = autoencoder.averaged_weights(out / "vae" / "state.safetensors")
-    trainer = autoencoder.Trainer(config, STEPS["rgba-vae"], seed=seed, weights=weights)
+    trainer = autoencoder.Trainer(config, SCHEDULES["rgba-vae"], seed=seed, weights=weights)
     _train_autoencoder(out / "rgba-vae", trainer, every)
 
 
