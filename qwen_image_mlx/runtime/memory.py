@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -226,7 +226,17 @@ class _Planner:
     def held(self, name: str) -> int:
         """Bytes of a component's weights that stay."""
         specs = self.specs(name, "main")
-        return self.count(name, held_specs(name, specs) if name in self.residency.streamed else specs)
+        if name in self.residency.streamed:
+            scheme = getattr(self.components.quantization, name, None)
+            specs = held_specs(name, specs, scheme, self.stored(name))
+        return self.count(name, specs)
+
+    def stored(self, name: str) -> Callable[[str], str]:
+        """How a component's tensors lie in their files; the released ones that are not here are BF16."""
+        if not self.is_here:
+            return lambda _: "BF16"
+        weights = self.components.weights(name)
+        return lambda tensor: weights.stored(tensor).tensor.dtype
 
     def passing(self, name: str) -> int:
         """Bytes of a streamed component's layers that are there at once."""
@@ -253,7 +263,7 @@ class _Planner:
         if self.is_here:
             return self.components.weights(name).bytes_of(specs, dtype, scheme)
         return sum(
-            scheme.nbytes(spec.shape) if spec.is_packed_by(scheme)
+            scheme.nbytes(spec.shape, dtype) if spec.is_packed_by(scheme)
             else prod(LAYOUTS[spec.layout](mx.zeros(spec.shape, mx.uint8)).shape) * dtype.size
             for spec in specs
         )  # fmt: skip

@@ -169,7 +169,7 @@ class ComponentWeights:
         for spec in specs:
             form = scheme if spec.is_packed_by(scheme) else self._stored[spec.name].scheme
             shape = LAYOUTS[spec.layout](mx.zeros(spec.shape, mx.uint8)).shape if form is None else spec.shape
-            total += form.nbytes(spec.shape) if form else prod(shape) * dtype.size
+            total += form.nbytes(spec.shape, dtype) if form else prod(shape) * dtype.size
         return total
 
     def open(self, spec: TensorSpec, reader: Reader) -> mx.array | Packed:

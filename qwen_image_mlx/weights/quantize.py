@@ -66,10 +66,10 @@ class Scheme:
         usual = SCHEMES[name][2][0] if name in SCHEMES else None  # others are read, but not made
         return name if self.group_size == usual else f"{name}/{self.group_size}"
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a matrix of that shape, packed."""
+    def nbytes(self, shape: tuple[int, ...], dtype: mx.Dtype = SCALES) -> int:
+        """Bytes of a matrix of that shape, packed, with scales in a dtype if they are floating."""
         elements = shape[0] * shape[1]
-        per_group = 4 if self.mode == "affine" else 1
+        per_group = 2 * dtype.size if self.mode == "affine" else 1
         return elements * self.bits // 8 + elements // self.group_size * per_group
 
     def fits(self, shape: tuple[int, ...]) -> bool:

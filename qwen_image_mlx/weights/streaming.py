@@ -8,8 +8,7 @@ operations on the same numbers as layers that stay.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -21,6 +20,7 @@ from .adapters import Adapters, Placement
 from .loader import ComponentWeights, fill, specs_of
 from .mapping import TensorSpec
 from .quantize import Scheme
+from .shards import Tensor
 from .stored import Reader
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,7 +28,9 @@ M = TypeVar("M", bound=nn.Module)
 # The list of layers in each component's module; all its other parameters stay in memory, but for the embedding.
 _LAYERS = {"transformer": "transformer_blocks", "text_encoder": "model.layers", "vision": "visual.blocks"}
 STREAMABLE = frozenset(_LAYERS)
-_EMBEDDING = "model.embed_tokens"
+_EMBEDDING = "model.embed_tokens.weight"
+# How rows may lie in a file, by the format's word: as NumPy reads them, and as what MLX takes them.
+_ROWS = {"F32": (np.uint32, mx.float32), "BF16": (np.uint16, mx.bfloat16), "F16": (np.uint16, mx.float16)}
 
 
 def layer_specs(component: str, specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
@@ -41,10 +43,24 @@ def layer_specs(component: str, specs: Iterable[TensorSpec]) -> list[list[Tensor
     return list(layers.values())
 
 
-def held_specs(component: str, specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """What of a streamed component stays in memory; the embedding of a text encoder is read by the row."""
-    passing = (f"{_LAYERS[component]}.", f"{_EMBEDDING}.")
-    return [spec for spec in specs if not spec.name.startswith(passing)]
+def held_specs(
+    component: str, specs: Iterable[TensorSpec], scheme: Scheme | None, stored: Callable[[str], str]
+) -> list[TensorSpec]:
+    """What of a streamed component stays in memory.
+
+    Args:
+        component: one of `STREAMABLE`.
+        specs: its tensors.
+        scheme: what its matrices are packed into while they are read.
+        stored: given a tensor's name, its dtype in the file; an embedding of plain rows is read by the row.
+    """
+    layers = f"{_LAYERS[component]}."
+    return [
+        spec
+        for spec in specs
+        if not spec.name.startswith(layers)
+        and (spec.name != _EMBEDDING or scheme is not None or stored(spec.name) not in _ROWS)
+    ]
 
 
 def stream_module(
@@ -71,13 +87,10 @@ def stream_module(
         home = home[parent]
     layers = StreamedLayers(home[name], path, weights, part, dtype, scheme, adapters)
     setattr(home, name, layers)
-    others = held_specs(weights.component, specs)
-    embedding = [spec for spec in specs if spec.name.startswith(f"{_EMBEDDING}.")]
-    if embedding and (rows := StreamedRows.of(weights, embedding[0].name, dtype)) and scheme is None:
-        module.model.embed_tokens = rows
-    else:
-        others += embedding
-    fill(module, weights, others, Reader(weights.component), dtype, scheme, adapters and Placement(adapters))
+    held = held_specs(weights.component, specs, scheme, lambda name: weights.stored(name).tensor.dtype)
+    if weights.component == "text_encoder" and _EMBEDDING not in {spec.name for spec in held}:
+        module.model.embed_tokens = StreamedRows(weights.stored(_EMBEDDING).tensor, dtype)
+    fill(module, weights, held, Reader(weights.component), dtype, scheme, adapters and Placement(adapters))
     module.eval()
     return module
 
@@ -126,36 +139,34 @@ class StreamedLayers:
 
 
 class StreamedRows:
-    """An embedding whose rows are read from the file when they are asked for."""
+    """An embedding whose rows are read from the file when they are asked for.
 
-    def __init__(self, file: Path, offset: int, columns: int, stored: Any, dtype: mx.Dtype):
-        self._file, self._offset, self._columns, self._stored, self._dtype = file, offset, columns, stored, dtype
+    Args:
+        tensor: the matrix, of a dtype of `_ROWS`.
+        dtype: what rows come out in.
+    """
 
-    @classmethod
-    def of(cls, weights: ComponentWeights, name: str, dtype: mx.Dtype) -> StreamedRows | None:
-        """Those of a tensor; None where it does not lie in its file as plain rows."""
-        tensor = weights.stored(name).tensor
-        kinds = {"F32": (np.uint32, mx.float32), "BF16": (np.uint16, mx.bfloat16), "F16": (np.uint16, mx.float16)}
-        if tensor.dtype not in kinds or len(tensor.shape) != 2:
-            return None
-        return cls(tensor.file, tensor.offset, tensor.shape[1], kinds[tensor.dtype], dtype)
+    def __init__(self, tensor: Tensor, dtype: mx.Dtype):
+        self._tensor, self._dtype = tensor, dtype
 
     def __call__(self, ids: mx.array) -> mx.array:
         """(…, columns) of ids (…)."""
-        kind, dtype = self._stored
-        width = self._columns * np.dtype(kind).itemsize
-        rows = np.empty((ids.size, self._columns), kind)
+        (kind, dtype), columns = _ROWS[self._tensor.dtype], self._tensor.shape[1]
+        width = columns * np.dtype(kind).itemsize
+        rows = np.empty((ids.size, columns), kind)
         try:
-            with self._file.open("rb") as file:
+            with self._tensor.file.open("rb") as file:
                 for n, row in enumerate(np.array(ids).ravel()):
-                    file.seek(self._offset + int(row) * width)
+                    file.seek(self._tensor.offset + int(row) * width)
                     data = file.read(width)
                     if len(data) < width:
                         raise OSError("it ends too early")
                     rows[n] = np.frombuffer(data, kind)
         except OSError as error:
-            raise CheckpointError(f"{self._file} cannot be read ({error.strerror or error}): start again") from error
-        return mx.array(rows).view(dtype).astype(self._dtype).reshape(*ids.shape, self._columns)
+            raise CheckpointError(
+                f"{self._tensor.file} cannot be read ({error.strerror or error}): start again"
+            ) from error
+        return mx.array(rows).view(dtype).astype(self._dtype).reshape(*ids.shape, columns)
 
 
 def _copied(value: Any) -> Any:

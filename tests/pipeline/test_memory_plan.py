@@ -1,0 +1,212 @@
+"""Memory plans: weights to the byte, the first residency that fits, and the same pixels from every one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
+from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.runtime import memory
+from qwen_image_mlx.runtime.memory import DEFAULT, RESIDENCIES, STRIPS, Work, choose, limits, make_plan, parse_memory
+from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
+
+WORK = Work(64, 48, steps=2)
+# Wide enough for weights to count.
+CONFIGS = {
+    **TINY,
+    "transformer": replace(TINY["transformer"], num_layers=8, num_attention_heads=6),
+    "text_encoder": replace(TINY["text_encoder"], num_hidden_layers=8, vocab_size=200_000),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("plans") / "model", CONFIGS, dtype=mx.float32)
+
+
+@pytest.fixture(autouse=True)
+def small_base(monkeypatch):
+    """What any work takes is tens of MB, which would hide the rest of a tiny model."""
+    costs = {name: replace(cost, base=0) for name, cost in memory.COSTS.items()}
+    monkeypatch.setattr(memory, "COSTS", costs)
+
+
+@pytest.fixture
+def run(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, command="generate"):
+        usual = ["a fox", "--model", model, "--dtype", "float32", "--width", "64", "--height", "48", "--steps", "2",
+                 "--seed", "1"] if command == "generate" else []  # fmt: skip
+        code = main([command, *map(str, usual), *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def nbytes(*modules):
+    return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
+
+
+@pytest.mark.parametrize("quantize", [None, "4/32"])
+@pytest.mark.parametrize("residency", RESIDENCIES, ids=lambda residency: residency.name)
+def test_weights_are_counted_to_the_byte(model, residency, quantize):
+    pipeline = QwenImagePipeline.from_pretrained(model, dtype="float32", quantize=quantize, streamed=residency.streamed)
+    components = pipeline.components
+    encode, load, denoise, decode = make_plan(components, WORK, residency).stages
+    encoders = nbytes(components.text_encoder)
+    assert encode.resident == encoders
+    schedule = pipeline._schedule(GenerationParameters(width=64, height=48, num_inference_steps=2), 12, ())
+    table = sum(sum(r.nbytes for r in (*m.blocks[n][:2],)) for m in pipeline._modulation(schedule) for n in range(8))
+    table += sum(m.out.nbytes for m in pipeline._modulation(schedule))
+    kept = 0 if residency.staged else encoders
+    assert load.resident == denoise.resident == kept + table + nbytes(components.transformer)
+    painting = kept if residency.staged else denoise.resident
+    assert decode.resident == painting + nbytes(components.vae_decoder)
+
+
+def test_an_edit_counts_its_towers(tmp_path):
+    folder = write_checkpoint(tmp_path / "edit", TINY, dtype=mx.float32, pipeline="QwenImageEditPlusPipeline")
+    components = QwenImagePipeline.from_pretrained(folder, dtype="float32").components
+    one, two = (make_plan(components, Work(64, 64, shown=((64, 64),) * n, encoded=64 * 64, steps=2)) for n in (1, 2))
+    held = nbytes(components.text_encoder, components.vision, components.vae_encoder)
+    assert one.stages[0].resident == two.stages[0].resident == held
+    assert two.stages[2].peak > one.stages[2].peak
+
+
+def test_the_first_that_fits_is_chosen(model):
+    components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
+    plans = [make_plan(components, WORK, residency) for residency in RESIDENCIES]
+    peaks = [plan.peak for plan in plans]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
+    for plan in plans:
+        assert choose(components, WORK, plan.peak).residency == plan.residency
+    least = min(make_plan(components, WORK, RESIDENCIES[-1], strip).peak for strip in STRIPS)
+    assert choose(components, WORK, least - 1) is None
+
+
+def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(model):
+    components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
+    large = Work(1024, 1024, steps=2)
+    wide = make_plan(components, large)
+    plan = choose(components, large, wide.peak - 1)
+    assert plan.strip_pixels < wide.strip_pixels
+    assert plan.peak < wide.peak
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [
+    ("16GB", 16 * 10**9), ("16g", 16 * 10**9), ("12.5 GiB", 12.5 * 2**30), ("800MB", 8 * 10**8), ("16000000000", 16e9),
+    ("auto", None), ("AUTO", None),
+])  # fmt: skip
+def test_memory_is_read_as_people_write_it(text, nbytes):
+    assert parse_memory(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "much", "-16GB", "16TBs", "1e9", "nan", "16 GB please", "1KB", "0"])
+def test_impossible_memory_is_refused(text):
+    with pytest.raises(RequestError, match="memory is"):
+        parse_memory(text)
+
+
+def test_limits_are_as_they_were_afterwards():
+    before = mx.set_cache_limit(123 << 20), mx.set_memory_limit(5 << 30)
+    try:
+        with limits(4 << 30):
+            assert mx.set_memory_limit(4 << 30) == 4 << 30
+            assert mx.set_cache_limit(1 << 20) == 512 << 20
+        assert (mx.set_cache_limit(1), mx.set_memory_limit(1 << 30)) == (123 << 20, 5 << 30)
+    finally:
+        mx.set_cache_limit(before[0])
+        mx.set_memory_limit(before[1])
+
+
+def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
+    monkeypatch.setattr(memory, "_LEAST", 1)
+    code, _, err = run("-o", "plain.png")
+    assert code == 0, err
+    components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
+    pixels = np.asarray(Image.open("plain.png"))
+    work = replace(WORK, guided=True)
+    for number, residency in enumerate(RESIDENCIES):
+        budget = make_plan(components, work, residency).peak
+        code, _, err = run("--memory", budget, "-o", f"{number}.png")
+        assert code == 0, err
+        assert f"{residency.name}: " in err
+        np.testing.assert_array_equal(np.asarray(Image.open(f"{number}.png")), pixels)
+
+
+def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_LEAST", 1)
+    code, out, err = run("--memory", "2MB", "-o", "no.png")
+    assert (code, out) == (2, "")
+    assert [line for line in err.splitlines() if line.startswith("streamed")]
+    assert "but only 0.00 may be used" in err
+    assert not (tmp_path / "no.png").exists()
+    code, out, err = run("--memory", "2MB", "--force", "-o", "yes.png")
+    assert (code, out) == (0, "yes.png\n"), err
+    monkeypatch.setattr(memory, "usable_memory", lambda: 2_000_000)
+    code, _, err = run("-o", "no.png")
+    assert code == 2
+    assert "--memory auto" in err
+
+
+def test_a_profile_is_printed_and_recorded(run):
+    code, _, err = run("--profile", "-o", "fox.png")
+    assert code == 0, err
+    assert "seconds" in err
+    record = json.loads(Image.open("fox.png").text["qwen_image_mlx"])["profile"]
+    assert [row["stage"] for row in record] == [
+        "load tokenizer", "load text_encoder", "encode prompts", "load modulation", "load transformer", "denoise",
+        "load vae_decoder", "decode",
+    ]  # fmt: skip
+    costs = {row["stage"]: row for row in record}
+    assert costs["load text_encoder"]["resident"] > costs["load transformer"]["resident"] > 0
+    assert all(row["peak"] >= row["resident"] and row["seconds"] >= 0 for row in record)
+    assert costs["decode"]["resident"] < costs["denoise"]["resident"], "the transformer is gone before the decoder"
+
+
+def test_plan_prints_every_way_and_its_alternatives(model, run):
+    code, out, err = run(model, "--memory", "1GB", "--size", "64x64", command="plan")
+    assert code == 0, err
+    for residency in RESIDENCIES:
+        assert out.count(f"{residency.name} ") >= 4
+    assert "with --quantize 4" in out
+    code, out, _ = run(model, "--json", "--quantize", "8/32", "--size", "64x64", command="plan")
+    facts = json.loads(out)
+    assert [plan["residency"] for plan in facts["plans"]] == [residency.name for residency in RESIDENCIES]
+    assert facts["disk"] == sum(f.stat().st_size for f in model.glob("*/*.safetensors")) // 1000 * 1000 or facts["disk"]
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--memory", "lots"], "memory is 'lots'"),
+    (["--size", "63x64"], "multiple of 16"),
+    (["--size", "1mp"], "WIDTHxHEIGHT"),
+    (["--references", "2"], "does not take"),
+    (["--quantize", "9"], "no quantization"),
+    (["--layers", "0"], "from 1 to 8"),
+    (["--group-size", "32"], "needs --quantize"),
+])  # fmt: skip
+def test_plans_of_nonsense_are_refused(model, run, arguments, says):
+    code, out, err = run(model, *arguments, command="plan")
+    assert (code, out) == (2, "")
+    assert says in err
+
+
+def test_a_plan_for_a_file_is_refused(tmp_path, run):
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    code, _, err = run(tmp_path / "other.gguf", command="plan")
+    assert code == 2
+    assert "give the directory of a checkpoint" in err
+
+
+def test_the_default_is_staged():
+    assert DEFAULT.name == "staged"
