@@ -121,7 +121,8 @@ def add_painter_flags(parser: argparse._ActionsContainer) -> None:
         "model's own")  # fmt: skip
     add("--vae", metavar="FILE", help="the same for the autoencoder")
     add("--memory", metavar="M", help="keep to it: 16GB, or auto for what this machine has; weights stay loaded, take "
-        "turns or are streamed from the files as it demands (default: they take turns)")  # fmt: skip
+        "turns or are streamed from the files as it demands; or say how: resident, staged, streamed (default: "
+        "staged)")  # fmt: skip
     add("--force", action="store_true", default=None, help="paint although the plan does not fit the memory")
     add("--profile", action="store_true", default=None, help="print what each stage takes, and record it")
     add("--lightning", type=int, choices=(4, 8), help="the official LoRA of the model that paints in so many steps")
@@ -181,36 +182,24 @@ def settled(pipeline: QwenImagePipeline, request: Request, given: Mapping[str, A
     Raises:
         RequestError: nothing fits the memory, unless --force is given.
     """
-    from ..runtime.memory import (
-        DEFAULT,
-        RESIDENCIES,
-        STRIPS,
-        choose,
-        limits,
-        make_plan,
-        parse_memory,
-        table_of,
-        usable_memory,
-        work_of,
-    )
+    from ..runtime.memory import RESIDENCIES, STRIPS, fitting_plan, limits, make_plan, parse_memory, table_of, work_of
 
-    budget = (parse_memory(given["memory"]) if "memory" in given else None) or usable_memory()
+    asked = parse_memory(given.get("memory"))
     components, work = pipeline.components, work_of(request, pipeline.components)
-    plan = choose(components, work, budget) if "memory" in given else make_plan(components, work, DEFAULT)
-    if plan is None or plan.peak > budget:
+    plan = fitting_plan(components, work, asked)
+    if plan.peak > asked.budget:
         plans = [make_plan(components, work, residency, STRIPS[-1]) for residency in RESIDENCIES]
-        logger.warning("too large for the memory, in GB:\n%s", table_of(plans, budget))
+        logger.warning("too large for the memory, in GB:\n%s", table_of(plans, asked.budget))
         if not given.get("force"):
             cure = "a smaller picture or --quantize 4" if "memory" in given else "--memory auto or --quantize 4"
             raise RequestError(
-                f"this takes {(plan or plans[-1]).peak / 1e9:.2f} GB, but only {budget / 1e9:.2f} may be used; try "
-                f"{cure}, or paint all the same with --force"
+                f"this takes {plan.peak / 1e9:.2f} GB, but only {asked.budget / 1e9:.2f} may be used; try {cure}, or "
+                "paint all the same with --force"
             )
-        plan = plan or plans[-1]
     components.streamed, pipeline.strip_pixels = plan.residency.streamed, plan.strip_pixels
     if "memory" in given:
-        logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, budget / 1e9)
-    with limits(budget) if "memory" in given else nullcontext():
+        logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, asked.budget / 1e9)
+    with limits(asked.budget) if "memory" in given else nullcontext():
         yield plan
 
 

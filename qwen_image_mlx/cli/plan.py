@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Prints the tables."""
     from ..pipeline.pipeline import QwenImagePipeline
-    from ..runtime.memory import RESIDENCIES, make_plan, parse_memory, table_of, usable_memory
+    from ..runtime.memory import RESIDENCIES, make_plan, parse_memory, table_of
     from ..weights.quantize import NONE, Quantization
     from .console import messages
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise RequestError(f"--layers is {arguments.layers}, but must be from 1 to {MAX_LAYERS}")
     if arguments.group_size is not None and arguments.quantize is None:
         raise RequestError("--group-size needs --quantize")
-    budget = parse_memory(arguments.memory) or usable_memory()
+    budget = parse_memory(arguments.memory).budget
 
     def plans_for(quantize: str | None) -> tuple[Components, Work, list[MemoryPlan]]:
         quantization = Quantization.parse(quantize or NONE, arguments.group_size if quantize else None)

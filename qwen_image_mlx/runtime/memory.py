@@ -291,21 +291,37 @@ class _Planner:
 # Choosing and keeping to it -------------------------------------------------------------------------------------------
 
 
-def parse_memory(text: str) -> int | None:
-    """Bytes of "16GB", "12.5 GiB" or "16000000000"; None for "auto".
+@dataclass(frozen=True)
+class Memory:
+    """What a user said of memory.
+
+    Attributes:
+        budget: bytes that may be used.
+        residencies: those that may be chosen, in this order.
+    """
+
+    budget: int
+    residencies: tuple[Residency, ...]
+
+
+def parse_memory(text: str | None) -> Memory:
+    """ "16GB", "12.5 GiB", "16000000000" or "auto" for any residency; a residency's name, or None for the usual one.
 
     Raises:
         RequestError: it is none of these, or less than 256 MiB.
     """
-    if text.strip().lower() == "auto":
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    said = DEFAULT.name if text is None else text.strip().lower()
+    if named := tuple(residency for residency in RESIDENCIES if residency.name == said):
+        return Memory(usable_memory(), named)
+    if said == "auto":
+        return Memory(usable_memory(), RESIDENCIES)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", said)
     if not match:
         raise RequestError(f"memory is {text!r}, but must be like 16GB, 12.5GiB, a number of bytes, or auto")
     nbytes = int(float(match[1]) * _UNITS[match[2] or ""])
     if nbytes < _LEAST:
         raise RequestError(f"memory is {text!r}; nothing runs in less than {_LEAST >> 20} MiB")
-    return nbytes
+    return Memory(nbytes, RESIDENCIES)
 
 
 def usable_memory() -> int:
@@ -320,10 +336,16 @@ def usable_memory() -> int:
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _SHARE)
 
 
-def choose(components: Components, work: Work, budget: int) -> MemoryPlan | None:
-    """The plan of the first residency that fits a budget in bytes, in the fewest strips; None if none does."""
-    plans = (make_plan(components, work, residency, strip) for residency in RESIDENCIES for strip in STRIPS)
-    return next((plan for plan in plans if plan.peak <= budget), None)
+def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPlan:
+    """The plan of the first residency that fits, in the fewest strips; if none does, the one that takes least."""
+    plans = (make_plan(components, work, residency, strip) for residency in memory.residencies for strip in STRIPS)
+    least: MemoryPlan | None = None
+    for plan in plans:
+        if plan.peak <= memory.budget:
+            return plan
+        least = plan if least is None or plan.peak < least.peak else least
+    assert least is not None
+    return least
 
 
 def work_of(request: Request, components: Components) -> Work:

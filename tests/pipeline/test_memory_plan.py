@@ -14,7 +14,17 @@ from PIL import Image
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.runtime import memory
-from qwen_image_mlx.runtime.memory import DEFAULT, RESIDENCIES, STRIPS, Work, choose, limits, make_plan, parse_memory
+from qwen_image_mlx.runtime.memory import (
+    DEFAULT,
+    RESIDENCIES,
+    STRIPS,
+    Memory,
+    Work,
+    fitting_plan,
+    limits,
+    make_plan,
+    parse_memory,
+)
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 WORK = Work(64, 48, steps=2)
@@ -86,29 +96,34 @@ def test_the_first_that_fits_is_chosen(model):
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
     plans = [make_plan(components, WORK, residency) for residency in RESIDENCIES]
     peaks = [plan.peak for plan in plans]
-    assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
     for plan in plans:
-        assert choose(components, WORK, plan.peak).residency == plan.residency
+        assert fitting_plan(components, WORK, Memory(plan.peak, RESIDENCIES)).residency == plan.residency
     least = min(make_plan(components, WORK, RESIDENCIES[-1], strip).peak for strip in STRIPS)
-    assert choose(components, WORK, least - 1) is None
+    assert fitting_plan(components, WORK, Memory(1, RESIDENCIES)).peak == least
 
 
 def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(model):
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
     large = Work(1024, 1024, steps=2)
     wide = make_plan(components, large)
-    plan = choose(components, large, wide.peak - 1)
+    plan = fitting_plan(components, large, Memory(wide.peak - 1, RESIDENCIES))
     assert plan.strip_pixels < wide.strip_pixels
     assert plan.peak < wide.peak
 
 
 @pytest.mark.parametrize(("text", "nbytes"), [
     ("16GB", 16 * 10**9), ("16g", 16 * 10**9), ("12.5 GiB", 12.5 * 2**30), ("800MB", 8 * 10**8), ("16000000000", 16e9),
-    ("auto", None), ("AUTO", None),
 ])  # fmt: skip
 def test_memory_is_read_as_people_write_it(text, nbytes):
-    assert parse_memory(text) == nbytes
+    assert parse_memory(text) == Memory(int(nbytes), RESIDENCIES)
+
+
+def test_memory_may_be_the_machine_s_or_a_residency(monkeypatch):
+    monkeypatch.setattr(memory, "usable_memory", lambda: 10**10)
+    assert parse_memory("AUTO") == Memory(10**10, RESIDENCIES)
+    assert parse_memory(None) == Memory(10**10, (DEFAULT,))
+    assert parse_memory("streamed") == Memory(10**10, RESIDENCIES[-1:])
 
 
 @pytest.mark.parametrize("text", ["", "much", "-16GB", "16TBs", "1e9", "nan", "16 GB please", "1KB", "0"])
@@ -141,6 +156,8 @@ def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
         code, _, err = run("--memory", budget, "-o", f"{number}.png")
         assert code == 0, err
         assert f"{residency.name}: " in err
+        assert run("--memory", residency.name, "-o", f"{number}-named.png")[0] == 0
+        np.testing.assert_array_equal(np.asarray(Image.open(f"{number}-named.png")), pixels)
         np.testing.assert_array_equal(np.asarray(Image.open(f"{number}.png")), pixels)
 
 
