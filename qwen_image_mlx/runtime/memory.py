@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -136,8 +136,8 @@ class Costs:
         text: per token and byte of the text encoder's width (hidden and intermediate together).
         block: per token and byte of the transformer's width.
         pixel_in, pixel_out: per pixel and base channel of the VAE that it encodes, and decodes in one strip.
-        layers: layers of a streamed module that are there at once.
-        read: per byte of a modulation weight while the table is made.
+        layers: parts of a layer's bytes, as it is read and cast, that are there at once while a component is streamed.
+        read: the same of a modulation weight while the table is made.
         base: whatever the work.
     """
 
@@ -145,14 +145,14 @@ class Costs:
     block: float
     pixel_in: float
     pixel_out: float
-    layers: float
+    layers: Mapping[str, float]
     read: float
     base: int
 
 
 COSTS = {
-    "cpu": Costs(4.0, 20.0, 115.0, 121.0, 2.0, 1.2, 40 << 20),
-    "gpu": Costs(4.0, 20.0, 26.0, 26.0, 3.0, 1.2, 40 << 20),
+    "cpu": Costs(4.0, 20.0, 115.0, 121.0, {"text_encoder": 1.0, "vision": 1.0, "transformer": 0.69}, 1.19, 40 << 20),
+    "gpu": Costs(4.0, 20.0, 26.0, 26.0, {"text_encoder": 2.0, "vision": 2.0, "transformer": 2.0}, 1.19, 40 << 20),
 }
 STRIPS = tuple(STRIP_PIXELS >> n for n in range(5))  # pixels of a strip, from the fastest to the most frugal
 
@@ -201,16 +201,11 @@ class _Planner:
         )
         kept = 0 if self.residency.staged else encoders + vae_in
         transformer, table = self.held("transformer"), self.table()
-        load = Stage(
-            "load",
-            kept + table + transformer,
-            kept
-            + table
-            + max(
-                transformer + self.largest("transformer", "main"),
-                int(costs.read * self.largest("transformer", "modulation")),
-            ),
+        loading = transformer + (
+            self.largest("transformer", "main") if "transformer" not in self.residency.streamed else 0
         )
+        folding = int(costs.read * self.largest("transformer", "modulation"))
+        load = Stage("load", kept + table + transformer, kept + table + max(loading, folding))
         dim, length = parts.transformer_config.dim, work.tokens + work.text_tokens
         moving = int(costs.block * length * dim * self.itemsize) + costs.base + self.passing("transformer")
         painting = kept + table + transformer
@@ -243,7 +238,19 @@ class _Planner:
         if name not in self.residency.streamed:
             return 0
         layers = layer_specs(name, self.specs(name, "main"))
-        return int(self.costs.layers * max(self.count(name, layer) for layer in layers))
+        return int(self.costs.layers[name] * max(self.moved(name, layer) for layer in layers))
+
+    def moved(self, name: str, specs: Sequence[TensorSpec]) -> int:
+        """Bytes of tensors as they are read, and cast or packed where they have to be."""
+        read, kept = self.read(name, specs), self.count(name, specs)
+        return read if kept == read else read + kept
+
+    def read(self, name: str, specs: Sequence[TensorSpec]) -> int:
+        """Bytes of tensors in their files."""
+        if not self.is_here:
+            return sum(2 * prod(spec.shape) for spec in specs)
+        weights = self.components.weights(name)
+        return sum(weights.stored(spec.name).nbytes for spec in specs)
 
     def table(self) -> int:
         """Bytes of the modulation of all steps."""
@@ -251,8 +258,8 @@ class _Planner:
         return self.work.steps * (12 * config.num_layers + 2) * config.dim * self.itemsize
 
     def largest(self, name: str, part: str) -> int:
-        """Bytes of the largest matrix as it is read."""
-        return max(2 * prod(spec.shape) for spec in self.specs(name, part))
+        """Bytes of the largest tensor, as `moved`."""
+        return max(self.moved(name, [spec]) for spec in self.specs(name, part))
 
     def bytes(self, name: str, part: str, dtype: mx.Dtype) -> int:
         return self.count(name, self.specs(name, part), dtype)
