@@ -116,6 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
         result = decompose(pipeline, request, profile or bars, cache, plan.residency)
         bars.close()
         if profile:
+            result.stack.metadata["profile"] = profile.record()
             logger.info("%s", profile.table())
         print(_save(result, folder, formats))
         print(f"PSNR {result.psnr:.2f} dB")
