@@ -107,3 +107,16 @@ def test_loras_are_fetched_from_the_hub(tmp_path, sharded):
     offline = run(tmp_path, "http://127.0.0.1:9", "--lora", "someone/one@0.5", "-o", "offline.png")
     assert offline.returncode == 0, offline.stderr
     assert (tmp_path / "offline.png").read_bytes()[-2000:] == pictures["someone/one"]
+
+
+def test_a_plan_downloads_no_weights(tmp_path, sharded):
+    with HubServer() as hub:
+        hub.add("someone/tiny", sharded)
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-m", "qwen_image_mlx", "plan", "someone/tiny", "--size", "64x64"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "streamed" in done.stdout
+        assert not [path for path in hub.paths() if path.endswith(".safetensors")]
