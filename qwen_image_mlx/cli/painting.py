@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +177,7 @@ def open_pipeline(given: Mapping[str, Any], default_model: str, progress: Progre
 
 @contextmanager
 def settled(pipeline: QwenImagePipeline, request: Request, given: Mapping[str, Any]) -> Iterator[MemoryPlan]:
-    """The plan for a request, which the pipeline and, with --memory, MLX keep to meanwhile.
+    """The plan for a request, which the pipeline and MLX keep to meanwhile.
 
     Raises:
         RequestError: nothing fits the memory, unless --force is given.
@@ -199,7 +199,7 @@ def settled(pipeline: QwenImagePipeline, request: Request, given: Mapping[str, A
     components.streamed, pipeline.strip_pixels = plan.residency.streamed, plan.strip_pixels
     if "memory" in given:
         logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, asked.budget / 1e9)
-    with limits(asked.budget) if "memory" in given else nullcontext():
+    with limits(asked.budget):
         yield plan
 
 
