@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -19,7 +19,8 @@ import mlx.core as mx
 from ..errors import RequestError
 from ..pipeline.autoencode import STRIP_PIXELS
 from ..pipeline.components import Components
-from ..weights.mapping import LAYOUTS, TensorSpec, expected_tensors
+from ..weights.mapping import LAYOUTS, TensorSpec, expected_tensors, weights_map
+from ..weights.quantize import Scheme
 from ..weights.streaming import held_specs, layer_specs
 
 if TYPE_CHECKING:
@@ -151,8 +152,8 @@ class Costs:
 
 
 COSTS = {
-    "cpu": Costs(4.0, 20.0, 115.0, 121.0, {"text_encoder": 1.0, "vision": 1.0, "transformer": 0.69}, 1.19, 40 << 20),
-    "gpu": Costs(4.0, 20.0, 26.0, 26.0, {"text_encoder": 2.0, "vision": 2.0, "transformer": 2.0}, 1.19, 40 << 20),
+    "cpu": Costs(1.0, 20.0, 115.0, 121.0, {"text_encoder": 1.0, "vision": 1.0, "transformer": 0.69}, 1.19, 40 << 20),
+    "gpu": Costs(1.0, 20.0, 26.0, 26.0, {"text_encoder": 2.0, "vision": 2.0, "transformer": 2.0}, 1.19, 40 << 20),
 }
 STRIPS = tuple(STRIP_PIXELS >> n for n in range(5))  # pixels of a strip, from the fastest to the most frugal
 
@@ -175,119 +176,131 @@ def make_plan(
 
 
 class _Planner:
+    """Counts what a residency holds in each stage of a piece of work; all in bytes."""
+
     def __init__(self, components: Components, work: Work, residency: Residency):
         self.components, self.work, self.residency = components, work, residency
         self.costs = COSTS["gpu" if mx.default_device() == mx.gpu else "cpu"]
         self.itemsize = components.dtype.size
 
     def plan(self, strip_pixels: int) -> MemoryPlan:
-        parts, work, costs = self.components, self.work, self.costs
-        vision = self.held("vision") if work.shown and parts.variant.encoder_area else 0
-        encoders = vision + self.held("text_encoder")
-        vae_in = self.bytes("vae", "encoder", mx.float32) if work.encoded else 0
-        text = parts.text_encoder_config
-        tokens = work.text_tokens + len(work.shown) * parts.variant.encoder_area // 28**2
-        widths = 2 * text.intermediate_size + 6 * text.hidden_size
-        passes = 2 if work.guided else 1
-        thinking = int(costs.text * tokens * widths * self.itemsize * passes / 4) + costs.base
-        thinking += self.passing("text_encoder")
-        looking = self.passing("vision") + costs.base if vision else 0
-        channels = parts.vae_config.base_dim
-        reading = int(costs.pixel_in * channels * work.encoded)
-        encode = Stage(
-            "encode",
-            encoders + vae_in,
-            max(encoders + thinking, vision + looking, encoders + vae_in + reading if work.encoded else 0),
-        )
-        kept = 0 if self.residency.staged else encoders + vae_in
-        transformer, table = self.held("transformer"), self.table()
-        loading = transformer + (
-            self.largest("transformer", "main") if "transformer" not in self.residency.streamed else 0
-        )
-        folding = int(costs.read * self.largest("transformer", "modulation"))
-        load = Stage("load", kept + table + transformer, kept + table + max(loading, folding))
-        dim, length = parts.transformer_config.dim, work.tokens + work.text_tokens
-        moving = int(costs.block * length * dim * self.itemsize) + costs.base + self.passing("transformer")
-        painting = kept + table + transformer
-        denoise = Stage("denoise", painting, painting + moving)
-        vae_out = self.bytes("vae", "decoder", mx.float32)
-        pixels = work.width * work.height
-        result = pixels * parts.vae_config.input_channels * 4
-        strip = int(costs.pixel_out * channels * min(pixels, 1.25 * strip_pixels))
-        before = kept if self.residency.staged and work.pictures == 1 else painting
-        decode = Stage("decode", before + vae_out, before + vae_out + strip + 2 * result)
+        vision = self.held("vision") if self.work.shown and self.components.variant.encoder_area else 0
+        vae = self.count("vae", self.specs("vae", "encoder"), mx.float32) if self.work.encoded else 0
+        encode = self.encode(vision, self.held("text_encoder"), vae)
+        kept = 0 if self.residency.staged else encode.resident
+        painting = kept + self.table() + self.held("transformer")
+        streams = "transformer" in self.residency.streamed
+        loading = painting + (0 if streams else self.largest("transformer", "main"))
+        folding = kept + self.table() + int(self.costs.read * self.largest("transformer", "modulation"))
+        load = Stage("load", painting, max(loading, folding))
+        denoise = Stage("denoise", painting, painting + self.moving())
+        before = kept if self.residency.staged and self.work.pictures == 1 else painting
+        decode = self.decode(before, strip_pixels)
         return MemoryPlan(self.residency, (encode, load, denoise, decode), self.disk(), strip_pixels)
 
+    def encode(self, vision: int, text: int, vae: int) -> Stage:
+        """Pictures through the vision tower, prompts through the text encoder, pictures through the VAE; all stay."""
+        config, work = self.components.text_encoder_config, self.work
+        tokens = work.text_tokens + len(work.shown) * self.components.variant.encoder_area // 28**2
+        width = 2 * config.intermediate_size + 6 * config.hidden_size
+        prompts = 2 if work.guided else 1
+        thinking = int(self.costs.text * prompts * tokens * width * self.itemsize) + self.passing("text_encoder")
+        looking = self.passing("vision") if vision else 0
+        reading = int(self.costs.pixel_in * self.components.vae_config.base_dim * work.encoded)
+        peaks = (vision + looking, vision + text + thinking, vision + text + vae + reading)
+        return Stage("encode", vision + text + vae, max(peaks) + self.costs.base)
+
+    def moving(self) -> int:
+        """What a step takes beside the transformer."""
+        tokens = self.work.tokens + self.work.text_tokens
+        states = tokens * self.components.transformer_config.dim * self.itemsize
+        return int(self.costs.block * states) + self.passing("transformer") + self.costs.base
+
+    def decode(self, before: int, strip_pixels: int) -> Stage:
+        """One picture, in strips."""
+        config, pixels = self.components.vae_config, self.work.width * self.work.height
+        held = before + self.count("vae", self.specs("vae", "decoder"), mx.float32)
+        strip = int(self.costs.pixel_out * config.base_dim * min(pixels, 1.25 * strip_pixels))  # with its halo
+        return Stage("decode", held, held + strip + 2 * 4 * pixels * config.input_channels)
+
     def held(self, name: str) -> int:
-        """Bytes of a component's weights that stay."""
+        """A component's weights that stay."""
         specs = self.specs(name, "main")
         if name in self.residency.streamed:
             scheme = getattr(self.components.quantization, name, None)
-            specs = held_specs(name, specs, scheme, self.stored(name))
+            specs = held_specs(name, specs, scheme, lambda tensor: self.stored_dtype(name, tensor))
         return self.count(name, specs)
 
-    def stored(self, name: str) -> Callable[[str], str]:
-        """How a component's tensors lie in their files; the released ones that are not here are BF16."""
-        if not self.is_here:
-            return lambda _: "BF16"
-        weights = self.components.weights(name)
-        return lambda tensor: weights.stored(tensor).tensor.dtype
-
     def passing(self, name: str) -> int:
-        """Bytes of a streamed component's layers that are there at once."""
+        """A streamed component's layers that are there at once."""
         if name not in self.residency.streamed:
             return 0
         layers = layer_specs(name, self.specs(name, "main"))
         return int(self.costs.layers[name] * max(self.moved(name, layer) for layer in layers))
 
-    def moved(self, name: str, specs: Sequence[TensorSpec]) -> int:
-        """Bytes of tensors as they are read, and cast or packed where they have to be."""
-        read, kept = self.read(name, specs), self.count(name, specs)
-        return read if kept == read else read + kept
-
-    def read(self, name: str, specs: Sequence[TensorSpec]) -> int:
-        """Bytes of tensors in their files."""
-        if not self.is_here:
-            return sum(2 * prod(spec.shape) for spec in specs)
-        weights = self.components.weights(name)
-        return sum(weights.stored(spec.name).nbytes for spec in specs)
-
     def table(self) -> int:
-        """Bytes of the modulation of all steps."""
+        """The modulation of all steps."""
         config = self.components.transformer_config
         return self.work.steps * (12 * config.num_layers + 2) * config.dim * self.itemsize
 
     def largest(self, name: str, part: str) -> int:
-        """Bytes of the largest tensor, as `moved`."""
+        """The largest tensor, as `moved`."""
         return max(self.moved(name, [spec]) for spec in self.specs(name, part))
 
-    def bytes(self, name: str, part: str, dtype: mx.Dtype) -> int:
-        return self.count(name, self.specs(name, part), dtype)
+    def moved(self, name: str, specs: Sequence[TensorSpec]) -> int:
+        """Tensors as they are read, and as they are cast or packed where they have to be."""
+        read, kept = self.read(name, specs), self.count(name, specs)
+        return read if kept == read else read + kept
+
+    # Tensors: from the files' headers where they are on disk, else from what the configs say of them.
 
     def count(self, name: str, specs: Sequence[TensorSpec], dtype: mx.Dtype | None = None) -> int:
-        """Bytes of tensors once they are loaded."""
+        """Tensors once they are loaded."""
         dtype, scheme = dtype or self.components.dtype, getattr(self.components.quantization, name, None)
         if self.is_here:
             return self.components.weights(name).bytes_of(specs, dtype, scheme)
+        schemes = [scheme if spec.is_packed_by(scheme) else self.said_scheme(name, spec) for spec in specs]
         return sum(
-            scheme.nbytes(spec.shape, dtype) if spec.is_packed_by(scheme)
+            form.nbytes(spec.shape, dtype) if form
             else prod(LAYOUTS[spec.layout](mx.zeros(spec.shape, mx.uint8)).shape) * dtype.size
-            for spec in specs
+            for spec, form in zip(specs, schemes, strict=True)
         )  # fmt: skip
 
-    def specs(self, name: str, part: str) -> list[TensorSpec]:
+    def read(self, name: str, specs: Sequence[TensorSpec]) -> int:
+        """Tensors in their files."""
+        if self.is_here:
+            weights = self.components.weights(name)
+            return sum(weights.stored(spec.name).nbytes for spec in specs)
+        schemes = [self.said_scheme(name, spec) for spec in specs]
+        return sum(
+            form.nbytes(spec.shape) if form else 2 * prod(spec.shape) for spec, form in zip(specs, schemes, strict=True)
+        )
+
+    def stored_dtype(self, name: str, tensor: str) -> str:
+        """How a tensor lies in its file, in the format's words; what is not here is taken for bf16."""
+        return self.components.weights(name).stored(tensor).tensor.dtype if self.is_here else "BF16"
+
+    def said_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
+        """How config.json says that a tensor is packed, in mlx-lm's way."""
+        said = self.components.sources.config(weights_map(name).get("folder", name)).get("quantization")
+        if not spec.quantized or not isinstance(said, dict):
+            return None
+        own = said.get(spec.name.removesuffix(".weight"), said)
+        if not isinstance(own, dict) or not {"bits", "group_size"} <= own.keys():
+            return None
+        return Scheme(own.get("mode", "affine"), own["bits"], own["group_size"])
+
+    def specs(self, name: str, part: str | None = None) -> list[TensorSpec]:
+        """A component's tensors, of one part of the weights map or all."""
         config = getattr(self.components, f"{name}_config")
-        return [spec for spec in expected_tensors(name, config).values() if spec.part == part]
+        return [spec for spec in expected_tensors(name, config).values() if part in (None, spec.part)]
 
     def disk(self) -> int:
+        """The files of all components."""
         names = ("transformer", *self.components.encoders, "vae")
         if self.is_here:
             return sum(self.components.weights(name).nbytes for name in names)
-        return sum(
-            2 * prod(spec.shape)
-            for name in names
-            for spec in expected_tensors(name, getattr(self.components, f"{name}_config")).values()
-        )
+        return sum(self.read(name, self.specs(name)) for name in names)
 
     @property
     def is_here(self) -> bool:
