@@ -108,9 +108,14 @@ class Components:
                 raise RequestError(f"{snapshot.model} has no {name} that could be quantized")
 
     @cached_property
+    def declared_transformer_config(self) -> TransformerConfig:
+        """transformer/config.json as it is; read without the weights."""
+        return self._parsed(TransformerConfig, "transformer")
+
+    @cached_property
     def transformer_config(self) -> TransformerConfig:
         """transformer/config.json, corrected by what the weights' names show."""
-        config = self._parsed(TransformerConfig, "transformer")
+        config = self.declared_transformer_config
         names = self.sources.names("transformer")
         layered = ADDITION in canonical_names("transformer", names).values()
         if names and layered != config.use_additional_t_cond:

@@ -21,6 +21,7 @@ from ..pipeline.autoencode import STRIP_PIXELS
 from ..pipeline.components import Components
 from ..weights.mapping import LAYOUTS, TensorSpec, expected_tensors, weights_map
 from ..weights.quantize import Scheme
+from ..weights.stored import PACKED
 from ..weights.streaming import held_specs, layer_specs
 
 if TYPE_CHECKING:
@@ -182,6 +183,8 @@ class _Planner:
         self.components, self.work, self.residency = components, work, residency
         self.costs = COSTS["gpu" if mx.default_device() == mx.gpu else "cpu"]
         self.itemsize = components.dtype.size
+        # What only the weights' names tell of the transformer changes nothing here.
+        self.transformer_config = components.declared_transformer_config
 
     def plan(self, strip_pixels: int) -> MemoryPlan:
         vision = self.held("vision") if self.work.shown and self.components.variant.encoder_area else 0
@@ -213,7 +216,7 @@ class _Planner:
     def moving(self) -> int:
         """What a step takes beside the transformer."""
         tokens = self.work.tokens + self.work.text_tokens
-        states = tokens * self.components.transformer_config.dim * self.itemsize
+        states = tokens * self.transformer_config.dim * self.itemsize
         return int(self.costs.block * states) + self.passing("transformer") + self.costs.base
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
@@ -240,7 +243,7 @@ class _Planner:
 
     def table(self) -> int:
         """The modulation of all steps."""
-        config = self.components.transformer_config
+        config = self.transformer_config
         return self.work.steps * (12 * config.num_layers + 2) * config.dim * self.itemsize
 
     def largest(self, name: str, part: str) -> int:
@@ -277,8 +280,11 @@ class _Planner:
         )
 
     def stored_dtype(self, name: str, tensor: str) -> str:
-        """How a tensor lies in its file, in the format's words; what is not here is taken for bf16."""
-        return self.components.weights(name).stored(tensor).tensor.dtype if self.is_here else "BF16"
+        """How a tensor lies in its file, in the format's words; what is not here is packed or bf16."""
+        if self.is_here:
+            return self.components.weights(name).stored(tensor).tensor.dtype
+        spec = next(spec for spec in self.specs(name) if spec.name == tensor)
+        return PACKED if self.said_scheme(name, spec) else "BF16"
 
     def said_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
         """How config.json says that a tensor is packed, in mlx-lm's way."""
@@ -292,7 +298,7 @@ class _Planner:
 
     def specs(self, name: str, part: str | None = None) -> list[TensorSpec]:
         """A component's tensors, of one part of the weights map or all."""
-        config = getattr(self.components, f"{name}_config")
+        config = self.transformer_config if name == "transformer" else getattr(self.components, f"{name}_config")
         return [spec for spec in expected_tensors(name, config).values() if part in (None, spec.part)]
 
     def disk(self) -> int:

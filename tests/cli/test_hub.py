@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -120,3 +121,28 @@ def test_a_plan_downloads_no_weights(tmp_path, sharded):
         assert done.returncode == 0, done.stderr
         assert "streamed" in done.stdout
         assert not [path for path in hub.paths() if path.endswith(".safetensors")]
+
+
+def test_a_plan_for_a_pack_on_the_hub_is_that_of_the_pack_on_disk(tmp_path):
+    from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+    from qwen_image_mlx.weights.quantize import Quantization
+    from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
+
+    source = write_checkpoint(tmp_path / "source", TINY)
+    pack = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4/32"))
+    with HubServer() as hub:
+        hub.add("someone/pack", pack)
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        plans = [
+            json.loads(
+                subprocess.run(
+                    [sys.executable, "-m", "qwen_image_mlx", "plan", str(model), "--size", "64x64", "--json"],
+                    cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+                ).stdout
+            )["plans"]
+            for model in ("someone/pack", pack)
+        ]  # fmt: skip
+        assert not [path for path in hub.paths() if path.endswith(".safetensors")]
+    for ours, theirs in zip(*plans, strict=True):
+        for stage in ours["stages"]:
+            assert ours["stages"][stage]["resident"] == theirs["stages"][stage]["resident"], (ours["residency"], stage)
