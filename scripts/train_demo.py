@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the models that the package ships, from nothing, stage by stage; a stage that was cut goes on where it was.
 
-python scripts/train_demo.py vae rgba-vae text-encoder t2i-edit layered pack --out build/demo
+python scripts/train_demo.py vae rgba-vae text-encoder t2i-edit polish layered pack --out build/demo
 """
 
 import argparse
@@ -18,12 +18,14 @@ from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint
 from qwen_image_mlx.training.network import Network
 
 VAE = VAEConfig(base_dim=8)
-STEPS = {"vae": 3000, "rgba-vae": 1000, "t2i-edit": 8000, "layered": 5000}
-# Steps that the autoencoders' learning rates fall over; their averages are sharp enough before.
-SCHEDULES = {"vae": 5000, "rgba-vae": 2500}
+STEPS = {"vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 1800, "layered": 5000}
+# Steps that learning rates fall over, where a stage stops before: its average is good enough by then.
+SCHEDULES = {**STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000}
 SAMPLES = {"t2i": 30000, "edit": 16000, "layered": 5000}
 LAYERS = (2, 3, 4)
 BATCH = 64
+SIZES = {"t2i-edit": (32, 32), "polish": (56, 8), "layered": (21, 21, 21)}  # of a step's batches: paintings, edits
+POLISH = 0.5  # of the learning rates
 JUDGED = 100  # held-out scenes
 HELD_OUT_SEED = 11
 SCALES = {"demo": 3.0, "demo-edit": 2.0, "demo-layered": 1.0}
@@ -71,15 +73,23 @@ def write_frames(out: Path, every: int, seed: int) -> None:
 
 def train_t2i_edit(out: Path, every: int, seed: int) -> None:
     """The transformer that paints and edits."""
-    frames = {model: samples.Frame(out / "models" / model) for model in ("demo", "demo-edit")}
-    folder = out / "t2i-edit"
+    _train_t2i_edit(out, out / "t2i-edit", every, seed)
+
+
+def polish(out: Path, every: int, seed: int) -> None:
+    """The same, on: edits are learned by then, shapes are not."""
+    _train_t2i_edit(out, out / "polish", every, seed, last_checkpoint(out / "t2i-edit"))
+
+
+def _train_t2i_edit(out: Path, folder: Path, every: int, seed: int, start: Path | None = None) -> None:
+    data, frames = out / "t2i-edit", {model: samples.Frame(out / "models" / model) for model in ("demo", "demo-edit")}
     scenes = samples.draw_scenes(JUDGED, HELD_OUT_SEED, most_things=1, held_out=True)
     pairs = samples.draw_edits(JUDGED, HELD_OUT_SEED, held_out=True)
     asked = {"demo": samples.paintings(frames["demo"], scenes), "demo-edit": samples.edits(frames["demo-edit"], pairs)}
     kinds = [
-        _kept(folder / "paintings.npz", lambda: samples.paintings(
+        _kept(data / "paintings.npz", lambda: samples.paintings(
             frames["demo"], samples.draw_scenes(SAMPLES["t2i"], seed))),
-        _kept(folder / "edits.npz", lambda: samples.edits(
+        _kept(data / "edits.npz", lambda: samples.edits(
             frames["demo-edit"], samples.draw_edits(SAMPLES["edit"], seed))),
     ]  # fmt: skip
 
@@ -93,7 +103,8 @@ def train_t2i_edit(out: Path, every: int, seed: int) -> None:
         }
         return {f"{task} {name}": value for task, values in found.items() for name, value in values.items()}
 
-    _train_painter(folder, "demo-edit", kinds, every, seed, judged, [out / "models" / model for model in asked])
+    _train_painter(folder, "demo-edit", kinds, every, seed, judged,
+                   [out / "models" / model for model in asked], start)  # fmt: skip
 
 
 def train_layered(out: Path, every: int, seed: int) -> None:
@@ -123,7 +134,7 @@ def pack(out: Path, every: int, seed: int) -> None:
 
 STAGES = {
     "vae": train_vae, "rgba-vae": train_rgba_vae, "text-encoder": write_frames, "t2i-edit": train_t2i_edit,
-    "layered": train_layered, "pack": pack,
+    "polish": polish, "layered": train_layered, "pack": pack,
 }  # fmt: skip
 
 
@@ -149,11 +160,16 @@ def _train_painter(
     seed: int,
     judged: Callable[[Network], dict[str, float]],
     models: Sequence[Path],
+    start: Path | None = None,
 ) -> None:
     config, steps = checkpoint.transformer_config(model), STEPS[folder.name]
-    record = {"stage": folder.name, "steps": steps, "seed": seed, "batch": BATCH}
+    sizes, schedule = SIZES[folder.name], SCHEDULES[folder.name]
+    record = {"stage": folder.name, "steps": schedule, "seed": seed, "batch": BATCH}
+    network = painter.new_network(config, seed)
+    if start is not None:
+        painter.put_average(network, start)
     trainer = painter.new_trainer(
-        painter.new_network(config, seed), painter.draw_batches(kinds, BATCH, seed), steps, seed
+        network, painter.draw_batches(kinds, sizes, seed), schedule, seed, 1.0 if start is None else POLISH
     )
     last = last_checkpoint(folder)
     if last is not None:

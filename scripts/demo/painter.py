@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +25,7 @@ from .samples import Samples
 WARM_UP = 200  # steps
 EMA = 0.999
 RATE, MUON_RATE = 2e-3, 1.5e-2
+_AVERAGE = "average/"  # what a checkpoint's names of averaged weights begin with
 _BORN_ZERO = ("img_mod.", "txt_mod.", "norm_out.", "proj_out.")
 
 
@@ -38,14 +40,22 @@ def new_network(config: TransformerConfig, seed: int = 0) -> Network:
     return network
 
 
-def new_trainer(network: Network, batches: Callable[[int], Sequence[Batch]], steps: int, seed: int = 0) -> Trainer:
-    """Muon for the blocks' matrices, AdamW for the rest."""
+def new_trainer(
+    network: Network, batches: Callable[[int], Sequence[Batch]], steps: int, seed: int = 0, scale: float = 1.0
+) -> Trainer:
+    """Muon for the blocks' matrices, AdamW for the rest; `scale` is of their learning rates."""
     optimizer = Optimizer(
-        Rate(RATE, WARM_UP, "cosine", steps), weight_decay=0.0, betas=(0.9, 0.99),
+        Rate(scale * RATE, WARM_UP, "cosine", steps), weight_decay=0.0, betas=(0.9, 0.99),
         muon=lambda name, array: name.startswith("transformer.transformer_blocks.") and array.ndim == 2,
-        muon_rate=Rate(MUON_RATE, WARM_UP, "cosine", steps),
+        muon_rate=Rate(scale * MUON_RATE, WARM_UP, "cosine", steps),
     )  # fmt: skip
     return Trainer(network, batches, optimizer, FlowMatching("logit_normal"), LoopSettings(seed, ema=EMA))
+
+
+def put_average(network: Network, checkpoint: Path) -> None:
+    """Puts the averaged weights of a checkpoint of `training.checkpoints` into a network."""
+    state = mx.load(str(checkpoint))
+    network.load_weights([(name.removeprefix(_AVERAGE), a) for name, a in state.items() if name.startswith(_AVERAGE)])
 
 
 def file_weights(trainer: Trainer) -> dict[str, mx.array]:
@@ -53,10 +63,11 @@ def file_weights(trainer: Trainer) -> dict[str, mx.array]:
     return {name.partition(".")[2]: value for name, value in trainer.average.items()}
 
 
-def draw_batches(kinds: Sequence[Samples], size: int, seed: int) -> Callable[[int], Sequence[Batch]]:
-    """A step's batches: one of every kind, `size` samples together."""
+def draw_batches(kinds: Sequence[Samples], sizes: Sequence[int], seed: int) -> Callable[[int], Sequence[Batch]]:
+    """A step's batches: one of every kind, of so many samples."""
     return lambda step: [
-        kind.batch(np.random.default_rng([seed, step, n]), size // len(kinds)) for n, kind in enumerate(kinds)
+        kind.batch(np.random.default_rng([seed, step, n]), size)
+        for n, (kind, size) in enumerate(zip(kinds, sizes, strict=True))
     ]
 
 
