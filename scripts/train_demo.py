@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the models that the package ships, from nothing, stage by stage; a stage that was cut goes on where it was.
 
-python scripts/train_demo.py vae rgba-vae text-encoder t2i-edit polish layered pack --out build/demo
+python scripts/train_demo.py vae rgba-vae text-encoder t2i-edit polish layered layered-polish pack --out build/demo
 """
 
 import argparse
@@ -18,13 +18,21 @@ from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint
 from qwen_image_mlx.training.network import Network
 
 VAE = VAEConfig(base_dim=8)
-STEPS = {"vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 1800, "layered": 5000}
+STEPS = {
+    "vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 1800, "layered": 1500, "layered-polish": 450,
+}  # fmt: skip
 # Steps that learning rates fall over, where a stage stops before: its average is good enough by then.
-SCHEDULES = {**STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000}
+SCHEDULES = {**STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000, "layered": 5000}
 SAMPLES = {"t2i": 30000, "edit": 16000, "layered": 5000}
 LAYERS = (2, 3, 4)
 BATCH = 64
-SIZES = {"t2i-edit": (32, 32), "polish": (56, 8), "layered": (21, 21, 21)}  # of a step's batches: paintings, edits
+SIZES = {
+    "t2i-edit": (32, 32),
+    "polish": (56, 8),
+    "layered": (21, 21, 21),
+    "layered-polish": (21, 21, 21),
+}  # of a step's batches
+DROPS = {"layered-polish": 0.6}  # prompts left away: mostly nobody says what a picture shows
 POLISH = 0.5  # of the learning rates
 JUDGED = 100  # held-out scenes
 HELD_OUT_SEED = 11
@@ -109,11 +117,20 @@ def _train_t2i_edit(out: Path, folder: Path, every: int, seed: int, start: Path 
 
 def train_layered(out: Path, every: int, seed: int) -> None:
     """The transformer that takes pictures apart."""
-    frame, folder = samples.Frame(out / "models" / "demo-layered"), out / "layered"
+    _train_layered(out, out / "layered", every, seed)
+
+
+def polish_layered(out: Path, every: int, seed: int) -> None:
+    """The same, on, mostly without prompts."""
+    _train_layered(out, out / "layered-polish", every, seed, last_checkpoint(out / "layered"))
+
+
+def _train_layered(out: Path, folder: Path, every: int, seed: int, start: Path | None = None) -> None:
+    frame, data = samples.Frame(out / "models" / "demo-layered"), out / "layered"
     scenes = samples.draw_scenes(JUDGED, HELD_OUT_SEED, held_out=True)
     asked = samples.decompositions(frame, scenes, LAYERS[-1])
     kinds = [
-        _kept(folder / f"{layers}.npz", lambda layers=layers: samples.decompositions(
+        _kept(data / f"{layers}.npz", lambda layers=layers: samples.decompositions(
             frame, samples.draw_scenes(SAMPLES["layered"], seed + layers, most_things=layers - 1), layers))
         for layers in LAYERS
     ]  # fmt: skip
@@ -124,7 +141,7 @@ def train_layered(out: Path, every: int, seed: int) -> None:
         pictures = frame.pictures(frames)
         return judge.judge_layers(pictures.reshape(JUDGED, -1, *pictures.shape[1:])[:, 1:], scenes)
 
-    _train_painter(folder, "demo-layered", kinds, every, seed, judged, [out / "models" / "demo-layered"])
+    _train_painter(folder, "demo-layered", kinds, every, seed, judged, [out / "models" / "demo-layered"], start)
 
 
 def pack(out: Path, every: int, seed: int) -> None:
@@ -134,7 +151,7 @@ def pack(out: Path, every: int, seed: int) -> None:
 
 STAGES = {
     "vae": train_vae, "rgba-vae": train_rgba_vae, "text-encoder": write_frames, "t2i-edit": train_t2i_edit,
-    "polish": polish, "layered": train_layered, "pack": pack,
+    "polish": polish, "layered": train_layered, "layered-polish": polish_layered, "pack": pack,
 }  # fmt: skip
 
 
@@ -163,14 +180,13 @@ def _train_painter(
     start: Path | None = None,
 ) -> None:
     config, steps = checkpoint.transformer_config(model), STEPS[folder.name]
-    sizes, schedule = SIZES[folder.name], SCHEDULES[folder.name]
+    schedule = SCHEDULES[folder.name]
     record = {"stage": folder.name, "steps": schedule, "seed": seed, "batch": BATCH}
     network = painter.new_network(config, seed)
+    batches = painter.draw_batches(kinds, SIZES[folder.name], seed, DROPS.get(folder.name, 0.1))
     if start is not None:
         painter.put_average(network, start)
-    trainer = painter.new_trainer(
-        network, painter.draw_batches(kinds, sizes, seed), schedule, seed, 1.0 if start is None else POLISH
-    )
+    trainer = painter.new_trainer(network, batches, schedule, seed, 1.0 if start is None else POLISH)
     last = last_checkpoint(folder)
     if last is not None:
         load_checkpoint(last, trainer, record)

@@ -63,10 +63,12 @@ def file_weights(trainer: Trainer) -> dict[str, mx.array]:
     return {name.partition(".")[2]: value for name, value in trainer.average.items()}
 
 
-def draw_batches(kinds: Sequence[Samples], sizes: Sequence[int], seed: int) -> Callable[[int], Sequence[Batch]]:
-    """A step's batches: one of every kind, of so many samples."""
+def draw_batches(
+    kinds: Sequence[Samples], sizes: Sequence[int], seed: int, drop: float
+) -> Callable[[int], Sequence[Batch]]:
+    """A step's batches: one of every kind, of so many samples; a part of `drop` without their prompts."""
     return lambda step: [
-        kind.batch(np.random.default_rng([seed, step, n]), size)
+        kind.batch(np.random.default_rng([seed, step, n]), size, drop)
         for n, (kind, size) in enumerate(zip(kinds, sizes, strict=True))
     ]
 
