@@ -19,11 +19,11 @@ from qwen_image_mlx.training.network import Network
 
 VAE = VAEConfig(base_dim=8)
 STEPS = {
-    "vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 1800, "layered": 1500, "layered-polish": 450,
+    "vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 1800, "layered": 1500, "layered-polish": 150,
 }  # fmt: skip
 # Steps that learning rates fall over, where a stage stops before: its average is good enough by then.
-SCHEDULES = {**STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000, "layered": 5000}
-SAMPLES = {"t2i": 30000, "edit": 16000, "layered": 5000}
+SCHEDULES = {**STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000, "layered": 5000, "layered-polish": 450}
+SAMPLES = {"t2i": 30000, "edit": 16000, "layered": 5000, "layered-polish": 450}
 LAYERS = (2, 3, 4)
 BATCH = 64
 SIZES = {
