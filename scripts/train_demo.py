@@ -19,21 +19,20 @@ from qwen_image_mlx.training.network import Network
 
 VAE = VAEConfig(base_dim=8)
 STEPS = {
-    "vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 1800, "layered": 1500, "layered-polish": 150,
+    "vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 6000, "layered": 1500, "layered-polish": 4000,
 }  # fmt: skip
 # Steps that learning rates fall over, where a stage stops before: its average is good enough by then.
-SCHEDULES = {**STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000, "layered": 5000, "layered-polish": 450}
-SAMPLES = {"t2i": 30000, "edit": 16000, "layered": 5000, "layered-polish": 450}
+SCHEDULES = {**STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000, "layered": 5000}
+SAMPLES = {"paintings": 30000, "edits": 16000, "layered": 5000}
 LAYERS = (2, 3, 4)
 BATCH = 64
 SIZES = {
     "t2i-edit": (32, 32),
     "polish": (56, 8),
     "layered": (21, 21, 21),
-    "layered-polish": (21, 21, 21),
+    "layered-polish": (12, 16, 32),
 }  # of a step's batches
 DROPS = {"layered-polish": 0.6}  # prompts left away: mostly nobody says what a picture shows
-POLISH = 0.5  # of the learning rates
 JUDGED = 100  # held-out scenes
 HELD_OUT_SEED = 11
 SCALES = {"demo": 3.0, "demo-edit": 2.0, "demo-layered": 1.0}
@@ -85,20 +84,21 @@ def train_t2i_edit(out: Path, every: int, seed: int) -> None:
 
 
 def polish(out: Path, every: int, seed: int) -> None:
-    """The same, on: edits are learned by then, shapes are not."""
+    """The same, on, with scenes that are as their captions tell: edits are learned by then, shapes are not."""
     _train_t2i_edit(out, out / "polish", every, seed, last_checkpoint(out / "t2i-edit"))
 
 
 def _train_t2i_edit(out: Path, folder: Path, every: int, seed: int, start: Path | None = None) -> None:
-    data, frames = out / "t2i-edit", {model: samples.Frame(out / "models" / model) for model in ("demo", "demo-edit")}
-    scenes = samples.draw_scenes(JUDGED, HELD_OUT_SEED, most_things=1, held_out=True)
+    frames = {model: samples.Frame(out / "models" / model) for model in ("demo", "demo-edit")}
+    as_told = start is not None
+    scenes = samples.draw_scenes(JUDGED, HELD_OUT_SEED, most_things=1, held_out=True, as_told=as_told)
     pairs = samples.draw_edits(JUDGED, HELD_OUT_SEED, held_out=True)
     asked = {"demo": samples.paintings(frames["demo"], scenes), "demo-edit": samples.edits(frames["demo-edit"], pairs)}
     kinds = [
-        _kept(data / "paintings.npz", lambda: samples.paintings(
-            frames["demo"], samples.draw_scenes(SAMPLES["t2i"], seed))),
-        _kept(data / "edits.npz", lambda: samples.edits(
-            frames["demo-edit"], samples.draw_edits(SAMPLES["edit"], seed))),
+        _kept(folder / "paintings.npz", lambda: samples.paintings(
+            frames["demo"], samples.draw_scenes(SAMPLES["paintings"], seed, as_told=as_told))),
+        _kept(out / "t2i-edit" / "edits.npz", lambda: samples.edits(
+            frames["demo-edit"], samples.draw_edits(SAMPLES["edits"], seed))),
     ]  # fmt: skip
 
     def judged(network: Network) -> dict[str, float]:
@@ -186,7 +186,7 @@ def _train_painter(
     batches = painter.draw_batches(kinds, SIZES[folder.name], seed, DROPS.get(folder.name, 0.1))
     if start is not None:
         painter.put_average(network, start)
-    trainer = painter.new_trainer(network, batches, schedule, seed, 1.0 if start is None else POLISH)
+    trainer = painter.new_trainer(network, batches, schedule, seed)
     last = last_checkpoint(folder)
     if last is not None:
         load_checkpoint(last, trainer, record)

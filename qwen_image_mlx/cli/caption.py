@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed)
     picture = open_rgba(arguments.image)
 
+    from ..runtime.asking import open_pipeline
     from .console import ProgressBars, messages
-    from .painting import open_pipeline
 
     with messages(), ProgressBars() as bars:
         pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, bars)

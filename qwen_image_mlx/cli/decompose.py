@@ -99,19 +99,18 @@ def run(arguments: argparse.Namespace) -> None:
     width, height = draft.canvas.result_size
     check_writable(folder / "layer_0.png", nbytes=4 * width * height * (arguments.layers + 2) * len(formats))
 
+    from ..runtime.asking import open_pipeline, settled
     from ..runtime.cache import EncodingCache
     from ..runtime.profile import Profile
     from ..runtime.session import decompose
     from .console import ProgressBars, messages
-    from .painting import open_pipeline, settled
 
     with messages(), ProgressBars() as bars, ExitStack() as stack:
         profile = Profile(bars) if arguments.profile else None
         pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, profile or bars)
         pipeline.check_task("decompose")
         request = ask(resolutions=pipeline.variant.resolutions, sampling=pipeline.recommended.unless(**given))
-        asked = {name: value for name, value in vars(arguments).items() if value is not None}
-        plan = stack.enter_context(settled(pipeline, request, asked))
+        plan = stack.enter_context(settled(pipeline, request, arguments.memory, force=bool(arguments.force)))
         cache = EncodingCache() if arguments.cache else None
         result = decompose(pipeline, request, profile or bars, cache, plan.residency)
         bars.close()

@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..pipeline.parameters import DTYPES, RNGS, GenerationParameters, check_size
-from ..pipeline.request import Request
-from ..variants import ASPECT_SIZES, LORA_MODES, NAMED_SIZES, recommended_negative_prompt
+from ..pipeline.parameters import DTYPES, RNGS
+from ..pipeline.request import build_request, parsed_size
+from ..variants import ASPECT_SIZES, LORA_MODES
 
 if TYPE_CHECKING:
-    from ..pipeline.pipeline import QwenImagePipeline
-    from ..pipeline.progress import ProgressCallback
-    from ..runtime.memory import MemoryPlan
+    pass
 
 logger = logging.getLogger(__name__)
-
-# Names of flags and metadata, and the parameters they set.
-_PARAMETERS = {
-    "width": "width",
-    "height": "height",
-    "steps": "num_inference_steps",
-    "cfg_scale": "cfg_scale",
-    "rng": "rng",
-    "sigmas": "sigmas",
-    "shift": "shift",
-    "strength": "strength",
-}
 
 # Types of what only the command line knows of a picture, added to its metadata.
 _PROVENANCE: dict[str, type | tuple[type, ...]] = {
@@ -145,64 +129,6 @@ def add_cache_flag(parser: argparse._ActionsContainer) -> None:
                         "time, at most 2 GB, in ~/.cache/qwen-image-mlx; removing that folder is safe")  # fmt: skip
 
 
-def open_pipeline(given: Mapping[str, Any], default_model: str, progress: ProgressCallback) -> QwenImagePipeline:
-    """The checkpoint that the flags name."""
-    from ..pipeline.pipeline import QwenImagePipeline
-    from ..weights.lora_inspect import LIGHTNING
-    from ..weights.quantize import NONE, Quantization
-
-    zero_cond_t, group_size = given.get("zero_cond_t"), given.get("group_size")
-    if group_size is not None and given.get("quantize") is None:
-        raise RequestError("--group-size needs --quantize")
-    quantization = Quantization.parse(given.get("quantize") or NONE, group_size)
-    model, loras = given.get("model") or default_model, list(given.get("loras") or ())
-    if given.get("lightning"):
-        if model not in LIGHTNING:
-            raise RequestError(f"no official Lightning LoRA of {model} is known; give one with --lora")
-        loras.append(LIGHTNING[model][given["lightning"]])
-    return QwenImagePipeline.from_pretrained(
-        model,
-        revision=given.get("revision"),
-        dtype=given.get("dtype") or DTYPES[0],
-        zero_cond_t=None if zero_cond_t is None else zero_cond_t == "on",
-        quantize=quantization,
-        loras=loras,
-        lora_mode=given.get("lora_mode") or "auto",
-        transformer=given.get("transformer"),
-        text_encoder=given.get("text_encoder"),
-        vae=given.get("vae"),
-        progress=progress,
-    )
-
-
-@contextmanager
-def settled(pipeline: QwenImagePipeline, request: Request, given: Mapping[str, Any]) -> Iterator[MemoryPlan]:
-    """The plan for a request, which the pipeline and MLX keep to meanwhile.
-
-    Raises:
-        RequestError: nothing fits the memory, unless --force is given.
-    """
-    from ..runtime.memory import RESIDENCIES, STRIPS, fitting_plan, limits, make_plan, parse_memory, table_of, work_of
-
-    asked = parse_memory(given.get("memory"))
-    components, work = pipeline.components, work_of(request, pipeline.components)
-    plan = fitting_plan(components, work, asked)
-    if plan.peak > asked.budget:
-        plans = [make_plan(components, work, residency, STRIPS[-1]) for residency in RESIDENCIES]
-        logger.warning("too large for the memory, in GB:\n%s", table_of(plans, asked.budget))
-        if not given.get("force"):
-            cure = "a smaller picture or --quantize 4" if "memory" in given else "--memory auto or --quantize 4"
-            raise RequestError(
-                f"this takes {plan.peak / 1e9:.2f} GB, but only {asked.budget / 1e9:.2f} may be used; try {cure}, or "
-                "paint all the same with --force"
-            )
-    components.streamed, pipeline.strip_pixels = plan.residency.streamed, plan.strip_pixels
-    if "memory" in given:
-        logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, asked.budget / 1e9)
-    with limits(asked.budget):
-        yield plan
-
-
 def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
     """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
     from ..images.files import check_text, check_writable, output_path, read_metadata, save_png
@@ -242,6 +168,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     path = adopted or output_path(given.get("output"))
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
 
+    from ..runtime.asking import open_pipeline, painting_request, settled
     from ..runtime.cache import EncodingCache
     from ..runtime.profile import Profile
     from ..runtime.session import paint
@@ -253,32 +180,9 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         mask = open_mask(wanted["mask"]) if "mask" in wanted else None
         pipeline = open_pipeline(wanted, default_model, profile or bars)
         pipeline.check_task(task)
-        size = pipeline.variant.size_of(size) if size in ASPECT_SIZES else size
-        canvas = None
-        if pictures:
-            canvas = pipeline.plan_canvas(
-                pictures,
-                mask=mask,
-                size=size,
-                composite=not wanted.get("no_composite"),
-                crop_padding=wanted.get("mask_padding"),
-                straight=[open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None,
-            )
-        sampling = pipeline.recommended
-        recommended = {
-            "steps": sampling.num_inference_steps,
-            "cfg_scale": sampling.cfg_scale,
-            "shift": sampling.shift,
-            "negative_prompt": recommended_negative_prompt(pipeline.variant, pipeline.model),
-        }
-        request = build_request({**recommended, **wanted}, canvas.size if canvas else size)
-        request = replace(
-            request,
-            images=tuple(pictures) if pipeline.variant.takes_images else (),
-            canvas=canvas,
-            reference_pixels=wanted.get("reference_pixels"),
-        )
-        plan = stack.enter_context(settled(pipeline, request, given))
+        straight = [open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None
+        request = painting_request(pipeline, wanted, size, pictures, mask, straight)
+        plan = stack.enter_context(settled(pipeline, request, given.get("memory"), force="force" in given))
         provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
         if "seed" not in given and not recorded:
             logger.info("seed %d", request.seeds[0])
@@ -295,23 +199,6 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
             print(written, flush=True)
         if profile:
             logger.info("%s", profile.table())
-
-
-def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
-    """What flags, a recorded picture and the model's recommendations add up to; raises RequestError."""
-    if wanted.get("prompt") is None:
-        raise RequestError("a prompt is missing: give one in quotes, or --from-image")
-    given = {**wanted, "width": size[0], "height": size[1]}
-    settings = {field: given[name] for name, field in _PARAMETERS.items() if given.get(name) is not None}
-    seed = wanted["seed"]  # a list from the flags, a number from a picture, which also has its index
-    first = 0 if isinstance(seed, list) else wanted.get("image_index", 0)
-    return Request(
-        prompt=wanted["prompt"],
-        negative_prompt=wanted.get("negative_prompt"),
-        parameters=GenerationParameters(**settings),
-        seeds=tuple(seed) if isinstance(seed, list) else (seed,),
-        image_indices=range(first, first + wanted.get("num_images", 1)),
-    )
 
 
 def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -386,15 +273,3 @@ def _size(given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: b
     if {"width", "height"} <= recorded.keys() and not painted_over:
         return recorded["width"], recorded["height"]
     return None if painted_over else next(iter(ASPECT_SIZES))
-
-
-def parsed_size(text: str) -> tuple[int, int] | str:
-    """(width, height) of WIDTHxHEIGHT, or one of the names of sizes; raises RequestError."""
-    if text.lower() in (*NAMED_SIZES, *ASPECT_SIZES):
-        return text.lower()
-    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
-    if not match:
-        raise RequestError(f"--size is {text!r}, but must be 1mp, source or WIDTHxHEIGHT")
-    size = int(match[1]), int(match[2])
-    check_size(*size)
-    return size

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..pipeline.parameters import DTYPES, MAX_LAYERS, check_size
+from ..pipeline.request import parsed_size
 from ..variants import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -90,7 +91,6 @@ def run(arguments: argparse.Namespace) -> None:
 def _work(arguments: argparse.Namespace, components: Components) -> Work:
     from ..images.geometry import size_of_area
     from ..runtime.memory import Work
-    from .painting import parsed_size
 
     variant = components.variant
     references = arguments.references

@@ -94,9 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
     if given.get("task"):
         _read(arguments.data, given["task"])  # before a model is looked for
 
+    from ..runtime.asking import open_pipeline
     from ..training.run import train
     from .console import ProgressBars, messages
-    from .painting import open_pipeline
 
     with messages(), ProgressBars() as bars, _LossLine(settings.steps) as line, _Interrupt() as interrupt:
 

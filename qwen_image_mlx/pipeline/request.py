@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed
+from ..variants import ASPECT_SIZES, NAMED_SIZES
+from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,3 +51,53 @@ class Request:
         indices = self.image_indices
         if not indices or indices[0] < 0 or indices[-1] >= MAX_IMAGES or len(indices) * len(self.seeds) > MAX_IMAGES:
             raise RequestError(f"the number of pictures must be from 1 to {MAX_IMAGES}")
+
+
+# Names of flags and metadata, and the parameters they set.
+_PARAMETERS = {
+    "width": "width",
+    "height": "height",
+    "steps": "num_inference_steps",
+    "cfg_scale": "cfg_scale",
+    "rng": "rng",
+    "sigmas": "sigmas",
+    "shift": "shift",
+    "strength": "strength",
+}
+
+
+def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
+    """What flags, a recorded picture and the model's recommendations add up to.
+
+    Args:
+        wanted: by the names of flags; a seed may be a number or a list of them.
+        size: (width, height) of the picture.
+
+    Raises:
+        RequestError: the prompt is missing or something is out of range.
+    """
+    if wanted.get("prompt") is None:
+        raise RequestError("a prompt is missing: give one in quotes, or --from-image")
+    given = {**wanted, "width": size[0], "height": size[1]}
+    settings = {field: given[name] for name, field in _PARAMETERS.items() if given.get(name) is not None}
+    seed = wanted["seed"]  # a list from the flags, a number from a picture, which also has its index
+    first = 0 if isinstance(seed, list) else wanted.get("image_index", 0)
+    return Request(
+        prompt=wanted["prompt"],
+        negative_prompt=wanted.get("negative_prompt"),
+        parameters=GenerationParameters(**settings),
+        seeds=tuple(seed) if isinstance(seed, list) else (seed,),
+        image_indices=range(first, first + wanted.get("num_images", 1)),
+    )
+
+
+def parsed_size(text: str) -> tuple[int, int] | str:
+    """(width, height) of WIDTHxHEIGHT, or one of the names of sizes; raises RequestError."""
+    if text.lower() in (*NAMED_SIZES, *ASPECT_SIZES):
+        return text.lower()
+    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    if not match:
+        raise RequestError(f"--size is {text!r}, but must be 1mp, source or WIDTHxHEIGHT")
+    size = int(match[1]), int(match[2])
+    check_size(*size)
+    return size

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..errors import RequestError
+from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS
 from ..pipeline.components import Components
 from ..weights.mapping import LAYOUTS, TensorSpec, expected_tensors, weights_map
@@ -25,6 +26,7 @@ from ..weights.stored import PACKED
 from ..weights.streaming import held_specs, layer_specs
 
 if TYPE_CHECKING:
+    from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -331,7 +333,10 @@ class Memory:
 
 
 def parse_memory(text: str | None) -> Memory:
-    """ "16GB", "12.5 GiB", "16000000000" or "auto" for any residency; a residency's name, or None for the usual one.
+    """What was said of memory: a figure or "auto" for any residency, a residency's name, or None for the usual one.
+
+    Args:
+        text: such as "16GB", "12.5 GiB", "16000000000", "auto", "streamed".
 
     Raises:
         RequestError: it is none of these, or less than 256 MiB.
@@ -374,15 +379,13 @@ def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPl
     return least
 
 
-def work_of(request: Request, components: Components) -> Work:
-    """What a request asks for."""
-    from ..images.geometry import size_of_area
-
-    parameters, variant = request.parameters, components.variant
+def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
+    """What a request asks of a pipeline."""
+    parameters, variant = request.parameters, pipeline.variant
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
     shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
-    starts = request.canvas is not None and (request.canvas.mask is not None or not variant.takes_images)
-    encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * starts
+    begun = pipeline.starts_from_canvas(request)
+    encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * begun
     return Work(
         width=parameters.width,
         height=parameters.height,
@@ -397,7 +400,7 @@ def work_of(request: Request, components: Components) -> Work:
 
 @contextmanager
 def limits(budget: int) -> Iterator[None]:
-    """MLX's cache and wired limits for a budget in bytes, as they were afterwards."""
+    """MLX's cache, memory and wired limits for a budget in bytes; restored afterwards."""
     cache = mx.set_cache_limit(min(_CACHE, budget // 8))
     memory = mx.set_memory_limit(budget)
     wired = mx.set_wired_limit(min(budget, usable_memory())) if mx.metal.is_available() else None

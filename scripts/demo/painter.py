@@ -40,14 +40,12 @@ def new_network(config: TransformerConfig, seed: int = 0) -> Network:
     return network
 
 
-def new_trainer(
-    network: Network, batches: Callable[[int], Sequence[Batch]], steps: int, seed: int = 0, scale: float = 1.0
-) -> Trainer:
-    """Muon for the blocks' matrices, AdamW for the rest; `scale` is of their learning rates."""
+def new_trainer(network: Network, batches: Callable[[int], Sequence[Batch]], steps: int, seed: int = 0) -> Trainer:
+    """Muon for the blocks' matrices, AdamW for the rest."""
     optimizer = Optimizer(
-        Rate(scale * RATE, WARM_UP, "cosine", steps), weight_decay=0.0, betas=(0.9, 0.99),
+        Rate(RATE, WARM_UP, "cosine", steps), weight_decay=0.0, betas=(0.9, 0.99),
         muon=lambda name, array: name.startswith("transformer.transformer_blocks.") and array.ndim == 2,
-        muon_rate=Rate(scale * MUON_RATE, WARM_UP, "cosine", steps),
+        muon_rate=Rate(MUON_RATE, WARM_UP, "cosine", steps),
     )  # fmt: skip
     return Trainer(network, batches, optimizer, FlowMatching("logit_normal"), LoopSettings(seed, ema=EMA))
 

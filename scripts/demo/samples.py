@@ -225,10 +225,13 @@ class Edit(NamedTuple):
     instruction: str
 
 
-def draw_scenes(count: int, seed: int, most_things: int = 2, held_out: bool = False) -> list[Scene]:
-    """Scenes drawn by lot; where there may be two things, every third has them."""
+def draw_scenes(
+    count: int, seed: int, most_things: int = 2, held_out: bool = False, as_told: bool = False
+) -> list[Scene]:
+    """Scenes drawn by lot as `draw_scene` does; where there may be two things, every third has them."""
     rng = np.random.default_rng([seed, 1])
-    return [draw_scene(rng, things=2 if n % 3 == 2 <= most_things else 1, held_out=held_out) for n in range(count)]
+    things = [2 if n % 3 == 2 <= most_things else 1 for n in range(count)]
+    return [draw_scene(rng, things=n, held_out=held_out, as_told=as_told) for n in things]
 
 
 def draw_edits(count: int, seed: int, held_out: bool = False) -> list[Edit]:

@@ -122,13 +122,21 @@ def flatten(layers: np.ndarray) -> np.ndarray:
 # Drawing scenes by lot ------------------------------------------------------------------------------------------------
 
 
-def draw_scene(rng: np.random.Generator, *, things: int = 1, held_out: bool = False) -> Scene:
-    """A scene of one or two things, held out or not; captions name size and place as often as not."""
+def draw_scene(rng: np.random.Generator, *, things: int = 1, held_out: bool = False, as_told: bool = False) -> Scene:
+    """A scene of one or two things, held out or not; captions name size and place as often as not.
+
+    Args:
+        rng: draws the lots.
+        things: one or two.
+        held_out: whether it is one that is never trained on.
+        as_told: what a caption does not name is as it would be expected: of middling size, in the middle, and a thing
+            behind looks out at the upper left. Otherwise it is anything.
+    """
     while True:
         background, *colours = rng.choice(list(COLOURS), 1 + things, replace=False)
-        drawn = [_draw_thing(rng, str(colour), named=n == things - 1) for n, colour in enumerate(colours)]
+        drawn = [_draw_thing(rng, str(colour), n == things - 1, as_told) for n, colour in enumerate(colours)]
         if things == 2:
-            drawn = _overlapping(rng, *drawn)
+            drawn = _overlapping(1.25 * np.pi if as_told else rng.uniform(0, 2 * np.pi), *drawn)
         scene = Scene(tuple(drawn), str(background), int(rng.integers(2**31)))
         if scene.is_held_out == held_out:
             return scene
@@ -144,12 +152,13 @@ def recolour(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
     return replace(scene, background=background), f"make the background {background}"
 
 
-def _draw_thing(rng: np.random.Generator, colour: str, named: bool) -> Thing:
+def _draw_thing(rng: np.random.Generator, colour: str, named: bool, as_told: bool) -> Thing:
     size, place = (str(rng.choice(list(words))) for words in (SIZES, PLACES))
     shows_size, shows_place = rng.random(2) < 0.5
-    jitter = rng.uniform(-0.05, 0.05, 2) if shows_place and named else rng.uniform(-0.2, 0.2, 2)
+    away, wider = (0.02, 0.05) if as_told else (0.05 if shows_place and named else 0.2, 0.2)
+    jitter = rng.uniform(-away, away, 2)
     middle = PLACES[place] if shows_place and named else (0.5, 0.5)
-    radius = SIZES[size] if shows_size else SIZES[""] * rng.uniform(0.8, 1.2)
+    radius = SIZES[size] if shows_size else SIZES[""] * rng.uniform(1 - wider, 1 + wider)
     x, y = (float(np.clip(m + j, radius + 0.02, 0.98 - radius)) for m, j in zip(middle, jitter, strict=True))
     return Thing(
         str(rng.choice(SHAPES)), colour, x, y, float(radius), size if shows_size else "",
@@ -157,9 +166,8 @@ def _draw_thing(rng: np.random.Generator, colour: str, named: bool) -> Thing:
     )  # fmt: skip
 
 
-def _overlapping(rng: np.random.Generator, back: Thing, front: Thing) -> list[Thing]:
-    """The thing behind, large, its middle beside the front one's so that both are seen."""
-    angle = rng.uniform(0, 2 * np.pi)
+def _overlapping(angle: float, back: Thing, front: Thing) -> list[Thing]:
+    """The thing behind, large, its middle beside the front one's, in a direction (radians), so that both are seen."""
     radius = 0.24
     x, y = (
         float(np.clip(middle + 0.24 * part, radius + 0.02, 0.98 - radius))
