@@ -30,6 +30,7 @@ ASPECT_SIZES: dict[str, tuple[int, int]] = {
 
 LORA_MODES = ("auto", "merge", "side")
 
+# The sides of the squares whose areas a picture can be decomposed at.
 LAYERED_RESOLUTIONS = (640, 1024)
 
 # Sizes of a result that follow from its picture: the model's own, or the picture's.
@@ -135,6 +136,29 @@ NEGATIVE_2512 = (
 
 CAPTION_TEMPLATES = {language: Template(text=text, picture=PICTURE) for language, text in _CAPTION.items()}
 
+# From 16 normalised latent channels, at an eighth of the size, to RGB in [-1, 1]: a row a channel, and a last row that is
+# added. A fit by others: ComfyUI's comfy/latent_formats.py, Wan21.latent_rgb_factors and latent_rgb_factors_bias, there
+# as here for latents less their mean, divided by their deviation. Qwen-Image's autoencoder shares Wan 2.1's latent
+# space, means and deviations included.
+WAN_PREVIEW: tuple[tuple[float, ...], ...] = (
+    (-0.1299, -0.1692, 0.2932),
+    (0.0671, 0.0406, 0.0442),
+    (0.3568, 0.2548, 0.1747),
+    (0.0372, 0.2344, 0.1420),
+    (0.0313, 0.0189, -0.0328),
+    (0.0296, -0.0956, -0.0665),
+    (-0.3477, -0.4059, -0.2925),
+    (0.0166, 0.1902, 0.1975),
+    (-0.0412, 0.0267, -0.1364),
+    (-0.1293, 0.0740, 0.1636),
+    (0.0680, 0.3019, 0.1128),
+    (0.0032, 0.0581, 0.0639),
+    (-0.1251, 0.0927, 0.1699),
+    (0.0060, -0.0633, 0.0005),
+    (0.3477, 0.2275, 0.2950),
+    (0.1984, 0.0913, 0.1861),
+    (-0.1835, -0.0868, -0.3360),
+)
 
 _USUAL_AREA = 1024**2
 
@@ -161,6 +185,7 @@ class Variant:
         steps: default number of denoising steps.
         cfg_scale: default guidance scale.
         negative_prompt: recommended negative prompt.
+        preview: from normalised latents to RGB in [-1, 1], a row a channel, and in the last row what is added.
     """
 
     task: str
@@ -179,6 +204,7 @@ class Variant:
     steps: int
     cfg_scale: float = 4.0
     negative_prompt: str
+    preview: tuple[tuple[float, ...], ...] = WAN_PREVIEW
 
     @property
     def takes_images(self) -> bool:
@@ -243,7 +269,7 @@ RECOMMENDED_NEGATIVE_PROMPTS = {"Qwen/Qwen-Image": " "}
 # What a checkpoint of unusual size may say of itself in model_index.json, under `OWN`.
 OWN = "_qwen_image_mlx"
 _OWN_FIELDS = ("encoder_area", "reference_area", "target_area", "resolutions", "captions", "steps", "cfg_scale",
-               "negative_prompt")  # fmt: skip
+               "negative_prompt", "preview")  # fmt: skip
 
 
 def variant_of(index: Mapping[str, Any], model: str) -> Variant:
@@ -271,7 +297,20 @@ def _own_settings(said: object, usual: Variant, model: str) -> dict[str, Any]:
     for name, value in own.items():
         if type(value) is not type(getattr(usual, name)):
             raise CheckpointError(f"model_index.json of {model} gives {name} as {value!r:.80} under {OWN}")
+    if "preview" in own:
+        own["preview"] = _checked_map(own["preview"], model)
     return own
+
+
+def _checked_map(rows: tuple[Any, ...], model: str) -> tuple[tuple[float, ...], ...]:
+    """A map to RGB as the usual one is shaped; raises CheckpointError."""
+    count, width = len(WAN_PREVIEW), len(WAN_PREVIEW[0])
+    fits = len(rows) == count and all(isinstance(row, list) and len(row) == width for row in rows)
+    if not fits or not all(type(value) in (int, float) and abs(value) < 1e6 for row in rows for value in row):
+        raise CheckpointError(
+            f"model_index.json of {model} gives preview under {OWN}, but not as {count} rows of {width}"
+        )
+    return tuple(tuple(map(float, row)) for row in rows)
 
 
 def recommended_negative_prompt(variant: Variant, model: str) -> str:
