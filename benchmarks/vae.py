@@ -135,9 +135,9 @@ def differences(folder: Path, names: list[str]) -> dict[str, str]:
 
 def default_strips(size: int) -> int:
     """The strips that ours takes by itself."""
-    from qwen_image_mlx.pipeline.autoencode import STRIP_PIXELS
+    from qwen_image_mlx.pipeline.autoencode import STRIP_PIXELS, strips_of
 
-    return max(1, size * size // STRIP_PIXELS)
+    return strips_of(size * size, STRIP_PIXELS)
 
 
 def write_weights(file: Path) -> None:

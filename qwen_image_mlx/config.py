@@ -98,6 +98,11 @@ class TransformerConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def modulation_size(self) -> int:
+        """Values of one timestep's modulation: shift, scale and gate, twice, of both streams, and the output's two."""
+        return (12 * self.num_layers + 2) * self.dim
+
+    @property
     def patch_channels(self) -> int:
         """Channels of one output token: `out_channels` for each pixel of a patch."""
         return self.patch_size**2 * self.out_channels

@@ -33,8 +33,8 @@ class Cancelled(QwenImageError):
     """The progress callback asked to stop; the pipeline stays usable."""
 
 
-def some(names: Iterable[str], count: int = _NAMES_SHOWN) -> str:
+def some(names: Iterable[object], count: int = _NAMES_SHOWN) -> str:
     """The first few of many names, and how many more there are, for a sentence."""
-    names = list(names)
+    names = [str(name) for name in names]
     more = len(names) - count
     return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")

@@ -59,8 +59,13 @@ def decode(decoder: Decoder, config: VAEConfig, latents: mx.array, strips: int |
     mean, std = _latent_statistics(config)
     x = _run(decoder.stages, latents.astype(mx.float32) * std + mean)
     if strips is None:
-        strips = max(1, x.shape[1] * x.shape[2] * decoder.tail_scale**2 // STRIP_PIXELS)
+        strips = strips_of(x.shape[1] * x.shape[2] * decoder.tail_scale**2, STRIP_PIXELS)
     return decode_tail(decoder, x, strips)
+
+
+def strips_of(pixels: int, most: int) -> int:
+    """How many strips a picture is decoded in, so that one has about `most` pixels."""
+    return max(1, pixels // most)
 
 
 def decode_tail(decoder: Decoder, x: mx.array, strips: int) -> mx.array:

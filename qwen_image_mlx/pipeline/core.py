@@ -25,7 +25,7 @@ from ..sampling.schedule import Schedule, exponential_mu, make_schedule, root_mu
 from ..text.prompt import tokenize_prompt
 from ..variants import CAPTION_TEMPLATES, Variant
 from ..weights.modulation import modulation_table
-from .autoencode import STRIP_PIXELS, decode
+from .autoencode import STRIP_PIXELS, decode, strips_of
 from .caption import MAX_TOKENS, write_caption
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
@@ -383,7 +383,7 @@ class PipelineCore:
         frames, height, width = self._grid(parameters)
         unpacked = unpack_multi_layer_latents(latents, frames, 2 * height, 2 * width)[0]
         first = 1 if self.variant.layered else 0
-        strips = max(1, parameters.width * parameters.height // self.strip_pixels)
+        strips = strips_of(parameters.width * parameters.height, self.strip_pixels)
         for n in range(first, frames):
             with self._report.using(progress):
                 decoder = self.components.vae_decoder

@@ -7,17 +7,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..weights.loader import RESIDENT
 from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
-
-# What is in memory together, by stage; the parts of the weights map.
-_RESIDENT = {
-    "text_encoder": (("main",), None),
-    "vision": (("main",), None),
-    "transformer": (("main",), None),
-    "vae": (("encoder", "decoder"), mx.float32),
-}
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,8 @@ def inspect_checkpoint(
     """
     components = Components(HubSnapshot(model, revision=revision), dtype, quantization=quantization)
     reports = []
-    for name in (name for name in _RESIDENT if name in ("transformer", *components.encoders, "vae")):
-        weights, (parts, own_dtype) = components.weights(name), _RESIDENT[name]
+    for name in (name for name in RESIDENT if name in ("transformer", *components.encoders, "vae")):
+        weights, (parts, own_dtype) = components.weights(name), RESIDENT[name]
         scheme = getattr(components.quantization, name, None)
         resident = sum(weights.resident_bytes(part, own_dtype or dtype, scheme) for part in parts)
         reports.append(ComponentReport(name, weights.nbytes, weights.forms, resident))

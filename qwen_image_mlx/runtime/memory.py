@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from ..errors import RequestError
 from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS
 from ..pipeline.components import Components
-from ..weights.mapping import LAYOUTS, TensorSpec, expected_tensors, weights_map
+from ..weights.mapping import TensorSpec, expected_tensors, weights_map
 from ..weights.quantize import Scheme
 from ..weights.stored import PACKED
 from ..weights.streaming import held_specs, layer_specs
@@ -183,12 +184,21 @@ class _Planner:
 
     def __init__(self, components: Components, work: Work, residency: Residency):
         self.components, self.work, self.residency = components, work, residency
+        self.tensors = cache(self._tensors)
+        self.said_config = cache(lambda name: components.sources.config(weights_map(name).get("folder", name)))
         self.costs = COSTS["gpu" if mx.default_device() == mx.gpu else "cpu"]
         self.itemsize = components.dtype.size
         # What only the weights' names tell of the transformer changes nothing here.
         self.transformer_config = components.declared_transformer_config
 
     def plan(self, strip_pixels: int) -> MemoryPlan:
+        before, stages = self.before_decode
+        decode = self.decode(before, strip_pixels)
+        return MemoryPlan(self.residency, (*stages, decode), self.disk, strip_pixels)
+
+    @cached_property
+    def before_decode(self) -> tuple[int, tuple[Stage, ...]]:
+        """What is there when a picture is decoded, and the stages before."""
         vision = self.held("vision") if self.work.shown and self.components.variant.encoder_area else 0
         vae = self.count("vae", self.specs("vae", "encoder"), mx.float32) if self.work.encoded else 0
         encode = self.encode(vision, self.held("text_encoder"), vae)
@@ -200,8 +210,7 @@ class _Planner:
         load = Stage("load", painting, max(loading, folding))
         denoise = Stage("denoise", painting, painting + self.moving())
         before = kept if self.residency.staged and self.work.pictures == 1 else painting
-        decode = self.decode(before, strip_pixels)
-        return MemoryPlan(self.residency, (encode, load, denoise, decode), self.disk(), strip_pixels)
+        return before, (encode, load, denoise)
 
     def encode(self, vision: int, text: int, vae: int) -> Stage:
         """Pictures through the vision tower, prompts through the text encoder, pictures through the VAE; all stay."""
@@ -246,7 +255,7 @@ class _Planner:
     def table(self) -> int:
         """The modulation of all steps."""
         config = self.transformer_config
-        return self.work.steps * (12 * config.num_layers + 2) * config.dim * self.itemsize
+        return self.work.steps * config.modulation_size * self.itemsize
 
     def largest(self, name: str, part: str) -> int:
         """The largest tensor, as `moved`."""
@@ -265,11 +274,7 @@ class _Planner:
         if self.is_here:
             return self.components.weights(name).bytes_of(specs, dtype, scheme)
         schemes = [scheme if spec.is_packed_by(scheme) else self.said_scheme(name, spec) for spec in specs]
-        return sum(
-            form.nbytes(spec.shape, dtype) if form
-            else prod(LAYOUTS[spec.layout](mx.zeros(spec.shape, mx.uint8)).shape) * dtype.size
-            for spec, form in zip(specs, schemes, strict=True)
-        )  # fmt: skip
+        return sum(spec.loaded_bytes(dtype, form) for spec, form in zip(specs, schemes, strict=True))
 
     def read(self, name: str, specs: Sequence[TensorSpec]) -> int:
         """Tensors in their files."""
@@ -285,12 +290,11 @@ class _Planner:
         """How a tensor lies in its file, in the format's words; what is not here is packed or bf16."""
         if self.is_here:
             return self.components.weights(name).stored(tensor).tensor.dtype
-        spec = next(spec for spec in self.specs(name) if spec.name == tensor)
-        return PACKED if self.said_scheme(name, spec) else "BF16"
+        return PACKED if self.said_scheme(name, self.tensors(name)[tensor]) else "BF16"
 
     def said_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
         """How config.json says that a tensor is packed, in mlx-lm's way."""
-        said = self.components.sources.config(weights_map(name).get("folder", name)).get("quantization")
+        said = self.said_config(name).get("quantization")
         if not spec.quantized or not isinstance(said, dict):
             return None
         own = said.get(spec.name.removesuffix(".weight"), said)
@@ -298,17 +302,22 @@ class _Planner:
             return None
         return Scheme(own.get("mode", "affine"), own["bits"], own["group_size"])
 
-    def specs(self, name: str, part: str | None = None) -> list[TensorSpec]:
-        """A component's tensors, of one part of the weights map or all."""
-        config = self.transformer_config if name == "transformer" else getattr(self.components, f"{name}_config")
-        return [spec for spec in expected_tensors(name, config).values() if part in (None, spec.part)]
+    def specs(self, name: str, part: str) -> list[TensorSpec]:
+        """A component's tensors, of one part of the weights map."""
+        return [spec for spec in self.tensors(name).values() if spec.part == part]
 
+    def _tensors(self, name: str) -> Mapping[str, TensorSpec]:
+        """All of a component's tensors by name."""
+        config = self.transformer_config if name == "transformer" else getattr(self.components, f"{name}_config")
+        return expected_tensors(name, config)
+
+    @cached_property
     def disk(self) -> int:
         """The files of all components."""
         names = ("transformer", *self.components.encoders, "vae")
         if self.is_here:
             return sum(self.components.weights(name).nbytes for name in names)
-        return sum(self.read(name, self.specs(name)) for name in names)
+        return sum(self.read(name, list(self.tensors(name).values())) for name in names)
 
     @property
     def is_here(self) -> bool:
@@ -369,7 +378,8 @@ def usable_memory() -> int:
 
 def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPlan:
     """The plan of the first residency that fits, in the fewest strips; if none does, the one that takes least."""
-    plans = (make_plan(components, work, residency, strip) for residency in memory.residencies for strip in STRIPS)
+    planners = (_Planner(components, work, residency) for residency in memory.residencies)
+    plans = (planner.plan(strip) for planner in planners for strip in STRIPS)
     least: MemoryPlan | None = None
     for plan in plans:
         if plan.peak <= memory.budget:

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 from PIL import Image, ImageOps
 
-from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
+from ..errors import CheckpointError, OutputError, QwenImageError, RequestError, some
 from ..images.files import reason
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
@@ -26,7 +26,7 @@ from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback
 from ..sampling.latents import pack_multi_layer_latents
 from ..weights.shards import read_header, save_tensors
-from .examples import Example, bucket_of, buckets_of, some
+from .examples import Example, bucket_of, buckets_of
 from .loss import key_of
 from .network import Batch
 
@@ -83,11 +83,6 @@ class Dataset:
     def batch_sizes(self, step: int) -> list[int]:
         """How many samples each of a step's batches has."""
         return [len(group) for group in self._groups(step)]
-
-    @property
-    def text_tokens(self) -> int:
-        """The longest text."""
-        return max(entry.tokens for entry in self._entries)
 
     def _groups(self, step: int) -> list[list[tuple[_Entry, bool]]]:
         shapes: dict[tuple, list[tuple[_Entry, bool]]] = {}

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, some
 
 logger = logging.getLogger(__name__)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MANIFEST = "metadata.jsonl"
-_SHOWN = 5
 # The keys of a manifest's lines, by task: what is trained to be painted, what it is painted from, and the words.
 _KEYS = {
     "t2i": ("image", None, "caption"),
@@ -81,12 +80,6 @@ def read_examples(data: str | Path, task: str) -> list[Example]:
     if silent := [example.image for example in examples if not example.caption.strip()]:
         raise RequestError(f"{len(silent)} of {len(examples)} captions are missing or empty: {some(silent)}")
     return examples
-
-
-def some(items: Iterable[object]) -> str:
-    """The first few, for the end of a sentence."""
-    names = [str(item) for item in items]
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _from_folder(folder: Path) -> list[Example]:

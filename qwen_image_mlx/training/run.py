@@ -209,8 +209,6 @@ def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSe
         modulation = load_module(TimeModulation(config), weights, "modulation", pipeline.dtype)
     else:
         drawn = _levels(dataset, settings, loop, flow)
-        rows = len({*drawn}) * (12 * config.num_layers + 2) * config.dim
-        check_writable(cache / "modulation-00.safetensors", nbytes=rows * pipeline.dtype.size)
         files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weights.files)
         table = LevelTable(
             cache, weights, flow.sigmas, drawn, pipeline.dtype, config.zero_cond_t, parts.adapters, repr(files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import RequestError
@@ -126,6 +126,3 @@ class TrainingSettings:
 
 def _word(name: str) -> str:
     return name.replace("_", " ")
-
-
-FIELDS = {field.name: field.default for field in fields(TrainingSettings)}

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..images.files import check_writable
 from ..models.transformer import BlockRows, Modulation
 from ..weights.adapters import Adapters
 from ..weights.loader import ComponentWeights
@@ -59,6 +60,7 @@ class LevelTable:
         key = hashlib.sha256(key.encode()).hexdigest()
         if all(_is_of(_file(folder, n), key) for n in range(len(chunks))):
             return
+        check_writable(_file(folder, 0), nbytes=len(drawn) * weights.config.modulation_size * dtype.size)
         timesteps = [sigmas[level].item() for level in drawn]
         table = dict(zip(drawn, modulation_table(weights, timesteps, dtype, zero_cond_t, adapters), strict=True))
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..config import TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
-from .loader import ComponentWeights
+from .loader import RESIDENT, ComponentWeights
 from .lora import read_lora
 from .lora_inspect import describe
 from .mapping import canonical_names, matrix_shapes, shown_settings
@@ -23,12 +23,8 @@ _SIGNATURES = {
     "text_encoder": "model.layers.0.input_layernorm.weight",
     "vae": "decoder.conv_in.weight",
 }
-# The released models' configs, and the parts of each component that stay in memory, with their dtype.
-_RESIDENT = {
-    "transformer": (TransformerConfig(), ("main",), mx.bfloat16),
-    "text_encoder": (TextEncoderConfig(), ("main",), mx.bfloat16),
-    "vae": (VAEConfig(), ("encoder", "decoder"), mx.float32),
-}
+# The released models' configs.
+_CONFIGS = {"transformer": TransformerConfig(), "text_encoder": TextEncoderConfig(), "vae": VAEConfig()}
 # Tensors that say more, by canonical name: (label, what is said).
 _MARKS = {
     "__index_timestep_zero__": ("zero_cond_t", "on, as editing models of 2511 want it"),
@@ -86,9 +82,10 @@ def identify(path: Path) -> FileReport:
 
 
 def _resident_bytes(kind: str, tensors: Mapping[str, Tensor]) -> int | None:
-    config, parts, dtype = _RESIDENT[kind]
+    parts, own_dtype = RESIDENT[kind]
+    config = replace(_CONFIGS[kind], **shown_settings(kind, tensors))
     try:
-        weights = ComponentWeights(kind, replace(config, **shown_settings(kind, tensors)), tensors, parts)
+        weights = ComponentWeights(kind, config, tensors, parts)
     except CheckpointError:
         return None
-    return sum(weights.resident_bytes(part, dtype) for part in parts)
+    return sum(weights.resident_bytes(part, own_dtype or mx.bfloat16) for part in parts)

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +43,14 @@ _LAYER = re.compile(r".*?\.\d+(?=\.)|.*")  # a name up to its first number
 
 M = TypeVar("M", bound=nn.Module)
 
+# Components with the parts of them that stay in memory, and their dtype where it is not the model's.
+RESIDENT: dict[str, tuple[tuple[str, ...], mx.Dtype | None]] = {
+    "text_encoder": (("main",), None),
+    "vision": (("main",), None),
+    "transformer": (("main",), None),
+    "vae": (("encoder", "decoder"), mx.float32),
+}
+
 
 class ComponentWeights:
     """The weights of one component, checked against the weights map, read on demand.
@@ -60,6 +67,7 @@ class ComponentWeights:
 
     def __init__(self, component: str, config: Any, tensors: Mapping[str, Tensor], parts: Iterable[str]):
         self.component = component
+        self.config = config
         self._specs = expected_tensors(component, config)
         canonical = canonical_names(component, tensors)
         _check_model(component, tensors, canonical)
@@ -165,12 +173,10 @@ class ComponentWeights:
 
     def bytes_of(self, specs: Iterable[TensorSpec], dtype: mx.Dtype, scheme: Scheme | None = None) -> int:
         """The same for some of its tensors."""
-        total = 0
-        for spec in specs:
-            form = scheme if spec.is_packed_by(scheme) else self._stored[spec.name].scheme
-            shape = LAYOUTS[spec.layout](mx.zeros(spec.shape, mx.uint8)).shape if form is None else spec.shape
-            total += form.nbytes(spec.shape, dtype) if form else prod(shape) * dtype.size
-        return total
+        return sum(
+            spec.loaded_bytes(dtype, scheme if spec.is_packed_by(scheme) else self._stored[spec.name].scheme)
+            for spec in specs
+        )
 
     def open(self, spec: TensorSpec, reader: Reader) -> mx.array | Packed:
         """One weight in the layout of the released files, lazily."""
@@ -329,7 +335,7 @@ def repacked(component: str, value: mx.array | Packed, scheme: Scheme) -> Packed
 
 def _quantize_layer(module: nn.Module, path: str, packed: Packed, dtype: mx.Dtype) -> None:
     """Puts a quantized layer in a layer's place; its bias stays."""
-    parent, place = _place(module, path)
+    parent, place = place_of(module, path)
     form = (*packed.arrays, packed.group_size, packed.bits, packed.mode)
     if isinstance(parent[place], nn.Embedding):
         parent[place] = QuantizedEmbedding(*form, dtype)
@@ -339,12 +345,12 @@ def _quantize_layer(module: nn.Module, path: str, packed: Packed, dtype: mx.Dtyp
 
 def put_beside(module: nn.Module, path: str, branch: tuple[mx.array, mx.array] | None) -> None:
     """Runs a low-rank branch beside a layer, instead of one that may be there; None takes it away."""
-    parent, place = _place(module, path)
+    parent, place = place_of(module, path)
     layer = parent[place].layer if isinstance(parent[place], SideBranch) else parent[place]
     parent[place] = layer if branch is None else SideBranch(layer, *branch)
 
 
-def _place(module: nn.Module, path: str) -> tuple[Any, str | int]:
+def place_of(module: nn.Module, path: str) -> tuple[Any, str | int]:
     """What holds a layer, a module or a list, and under which name or number."""
     *parents, last = path.split(".")
     for name in parents:

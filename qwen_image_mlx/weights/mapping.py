@@ -66,6 +66,12 @@ class TensorSpec:
         """Whether a quantization means this tensor and can take it, whatever its form in the file."""
         return scheme is not None and self.quantized and scheme.fits(self.shape)
 
+    def loaded_bytes(self, dtype: mx.Dtype, form: Scheme | None) -> int:
+        """Bytes in memory once it is loaded: packed in a form, or plain in a dtype and laid out."""
+        if form is not None:
+            return form.nbytes(self.shape, dtype)
+        return prod(LAYOUTS[self.layout](mx.zeros(self.shape, mx.uint8)).shape) * dtype.size
+
 
 @cache
 def weights_map(component: str) -> Mapping[str, Any]:

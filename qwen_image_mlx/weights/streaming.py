@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .adapters import Adapters, Placement
-from .loader import ComponentWeights, fill, specs_of
+from .loader import ComponentWeights, fill, place_of, specs_of
 from .mapping import TensorSpec
 from .quantize import Scheme
 from .shards import Tensor
@@ -81,12 +81,8 @@ def stream_module(
     """
     path = _LAYERS[weights.component]
     specs = specs_of(module, weights, part, scheme)
-    *parents, name = path.split(".")
-    home = module
-    for parent in parents:
-        home = home[parent]
-    layers = StreamedLayers(home[name], path, weights, part, dtype, scheme, adapters)
-    setattr(home, name, layers)
+    parent, place = place_of(module, path)
+    parent[place] = StreamedLayers(parent[place], path, weights, part, dtype, scheme, adapters)
     held = held_specs(weights.component, specs, scheme, lambda name: weights.stored(name).tensor.dtype)
     if weights.component == "text_encoder" and _EMBEDDING not in {spec.name for spec in held}:
         module.model.embed_tokens = StreamedRows(weights.stored(_EMBEDDING).tensor, dtype)
