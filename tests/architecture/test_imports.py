@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "qwen_image_mlx"
 # Each room may import from itself and from rooms of lower levels.
 LEVELS = {
     "errors": 0,
-    "config": 1, "variants": 1,
+    "config": 1, "settings": 1, "variants": 1,
     "models": 2, "sampling": 2, "images": 2, "text": 2,
     "weights": 3,
     "pipeline": 4,

@@ -1,0 +1,193 @@
+"""Where config.toml is found, and what it says for a profile, each value with its origin; every fault with its line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .lines import Names, parse_toml
+from .schema import DEFAULT_PROFILE, GENERATION, SCHEMA, TABLE, table_name
+
+VARIABLE = "QWEN_IMAGE_CONFIG"
+NAME = "config.toml"
+BUILT_IN = "built-in"
+DEMOS = ("demo", "demo-edit", "demo-layered")  # these names are never folders
+
+_ROWS = {(row.table, row.key): row for row in SCHEMA}
+
+
+class UnknownProfile(RequestError):
+    """A profile that the config does not have."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a config says for a profile.
+
+    Attributes:
+        path: the file; None where there is none.
+        profile: the profile's name.
+        values: by the key of every setting in `SCHEMA`; None where nothing is said.
+        origins: by the same keys, "FILE [TABLE]" or "built-in".
+    """
+
+    path: Path | None
+    profile: str
+    values: Mapping[str, Any]
+    origins: Mapping[str, str]
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a setting; None where nothing is said."""
+        return self.values[key]
+
+    def of_command(self, command: str) -> dict[str, Any]:
+        """What is said for a command, by the names of the flags whose place it takes."""
+        said = ((row.feeds[command], self.values[row.key]) for row in SCHEMA if command in row.feeds)
+        return {flag: value for flag, value in said if value is not None}
+
+
+def default_place() -> Path:
+    """Where a user's own config.toml lies on this platform."""
+    if sys.platform == "darwin":
+        folder = "~/Library/Application Support"
+    else:
+        folder = os.environ.get("XDG_CONFIG_HOME", "")
+        folder = folder if os.path.isabs(folder) else "~/.config"
+    return Path(os.path.expanduser(folder), "qwen-image-mlx", NAME)
+
+
+def find_config(explicit: str | os.PathLike | None = None) -> Path | None:
+    """The file in force: the named one, QWEN_IMAGE_CONFIG's, the working directory's, the platform's; None without any.
+
+    A config.toml in the working directory counts only if it is ours: if a profile in it has a `qwen_image` table.
+
+    Raises:
+        RequestError: the one that is named is not there or cannot be read.
+    """
+    named = explicit if explicit is not None else os.environ.get(VARIABLE) or None
+    if named is not None:
+        path = Path(os.path.expanduser(named))
+        _read(path, "" if explicit is not None else f" (from {VARIABLE})")
+        return path
+    if _is_ours(Path(NAME)):
+        return Path(NAME)
+    return default_place() if os.path.exists(default_place()) else None
+
+
+def load_settings(path: Path | None, profile: str | None = None) -> Settings:
+    """What a config says for a profile, over what it says for `default`.
+
+    The whole file is checked, but for tables of other programs beside `qwen_image`. Relative places of models and LoRAs
+    that exist beside the file are made to lead there.
+
+    Args:
+        path: the file; None is one that says nothing.
+        profile: its name; None is `default`.
+
+    Raises:
+        RequestError: the file cannot be read or a setting in it is wrong; the message has the line.
+        UnknownProfile: there is no such profile.
+    """
+    profiles = {} if path is None else _profiles(path)
+    chosen = DEFAULT_PROFILE if profile is None else profile
+    if chosen not in {DEFAULT_PROFILE, *profiles}:
+        there = f"{path} has {', '.join(dict.fromkeys([DEFAULT_PROFILE, *profiles]))}" if path else "there is no config"
+        raise UnknownProfile(f"there is no profile {chosen!r}: {there}")
+    values: dict[str, Any] = {row.key: None for row in SCHEMA}
+    origins = dict.fromkeys(values, BUILT_IN)
+    for name in (DEFAULT_PROFILE, chosen):
+        for key, (value, table) in profiles.get(name, {}).items():
+            values[key], origins[key] = value, f"{path} [{table}]"
+    return Settings(path, chosen, values, origins)
+
+
+def _read(path: Path, why: str = "") -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"the config {path}{why} cannot be read: {reason}") from None
+
+
+def _is_ours(path: Path) -> bool:
+    if not os.path.isfile(path):
+        return False
+    try:
+        data = _read(path)
+    except RequestError:  # whose it is cannot be told
+        return False
+    try:
+        said, _ = parse_toml(data, "")
+    except RequestError:  # damaged; the owner is to be told
+        return TABLE.encode() in data
+    return any(isinstance(profile, dict) and TABLE in profile for profile in said.values())
+
+
+def _profiles(path: Path) -> dict[str, dict[str, tuple[Any, str]]]:
+    """By the name of a profile and a setting's key: its value as it is stored, and the table that says it."""
+    said, lines = parse_toml(_read(path), str(path))
+    profiles: dict[str, dict[str, tuple[Any, str]]] = {}
+    for name, tables in said.items():
+        if isinstance(tables, dict) and TABLE in tables:
+            profiles[name] = dict(_checked(path, tables[TABLE], (name, TABLE), lines))
+    if said and not profiles:
+        raise RequestError(f"{path} has no table [{table_name(DEFAULT_PROFILE, '')}], so it sets nothing here")
+    return profiles
+
+
+def _checked(path: Path, said: Any, outer: Names, lines: Mapping[Names, int]) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """(key, (value, table)) of every setting in a profile's table and in the one inside it."""
+
+    def fault(names: Names, message: str) -> RequestError:
+        return RequestError(f"{path}, line {lines[names]}: {message}")
+
+    if not isinstance(said, dict):
+        raise fault(outer, f"{outer[-1]} is {_shown(said)}, but must be a table")
+    table = "".join(outer[2:])
+    for key, value in said.items():
+        names = (*outer, key)
+        if not table and key == GENERATION:
+            yield from _checked(path, value, names, lines)
+        elif row := _ROWS.get((table, key)):
+            if not row.kind.accepts(value):
+                raise fault(names, f"{key} is {_shown(value)}, but must be {row.kind.allowed}")
+            value = row.kind.store(value)
+            yield key, (_placed(value, path.parent) if row.place else value, table_name(outer[0], table))
+        elif home := next((row for row in SCHEMA if row.key == key), None):
+            raise fault(names, f"{key} belongs in [{table_name(outer[0], home.table)}]")
+        else:
+            raise fault(names, f"{key} is not a setting; {_nearest(key)}")
+
+
+def _nearest(key: str) -> str:
+    known = [*(row.key for row in SCHEMA), GENERATION]
+    near = get_close_matches(key.lower().replace("-", "_"), known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def _shown(value: Any) -> str:
+    """A value much as TOML writes it, cut where it is long."""
+    return f"{json.dumps(value, ensure_ascii=False, default=str):.80}"
+
+
+def _placed(value: str | Iterable[str], folder: Path) -> str | list[str]:
+    """Places with ~ expanded, and those that are there beside the config made to lead there."""
+    if not isinstance(value, str):
+        return [_placed_lora(item, folder) for item in value]
+    beside = folder / os.path.expanduser(value)
+    return str(beside) if value not in DEMOS and os.path.exists(beside) else os.path.expanduser(value)
+
+
+def _placed_lora(reference: str, folder: Path) -> str:
+    """The same for REF or REF@STRENGTH; an existing path that contains an @ is a path."""
+    place, at, strength = reference.rpartition("@")
+    if not at or os.path.exists(folder / os.path.expanduser(reference)):
+        return str(_placed(reference, folder))
+    return f"{_placed(place, folder)}@{strength}"
