@@ -136,9 +136,9 @@ NEGATIVE_2512 = (
 
 CAPTION_TEMPLATES = {language: Template(text=text, picture=PICTURE) for language, text in _CAPTION.items()}
 
-# From 16 normalised latent channels, at an eighth of the size, to RGB in [-1, 1]: a row a channel, and a last row that is
-# added. A fit by others: ComfyUI's comfy/latent_formats.py, Wan21.latent_rgb_factors and latent_rgb_factors_bias, there
-# as here for latents less their mean, divided by their deviation. Qwen-Image's autoencoder shares Wan 2.1's latent
+# From 16 normalised latent channels, at an eighth of the size, to RGB in [-1, 1]: a row a channel, and a last row that
+# is added. A fit by others: ComfyUI's comfy/latent_formats.py, Wan21.latent_rgb_factors and latent_rgb_factors_bias,
+# there as here for latents less their mean, over their deviation. Qwen-Image's autoencoder shares Wan 2.1's latent
 # space, means and deviations included.
 WAN_PREVIEW: tuple[tuple[float, ...], ...] = (
     (-0.1299, -0.1692, 0.2932),

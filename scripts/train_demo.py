@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from demo import autoencoder, checkpoint, judge, painter, samples
+from demo import autoencoder, checkpoint, judge, painter, preview, samples
 
 from qwen_image_mlx.config import VAEConfig
 from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
@@ -145,7 +145,11 @@ def _train_layered(out: Path, folder: Path, every: int, seed: int, start: Path |
 
 
 def pack(out: Path, every: int, seed: int) -> None:
-    """Lays the models into the package, with what they share only once."""
+    """Lays the models into the package, with what they share only once, and says how their latents are shown."""
+    for model in checkpoint.PIPELINES:
+        frame = samples.Frame(out / "models" / model)
+        channels = 4 if checkpoint.transformer_config(model).use_layer3d_rope else 3
+        checkpoint.write_preview(out / "models" / model, preview.fit_preview(frame, channels))
     checkpoint.pack(out / "models", Path(__file__).parents[1] / "qwen_image_mlx" / "demo")
 
 

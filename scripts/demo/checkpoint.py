@@ -94,6 +94,13 @@ def write_component(
     write_json(folder / component / "config.json", {"_class_name": class_name, **asdict(config)})
 
 
+def write_preview(folder: Path, rows: list[list[float]]) -> None:
+    """Adds how its latents are shown to what a model says of itself."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index[OWN]["preview"] = rows
+    write_json(folder / "model_index.json", index)
+
+
 def pack(models: Path, to: Path) -> None:
     """Copies models into one folder; a part that several have alike goes to `shared`, once.
 
