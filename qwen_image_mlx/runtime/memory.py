@@ -319,10 +319,14 @@ class _Planner:
             return sum(self.components.weights(name).nbytes for name in names)
         return sum(self.read(name, list(self.tensors(name).values())) for name in names)
 
-    @property
+    @cached_property
     def is_here(self) -> bool:
-        """Whether the files are on disk, so that their headers tell how weights are stored."""
-        return self.components.snapshot.is_local
+        """Whether weights are on disk, so that their headers tell how they are stored; a folder may hold configs only."""
+        snapshot = self.components.snapshot
+        return snapshot.is_local and any(
+            name.endswith((".safetensors", ".gguf"))
+            for folder in ("transformer", "text_encoder", "vae") for name in snapshot.names(folder)
+        )  # fmt: skip
 
 
 # Choosing and keeping to it -------------------------------------------------------------------------------------------
