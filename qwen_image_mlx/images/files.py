@@ -96,7 +96,7 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
         with os.fdopen(handle, "wb") as file:
             image.save(file, "PNG", pnginfo=info, icc_profile=image.info.get("icc_profile"))
         os.chmod(partial, 0o666 & ~umask())
-        written = _claim(path)
+        written = claim(path)
         os.replace(partial, written)
     except OSError as error:
         if written is not None:
@@ -129,8 +129,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _claim(path: Path) -> Path:
-    """Creates the first free name exclusively, so that two processes never take the same one."""
+def claim(path: Path) -> Path:
+    """Creates the first free name exclusively, so that two processes never take the same one; raises OSError."""
     for candidate in _candidates(path):
         try:
             os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
