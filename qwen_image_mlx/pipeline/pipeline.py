@@ -346,7 +346,7 @@ class QwenImagePipeline(ReleasablePipeline):
         the noise alone.
         """
         prompt = request.prompt
-        if self.variant.captions and not prompt.strip():
+        if self.writes_caption(request):
             prompt = self.caption_image(
                 request.images[0],
                 language=request.caption_language,
@@ -373,6 +373,10 @@ class QwenImagePipeline(ReleasablePipeline):
                 "a picture of %dx%d pixels is stretched to %dx%d to be painted over", *picture.size, *canvas.size
             )
         return self.encode_initial_image(picture, canvas.size, mask, progress=progress)
+
+    def writes_caption(self, request: Request) -> bool:
+        """Whether the model says itself what the picture shows."""
+        return self.variant.captions and not request.prompt.strip()
 
     def starts_from_canvas(self, request: Request) -> bool:
         """Whether a request's pictures begin with its canvas: an edit without a mask begins with noise alone."""

@@ -321,7 +321,7 @@ class _Planner:
 
     @cached_property
     def is_here(self) -> bool:
-        """Whether weights are on disk, so that their headers tell how they are stored; a folder may hold configs only."""
+        """Whether weights are on disk, so that headers tell how they are stored; a folder may hold configs only."""
         snapshot = self.components.snapshot
         return snapshot.is_local and any(
             name.endswith((".safetensors", ".gguf"))

@@ -175,6 +175,15 @@ def test_without_a_prompt_the_caption_is_recorded_and_cached(run):
     assert caption
 
 
+def test_captions_are_not_written_with_a_text_encoder_that_is_read_for_every_word(run):
+    told = ["photo.png", *QUICK, "--resolution", "96", "--layers", "1", "--memory", "streamed"]
+    assert "--prompt" in refusal(run("decompose", *told))
+    for more in (["--prompt", "a photo"], ["--force"]):
+        code, (_, psnr), err = run("decompose", *told, *more)
+        assert code == 0, err
+        assert psnr.startswith("PSNR")
+
+
 def test_layers_are_laid_together_hidden_moved_and_scaled(run, layers):
     images = [Image.open(layers / f"layer_{n}.png") for n in range(3)]
     whole = opened(run("compose", layers))

@@ -112,7 +112,11 @@ def test_a_trained_lora_gives_the_reference_s_pixels(models, examples, tmp_path,
         diffusers_logging.set_verbosity_error()
         diffusers_logging.disable_propagation()
     assert not caplog.text, "no missing or unexpected key"
-    assert reference.transformer.peft_config["one"].lora_alpha == 6.0
+    learned = reference.transformer.peft_config["one"]
+    assert (learned.r, learned.lora_alpha) == (3, 6.0)
+    branched = {name for name, module in reference.transformer.named_modules() if hasattr(module, "lora_A")}
+    said = json.loads(read_header(outcome.result)[1]["lora_adapter_metadata"])
+    assert set(said["transformer.target_modules"]) == branched, "the file names every matrix that it trains"
     expected = np.asarray(run_reference(reference, **PAINTED).image).astype(int)
     plain = paint(models["t2i"])
     for mode in ("merge", "side"):
