@@ -5,6 +5,7 @@ The reference libraries take seconds to import, so they are imported only when a
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # Started in the background a run ignores Ctrl-C, and so do the programs it starts; the tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.environ["QWEN_IMAGE_CONFIG"] = os.devnull  # not the config of whoever runs the tests
 
 
 @pytest.fixture(scope="session")

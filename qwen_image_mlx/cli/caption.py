@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
+from .config import add_config_flags, configured
 from .painting import add_model_flags
 
 
@@ -19,6 +20,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("image", metavar="IMAGE", help="the picture to describe")
     add_model_flags(parser, DEFAULT_LAYERED_MODEL)
+    add_config_flags(parser)
     parser.add_argument("--language", choices=CAPTION_TEMPLATES, default="en", help="default: en")
     parser.add_argument("--resolution", type=int, choices=LAYERED_RESOLUTIONS, default=LAYERED_RESOLUTIONS[0],
                         help="show it at about this side squared, in pixels (default: %(default)s)")  # fmt: skip
@@ -33,13 +35,15 @@ def run(arguments: argparse.Namespace) -> None:
     from ..pipeline.parameters import check_seed
 
     check_seed(arguments.seed)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    wanted = {**configured(arguments, "caption", DEFAULT_LAYERED_MODEL), **given}
     picture = open_rgba(arguments.image)
 
     from ..runtime.asking import open_pipeline
     from .console import ProgressBars, messages
 
     with messages(), ProgressBars() as bars:
-        pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, bars)
+        pipeline = open_pipeline(wanted, DEFAULT_LAYERED_MODEL, bars)
         caption = pipeline.caption_image(
             picture, language=arguments.language, resolution=arguments.resolution, seed=arguments.seed
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import OutputError, RequestError
 from ..pipeline.parameters import MAX_LAYERS, RNGS
 from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
+from .config import configured, wants_timings
 from .painting import add_cache_flag, add_model_flags, add_painter_flags
 
 if TYPE_CHECKING:
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+# Where neither a flag nor the config says otherwise; the rest is the model's.
+_USUAL = {
+    "prompt": "",
+    "negative_prompt": " ",
+    "layers": 4,
+    "size": "source",
+    "cfg_normalize": False,
+    "caption_language": "en",
+    "rng": RNGS[0],
+}
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -36,19 +48,19 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--layer", metavar="DIR:N", help="instead, layer N of a folder, PSD or ORA")
     add_model_flags(parser, DEFAULT_LAYERED_MODEL)
     add_painter_flags(parser)
-    add("--prompt", default="", help="what the whole picture shows (default: the model's own caption)")
-    add("--negative-prompt", "-n", metavar="N", default=" ", help='what to avoid (default: " ")')
-    add("--layers", type=int, metavar="N", default=4, help=f"1 to {MAX_LAYERS} (default: 4)")
+    add("--prompt", help="what the whole picture shows (default: the model's own caption)")
+    add("--negative-prompt", "-n", metavar="N", help='what to avoid (default: " ")')
+    add("--layers", type=int, metavar="N", help=f"1 to {MAX_LAYERS} (default: 4)")
     add("--resolution", type=int, metavar="|".join(map(str, LAYERED_RESOLUTIONS)),
         help="the model works at so many pixels squared, at the picture's aspect (default: 640)")  # fmt: skip
-    add("--size", default="source", metavar="source|bucket", help="of the layers: the picture's or the model's "
+    add("--size", metavar="source|bucket", help="of the layers: the picture's or the model's "
         "(default: source)")  # fmt: skip
     add("--steps", type=int, help="denoising steps (default: 50)")
     add("--cfg-scale", "-g", type=float, metavar="S", help="guidance; 1 turns it off (default: 4.0)")
     add("--cfg-normalize", action="store_true", help="guidance keeps the length of each token's velocity")
-    add("--caption-language", choices=CAPTION_TEMPLATES, default="en", help="of the model's own caption (default: en)")
+    add("--caption-language", choices=CAPTION_TEMPLATES, help="of the model's own caption (default: en)")
     add("--seed", "-s", type=int, metavar="N", help="of the noise (default: random)")
-    add("--rng", choices=RNGS, default=RNGS[0], help="whose noise a seed stands for (default: %(default)s)")
+    add("--rng", choices=RNGS, help=f"whose noise a seed stands for (default: {RNGS[0]})")
     add("--format", default="png", metavar="F,F", help="png, psd, ora, zip, pptx (default: png)")
     add("--output", "-o", metavar="DIR", help="folder for the layers (default: named after the picture)")
     add_cache_flag(parser)
@@ -78,41 +90,47 @@ def run(arguments: argparse.Namespace) -> None:
     from ..images.sources import open_rgba
     from ..pipeline.decomposition import layers_request
 
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    wanted = {**_USUAL, **configured(arguments, "decompose", DEFAULT_LAYERED_MODEL), **given}
     if (arguments.image is None) == (arguments.layer is None):
         raise RequestError("give one picture: PHOTO, or --layer DIR:N")
     name = Path(arguments.layer.replace(":", "-") if arguments.image is None else arguments.image).stem
     picture = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
     formats = check_formats(arguments.format.split(","))
-    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
-    given = {"num_inference_steps": arguments.steps, "cfg_scale": arguments.cfg_scale}
+    sampling = {"num_inference_steps": wanted.get("steps"), "cfg_scale": wanted.get("cfg_scale")}
     ask = partial(
-        layers_request, picture, arguments.prompt, negative_prompt=arguments.negative_prompt,
-        num_layers=arguments.layers, resolution=arguments.resolution, size=arguments.size,
-        cfg_normalize=arguments.cfg_normalize, seed=seed, rng=arguments.rng,
-        caption_language=arguments.caption_language,
+        layers_request, picture, wanted["prompt"], negative_prompt=wanted["negative_prompt"],
+        num_layers=wanted["layers"], resolution=wanted.get("resolution"), size=wanted["size"],
+        cfg_normalize=wanted["cfg_normalize"], seed=wanted.get("seed", secrets.randbelow(2**32)), rng=wanted["rng"],
+        caption_language=wanted["caption_language"],
     )  # fmt: skip
     draft = ask(
-        resolutions=(arguments.resolution or LAYERED_RESOLUTIONS[0],),
-        sampling={name: value for name, value in given.items() if value is not None},
+        resolutions=(wanted.get("resolution") or LAYERED_RESOLUTIONS[0],),
+        sampling={name: value for name, value in sampling.items() if value is not None},
     )
     folder = Path(arguments.output or f"{name}-layers").expanduser()
     width, height = draft.canvas.result_size
-    check_writable(folder / "layer_0.png", nbytes=4 * width * height * (arguments.layers + 2) * len(formats))
+    check_writable(folder / "layer_0.png", nbytes=4 * width * height * (wanted["layers"] + 2) * len(formats))
 
     from ..runtime.asking import open_pipeline, settled
     from ..runtime.cache import EncodingCache
+    from ..runtime.preview import Preview
     from ..runtime.profile import Profile
     from ..runtime.session import decompose
     from .console import ProgressBars, messages
+    from .preview import preview_file
 
     with messages(), ProgressBars() as bars, ExitStack() as stack:
-        profile = Profile(bars) if arguments.profile else None
-        pipeline = open_pipeline(vars(arguments), DEFAULT_LAYERED_MODEL, profile or bars)
+        profile = Profile(bars) if wants_timings(arguments) else None
+        pipeline = open_pipeline(wanted, DEFAULT_LAYERED_MODEL, profile or bars)
         pipeline.check_task("decompose")
-        request = ask(resolutions=pipeline.variant.resolutions, sampling=pipeline.recommended.unless(**given))
-        plan = stack.enter_context(settled(pipeline, request, arguments.memory, force=bool(arguments.force)))
+        request = ask(resolutions=pipeline.variant.resolutions, sampling=pipeline.recommended.unless(**sampling))
+        plan = stack.enter_context(settled(pipeline, request, wanted.get("memory"), force=bool(arguments.force)))
         cache = EncodingCache() if arguments.cache else None
-        result = decompose(pipeline, request, profile or bars, cache, plan.residency)
+        watch = profile or bars
+        if arguments.preview:
+            watch = Preview(stack.enter_context(preview_file(folder)), watch, pipeline, request)
+        result = decompose(pipeline, request, watch, cache, plan.residency)
         bars.close()
         if profile:
             result.stack.metadata["profile"] = profile.record()

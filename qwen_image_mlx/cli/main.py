@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import QwenImageError, RequestError
-from . import caption, compose, decompose, edit, generate, info, lora, plan, quantize, train
+from . import caption, compose, config, decompose, edit, generate, info, lora, plan, quantize, train
 
-COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, plan, info)
+COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, plan, info, config)
 
 
 class _Parser(argparse.ArgumentParser):

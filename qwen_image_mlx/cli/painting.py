@@ -14,6 +14,7 @@ from ..errors import RequestError
 from ..pipeline.parameters import DTYPES, RNGS
 from ..pipeline.request import build_request, parsed_size
 from ..variants import ASPECT_SIZES, LORA_MODES
+from .config import add_painter_config_flags, configured, wants_timings
 
 if TYPE_CHECKING:
     pass
@@ -108,8 +109,10 @@ def add_painter_flags(parser: argparse._ActionsContainer) -> None:
         "turns or are streamed from the files as it demands; or say how: resident, staged, streamed (default: "
         "staged)")  # fmt: skip
     add("--force", action="store_true", default=None, help="paint although the plan does not fit the memory")
-    add("--profile", action="store_true", default=None, help="print what each stage takes, and record it")
+    add("--preview", action="store_true", default=None, help="while it paints, keep a small picture of what it is "
+        "heading for beside the output")  # fmt: skip
     add("--lightning", type=int, choices=(4, 8), help="the official LoRA of the model that paints in so many steps")
+    add_painter_config_flags(parser)
 
 
 def add_sampling_flags(parser: argparse._ActionsContainer, steps: int) -> None:
@@ -136,16 +139,19 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     from ..images.sources import open_image, open_mask, open_rgba
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    recorded = {}
+    recorded, metadata = {}, {}
     if "from_image" in given:
-        recorded = _beside(Path(given["from_image"]).parent, _checked(read_metadata(given["from_image"])))
+        metadata = read_metadata(given["from_image"])
+        recorded = _beside(Path(given["from_image"]).parent, _checked(metadata))
         if "model" in given:
             for name in ("revision", "transformer", "text_encoder", "vae"):
                 recorded.pop(name, None)  # recorded for one model, it means nothing for another
-    wanted = {**recorded, **given}
+    usual = configured(arguments, task, default_model, metadata)
+    wanted = {**usual, **recorded, **given}
+    drawn = "seed" not in wanted
     wanted.setdefault("seed", secrets.randbelow(2**32))  # as many bits as torch's generator uses
     sources = _sources(given, wanted)
-    size = _size(given, recorded, bool(sources))
+    size = _size(given, recorded, bool(sources), usual.get("aspect"))
     if task == "edit" and not sources:
         raise RequestError("a picture to edit is missing: give --image")
     if task == "generate" and len(sources) > 1:
@@ -170,25 +176,29 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
 
     from ..runtime.asking import open_pipeline, painting_request, settled
     from ..runtime.cache import EncodingCache
+    from ..runtime.preview import Preview
     from ..runtime.profile import Profile
     from ..runtime.session import paint
     from .console import ProgressBars, messages
+    from .preview import preview_file
 
     with messages(), ProgressBars() as bars, ExitStack() as stack:
-        profile = Profile(bars) if "profile" in given else None
+        profile = Profile(bars) if wants_timings(arguments) else None
         pictures = [open_image(source) for source in sources]
         mask = open_mask(wanted["mask"]) if "mask" in wanted else None
         pipeline = open_pipeline(wanted, default_model, profile or bars)
         pipeline.check_task(task)
         straight = [open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None
         request = painting_request(pipeline, wanted, size, pictures, mask, straight)
-        plan = stack.enter_context(settled(pipeline, request, given.get("memory"), force="force" in given))
+        plan = stack.enter_context(settled(pipeline, request, wanted.get("memory"), force="force" in given))
         provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
-        if "seed" not in given and not recorded:
+        if drawn:
             logger.info("seed %d", request.seeds[0])
-        for number, painting in enumerate(
-            paint(pipeline, request, profile or bars, EncodingCache() if "cache" in given else None, plan.residency)
-        ):
+        watch = profile or bars
+        if "preview" in given:
+            watch = Preview(stack.enter_context(preview_file(path)), watch, pipeline, request)
+        cache = EncodingCache() if "cache" in given else None
+        for number, painting in enumerate(paint(pipeline, request, watch, cache, plan.residency)):
             bars.close()
             if profile:
                 painting.metadata["profile"] = profile.record()
@@ -251,8 +261,10 @@ def _sources(given: Mapping[str, Any], wanted: dict[str, Any]) -> list[Any]:
     return [image]
 
 
-def _size(given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: bool) -> tuple[int, int] | str | None:
-    """(width, height), "1mp", "source", an aspect, or None for what is usual; the flags' or the recorded one."""
+def _size(
+    given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: bool, aspect: str | None
+) -> tuple[int, int] | str | None:
+    """(width, height), "1mp", "source", an aspect, or None for what is usual: of flags, picture or config."""
     if ("width" in given) != ("height" in given):
         raise RequestError("give both --width and --height, or --aspect")
     explicit = []
@@ -272,4 +284,4 @@ def _size(given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: b
         return "source"
     if {"width", "height"} <= recorded.keys() and not painted_over:
         return recorded["width"], recorded["height"]
-    return None if painted_over else next(iter(ASPECT_SIZES))
+    return None if painted_over else aspect or next(iter(ASPECT_SIZES))

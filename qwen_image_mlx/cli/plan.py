@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..pipeline.parameters import DTYPES, MAX_LAYERS, check_size
 from ..pipeline.request import parsed_size
 from ..variants import DEFAULT_MODEL
+from .config import add_config_flags, configured
 
 if TYPE_CHECKING:
     from ..pipeline.components import Components
@@ -36,9 +37,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help="a local directory or a Hugging Face id "
-        "(default: %(default)s)")  # fmt: skip
-    add("--memory", metavar="M", default="auto", help="what may be used, as 16GB; auto is this machine's "
+    add("model", nargs="?", metavar="MODEL", help="a local directory or a Hugging Face id "
+        f"(default: {DEFAULT_MODEL})")  # fmt: skip
+    add("--memory", metavar="M", help="what may be used, as 16GB; auto is this machine's "
         "(default: auto)")  # fmt: skip
     add("--revision", help="branch, tag or commit of a Hugging Face model")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the text encoder and the transformer")
@@ -46,9 +47,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--group-size", type=int, metavar="G", help="columns that share a scale")
     add("--size", metavar="WxH", help="of the picture (default: the model's own)")
     add("--references", type=int, metavar="N", help="pictures an editing model is shown (default: 1)")
-    add("--layers", type=int, default=4, metavar="N", help="of a layered model (default: 4)")
+    add("--layers", type=int, metavar="N", help="of a layered model (default: 4)")
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
     add("--json", action="store_true", help="print JSON, in bytes")
+    add_config_flags(parser)
     return parser
 
 
@@ -59,6 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ..weights.quantize import NONE, Quantization
     from .console import messages
 
+    usual = {"model": DEFAULT_MODEL, "memory": "auto", "layers": 4, **configured(arguments, "plan", DEFAULT_MODEL)}
+    for name, value in usual.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     if not 1 <= arguments.layers <= MAX_LAYERS:
         raise RequestError(f"--layers is {arguments.layers}, but must be from 1 to {MAX_LAYERS}")
     if arguments.group_size is not None and arguments.quantize is None:

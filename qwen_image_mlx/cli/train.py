@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..errors import RequestError
 from ..training.settings import SCHEDULES, TARGETS, TASKS, TIMESTEPS, WEIGHTINGS, TrainingSettings
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
+from .config import add_config_flags, configured
 from .painting import add_model_flags
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--output", "-o", required=True, metavar="OUT", help="folder of the run")
     add("--task", choices=_DEFAULT_MODELS, help="what kind of model is trained (default: what --model is made for)")
     add_model_flags(parser, DEFAULT_MODEL)
+    add_config_flags(parser)
     add("--steps", type=int, required=True, metavar="N", help="optimizer steps")
     add("--rank", type=int, metavar="R", help=f"of the LoRA (default: {default['rank']})")
     add("--alpha", type=float, metavar="A", help="the LoRA counts A / R (default: R)")
@@ -87,10 +89,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains, and prints the path of the result."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     names = {field.name for field in fields(TrainingSettings)}
-    wanted = {name: value for name, value in given.items() if name in names}
-    settings = TrainingSettings(**wanted | {"sample_prompts": tuple(wanted.get("sample_prompts", ()))})
+    asked = {name: value for name, value in given.items() if name in names}
+    settings = TrainingSettings(**asked | {"sample_prompts": tuple(asked.get("sample_prompts", ()))})
     if settings.sample_prompts and not settings.sample_every:
         raise RequestError("--sample-prompt needs --sample-every")
+    kind = given.get("task", "t2i")
+    wanted = {**configured(arguments, f"train --task {kind}", _DEFAULT_MODELS[kind]), **given}
     if given.get("task"):
         _read(arguments.data, given["task"])  # before a model is looked for
 
@@ -108,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
             interrupt.gently = True
             line.show(result)
 
-        pipeline = open_pipeline(given, _DEFAULT_MODELS[given.get("task", "t2i")], tell)
+        pipeline = open_pipeline(wanted, _DEFAULT_MODELS[kind], tell)
         task = TASKS[pipeline.variant.task]
         if given.get("task", task) != task:
             raise RequestError(f"{pipeline.model} is trained for {task}, not for {given['task']}")

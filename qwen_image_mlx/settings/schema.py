@@ -114,7 +114,7 @@ def _painters(flag: str, **others: str) -> dict[str, str]:
 SCHEMA = (
     Setting(key="model_path", kind=_MODEL, place=True, help="what paints a prompt: a directory or a Hugging Face id",
             usual="Qwen/Qwen-Image-2512", example="Qwen/Qwen-Image-2512",
-            feeds={"generate": "model", "plan": "model", "train": "model"}),
+            feeds={"generate": "model", "plan": "model", "train --task t2i": "model"}),
     Setting(key="edit_model_path", kind=_MODEL, place=True, help="the same, of the model that edits",
             usual="Qwen/Qwen-Image-Edit-2511", example="Qwen/Qwen-Image-Edit-2511",
             feeds={"edit": "model", "train --task edit": "model"}),

@@ -22,7 +22,7 @@ MODEL = {
     "--help", "--model", "--revision", "--dtype", "--quantize", "--group-size", "--text-encoder", "-h", "-m",
 }  # fmt: skip
 PAINTER = MODEL | {
-    "--lora", "--lora-mode", "--lightning", "--transformer", "--vae", "--memory", "--force", "--profile",
+    "--lora", "--lora-mode", "--lightning", "--transformer", "--vae", "--memory", "--force", "--config", "--profile",
 }  # fmt: skip
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = PAINTER | SAMPLING | {
@@ -39,8 +39,9 @@ FLAGS = {
     "compose": PAINTER | SAMPLING | {
         "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "-o",
     },
-    "caption": MODEL | {"--language", "--resolution", "--seed", "-s"},
+    "caption": MODEL | {"--config", "--profile", "--language", "--resolution", "--seed", "-s"},
     "train": MODEL | {
+        "--config", "--profile",
         "--data", "--output", "--task", "--steps", "--rank", "--alpha", "--targets", "--full", "--learning-rate",
         "--warmup", "--schedule", "--batch-size", "--accumulate", "--weight-decay", "--timesteps", "--logit-mean",
         "--logit-std", "--shift", "--weighting", "--resolution", "--caption-dropout", "--checkpointing", "--ema",
@@ -49,11 +50,15 @@ FLAGS = {
     "quantize": {"-h", "--help", "--bits", "--group-size", "--revision"},
     "plan": {
         "-h", "--help", "--memory", "--revision", "--dtype", "--quantize", "--group-size", "--size", "--references",
-        "--layers", "--steps", "--json",
+        "--layers", "--steps", "--json", "--config", "--profile",
     },
     "lora": {"-h", "--help"},
     "lora inspect": {"-h", "--help", "--model", "-m"},
     "info": {"-h", "--help", "--json"},
+    "config": {"-h", "--help"},
+    "config show": {"-h", "--help", "--json", "--config", "--profile"},
+    "config init": {"-h", "--help"},
+    "config path": {"-h", "--help", "--config"},
 }  # fmt: skip
 
 

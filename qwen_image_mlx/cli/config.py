@@ -1,0 +1,145 @@
+"""qwen-image-mlx config: what config.toml says, and where it is; and the way of its settings into other commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError, RequestError
+from ..settings import SCHEMA, UnknownProfile, default_place, example_config, find_config, load_settings
+
+DESCRIPTION = """\
+Say what config.toml sets, write one, or say which is in force: the one named by --config or by QWEN_IMAGE_CONFIG; or
+config.toml in the working directory, if it has a table like [default.qwen_image]; or that of the platform's config
+folder. Flags win over a picture's own metadata (--from-image), that over the profile, and that over "default"."""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds `config show`, `config init` and `config path` with their flags."""
+    parser = commands.add_parser("config", help="show, begin or find config.toml", description=DESCRIPTION,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="print every setting, its value and where it came from")
+    show.add_argument("--json", action="store_true", help="print JSON; what is not set is null")
+    add_config_flags(show)
+    show.set_defaults(act=_show)
+    init = actions.add_parser("init", help="write a config.toml in which every setting is explained and none is set")
+    init.add_argument("path", nargs="?", metavar="PATH", help="a file that is not there yet (default: config.toml in "
+                      "the platform's config folder)")  # fmt: skip
+    init.set_defaults(act=_init)
+    path = actions.add_parser("path", help="print the path of the file in force")
+    _add_config_flag(path)
+    path.set_defaults(act=_path)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints or writes what is asked for."""
+    arguments.act(arguments)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    settings = load_settings(find_config(arguments.config), arguments.profile)
+    rows = [(f"{row.table}.{row.key}".lstrip("."), row) for row in SCHEMA]
+    if arguments.json:
+        said = {name: {"value": settings[row.key], "origin": settings.origins[row.key]} for name, row in rows}
+        file = None if settings.path is None else str(settings.path)
+        facts = {"file": file, "profile": settings.profile, "settings": said}
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        return
+    lines = [
+        (name, row.usual if settings[row.key] is None else _written(settings[row.key]), settings.origins[row.key])
+        for name, row in rows
+    ]
+    first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
+    for name, value, origin in lines:
+        print(f"{name:{first}}  {value:{second}}  {origin}")
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    path = default_place() if arguments.path is None else Path(arguments.path).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(example_config())
+    except FileExistsError:
+        raise OutputError(f"{path} is there already, and is kept") from None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    print(path)
+
+
+def _path(arguments: argparse.Namespace) -> None:
+    path = find_config(arguments.config)
+    if path is None:
+        raise RequestError("there is no config.toml in force; qwen-image-mlx config init writes one")
+    print(path)
+
+
+def add_config_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds --config and --profile NAME."""
+    _add_config_flag(parser)
+    parser.add_argument("--profile", metavar="NAME", help="take the config's profile NAME (default: default)")
+
+
+def add_painter_config_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds --config and --profile [NAME], which without a name is about timings."""
+    _add_config_flag(parser)
+    parser.add_argument("--profile", nargs="?", const=True, action="append", metavar="NAME", help="with a NAME, take "
+                        "the config's profile of that name; without one, print what each stage takes, and record it "
+                        "(then give it last, or the prompt before it); both may be given")  # fmt: skip
+
+
+def _add_config_flag(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--config", metavar="PATH", help="a config.toml (default: see qwen-image-mlx config --help)")
+
+
+def wants_timings(arguments: argparse.Namespace) -> bool:
+    """Whether --profile was given without a name."""
+    return True in (arguments.profile or ())
+
+
+def configured(
+    arguments: argparse.Namespace, command: str, default_model: str, recorded: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """What the config says for a command, by the names of flags; flags go over it.
+
+    What belongs together is taken or left together: the config's LoRAs are for its own model, and --lightning says how
+    its LoRA is sampled.
+
+    Args:
+        arguments: the flags.
+        command: a key of `Setting.feeds`.
+        default_model: the model where neither flags nor config name one.
+        recorded: the metadata of a picture that is painted again; of what stands in it the config says nothing.
+
+    Raises:
+        RequestError: the config is wrong, or has no such profile.
+    """
+    profile = arguments.profile
+    if isinstance(profile, list):
+        names = [name for name in profile if name is not True]
+        if len(names) > 1:
+            raise RequestError(f"--profile names {' and '.join(names)}, but a command has one profile")
+        profile = names[0] if names else None
+    try:
+        said = load_settings(find_config(arguments.config), profile).of_command(command)
+    except UnknownProfile as error:
+        hint = "; to print what stages take, put the prompt before --profile, or --profile last"
+        raise RequestError(f"{error}{hint if isinstance(arguments.profile, list) else ''}") from None
+    left = set(recorded)
+    if left & {"width", "height", "size"}:
+        left.add("aspect")
+    own = said.get("model", default_model)
+    if (arguments.model or recorded.get("model") or own) != own:
+        left.add("loras")
+    if getattr(arguments, "lightning", None):
+        left |= {"steps", "cfg_scale"}
+    return {name: value for name, value in said.items() if name not in left}
