@@ -1,14 +1,17 @@
 """Entry point: finds the command, and turns what goes wrong into one line and an exit code.
 
-0 done; 1 a fault of this program, with its traceback; 2 the user's input; 130 Ctrl-C. stdout is for results, stderr for
-people. Nothing heavy is imported before a command runs.
+0 done; 1 a fault of this program, with its traceback; 2 the user's input; 130 Ctrl-C; 143 SIGTERM. stdout is for
+results, stderr for people. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from .. import __version__
@@ -39,14 +42,37 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command like Ctrl-C: nothing half-written stays."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def end(signum: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be asked for
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     try:
-        arguments = build_parser().parse_args(argv)
-        arguments.run(arguments)
+        with _terminable():
+            arguments = build_parser().parse_args(argv)
+            arguments.run(arguments)
     except QwenImageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except _Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

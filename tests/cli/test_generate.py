@@ -381,7 +381,8 @@ def test_a_disk_that_fills_up_while_saving_leaves_nothing_behind(run, here, monk
     assert not list(here.iterdir())
 
 
-def test_ctrl_c_ends_with_130_and_no_traceback(here, tiny):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_ended_leaves_nothing(here, tiny, sent, code):
     process = subprocess.Popen(
         [sys.executable, "-m", "qwen_image_mlx", "generate", "a fox", "--model", str(tiny), "--width", "64",
          "--height", "64", "--steps", "900"],
@@ -391,9 +392,9 @@ def test_ctrl_c_ends_with_130_and_no_traceback(here, tiny):
     deadline = time.monotonic() + 60
     while "steps" not in seen and time.monotonic() < deadline:
         seen += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (code, "")
     assert "Traceback" not in err
     assert not list(here.iterdir())
 
