@@ -21,6 +21,7 @@ BUILT_IN = "built-in"
 DEMOS = ("demo", "demo-edit", "demo-layered")  # these names are never folders
 
 _ROWS = {(row.table, row.key): row for row in SCHEMA}
+_HOMES = {row.key: row.table for row in SCHEMA} | {GENERATION: ""}
 
 
 class UnknownProfile(RequestError):
@@ -160,16 +161,15 @@ def _checked(path: Path, said: Any, outer: Names, lines: Mapping[Names, int]) ->
                 raise fault(names, f"{key} is {_shown(value)}, but must be {row.kind.allowed}")
             value = row.kind.store(value)
             yield key, (_placed(value, path.parent) if row.place else value, table_name(outer[0], table))
-        elif home := next((row for row in SCHEMA if row.key == key), None):
-            raise fault(names, f"{key} belongs in [{table_name(outer[0], home.table)}]")
+        elif key in _HOMES:
+            raise fault(names, f"{key} belongs in [{table_name(outer[0], _HOMES[key])}]")
         else:
             raise fault(names, f"{key} is not a setting; {_nearest(key)}")
 
 
 def _nearest(key: str) -> str:
-    known = [*(row.key for row in SCHEMA), GENERATION]
-    near = get_close_matches(key.lower().replace("-", "_"), known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    near = get_close_matches(key.lower().replace("-", "_"), _HOMES, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(_HOMES)}"
 
 
 def _shown(value: Any) -> str:
