@@ -16,9 +16,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import QwenImageError, RequestError
-from . import caption, compose, config, decompose, edit, generate, info, lora, plan, quantize, train
+from . import caption, compose, config, decompose, edit, generate, info, lora, plan, quantize, serve, train
 
-COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, plan, info, config)
+COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, plan, info, config, serve)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -70,6 +71,15 @@ def check_writable(path: Path, nbytes: int) -> None:
         raise OutputError(f"cannot write {path}: the disk has {free / 1e6:.1f} MB left; free some space")
 
 
+def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
+    """A picture as the bytes of a PNG, with its metadata if it has any; the arguments are those of `save_png`."""
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    if metadata is not None:
+        info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+    image.save(file, "PNG", pnginfo=info, icc_profile=image.info.get("icc_profile"))
+    return file.getvalue()
+
+
 def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
     """Writes a PNG with its metadata, atomically, under `path` or the first free `-1`, `-2`, … beside it.
 
@@ -84,8 +94,7 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
     Raises:
         OutputError: it could not be written; nothing is left behind.
     """
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+    png = encode_png(image, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=".", suffix=".png.partial", dir=path.parent)
@@ -94,7 +103,7 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
     written = None
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, "PNG", pnginfo=info, icc_profile=image.info.get("icc_profile"))
+            file.write(png)
         os.chmod(partial, 0o666 & ~umask())
         written = claim(path)
         os.replace(partial, written)

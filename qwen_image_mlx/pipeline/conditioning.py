@@ -54,6 +54,12 @@ class GuidanceEncoding:
     references: tuple[Reference, ...] = ()
     source: EncodingSource = field(default_factory=EncodingSource)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        arrays = [self.positive, self.negative, *(reference.latents for reference in self.references)]
+        return sum(array.nbytes for array in arrays if array is not None)
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, atomically; raises OutputError if it cannot."""
         arrays = {"positive": self.positive}

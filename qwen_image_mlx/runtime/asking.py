@@ -18,7 +18,18 @@ from ..pipeline.request import Request, build_request
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.lora_inspect import LIGHTNING
 from ..weights.quantize import NONE, Quantization
-from .memory import RESIDENCIES, STRIPS, MemoryPlan, fitting_plan, limits, make_plan, parse_memory, table_of, work_of
+from .memory import (
+    RESIDENCIES,
+    STRIPS,
+    Memory,
+    MemoryPlan,
+    fitting_plan,
+    limits,
+    make_plan,
+    parse_memory,
+    table_of,
+    work_of,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,20 +68,20 @@ def open_pipeline(given: Mapping[str, Any], default_model: str, progress: Progre
 
 @contextmanager
 def settled(
-    pipeline: QwenImagePipeline, request: Request, memory: str | None = None, *, force: bool = False
+    pipeline: QwenImagePipeline, request: Request, memory: str | Memory | None = None, *, force: bool = False
 ) -> Iterator[MemoryPlan]:
     """The plan for a request, which the pipeline and MLX keep to meanwhile.
 
     Args:
         pipeline: the opened checkpoint.
         request: what is to be painted.
-        memory: as in `parse_memory`.
+        memory: as in `parse_memory`, or what it gave.
         force: go on with what takes least where nothing fits.
 
     Raises:
-        RequestError: nothing fits the memory.
+        RequestError: nothing fits the memory, or a caption would be written with a streamed text encoder.
     """
-    asked = parse_memory(memory)
+    asked = memory if isinstance(memory, Memory) else parse_memory(memory)
     components, work = pipeline.components, work_of(request, pipeline)
     plan = fitting_plan(components, work, asked)
     if plan.peak > asked.budget:
@@ -82,6 +93,11 @@ def settled(
                 f"this takes {plan.peak / 1e9:.2f} GB, but only {asked.budget / 1e9:.2f} may be used; try {cure}, or "
                 "paint all the same with --force"
             )
+    if pipeline.writes_caption(request) and "text_encoder" in plan.residency.streamed and not force:
+        raise RequestError(
+            "streamed, the text encoder would be read from its files again for every word of a caption: say with "
+            "--prompt what the picture shows, allow more memory, or go on with --force"
+        )
     components.streamed, pipeline.strip_pixels = plan.residency.streamed, plan.strip_pixels
     if memory:
         logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, asked.budget / 1e9)

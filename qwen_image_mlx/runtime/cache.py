@@ -1,4 +1,4 @@
-"""Encodings on disk, so that the same prompt and pictures never load an encoder twice; bounded in size.
+"""Encodings on disk or in memory, so that the same prompt and pictures are never encoded twice; bounded in size.
 
 Keyed by everything an encoding depends on: the checkpoint, its template, the dtype, the prompts, the pixels of the
 pictures. A damaged entry is made anew.
@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2_000_000_000
+MAX_RECENT_BYTES = 256_000_000
 
 
 def default_folder() -> Path:
@@ -70,20 +72,7 @@ class EncodingCache:
             logger.warning("the encoding is not cached: %s", error)
 
     def _path(self, pipeline: QwenImagePipeline, request: Request) -> Path:
-        guided = request.parameters.cfg_scale > 1
-        facts = {
-            "version": __version__,
-            "checkpoint": pipeline.fingerprint,
-            "dtype": str(pipeline.dtype),
-            "quantization": str(replace(pipeline.components.quantization, transformer=None)),
-            "variant": repr(pipeline.variant),
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt if guided else None,
-            "reference_pixels": request.reference_pixels,
-            "caption_language": request.caption_language,
-            "images": [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in request.images],
-        }
-        return self._folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.safetensors"
+        return self._folder / f"{_key(pipeline, request)}.safetensors"
 
     def _shrink(self) -> None:
         entries = sorted(self._folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -92,3 +81,54 @@ class EncodingCache:
             total += path.stat().st_size
             if total > self._max_bytes:
                 path.unlink(missing_ok=True)
+
+
+class RecentEncodings:
+    """The encodings that were used last, in memory, for a process that stays.
+
+    Args:
+        max_bytes: those used longest ago go beyond this.
+    """
+
+    def __init__(self, max_bytes: int = MAX_RECENT_BYTES):
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[str, GuidanceEncoding] = OrderedDict()
+
+    def get(self, pipeline: QwenImagePipeline, request: Request) -> GuidanceEncoding | None:
+        """The encoding of an equal request, or None."""
+        key = _key(pipeline, request)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding) -> None:
+        """Keeps an encoding, unless it is larger than all of them may be."""
+        self._entries[_key(pipeline, request)] = encoding
+        while self.nbytes > self._max_bytes:
+            self._entries.popitem(last=False)
+
+    def clear(self) -> None:
+        """Gives all of them back."""
+        self._entries.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that are kept."""
+        return sum(encoding.nbytes for encoding in self._entries.values())
+
+
+def _key(pipeline: QwenImagePipeline, request: Request) -> str:
+    guided = request.parameters.cfg_scale > 1
+    facts = {
+        "version": __version__,
+        "checkpoint": pipeline.fingerprint,
+        "dtype": str(pipeline.dtype),
+        "quantization": str(replace(pipeline.components.quantization, transformer=None)),
+        "variant": repr(pipeline.variant),
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt if guided else None,
+        "reference_pixels": request.reference_pixels,
+        "caption_language": request.caption_language,
+        "images": [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in request.images],
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import ProgressCallback
     from ..pipeline.request import Request
-    from .cache import EncodingCache
+    from .cache import EncodingCache, RecentEncodings
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def paint(
     pipeline: QwenImagePipeline,
     request: Request,
     progress: ProgressCallback | None = None,
-    cache: EncodingCache | None = None,
+    cache: EncodingCache | RecentEncodings | None = None,
     residency: Residency = DEFAULT,
 ) -> Iterator[Painting]:
     """Yields the request's pictures one by one.
@@ -60,7 +60,7 @@ def paint(
             "pixels make them cheaper",
             len(request.images),
         )
-    encoding = _encoded(pipeline, request, progress, cache)
+    encoding = encoded(pipeline, request, progress, cache)
     initial = pipeline.encode_canvas(request, progress)
     if residency.staged:
         pipeline.release_encoders()
@@ -73,22 +73,23 @@ def decompose(
     pipeline: QwenImagePipeline,
     request: Request,
     progress: ProgressCallback | None = None,
-    cache: EncodingCache | None = None,
+    cache: EncodingCache | RecentEncodings | None = None,
     residency: Residency = DEFAULT,
 ) -> LayeredResult:
     """Takes a picture apart; the arguments are those of `paint`. The cache keeps the caption with the encoding."""
-    encoding = _encoded(pipeline, request, progress, cache)
+    encoding = encoded(pipeline, request, progress, cache)
     if residency.staged:
         pipeline.release_encoders()
     return pipeline.decompose_request(request, encoding, progress, release=residency.staged)
 
 
-def _encoded(
+def encoded(
     pipeline: QwenImagePipeline,
     request: Request,
     progress: ProgressCallback | None,
-    cache: EncodingCache | None,
+    cache: EncodingCache | RecentEncodings | None,
 ) -> GuidanceEncoding:
+    """A request's prompts and pictures, encoded now or by an earlier run; all files are fetched and checked before."""
     pipeline.prepare()
     encoding = cache.get(pipeline, request) if cache else None
     if encoding is None:

@@ -16,7 +16,8 @@ LEVELS = {
     "weights": 3,
     "pipeline": 4,
     "runtime": 5, "training": 5,
-    "cli": 6,
+    "server": 6,
+    "cli": 7,
 }  # fmt: skip
 ENTRANCES = ("__init__", "__main__")
 EVALUATES = {"sampling", "weights", "pipeline", "runtime", "training"}

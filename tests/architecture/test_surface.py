@@ -23,6 +23,7 @@ MODEL = {
 }  # fmt: skip
 PAINTER = MODEL | {
     "--lora", "--lora-mode", "--lightning", "--transformer", "--vae", "--memory", "--force", "--config", "--profile",
+    "--preview",
 }  # fmt: skip
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = PAINTER | SAMPLING | {
@@ -30,7 +31,7 @@ PAINTING = PAINTER | SAMPLING | {
     "--no-composite", "--cache", "--from-image", "-W", "-H", "-o",
 }  # fmt: skip
 FLAGS = {
-    "generate": PAINTING | {"--aspect"},
+    "generate": PAINTING | {"--aspect", "--prompts-file", "--seeds"},
     "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
     "decompose": PAINTER | SAMPLING | {
         "--layer", "--prompt", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
@@ -59,6 +60,11 @@ FLAGS = {
     "config show": {"-h", "--help", "--json", "--config", "--profile"},
     "config init": {"-h", "--help"},
     "config path": {"-h", "--help", "--config"},
+    "serve": {
+        "-h", "--help", "--host", "--port", "--config", "--profile", "--model", "-m", "--edit-model", "--layered-model",
+        "--quantize", "--memory", "--token-file", "--allow-origin", "--idle-unload", "--job-limit", "--queue",
+        "--max-pixels", "--max-steps",
+    },
 }  # fmt: skip
 
 

@@ -1,0 +1,124 @@
+"""qwen-image-mlx serve: a warm model over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import signal
+from typing import Any
+
+from ..errors import RequestError
+from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
+
+logger = logging.getLogger(__name__)
+
+_MODELS = {
+    "generate": ("model", DEFAULT_MODEL),
+    "edit": ("edit_model", DEFAULT_EDIT_MODEL),
+    "decompose": ("layered_model", DEFAULT_LAYERED_MODEL),
+}
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's flags."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve models over HTTP, with a page for the browser",
+        description="Keep models warm and serve them over HTTP: a page for the browser at /, an API with jobs, and "
+        "OpenAI's images API. stdout gets the address. Ctrl-C or SIGTERM cancels what is being painted and ends it.",
+    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; another than this machine's own needs a token "
+        "(default: %(default)s)")  # fmt: skip
+    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add("--config", metavar="PATH", help="a config.toml instead of the one that is found")
+    add("--profile", metavar="NAME", help="a profile of it (default: default)")
+    add("--model", "-m", help=f"to paint with: a directory or a Hugging Face id (default: {DEFAULT_MODEL})")
+    add("--edit-model", metavar="MODEL", help=f"to edit with (default: {DEFAULT_EDIT_MODEL})")
+    add("--layered-model", metavar="MODEL", help=f"to take apart with (default: {DEFAULT_LAYERED_MODEL})")
+    add("--quantize", metavar="Q", help="pack weights while they are loaded, as in generate")
+    add("--memory", metavar="M", help="keep to it, as in generate (default: auto, which keeps a model loaded where it "
+        "fits)")  # fmt: skip
+    add("--token-file", metavar="FILE", help="ask for the token in it: Authorization: Bearer TOKEN")
+    add("--allow-origin", action="append", default=[], metavar="O", help="let pages of another web origin use the "
+        "server, as in https://example.org; repeat for more")  # fmt: skip
+    add("--idle-unload", default="10m", metavar="T", help="release a model that was not used for so long: 90s, 10m, "
+        "1h, or never (default: %(default)s)")  # fmt: skip
+    add("--job-limit", default="1h", metavar="T", help="cancel a job that takes longer (default: %(default)s)")
+    add("--queue", type=int, default=16, metavar="N", help="most jobs that wait (default: %(default)s)")
+    add("--max-pixels", type=int, default=1 << 22, metavar="N", help="of a picture (default: %(default)s)")
+    add("--max-steps", type=int, default=100, metavar="N", help="denoising steps (default: %(default)s)")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Serves until it is told to end."""
+    try:
+        from ..server.run import is_loopback, listen, own_hosts, read_token, serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "python_multipart", "starlette", "pydantic"):
+            raise
+        raise RequestError('serving needs a few libraries more: pip install "qwen-image-mlx[server]"') from None
+    from ..server.app import Setup
+    from ..server.work import Limits
+    from ..settings import find_config, load_settings
+    from .console import messages
+
+    for name, low in (("queue", 1), ("max_pixels", 1024), ("max_steps", 1)):
+        if getattr(arguments, name) < low:
+            flag = f"--{name.replace('_', '-')}"
+            raise RequestError(f"{flag} is {getattr(arguments, name)}, but must be at least {low}")
+    for origin in arguments.allow_origin:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise RequestError(f"--allow-origin is {origin!r}, but must be like https://example.org, without a path")
+    token = read_token(arguments.token_file) if arguments.token_file else None
+    if token is None and not is_loopback(arguments.host):
+        raise RequestError(f"--host is {arguments.host}, which others can reach: give a --token-file as well")
+    settings = load_settings(find_config(arguments.config), arguments.profile)
+    said = {task: settings.of_command(task) for task in _MODELS}
+    setup = Setup(
+        profile=settings.profile,
+        offers={task: _offer(arguments, task, said[task]) for task in _MODELS},
+        defaults={"generate": said["generate"], "edit": said["edit"], "decompose": _renamed(said["decompose"])},
+        memory=arguments.memory or settings["memory"],
+        idle_seconds=_seconds("--idle-unload", arguments.idle_unload),
+        is_own_host=own_hosts(arguments.host),
+        token=token,
+        origins=arguments.allow_origin,
+        queue=arguments.queue,
+        job_seconds=_seconds("--job-limit", arguments.job_limit) or float("inf"),
+        limits=Limits(arguments.max_pixels, arguments.max_steps),
+    )
+    with messages(), listen(arguments.host, arguments.port) as listener:
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
+        if serve(setup, listener) == signal.SIGINT:
+            raise KeyboardInterrupt
+
+
+def _offer(arguments: argparse.Namespace, task: str, said: dict[str, Any]) -> dict[str, Any]:
+    """What is to be opened for a task: flags win, and a config's LoRAs belong to its own model."""
+    flag, usual = _MODELS[task]
+    named = getattr(arguments, flag)
+    return {
+        "model": named or said.get("model") or usual,
+        "quantize": arguments.quantize or said.get("quantize"),
+        "loras": [] if named else said.get("loras", []),
+    }
+
+
+def _renamed(said: dict[str, Any]) -> dict[str, Any]:
+    """The flag --layers is `num_layers` of the API."""
+    return {"num_layers" if name == "layers" else name: value for name, value in said.items()}
+
+
+def _seconds(flag: str, text: str) -> float | None:
+    """Seconds of 90s, 10m, 1h; None of "never"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip().lower())
+    if text.strip().lower() == "never":
+        return None
+    if not match or not float(match[1]):
+        raise RequestError(f"{flag} is {text!r}, but must be like 90s, 10m or 1h, or never")
+    return float(match[1]) * _SECONDS[match[2]]

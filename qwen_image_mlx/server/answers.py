@@ -1,0 +1,74 @@
+"""What goes wrong, as an answer: one sentence and a code, in our own form or in that of OpenAI's API.
+
+Sentences never tell of the server's files; what they leave out is logged where it happens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+STATUS = {
+    "malformed": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "slow": 408,
+    "cancelled": 409,
+    "too_large": 413,
+    "unsupported_media_type": 415,
+    "misdirected": 421,
+    "invalid_request": 422,
+    "queue_full": 429,
+    "internal": 500,
+    "model_error": 503,
+    "stopping": 503,
+    "timeout": 504,
+}
+INTERNAL = "internal error; the server's log says more"
+OPENAI_PREFIX = "/v1/"
+_LONGEST = 400
+
+
+class ApiError(Exception):
+    """A request that is not answered as it wished.
+
+    Args:
+        code: a key of `STATUS`.
+        message: one sentence for a person.
+        headers: of the answer, such as Retry-After.
+        param: the field that is wrong, where one is known.
+    """
+
+    def __init__(self, code: str, message: str, headers: Mapping[str, str] | None = None, param: str | None = None):
+        super().__init__(message)
+        self.code = code
+        self.message = plain(message)
+        self.headers = dict(headers or {})
+        self.param = param
+
+    def status(self, path: str) -> int:
+        """HTTP status; OpenAI's API says 400 where ours says 422."""
+        status = STATUS[self.code]
+        return 400 if status == 422 and path.startswith(OPENAI_PREFIX) else status
+
+    def body(self, path: str) -> bytes:
+        """JSON, in the form of the API that `path` belongs to."""
+        error: dict[str, Any] = {"message": self.message, "code": self.code}
+        if path.startswith(OPENAI_PREFIX):
+            kind = "server_error" if STATUS[self.code] >= 500 else "invalid_request_error"
+            error |= {"type": kind, "param": self.param}
+        return dumps({"error": error})
+
+
+def plain(text: str) -> str:
+    """One line of valid text, cut to 400 characters."""
+    line = " ".join(text.encode("utf-8", "replace").decode().split())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+
+
+def dumps(value: Any) -> bytes:
+    """Compact JSON; raises ValueError for a number that JSON does not have."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()

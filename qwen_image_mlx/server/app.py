@@ -1,0 +1,309 @@
+"""The application: routes, and the way from a request through a job to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+
+from .. import __version__
+from ..errors import RequestError
+from . import openai
+from .answers import INTERNAL, ApiError, dumps
+from .bodies import JSON, read_body
+from .document import describe, takes
+from .guard import Guard
+from .jobs import Feed, Job, Jobs, Work
+from .models import TASKS, Models
+from .schema import JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody
+from .schema import TASKS as BODIES
+from .work import DEFAULT_LAYERS, Limits, Tasks, compose
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).with_name("page")
+_DEFAULTS = ("num_layers", "cfg_scale", "resolution", "steps", "seed", "negative_prompt", "aspect")
+_DECODED_AT_ONCE = 2  # bodies whose pictures are looked at at the same time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a server is configured.
+
+    Attributes:
+        profile: name of the profile of config.toml.
+        offers: by task, what `open_pipeline` is to open: model, quantize, loras.
+        defaults: by task and field, what the configuration says where a request says nothing.
+        memory: as in `parse_memory`; None keeps models loaded where they fit.
+        idle_seconds: after which an unused model is released; None keeps it.
+        is_own_host: whether a name is one that the server is reached by.
+        token: what requests must carry; None asks for nothing.
+        origins: web origins beside the server's own that may use it.
+        queue: most jobs that wait.
+        job_seconds: how long one may work.
+        limits: of pixels and steps.
+        max_body_bytes: of a request.
+        grace: seconds after which a job that nobody follows any more is cancelled.
+    """
+
+    profile: str = "default"
+    offers: Mapping[str, Mapping[str, Any]]
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {task: {} for task in TASKS})
+    memory: str | None = None
+    idle_seconds: float | None = 600.0
+    is_own_host: Callable[[str], bool]
+    token: str | None = None
+    origins: Collection[str] = ()
+    queue: int = 16
+    job_seconds: float = 3600.0
+    limits: Limits = field(default_factory=Limits)
+    max_body_bytes: int = 64 << 20
+    grace: float = 5.0
+
+
+class Service:
+    """What all routes share.
+
+    Args:
+        setup: how the server is configured.
+    """
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.models = Models(setup.offers, setup.memory, setup.idle_seconds)
+        self.tasks = Tasks(self.models, setup.defaults, setup.limits)
+        self.jobs = Jobs(
+            queue=setup.queue, seconds=setup.job_seconds, grace=setup.grace, idle=self.models.tick,
+            begin=self.models.look,
+        )  # fmt: skip
+        self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
+
+    async def prepare(self, task: str, body: Any) -> Work:
+        """A body's work, its pictures looked at in another thread; raises ApiError."""
+        return await self.aside(self.tasks.work, task, body)
+
+    async def aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls what takes a while and needs no model in another thread; a RequestError becomes an ApiError."""
+        async with self._decoding:
+            try:
+                return await asyncio.to_thread(function, *arguments)
+            except RequestError as error:
+                raise ApiError("invalid_request", str(error)) from None
+
+    async def result(self, request: Request, task: str, work: Work) -> bytes:
+        """What the work comes to; a client that goes away cancels it.
+
+        Raises:
+            ApiError: it failed or was cancelled.
+        """
+        job = self.jobs.submit(task, work)
+        waits = {asyncio.create_task(job.finished.wait()), asyncio.create_task(_gone(request))}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiting in waits:
+                waiting.cancel()
+            self.jobs.cancel(job)
+        if job.result is not None:
+            return job.result
+        error = job.error or {"code": "cancelled", "message": "the job was cancelled"}
+        raise ApiError(error["code"], error["message"])
+
+
+def create_app(service: Service) -> Guard:
+    """The whole application, guarded."""
+    setup = service.setup
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.jobs.start()
+        yield
+        await service.jobs.close()
+
+    app = FastAPI(
+        title="qwen_image_mlx", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
+        redirect_slashes=False,
+    )  # fmt: skip
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_fault)
+    _add_tasks(app, service)
+    _add_jobs(app, service)
+    _add_models(app, service)
+    openai.add_routes(app, service)
+    _add_page(app)
+    describe(app)
+    return Guard(
+        app, is_own_host=setup.is_own_host, token=setup.token, origins=setup.origins,
+        max_body_bytes=setup.max_body_bytes,
+    )  # fmt: skip
+
+
+# Routes ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_tasks(app: FastAPI, service: Service) -> None:
+    def add(task: str, body: type[Body]) -> None:
+        async def answer(request: Request) -> Response:
+            service.jobs.check_room()
+            work = await service.prepare(task, await read_body(request, body))
+            return _json(await service.result(request, task, work))
+
+        answer.__doc__ = body.__doc__
+        app.add_api_route(f"/api/qwen-image/{task}", answer, methods=["POST"], name=task, openapi_extra=takes(body))
+
+    for task, body in BODIES.items():
+        add(task, body)
+
+    @app.post("/api/qwen-image/compose", openapi_extra=takes(ComposeBody))
+    async def lay_together(request: Request) -> Response:
+        """Layers laid together; answers at once."""
+        body = await read_body(request, ComposeBody)
+        return _json(dumps(await service.aside(compose, body)))
+
+    @app.get("/api/qwen-image/config")
+    async def config() -> Response:
+        """Models, defaults and limits."""
+        setup = service.setup
+        said = {name: value for task in TASKS for name, value in setup.defaults[task].items()}
+        return _json(dumps({
+            "profile": setup.profile,
+            "version": __version__,
+            "tasks": {task: _offered(service, task) for task in setup.offers},
+            "defaults": {name: said.get(name) for name in _DEFAULTS},
+            "limits": {
+                "max_pixels": setup.limits.pixels, "max_steps": setup.limits.steps,
+                "max_body_bytes": setup.max_body_bytes, "queue": setup.queue, "num_images": MAX_NUM_IMAGES,
+            },
+        }))  # fmt: skip
+
+
+def _offered(service: Service, task: str) -> dict[str, Any]:
+    """A task's model, and what holds where a request says nothing."""
+    said, models = service.setup.defaults[task], service.models
+    facts = {"num_layers": DEFAULT_LAYERS} if task == "decompose" else {}
+    facts |= models.facts(task)
+    return {"model": models.name(task), "loaded": models.is_loaded(task)} | facts | {
+        name: said[name] for name in ("steps", "cfg_scale", "num_layers", "resolution") if name in said
+    }  # fmt: skip
+
+
+def _add_jobs(app: FastAPI, service: Service) -> None:
+    jobs = service.jobs
+
+    @app.post("/jobs", status_code=202, openapi_extra=takes(*JOBS.values()))
+    async def submit(request: Request) -> Response:
+        """Takes a job into the queue."""
+        jobs.check_room()
+        body = await read_body(request, JOBS)
+        job = jobs.submit(body.task, await service.prepare(body.task, body), previews=True)
+        said = {"id": job.id, "status": job.status, "position": job.position, "events": f"/jobs/{job.id}/events"}
+        return _json(dumps(said), 202)
+
+    @app.get("/jobs/{id}")
+    async def show(id: str) -> Response:
+        """How far a job is, and its result."""
+        return _json(jobs.get(id).described())
+
+    @app.delete("/jobs/{id}")
+    async def cancel(id: str) -> Response:
+        """Cancels a job; a finished one stays as it is."""
+        job = jobs.get(id)
+        jobs.cancel(job)
+        return _json(job.described())
+
+    @app.get("/jobs/{id}/events", response_class=StreamingResponse)
+    async def events(id: str) -> StreamingResponse:
+        """What becomes of a job, as server-sent events: queued, stage, step, preview; done, failed or cancelled."""
+        return StreamingResponse(_stream(jobs, jobs.get(id)), media_type="text/event-stream")
+
+
+async def _stream(jobs: Jobs, job: Job) -> AsyncIterator[bytes]:
+    async for event in jobs.events(job):
+        if event is None:
+            yield b": still here\n\n"
+        else:
+            yield b"event: %s\ndata: %s\n\n" % (event[0].encode(), dumps(event[1]))
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the server is there, how much it has to do, and which models are loaded."""
+        queue = {"running": int(service.jobs.running is not None), "waiting": service.jobs.waiting}
+        return _json(dumps({
+            "status": "ok", "version": __version__, "queue": queue, "models": service.models.status(),
+        }))  # fmt: skip
+
+    @app.post("/models/load", openapi_extra=takes(LoadBody))
+    async def load(request: Request) -> Response:
+        """Loads a task's model ahead of time."""
+        body = await read_body(request, LoadBody)
+        service.tasks.check_offered(body.task)
+
+        def work(feed: Feed) -> dict[str, Any]:
+            service.models.load(body.task, feed)
+            return {"task": body.task, "model": service.models.name(body.task), "loaded": True}
+
+        return _json(await service.result(request, "load", work))
+
+    @app.post("/models/unload", openapi_extra=takes(UnloadBody))
+    async def unload(request: Request) -> Response:
+        """Gives back the memory of a task's model, or of all."""
+        body = await read_body(request, UnloadBody)
+
+        def work(feed: Feed) -> dict[str, Any]:
+            service.models.unload(body.task)
+            return {"models": service.models.status()}
+
+        return _json(await service.result(request, "unload", work))
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    path = request.url.path
+    return Response(error.body(path), error.status(path), error.headers, JSON)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What the router finds: no such path, or another method."""
+    assert isinstance(error, HTTPException)
+    codes = {404: ("not_found", "there is nothing here"), 405: ("method_not_allowed", "another method is needed here")}
+    code, message = codes.get(error.status_code, ("malformed", "the request cannot be read"))
+    return await _on_api_error(request, ApiError(code, message, error.headers))
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return await _on_api_error(request, ApiError("internal", INTERNAL))
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has gone away."""
+    with suppress(Exception):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+
+def _json(data: bytes, status: int = 200) -> Response:
+    return Response(data, status, media_type=JSON)

@@ -1,0 +1,63 @@
+"""Reads a request's body into one of the schema's: JSON, or a form with file parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from .answers import ApiError
+from .schema import Body, TaskOnly, from_form, from_json
+
+JSON, FORM = "application/json", "multipart/form-data"
+_MAX_PARTS = 200
+
+
+async def read_body(request: Request, body: type[Body] | Mapping[str, type[Body]]) -> Any:
+    """A request's body.
+
+    Args:
+        request: whose body it is.
+        body: its fields; or by task those it may have, of which it names one.
+
+    Raises:
+        ApiError: it cannot be read, or something in it is wrong.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == JSON:
+        data = await request.body()
+        return from_json(body[from_json(TaskOnly, data).task] if isinstance(body, Mapping) else body, data)
+    if kind == FORM:
+        pairs = await _pairs(request)
+        chosen = body[from_form(TaskOnly, dict(pairs)).task] if isinstance(body, Mapping) else body
+        return from_form(chosen, _fields(pairs, chosen))
+    raise ApiError("unsupported_media_type", f"the body is {kind or 'of no type'}, but must be {JSON} or {FORM}")
+
+
+async def _pairs(request: Request) -> list[tuple[str, str | bytes]]:
+    """The parts of a form by their names, files as bytes."""
+    try:
+        async with request.form(max_files=_MAX_PARTS, max_fields=_MAX_PARTS) as form:
+            return [
+                (name, await part.read() if isinstance(part, UploadFile) else part) for name, part in form.multi_items()
+            ]
+    except HTTPException as error:
+        raise ApiError("malformed", f"the form cannot be read: {error.detail}") from None
+    except (KeyError, UnicodeError, ValueError) as error:
+        raise ApiError("malformed", "the form cannot be read") from error
+
+
+def _fields(pairs: Iterable[tuple[str, str | bytes]], body: type[Body]) -> Mapping[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        name = body.aliases.get(key, key)
+        if name in body.lists:
+            fields.setdefault(name, []).append(value)
+        elif name in fields:
+            raise ApiError("invalid_request", f"{name} is given twice", param=name)
+        else:
+            fields[name] = value
+    return fields

@@ -1,0 +1,210 @@
+"""Stands before the application: who may ask, from where, with how large a body, and in how much time.
+
+Pure ASGI, so that streams pass through as they come. Every answer leaves with headers that keep a browser from running,
+framing or guessing anything but the page's own files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import time
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from .answers import ApiError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+CSP = (
+    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+_HEADERS = {
+    "content-security-policy": CSP,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+}
+_AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
+_DRAINED_BYTES, _DRAINED_SECONDS = 8 << 20, 2.0  # of a refused body, so that its sender can read why
+
+
+class Guard:
+    """Middleware around an ASGI application.
+
+    Args:
+        app: what is guarded.
+        is_own_host: whether a Host header's name, in lower case and without its port, is one of this server's.
+        token: what requests must carry as `Authorization: Bearer TOKEN`; None asks for nothing.
+        origins: web origins beside the server's own that may use it.
+        max_body_bytes: a longer body is refused, announced or not.
+        body_seconds: by when a body must have arrived.
+    """
+
+    def __init__(
+        self,
+        app: Callable[[Message, Receive, Send], Awaitable[None]],
+        *,
+        is_own_host: Callable[[str], bool],
+        token: str | None = None,
+        origins: Collection[str] = (),
+        max_body_bytes: int,
+        body_seconds: float = 120.0,
+    ):
+        self._app = app
+        self._is_own_host = is_own_host
+        self._token = None if token is None else token.encode()
+        self._origins = frozenset(origins)
+        self._max_body_bytes = max_body_bytes
+        self._body_seconds = body_seconds
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Lets a request pass, or answers it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = _Headers(scope)
+        answer = _decorated(send, scope["path"], self._cors(headers))
+        try:
+            self._check(scope, headers)
+        except ApiError as error:
+            if not headers.get("expect"):
+                await _drain(receive)
+            await _refuse(answer, error, scope["path"])
+            return
+        if self._is_preflight(scope, headers):
+            await answer({"type": "http.response.start", "status": 204, "headers": []})
+            await answer({"type": "http.response.body", "body": b""})
+            return
+        await self._app(scope, self._metered(receive), answer)
+
+    def _check(self, scope: Message, headers: _Headers) -> None:
+        hosts = headers.all("host")
+        authority = _AUTHORITY.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if authority is None:
+            raise ApiError("malformed", "one Host header is needed, with the name that the server is reached by")
+        if not self._is_own_host(authority[1].lower()):
+            raise ApiError("misdirected", "this server has another name: the Host header is foreign")
+        origin = headers.get("origin")
+        if origin and origin not in self._origins and origin.lower().split("://")[-1] != hosts[0].lower():
+            raise ApiError("forbidden", "this web origin may not use the server; --allow-origin would let it")
+        length = headers.get("content-length")
+        if length and (not re.fullmatch(r"\d{1,18}", length) or int(length) > self._max_body_bytes):
+            raise self._too_large()
+        if self._token is not None and not self._is_open(scope) and not self._is_preflight(scope, headers):
+            scheme, _, given = headers.get("authorization").partition(" ")
+            fits = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token)
+            if scheme.lower() != "bearer" or not fits:
+                raise ApiError(
+                    "unauthorized", "a valid token is needed: Authorization: Bearer TOKEN",
+                    {"www-authenticate": "Bearer"},
+                )  # fmt: skip
+
+    def _is_preflight(self, scope: Message, headers: _Headers) -> bool:
+        asks = scope["method"] == "OPTIONS" and headers.get("access-control-request-method")
+        return bool(asks) and headers.get("origin") in self._origins
+
+    @staticmethod
+    def _is_open(scope: Message) -> bool:
+        path = scope["path"]
+        return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith("/static/"))
+
+    def _cors(self, headers: _Headers) -> dict[str, str]:
+        origin = headers.get("origin")
+        if origin not in self._origins:
+            return {}
+        return {
+            "access-control-allow-origin": origin,
+            "access-control-allow-methods": "GET, POST, DELETE",
+            "access-control-allow-headers": "authorization, content-type",
+            "access-control-expose-headers": "retry-after",
+            "access-control-max-age": "600",
+            "vary": "Origin",
+        }
+
+    def _metered(self, receive: Receive) -> Receive:
+        """Counts a body as it comes; what is too long or too slow raises ApiError where it is read."""
+        begun, taken, finished = time.monotonic(), 0, False
+
+        async def metered() -> Message:
+            nonlocal taken, finished
+            if finished:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, begun + self._body_seconds - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise ApiError("slow", f"the body took longer than {self._body_seconds:.0f} s to arrive") from None
+            taken += len(message.get("body", b""))
+            finished = not message.get("more_body", False)
+            if taken > self._max_body_bytes:
+                if not finished:
+                    await _drain(receive)
+                raise self._too_large()
+            return message
+
+        return metered
+
+    def _too_large(self) -> ApiError:
+        return ApiError("too_large", f"the body has more than the {self._max_body_bytes:,} bytes that are taken")
+
+
+class _Headers:
+    """A request's headers as text."""
+
+    def __init__(self, scope: Message):
+        self._pairs = [(name.lower().decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+
+    def all(self, name: str) -> list[str]:
+        return [value for other, value in self._pairs if other == name]
+
+    def get(self, name: str) -> str:
+        """The first, or an empty text."""
+        return next(iter(self.all(name)), "")
+
+
+def _decorated(send: Send, path: str, more: dict[str, str]) -> Send:
+    """Adds what every answer carries; what is not a file of the page is kept by nobody."""
+    kept = "no-cache" if path == "/" or path.startswith("/static/") else "no-store"
+    added = {**_HEADERS, "cache-control": kept, **more}
+    if not more:
+        added["cross-origin-resource-policy"] = "same-origin"
+
+    async def decorated(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            own = [(name, value) for name, value in message.get("headers", ()) if name.lower().decode() not in added]
+            headers = [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
+            message = {**message, "headers": own + headers}
+        await send(message)
+
+    return decorated
+
+
+async def _refuse(send: Send, error: ApiError, path: str) -> None:
+    body = error.body(path)
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status(path), "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _drain(receive: Receive) -> None:
+    """Reads on for a moment: a connection closed upon unread data tells its sender nothing."""
+
+    async def read() -> None:
+        taken, more = 0, True
+        while more and taken < _DRAINED_BYTES:
+            message = await receive()
+            taken += len(message.get("body", b""))
+            more = message.get("more_body", False)
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), _DRAINED_SECONDS)

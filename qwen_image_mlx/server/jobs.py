@@ -1,0 +1,418 @@
+"""Jobs: one works at a time, the others wait in a bounded queue, and whoever listens is told how it goes.
+
+All state belongs to the event loop. The work itself runs in one thread of its own, because MLX's streams belong to
+threads; what it has to say is handed over with `call_soon_threadsafe`. Knows no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Cancelled, RequestError
+from .answers import INTERNAL, ApiError, dumps
+
+if TYPE_CHECKING:
+    from ..pipeline.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+ENDS = ("done", "failed", "cancelled")
+_COUNTED = ("denoise", "caption", "download")  # stages whose steps are told
+_PAUSE = 0.2  # seconds between what is told of a download, and between previews
+_HEARD = 1024  # events that wait for a slow listener
+_STOPPING = "the server is stopping"
+
+Work = Callable[["Feed"], Any]
+
+
+@dataclass(eq=False)
+class Job:
+    """A piece of work and how far it is; what `GET /jobs/ID` says.
+
+    Attributes:
+        task: what it is.
+        work: does it, in the worker's thread, and returns what can be written as JSON.
+        previews: whether pictures of how far it is are wanted.
+        result: what the work returned, as JSON.
+        error: {"message", "code"} of a job that failed.
+    """
+
+    task: str
+    work: Work | None
+    previews: bool = False
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
+    status: str = "queued"
+    position: int = 0
+    stage: str = ""
+    detail: str = ""
+    step: int = 0
+    total: int = 0
+    seconds_left: float | None = None
+    error: dict[str, str] | None = None
+    result: bytes | None = None
+    ended: float = 0.0
+    preview: dict[str, Any] | None = None
+    cancelling: str = ""  # why: a code
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    listeners: list[_Listener] = field(default_factory=list)
+
+    def described(self) -> bytes:
+        """As JSON."""
+        fields = ("id", "task", "status", "position", "stage", "detail", "step", "total", "seconds_left", "error")
+        head = dumps({name: getattr(self, name) for name in fields})
+        return head[:-1] + b',"result":' + (self.result or b"null") + b"}"
+
+    def state(self) -> list[tuple[str, dict[str, Any]]]:
+        """The events that tell a new listener where it is."""
+        if self.status in ENDS:
+            return [self.end()]
+        if self.status == "queued":
+            return [("queued", {"position": self.position})]
+        events: list[tuple[str, dict[str, Any]]] = [("stage", {"stage": self.stage, "detail": self.detail})]
+        if self.total:
+            events.append(("step", self.progress()))
+        if self.preview:
+            events.append(("preview", self.preview))
+        return events
+
+    def progress(self) -> dict[str, Any]:
+        """What a `step` event says."""
+        return {"step": self.step, "total": self.total, "seconds_left": self.seconds_left}
+
+    def end(self) -> tuple[str, dict[str, Any]]:
+        """The last event."""
+        return self.status, {"error": self.error} if self.status == "failed" else {}
+
+    def tell(self, event: str, data: dict[str, Any]) -> None:
+        """Hands an event to all who listen."""
+        for listener in self.listeners:
+            listener.hear(event, data)
+
+
+class _Listener:
+    """Events that somebody has not read yet; a new preview takes the place of an older one."""
+
+    def __init__(self) -> None:
+        self._events: deque[tuple[str, dict[str, Any]]] = deque(maxlen=_HEARD)
+        self._arrived = asyncio.Event()
+
+    def hear(self, event: str, data: dict[str, Any]) -> None:
+        if event == "preview":
+            self._events = deque((e for e in self._events if e[0] != "preview"), maxlen=_HEARD)
+        self._events.append((event, data))
+        self._arrived.set()
+
+    async def next(self) -> tuple[str, dict[str, Any]]:
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._events.popleft()
+
+
+class Feed:
+    """What the work tells of itself, in the worker's thread; a progress callback, and the way to stop it.
+
+    Args:
+        job: whose work it is.
+        post: calls a function with arguments in the event loop's thread.
+        seconds: how long the work may take.
+
+    Attributes:
+        pictures: how many the work paints one after another; the steps of all are counted together.
+        previews: whether they are wanted.
+    """
+
+    def __init__(self, job: Job, post: Callable[..., None], seconds: float):
+        self.pictures = 1
+        self.previews = job.previews
+        self._job = job
+        self._post = post
+        self._deadline = time.monotonic() + seconds
+        self._stage = ("", "")
+        self._told = 0.0
+        self._painted = 0
+        self._pace: tuple[float, int] | None = None  # when the first step was done, and which that was
+
+    def check(self) -> None:
+        """Raises Cancelled if the work is to stop."""
+        if time.monotonic() > self._deadline and not self._job.cancelling:
+            self._job.cancelling = "timeout"
+        if self._job.cancelling:
+            raise Cancelled(f"cancelled: {self._job.cancelling}")
+
+    def __call__(self, progress: Progress) -> None:
+        """Tells of a stage or a step."""
+        self.check()
+        stage, now = (progress.stage, progress.detail), time.monotonic()
+        if stage != self._stage:
+            self._stage, self._told = stage, 0.0
+            self._post(self._on_stage, *stage)
+        if progress.stage not in _COUNTED:
+            return
+        denoising = progress.stage == "denoise"
+        if not denoising and now - self._told < _PAUSE and progress.step < progress.total:
+            return
+        self._told = now
+        step, total, left = progress.step, progress.total, None
+        if denoising:
+            step, total = step + self._painted * total, total * max(self.pictures, self._painted + 1)
+            left = self._seconds_left(step, total, now)
+            self._painted += progress.step == progress.total
+        self._post(self._on_step, step, total, left)
+
+    def show(self, url: str) -> None:
+        """Tells of a preview of the step that was told last, a data URL."""
+        self._post(self._on_preview, url)
+
+    def _seconds_left(self, step: int, total: int, now: float) -> float | None:
+        """By the pace since the first step, which is slower than the rest."""
+        if self._pace is None:
+            self._pace = now, step
+        begun, first = self._pace
+        return None if step == first else round((now - begun) / (step - first) * (total - step), 2)
+
+    def _on_stage(self, stage: str, detail: str) -> None:
+        job = self._job
+        job.stage, job.detail = stage, detail
+        job.tell("stage", {"stage": stage, "detail": detail})
+
+    def _on_step(self, step: int, total: int, seconds_left: float | None) -> None:
+        job = self._job
+        job.step, job.total, job.seconds_left = step, total, seconds_left
+        job.tell("step", job.progress())
+
+    def _on_preview(self, url: str) -> None:
+        self._job.preview = {"step": self._job.step, "image": url}
+        self._job.tell("preview", self._job.preview)
+
+
+class Jobs:
+    """The queue, its worker and what came of it.
+
+    Args:
+        queue: most jobs that wait.
+        seconds: how long one may work.
+        kept, kept_seconds, kept_bytes: how many finished jobs are remembered, how long, and how much of results.
+        grace: seconds after which a job that was listened to and no longer is counts as given up.
+        begin: called in the worker's thread before the first job.
+        idle: called in the worker's thread whenever there is nothing to do; returns after how many seconds it wants
+            to be called again.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue: int = 16,
+        seconds: float = 3600.0,
+        kept: int = 64,
+        kept_seconds: float = 900.0,
+        kept_bytes: int = 256 << 20,
+        grace: float = 5.0,
+        begin: Callable[[], None] = lambda: None,
+        idle: Callable[[], float | None] = lambda: None,
+    ):
+        self.queue = queue
+        self.running: Job | None = None
+        self._seconds = seconds
+        self._kept, self._kept_seconds, self._kept_bytes = kept, kept_seconds, kept_bytes
+        self._grace = grace
+        self._start, self._idle = begin, idle
+        self._jobs: dict[str, Job] = {}
+        self._waiting: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._durations: deque[float] = deque([1.0], maxlen=8)
+        self._thread = threading.Thread(target=self._work, name="painter", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # The event loop's side ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the worker; called in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait."""
+        return len(self._waiting)
+
+    def check_room(self) -> None:
+        """Raises ApiError if no job can be taken now."""
+        if self._closing:
+            raise ApiError("stopping", _STOPPING)
+        if len(self._waiting) >= self.queue:
+            seconds = sum(self._durations) / len(self._durations)
+            left = self.running.seconds_left if self.running else None
+            retry = min(600, max(1, math.ceil(seconds if left is None else left)))
+            raise ApiError(
+                "queue_full", f"{self.queue} jobs wait already; try again in {retry} s", {"retry-after": str(retry)}
+            )
+
+    def submit(self, task: str, work: Work, *, previews: bool = False) -> Job:
+        """Takes a job into the queue; raises ApiError if it is full."""
+        self.check_room()
+        self._forget()
+        job = Job(task, work, previews)
+        self._jobs[job.id] = job
+        with self._wake:
+            self._waiting.append(job)
+            self._wake.notify()
+        self._place()
+        return job
+
+    def get(self, id: str) -> Job:
+        """The job of this id; raises ApiError if there is none."""
+        self._forget()
+        if id not in self._jobs:
+            raise ApiError("not_found", "there is no such job; finished ones are kept for a while only")
+        return self._jobs[id]
+
+    def cancel(self, job: Job, why: str = "cancelled") -> None:
+        """Takes a job out of the queue, or has it stop at its next step; a finished one stays as it is."""
+        if job.status in ENDS or job.cancelling:
+            return
+        job.cancelling = why
+        with self._wake:
+            waits = job in self._waiting
+            if waits:
+                self._waiting.remove(job)
+        if waits:
+            self._finish(job, None, why)
+            self._place()
+
+    async def events(self, job: Job, pause: float = 10.0) -> AsyncIterator[tuple[str, dict[str, Any]] | None]:
+        """Where the job is, then what becomes of it, to its end; None where nothing happened for `pause` seconds."""
+        listener = _Listener()
+        for event in job.state():
+            listener.hear(*event)
+        job.listeners.append(listener)
+        try:
+            while True:
+                try:
+                    event, data = await asyncio.wait_for(listener.next(), pause)
+                except asyncio.TimeoutError:
+                    yield None
+                    continue
+                yield event, data
+                if event in ENDS:
+                    return
+        finally:
+            job.listeners.remove(listener)
+            if not job.listeners and job.status not in ENDS:
+                asyncio.get_running_loop().call_later(self._grace, self._give_up, job)
+
+    async def close(self) -> None:
+        """Cancels all jobs and waits for the worker to end."""
+        self.stop()
+        await asyncio.to_thread(self._thread.join)
+
+    def stop(self) -> None:
+        """Cancels all jobs and takes no more."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        for job in [*self._waiting, *([self.running] if self.running else ())]:
+            self.cancel(job, "stopping")
+
+    def _give_up(self, job: Job) -> None:
+        if not job.listeners:
+            self.cancel(job)
+
+    def _place(self) -> None:
+        """Tells those who wait how many are before them."""
+        for position, job in enumerate(list(self._waiting), self.running is not None):
+            if job.position != position:
+                job.position = position
+                job.tell("queued", {"position": position})
+
+    def _begin(self, job: Job) -> None:
+        self.running, job.status, job.position = job, "running", 0
+        self._place()
+        if self._closing:
+            self.cancel(job, "stopping")
+
+    def _finish(self, job: Job, result: bytes | None, code: str = "", message: str = "", seconds: float = 0.0) -> None:
+        if self.running is job:
+            self.running = None
+            self._durations.append(seconds)
+        job.ended, job.work, job.preview, job.seconds_left = time.monotonic(), None, None, None
+        if code == "cancelled":
+            job.status = "cancelled"
+        elif code:
+            said = {"timeout": "the job took longer than jobs may take", "stopping": _STOPPING}
+            job.status, job.error = "failed", {"message": said.get(code, message), "code": code}
+        else:
+            job.status, job.result = "done", result
+        job.tell(*job.end())
+        job.finished.set()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops finished jobs that are too old, too many or too large; the newest stays."""
+        ended = sorted((job for job in self._jobs.values() if job.status in ENDS), key=lambda job: -job.ended)
+        nbytes, now = 0, time.monotonic()
+        for number, job in enumerate(ended):
+            nbytes += len(job.result or b"")
+            late = now - job.ended > self._kept_seconds
+            if late or (number and (number >= self._kept or nbytes > self._kept_bytes)):
+                del self._jobs[job.id]
+
+    # The worker's side ----------------------------------------------------------------------------------------------
+
+    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop has ended: nobody is left to be told
+            logger.debug("nobody heard of %s", function.__name__)
+
+    def _work(self) -> None:
+        self._start()
+        while (job := self._next()) is not None:
+            self._do(job)
+
+    def _next(self) -> Job | None:
+        """The next job, once there is one; None to end."""
+        while True:
+            with self._wake:
+                if self._waiting:
+                    return self._waiting.popleft()
+                if self._closing:
+                    return None
+            pause = self._idle()
+            with self._wake:
+                if not self._waiting and not self._closing:
+                    self._wake.wait(pause)
+
+    def _do(self, job: Job) -> None:
+        begun = time.monotonic()
+        self._post(self._begin, job)
+        result, code, message = None, "", ""
+        try:
+            feed = Feed(job, self._post, self._seconds)
+            feed.check()
+            assert job.work is not None
+            result = dumps(job.work(feed))
+        except Cancelled:
+            code = job.cancelling or "cancelled"
+        except RequestError as error:
+            code, message = "invalid_request", ApiError("invalid_request", str(error)).message
+        except ApiError as error:
+            code, message = error.code, error.message
+        except BaseException:
+            logger.error("job %s (%s) failed\n%s", job.id, job.task, traceback.format_exc())
+            code, message = "internal", INTERNAL
+        seconds = time.monotonic() - begun
+        logger.info("%s %s in %.1f s", job.task, code or "done", seconds)
+        self._post(self._finish, job, result, code, message, seconds)

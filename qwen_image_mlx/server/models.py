@@ -1,0 +1,226 @@
+"""Which model does which task, and which of them are in memory: opened when needed, kept warm, released when idle or in
+the way of another.
+
+Lives in the worker's thread; only `status` and `facts` may be read from others.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError, HubError, QwenImageError, RequestError
+from ..pipeline.pipeline import QwenImagePipeline
+from ..runtime.asking import open_pipeline, settled
+from ..runtime.cache import RecentEncodings
+from ..runtime.memory import parse_memory
+from ..variants import ASPECT_SIZES
+from ..weights.snapshot import HubSnapshot
+from .answers import ApiError
+
+if TYPE_CHECKING:
+    from ..pipeline.progress import ProgressCallback
+    from ..pipeline.request import Request
+    from ..runtime.memory import MemoryPlan
+
+logger = logging.getLogger(__name__)
+
+TASKS = ("generate", "edit", "decompose")
+_COMPONENTS = ("text_encoder", "language_head", "vision", "tokenizer", "vae_encoder", "vae_decoder", "transformer")
+
+
+@dataclass
+class _Warm:
+    """An opened model.
+
+    Attributes:
+        held: bytes of it in memory, as MLX counted them.
+        used: when it was used last.
+    """
+
+    pipeline: QwenImagePipeline
+    held: int = 0
+    used: float = 0.0
+
+    @property
+    def is_loaded(self) -> bool:
+        return any(map(self.pipeline.components.is_loaded, _COMPONENTS))
+
+    def release(self) -> None:
+        self.pipeline.release_encoders()
+        self.pipeline.release_transformer()
+        self.pipeline.release_vae()
+        self.held = 0
+
+
+class Models:
+    """The models of a server.
+
+    Args:
+        offers: by task, what `open_pipeline` is to open: model, quantize, loras.
+        memory: as in `parse_memory`; None is "auto", which keeps a model loaded where it fits.
+        idle_seconds: after which an unused model is released; None keeps it.
+    """
+
+    def __init__(self, offers: Mapping[str, Mapping[str, Any]], memory: str | None, idle_seconds: float | None):
+        self.encodings = RecentEncodings()
+        self._offers = offers
+        self._memory = parse_memory(memory or "auto")
+        self._idle_seconds = idle_seconds
+        self._warm: dict[str, _Warm] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._progress: ProgressCallback = lambda told: None  # of the job at work; pipelines outlive it
+
+    # Read from anywhere -----------------------------------------------------------------------------------------------
+
+    def name(self, task: str) -> str:
+        """How a task's model is called: a hub id, or of a folder its last part alone."""
+        model = str(self._offers[task]["model"])
+        path = PurePath(model)
+        return path.name if path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2 else model
+
+    def status(self) -> list[dict[str, Any]]:
+        """Task, model and whether it is loaded, of every model."""
+        return [{"task": task, "model": self.name(task), "loaded": self.is_loaded(task)} for task in self._offers]
+
+    def is_loaded(self, task: str) -> bool:
+        """Whether anything of a task's model is in memory."""
+        warm = self._warm.get(task)
+        return warm is not None and warm.is_loaded
+
+    def facts(self, task: str) -> dict[str, Any]:
+        """What the model says of itself, as far as it can be known without downloading: steps, guidance, sizes."""
+        return self._facts.get(task, {})
+
+    # In the worker's thread -------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Reads what models say of themselves, from disk alone."""
+        for task, offer in self._offers.items():
+            try:
+                if HubSnapshot(offer["model"]).is_local:
+                    self._facts[task] = _facts(self.open(task, self._progress))
+                else:
+                    cached = QwenImagePipeline.from_pretrained(offer["model"], offline=True, loras=offer["loras"])
+                    self._facts[task] = _facts(cached)
+            except (QwenImageError, ApiError) as error:
+                logger.info("the model to %s with is not known yet: %s", task, error)
+
+    def open(self, task: str, progress: ProgressCallback) -> QwenImagePipeline:
+        """The pipeline of a task; raises ApiError if its model cannot be used."""
+        self._progress = progress
+        if task not in self._warm:
+            with _usable(RequestError):
+                pipeline = open_pipeline(self._offers[task], "", lambda told: self._progress(told))
+                pipeline.check_task(task)
+                self._facts[task] = _facts(pipeline)
+            self._warm[task] = _Warm(pipeline)
+        warm = self._warm[task]
+        warm.used = time.monotonic()
+        return warm.pipeline
+
+    @contextmanager
+    def settled(self, task: str, request: Request) -> Iterator[MemoryPlan]:
+        """The plan for a request, with other models out of its way; raises RequestError if nothing fits."""
+        warm = self._warm[task]
+        streamed = warm.pipeline.components.streamed
+        try:
+            with settled(warm.pipeline, request, self._memory) as plan, _usable():
+                if plan.residency.streamed != streamed:
+                    warm.release()
+                self._make_room(task, plan.peak)
+                yield plan
+        finally:
+            self._note(task)
+
+    @contextmanager
+    def at_work(self, task: str) -> Iterator[None]:
+        """Keeps count of what a task's model takes meanwhile."""
+        try:
+            with _usable():
+                yield
+        finally:
+            self._note(task)
+
+    def load(self, task: str, progress: ProgressCallback) -> None:
+        """Fetches a task's model and loads it, as far as the memory takes it whole beside the others."""
+        pipeline = self.open(task, progress)
+        with self.at_work(task):
+            pipeline.prepare()
+            parts = pipeline.components
+            self._make_room(task, sum(parts.weights(name).nbytes for name in ("transformer", "text_encoder", "vae")))
+            _ = parts.tokenizer, parts.text_encoder
+            if self._free(task) >= parts.weights("transformer").nbytes:
+                _ = parts.transformer
+
+    def unload(self, task: str | None) -> None:
+        """Gives a model's memory back, or that of all."""
+        for name, warm in self._warm.items():
+            if task in (None, name):
+                warm.release()
+        self.encodings.clear()
+        mx.clear_cache()
+
+    def tick(self) -> float | None:
+        """Releases what has been idle for long; returns after how many seconds to look again."""
+        if self._idle_seconds is None:
+            return None
+        now, due = time.monotonic(), []
+        for task, warm in self._warm.items():
+            left = warm.used + self._idle_seconds - now
+            if not warm.is_loaded:
+                continue
+            if left <= 0:
+                logger.info("%s is idle and released", self.name(task))
+                warm.release()
+                self.encodings.clear()
+                mx.clear_cache()
+            else:
+                due.append(left)
+        return min(due, default=None)
+
+    def _free(self, task: str) -> int:
+        """Bytes that other models leave to a task's."""
+        return self._memory.budget - sum(warm.held for name, warm in self._warm.items() if name != task)
+
+    def _make_room(self, task: str, nbytes: int) -> None:
+        others = sorted((warm.used, name) for name, warm in self._warm.items() if name != task and warm.is_loaded)
+        for _, name in others:
+            if self._free(task) >= nbytes:
+                return
+            logger.info("%s makes room for %s", self.name(name), self.name(task))
+            self._warm[name].release()
+
+    def _note(self, task: str) -> None:
+        warm = self._warm[task]
+        others = sum(other.held for other in self._warm.values() if other is not warm)
+        warm.used, warm.held = time.monotonic(), max(0, mx.get_active_memory() - others)
+
+
+@contextmanager
+def _usable(*more: type[QwenImageError]) -> Iterator[None]:
+    """What is wrong with a model is the server's affair: it is logged, and answered without its paths."""
+    try:
+        yield
+    except (CheckpointError, HubError, *more) as error:
+        logger.error("%s", error)
+        raise ApiError("model_error", "the model of this server cannot be used; its log says why") from error
+
+
+def _facts(pipeline: QwenImagePipeline) -> dict[str, Any]:
+    variant, facts = pipeline.variant, {}
+    with suppress(QwenImageError):  # LoRAs that are not here yet
+        facts = {"steps": pipeline.recommended.num_inference_steps, "cfg_scale": pipeline.recommended.cfg_scale}
+    if variant.task == "generate":
+        facts["sizes"] = {aspect: list(variant.size_of(aspect)) for aspect in ASPECT_SIZES}
+    if variant.layered:
+        facts |= {"resolutions": list(variant.resolutions), "resolution": variant.resolutions[0]}
+        facts["captions"] = variant.captions
+    return facts

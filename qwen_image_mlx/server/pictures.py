@@ -1,0 +1,63 @@
+"""Pictures as they travel: data URLs and the bytes of files, in three formats, looked at before they are decoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ..errors import RequestError
+from ..images.sources import readable
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+DATA_URL = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$"
+MAX_PIXELS = 1 << 26  # of all pictures of a request together: 256 MiB of RGBA
+_HEAD = re.compile(r"data:image/(?:png|jpe?g|webp);base64,")
+_HEAD_LENGTH = 40
+
+
+def picture_bytes(text: str) -> bytes:
+    """What a data URL holds; raises ValueError unless it is one of a PNG, JPEG or WebP."""
+    head = _HEAD.match(text[:_HEAD_LENGTH])
+    if head is None:
+        raise ValueError("must be a data URL of a picture, as in data:image/png;base64,…; PNG, JPEG and WebP are taken")
+    try:
+        data = base64.b64decode(text[head.end() :].encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise ValueError("is a data URL whose base64 is damaged") from None
+    if not data:
+        raise ValueError("is a data URL without a picture")
+    return data
+
+
+def data_url(png: bytes) -> str:
+    """A PNG as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def decoded(files: Sequence[bytes]) -> list[Image.Image]:
+    """Pictures, loaded whole; their sizes are added up before any is decoded.
+
+    Raises:
+        RequestError: one is not a PNG, JPEG or WebP, is damaged, or they are too large together.
+    """
+    opened, pixels = [], 0
+    for number, file in enumerate(files, 1):
+        with readable(_name(number, files)):
+            image = Image.open(io.BytesIO(file), formats=FORMATS)
+        pixels += image.width * image.height
+        opened.append(image)
+    if pixels > MAX_PIXELS:
+        raise RequestError(f"the pictures have {pixels:,} pixels together; at most {MAX_PIXELS:,} are taken")
+    for number, image in enumerate(opened, 1):
+        with readable(_name(number, files)):
+            image.load()
+    return opened
+
+
+def _name(number: int, files: Sequence[bytes]) -> str:
+    return "the picture" if len(files) == 1 else f"picture {number}"

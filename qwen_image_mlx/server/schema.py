@@ -1,0 +1,232 @@
+"""What may be asked for: the fields of every task with their types and ranges. Anything else is refused.
+
+A body is JSON, where a number is a number and a picture a data URL, or multipart/form-data, where numbers are text and
+pictures file parts. What the ranges here allow a server may still limit further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
+
+from ..images.layers import MAX_NAME, MAX_OFFSET
+from ..pipeline.parameters import MAX_LAYERS, MAX_SEED, MAX_STEPS, RNGS, SIZE_STEP
+from ..variants import ASPECT_SIZES, CAPTION_TEMPLATES
+from .answers import ApiError
+from .pictures import DATA_URL, picture_bytes
+
+MAX_PICTURES = 3
+MAX_NUM_IMAGES = 4
+MAX_STACK = 64
+_MAX_PROMPT = 8000
+_MAX_SIDE = 16_384
+
+
+def _picture(value: Any) -> bytes:
+    if isinstance(value, bytes) and value:  # a file part
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a picture: a data URL, or a file part of multipart/form-data")
+    return picture_bytes(value)
+
+
+def _writable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold null characters")
+    text.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+    return text
+
+
+Picture = Annotated[bytes, PlainValidator(_picture), WithJsonSchema({"type": "string", "pattern": DATA_URL})]
+Text = Annotated[str, StringConstraints(max_length=_MAX_PROMPT), AfterValidator(_writable)]
+Aspect = Literal[tuple(ASPECT_SIZES)]
+Rng = Literal[RNGS]
+Language = Literal[tuple(CAPTION_TEMPLATES)]
+Side = Annotated[int, Field(ge=SIZE_STEP, le=_MAX_SIDE, multiple_of=SIZE_STEP)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Guidance = Annotated[float, Field(ge=1, le=100)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Count = Annotated[int, Field(ge=1, le=MAX_NUM_IMAGES)]
+Strength = Annotated[float, Field(gt=0, le=1)]
+Resolution = Annotated[int, Field(ge=32, le=4096)]
+ResultSize = Annotated[str, StringConstraints(pattern=r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$")]
+
+
+class Body(BaseModel):
+    """A request's fields; unknown ones are refused.
+
+    Attributes:
+        lists: fields that a form may hold several times.
+        aliases: other names that fields may have in a form.
+    """
+
+    lists: ClassVar[tuple[str, ...]] = ()
+    aliases: ClassVar[Mapping[str, str]] = {}
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class GenerateBody(Body):
+    """A picture from words, or a picture painted over."""
+
+    prompt: Text
+    negative_prompt: Text | None = None
+    aspect: Aspect | None = None
+    width: Side | None = None
+    height: Side | None = None
+    steps: Steps | None = None
+    cfg_scale: Guidance | None = None
+    seed: Seed | None = None
+    num_images: Count = 1
+    image: Picture | None = None
+    mask: Picture | None = None
+    strength: Strength | None = None
+    rng: Rng | None = None
+
+
+class EditBody(Body):
+    """Pictures changed by instruction."""
+
+    lists = ("images",)
+    prompt: Text
+    images: Annotated[list[Picture], Field(min_length=1, max_length=MAX_PICTURES)] | None = None
+    image: Picture | None = None
+    mask: Picture | None = None
+    size: ResultSize | None = None
+    strength: Strength | None = None
+    mask_padding: Annotated[int, Field(ge=0, le=_MAX_SIDE)] | None = None
+    keep_alpha: bool = False
+    reference_pixels: Annotated[int, Field(ge=1024, le=1 << 25)] | None = None
+    negative_prompt: Text | None = None
+    steps: Steps | None = None
+    cfg_scale: Guidance | None = None
+    seed: Seed | None = None
+    num_images: Count = 1
+    rng: Rng | None = None
+
+
+class DecomposeBody(Body):
+    """A picture taken apart into layers."""
+
+    image: Picture
+    prompt: Text = ""
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] | None = None
+    cfg_scale: Guidance | None = None
+    resolution: Resolution | None = None
+    steps: Steps | None = None
+    seed: Seed | None = None
+    negative_prompt: Text | None = None
+    cfg_normalize: bool = False
+    caption_language: Language = "en"
+    size: Literal["source", "bucket"] = "source"
+    rng: Rng | None = None
+
+
+class CaptionBody(Body):
+    """A picture described in words."""
+
+    image: Picture
+    language: Language = "en"
+    resolution: Resolution | None = None
+    seed: Seed = 0
+
+
+class LayerBody(Body):
+    """One layer: its picture, and where and how it lies on the canvas."""
+
+    image: Picture
+    name: Annotated[str, StringConstraints(max_length=MAX_NAME), AfterValidator(_writable)] = ""
+    x: Annotated[int, Field(ge=-MAX_OFFSET, le=MAX_OFFSET)] = 0
+    y: Annotated[int, Field(ge=-MAX_OFFSET, le=MAX_OFFSET)] = 0
+    scale: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    opacity: Annotated[float, Field(ge=0, le=1)] = 1.0
+    visible: bool = True
+
+
+def _bare_layer(value: Any) -> Any:
+    return {"image": value} if isinstance(value, bytes) else value
+
+
+class ComposeBody(Body):
+    """Layers laid together, from back to front, on a canvas as wide and high as the largest."""
+
+    lists = ("layers",)
+    layers: Annotated[
+        list[Annotated[LayerBody, BeforeValidator(_bare_layer)]], Field(min_length=1, max_length=MAX_STACK)
+    ]
+    format: Literal["png", "psd", "ora", "zip"] = "png"
+
+
+class LoadBody(Body):
+    """Which model is to be loaded."""
+
+    task: Literal["generate", "edit", "decompose"]
+
+
+class UnloadBody(Body):
+    """Which model is to be released; all of them without a task."""
+
+    task: Literal["generate", "edit", "decompose"] | None = None
+
+
+def _job_of(task: str, body: type[Body]) -> type[Body]:
+    """A task's fields, and `task` among them."""
+    fields: dict[str, Any] = {"task": (Literal[task], ...)}
+    return create_model(f"{task.title()}Job", __base__=body, __doc__=f"`{task}` as a job.", **fields)
+
+
+TASKS: dict[str, type[Body]] = {
+    "generate": GenerateBody,
+    "edit": EditBody,
+    "decompose": DecomposeBody,
+    "caption": CaptionBody,
+}
+JOBS: dict[str, type[Body]] = {task: _job_of(task, body) for task, body in TASKS.items()}
+
+
+class TaskOnly(BaseModel):
+    """The field that says which others there may be."""
+
+    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
+
+    task: Literal[tuple(TASKS)]
+
+
+def from_json(body: type[BaseModel], data: bytes) -> Any:
+    """A body from JSON, where types are exact; raises ApiError."""
+    try:
+        return body.model_validate_json(data, strict=True)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def from_form(body: type[BaseModel], fields: Mapping[str, Any]) -> Any:
+    """A body from the fields of a form, where numbers are text; raises ApiError."""
+    try:
+        return body.model_validate(fields)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    """The first thing that is wrong, in a sentence without what was sent."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return ApiError("malformed", f"the body is not JSON that can be read: {said.partition(': ')[2] or said}")
+    known = {"extra_forbidden": "is not a field that is known", "missing": "is missing"}.get(first["type"], said)
+    known = known[0].lower() + known[1:] if known.startswith("Input") else known
+    return ApiError("invalid_request", f"{place or 'the body'}: {known}", param=place or None)

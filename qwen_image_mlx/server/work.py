@@ -1,0 +1,264 @@
+"""From the fields of a request to its result: what a job of each task does, as the command line does it.
+
+What can be wrong without the model is found when work is made, in the thread that took the request; the work itself
+runs in the worker's thread.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..images.files import encode_png
+from ..images.layer_archives import LAYER_FILE, folder_files
+from ..images.layer_files import FORMATS, check_formats
+from ..images.layers import Layer, LayerStack, composite
+from ..images.sources import open_image, open_mask, open_rgba
+from ..pipeline.decomposition import layers_request
+from ..pipeline.request import build_request, parsed_size
+from ..runtime.asking import painting_request
+from ..runtime.preview import Preview
+from ..runtime.session import decompose, paint
+from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
+from .answers import ApiError
+from .pictures import data_url, decoded
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..pipeline.pipeline import QwenImagePipeline
+    from ..pipeline.progress import ProgressCallback
+    from ..pipeline.request import Request
+    from .jobs import Feed, Work
+    from .models import Models
+    from .schema import CaptionBody, ComposeBody, DecomposeBody, EditBody, GenerateBody
+
+_SAMPLING = ("prompt", "negative_prompt", "steps", "cfg_scale", "strength", "rng", "num_images")
+_RECORDED = ("size", "mask_padding", "reference_pixels", "keep_alpha")  # as the command line records them
+_BETWEEN_PREVIEWS = 0.25  # seconds
+DEFAULT_LAYERS = 4  # unless more or fewer are asked for
+_COMPOSED_PIXELS = 1 << 26  # of all layers, scaled
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        pixels: of a picture that is painted.
+        steps: of denoising.
+    """
+
+    pixels: int = 1 << 22
+    steps: int = 100
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for a request beyond them."""
+        parameters = request.parameters
+        if parameters.num_inference_steps > self.steps:
+            raise RequestError(f"{parameters.num_inference_steps} steps are asked for; this server takes {self.steps}")
+        sizes = [(parameters.width, parameters.height), *([request.canvas.result_size] if request.canvas else [])]
+        for width, height in sizes:
+            if width * height > self.pixels:
+                raise RequestError(
+                    f"{width}x{height} are {width * height:,} pixels; this server paints {self.pixels:,}"
+                )
+
+
+class Tasks:
+    """What can be done for a request.
+
+    Args:
+        models: which model does what.
+        defaults: by task and field, what the configuration says where a request says nothing.
+        limits: what a request may ask for.
+    """
+
+    def __init__(self, models: Models, defaults: Mapping[str, Mapping[str, Any]], limits: Limits):
+        self._models = models
+        self._defaults = defaults
+        self._limits = limits
+
+    def work(self, task: str, body: Any) -> Work:
+        """The work that a body asks for; raises RequestError for what is wrong with it already."""
+        self.check_offered(task)
+        make: dict[str, Callable[[Any], Work]] = {
+            "generate": self._generate,
+            "edit": self._edit,
+            "decompose": self._decompose,
+            "caption": self._caption,
+        }
+        return make[task](body)
+
+    def check_offered(self, task: str) -> None:
+        """Raises ApiError if no model is there for a task."""
+        if task not in {status["task"] for status in self._models.status()} | {"caption"}:
+            raise ApiError("not_found", f"this server has no model to {task} with")
+
+    def _generate(self, body: GenerateBody) -> Work:
+        for name in ("mask", "strength"):
+            if getattr(body, name) is not None and body.image is None:
+                raise RequestError(f"{name} needs an image to be painted over")
+        if (body.width is None) != (body.height is None):
+            raise RequestError("give both width and height, or an aspect")
+        if body.width and body.aspect:
+            raise RequestError("give width and height or an aspect, not both")
+        size: Any = (body.width, body.height) if body.width else body.aspect
+        if size is None and body.image is None:
+            size = self._defaults["generate"].get("aspect", "1:1")
+        return self._paint("generate", body, [body.image] if body.image else [], size)
+
+    def _edit(self, body: EditBody) -> Work:
+        if (body.image is None) == (body.images is None):
+            raise RequestError("give the pictures to edit, as images or one image")
+        for name in ("mask_padding", "strength"):
+            if getattr(body, name) is not None and body.mask is None:
+                raise RequestError(f"{name} needs a mask")
+        files = body.images or [body.image]
+        return self._paint("edit", body, files, None if body.size is None else parsed_size(body.size))
+
+    def _paint(self, task: str, body: Any, files: list[bytes], size: Any) -> Work:
+        wanted = self._wanted(task, body)
+        recorded = {name: getattr(body, name) for name in _RECORDED if getattr(body, name, None)}
+        draft = build_request(wanted | recorded, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
+        if isinstance(size, tuple):
+            self._limits.check(draft)
+        if files:
+            decoded([*files, *([body.mask] if body.mask else [])])
+            if size is not None:
+                recorded["size"] = size if isinstance(size, str) else "x".join(map(str, size))
+
+        def work(feed: Feed) -> dict[str, Any]:
+            sources = decoded([*files, *([body.mask] if body.mask else [])])
+            mask = open_mask(sources.pop()) if body.mask else None
+            pictures = [open_image(source) for source in sources]
+            straight = [open_rgba(source) for source in sources] if recorded.get("keep_alpha") else None
+            pipeline = self._models.open(task, feed)
+            request = painting_request(pipeline, wanted | recorded, size, pictures, mask, straight)
+            images = []
+            with self._ready(task, pipeline, request, feed) as (residency, progress):
+                for painting in paint(pipeline, request, progress, self._models.encodings, residency):
+                    metadata = {**painting.metadata, **recorded}
+                    url = data_url(encode_png(painting.image, metadata))
+                    index = metadata["image_index"]
+                    images.append({"image": url, "seed": metadata["seed"], "index": index, "metadata": metadata})
+            return {"images": images}
+
+        return work
+
+    def _decompose(self, body: DecomposeBody) -> Work:
+        wanted = self._wanted("decompose", body)
+        sampling = {"num_inference_steps": wanted.get("steps"), "cfg_scale": wanted.get("cfg_scale")}
+        decoded([body.image])
+
+        def work(feed: Feed) -> dict[str, Any]:
+            (picture,) = decoded([body.image])
+            pipeline = self._models.open("decompose", feed)
+            request = layers_request(
+                open_rgba(picture), body.prompt, negative_prompt=wanted.get("negative_prompt", " "),
+                num_layers=wanted.get("num_layers", DEFAULT_LAYERS), resolution=wanted.get("resolution"),
+                resolutions=pipeline.variant.resolutions, size=body.size,
+                sampling=pipeline.recommended.unless(**sampling), cfg_normalize=body.cfg_normalize,
+                caption_language=body.caption_language, seed=wanted["seed"][0], rng=body.rng or "torch",
+            )  # fmt: skip
+            with self._ready("decompose", pipeline, request, feed) as (residency, progress):
+                result = decompose(pipeline, request, progress, self._models.encodings, residency)
+            pngs = [data for name, data in folder_files(result.stack) if LAYER_FILE.fullmatch(name)]
+            psnr = result.psnr
+            return {
+                "layers": [{"layer": number, "image": data_url(png)} for number, png in enumerate(pngs)],
+                "prompt": result.prompt,
+                "psnr": round(psnr, 2) if math.isfinite(psnr) else None,
+                "seed": wanted["seed"][0],
+            }
+
+        return work
+
+    def _caption(self, body: CaptionBody) -> Work:
+        decoded([body.image])
+
+        def work(feed: Feed) -> dict[str, Any]:
+            (picture,) = decoded([body.image])
+            pipeline = self._models.open("decompose", feed)
+            if not pipeline.variant.captions:
+                raise RequestError(f"{self._models.name('decompose')} writes no captions")
+            with self._models.at_work("decompose"):
+                caption = pipeline.caption_image(
+                    open_rgba(picture), language=body.language, resolution=body.resolution or LAYERED_RESOLUTIONS[0],
+                    seed=body.seed, progress=feed,
+                )  # fmt: skip
+            return {"caption": caption}
+
+        return work
+
+    def _wanted(self, task: str, body: Any) -> dict[str, Any]:
+        """What is asked for, by the names of the command line's flags; a seed is drawn where none is given."""
+        names = (*_SAMPLING, "seed", "num_layers", "resolution")
+        given = {name: value for name in names if (value := getattr(body, name, None)) is not None}
+        wanted = {**{name: value for name, value in self._defaults[task].items() if name in names}, **given}
+        seed = wanted.get("seed")
+        return wanted | {"seed": [secrets.randbelow(2**32) if seed is None else seed]}
+
+    @contextmanager
+    def _ready(self, task: str, pipeline: QwenImagePipeline, request: Request, feed: Feed) -> Any:
+        """(residency, progress callback) for a request that is within the limits."""
+        self._limits.check(request)
+        feed.pictures = len(request.seeds) * len(request.image_indices)
+        progress: ProgressCallback = feed
+        if feed.previews:
+            progress = Preview(_Previews(feed), feed, pipeline, request)
+        with self._models.settled(task, request) as plan:
+            yield plan.residency, progress
+
+
+class _Previews:
+    """Shows pictures on a feed, a few each second."""
+
+    def __init__(self, feed: Feed):
+        self._feed = feed
+        self._shown = -math.inf
+
+    def __call__(self, image: Image, step: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._shown >= _BETWEEN_PREVIEWS:
+            self._shown = now
+            self._feed.show(data_url(encode_png(image)))
+
+
+def compose(body: ComposeBody) -> dict[str, Any]:
+    """Lays layers together; needs no model.
+
+    Raises:
+        RequestError: a picture cannot be read, they are too large, or a format's library is missing.
+    """
+    check_formats([body.format])
+    pictures = [open_rgba(picture) for picture in decoded([layer.image for layer in body.layers])]
+    scaled = zip(pictures, body.layers, strict=True)
+    pixels = sum(int(picture.width * picture.height * max(1.0, layer.scale) ** 2) for picture, layer in scaled)
+    if pixels > _COMPOSED_PIXELS:
+        raise RequestError(f"the layers have {pixels:,} pixels together; at most {_COMPOSED_PIXELS:,} are taken")
+    layers = tuple(
+        Layer(picture, layer.name or f"layer {number}", (layer.x, layer.y), layer.visible, layer.opacity)
+        for number, (picture, layer) in enumerate(zip(pictures, body.layers, strict=True))
+    )
+    size = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    stack = LayerStack(size, layers)
+    for number, layer in enumerate(body.layers):
+        stack = stack.scale(number, layer.scale)
+    if body.format == "png":
+        return {"image": data_url(encode_png(composite(stack)))}
+    chosen = FORMATS[body.format]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, chosen.file)
+        chosen.write(stack, file)
+        data = base64.b64encode(file.read_bytes()).decode()
+    return {"file": f"data:application/octet-stream;base64,{data}", "name": chosen.file}
