@@ -1,0 +1,263 @@
+// The editor of layers: laid together in the browser; shown, moved, faded, ordered, edited with words, and saved.
+
+import { ApiError, compose, run } from "./api.js";
+import { button, duration, el, iconButton, reorderable, say } from "./dom.js";
+import { comparison, decoded, download, drawn, fileName, markSmall } from "./pictures.js";
+
+const FORMATS = { png: "PNG", psd: "PSD", ora: "ORA", zip: "ZIP of PNGs" };
+const NUDGES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const FAR = 10; // pixels an arrow key moves a layer with Shift
+
+/**
+ * An editor for the layers of a result.
+ *
+ * @param {{layers: Array<{image: string}>, prompt: string, psnr: ?number, seed: number}} result as the API gives it.
+ * @param {object} settings what was asked for.
+ * @param {?string} original URL of the picture that was taken apart.
+ * @param {(task: string) => ?Function} way whether a task is offered.
+ */
+export async function stackEditor(result, settings, original, way) {
+  let layers = await Promise.all(result.layers.map(async ({ image: url }, index) => ({
+    name: index ? `Layer ${index}` : "Background", url, image: await decoded(url), x: 0, y: 0, opacity: 1, visible: true, undo: [],
+  })));
+  const width = Math.max(...layers.map(({ image }) => image.naturalWidth));
+  const height = Math.max(...layers.map(({ image }) => image.naturalHeight));
+  const name = fileName(settings.prompt || result.prompt, result.seed);
+  let selected = layers.at(-1);
+
+  const canvas = el("canvas", { width, height, tabindex: 0, role: "application", "aria-label": "The layers laid together. Drag a layer, or move it with the arrow keys." });
+  const outline = el("div", { class: "outline", "aria-hidden": "true" });
+  const { frame, slider } = original ? comparison(canvas, original) : { frame: el("div", { class: "frame" }, canvas), slider: null };
+  frame.append(outline);
+  frame.classList.add("checkered");
+  markSmall(frame, width, height);
+  const list = el("ol", { class: "layers", "aria-label": "Layers, the front one first" });
+  const notice = el("p", { class: "notice", role: "alert", hidden: true });
+
+  function draw() {
+    const context = canvas.getContext("2d");
+    context.clearRect(0, 0, width, height);
+    for (const { image, x, y, opacity, visible } of layers) {
+      context.globalAlpha = visible ? opacity : 0;
+      context.drawImage(image, x, y);
+    }
+    const { left, top, right, bottom } = bounds(selected);
+    const at = { left: (left + selected.x) / width, top: (top + selected.y) / height, width: (right - left) / width, height: (bottom - top) / height };
+    for (const [side, part] of Object.entries(at)) outline.style[side] = `${100 * part}%`;
+    outline.hidden = !selected.visible;
+    for (const layer of layers) {
+      layer.row?.classList.toggle("selected", layer === selected);
+      layer.row?.classList.toggle("unseen", !layer.visible);
+      if (layer.place) layer.place.textContent = layer.x || layer.y ? `moved by ${layer.x}, ${layer.y}` : "in its place";
+      if (layer.back) layer.back.hidden = !(layer.x || layer.y);
+    }
+  }
+
+  function select(layer) {
+    selected = layer;
+    draw();
+  }
+
+  function move(layer, x, y) {
+    Object.assign(layer, { x: Math.round(x), y: Math.round(y) });
+    draw();
+  }
+
+  function order(layer, to) {
+    const from = layers.indexOf(layer);
+    layers.splice(to, 0, ...layers.splice(from, 1));
+    selected = layer;
+    rows();
+    say(`${layer.name} is now ${to + 1} of ${layers.length} from the back.`);
+  }
+
+  function rows() {
+    list.replaceChildren(...[...layers].reverse().map(row));
+    draw();
+  }
+
+  function row(layer) {
+    const at = layers.indexOf(layer);
+    const raise = (by, which) => () => {
+      order(layer, at + by);
+      const next = layer.row.querySelector(`[data-${which}]`);
+      (next.disabled ? layer.row.querySelector(".name") : next).focus();
+    };
+    const eye = iconButton(layer.visible ? "shown" : "hidden", `Show ${layer.name}`, () => {
+      layer.visible = !layer.visible;
+      rows();
+      layer.row.querySelector("[data-eye]").focus();
+    }, { "aria-pressed": String(layer.visible), "data-eye": "" });
+    const opacity = el("input", { type: "range", min: 0, max: 100, value: Math.round(100 * layer.opacity), "aria-label": `Opacity of ${layer.name}` });
+    const percent = el("output", {}, `${opacity.value}%`);
+    opacity.addEventListener("input", () => {
+      layer.opacity = opacity.value / 100;
+      percent.textContent = `${opacity.value}%`;
+      select(layer);
+    });
+    layer.place = el("span", { class: "faint" });
+    layer.back = button("Put back", () => move(layer, 0, 0), { class: "link" });
+    layer.row = el("li", {},
+      el("div", { class: "row" },
+        el("span", { class: "grip icon", title: "Drag to reorder" }, iconOf()),
+        el("span", { class: "thumb checkered" }, el("img", { src: layer.url, alt: "", draggable: "false" })),
+        button(layer.name, () => select(layer), { class: "name", "aria-label": `Select ${layer.name}` }),
+        eye,
+        iconButton("up", `Move ${layer.name} to the front`, raise(1, "up"), { disabled: at === layers.length - 1, "data-up": "" }),
+        iconButton("down", `Move ${layer.name} to the back`, raise(-1, "down"), { disabled: at === 0, "data-down": "" })),
+      el("div", { class: "inside" },
+        el("label", { class: "slider" }, el("span", {}, "Opacity"), opacity, percent),
+        el("div", { class: "row" }, layer.place, layer.back, el("span", { class: "grow" }),
+          button("Save", () => download(layer.url, `${name}-${layer.name.toLowerCase().replace(" ", "-")}.png`), { class: "link", title: "Download this layer as PNG" })),
+        way("edit") ? wordsFor(layer) : null));
+    layer.row.addEventListener("focusin", () => layer !== selected && select(layer));
+    return layer.row;
+  }
+
+  /** The form that edits one layer with words. A layer is edited by itself, and keeps its transparency. */
+  function wordsFor(layer) {
+    const words = el("input", { type: "text", placeholder: "Make it blue", "aria-label": `What to change in ${layer.name}`, required: true, value: layer.words ?? "" });
+    const go = el("button", { class: "primary" }, layer.stop ? "Cancel" : "Edit");
+    const undo = layer.undo.length && !layer.stop ? button("Undo edit", () => {
+      Object.assign(layer, layer.undo.pop());
+      rows();
+    }, { class: "link" }) : null;
+    layer.bar = el("progress", { max: 1, hidden: !layer.stop, "aria-label": `Progress of ${layer.name}` });
+    layer.now = el("span", { class: "faint", "aria-hidden": "true" });
+    const form = el("form", { class: "words" }, el("div", { class: "row" }, words, go), layer.bar, el("div", { class: "row" }, layer.now, undo));
+    words.addEventListener("input", () => { layer.words = words.value; });
+    form.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || !layer.stop) return;
+      event.stopPropagation();
+      layer.stop.abort();
+    });
+    form.addEventListener("submit", async (event) => {
+      event.preventDefault();
+      if (layer.stop) {
+        layer.stop.abort();
+        return;
+      }
+      layer.stop = new AbortController();
+      notice.hidden = true;
+      rows();
+      try {
+        const fields = { prompt: layer.words, image: layer.url, keep_alpha: true, size: "source" };
+        const { images } = await run("edit", fields, (name, data) => tell(layer, name, data), layer.stop.signal);
+        const undo = { url: layer.url, image: layer.image };
+        const image = await decoded(images[0].image);
+        const [w, h] = [layer.image.naturalWidth, layer.image.naturalHeight];
+        const same = image.naturalWidth === w && image.naturalHeight === h;
+        layer.url = same ? images[0].image : drawn(image, w, h).toDataURL("image/png");
+        layer.image = same ? image : await decoded(layer.url);
+        layer.undo.push(undo);
+        say(`${layer.name} has been edited.`);
+      } catch (error) {
+        if (!(error instanceof ApiError)) throw error;
+        if (error.code !== "cancelled") Object.assign(notice, { hidden: false, textContent: error.message });
+      } finally {
+        layer.stop = null;
+        rows();
+      }
+    });
+    return form;
+  }
+
+  function tell(layer, event, { step, total, seconds_left: left, position }) {
+    if (event === "step") layer.bar.value = step / total;
+    if (event === "queued") layer.now.textContent = position ? `${position} before it` : "Waiting";
+    if (event === "step") layer.now.textContent = left == null ? `Step ${step} of ${total}` : `${duration(left)} left`;
+  }
+
+  function pointOf(event) {
+    const box = canvas.getBoundingClientRect();
+    return [((event.clientX - box.left) / box.width) * width, ((event.clientY - box.top) / box.height) * height];
+  }
+
+  canvas.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    const [x, y] = pointOf(event);
+    const hit = [...layers].reverse().find((layer) => layer.visible && layer.opacity && seen(layer, x - layer.x, y - layer.y));
+    if (hit) select(hit);
+    const begun = [selected.x - x, selected.y - y];
+    canvas.setPointerCapture(event.pointerId);
+    const follow = (at) => {
+      const [toX, toY] = pointOf(at);
+      move(selected, begun[0] + toX, begun[1] + toY);
+    };
+    canvas.addEventListener("pointermove", follow);
+    canvas.addEventListener("lostpointercapture", () => canvas.removeEventListener("pointermove", follow), { once: true });
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const way = NUDGES[event.key];
+    if (!way) return;
+    event.preventDefault();
+    const far = event.shiftKey ? FAR : 1;
+    move(selected, selected.x + way[0] * far, selected.y + way[1] * far);
+    say(`${selected.name} moved by ${selected.x}, ${selected.y}.`);
+  });
+  reorderable(list, ".grip", (from, to) => order([...layers].reverse()[from], layers.length - 1 - to));
+
+  async function save(format, pressed) {
+    notice.hidden = true;
+    pressed.disabled = true;
+    try {
+      const sent = layers.map(({ name, url: image, x, y, opacity, visible }) => ({ name, image, x, y, opacity, visible }));
+      const { image, file } = await compose(sent, format);
+      download(image ?? file, `${name}.${format}`);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      Object.assign(notice, { hidden: false, textContent: error.message });
+    } finally {
+      pressed.disabled = false;
+    }
+  }
+
+  const saving = Object.entries(FORMATS).map(([format, text]) =>
+    button(text, (event) => save(format, event.currentTarget), { "data-format": format, "aria-label": `Download as ${text}` }));
+  const near = result.psnr == null ? "" : ` · ${result.psnr.toFixed(1)} dB from the original`;
+  rows();
+  return el("div", { class: "stack" },
+    el("div", { class: "table" }, frame, slider,
+      el("div", { class: "row save" }, el("span", { class: "faint" }, "Download"), ...saving),
+      notice,
+      el("p", { class: "faint" }, `${width} × ${height} · seed ${result.seed}${near}`),
+      result.prompt && result.prompt !== settings.prompt ? el("p", { class: "faint" }, `Described as: ${result.prompt}`) : null),
+    list);
+}
+
+function iconOf() {
+  return iconButton("grip", "", () => {}).firstChild;
+}
+
+/** Whether a layer shows anything at a point of its own picture. */
+function seen({ image }, x, y) {
+  if (x < 0 || y < 0 || x >= image.naturalWidth || y >= image.naturalHeight) return false;
+  const context = el("canvas", { width: 1, height: 1 }).getContext("2d");
+  context.drawImage(image, -Math.floor(x), -Math.floor(y));
+  return context.getImageData(0, 0, 1, 1).data[3] > 12;
+}
+
+/** The box of what a layer shows, in pixels of its own picture. */
+function bounds(layer) {
+  if (layer.boundsOf === layer.image) return layer.box;
+  const { naturalWidth: width, naturalHeight: height } = layer.image;
+  const scale = Math.min(1, 256 / Math.max(width, height));
+  const [w, h] = [Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale))];
+  const { data } = drawn(layer.image, w, h).getContext("2d").getImageData(0, 0, w, h);
+  let [left, top, right, bottom] = [w, h, 0, 0];
+  for (let y = 0; y < h; y += 1) {
+    for (let x = 0; x < w; x += 1) {
+      if (data[4 * (y * w + x) + 3] <= 12) continue;
+      left = Math.min(left, x);
+      right = Math.max(right, x + 1);
+      top = Math.min(top, y);
+      bottom = Math.max(bottom, y + 1);
+    }
+  }
+  const empty = right <= left;
+  layer.boundsOf = layer.image;
+  layer.box = empty
+    ? { left: 0, top: 0, right: width, bottom: height }
+    : { left: (left * width) / w, top: (top * height) / h, right: (right * width) / w, bottom: (bottom * height) / h };
+  return layer.box;
+}
