@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,14 @@ def _written(value: Any) -> str:
 
 def _init(arguments: argparse.Namespace) -> None:
     path = default_place() if arguments.path is None else Path(arguments.path).expanduser()
+    if os.path.lexists(path):
+        raise OutputError(f"{path} is there already, and is kept")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(example_config())
-    except FileExistsError:
-        raise OutputError(f"{path} is there already, and is kept") from None
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
     print(path)
 
 
