@@ -14,6 +14,7 @@ from PIL import Image
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.cli.main import build_parser
+from qwen_image_mlx.settings import SCHEMA, load_settings
 from qwen_image_mlx.weights.mapping import expected_tensors
 from qwen_image_mlx.weights.synthetic import FULL
 
@@ -79,6 +80,15 @@ def test_pictures_are_there():
 ])  # fmt: skip
 def test_commands_parse(line):
     build_parser().parse_args(shlex.split(line)[1:])
+
+
+def test_settings_are_those_of_the_schema(tmp_path):
+    rows = [f"| `{row.key}` | {row.help} | {row.kind.allowed} | {row.usual} |" for row in SCHEMA]
+    assert "\n".join(rows) in README
+    (example,) = blocks("toml")
+    (tmp_path / "config.toml").write_text(example)
+    settings = load_settings(tmp_path / "config.toml", "draft")
+    assert (settings["memory"], settings["steps"], settings["cfg_scale"]) == ("16GB", 8, 1.0)
 
 
 def test_figures_of_the_memory_table_are_those_of_the_weights_map():
