@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Train the models that the package ships, from nothing, stage by stage; a stage that was cut goes on where it was.
 
-python scripts/train_demo.py vae rgba-vae text-encoder t2i-edit polish layered layered-polish pack --out build/demo
+python scripts/train_demo.py vae rgba-vae text-encoder t2i-edit polish layered layered-alone layered-polish pack \
+    --out build/demo
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +22,24 @@ from qwen_image_mlx.training.network import Network
 
 VAE = VAEConfig(base_dim=8)
 STEPS = {
-    "vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 6000, "layered": 1500, "layered-polish": 4000,
+    "vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 2500,
+    "layered": 1500, "layered-alone": 800, "layered-polish": 3500,
 }  # fmt: skip
 # Steps that learning rates fall over, where a stage stops before: its average is good enough by then.
-SCHEDULES = {**STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000, "layered": 5000}
-SAMPLES = {"paintings": 30000, "edits": 16000, "layered": 5000}
+SCHEDULES = {
+    **STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000, "polish": 6000, "layered": 5000, "layered-alone": 4000,
+}  # fmt: skip
+SAMPLES = {"paintings": 30000, "edits": 16000, "layered": 5000, "layered-polish": 4000}
 LAYERS = (2, 3, 4)
 BATCH = 64
 SIZES = {
     "t2i-edit": (32, 32),
     "polish": (56, 8),
     "layered": (21, 21, 21),
-    "layered-polish": (12, 16, 32),
+    "layered-alone": (12, 16, 32),
+    "layered-polish": (8, 12, 28, 12),
 }  # of a step's batches
-DROPS = {"layered-polish": 0.6}  # prompts left away: mostly nobody says what a picture shows
+DROPS = {"layered-alone": 0.6, "layered-polish": 0.6}  # prompts left away: mostly nobody says what a picture shows
 JUDGED = 100  # held-out scenes
 HELD_OUT_SEED = 11
 SCALES = {"demo": 3.0, "demo-edit": 2.0, "demo-layered": 1.0}
@@ -120,26 +127,40 @@ def train_layered(out: Path, every: int, seed: int) -> None:
     _train_layered(out, out / "layered", every, seed)
 
 
-def polish_layered(out: Path, every: int, seed: int) -> None:
+def train_layered_alone(out: Path, every: int, seed: int) -> None:
     """The same, on, mostly without prompts."""
-    _train_layered(out, out / "layered-polish", every, seed, last_checkpoint(out / "layered"))
+    _train_layered(out, out / "layered-alone", every, seed, last_checkpoint(out / "layered"))
 
 
-def _train_layered(out: Path, folder: Path, every: int, seed: int, start: Path | None = None) -> None:
-    frame, data = samples.Frame(out / "models" / "demo-layered"), out / "layered"
-    scenes = samples.draw_scenes(JUDGED, HELD_OUT_SEED, held_out=True)
-    asked = samples.decompositions(frame, scenes, LAYERS[-1])
-    kinds = [
-        _kept(data / f"{layers}.npz", lambda layers=layers: samples.decompositions(
-            frame, samples.draw_scenes(SAMPLES["layered"], seed + layers, most_things=layers - 1), layers))
-        for layers in LAYERS
-    ]  # fmt: skip
+def polish_layered(out: Path, every: int, seed: int) -> None:
+    """The same, on, with scenes that are as their captions tell."""
+    _train_layered(out, out / "layered-polish", every, seed, last_checkpoint(out / "layered-alone"), as_told=True)
+
+
+def _train_layered(
+    out: Path, folder: Path, every: int, seed: int, start: Path | None = None, as_told: bool = False
+) -> None:
+    frame = samples.Frame(out / "models" / "demo-layered")
+    scenes = samples.draw_scenes(JUDGED, HELD_OUT_SEED, held_out=True, as_told=as_told)
+    said = samples.decompositions(frame, scenes, LAYERS[-1])
+    asked = {"said": said, "alone": replace(said, prompt=said.dropped[:, 0])}
+
+    def kept(layers: int, stage: str, as_told: bool) -> samples.Samples:
+        drawn = partial(samples.draw_scenes, SAMPLES[stage], seed + layers, layers - 1, as_told=as_told)
+        return _kept(out / stage / f"{layers}.npz", lambda: samples.decompositions(frame, drawn(), layers))
+
+    kinds = [kept(layers, folder.name if as_told else "layered", as_told) for layers in LAYERS]
+    if as_told:
+        kinds.append(kept(LAYERS[-1], "layered", False))  # lest it forget all others
 
     def judged(network: Network) -> dict[str, float]:
-        tokens = painter.paint(network, asked, 12, SCALES["demo-layered"])
-        frames = tokens.reshape(JUDGED * (LAYERS[-1] + 1), -1, tokens.shape[-1])
-        pictures = frame.pictures(frames)
-        return judge.judge_layers(pictures.reshape(JUDGED, -1, *pictures.shape[1:])[:, 1:], scenes)
+        found = {}
+        for how, wanted in asked.items():
+            tokens = painter.paint(network, wanted, 12, SCALES["demo-layered"])
+            pictures = frame.pictures(tokens.reshape(JUDGED * (LAYERS[-1] + 1), -1, tokens.shape[-1]))
+            stacks = pictures.reshape(JUDGED, -1, *pictures.shape[1:])[:, 1:]
+            found |= {f"{how} {name}": value for name, value in judge.judge_layers(stacks, scenes).items()}
+        return found
 
     _train_painter(folder, "demo-layered", kinds, every, seed, judged, [out / "models" / "demo-layered"], start)
 
@@ -155,7 +176,8 @@ def pack(out: Path, every: int, seed: int) -> None:
 
 STAGES = {
     "vae": train_vae, "rgba-vae": train_rgba_vae, "text-encoder": write_frames, "t2i-edit": train_t2i_edit,
-    "polish": polish, "layered": train_layered, "layered-polish": polish_layered, "pack": pack,
+    "polish": polish, "layered": train_layered, "layered-alone": train_layered_alone,
+    "layered-polish": polish_layered, "pack": pack,
 }  # fmt: skip
 
 
