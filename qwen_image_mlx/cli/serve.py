@@ -6,6 +6,7 @@ import argparse
 import logging
 import re
 import signal
+from importlib.util import find_spec
 from typing import Any
 
 from ..errors import RequestError
@@ -18,6 +19,7 @@ _MODELS = {
     "edit": ("edit_model", DEFAULT_EDIT_MODEL),
     "decompose": ("layered_model", DEFAULT_LAYERED_MODEL),
 }
+_LIBRARIES = ("fastapi", "uvicorn", "python_multipart")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -55,17 +57,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serves until it is told to end."""
-    try:
-        from ..server.run import is_loopback, listen, own_hosts, read_token, serve
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "python_multipart", "starlette", "pydantic"):
-            raise
-        raise RequestError('serving needs a few libraries more: pip install "qwen-image-mlx[server]"') from None
-    from ..server.app import Setup
-    from ..server.work import Limits
+    from ..server.door import is_loopback, listen, own_hosts, read_token
     from ..settings import find_config, load_settings
-    from .console import messages
 
+    if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
+        raise RequestError(f'serving needs {", ".join(missing)} as well: pip install "qwen-image-mlx[server]"')
     for name, low in (("queue", 1), ("max_pixels", 1024), ("max_steps", 1)):
         if getattr(arguments, name) < low:
             flag = f"--{name.replace('_', '-')}"
@@ -78,23 +74,30 @@ def run(arguments: argparse.Namespace) -> None:
         raise RequestError(f"--host is {arguments.host}, which others can reach: give a --token-file as well")
     settings = load_settings(find_config(arguments.config), arguments.profile)
     said = {task: settings.of_command(task) for task in _MODELS}
-    setup = Setup(
-        profile=settings.profile,
-        offers={task: _offer(arguments, task, said[task]) for task in _MODELS},
-        defaults={"generate": said["generate"], "edit": said["edit"], "decompose": _renamed(said["decompose"])},
-        memory=arguments.memory or settings["memory"],
-        idle_seconds=_seconds("--idle-unload", arguments.idle_unload),
-        is_own_host=own_hosts(arguments.host),
-        token=token,
-        origins=arguments.allow_origin,
-        queue=arguments.queue,
-        job_seconds=_seconds("--job-limit", arguments.job_limit) or float("inf"),
-        limits=Limits(arguments.max_pixels, arguments.max_steps),
-    )
-    with messages(), listen(arguments.host, arguments.port) as listener:
+    setup = {
+        "profile": settings.profile,
+        "offers": {task: _offer(arguments, task, said[task]) for task in _MODELS},
+        "defaults": {"generate": said["generate"], "edit": said["edit"], "decompose": _renamed(said["decompose"])},
+        "memory": arguments.memory or settings["memory"],
+        "idle_seconds": _seconds("--idle-unload", arguments.idle_unload),
+        "is_own_host": own_hosts(arguments.host),
+        "token": token,
+        "origins": arguments.allow_origin,
+        "queue": arguments.queue,
+        "job_seconds": _seconds("--job-limit", arguments.job_limit) or float("inf"),
+    }
+    with listen(arguments.host, arguments.port) as listener:
+        from ..server.app import Setup
+        from ..server.run import serve
+        from ..server.work import Limits
+        from .console import messages
+
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-        print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
-        if serve(setup, listener) == signal.SIGINT:
+        address = f"http://{host}:{listener.getsockname()[1]}"
+        limits = Limits(arguments.max_pixels, arguments.max_steps)
+        with messages():
+            ended_by = serve(Setup(**setup, limits=limits), listener, lambda: print(address, flush=True))
+        if ended_by == signal.SIGINT:
             raise KeyboardInterrupt
 
 

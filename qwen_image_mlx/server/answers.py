@@ -23,6 +23,7 @@ STATUS = {
     "invalid_request": 422,
     "queue_full": 429,
     "internal": 500,
+    "busy": 503,
     "model_error": 503,
     "stopping": 503,
     "timeout": 504,

@@ -205,7 +205,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         """Takes a job into the queue."""
         jobs.check_room()
         body = await read_body(request, JOBS)
-        job = jobs.submit(body.task, await service.prepare(body.task, body), previews=True)
+        job = jobs.submit(body.task, await service.prepare(body.task, body), followed=True)
         said = {"id": job.id, "status": job.status, "position": job.position, "events": f"/jobs/{job.id}/events"}
         return _json(dumps(said), 202)
 

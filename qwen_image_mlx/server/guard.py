@@ -33,6 +33,7 @@ _HEADERS = {
 }
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
 _DRAINED_BYTES, _DRAINED_SECONDS = 8 << 20, 2.0  # of a refused body, so that its sender can read why
+_BODIES_AT_ONCE = 4  # of the largest size, in memory
 
 
 class Guard:
@@ -63,6 +64,7 @@ class Guard:
         self._origins = frozenset(origins)
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
+        self._room = _BODIES_AT_ONCE * max_body_bytes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Lets a request pass, or answers it."""
@@ -73,19 +75,21 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = _Headers(scope)
-        answer = _decorated(send, scope["path"], self._cors(headers))
+        body = _Body(self, receive, headers)
+        answer = _decorated(send, scope["path"], self._cors(headers), body)
         try:
             self._check(scope, headers)
         except ApiError as error:
-            if not headers.get("expect"):
-                await _drain(receive)
             await _refuse(answer, error, scope["path"])
             return
         if self._is_preflight(scope, headers):
             await answer({"type": "http.response.start", "status": 204, "headers": []})
             await answer({"type": "http.response.body", "body": b""})
             return
-        await self._app(scope, self._metered(receive), answer)
+        try:
+            await self._app(scope, body.receive, answer)
+        finally:
+            self._room += body.taken
 
     def _check(self, scope: Message, headers: _Headers) -> None:
         hosts = headers.all("host")
@@ -131,30 +135,62 @@ class Guard:
             "vary": "Origin",
         }
 
-    def _metered(self, receive: Receive) -> Receive:
-        """Counts a body as it comes; what is too long or too slow raises ApiError where it is read."""
-        begun, taken, finished = time.monotonic(), 0, False
+    def take(self, nbytes: int, taken: int) -> None:
+        """Makes room for a piece of a body of which `taken` bytes are here; raises ApiError."""
+        if taken > self._max_body_bytes:
+            raise self._too_large()
+        if nbytes > self._room:
+            raise ApiError("busy", "too many large requests arrive at once; try again", {"retry-after": "5"})
+        self._room -= nbytes
 
-        async def metered() -> Message:
-            nonlocal taken, finished
-            if finished:
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, begun + self._body_seconds - time.monotonic()))
-            except asyncio.TimeoutError:
-                raise ApiError("slow", f"the body took longer than {self._body_seconds:.0f} s to arrive") from None
-            taken += len(message.get("body", b""))
-            finished = not message.get("more_body", False)
-            if taken > self._max_body_bytes:
-                if not finished:
-                    await _drain(receive)
-                raise self._too_large()
-            return message
-
-        return metered
+    async def timely(self, receive: Receive, begun: float) -> Message:
+        """A piece of a body; raises ApiError if it is late."""
+        left = begun + self._body_seconds - time.monotonic()
+        try:
+            return await asyncio.wait_for(receive(), max(0.0, left))
+        except asyncio.TimeoutError:
+            raise ApiError("slow", f"the body took longer than {self._body_seconds:.0f} s to arrive") from None
 
     def _too_large(self) -> ApiError:
         return ApiError("too_large", f"the body has more than the {self._max_body_bytes:,} bytes that are taken")
+
+
+class _Body:
+    """A request's body, counted as it comes; what is too long or too slow raises ApiError where it is read."""
+
+    def __init__(self, guard: Guard, receive: Receive, headers: _Headers):
+        self.taken = 0
+        self._guard, self._receive = guard, receive
+        self._begun = time.monotonic()
+        has_one = headers.get("transfer-encoding") or headers.get("content-length") not in ("", "0")
+        self._arrived = not has_one
+        self._waits = bool(headers.get("expect"))  # nothing is sent before it is asked for
+
+    async def receive(self) -> Message:
+        if self._arrived:
+            return await self._receive()
+        message = await self._guard.timely(self._receive, self._begun)
+        self._waits = False
+        nbytes = len(message.get("body", b""))
+        self._guard.take(nbytes, self.taken + nbytes)
+        self.taken += nbytes
+        self._arrived = not message.get("more_body", False)
+        return message
+
+    async def drain(self) -> None:
+        """Reads on for a moment: a connection closed upon unread data tells its sender nothing."""
+        left = _DRAINED_BYTES
+
+        async def read() -> None:
+            nonlocal left
+            while not self._arrived and left > 0:
+                message = await self._receive()
+                left -= len(message.get("body", b""))
+                self._arrived = not message.get("more_body", False)
+
+        if not self._waits:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(read(), _DRAINED_SECONDS)
 
 
 class _Headers:
@@ -171,8 +207,8 @@ class _Headers:
         return next(iter(self.all(name)), "")
 
 
-def _decorated(send: Send, path: str, more: dict[str, str]) -> Send:
-    """Adds what every answer carries; what is not a file of the page is kept by nobody."""
+def _decorated(send: Send, path: str, more: dict[str, str], body: _Body) -> Send:
+    """Adds what every answer carries, once the body is here; what is not a file of the page is kept by nobody."""
     kept = "no-cache" if path == "/" or path.startswith("/static/") else "no-store"
     added = {**_HEADERS, "cache-control": kept, **more}
     if not more:
@@ -180,6 +216,7 @@ def _decorated(send: Send, path: str, more: dict[str, str]) -> Send:
 
     async def decorated(message: Message) -> None:
         if message["type"] == "http.response.start":
+            await body.drain()
             own = [(name, value) for name, value in message.get("headers", ()) if name.lower().decode() not in added]
             headers = [(name.encode(), value.encode("latin-1")) for name, value in added.items()]
             message = {**message, "headers": own + headers}
@@ -194,17 +231,3 @@ async def _refuse(send: Send, error: ApiError, path: str) -> None:
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status(path), "headers": encoded})
     await send({"type": "http.response.body", "body": body})
-
-
-async def _drain(receive: Receive) -> None:
-    """Reads on for a moment: a connection closed upon unread data tells its sender nothing."""
-
-    async def read() -> None:
-        taken, more = 0, True
-        while more and taken < _DRAINED_BYTES:
-            message = await receive()
-            taken += len(message.get("body", b""))
-            more = message.get("more_body", False)
-
-    with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(read(), _DRAINED_SECONDS)

@@ -42,14 +42,14 @@ class Job:
     Attributes:
         task: what it is.
         work: does it, in the worker's thread, and returns what can be written as JSON.
-        previews: whether pictures of how far it is are wanted.
+        followed: whether somebody knows its id: then previews are made, and it is remembered.
         result: what the work returned, as JSON.
         error: {"message", "code"} of a job that failed.
     """
 
     task: str
     work: Work | None
-    previews: bool = False
+    followed: bool = False
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     status: str = "queued"
     position: int = 0
@@ -129,12 +129,12 @@ class Feed:
 
     Attributes:
         pictures: how many the work paints one after another; the steps of all are counted together.
-        previews: whether they are wanted.
+        followed: whether previews are wanted.
     """
 
     def __init__(self, job: Job, post: Callable[..., None], seconds: float):
         self.pictures = 1
-        self.previews = job.previews
+        self.followed = job.followed
         self._job = job
         self._post = post
         self._deadline = time.monotonic() + seconds
@@ -259,11 +259,11 @@ class Jobs:
                 "queue_full", f"{self.queue} jobs wait already; try again in {retry} s", {"retry-after": str(retry)}
             )
 
-    def submit(self, task: str, work: Work, *, previews: bool = False) -> Job:
+    def submit(self, task: str, work: Work, *, followed: bool = False) -> Job:
         """Takes a job into the queue; raises ApiError if it is full."""
         self.check_room()
         self._forget()
-        job = Job(task, work, previews)
+        job = Job(task, work, followed)
         self._jobs[job.id] = job
         with self._wake:
             self._waiting.append(job)
@@ -356,6 +356,8 @@ class Jobs:
             job.status, job.result = "done", result
         job.tell(*job.end())
         job.finished.set()
+        if not job.followed:
+            del self._jobs[job.id]
         self._forget()
 
     def _forget(self) -> None:
@@ -378,7 +380,7 @@ class Jobs:
             logger.debug("nobody heard of %s", function.__name__)
 
     def _work(self) -> None:
-        self._start()
+        self._tended(self._start)
         while (job := self._next()) is not None:
             self._do(job)
 
@@ -390,10 +392,18 @@ class Jobs:
                     return self._waiting.popleft()
                 if self._closing:
                     return None
-            pause = self._idle()
+            pause = self._tended(self._idle)
             with self._wake:
                 if not self._waiting and not self._closing:
                     self._wake.wait(pause)
+
+    @staticmethod
+    def _tended(function: Callable[[], Any]) -> Any:
+        """What a function returns; the worker outlives its faults."""
+        try:
+            return function()
+        except Exception:
+            logger.error("the worker failed\n%s", traceback.format_exc())
 
     def _do(self, job: Job) -> None:
         begun = time.monotonic()

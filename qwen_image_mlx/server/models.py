@@ -22,6 +22,7 @@ from ..runtime.asking import open_pipeline, settled
 from ..runtime.cache import RecentEncodings
 from ..runtime.memory import parse_memory
 from ..variants import ASPECT_SIZES
+from ..weights.quantize import NONE, Quantization
 from ..weights.snapshot import HubSnapshot
 from .answers import ApiError
 
@@ -67,12 +68,17 @@ class Models:
         offers: by task, what `open_pipeline` is to open: model, quantize, loras.
         memory: as in `parse_memory`; None is "auto", which keeps a model loaded where it fits.
         idle_seconds: after which an unused model is released; None keeps it.
+
+    Raises:
+        RequestError: memory or quantization cannot be understood.
     """
 
     def __init__(self, offers: Mapping[str, Mapping[str, Any]], memory: str | None, idle_seconds: float | None):
         self.encodings = RecentEncodings()
         self._offers = offers
         self._memory = parse_memory(memory or "auto")
+        for offer in offers.values():
+            Quantization.parse(offer["quantize"] or NONE)
         self._idle_seconds = idle_seconds
         self._warm: dict[str, _Warm] = {}
         self._facts: dict[str, dict[str, Any]] = {}
@@ -141,10 +147,12 @@ class Models:
             self._note(task)
 
     @contextmanager
-    def at_work(self, task: str) -> Iterator[None]:
-        """Keeps count of what a task's model takes meanwhile."""
+    def at_work(self, task: str, *parts: str) -> Iterator[None]:
+        """Keeps count of what a task's model takes meanwhile; others make room for the parts that will be loaded."""
+        components = self._warm[task].pipeline.components
         try:
             with _usable():
+                self._make_room(task, sum(components.weights(part).nbytes for part in parts))
                 yield
         finally:
             self._note(task)
@@ -152,10 +160,9 @@ class Models:
     def load(self, task: str, progress: ProgressCallback) -> None:
         """Fetches a task's model and loads it, as far as the memory takes it whole beside the others."""
         pipeline = self.open(task, progress)
-        with self.at_work(task):
+        parts = pipeline.components
+        with self.at_work(task, "transformer", "text_encoder", "vae"):
             pipeline.prepare()
-            parts = pipeline.components
-            self._make_room(task, sum(parts.weights(name).nbytes for name in ("transformer", "text_encoder", "vae")))
             _ = parts.tokenizer, parts.text_encoder
             if self._free(task) >= parts.weights("transformer").nbytes:
                 _ = parts.transformer

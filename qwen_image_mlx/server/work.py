@@ -191,7 +191,7 @@ class Tasks:
             pipeline = self._models.open("decompose", feed)
             if not pipeline.variant.captions:
                 raise RequestError(f"{self._models.name('decompose')} writes no captions")
-            with self._models.at_work("decompose"):
+            with self._models.at_work("decompose", "text_encoder", "vision", "language_head"):
                 caption = pipeline.caption_image(
                     open_rgba(picture), language=body.language, resolution=body.resolution or LAYERED_RESOLUTIONS[0],
                     seed=body.seed, progress=feed,
@@ -214,7 +214,7 @@ class Tasks:
         self._limits.check(request)
         feed.pictures = len(request.seeds) * len(request.image_indices)
         progress: ProgressCallback = feed
-        if feed.previews:
+        if feed.followed:
             progress = Preview(_Previews(feed), feed, pipeline, request)
         with self._models.settled(task, request) as plan:
             yield plan.residency, progress

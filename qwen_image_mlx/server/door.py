@@ -1,0 +1,82 @@
+"""Where a server listens, by which names it is reached, and the token it asks for. Needs the standard library alone."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import RequestError
+
+_LOCAL = ("localhost", "127.0.0.1", "[::1]")
+_LEAST_TOKEN = 8
+_BACKLOG = 128
+
+
+def read_token(path: str) -> str:
+    """A token from a file that its owner alone can read; raises RequestError."""
+    file = Path(path).expanduser()
+    try:
+        mode, text = file.stat().st_mode, file.read_text("ascii")
+    except OSError as error:
+        raise RequestError(f"the token file {path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except ValueError:
+        raise RequestError(f"the token file {path} holds no plain text") from None
+    token = text.strip()
+    if len(token) < _LEAST_TOKEN or len(token.split()) != 1:
+        raise RequestError(f"the token in {path} must be one word of at least {_LEAST_TOKEN} characters")
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise RequestError(f"others can read the token file {path}; protect it with chmod 600")
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def own_hosts(host: str) -> Callable[[str], bool]:
+    """Tells the names that a server bound to a host is reached by.
+
+    On loopback these are few, so that no foreign page can reach it under a name of its own (DNS rebinding). Elsewhere a
+    token is asked for anyway, and its addresses and the machine's names count.
+    """
+    names = {*_LOCAL, host.lower(), f"[{host.lower()}]"}
+    if is_loopback(host):
+        return names.__contains__
+    machine = socket.gethostname().lower()
+    names |= {machine, f"{machine.partition('.')[0]}.local", socket.getfqdn().lower()}
+    return lambda name: name in names or _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; raises RequestError if it cannot."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise RequestError(f"cannot listen on {host}, port {port}: {reason}") from error
+    listener.setblocking(False)
+    return listener
