@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..variants import ASPECT_SIZES, DEFAULT_MODEL
+from .batch import add_batch_flags, is_batch, run_batch
 from .painting import add_flags, run_painting
 
 
@@ -21,9 +22,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--image", dest="images", action="append", metavar="IMAGE", help="a picture to start from")
     parser.add_argument("--aspect", choices=ASPECT_SIZES, help=f"an official size instead: {sizes} (default: 1:1)")
     add_flags(parser, DEFAULT_MODEL, steps=50)
+    add_batch_flags(parser)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Paints and saves every picture asked for."""
-    run_painting(arguments, DEFAULT_MODEL, task="generate")
+    if is_batch(arguments):
+        run_batch(arguments, DEFAULT_MODEL)
+    else:
+        run_painting(arguments, DEFAULT_MODEL, task="generate")

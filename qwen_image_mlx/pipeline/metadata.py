@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 def describe(
-    pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding, seed: int, image_index: int = 0
+    pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding | None, seed: int, image_index: int = 0
 ) -> dict[str, Any]:
-    """The metadata of one result: all that the pipeline knows of how it was painted, JSON-serialisable."""
+    """The metadata of one result: all that the pipeline knows of how it was painted, JSON-serialisable.
+
+    Before there is an encoding (None), the prompt is the request's own.
+    """
     parameters, parts = request.parameters, pipeline.components
     metadata = {
         "model": pipeline.model,
         "revision": pipeline.revision,
-        "prompt": encoding.source.prompt,
+        "prompt": encoding.source.prompt if encoding else request.prompt,
         "negative_prompt": request.negative_prompt if parameters.cfg_scale > 1 else None,
         "width": parameters.width,
         "height": parameters.height,

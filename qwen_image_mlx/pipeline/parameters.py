@@ -65,6 +65,8 @@ class GenerationParameters:
             raise RequestError(f"rng is {self.rng!r}, but must be one of {', '.join(RNGS)}")
         if not _is_number(self.strength) or not 0 < self.strength <= 1:
             raise RequestError(f"strength is {self.strength}, but must be above 0 and at most 1")
+        for name in ("cfg_scale", "strength"):  # recorded alike, whether they came as 1 or as 1.0
+            object.__setattr__(self, name, float(getattr(self, name)))
         _check_integer("num_layers", self.num_layers, 1, MAX_LAYERS)
         if self.shift is not None and not (_is_number(self.shift) and 0 < self.shift <= 100):
             raise RequestError(f"shift is {self.shift}, but must be above 0 and at most 100")

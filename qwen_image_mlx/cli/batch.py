@@ -1,0 +1,245 @@
+"""Many pictures with `generate`: --prompts-file and --seeds, and the way from them to a folder of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import RequestError
+from ..pipeline.parameters import MAX_IMAGES, check_num_images, check_seed
+from ..pipeline.request import Request, build_request
+from ..variants import ASPECT_SIZES
+from .config import configured, wants_timings
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FOLDER = "qwen-images"
+_MAX_BYTES = 64_000_000
+_KEYS = (
+    "prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "aspect", "num_images", "rng",
+)  # fmt: skip
+# Flags that are about one picture.
+_SINGLE = ("images", "mask", "strength", "size", "mask_padding", "no_composite", "from_image")
+
+
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --prompts-file and --seeds; every default is None."""
+    add = parser.add_argument
+    add("--prompts-file", metavar="FILE", help="paint every prompt of a .txt file (one a line; empty lines and those "
+        "with # are skipped) or a .jsonl file (objects with prompt and any of "
+        f"{', '.join(_KEYS[1:])}, which win over the flags; seed 0 unless told otherwise) into the folder --output "
+        f"(default: ./{DEFAULT_FOLDER}); a second run paints what is missing")  # fmt: skip
+    add("--seeds", metavar="A-B,C", help="paint a prompt, or all of them, with each of these seeds, as in 1-20 or "
+        "1,5,9-12, into such a folder")  # fmt: skip
+
+
+def is_batch(arguments: argparse.Namespace) -> bool:
+    """Whether the flags ask for many pictures in a folder."""
+    return arguments.prompts_file is not None or arguments.seeds is not None
+
+
+def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
+    """Paints and saves every picture that the folder does not hold; all that is asked for is checked before."""
+    from ..images.files import check_writable, save_png
+
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name in _SINGLE:
+        if name in given:
+            flag = "image" if name == "images" else name.replace("_", "-")
+            raise RequestError(f"--{flag} is about one picture: it does not go with --prompts-file or --seeds")
+    if ("prompt" in given) == ("prompts_file" in given):
+        raise RequestError("give one source of prompts: PROMPT or --prompts-file")
+    if "seeds" in given:
+        if "seed" in given:
+            raise RequestError("give --seed or --seeds, not both")
+        given["seed"] = _seeds(given["seeds"])
+    usual = {"seed": 0, **configured(arguments, "generate", default_model)}
+    path = Path(given["prompts_file"]).expanduser() if "prompts_file" in given else None
+    _draft(_wanted(_Line("", {"prompt": given.get("prompt", "")}), usual, given))  # the flags' own faults, at no line
+    wanted = [_wanted(line, usual, given) for line in ([_Line("", {})] if path is None else _lines(path))]
+    drafts = [_draft(one) for one in wanted]
+    count = sum(len(draft.seeds) * len(draft.image_indices) for draft in drafts)
+    if count > MAX_IMAGES:
+        raise RequestError(f"these are {count:,} pictures; at most {MAX_IMAGES:,} work")
+    folder = _folder(given.get("output"))
+    check_writable(folder / "picture.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
+
+    from ..runtime.asking import open_pipeline, painting_request, settled
+    from ..runtime.batch import asked_pictures, heaviest, paint_all
+    from ..runtime.cache import EncodingCache
+    from ..runtime.preview import Preview
+    from ..runtime.profile import Profile
+    from .console import ProgressBars, messages
+    from .preview import preview_file
+
+    with messages(), ProgressBars() as bars, ExitStack() as stack:
+        profile = Profile(bars) if wants_timings(arguments) else None
+        watch = profile or bars
+        pipeline = open_pipeline({**usual, **given}, default_model, watch)
+        pipeline.check_task("generate")
+        requests = []
+        for one in wanted:
+            with _at(one.place):
+                requests.append(painting_request(pipeline, one.said, one.size, ()))
+        asked = asked_pictures(pipeline, requests, folder)
+        missing = [one for one in asked if not one.is_finished()]
+        if len(missing) < len(asked):
+            logger.info("%d of %d pictures are in %s already", len(asked) - len(missing), len(asked), folder)
+        if not missing:
+            return
+        memory = given.get("memory", usual.get("memory"))
+        plan = stack.enter_context(settled(pipeline, heaviest(missing), memory, force="force" in given))
+        watching = None
+        if "preview" in given:
+            show = stack.enter_context(preview_file(folder / "qwen-image.png"))
+            watching = partial(Preview, show, watch, pipeline)
+        cache = EncodingCache() if "cache" in given else None
+        for one, painting in paint_all(pipeline, missing, watch, cache, plan.residency, watching):
+            bars.close()
+            print(save_png(painting.image, one.path, painting.metadata), flush=True)
+        if profile:
+            logger.info("%s", profile.table())
+
+
+# What is asked for ----------------------------------------------------------------------------------------------------
+
+
+class _Line(NamedTuple):
+    """What is asked for by the names of flags, where that stands, and the size of the picture."""
+
+    place: str
+    said: dict[str, Any]
+    size: tuple[int, int] | str = ""
+
+
+def _wanted(line: _Line, usual: Mapping[str, Any], given: Mapping[str, Any]) -> _Line:
+    """All that a line of the file asks for: its own words, then the flags, then what is usual."""
+    said = line.said
+    with _at(line.place):
+        for name in ("prompt", "negative_prompt"):
+            _check_text(name, said.get(name, ""))
+        if "seed" in said:
+            check_seed(said["seed"])
+        wanted = {**usual, **given, **said}
+        check_num_images(wanted.get("num_images", 1))
+        sized = said if said.keys() & {"width", "height", "aspect"} else given
+        size = _size(sized) or usual.get("aspect") or next(iter(ASPECT_SIZES))
+    return _Line(line.place, wanted, size)
+
+
+def _draft(one: _Line) -> Request:
+    """The request as far as it can be told without the model."""
+    with _at(one.place):
+        return build_request(one.said, ASPECT_SIZES[one.size] if isinstance(one.size, str) else one.size)
+
+
+def _size(said: Mapping[str, Any]) -> tuple[int, int] | str | None:
+    """(width, height), an aspect, or None."""
+    if ("width" in said) != ("height" in said):
+        raise RequestError("give both width and height, or aspect")
+    if "width" in said and "aspect" in said:
+        raise RequestError("give one size only: width and height, or aspect")
+    aspect = said.get("aspect")
+    if aspect is not None and aspect not in tuple(ASPECT_SIZES):
+        raise RequestError(f"aspect is {aspect!r:.80}, but must be one of {', '.join(ASPECT_SIZES)}")
+    return (said["width"], said["height"]) if "width" in said else aspect
+
+
+def _seeds(text: str) -> list[int]:
+    """The seeds of 1-20 or 1,5,9-12, in this order; raises RequestError."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
+        if not match or len(part) > 60:
+            raise RequestError(f"--seeds is {text!r:.80}, but must be like 1-20 or 1,5,9-12")
+        first = int(match[1])
+        last = check_seed(first if match[2] is None else int(match[2]))
+        if last < first:
+            raise RequestError(f"--seeds has {part.strip()}, which runs backwards; say {last}-{first}")
+        if len(found) + last - first >= MAX_IMAGES:
+            raise RequestError(f"--seeds has more than {MAX_IMAGES:,} seeds, which is as many pictures as work")
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
+
+
+def _folder(output: str | None) -> Path:
+    folder = Path(output or DEFAULT_FOLDER).expanduser()
+    if folder.suffix.lower() == ".png" or (folder.exists() and not folder.is_dir()):
+        raise RequestError(f"--output is {output}, but many pictures need a folder")
+    return folder
+
+
+# The file of prompts --------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """What a file says of every prompt; raises RequestError."""
+    readers = {".txt": _text_line, ".jsonl": _json_line}
+    if path.suffix.lower() not in readers:
+        raise RequestError(f"--prompts-file is {path}, but its name must end in {' or '.join(readers)}")
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise RequestError(f"{path} has more than {_MAX_BYTES // 10**6} MB, which is too much for prompts")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not text in UTF-8") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RequestError(f"--prompts-file is {path}, which cannot be read: {why}") from error
+    found = 0
+    for number, line in enumerate(lines, 1):
+        place = f"{path}, line {number}"
+        with _at(place):
+            said = readers[path.suffix.lower()](line.strip())
+        if said is not None:
+            found += 1
+            yield _Line(place, said)
+    if not found:
+        raise RequestError(f"{path} holds no prompts")
+
+
+def _text_line(line: str) -> dict[str, Any] | None:
+    return None if not line or line.startswith("#") else {"prompt": line}
+
+
+def _json_line(line: str) -> dict[str, Any] | None:
+    if not line:
+        return None
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"this is not JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise RequestError('this is no JSON object, as in {"prompt": "a fox"}')
+    for name in said:
+        if name not in _KEYS:
+            near = difflib.get_close_matches(name, _KEYS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}"
+            raise RequestError(f"{name!r:.80} is no key: {hint}")
+    if "prompt" not in said:
+        raise RequestError("the prompt is missing")
+    return said
+
+
+def _check_text(name: str, value: Any) -> None:
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise RequestError(f"{name} is {value!r:.80}, but must be a text") from error
+
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Says where a fault is."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{place}: {error}" if place else str(error)) from error

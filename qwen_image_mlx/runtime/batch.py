@@ -1,0 +1,145 @@
+"""Works many pictures from text through with every component loaded once: encode everything, then paint everything.
+
+Encodings wait on disk in between, so that a thousand prompts take the memory of one. A picture has a file name that
+follows from what is asked for, and says in its PNG how it was painted; so a run knows what an earlier one has finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..images.files import read_metadata
+from ..pipeline.conditioning import GuidanceEncoding
+from ..pipeline.metadata import describe
+from .memory import DEFAULT, Residency
+from .session import Painting, encoded
+
+if TYPE_CHECKING:
+    from ..pipeline.pipeline import QwenImagePipeline
+    from ..pipeline.progress import ProgressCallback
+    from ..pipeline.request import Request
+    from .cache import EncodingCache
+
+_SLUG = 36  # characters of the prompt in a file's name, each up to four bytes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One picture of many.
+
+    Attributes:
+        request: for this picture alone.
+        facts: what its PNG says of how it was painted, JSON-like; not by which version.
+        path: its file.
+    """
+
+    request: Request
+    facts: dict[str, Any]
+    path: Path
+
+    def is_finished(self) -> bool:
+        """Whether a whole PNG of this name, or of one that `save_png` chose beside it, says that it is this picture."""
+        return any(map(self._is_in, (self.path, *sorted(self.path.parent.glob(f"{self.path.stem}-*.png")))))
+
+    def _is_in(self, path: Path) -> bool:
+        try:
+            said = read_metadata(path)
+        except RequestError:
+            return False
+        return all(name in said and said[name] == value for name, value in self.facts.items())
+
+
+def asked_pictures(pipeline: QwenImagePipeline, requests: Sequence[Request], folder: Path) -> list[Asked]:
+    """Every picture of requests that paint from text, the same one only once; nothing is loaded."""
+    found = {}
+    for whole in requests:
+        for seed, index in product(whole.seeds, whole.image_indices):
+            request = replace(whole, seeds=(seed,), image_indices=range(index, index + 1))
+            facts = describe(pipeline, request, None, seed, index)
+            del facts["version"]
+            text = json.dumps(facts)
+            slug = re.sub(r"\W+", "-", request.prompt.lower())[:_SLUG].strip("-") or "picture"
+            name = f"{slug}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
+            found.setdefault(text, Asked(request, json.loads(text), folder / name))
+    return list(found.values())
+
+
+def heaviest(asked: Sequence[Asked]) -> Request:
+    """A request that takes at least the memory of each of these: the largest size, the most steps, all pictures."""
+    requests = [one.request for one in asked]
+    largest = max(requests, key=lambda request: request.parameters.width * request.parameters.height)
+    return replace(
+        largest,
+        negative_prompt=next((request.negative_prompt for request in requests if _is_guided(request)), None),
+        parameters=replace(
+            largest.parameters,
+            num_inference_steps=max(request.parameters.num_inference_steps for request in requests),
+            cfg_scale=max(request.parameters.cfg_scale for request in requests),
+            sigmas=None,
+        ),
+        image_indices=range(len(asked)),
+    )
+
+
+def paint_all(
+    pipeline: QwenImagePipeline,
+    asked: Sequence[Asked],
+    progress: ProgressCallback | None = None,
+    cache: EncodingCache | None = None,
+    residency: Residency = DEFAULT,
+    watching: Callable[[Request], ProgressCallback] | None = None,
+) -> Iterator[tuple[Asked, Painting]]:
+    """Yields the pictures, one by one, those of a schedule together: its modulation table is made once.
+
+    Args:
+        pipeline: the opened checkpoint.
+        asked: from `asked_pictures`.
+        progress: told of every stage and step, and can cancel.
+        cache: encodings of earlier runs; where it has all of them no encoder is loaded.
+        residency: staged, the encoders are gone before the first picture is begun.
+        watching: what is told instead of `progress` while a picture is painted.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwen-image-mlx-") as folder:
+        kept: dict[tuple[str, str | None], Path] = {}
+        for one in asked:
+            if _prompts(one.request) not in kept:
+                path = Path(folder) / f"{len(kept)}.safetensors"
+                encoded(pipeline, one.request, progress, cache).save(path)
+                kept[_prompts(one.request)] = path
+        if residency.staged:
+            pipeline.release_encoders()
+        together: dict[tuple[Any, ...], list[Asked]] = {}
+        for one in asked:
+            together.setdefault(_schedule(one.request), []).append(one)
+        ordered = [one for some in together.values() for one in some]
+        for one in ordered:
+            request, watch = one.request, watching(one.request) if watching else progress
+            encoding = GuidanceEncoding.load(kept[_prompts(request)])
+            last = residency.staged and one is ordered[-1]
+            for image, seed, index in pipeline.paint_request(request, encoding, None, watch, release=last):
+                yield one, Painting(image, describe(pipeline, request, encoding, seed, index))
+
+
+def _is_guided(request: Request) -> bool:
+    return request.parameters.cfg_scale > 1 and request.negative_prompt is not None
+
+
+def _prompts(request: Request) -> tuple[str, str | None]:
+    """What an encoding depends on, for one pipeline and pictures from text."""
+    return request.prompt, request.negative_prompt if _is_guided(request) else None
+
+
+def _schedule(request: Request) -> tuple[Any, ...]:
+    parameters = request.parameters
+    return (
+        parameters.width * parameters.height, parameters.num_inference_steps, parameters.sigmas, parameters.shift,
+    )  # fmt: skip
