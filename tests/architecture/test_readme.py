@@ -70,7 +70,7 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
 
 def test_pictures_are_there():
     places = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
-    assert len(places) == 3
+    assert len(places) == 4
     for place in places:
         Image.open(Path(__file__).parents[2] / place).verify()
 

@@ -43,6 +43,7 @@ export class Panel {
     one(".go", this.form).append(this.notice, el("div", { class: "row" }, this.button, this.stop,
       el("span", { class: "faint keys" }, /Mac|iP/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵")), this.model);
     this.wells = all("[data-well]", this.form).map((node) => makeWell(node, () => this.follow(), (message) => this.say(message)));
+    this.form.noValidate = true; // `start` validates, so that keys and button say the same
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.start();
@@ -77,7 +78,7 @@ export class Panel {
     const offer = tasks[this.task];
     this.offered = Boolean(offer);
     this.button.disabled = !offer;
-    this.model.textContent = offer ? `${offer.model}${offer.loaded ? "" : " · loaded with the first picture"}` : "";
+    this.model.textContent = offer ? offer.model : "";
     if (!offer) {
       this.say("This server has no model for that. Name one in its config.toml.");
       return;
@@ -91,6 +92,11 @@ export class Panel {
     if (limits.max_steps) form.steps.max = limits.max_steps;
     if (form.num_images && limits.num_images) form.num_images.max = limits.num_images;
     if (form.num_layers) form.num_layers.value = offer.num_layers ?? defaults.num_layers ?? form.num_layers.value;
+    const described = one("[data-captions]", this.form);
+    if (described) {
+      described.hidden = form.prompt.required = offer.captions === false;
+      form.prompt.placeholder += described.hidden ? "" : " (or nothing: the model describes it)";
+    }
     if (form.resolution) {
       const usual = offer.resolution ?? defaults.resolution;
       form.resolution.replaceChildren(...(offer.resolutions ?? []).map((side) =>
@@ -194,6 +200,7 @@ export class Panel {
       this.say("Choose a picture first.");
       return;
     }
+    for (const wrong of all("details :invalid", this.form)) wrong.closest("details").open = true;
     if (!this.form.reportValidity()) return;
     const settings = this.settings();
     const fields = { ...settings };

@@ -1,11 +1,12 @@
 // The editor of layers: laid together in the browser; shown, moved, faded, ordered, edited with words, and saved.
 
 import { ApiError, compose, run } from "./api.js";
-import { button, duration, el, iconButton, reorderable, say } from "./dom.js";
+import { button, duration, el, icon, iconButton, reorderable, say } from "./dom.js";
 import { comparison, decoded, download, drawn, fileName, markSmall } from "./pictures.js";
 
-const FORMATS = { png: "PNG", psd: "PSD", ora: "ORA", zip: "ZIP of PNGs" };
+const FORMATS = { png: "PNG", psd: "PSD", ora: "ORA", zip: "ZIP" };
 const NUDGES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const HAZE = 40; // alpha below which a layer shows nothing worth taking hold of
 const FAR = 10; // pixels an arrow key moves a layer with Shift
 
 /**
@@ -99,7 +100,7 @@ export async function stackEditor(result, settings, original, way) {
     layer.back = button("Put back", () => move(layer, 0, 0), { class: "link" });
     layer.row = el("li", {},
       el("div", { class: "row" },
-        el("span", { class: "grip icon", title: "Drag to reorder" }, iconOf()),
+        el("span", { class: "grip icon", title: "Drag to reorder" }, icon("grip")),
         el("span", { class: "thumb checkered" }, el("img", { src: layer.url, alt: "", draggable: "false" })),
         button(layer.name, () => select(layer), { class: "name", "aria-label": `Select ${layer.name}` }),
         eye,
@@ -110,7 +111,6 @@ export async function stackEditor(result, settings, original, way) {
         el("div", { class: "row" }, layer.place, layer.back, el("span", { class: "grow" }),
           button("Save", () => download(layer.url, `${name}-${layer.name.toLowerCase().replace(" ", "-")}.png`), { class: "link", title: "Download this layer as PNG" })),
         way("edit") ? wordsFor(layer) : null));
-    layer.row.addEventListener("focusin", () => layer !== selected && select(layer));
     return layer.row;
   }
 
@@ -164,7 +164,7 @@ export async function stackEditor(result, settings, original, way) {
 
   function tell(layer, event, { step, total, seconds_left: left, position }) {
     if (event === "step") layer.bar.value = step / total;
-    if (event === "queued") layer.now.textContent = position ? `${position} before it` : "Waiting";
+    if (event === "queued") layer.now.textContent = position ? `Waiting, ${position} before it` : "Waiting";
     if (event === "step") layer.now.textContent = left == null ? `Step ${step} of ${total}` : `${duration(left)} left`;
   }
 
@@ -225,16 +225,12 @@ export async function stackEditor(result, settings, original, way) {
     list);
 }
 
-function iconOf() {
-  return iconButton("grip", "", () => {}).firstChild;
-}
-
 /** Whether a layer shows anything at a point of its own picture. */
 function seen({ image }, x, y) {
   if (x < 0 || y < 0 || x >= image.naturalWidth || y >= image.naturalHeight) return false;
   const context = el("canvas", { width: 1, height: 1 }).getContext("2d");
   context.drawImage(image, -Math.floor(x), -Math.floor(y));
-  return context.getImageData(0, 0, 1, 1).data[3] > 12;
+  return context.getImageData(0, 0, 1, 1).data[3] > HAZE;
 }
 
 /** The box of what a layer shows, in pixels of its own picture. */
@@ -247,7 +243,7 @@ function bounds(layer) {
   let [left, top, right, bottom] = [w, h, 0, 0];
   for (let y = 0; y < h; y += 1) {
     for (let x = 0; x < w; x += 1) {
-      if (data[4 * (y * w + x) + 3] <= 12) continue;
+      if (data[4 * (y * w + x) + 3] <= HAZE) continue;
       left = Math.min(left, x);
       right = Math.max(right, x + 1);
       top = Math.min(top, y);

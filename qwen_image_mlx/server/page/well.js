@@ -72,9 +72,10 @@ export function makeWell(node, changed, refuse) {
         }),
       );
     }
-    tools.append(iconButton("remove", `Remove picture ${index + 1}`, () => {
+    const remove = iconButton("remove", `Remove picture ${index + 1}`, () => {
       set(pictures.filter((other) => other !== picture), index ? mask : null);
-    }));
+      input.focus();
+    });
     const masking = el("div", { class: "row" });
     if (canMask && index === 0) {
       masking.append(button(mask ? "Change mask" : "Paint a mask", async () => {
@@ -84,7 +85,7 @@ export function makeWell(node, changed, refuse) {
       if (mask) masking.append(button("Remove mask", () => set(pictures), { class: "link" }));
     }
     return el("li", {}, shown, el("div", { class: "about" },
-      el("p", { class: "name" }, picture.name), el("p", { class: "faint" }, `${picture.width} × ${picture.height}`), masking, tools));
+      el("div", { class: "row title" }, el("p", { class: "name grow" }, picture.name), remove), el("p", { class: "faint" }, `${picture.width} × ${picture.height}`), masking, tools));
   }
 
   input.addEventListener("change", async () => {
