@@ -136,8 +136,6 @@ def configured(
         hint = "; to print what stages take, put the prompt before --profile, or --profile last"
         raise RequestError(f"{error}{hint if isinstance(arguments.profile, list) else ''}") from None
     left = set(recorded)
-    if left & {"width", "height", "size"}:
-        left.add("aspect")
     own = said.get("model", default_model)
     if (arguments.model or recorded.get("model") or own) != own:
         left.add("loras")

@@ -75,7 +75,10 @@ def find_config(explicit: str | os.PathLike | None = None) -> Path | None:
     named = explicit if explicit is not None else os.environ.get(VARIABLE) or None
     if named is not None:
         path = Path(os.path.expanduser(named))
-        _read(path, "" if explicit is not None else f" (from {VARIABLE})")
+        readable = os.path.exists(path) and not path.is_dir() and os.access(path, os.R_OK)
+        if not readable:  # it is not opened: what a pipe says can be read once
+            why = "" if explicit is not None else f", which {VARIABLE} names,"
+            raise RequestError(f"the config {path}{why} is not there, or no file that can be read")
         return path
     if _is_ours(Path(NAME)):
         return Path(NAME)
@@ -109,12 +112,11 @@ def load_settings(path: Path | None, profile: str | None = None) -> Settings:
     return Settings(path, chosen, values, origins)
 
 
-def _read(path: Path, why: str = "") -> bytes:
+def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"the config {path}{why} cannot be read: {reason}") from None
+    except OSError as error:
+        raise RequestError(f"the config {path} cannot be read: {error.strerror}") from None
 
 
 def _is_ours(path: Path) -> bool:

@@ -228,6 +228,8 @@ def test_decompose_paints_what_its_flags_paint(run, circle):
     names = sorted(path.name for path in Path("flags").iterdir())
     assert [name for name in names if name.startswith("layer_")] == ["layer_0.png", "layer_1.png"]
     assert sorted(path.name for path in Path("config").iterdir()) == names
+    said = json.loads(Path("config", "manifest.json").read_text())
+    assert picked(said, "steps", "cfg_scale", "resolution", "seed") == [1, 1.0, 64, 11]
     for name in names:
         assert Path("config", name).read_bytes() == Path("flags", name).read_bytes(), name
 
@@ -311,7 +313,7 @@ def test_a_fault_has_its_file_and_line(run, command):
     assert refusal(run(*command, "--config", path)) == (
         "other/my.toml, line 3: num_layers is 99, but must be an integer from 1 to 8"
     )
-    assert refusal(run(*command, "--config", "none.toml")).startswith("the config none.toml cannot be read: ")
+    assert refusal(run(*command, "--config", "none.toml")).startswith("the config none.toml is not there")
 
 
 def test_caption_reads_the_config_too(run, circle):

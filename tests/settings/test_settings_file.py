@@ -334,6 +334,19 @@ def test_places_beside_the_config(here, monkeypatch):
 # --- where it is found ---------------------------------------------------------------------------------------------
 
 
+def test_a_pipe_is_a_config_too(here):
+    read, write = os.pipe()
+    os.write(write, OURS.encode())
+    os.close(write)
+    assert load_settings(find_config(f"/dev/fd/{read}"))["model_path"] == "demo"
+    os.close(read)
+
+
+def test_a_file_that_went_away_is_said(here):
+    with pytest.raises(RequestError, match=r"the config gone.toml cannot be read: No such file"):
+        load_settings(Path("gone.toml"))
+
+
 def test_the_nearest_config_is_in_force(here, monkeypatch):
     home = here.parent / "home"
     assert find_config() is None
@@ -400,7 +413,7 @@ def test_a_named_config_must_be_there(here, monkeypatch, by, place):
     Path("folder").mkdir()
     if by == "variable":
         monkeypatch.setenv("QWEN_IMAGE_CONFIG", place)
-    with pytest.raises(RequestError, match=r"the config .* cannot be read") as caught:
+    with pytest.raises(RequestError, match=r"the config .* is not there, or no file") as caught:
         find_config(place if by == "flag" else None)
     assert ("QWEN_IMAGE_CONFIG" in str(caught.value)) == (by == "variable")
 
