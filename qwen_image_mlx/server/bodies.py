@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from .answers import ApiError
 from .schema import Body, TaskOnly, from_form, from_json
@@ -26,6 +26,13 @@ async def read_body(request: Request, body: type[Body] | Mapping[str, type[Body]
     Raises:
         ApiError: it cannot be read, or something in it is wrong.
     """
+    try:
+        return await _read(request, body)
+    except ClientDisconnect:
+        raise ApiError("malformed", "the body ends too early") from None
+
+
+async def _read(request: Request, body: type[Body] | Mapping[str, type[Body]]) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == JSON:
         data = await request.body()

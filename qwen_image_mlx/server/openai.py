@@ -19,7 +19,19 @@ from .answers import ApiError, dumps
 from .bodies import JSON, read_body
 from .document import takes
 from .pictures import decoded
-from .schema import MAX_NUM_IMAGES, MAX_PICTURES, Body, EditBody, GenerateBody, Guidance, Picture, Seed, Steps, Text
+from .schema import (
+    MAX_NUM_IMAGES,
+    MAX_PICTURES,
+    Body,
+    EditBody,
+    GenerateBody,
+    Guidance,
+    Picture,
+    Seed,
+    Steps,
+    Text,
+    from_form,
+)
 
 if TYPE_CHECKING:
     from .app import Service
@@ -118,7 +130,8 @@ def _model(name: str) -> dict[str, Any]:
 
 def _shared(body: _Common) -> dict[str, Any]:
     fields = ("prompt", "seed", "steps", "cfg_scale", "negative_prompt")
-    return {name: getattr(body, name) for name in fields} | {"num_images": body.n or 1}
+    given = {name: value for name in fields if (value := getattr(body, name)) is not None}
+    return given | {"num_images": body.n or 1}
 
 
 def _generate(body: Generation) -> GenerateBody:
@@ -126,13 +139,14 @@ def _generate(body: Generation) -> GenerateBody:
     if body.size not in (None, "auto"):
         width, height = map(int, body.size.split("x"))
         size = {"width": width, "height": height}
-    return GenerateBody(**_shared(body), **size)
+    return from_form(GenerateBody, _shared(body) | size)
 
 
 def _edit(body: Edit) -> EditBody:
     mask = None if body.mask is None else _painted_anew(body.mask)
     size = None if body.size == "auto" else body.size
-    return EditBody(**_shared(body), images=body.image, mask=mask, size=size)
+    edit = {"images": body.image, "mask": mask, "size": size}
+    return from_form(EditBody, _shared(body) | {name: value for name, value in edit.items() if value is not None})
 
 
 def _painted_anew(mask: bytes) -> bytes:
