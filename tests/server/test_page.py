@@ -26,7 +26,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-PATIENCE = 20_000  # milliseconds that a machine under load may take
+PATIENCE = 60_000  # milliseconds that a machine under load may take
 PROMPT = "a red circle on a blue background"
 TASKS = ("generate", "edit", "decompose")
 
@@ -149,9 +149,9 @@ def check_phone_width(page: Page, name: str = "") -> None:
 
 def test_generate_tells_how_far_it_is_and_remembers(page: Page):
     generate = panel(page, "generate")
-    fill(generate, prompt=PROMPT, steps=100, seed=11)
+    fill(generate, prompt=PROMPT, steps=60, seed=11)
     generate.locator("[name=prompt]").press("Control+Enter")
-    expect(generate.locator(".progress")).to_contain_text(re.compile(r"Painting, step [1-9]\d* of 100"))
+    expect(generate.locator(".progress")).to_contain_text(re.compile(r"Painting, step [1-9]\d* of 60"))
     expect(generate.locator(".progress")).to_contain_text(re.compile(r"\d s left|second left"))
     expect(generate.locator(".progress img")).to_be_visible()
     expect(generate.locator(".result")).to_contain_text("64 × 64 · seed 11")
@@ -167,7 +167,7 @@ def test_generate_tells_how_far_it_is_and_remembers(page: Page):
     expect(entries).to_have_count(2)
     entries.nth(1).get_by_text("Use these settings again").click()
     assert [generate.locator(f"[name={name}]").input_value() for name in ("prompt", "steps", "seed")] == [
-        PROMPT, "100", "11",
+        PROMPT, "60", "11",
     ]  # fmt: skip
     assert np.array_equal(pixels(page, "#panel-generate .result img"), first)
     with page.expect_download() as download:

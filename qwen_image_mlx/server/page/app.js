@@ -2,7 +2,7 @@
 
 import { config } from "./api.js";
 import { all, button, el, one, say } from "./dom.js";
-import { entries, forget, remember } from "./history.js";
+import { cards, forget, recall, remember } from "./history.js";
 import { Panel } from "./panel.js";
 import { asPicture, thumbnail } from "./pictures.js";
 import { gallery } from "./results.js";
@@ -12,6 +12,7 @@ const VERBS = { generate: "Paint", edit: "Change it", decompose: "Take apart" };
 const NAMES = { generate: "Painted", edit: "Changed", decompose: "Taken apart" };
 const tabs = all("[role=tab]");
 const panels = {};
+let configured = false;
 
 /** The function that takes a picture on to a task; null where the task is not offered. */
 function way(task) {
@@ -33,11 +34,18 @@ const shows = {
 async function painted({ task, settings, wells, result }) {
   const first = result.images?.[0] ?? result.layers.at(-1);
   const shown = task === "decompose" ? wells.image.pictures[0].url : first.image;
-  await remember({ task, settings, wells, result, thumbnail: await thumbnail(shown), time: Date.now() });
+  const card = { task, prompt: settings.prompt, thumbnail: await thumbnail(shown), time: Date.now() };
+  await remember(card, { task, settings, wells, result });
   await showHistory();
 }
 
-async function useAgain({ task, settings, wells, result }) {
+async function useAgain(id) {
+  const kept = await recall(id);
+  if (!kept) {
+    await showHistory(); // another tab has dropped it
+    return;
+  }
+  const { task, settings, wells, result } = kept;
   const panel = panels[task];
   panel.fill({ ...settings, seed: result.images?.[0].seed ?? result.seed }, wells);
   open(task);
@@ -47,18 +55,18 @@ async function useAgain({ task, settings, wells, result }) {
 }
 
 async function showHistory() {
-  const found = await entries();
+  const found = await cards();
   const section = one(".history");
   section.hidden = !found.length;
-  one("ul", section).replaceChildren(...found.map((entry) => el("li", {},
-    el("img", { src: entry.thumbnail, alt: "", loading: "lazy" }),
+  one("ul", section).replaceChildren(...found.map((card) => el("li", {},
+    el("img", { src: card.thumbnail, alt: "", loading: "lazy" }),
     el("div", {},
-      el("p", { class: "words", title: entry.settings.prompt ?? "" }, entry.settings.prompt || "No words"),
-      el("p", { class: "faint" }, `${NAMES[entry.task]} · ${new Date(entry.time).toLocaleString([], { dateStyle: "short", timeStyle: "short" })}`),
+      el("p", { class: "words", title: card.prompt ?? "" }, card.prompt || "No words"),
+      el("p", { class: "faint" }, `${NAMES[card.task]} · ${new Date(card.time).toLocaleString([], { dateStyle: "short", timeStyle: "short" })}`),
       el("div", { class: "row" },
-        button("Use these settings again", () => useAgain(entry), { class: "link" }),
+        button("Use these settings again", () => useAgain(card.id), { class: "link" }),
         button("Forget", async () => {
-          await forget(entry.id);
+          await forget(card.id);
           await showHistory();
         }, { class: "link quiet" }))))));
 }
@@ -79,7 +87,8 @@ async function connect() {
   try {
     const offered = await config();
     one("#offline").hidden = true;
-    for (const panel of Object.values(panels)) panel.configure(offered);
+    if (!configured) Object.values(panels).forEach((panel) => panel.configure(offered));
+    configured = true;
   } catch (error) {
     one("#offline").firstChild.textContent = `${error.message} `;
     one("#offline").hidden = false;

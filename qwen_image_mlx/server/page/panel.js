@@ -95,7 +95,7 @@ export class Panel {
     const described = one("[data-captions]", this.form);
     if (described) {
       described.hidden = form.prompt.required = offer.captions === false;
-      form.prompt.placeholder += described.hidden ? "" : " (or nothing: the model describes it)";
+      if (!described.hidden) form.prompt.placeholder = "Nothing: the model describes it";
     }
     if (form.resolution) {
       const usual = offer.resolution ?? defaults.resolution;
@@ -212,9 +212,10 @@ export class Panel {
       if (mask) fields.mask = mask.url;
     }
     this.running = new AbortController();
-    this.stop.disabled = false;
+    const focused = document.activeElement === this.button;
+    this.stop.disabled = true; // a moment only, so that a double click does not cancel
+    setTimeout(() => { this.stop.disabled = !this.running || this.running.signal.aborted; }, 500);
     this.button.hidden = !(this.stop.hidden = false);
-    this.section.classList.add("busy");
     const before = [...this.stage.childNodes];
     const progress = new Progress();
     this.stage.replaceChildren(progress.node);
@@ -235,7 +236,7 @@ export class Panel {
     } finally {
       this.running = null;
       this.button.hidden = !(this.stop.hidden = true);
-      this.section.classList.remove("busy");
+      if (focused && document.activeElement === document.body) this.button.focus({ preventScroll: true });
     }
   }
 

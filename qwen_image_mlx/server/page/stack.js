@@ -127,9 +127,14 @@ export async function stackEditor(result, settings, original, way) {
     const form = el("form", { class: "words" }, el("div", { class: "row" }, words, go), layer.bar, el("div", { class: "row" }, layer.now, undo));
     words.addEventListener("input", () => { layer.words = words.value; });
     form.addEventListener("keydown", (event) => {
-      if (event.key !== "Escape" || !layer.stop) return;
-      event.stopPropagation();
-      layer.stop.abort();
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+        event.preventDefault();
+        event.stopPropagation();
+        form.requestSubmit();
+      } else if (event.key === "Escape" && layer.stop) {
+        event.stopPropagation();
+        layer.stop.abort();
+      }
     });
     form.addEventListener("submit", async (event) => {
       event.preventDefault();
@@ -140,6 +145,7 @@ export async function stackEditor(result, settings, original, way) {
       layer.stop = new AbortController();
       notice.hidden = true;
       rows();
+      layer.row.querySelector(".words button").focus();
       try {
         const fields = { prompt: layer.words, image: layer.url, keep_alpha: true, size: "source" };
         const { images } = await run("edit", fields, (name, data) => tell(layer, name, data), layer.stop.signal);
@@ -155,8 +161,10 @@ export async function stackEditor(result, settings, original, way) {
         if (!(error instanceof ApiError)) throw error;
         if (error.code !== "cancelled") Object.assign(notice, { hidden: false, textContent: error.message });
       } finally {
+        const here = layer.row.contains(document.activeElement);
         layer.stop = null;
         rows();
+        if (here) layer.row.querySelector(".words input").focus();
       }
     });
     return form;
