@@ -77,8 +77,6 @@ class Preview:
             velocity = (colours - before) / (progress.sigma - sigma)
             self._show(self._picture(colours - progress.sigma * velocity), progress.step, progress.total)
         self._seen.append((progress.sigma, colours))
-        if progress.step == progress.total:
-            self._seen = []
 
     def _picture(self, colours: np.ndarray) -> Image.Image:
         """The picture of mapped latents (N, 12), in [-1, 1] but for the bias."""
