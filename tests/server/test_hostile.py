@@ -142,6 +142,7 @@ JSON_BODIES = [
     (GENERATE, P | {"image": encoded(file_of((64, 64), "jpeg")[:200])}),
     (GENERATE, P | {"image": encoded(png_claiming(30_000, 30_000))}),
     (GENERATE, P | {"image": encoded(png_claiming(9_000, 9_000))}),
+    (GENERATE, P | {"image": encoded(file_of((9_000, 9_000), mode="1"))}),
     (GENERATE, P | {"image": encoded(png_claiming(0, 0))}),
     (GENERATE, P | {"image": encoded(png_claiming(2**31 - 1, 1))}),
     (GENERATE, P | {"image": encoded(text_bomb())}),
