@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -372,11 +373,12 @@ def test_a_full_disk_is_said_before_any_work(run, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_saving_leaves_nothing_behind(run, here, monkeypatch):
-    def fail(self, file, *args, **kwargs):
-        file.write(b"half a picture")
-        raise OSError(28, "No space left on device")
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(os, "fdopen", Full)
     assert "disk is full" in error_line(run("generate", "a fox", *SMALL))
     assert not list(here.iterdir())
 
