@@ -166,9 +166,9 @@ def test_generate_tells_how_far_it_is_and_remembers(page: Page):
     entries = page.locator(".history li")
     expect(entries).to_have_count(2)
     entries.nth(1).get_by_text("Use these settings again").click()
-    assert [generate.locator(f"[name={name}]").input_value() for name in ("prompt", "steps", "seed")] == [
-        PROMPT, "60", "11",
-    ]  # fmt: skip
+    for name, value in (("prompt", PROMPT), ("steps", "60"), ("seed", "11")):
+        expect(generate.locator(f"[name={name}]")).to_have_value(value)
+    expect(generate.locator(".result")).to_contain_text("seed 11")
     assert np.array_equal(pixels(page, "#panel-generate .result img"), first)
     with page.expect_download() as download:
         generate.locator("[data-do=download]").click()
@@ -299,6 +299,16 @@ def test_results_go_on_and_themes_and_tabs_follow_the_keyboard(page: Page):
     for task in ("edit", "decompose"):
         panel(page, "generate").locator(f"[data-do={task}]").click()
         expect(page.locator(f"#panel-{task} .pictures .name")).to_have_text("a-red-circle-on-a-blue-background-4.png")
+    panel(page, "generate").get_by_text("Paint over a picture").click()
+    generate.locator("input[type=file]").set_input_files(png(scene().crop((0, 0, 64, 48))))
+    expect(generate.locator("[data-aspects]")).to_be_hidden()  # the picture says which shape
+    fill(generate, steps=4)
+    with page.expect_request("**/jobs") as sent:
+        generate.locator("[data-go]").click()
+    fields = sent.value.post_data_json
+    assert "aspect" not in fields
+    assert fields["strength"] == 0.6
+    generate.locator("[data-go]").wait_for()
     page.locator("#tab-decompose").focus()
     for key, task in (("ArrowRight", "generate"), ("ArrowRight", "edit"), ("End", "decompose"), ("Home", "generate")):
         page.keyboard.press(key)

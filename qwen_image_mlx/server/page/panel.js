@@ -110,7 +110,7 @@ export class Panel {
         el("label", { class: "chip", title: `${width} × ${height} pixels` },
           el("input", { type: "radio", name: "aspect", value: aspect, checked: aspect === usual }),
           el("span", {}, aspect, el("small", {}, `${width} × ${height}`)))));
-      chips.parentNode.hidden = chips.children.length < 2;
+      if (chips.children.length < 2) chips.parentNode.remove();
     }
     this.follow();
   }
@@ -123,6 +123,7 @@ export class Panel {
       filled.mask ||= Boolean(well.mask);
     }
     for (const node of all("[data-with]", this.form)) node.hidden = !filled[node.dataset.with];
+    for (const node of all("[data-without]", this.form)) node.hidden = filled[node.dataset.without];
     for (const node of all(".slider input[type=range]", this.form)) {
       const output = one("output", node.parentNode);
       if (output) output.textContent = Number(node.max) === 1 ? `${Math.round(node.value * 100)}%` : node.value;
