@@ -201,7 +201,8 @@ def test_what_is_asked_for_otherwise_is_painted_anew(run, change):
 def test_only_a_whole_picture_that_says_so_counts(run):
     _, (path,), _ = run("a fox", "--seeds", "1", *SMALL)
     whole = Path(path).read_bytes()
-    for other in (whole[:-200], b"", b"mine"):
+    _, (wolf,), _ = run("a wolf", "--seeds", "1", *SMALL)
+    for other in (whole[:-200], b"", b"mine", Path(wolf).read_bytes()):
         Path(path).write_bytes(other)
         _, (beside,), _ = run("a fox", "--seeds", "1", *SMALL)
         assert beside == path.replace(".png", "-1.png")
