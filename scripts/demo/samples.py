@@ -39,10 +39,10 @@ class Frame:
     """A demo model but for its transformer: what encodes and decodes, frozen.
 
     Args:
-        folder: of the model.
+        folder: of the model, or the name of one in the package.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | str):
         self._parts = Components(HubSnapshot(folder), mx.float32)
         self.template = self._parts.variant.template
 
