@@ -6,7 +6,7 @@ What is asked for is a mapping by the names of the command line's flags; what is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from .memory import (
     STRIPS,
     Memory,
     MemoryPlan,
+    Work,
     fitting_plan,
     limits,
     make_plan,
@@ -68,7 +69,12 @@ def open_pipeline(given: Mapping[str, Any], default_model: str, progress: Progre
 
 @contextmanager
 def settled(
-    pipeline: QwenImagePipeline, request: Request, memory: str | Memory | None = None, *, force: bool = False
+    pipeline: QwenImagePipeline,
+    request: Request,
+    memory: str | Memory | None = None,
+    *,
+    force: bool = False,
+    plans: MutableMapping[Work, MemoryPlan] | None = None,
 ) -> Iterator[MemoryPlan]:
     """The plan for a request, which the pipeline and MLX keep to meanwhile.
 
@@ -77,16 +83,18 @@ def settled(
         request: what is to be painted.
         memory: as in `parse_memory`, or what it gave.
         force: go on with what takes least where nothing fits.
+        plans: made before for this pipeline and memory; what is made is put there.
 
     Raises:
         RequestError: nothing fits the memory, or a caption would be written with a streamed text encoder.
     """
     asked = memory if isinstance(memory, Memory) else parse_memory(memory)
     components, work = pipeline.components, work_of(request, pipeline)
-    plan = fitting_plan(components, work, asked)
+    plans = {} if plans is None else plans
+    plan = plans[work] = plans.get(work) or fitting_plan(components, work, asked)
     if plan.peak > asked.budget:
-        plans = [make_plan(components, work, residency, STRIPS[-1]) for residency in RESIDENCIES]
-        logger.warning("too large for the memory, in GB:\n%s", table_of(plans, asked.budget))
+        frugal = [make_plan(components, work, residency, STRIPS[-1]) for residency in RESIDENCIES]
+        logger.warning("too large for the memory, in GB:\n%s", table_of(frugal, asked.budget))
         if not force:
             cure = "a smaller picture or --quantize 4" if memory else "--memory auto or --quantize 4"
             raise RequestError(

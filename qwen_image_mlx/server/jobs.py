@@ -136,7 +136,8 @@ class Feed:
         self.pictures = 1
         self.followed = job.followed
         self._job = job
-        self._post = post
+        # Nobody listens to a job that is not followed: its state is written where it is, and wakes no loop.
+        self._post = post if job.followed else lambda function, *arguments: function(*arguments)
         self._deadline = time.monotonic() + seconds
         self._stage = ("", "")
         self._told = 0.0

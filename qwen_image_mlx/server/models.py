@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,11 @@ from .answers import ApiError
 if TYPE_CHECKING:
     from ..pipeline.progress import ProgressCallback
     from ..pipeline.request import Request
-    from ..runtime.memory import MemoryPlan
+    from ..runtime.memory import MemoryPlan, Work
 
 logger = logging.getLogger(__name__)
 
+_PLANS = 256  # that are kept of a model
 TASKS = ("generate", "edit", "decompose")
 _COMPONENTS = ("text_encoder", "language_head", "vision", "tokenizer", "vae_encoder", "vae_decoder", "transformer")
 
@@ -44,11 +45,13 @@ class _Warm:
     Attributes:
         held: bytes of it in memory, as MLX counted them.
         used: when it was used last.
+        plans: those made for it, by what was to be painted.
     """
 
     pipeline: QwenImagePipeline
     held: int = 0
     used: float = 0.0
+    plans: dict[Work, MemoryPlan] = field(default_factory=dict)
 
     @property
     def is_loaded(self) -> bool:
@@ -138,7 +141,9 @@ class Models:
         warm = self._warm[task]
         streamed = warm.pipeline.components.streamed
         try:
-            with settled(warm.pipeline, request, self._memory) as plan, _usable():
+            if len(warm.plans) >= _PLANS:
+                warm.plans.clear()
+            with settled(warm.pipeline, request, self._memory, plans=warm.plans) as plan, _usable():
                 if plan.residency.streamed != streamed:
                     warm.release()
                 self._make_room(task, plan.peak)
