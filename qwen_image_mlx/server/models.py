@@ -119,8 +119,10 @@ class Models:
                 else:
                     cached = QwenImagePipeline.from_pretrained(offer["model"], offline=True, loras=offer["loras"])
                     self._facts[task] = _facts(cached)
+            except HubError:
+                logger.info("%s is fetched when a job needs it", self.name(task))
             except (QwenImageError, ApiError) as error:
-                logger.info("the model to %s with is not known yet: %s", task, error)
+                logger.warning("the model to %s with cannot be used: %s", task, error)
 
     def open(self, task: str, progress: ProgressCallback) -> QwenImagePipeline:
         """The pipeline of a task; raises ApiError if its model cannot be used."""

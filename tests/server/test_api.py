@@ -333,6 +333,7 @@ def test_what_is_refused_at_the_start(server, tmp_path, capsys):
 
     port = server.url.rpartition(":")[2]
     assert "in use" in refusal("--port", port)
+    assert "65535" in refusal("--port", 70000)
     assert "--token-file" in refusal("--host", "0.0.0.0")
     assert "cannot be read" in refusal("--token-file", tmp_path / "none")
     token = tmp_path / "token"
