@@ -27,6 +27,7 @@ _KEYS = (
     "prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "aspect", "num_images", "rng",
 )  # fmt: skip
 # Flags that are about one picture.
+_PROVENANCE = ("lora_mode",)  # what the checkpoint does not know of its own use, for the metadata
 _SINGLE = ("images", "mask", "strength", "size", "mask_padding", "no_composite", "from_image")
 
 
@@ -73,7 +74,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     check_writable(folder / "picture.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
 
     from ..runtime.asking import open_pipeline, painting_request, settled
-    from ..runtime.batch import asked_pictures, heaviest, paint_all
+    from ..runtime.batch import asked_pictures, heaviest, missing_pictures, paint_all
     from ..runtime.cache import EncodingCache
     from ..runtime.preview import Preview
     from ..runtime.profile import Profile
@@ -89,8 +90,9 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         for one in wanted:
             with _at(one.place):
                 requests.append(painting_request(pipeline, one.said, one.size, ()))
-        asked = asked_pictures(pipeline, requests, folder)
-        missing = [one for one in asked if not one.is_finished()]
+        provenance = {name: given[name] for name in _PROVENANCE if name in given}
+        asked = asked_pictures(pipeline, requests, folder, provenance)
+        missing = missing_pictures(asked)
         if len(missing) < len(asked):
             logger.info("%d of %d pictures are in %s already", len(asked) - len(missing), len(asked), folder)
         if not missing:
@@ -104,7 +106,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         cache = EncodingCache() if "cache" in given else None
         for one, painting in paint_all(pipeline, missing, watch, cache, plan.residency, watching):
             bars.close()
-            print(save_png(painting.image, one.path, painting.metadata), flush=True)
+            print(save_png(painting.image, one.path, {**painting.metadata, **provenance}), flush=True)
         if profile:
             logger.info("%s", profile.table())
 

@@ -29,7 +29,6 @@ _USUAL = {
     "negative_prompt": " ",
     "layers": 4,
     "size": "source",
-    "cfg_normalize": False,
     "caption_language": "en",
     "rng": RNGS[0],
 }

@@ -7,16 +7,14 @@ results, stderr for people. Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
 from ..errors import QwenImageError, RequestError
 from . import caption, compose, config, decompose, edit, generate, info, lora, plan, quantize, serve, train
+from .ending import Terminated, terminable
 
 COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, plan, info, config, serve)
 
@@ -42,35 +40,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command like Ctrl-C: nothing half-written stays."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    def end(signum: int, frame: object) -> NoReturn:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be asked for
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     try:
-        with _terminable():
+        with terminable():
             arguments = build_parser().parse_args(argv)
             arguments.run(arguments)
     except QwenImageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except _Terminated:
+    except Terminated:
         print("terminated", file=sys.stderr)
         return 143
     except KeyboardInterrupt:

@@ -8,16 +8,13 @@ import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import RequestError
 from ..pipeline.parameters import DTYPES, RNGS
 from ..pipeline.request import build_request, parsed_size
 from ..variants import ASPECT_SIZES, LORA_MODES
 from .config import add_painter_config_flags, configured, wants_timings
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
@@ -16,6 +14,7 @@ from ..errors import RequestError
 from ..training.settings import SCHEDULES, TARGETS, TASKS, TIMESTEPS, WEIGHTINGS, TrainingSettings
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
 from .config import add_config_flags, configured
+from .ending import ENDS, handled
 from .painting import add_model_flags
 
 if TYPE_CHECKING:
@@ -119,12 +118,12 @@ def run(arguments: argparse.Namespace) -> None:
         examples = _read(arguments.data, task)
         outcome = train(
             pipeline, examples, settings, Path(arguments.output).expanduser(), resume=arguments.resume,
-            progress=tell, on_step=on_step, stop=lambda: interrupt.asked,
+            progress=tell, on_step=on_step, stop=lambda: interrupt.asked is not None,
         )  # fmt: skip
         line.close()
         if outcome.result is None:
             print(f"stopped after {outcome.steps} steps, saved as {outcome.checkpoint}", file=sys.stderr)
-            raise KeyboardInterrupt
+            interrupt.end()
         print(outcome.result, flush=True)
 
 
@@ -173,28 +172,32 @@ class _LossLine:
 
 
 class _Interrupt:
-    """Ctrl-C: at once while nothing is trained, then after the step that is running; a second one at once again.
+    """Ctrl-C and SIGTERM: at once while nothing is trained, else after the step that is running; another one at once.
 
     Attributes:
         gently: whether there is something to save.
-        asked: whether it was pressed since.
+        asked: the signal that came since; None if none did.
     """
 
     def __init__(self) -> None:
-        self.gently = self.asked = False
-        self._before: Any = None
+        self.gently = False
+        self.asked: int | None = None
+        self._handled = handled(dict.fromkeys(ENDS, self._handle))
+
+    def end(self) -> NoReturn:
+        """Raises what stands for the signal that came."""
+        raise ENDS[self.asked]
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.asked or not self.gently:
-            raise KeyboardInterrupt
-        self.asked = True
+        at_once = self.asked is not None or not self.gently
+        self.asked = number
+        if at_once:
+            self.end()
         print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
 
     def __enter__(self) -> _Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+        self._handled.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+    def __exit__(self, *error: Any) -> None:
+        self._handled.__exit__(*error)

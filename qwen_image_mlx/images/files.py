@@ -107,10 +107,12 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
         os.chmod(partial, 0o666 & ~umask())
         written = claim(path)
         os.replace(partial, written)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too: the claimed name is an empty file
         if written is not None:
             written.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+        if isinstance(error, OSError):
+            raise OutputError(f"cannot write {path}: {reason(error)}") from error
+        raise
     finally:
         Path(partial).unlink(missing_ok=True)
     if written != path:
@@ -164,8 +166,9 @@ def replace_file(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {reason(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def umask() -> int:

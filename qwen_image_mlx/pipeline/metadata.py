@@ -27,7 +27,7 @@ def describe(
         "model": pipeline.model,
         "revision": pipeline.revision,
         "prompt": encoding.source.prompt if encoding else request.prompt,
-        "negative_prompt": request.negative_prompt if parameters.cfg_scale > 1 else None,
+        "negative_prompt": request.guiding_prompt,
         "width": parameters.width,
         "height": parameters.height,
         "steps": parameters.num_inference_steps,

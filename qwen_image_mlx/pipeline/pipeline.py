@@ -356,7 +356,7 @@ class QwenImagePipeline(ReleasablePipeline):
             logger.info("caption: %s", prompt)
         return self.encode_guidance_prompts(
             prompt,
-            request.negative_prompt if request.parameters.cfg_scale > 1 else None,
+            request.guiding_prompt,
             images=request.images,
             reference_pixels=request.reference_pixels,
             progress=progress,

@@ -44,6 +44,11 @@ class Request:
     reference_pixels: int | None = None
     caption_language: str | None = None
 
+    @property
+    def guiding_prompt(self) -> str | None:
+        """The negative prompt where it guides; None where one pass is enough."""
+        return self.negative_prompt if self.parameters.cfg_scale > 1 else None
+
     def __post_init__(self) -> None:
         check_reference_pixels(self.reference_pixels)
         for seed in self.seeds:

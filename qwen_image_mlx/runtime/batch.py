@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -46,11 +46,8 @@ class Asked:
     facts: dict[str, Any]
     path: Path
 
-    def is_finished(self) -> bool:
-        """Whether a whole PNG of this name, or of one that `save_png` chose beside it, says that it is this picture."""
-        return any(map(self._is_in, (self.path, *sorted(self.path.parent.glob(f"{self.path.stem}-*.png")))))
-
-    def _is_in(self, path: Path) -> bool:
+    def is_in(self, path: Path) -> bool:
+        """Whether a file is a whole PNG that says that it is this picture."""
         try:
             said = read_metadata(path)
         except RequestError:
@@ -58,13 +55,22 @@ class Asked:
         return all(name in said and said[name] == value for name, value in self.facts.items())
 
 
-def asked_pictures(pipeline: QwenImagePipeline, requests: Sequence[Request], folder: Path) -> list[Asked]:
-    """Every picture of requests that paint from text, the same one only once; nothing is loaded."""
+def asked_pictures(
+    pipeline: QwenImagePipeline, requests: Sequence[Request], folder: Path, provenance: Mapping[str, Any] = {}
+) -> list[Asked]:
+    """Every picture of requests that paint from text, the same one only once; nothing is loaded.
+
+    Args:
+        pipeline: the opened checkpoint.
+        requests: what is asked for.
+        folder: for the pictures.
+        provenance: what the caller adds to each picture's metadata.
+    """
     found = {}
     for whole in requests:
         for seed, index in product(whole.seeds, whole.image_indices):
             request = replace(whole, seeds=(seed,), image_indices=range(index, index + 1))
-            facts = describe(pipeline, request, None, seed, index)
+            facts = describe(pipeline, request, None, seed, index) | provenance
             del facts["version"]
             text = json.dumps(facts)
             slug = re.sub(r"\W+", "-", request.prompt.lower())[:_SLUG].strip("-") or "picture"
@@ -73,13 +79,23 @@ def asked_pictures(pipeline: QwenImagePipeline, requests: Sequence[Request], fol
     return list(found.values())
 
 
+def missing_pictures(asked: Sequence[Asked]) -> list[Asked]:
+    """Those of which no file has the name, or one that `save_png` chose beside it, and says that it is this picture."""
+    there: dict[tuple[Path, str], list[Path]] = {}
+    for folder in {one.path.parent for one in asked}:
+        for file in sorted(folder.glob("*.png")):
+            for stem in {file.stem, re.sub(r"-\d+$", "", file.stem)}:
+                there.setdefault((folder, stem), []).append(file)
+    return [one for one in asked if not any(map(one.is_in, there.get((one.path.parent, one.path.stem), ())))]
+
+
 def heaviest(asked: Sequence[Asked]) -> Request:
     """A request that takes at least the memory of each of these: the largest size, the most steps, all pictures."""
     requests = [one.request for one in asked]
     largest = max(requests, key=lambda request: request.parameters.width * request.parameters.height)
     return replace(
         largest,
-        negative_prompt=next((request.negative_prompt for request in requests if _is_guided(request)), None),
+        negative_prompt=next((r.guiding_prompt for r in requests if r.guiding_prompt is not None), None),
         parameters=replace(
             largest.parameters,
             num_inference_steps=max(request.parameters.num_inference_steps for request in requests),
@@ -129,13 +145,9 @@ def paint_all(
                 yield one, Painting(image, describe(pipeline, request, encoding, seed, index))
 
 
-def _is_guided(request: Request) -> bool:
-    return request.parameters.cfg_scale > 1 and request.negative_prompt is not None
-
-
 def _prompts(request: Request) -> tuple[str, str | None]:
     """What an encoding depends on, for one pipeline and pictures from text."""
-    return request.prompt, request.negative_prompt if _is_guided(request) else None
+    return request.prompt, request.guiding_prompt
 
 
 def _schedule(request: Request) -> tuple[Any, ...]:

@@ -103,7 +103,11 @@ class RecentEncodings:
 
     def put(self, pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding) -> None:
         """Keeps an encoding, unless it is larger than all of them may be."""
-        self._entries[_key(pipeline, request)] = encoding
+        if encoding.nbytes > self._max_bytes:
+            return
+        key = _key(pipeline, request)
+        self._entries[key] = encoding
+        self._entries.move_to_end(key)
         while self.nbytes > self._max_bytes:
             self._entries.popitem(last=False)
 
@@ -118,7 +122,6 @@ class RecentEncodings:
 
 
 def _key(pipeline: QwenImagePipeline, request: Request) -> str:
-    guided = request.parameters.cfg_scale > 1
     facts = {
         "version": __version__,
         "checkpoint": pipeline.fingerprint,
@@ -126,7 +129,7 @@ def _key(pipeline: QwenImagePipeline, request: Request) -> str:
         "quantization": str(replace(pipeline.components.quantization, transformer=None)),
         "variant": repr(pipeline.variant),
         "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt if guided else None,
+        "negative_prompt": request.guiding_prompt,
         "reference_pixels": request.reference_pixels,
         "caption_language": request.caption_language,
         "images": [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in request.images],

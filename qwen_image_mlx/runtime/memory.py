@@ -406,7 +406,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         frames=parameters.num_layers + 1 if variant.layered else 1,
         shown=shown,
         encoded=max(encoded, default=0),
-        guided=parameters.cfg_scale > 1 and request.negative_prompt is not None,
+        guided=request.guiding_prompt is not None,
         steps=parameters.num_inference_steps,
         pictures=len(request.seeds) * len(request.image_indices),
     )

@@ -191,6 +191,7 @@ def test_a_second_run_paints_what_is_missing(run, stages):
 
 @pytest.mark.parametrize("change", [
     ["--steps", "3"], ["-g", "2"], ["-n", "dull"], ["--rng", "mlx"], ["--dtype", "bfloat16"], ["--quantize", "4"],
+    ["--lora-mode", "side"],
 ])  # fmt: skip
 def test_what_is_asked_for_otherwise_is_painted_anew(run, change):
     assert len(run("a fox", "--seeds", "1", *SMALL)[1]) == 1

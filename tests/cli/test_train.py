@@ -155,7 +155,8 @@ def test_a_loss_that_is_no_number_is_one_line(run):
     assert "last good checkpoint is run/checkpoints/step-" in line
 
 
-def test_ctrl_c_saves_and_a_second_run_goes_on(tmp_path, tiny, data):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_ended_saves_and_a_second_run_goes_on(tmp_path, tiny, data, sent, code):
     command = [sys.executable, "-m", "qwen_image_mlx", "train", "--model", tiny, "--data", data, "--output", "run"]
     command = [*map(str, command), *TINY_RUN, "--steps", "100000"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -166,9 +167,9 @@ def test_ctrl_c_saves_and_a_second_run_goes_on(tmp_path, tiny, data):
     while not (log.is_file() and log.read_text().count("\n") >= 3) and time.monotonic() < until:
         time.sleep(0.05)
         assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (code, "")
     assert "Traceback" not in err
     assert "finishing this step, then saving" in err
     done = len(steps_of(tmp_path / "run"))

@@ -17,7 +17,7 @@ from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.cli.preview import preview_file
 from qwen_image_mlx.pipeline.decomposition import layers_request
 from qwen_image_mlx.pipeline.request import Request
-from qwen_image_mlx.runtime.preview import MAX_SIDE, Preview
+from qwen_image_mlx.runtime.preview import Preview
 from qwen_image_mlx.sampling.latents import pack_multi_layer_latents
 from qwen_image_mlx.variants import OWN, VARIANTS, WAN_PREVIEW, variant_of
 
@@ -77,10 +77,7 @@ def test_colours_are_the_linear_map_of_the_clean_latents_at_every_step():
         assert (picture.mode, picture.size) == ("RGB", (64, 48))
         eighth = np.asarray(picture.resize((8, 6), Image.Resampling.BOX)) / 255
         assert np.corrcoef(eighth.ravel(), expected.ravel())[0, 1] > 0.97  # but for the bicubic way up
-        assert (
-            np.array_equal(np.asarray(picture), np.asarray(found[0][0]))
-            or np.abs(np.asarray(picture).astype(int) - np.asarray(found[0][0])).max() <= 2
-        )
+        assert np.abs(np.asarray(picture).astype(int) - np.asarray(found[0][0])).max() <= 2
 
 
 def test_rounded_latents_of_tiny_steps_give_no_grain():
@@ -104,7 +101,6 @@ def test_previews_are_small(size, expected):
     clean = mx.zeros((1, width * height // 256, 64))
     ((picture, _, _),) = shown(Checkpoint(), request(width, height), straight_path(clean, (1.0, 0.5)))
     assert picture.size == expected
-    assert max(picture.size) <= MAX_SIDE
 
 
 def test_layers_are_tiled_back_to_front_without_the_frame_of_everything():
@@ -153,14 +149,15 @@ def painted(pipeline, wanted, encoding, initial=None):
 def test_the_demo_s_previews_come_to_resemble_the_picture():
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
     wanted = request(64, 64, cfg_scale=3.0)
-    found, (picture,) = painted(pipeline, wanted, pipeline.encode_request(wanted))
+    encoding, reports = pipeline.encode_request(wanted), []
+    found, (picture,) = painted(pipeline, wanted, encoding)
     likeness = [psnr(small(preview), small(picture)) for preview in found]
     assert len(found) == 12
     assert likeness[-1] > 22
     assert likeness[5] > 16 > likeness[0]
-    wrong = Checkpoint(preview=WAN_PREVIEW)
-    (other,) = shown(wrong, wanted, [(1.0, mx.zeros((1, 16, 64))), (0.0, mx.ones((1, 16, 64)))])
-    assert psnr(small(other[0]), small(picture)) < 16
+    list(pipeline.paint_request(wanted, encoding, None, lambda told: reports.append((told.sigma, told.latents))))
+    other = shown(Checkpoint(preview=WAN_PREVIEW), wanted, [told for told in reports if told[1] is not None])
+    assert psnr(small(other[-1][0]), small(picture)) < 16, "another model's map shows something else"
 
 
 def test_what_a_mask_keeps_is_there_from_the_first_step():
