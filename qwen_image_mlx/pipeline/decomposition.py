@@ -14,7 +14,7 @@ from ..images.layers import LayerStack, composite, psnr
 from ..images.pixels import on_white
 from ..images.sources import check_visible
 from ..variants import CAPTION_TEMPLATES
-from .parameters import GenerationParameters
+from .parameters import RNGS, GenerationParameters
 from .request import Request
 
 if TYPE_CHECKING:
@@ -72,18 +72,19 @@ def layers_request(
     picture: Image,
     prompt: str,
     *,
-    negative_prompt: str | None,
-    num_layers: int,
-    resolution: int | None,
     resolutions: Sequence[int],
-    size: str,
-    sampling: Mapping[str, float | None],
-    cfg_normalize: bool,
-    caption_language: str,
     seed: int,
-    rng: str,
+    sampling: Mapping[str, float | None] = {},
+    negative_prompt: str | None = " ",
+    num_layers: int = GenerationParameters.num_layers,
+    resolution: int | None = None,
+    size: str = SIZES[0],
+    cfg_normalize: bool = False,
+    caption_language: str = next(iter(CAPTION_TEMPLATES)),
+    rng: str = RNGS[0],
 ) -> Request:
-    """What taking a picture apart asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`.
+    """What taking a picture apart asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`,
+    and so are the defaults, which every front end leaves to this function.
 
     Args:
         resolutions: those the model works at, the default first.

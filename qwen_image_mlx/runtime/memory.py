@@ -71,6 +71,7 @@ class Work:
         frames: pictures painted together: 1, or layers + 1.
         shown: (width, height) of each picture as the transformer is shown it.
         encoded: area in pixels that the VAE encodes at once; 0 for none.
+        captioned: area in pixels of the picture that a caption is written of first; 0 for none.
         text_tokens: of a prompt, its template included, its pictures not.
         guided: whether there are two passes in each step.
         steps: denoising steps.
@@ -82,6 +83,7 @@ class Work:
     frames: int = 1
     shown: tuple[tuple[int, int], ...] = ()
     encoded: int = 0
+    captioned: int = 0
     text_tokens: int = 256
     guided: bool = True
     steps: int = 50
@@ -140,7 +142,9 @@ class Costs:
     Attributes:
         text: per token and byte of the text encoder's width (hidden and intermediate together).
         block: per token and byte of the transformer's width.
-        pixel_in, pixel_out: per pixel and base channel of the VAE that it encodes, and decodes in one strip.
+        scores: per head, byte and pair of the transformer's tokens; 0 where attention is one fused kernel.
+        pixel_in: per pixel and base channel of the VAE that it encodes.
+        pixel_whole, pixel_out: the same of a picture that it decodes, before the strips, and of a strip.
         layers: parts of a layer's bytes, as it is read and cast, that are there at once while a component is streamed.
         read: the same of a modulation weight while the table is made.
         base: whatever the work.
@@ -148,7 +152,9 @@ class Costs:
 
     text: float
     block: float
+    scores: float
     pixel_in: float
+    pixel_whole: float
     pixel_out: float
     layers: Mapping[str, float]
     read: float
@@ -156,8 +162,12 @@ class Costs:
 
 
 COSTS = {
-    "cpu": Costs(1.0, 20.0, 115.0, 121.0, {"text_encoder": 1.0, "vision": 1.0, "transformer": 0.69}, 1.19, 40 << 20),
-    "gpu": Costs(1.0, 20.0, 26.0, 26.0, {"text_encoder": 2.0, "vision": 2.0, "transformer": 2.0}, 1.19, 40 << 20),
+    "cpu": Costs(
+        1.0, 20.0, 1.2, 115.0, 99.0, 121.0, {"text_encoder": 1.0, "vision": 1.0, "transformer": 0.69}, 1.19, 40 << 20
+    ),
+    "gpu": Costs(
+        1.0, 20.0, 0.0, 26.0, 12.0, 26.0, {"text_encoder": 2.0, "vision": 2.0, "transformer": 2.0}, 1.19, 40 << 20
+    ),
 }
 STRIPS = tuple(STRIP_PIXELS >> n for n in range(5))  # pixels of a strip, from the fastest to the most frugal
 
@@ -199,9 +209,11 @@ class _Planner:
     @cached_property
     def before_decode(self) -> tuple[int, tuple[Stage, ...]]:
         """What is there when a picture is decoded, and the stages before."""
-        vision = self.held("vision") if self.work.shown and self.components.variant.encoder_area else 0
+        shows = self.work.shown and self.components.variant.encoder_area
+        vision = self.held("vision") if shows or self.work.captioned else 0
+        head = self.held("language_head") if self.work.captioned else 0
         vae = self.count("vae", self.specs("vae", "encoder"), mx.float32) if self.work.encoded else 0
-        encode = self.encode(vision, self.held("text_encoder"), vae)
+        encode = self.encode(vision, self.held("text_encoder") + head, vae)
         kept = 0 if self.residency.staged else encode.resident
         painting = kept + self.table() + self.held("transformer")
         streams = "transformer" in self.residency.streamed
@@ -215,7 +227,8 @@ class _Planner:
     def encode(self, vision: int, text: int, vae: int) -> Stage:
         """Pictures through the vision tower, prompts through the text encoder, pictures through the VAE; all stay."""
         config, work = self.components.text_encoder_config, self.work
-        tokens = work.text_tokens + len(work.shown) * self.components.variant.encoder_area // 28**2
+        seen = len(work.shown) * self.components.variant.encoder_area + work.captioned
+        tokens = work.text_tokens + seen // 28**2
         width = 2 * config.intermediate_size + 6 * config.hidden_size
         prompts = 2 if work.guided else 1
         thinking = int(self.costs.text * prompts * tokens * width * self.itemsize) + self.passing("text_encoder")
@@ -226,16 +239,18 @@ class _Planner:
 
     def moving(self) -> int:
         """What a step takes beside the transformer."""
-        tokens = self.work.tokens + self.work.text_tokens
-        states = tokens * self.transformer_config.dim * self.itemsize
-        return int(self.costs.block * states) + self.passing("transformer") + self.costs.base
+        config, tokens = self.transformer_config, self.work.tokens + self.work.text_tokens
+        states = self.costs.block * tokens * config.dim * self.itemsize
+        scores = self.costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
+        return int(states + scores) + self.passing("transformer") + self.costs.base
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
         """One picture, in strips."""
         config, pixels = self.components.vae_config, self.work.width * self.work.height
         held = before + self.count("vae", self.specs("vae", "decoder"), mx.float32)
-        strip = int(self.costs.pixel_out * config.base_dim * min(pixels, 1.25 * strip_pixels))  # with its halo
-        return Stage("decode", held, held + strip + 2 * 4 * pixels * config.input_channels)
+        strip = self.costs.pixel_out * min(pixels, 1.25 * strip_pixels)  # with its halo
+        working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels))
+        return Stage("decode", held, held + working + 2 * 4 * pixels * config.input_channels)
 
     def held(self, name: str) -> int:
         """A component's weights that stay."""
@@ -406,6 +421,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         frames=parameters.num_layers + 1 if variant.layered else 1,
         shown=shown,
         encoded=max(encoded, default=0),
+        captioned=(request.reference_pixels or 0) if pipeline.writes_caption(request) else 0,
         guided=request.guiding_prompt is not None,
         steps=parameters.num_inference_steps,
         pictures=len(request.seeds) * len(request.image_indices),

@@ -17,16 +17,16 @@ from starlette.staticfiles import StaticFiles
 
 from .. import __version__
 from ..errors import RequestError
+from ..pipeline.parameters import GenerationParameters
 from . import openai
 from .answers import INTERNAL, ApiError, dumps
 from .bodies import JSON, read_body
 from .document import describe, takes
 from .guard import Guard
 from .jobs import Feed, Job, Jobs, Work
-from .models import TASKS, Models
-from .schema import JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody
-from .schema import TASKS as BODIES
-from .work import DEFAULT_LAYERS, Limits, Tasks, compose
+from .models import MODEL_TASKS, Models
+from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody
+from .work import Limits, Tasks, compose
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Setup:
 
     profile: str = "default"
     offers: Mapping[str, Mapping[str, Any]]
-    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {task: {} for task in TASKS})
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {task: {} for task in MODEL_TASKS})
     memory: str | None = None
     idle_seconds: float | None = 600.0
     is_own_host: Callable[[str], bool]
@@ -83,7 +83,7 @@ class Service:
         self.tasks = Tasks(self.models, setup.defaults, setup.limits)
         self.jobs = Jobs(
             queue=setup.queue, seconds=setup.job_seconds, grace=setup.grace, idle=self.models.tick,
-            begin=self.models.look,
+            begin=self.models.read_facts,
         )  # fmt: skip
         self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
@@ -174,7 +174,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
     async def config() -> Response:
         """Models, defaults and limits."""
         setup = service.setup
-        said = {name: value for task in TASKS for name, value in setup.defaults[task].items()}
+        said = {name: value for task in MODEL_TASKS for name, value in setup.defaults[task].items()}
         return _json(dumps({
             "profile": setup.profile,
             "version": __version__,
@@ -190,7 +190,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
 def _offered(service: Service, task: str) -> dict[str, Any]:
     """A task's model, and what holds where a request says nothing."""
     said, models = service.setup.defaults[task], service.models
-    facts = {"num_layers": DEFAULT_LAYERS} if task == "decompose" else {}
+    facts = {"num_layers": GenerationParameters.num_layers} if task == "decompose" else {}
     facts |= models.facts(task)
     return {"model": models.name(task), "loaded": models.is_loaded(task)} | facts | {
         name: said[name] for name in ("steps", "cfg_scale", "num_layers", "resolution") if name in said
@@ -246,15 +246,9 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.post("/models/load", openapi_extra=takes(LoadBody))
     async def load(request: Request) -> Response:
-        """Loads a task's model ahead of time."""
+        """Fetches a task's model ahead of time, and loads it where the memory lets it stay."""
         body = await read_body(request, LoadBody)
-        service.tasks.check_offered(body.task)
-
-        def work(feed: Feed) -> dict[str, Any]:
-            service.models.load(body.task, feed)
-            return {"task": body.task, "model": service.models.name(body.task), "loaded": True}
-
-        return _json(await service.result(request, "load", work))
+        return _json(await service.result(request, "load", service.tasks.load(body.task)))
 
     @app.post("/models/unload", openapi_extra=takes(UnloadBody))
     async def unload(request: Request) -> Response:

@@ -1,7 +1,7 @@
 """Which model does which task, and which of them are in memory: opened when needed, kept warm, released when idle or in
 the way of another.
 
-Lives in the worker's thread; only `status` and `facts` may be read from others.
+Lives in the worker's thread; only what is marked so may be read from others.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from ..runtime.cache import RecentEncodings
 from ..runtime.memory import parse_memory
 from ..variants import ASPECT_SIZES
 from ..weights.quantize import NONE, Quantization
-from ..weights.snapshot import HubSnapshot
 from .answers import ApiError
 
 if TYPE_CHECKING:
-    from ..pipeline.progress import ProgressCallback
+    from ..pipeline.progress import Progress, ProgressCallback
     from ..pipeline.request import Request
     from ..runtime.memory import MemoryPlan, Work
 
 logger = logging.getLogger(__name__)
 
 _PLANS = 256  # that are kept of a model
-TASKS = ("generate", "edit", "decompose")
+MODEL_TASKS = ("generate", "edit", "decompose")
 _COMPONENTS = ("text_encoder", "language_head", "vision", "tokenizer", "vae_encoder", "vae_decoder", "transformer")
 
 
@@ -85,7 +84,7 @@ class Models:
         self._idle_seconds = idle_seconds
         self._warm: dict[str, _Warm] = {}
         self._facts: dict[str, dict[str, Any]] = {}
-        self._progress: ProgressCallback = lambda told: None  # of the job at work; pipelines outlive it
+        self._progress: ProgressCallback = _unheard  # of the job at work; pipelines outlive it
 
     # Read from anywhere -----------------------------------------------------------------------------------------------
 
@@ -110,27 +109,34 @@ class Models:
 
     # In the worker's thread -------------------------------------------------------------------------------------------
 
-    def look(self) -> None:
+    def read_facts(self) -> None:
         """Reads what models say of themselves, from disk alone."""
         for task, offer in self._offers.items():
             try:
-                if HubSnapshot(offer["model"]).is_local:
-                    self._facts[task] = _facts(self.open(task, self._progress))
-                else:
-                    cached = QwenImagePipeline.from_pretrained(offer["model"], offline=True, loras=offer["loras"])
-                    self._facts[task] = _facts(cached)
+                here = QwenImagePipeline.from_pretrained(offer["model"], offline=True, loras=offer["loras"])
+                here.check_task(task)
+                self._facts[task] = _facts(here)
             except HubError:
                 logger.info("%s is fetched when a job needs it", self.name(task))
-            except (QwenImageError, ApiError) as error:
+            except QwenImageError as error:
                 logger.warning("the model to %s with cannot be used: %s", task, error)
 
-    def open(self, task: str, progress: ProgressCallback) -> QwenImagePipeline:
-        """The pipeline of a task; raises ApiError if its model cannot be used."""
+    @contextmanager
+    def telling(self, progress: ProgressCallback) -> Iterator[None]:
+        """Tells a job of downloads and loading meanwhile."""
         self._progress = progress
+        try:
+            yield
+        finally:
+            self._progress = _unheard
+
+    def open(self, task: str) -> QwenImagePipeline:
+        """The pipeline of a task; raises ApiError if its model cannot be used."""
         if task not in self._warm:
             with _usable(RequestError):
                 pipeline = open_pipeline(self._offers[task], "", lambda told: self._progress(told))
                 pipeline.check_task(task)
+                _ = pipeline.recommended  # which its LoRAs decide, so they are fetched and read
                 self._facts[task] = _facts(pipeline)
             self._warm[task] = _Warm(pipeline)
         warm = self._warm[task]
@@ -138,41 +144,41 @@ class Models:
         return warm.pipeline
 
     @contextmanager
-    def settled(self, task: str, request: Request) -> Iterator[MemoryPlan]:
-        """The plan for a request, with other models out of its way; raises RequestError if nothing fits."""
+    def planned(self, task: str, request: Request) -> Iterator[MemoryPlan]:
+        """The plan for a request to a model that is open, with what is not in it out of the way.
+
+        Raises:
+            RequestError: nothing fits the memory.
+            ApiError: the model cannot be used.
+        """
         warm = self._warm[task]
-        streamed = warm.pipeline.components.streamed
+        pipeline, streamed = warm.pipeline, warm.pipeline.components.streamed
         try:
             if len(warm.plans) >= _PLANS:
                 warm.plans.clear()
-            with settled(warm.pipeline, request, self._memory, plans=warm.plans) as plan, _usable():
-                if plan.residency.streamed != streamed:
-                    warm.release()
+            with _usable(), settled(pipeline, request, self._memory, plans=warm.plans) as plan:
+                if plan.residency.staged or plan.residency.streamed != streamed:
+                    warm.release()  # whatever an earlier job left: the first stage has the memory for itself
+                elif pipeline.variant.captions and not pipeline.writes_caption(request):
+                    pipeline.components.release("language_head", "vision")
                 self._make_room(task, plan.peak)
+                with _usable(RequestError):
+                    pipeline.prepare()
                 yield plan
         finally:
             self._note(task)
 
-    @contextmanager
-    def at_work(self, task: str, *parts: str) -> Iterator[None]:
-        """Keeps count of what a task's model takes meanwhile; others make room for the parts that will be loaded."""
-        components = self._warm[task].pipeline.components
-        try:
-            with _usable():
-                self._make_room(task, sum(components.weights(part).nbytes for part in parts))
-                yield
-        finally:
-            self._note(task)
-
-    def load(self, task: str, progress: ProgressCallback) -> None:
-        """Fetches a task's model and loads it, as far as the memory takes it whole beside the others."""
-        pipeline = self.open(task, progress)
-        parts = pipeline.components
-        with self.at_work(task, "transformer", "text_encoder", "vae"):
-            pipeline.prepare()
-            _ = parts.tokenizer, parts.text_encoder
-            if self._free(task) >= parts.weights("transformer").nbytes:
-                _ = parts.transformer
+    def load(self, task: str, request: Request) -> None:
+        """Fetches the files of a model that is open, and loads what a request's plan keeps; raises as `planned`."""
+        parts = self._warm[task].pipeline.components
+        with self.planned(task, request) as plan:
+            if plan.residency.staged:
+                return
+            _ = parts.tokenizer, parts.text_encoder, parts.transformer, parts.vae_decoder
+            if request.images:
+                _ = parts.vae_encoder
+            if request.images and parts.variant.encoder_area:
+                _ = parts.vision
 
     def unload(self, task: str | None) -> None:
         """Gives a model's memory back, or that of all."""
@@ -216,6 +222,10 @@ class Models:
         warm = self._warm[task]
         others = sum(other.held for other in self._warm.values() if other is not warm)
         warm.used, warm.held = time.monotonic(), max(0, mx.get_active_memory() - others)
+
+
+def _unheard(told: Progress) -> None:
+    """Nobody is told."""
 
 
 @contextmanager

@@ -128,9 +128,9 @@ class DecomposeBody(Body):
     steps: Steps | None = None
     seed: Seed | None = None
     negative_prompt: Text | None = None
-    cfg_normalize: bool = False
-    caption_language: Language = "en"
-    size: Literal["source", "bucket"] = "source"
+    cfg_normalize: bool | None = None
+    caption_language: Language | None = None
+    size: Literal["source", "bucket"] | None = None
     rng: Rng | None = None
 
 
@@ -187,13 +187,13 @@ def _job_of(task: str, body: type[Body]) -> type[Body]:
     return create_model(f"{task.title()}Job", __base__=body, __doc__=f"`{task}` as a job.", **fields)
 
 
-TASKS: dict[str, type[Body]] = {
+BODIES: dict[str, type[Body]] = {
     "generate": GenerateBody,
     "edit": EditBody,
     "decompose": DecomposeBody,
     "caption": CaptionBody,
 }
-JOBS: dict[str, type[Body]] = {task: _job_of(task, body) for task, body in TASKS.items()}
+JOBS: dict[str, type[Body]] = {task: _job_of(task, body) for task, body in BODIES.items()}
 
 
 class TaskOnly(BaseModel):
@@ -201,7 +201,7 @@ class TaskOnly(BaseModel):
 
     model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
-    task: Literal[tuple(TASKS)]
+    task: Literal[tuple(BODIES)]
 
 
 def from_json(body: type[BaseModel], data: bytes) -> Any:

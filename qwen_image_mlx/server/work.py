@@ -11,11 +11,14 @@ import math
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL.Image import Image
+from PIL.Image import new as new_image
 
 from ..errors import RequestError
 from ..images.files import encode_png
@@ -29,12 +32,9 @@ from ..runtime.asking import painting_request
 from ..runtime.preview import Preview
 from ..runtime.session import decompose, paint
 from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
-from .answers import ApiError
 from .pictures import data_url, decoded
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import ProgressCallback
     from ..pipeline.request import Request
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 _SAMPLING = ("prompt", "negative_prompt", "steps", "cfg_scale", "strength", "rng", "num_images")
 _RECORDED = ("size", "mask_padding", "reference_pixels", "keep_alpha")  # as the command line records them
+_TAKEN_APART = ("prompt", "negative_prompt", "num_layers", "resolution", "size", "cfg_normalize", "caption_language",
+                "rng")  # fmt: skip
 _BETWEEN_PREVIEWS = 0.25  # seconds
-DEFAULT_LAYERS = 4  # unless more or fewer are asked for
 _COMPOSED_PIXELS = 1 << 26  # of all layers, scaled
 
 
@@ -54,7 +55,8 @@ class Limits:
     """What a request may ask for.
 
     Attributes:
-        pixels: of a picture that is painted.
+        pixels: of a picture that is painted. A result may be larger, as large as a picture that was sent, which
+            `pictures.MAX_PIXELS` bounds.
         steps: of denoising.
     """
 
@@ -63,15 +65,18 @@ class Limits:
 
     def check(self, request: Request) -> None:
         """Raises RequestError for a request beyond them."""
-        parameters = request.parameters
-        if parameters.num_inference_steps > self.steps:
-            raise RequestError(f"{parameters.num_inference_steps} steps are asked for; this server takes {self.steps}")
-        sizes = [(parameters.width, parameters.height), *([request.canvas.result_size] if request.canvas else [])]
-        for width, height in sizes:
-            if width * height > self.pixels:
-                raise RequestError(
-                    f"{width}x{height} are {width * height:,} pixels; this server paints {self.pixels:,}"
-                )
+        self.check_steps(request.parameters.num_inference_steps)
+        self.check_size(request.parameters.width, request.parameters.height)
+
+    def check_steps(self, steps: int) -> None:
+        """Raises RequestError for too many."""
+        if steps > self.steps:
+            raise RequestError(f"{steps} steps are asked for; this server takes {self.steps}")
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises RequestError for a picture too large to be painted."""
+        if width * height > self.pixels:
+            raise RequestError(f"{width}x{height} are {width * height:,} pixels; this server paints {self.pixels:,}")
 
 
 class Tasks:
@@ -90,19 +95,43 @@ class Tasks:
 
     def work(self, task: str, body: Any) -> Work:
         """The work that a body asks for; raises RequestError for what is wrong with it already."""
-        self.check_offered(task)
         make: dict[str, Callable[[Any], Work]] = {
             "generate": self._generate,
             "edit": self._edit,
             "decompose": self._decompose,
             "caption": self._caption,
         }
-        return make[task](body)
+        return self._told(make[task](body))
 
-    def check_offered(self, task: str) -> None:
-        """Raises ApiError if no model is there for a task."""
-        if task not in {status["task"] for status in self._models.status()} | {"caption"}:
-            raise ApiError("not_found", f"this server has no model to {task} with")
+    def load(self, task: str) -> Work:
+        """The work that fetches a task's model, and loads what stays in memory beside a usual request's work."""
+
+        def work(feed: Feed) -> dict[str, Any]:
+            pipeline = self._models.open(task)
+            self._models.load(task, self._usual(task, pipeline))
+            return {"task": task, "model": self._models.name(task), "loaded": self._models.is_loaded(task)}
+
+        return self._told(work)
+
+    def _told(self, work: Work) -> Work:
+        def told(feed: Feed) -> Any:
+            with self._models.telling(feed):
+                return work(feed)
+
+        return told
+
+    def _usual(self, task: str, pipeline: QwenImagePipeline) -> Request:
+        """What is asked of a task's model by a request that says nothing."""
+        wanted = self._wanted(task) | {"prompt": "a picture"}
+        picture = new_image("RGB", (1024, 1024))
+        if task == "decompose":
+            return _layers(pipeline, picture.convert("RGBA"), wanted)
+        edits = task == "edit"
+        return painting_request(pipeline, wanted, None if edits else self._aspect, [picture] if edits else [])
+
+    @property
+    def _aspect(self) -> str:
+        return self._defaults["generate"].get("aspect", next(iter(ASPECT_SIZES)))
 
     def _generate(self, body: GenerateBody) -> Work:
         for name in ("mask", "strength"):
@@ -114,7 +143,7 @@ class Tasks:
             raise RequestError("give width and height or an aspect, not both")
         size: Any = (body.width, body.height) if body.width else body.aspect
         if size is None and body.image is None:
-            size = self._defaults["generate"].get("aspect", "1:1")
+            size = self._aspect
         return self._paint("generate", body, [body.image] if body.image else [], size)
 
     def _edit(self, body: EditBody) -> Work:
@@ -128,10 +157,10 @@ class Tasks:
 
     def _paint(self, task: str, body: Any, files: list[bytes], size: Any) -> Work:
         wanted = self._wanted(task, body)
-        recorded = {name: getattr(body, name) for name in _RECORDED if getattr(body, name, None)}
-        draft = build_request(wanted | recorded, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
-        if isinstance(size, tuple):
-            self._limits.check(draft)
+        said = {name: getattr(body, name, None) for name in _RECORDED}
+        recorded = {name: value for name, value in said.items() if value is not None and value is not False}
+        build_request(wanted | recorded, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
+        self._check_early(task, wanted, size)
         if files:
             decoded([*files, *([body.mask] if body.mask else [])])
             if size is not None:
@@ -142,7 +171,7 @@ class Tasks:
             mask = open_mask(sources.pop()) if body.mask else None
             pictures = [open_image(source) for source in sources]
             straight = [open_rgba(source) for source in sources] if recorded.get("keep_alpha") else None
-            pipeline = self._models.open(task, feed)
+            pipeline = self._models.open(task)
             request = painting_request(pipeline, wanted | recorded, size, pictures, mask, straight)
             images = []
             with self._ready(task, pipeline, request, feed) as (residency, progress):
@@ -157,19 +186,17 @@ class Tasks:
 
     def _decompose(self, body: DecomposeBody) -> Work:
         wanted = self._wanted("decompose", body)
-        sampling = {"num_inference_steps": wanted.get("steps"), "cfg_scale": wanted.get("cfg_scale")}
-        decoded([body.image])
+        (picture,) = decoded([body.image])
+        known = self._models.facts("decompose").get("resolutions")
+        draft = _asked_layers(
+            open_rgba(picture), wanted, known or [wanted.get("resolution", LAYERED_RESOLUTIONS[0])], _sampling(wanted)
+        )
+        self._check_early("decompose", wanted, draft.canvas.size if known else None)
 
         def work(feed: Feed) -> dict[str, Any]:
             (picture,) = decoded([body.image])
-            pipeline = self._models.open("decompose", feed)
-            request = layers_request(
-                open_rgba(picture), body.prompt, negative_prompt=wanted.get("negative_prompt", " "),
-                num_layers=wanted.get("num_layers", DEFAULT_LAYERS), resolution=wanted.get("resolution"),
-                resolutions=pipeline.variant.resolutions, size=body.size,
-                sampling=pipeline.recommended.unless(**sampling), cfg_normalize=body.cfg_normalize,
-                caption_language=body.caption_language, seed=wanted["seed"][0], rng=body.rng or "torch",
-            )  # fmt: skip
+            pipeline = self._models.open("decompose")
+            request = _layers(pipeline, open_rgba(picture), wanted)
             with self._ready("decompose", pipeline, request, feed) as (residency, progress):
                 result = decompose(pipeline, request, progress, self._models.encodings, residency)
             pngs = [data for name, data in folder_files(result.stack) if LAYER_FILE.fullmatch(name)]
@@ -188,36 +215,67 @@ class Tasks:
 
         def work(feed: Feed) -> dict[str, Any]:
             (picture,) = decoded([body.image])
-            pipeline = self._models.open("decompose", feed)
+            pipeline = self._models.open("decompose")
             if not pipeline.variant.captions:
                 raise RequestError(f"{self._models.name('decompose')} writes no captions")
-            with self._models.at_work("decompose", "text_encoder", "vision", "language_head"):
+            wanted = {**self._wanted("decompose"), "prompt": "", "resolution": body.resolution}
+            request = _layers(pipeline, open_rgba(picture), wanted)  # which would begin with this caption
+            self._limits.check_size(*request.canvas.size)
+            with self._models.planned("decompose", request):
                 caption = pipeline.caption_image(
-                    open_rgba(picture), language=body.language, resolution=body.resolution or LAYERED_RESOLUTIONS[0],
+                    request.images[0], language=body.language, resolution=math.isqrt(request.reference_pixels),
                     seed=body.seed, progress=feed,
                 )  # fmt: skip
             return {"caption": caption}
 
         return work
 
-    def _wanted(self, task: str, body: Any) -> dict[str, Any]:
+    def _wanted(self, task: str, body: Any = None) -> dict[str, Any]:
         """What is asked for, by the names of the command line's flags; a seed is drawn where none is given."""
-        names = (*_SAMPLING, "seed", "num_layers", "resolution")
+        names = (*_SAMPLING, "seed", *(_TAKEN_APART if task == "decompose" else ()))
         given = {name: value for name in names if (value := getattr(body, name, None)) is not None}
         wanted = {**{name: value for name, value in self._defaults[task].items() if name in names}, **given}
         seed = wanted.get("seed")
         return wanted | {"seed": [secrets.randbelow(2**32) if seed is None else seed]}
+
+    def _check_early(self, task: str, wanted: Mapping[str, Any], size: Any) -> None:
+        """The limits as far as they can be checked with what is known of a model that is not open."""
+        facts = self._models.facts(task)
+        steps = wanted.get("steps", facts.get("steps"))
+        if steps is not None:
+            self._limits.check_steps(steps)
+        size = facts.get("sizes", {}).get(size) if isinstance(size, str) else size
+        if size is not None:
+            self._limits.check_size(*size)
 
     @contextmanager
     def _ready(self, task: str, pipeline: QwenImagePipeline, request: Request, feed: Feed) -> Any:
         """(residency, progress callback) for a request that is within the limits."""
         self._limits.check(request)
         feed.pictures = len(request.seeds) * len(request.image_indices)
-        progress: ProgressCallback = feed
-        if feed.followed:
-            progress = Preview(_Previews(feed), feed, pipeline, request)
-        with self._models.settled(task, request) as plan:
+        with self._models.planned(task, request) as plan:
+            progress: ProgressCallback = feed
+            if feed.followed:
+                progress = Preview(_Previews(feed), feed, pipeline, request)
             yield plan.residency, progress
+
+
+def _layers(pipeline: QwenImagePipeline, picture: Image, wanted: Mapping[str, Any]) -> Request:
+    """The request that an opened model is to take a picture apart for."""
+    sampling = pipeline.recommended.unless(**_sampling(wanted))
+    return _asked_layers(picture, wanted, pipeline.variant.resolutions, sampling)
+
+
+def _asked_layers(
+    picture: Image, wanted: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, float | None]
+) -> Request:
+    said = {name: wanted[name] for name in _TAKEN_APART if name in wanted}
+    return layers_request(picture, resolutions=resolutions, seed=wanted["seed"][0], sampling=sampling, **said)
+
+
+def _sampling(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"num_inference_steps": "steps", "cfg_scale": "cfg_scale"}
+    return {field: wanted[name] for field, name in names.items() if name in wanted}
 
 
 class _Previews:

@@ -155,7 +155,6 @@ JSON_BODIES = [
     (EDIT, P | {"image": GOOD, "size": "../x"}),
     (EDIT, P | {"image": GOOD, "size": "16384x16384"}),
     (EDIT, P | {"image": GOOD, "size": "63x63"}),
-    (EDIT, P | {"image": encoded(file_of((1000, 1000))), "size": "source"}),
     (EDIT, P | {"image": GOOD, "mask": encoded(file_of((32, 32), mode="L"))}),
     (EDIT, P | {"image": GOOD, "mask": encoded(file_of(mode="1"))}),
     (EDIT, P | {"image": GOOD, "mask_padding": 5}),

@@ -7,7 +7,6 @@ import json
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 
@@ -15,7 +14,6 @@ from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.pipeline.progress import Progress
 from qwen_image_mlx.server.answers import ApiError
 from qwen_image_mlx.server.jobs import Jobs
-from qwen_image_mlx.server.models import Models
 
 
 def run(scenario, **limits):
@@ -178,22 +176,3 @@ def test_the_worker_outlives_what_it_does_when_idle(caplog):
 
     assert run(scenario, idle=fail, begin=fail) == "done"
     assert "the idle work failed" in caplog.text
-
-
-def test_a_model_makes_room_for_another_and_the_longest_unused_goes_first():
-    offers = {
-        task: {"model": model, "quantize": None, "loras": []}
-        for task, model in (("generate", "demo"), ("edit", "demo-edit"), ("decompose", "demo-layered"))
-    }
-    models = Models(offers, None, None)
-    for task in offers:
-        models.load(task, lambda progress: None)
-    assert all(status["loaded"] for status in models.status())
-    models.unload("edit")
-    parts = models.open("edit", lambda progress: None).components
-    needed = sum(parts.weights(part).nbytes for part in ("transformer", "text_encoder", "vae"))
-    models._memory = replace(models._memory, budget=needed + models._warm["decompose"].held)
-    models.load("edit", lambda progress: None)
-    assert [status["loaded"] for status in models.status()] == [False, True, True]
-    models.unload(None)
-    assert not any(status["loaded"] for status in models.status())
