@@ -22,7 +22,7 @@ from . import openai
 from .answers import INTERNAL, ApiError, dumps
 from .bodies import JSON, read_body
 from .document import describe, takes
-from .guard import Guard
+from .guard import Guard, hand_over
 from .jobs import Feed, Job, Jobs, Work
 from .models import MODEL_TASKS, Models
 from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody
@@ -83,7 +83,7 @@ class Service:
         self.tasks = Tasks(self.models, setup.defaults, setup.limits)
         self.jobs = Jobs(
             queue=setup.queue, seconds=setup.job_seconds, grace=setup.grace, idle=self.models.tick,
-            begin=self.models.read_facts,
+            begin=self.models.read_facts, held_bytes=4 * setup.max_body_bytes,
         )  # fmt: skip
         self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
@@ -99,13 +99,25 @@ class Service:
             except RequestError as error:
                 raise ApiError("invalid_request", str(error)) from None
 
-    async def result(self, request: Request, task: str, work: Work) -> bytes:
+    def submit(self, request: Request, task: str, work: Work, nbytes: int, *, followed: bool = False) -> Job:
+        """Takes the work into the queue, with so many bytes of its request; raises ApiError if there is no room."""
+        job = self.jobs.submit(task, work, followed=followed, nbytes=nbytes)
+        hand_over(request.scope)
+        return job
+
+    async def result(self, request: Request, task: str, work: Work, nbytes: int = 0) -> bytes:
         """What the work comes to; a client that goes away cancels it.
+
+        Args:
+            request: which waits for it.
+            task: what it is called.
+            work: does it.
+            nbytes: that it holds of the request.
 
         Raises:
             ApiError: it failed or was cancelled.
         """
-        job = self.jobs.submit(task, work)
+        job = self.submit(request, task, work, nbytes)
         waits = {asyncio.create_task(job.finished.wait()), asyncio.create_task(_gone(request))}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -155,8 +167,9 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
     def add(task: str, body: type[Body]) -> None:
         async def answer(request: Request) -> Response:
             service.jobs.check_room()
-            work = await service.prepare(task, await read_body(request, body))
-            return _json(await service.result(request, task, work))
+            said = await read_body(request, body)
+            work = await service.prepare(task, said)
+            return _json(await service.result(request, task, work, said.nbytes))
 
         answer.__doc__ = body.__doc__
         app.add_api_route(f"/api/qwen-image/{task}", answer, methods=["POST"], name=task, openapi_extra=takes(body))
@@ -205,7 +218,8 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         """Takes a job into the queue."""
         jobs.check_room()
         body = await read_body(request, JOBS)
-        job = jobs.submit(body.task, await service.prepare(body.task, body), followed=True)
+        work = await service.prepare(body.task, body)
+        job = service.submit(request, body.task, work, body.nbytes, followed=True)
         said = {"id": job.id, "status": job.status, "position": job.position, "events": f"/jobs/{job.id}/events"}
         return _json(dumps(said), 202)
 

@@ -35,7 +35,7 @@ async def read_body(request: Request, body: type[Body] | Mapping[str, type[Body]
 async def _read(request: Request, body: type[Body] | Mapping[str, type[Body]]) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == JSON:
-        data = await request.body()
+        data = b"".join([piece async for piece in request.stream()])  # which the request would keep a copy of
         return from_json(body[from_json(TaskOnly, data).task] if isinstance(body, Mapping) else body, data)
     if kind == FORM:
         pairs = await _pairs(request)

@@ -1,6 +1,7 @@
 """Stands before the application: who may ask, from where, with how large a body, and in how much time.
 
-Pure ASGI, so that streams pass through as they come. Every answer leaves with headers that keep a browser from running,
+Pure ASGI, so that streams pass through as they come. A body is counted until its request is answered, or until whoever
+keeps what was in it says so (`hand_over`). Every answer leaves with headers that keep a browser from running,
 framing or guessing anything but the page's own files.
 """
 
@@ -34,6 +35,7 @@ _HEADERS = {
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
 _DRAINED_BYTES, _DRAINED_SECONDS = 8 << 20, 2.0  # of a refused body, so that its sender can read why
 _BODIES_AT_ONCE = 4  # of the largest size, in memory
+_BODY = "qwen_image_mlx.body"  # in the scope of a request
 
 
 class Guard:
@@ -87,9 +89,9 @@ class Guard:
             await answer({"type": "http.response.body", "body": b""})
             return
         try:
-            await self._app(scope, body.receive, answer)
+            await self._app({**scope, _BODY: body}, body.receive, answer)
         finally:
-            self._room += body.taken
+            body.leave()
 
     def _check(self, scope: Message, headers: _Headers) -> None:
         hosts = headers.all("host")
@@ -143,6 +145,10 @@ class Guard:
             raise ApiError("busy", "too many large requests arrive at once; try again", {"retry-after": "5"})
         self._room -= nbytes
 
+    def give_back(self, nbytes: int) -> None:
+        """Makes room for others' bodies."""
+        self._room += nbytes
+
     async def timely(self, receive: Receive, begun: float) -> Message:
         """A piece of a body; raises ApiError if it is late."""
         left = begun + self._body_seconds - time.monotonic()
@@ -177,6 +183,11 @@ class _Body:
         self._arrived = not message.get("more_body", False)
         return message
 
+    def leave(self) -> None:
+        """Counts it no longer."""
+        self._guard.give_back(self.taken)
+        self.taken = 0
+
     async def drain(self) -> None:
         """Reads on for a moment: a connection closed upon unread data tells its sender nothing."""
         left = _DRAINED_BYTES
@@ -191,6 +202,11 @@ class _Body:
         if not self._waits:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(read(), _DRAINED_SECONDS)
+
+
+def hand_over(scope: MutableMapping[str, Any]) -> None:
+    """Says that what a request's body held is counted by another from now on."""
+    scope[_BODY].leave()
 
 
 class _Headers:

@@ -1,7 +1,9 @@
 """Jobs: one works at a time, the others wait in a bounded queue, and whoever listens is told how it goes.
 
-All state belongs to the event loop. The work itself runs in one thread of its own, because MLX's streams belong to
-threads; what it has to say is handed over with `call_soon_threadsafe`. Knows no model.
+State belongs to the event loop. The work itself runs in one thread of its own, because MLX's streams belong to
+threads. What that has to say is handed over with `call_soon_threadsafe`. Three things it writes itself: it takes the
+next job from the queue, marks one that is out of time as to be stopped, and notes how far one is that nobody can
+follow. Knows no model.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ENDS = ("done", "failed", "cancelled")
 _COUNTED = ("denoise", "caption", "download")  # stages whose steps are told
-_PAUSE = 0.2  # seconds between what is told of a download, and between previews
+_PAUSE = 0.2  # seconds between what is told of a download or a caption
 _HEARD = 1024  # events that wait for a slow listener
 _STOPPING = "the server is stopping"
 
@@ -43,6 +45,7 @@ class Job:
         task: what it is.
         work: does it, in the worker's thread, and returns what can be written as JSON.
         followed: whether somebody knows its id: then previews are made, and it is remembered.
+        nbytes: of what it was sent, which it holds until it ends.
         result: what the work returned, as JSON.
         error: {"message", "code"} of a job that failed.
     """
@@ -50,6 +53,7 @@ class Job:
     task: str
     work: Work | None
     followed: bool = False
+    nbytes: int = 0
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     status: str = "queued"
     position: int = 0
@@ -176,11 +180,13 @@ class Feed:
         self._post(self._on_preview, url)
 
     def _seconds_left(self, step: int, total: int, now: float) -> float | None:
-        """By the pace since the first step, which is slower than the rest."""
-        if self._pace is None:
+        """By the pace since the first step was done, which is slower than the rest; None before the second."""
+        if self._pace is None and step >= 1:
             self._pace = now, step
-        begun, first = self._pace
-        return None if step == first else round((now - begun) / (step - first) * (total - step), 2)
+        begun, first = self._pace or (now, step)
+        if step in (first, total):
+            return 0.0 if step == total else None
+        return round((now - begun) / (step - first) * (total - step), 2)
 
     def _on_stage(self, stage: str, detail: str) -> None:
         job = self._job
@@ -202,6 +208,7 @@ class Jobs:
 
     Args:
         queue: most jobs that wait.
+        held_bytes: the most that they and the one that works may hold together of what they were sent.
         seconds: how long one may work.
         kept, kept_seconds, kept_bytes: how many finished jobs are remembered, how long, and how much of results.
         grace: seconds after which a job that was listened to and no longer is counts as given up.
@@ -214,6 +221,7 @@ class Jobs:
         self,
         *,
         queue: int = 16,
+        held_bytes: int = 256 << 20,
         seconds: float = 3600.0,
         kept: int = 64,
         kept_seconds: float = 900.0,
@@ -224,6 +232,7 @@ class Jobs:
     ):
         self.queue = queue
         self.running: Job | None = None
+        self._held_bytes = held_bytes
         self._seconds = seconds
         self._kept, self._kept_seconds, self._kept_bytes = kept, kept_seconds, kept_bytes
         self._grace = grace
@@ -253,18 +262,22 @@ class Jobs:
         if self._closing:
             raise ApiError("stopping", _STOPPING)
         if len(self._waiting) >= self.queue:
-            seconds = sum(self._durations) / len(self._durations)
-            left = self.running.seconds_left if self.running else None
-            retry = min(600, max(1, math.ceil(seconds if left is None else left)))
-            raise ApiError(
-                "queue_full", f"{self.queue} jobs wait already; try again in {retry} s", {"retry-after": str(retry)}
-            )
+            raise self._full(f"{self.queue} jobs wait already")
 
-    def submit(self, task: str, work: Work, *, followed: bool = False) -> Job:
-        """Takes a job into the queue; raises ApiError if it is full."""
+    def _full(self, why: str) -> ApiError:
+        seconds = sum(self._durations) / len(self._durations)
+        left = self.running.seconds_left if self.running else None
+        retry = min(600, max(1, math.ceil(seconds if left is None else left)))
+        return ApiError("queue_full", f"{why}; try again in {retry} s", {"retry-after": str(retry)})
+
+    def submit(self, task: str, work: Work, *, followed: bool = False, nbytes: int = 0) -> Job:
+        """Takes a job, with so many bytes that it was sent, into the queue; raises ApiError if there is no room."""
         self.check_room()
+        held = sum(job.nbytes for job in self._jobs.values() if job.work is not None)
+        if held + nbytes > self._held_bytes:
+            raise self._full(f"the jobs before hold {held:,} bytes, of {self._held_bytes:,}")
         self._forget()
-        job = Job(task, work, followed)
+        job = Job(task, work, followed, nbytes)
         self._jobs[job.id] = job
         with self._wake:
             self._waiting.append(job)
@@ -359,15 +372,17 @@ class Jobs:
         job.finished.set()
         if not job.followed:
             del self._jobs[job.id]
+        elif self._loop is not None:
+            self._loop.call_later(self._kept_seconds, self._forget)
         self._forget()
 
     def _forget(self) -> None:
-        """Drops finished jobs that are too old, too many or too large; the newest stays."""
+        """Drops finished jobs that are too old, too many or too large; the newest is never too large."""
         ended = sorted((job for job in self._jobs.values() if job.status in ENDS), key=lambda job: -job.ended)
         nbytes, now = 0, time.monotonic()
         for number, job in enumerate(ended):
             nbytes += len(job.result or b"")
-            late = now - job.ended > self._kept_seconds
+            late = now - job.ended >= self._kept_seconds
             if late or (number and (number >= self._kept or nbytes > self._kept_bytes)):
                 del self._jobs[job.id]
 
@@ -382,8 +397,15 @@ class Jobs:
 
     def _work(self) -> None:
         self._tended(self._start)
-        while (job := self._next()) is not None:
+        while self._do_next():
+            pass
+
+    def _do_next(self) -> bool:
+        """Does a job, and holds nothing of it afterwards; whether there was one."""
+        job = self._next()
+        if job is not None:
             self._do(job)
+        return job is not None
 
     def _next(self) -> Job | None:
         """The next job, once there is one; None to end."""

@@ -81,14 +81,15 @@ def add_routes(app: FastAPI, service: Service) -> None:
         if body.model is not None and body.model != service.models.name(task):
             _known(service, body.model)
             raise ApiError("invalid_request", f"the model {body.model} does not {task}", param="model")
-        work = await service.prepare(task, await service.aside(translated))
+        said = await service.aside(translated)
+        work = await service.prepare(task, said)
 
         def answer(feed: Any) -> dict[str, Any]:
             images = work(feed)["images"]
             data = [{"b64_json": image["image"].partition(",")[2]} for image in images]
             return {"created": int(time.time()), "data": data}
 
-        return Response(await service.result(request, task, answer), media_type=JSON)
+        return Response(await service.result(request, task, answer, said.nbytes), media_type=JSON)
 
     @app.post("/v1/images/generations", openapi_extra=takes(Generation))
     async def generations(request: Request) -> Response:

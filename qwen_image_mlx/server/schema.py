@@ -77,6 +77,13 @@ class Body(BaseModel):
     aliases: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
+    @property
+    def nbytes(self) -> int:
+        """Of its pictures."""
+        fields = [value for _, value in self]
+        parts = [part for value in fields for part in (value if isinstance(value, list) else [value])]
+        return sum(len(part) for part in parts if isinstance(part, bytes))
+
 
 class GenerateBody(Body):
     """A picture from words, or a picture painted over."""
