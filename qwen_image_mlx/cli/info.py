@@ -17,7 +17,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "will cost in memory, or what a LoRA changes.",
     )
     parser.add_argument(
-        "path", metavar="PATH", help="a PNG painted by this program, layers, a model's folder, or a file of weights"
+        "path", metavar="PATH", help="a PNG painted by this program, layers, a model's folder or a demo's name, or a "
+        "file of weights"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -27,12 +28,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line, or JSON."""
     from ..images.layer_files import is_layers
     from ..weights.shards import PICKLES
+    from ..weights.snapshot import DEMOS
 
     path = Path(arguments.path).expanduser()
     if path.exists() and path.suffix.lower() not in PICKLES and is_layers(path):
         facts = _layers(path)
-    elif path.is_dir():
-        facts = _checkpoint(path)
+    elif path.is_dir() or arguments.path in DEMOS:
+        facts = _checkpoint(str(path))
     elif path.suffix.lower() in (".safetensors", ".gguf", *PICKLES):
         facts = _weights(path)
     else:
@@ -58,7 +60,7 @@ def _layers(path: Path) -> dict[str, Any]:
     return facts | dict(stack.metadata)
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
+def _checkpoint(path: str) -> dict[str, Any]:
     from ..pipeline.inspection import inspect_checkpoint
 
     report = inspect_checkpoint(path)

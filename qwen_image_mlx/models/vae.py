@@ -106,7 +106,7 @@ class _DecoderBody(nn.Module):
         self.conv_in = Conv2d(config.z_dim, config.top_dim)
         self.mid_block = MidBlock(config.top_dim)
         self.up_blocks = [
-            UpBlock(cin, cout, config.num_res_blocks + 1, upsample=level < len(levels) - 1, band=bands[level])
+            UpBlock(cin, cout, config.num_res_blocks + 1, level < len(levels) - 1, *bands[level : level + 2])
             for level, (cin, cout) in enumerate(levels)
         ]
         self.norm_out = ChannelNorm(levels[-1][1])
@@ -117,13 +117,15 @@ class _DecoderBody(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks, then a doubling of rows and columns that halves the channels."""
+    """Residual blocks, then a doubling of rows and columns that halves the channels; each in its bands of rows."""
 
-    def __init__(self, cin: int, cout: int, num_resnets: int, upsample: bool, band: int | None):
+    def __init__(
+        self, cin: int, cout: int, num_resnets: int, upsample: bool, band: int | None, doubled: int | None = None
+    ):
         super().__init__()
         self.resnets = [ResidualBlock(cin if n == 0 else cout, cout, band) for n in range(num_resnets)]
         if upsample:
-            self.upsamplers = [Upsample(cout, cout // 2, band and 2 * band)]
+            self.upsamplers = [Upsample(cout, cout // 2, doubled)]
 
     def __call__(self, x: mx.array) -> mx.array:
         for resnet in self.resnets:
