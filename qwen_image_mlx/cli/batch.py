@@ -62,7 +62,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         if "seed" in given:
             raise RequestError("give --seed or --seeds, not both")
         given["seed"] = _seeds(given["seeds"])
-    usual = {"seed": 0, **configured(arguments, "generate", default_model)}
+    usual = {"seed": 0, **configured(arguments, "generate")}
     path = Path(given["prompts_file"]).expanduser() if "prompts_file" in given else None
     _draft(_wanted(_Line("", {"prompt": given.get("prompt", "")}), usual, given))  # the flags' own faults, at no line
     wanted = [_wanted(line, usual, given) for line in ([_Line("", {})] if path is None else _lines(path))]

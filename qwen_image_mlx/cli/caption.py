@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_seed(arguments.seed)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    wanted = {**configured(arguments, "caption", DEFAULT_LAYERED_MODEL), **given}
+    wanted = {**configured(arguments, "caption"), **given}
     picture = open_rgba(arguments.image)
 
     from ..runtime.asking import open_pipeline

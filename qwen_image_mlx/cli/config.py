@@ -107,18 +107,14 @@ def wants_timings(arguments: argparse.Namespace) -> bool:
     return True in (arguments.profile or ())
 
 
-def configured(
-    arguments: argparse.Namespace, command: str, default_model: str, recorded: Mapping[str, Any] = {}
-) -> dict[str, Any]:
+def configured(arguments: argparse.Namespace, command: str, recorded: Mapping[str, Any] = {}) -> dict[str, Any]:
     """What the config says for a command, by the names of flags; flags go over it.
 
-    What belongs together is taken or left together: the config's LoRAs are for its own model, and --lightning says how
-    its LoRA is sampled.
+    What belongs together is taken or left together: --lightning says how its LoRA is sampled.
 
     Args:
         arguments: the flags.
         command: a key of `Setting.feeds`.
-        default_model: the model where neither flags nor config name one.
         recorded: the metadata of a picture that is painted again; of what stands in it the config says nothing.
 
     Raises:
@@ -131,14 +127,12 @@ def configured(
             raise RequestError(f"--profile names {' and '.join(names)}, but a command has one profile")
         profile = names[0] if names else None
     try:
-        said = load_settings(find_config(arguments.config), profile).of_command(command)
+        settings = load_settings(find_config(arguments.config), profile)
     except UnknownProfile as error:
         hint = "; to print what stages take, put the prompt before --profile, or --profile last"
         raise RequestError(f"{error}{hint if isinstance(arguments.profile, list) else ''}") from None
+    said = settings.of_command(command, arguments.model or recorded.get("model"))
     left = set(recorded)
-    own = said.get("model", default_model)
-    if (arguments.model or recorded.get("model") or own) != own:
-        left.add("loras")
     if getattr(arguments, "lightning", None):
         left |= {"steps", "cfg_scale"}
     return {name: value for name, value in said.items() if name not in left}

@@ -23,14 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Where neither a flag nor the config says otherwise; the rest is the model's.
-_USUAL = {
-    "prompt": "",
-    "negative_prompt": " ",
-    "layers": 4,
-    "size": "source",
-    "caption_language": "en",
-    "rng": RNGS[0],
+# Flags and what they set; what neither they nor the config say is as `layers_request` has it, or the model.
+_FIELDS = {"layers": "num_layers"} | {
+    name: name for name in ("negative_prompt", "resolution", "size", "cfg_normalize", "caption_language", "rng")
 }
 
 
@@ -90,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..pipeline.decomposition import layers_request
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    wanted = {**_USUAL, **configured(arguments, "decompose", DEFAULT_LAYERED_MODEL), **given}
+    wanted = {**configured(arguments, "decompose"), **given}
     if (arguments.image is None) == (arguments.layer is None):
         raise RequestError("give one picture: PHOTO, or --layer DIR:N")
     name = Path(arguments.layer.replace(":", "-") if arguments.image is None else arguments.image).stem
@@ -98,10 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
     formats = check_formats(arguments.format.split(","))
     sampling = {"num_inference_steps": wanted.get("steps"), "cfg_scale": wanted.get("cfg_scale")}
     ask = partial(
-        layers_request, picture, wanted["prompt"], negative_prompt=wanted["negative_prompt"],
-        num_layers=wanted["layers"], resolution=wanted.get("resolution"), size=wanted["size"],
-        cfg_normalize=wanted["cfg_normalize"], seed=wanted.get("seed", secrets.randbelow(2**32)), rng=wanted["rng"],
-        caption_language=wanted["caption_language"],
+        layers_request, picture, wanted.get("prompt", ""), seed=wanted.get("seed", secrets.randbelow(2**32)),
+        **{field: wanted[name] for name, field in _FIELDS.items() if name in wanted},
     )  # fmt: skip
     draft = ask(
         resolutions=(wanted.get("resolution") or LAYERED_RESOLUTIONS[0],),
@@ -109,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     folder = Path(arguments.output or f"{name}-layers").expanduser()
     width, height = draft.canvas.result_size
-    check_writable(folder / "layer_0.png", nbytes=4 * width * height * (wanted["layers"] + 2) * len(formats))
+    check_writable(folder / "layer_0.png", nbytes=4 * width * height * (draft.parameters.num_layers + 2) * len(formats))
 
     from ..runtime.asking import open_pipeline, settled
     from ..runtime.cache import EncodingCache

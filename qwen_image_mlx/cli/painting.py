@@ -143,7 +143,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         if "model" in given:
             for name in ("revision", "transformer", "text_encoder", "vae"):
                 recorded.pop(name, None)  # recorded for one model, it means nothing for another
-    usual = configured(arguments, task, default_model, metadata)
+    usual = configured(arguments, task, metadata)
     wanted = {**usual, **recorded, **given}
     drawn = "seed" not in wanted
     wanted.setdefault("seed", secrets.randbelow(2**32))  # as many bits as torch's generator uses

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..weights.quantize import NONE, Quantization
     from .console import messages
 
-    usual = {"model": DEFAULT_MODEL, "memory": "auto", "layers": 4, **configured(arguments, "plan", DEFAULT_MODEL)}
+    usual = {"model": DEFAULT_MODEL, "memory": "auto", "layers": 4, **configured(arguments, "plan")}
     for name, value in usual.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     if token is None and not is_loopback(arguments.host):
         raise RequestError(f"--host is {arguments.host}, which others can reach: give a --token-file as well")
     settings = load_settings(find_config(arguments.config), arguments.profile)
-    said = {task: settings.of_command(task) for task in _MODELS}
+    said = {task: settings.of_command(task, getattr(arguments, flag)) for task, (flag, _) in _MODELS.items()}
     setup = {
         "profile": settings.profile,
         "offers": {task: _offer(arguments, task, said[task]) for task in _MODELS},
@@ -104,13 +104,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _offer(arguments: argparse.Namespace, task: str, said: dict[str, Any]) -> dict[str, Any]:
-    """What is to be opened for a task: flags win, and a config's LoRAs belong to its own model."""
+    """What is to be opened for a task: flags win."""
     flag, usual = _MODELS[task]
-    named = getattr(arguments, flag)
     return {
-        "model": named or said.get("model") or usual,
+        "model": getattr(arguments, flag) or said.get("model") or usual,
         "quantize": arguments.quantize or said.get("quantize"),
-        "loras": [] if named else said.get("loras", []),
+        "loras": said.get("loras", []),
     }
 
 

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     if settings.sample_prompts and not settings.sample_every:
         raise RequestError("--sample-prompt needs --sample-every")
     kind = given.get("task", "t2i")
-    wanted = {**configured(arguments, f"train --task {kind}", _DEFAULT_MODELS[kind]), **given}
+    wanted = {**configured(arguments, f"train --task {kind}"), **given}
     if given.get("task"):
         _read(arguments.data, given["task"])  # before a model is looked for
 

@@ -7,7 +7,6 @@ by benchmarks/full_size.py. A residency says which weights are there at which st
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..errors import RequestError
 from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS
 from ..pipeline.components import Components
+from ..settings import LEAST_MEMORY, memory_figure
 from ..weights.mapping import TensorSpec, expected_tensors, weights_map
 from ..weights.quantize import Scheme
 from ..weights.stored import PACKED
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
 
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SHARE = 0.9  # of the machine's memory may be planned with
 _CACHE = 1 << 30  # most bytes that MLX keeps for reuse
-_LEAST = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -374,12 +372,11 @@ def parse_memory(text: str | None) -> Memory:
         return Memory(usable_memory(), named)
     if said == "auto":
         return Memory(usable_memory(), RESIDENCIES)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", said)
-    if not match:
+    nbytes = memory_figure(said)
+    if nbytes is None:
         raise RequestError(f"memory is {text!r}, but must be like 16GB, 12.5GiB, a number of bytes, or auto")
-    nbytes = int(float(match[1]) * _UNITS[match[2] or ""])
-    if nbytes < _LEAST:
-        raise RequestError(f"memory is {text!r}; nothing runs in less than {_LEAST >> 20} MiB")
+    if nbytes < LEAST_MEMORY:
+        raise RequestError(f"memory is {text!r}; nothing runs in less than {LEAST_MEMORY >> 20} MiB")
     return Memory(nbytes, RESIDENCIES)
 
 

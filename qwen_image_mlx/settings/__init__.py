@@ -4,10 +4,11 @@ Importable without MLX, numpy or PIL. The command line, the server and the docum
 """
 
 from .files import Settings, UnknownProfile, default_place, find_config, load_settings
-from .schema import DEFAULT_PROFILE, SCHEMA, TABLE, Setting, example_config
+from .schema import DEFAULT_PROFILE, LEAST_MEMORY, SCHEMA, TABLE, Setting, example_config, memory_figure
 
 __all__ = [
     "DEFAULT_PROFILE",
+    "LEAST_MEMORY",
     "SCHEMA",
     "TABLE",
     "Setting",
@@ -17,4 +18,5 @@ __all__ = [
     "example_config",
     "find_config",
     "load_settings",
+    "memory_figure",
 ]

@@ -48,10 +48,18 @@ class Settings:
         """The value of a setting; None where nothing is said."""
         return self.values[key]
 
-    def of_command(self, command: str) -> dict[str, Any]:
-        """What is said for a command, by the names of the flags whose place it takes."""
-        said = ((row.feeds[command], self.values[row.key]) for row in SCHEMA if command in row.feeds)
-        return {flag: value for flag, value in said if value is not None}
+    def of_command(self, command: str, model: str | None = None) -> dict[str, Any]:
+        """What is said for a command, by the names of the flags whose place it takes.
+
+        Args:
+            command: a key of `Setting.feeds`.
+            model: the one that is asked for; for another than is said here, or is usual, LoRAs are not said.
+        """
+        rows = {row.feeds[command]: row for row in SCHEMA if command in row.feeds}
+        said = {flag: self.values[row.key] for flag, row in rows.items() if self.values[row.key] is not None}
+        if model is not None and "loras" in said and model != said.get("model", rows["model"].usual):
+            del said["loras"]
+        return said
 
 
 def default_place() -> Path:

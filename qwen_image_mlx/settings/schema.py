@@ -21,7 +21,7 @@ _SCHEMES = {**dict.fromkeys(("3", "4", "5", "6", "8"), ("64", "32", "128")),
 _QUANTIZED = ("transformer", "text_encoder", "vision")
 _RESIDENCIES = ("auto", "resident", "staged", "staged, encoders streamed", "streamed")
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_LEAST = 1 << 28
+LEAST_MEMORY = 1 << 28  # bytes that anything runs in
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,13 @@ def _is_scheme(text: str) -> bool:
 def _is_memory(value: Any) -> bool:
     if type(value) not in (int, str):
         return False
-    said = str(value).strip().lower()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", said)
-    return said in _RESIDENCIES or bool(match and float(match[1]) * _UNITS[match[2] or ""] >= _LEAST)
+    return str(value).strip().lower() in _RESIDENCIES or (memory_figure(str(value)) or 0) >= LEAST_MEMORY
+
+
+def memory_figure(text: str) -> int | None:
+    """Bytes of 16GB, 12.5 GiB, 16000000000; None of what is no figure."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?", text.strip().lower())
+    return int(float(match[1]) * _UNITS[match[2] or ""]) if match else None
 
 
 def _is_references(value: Any) -> bool:

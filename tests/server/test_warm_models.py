@@ -17,6 +17,7 @@ from reference_edit import write_layered
 from served import serving
 
 from qwen_image_mlx import variants
+from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import Cancelled, HubError, RequestError
 from qwen_image_mlx.pipeline import caption
 from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
@@ -254,6 +255,22 @@ def test_facts_are_read_from_disk_alone(monkeypatch):
     assert asked
     assert all(asked)
     assert models.facts("generate")["sizes"]["1:1"] == [64, 64]
+
+
+def test_served_models_have_the_loras_that_generate_gives_them(monkeypatch, tmp_path):
+    offered = []
+
+    def serve(setup, listener, ready):
+        offered.append({task: offer["loras"] for task, offer in setup.offers.items()})
+
+    monkeypatch.setattr("qwen_image_mlx.server.run.serve", serve)
+    file = tmp_path / "config.toml"
+    file.write_text('[default.qwen_image]\nmodel_path = "demo"\nloras = ["o/style"]\n')
+    for model in ("demo", "o/other"):
+        assert main(["serve", "--port", "0", "--config", str(file), "--model", model, "--edit-model", "demo-edit"]) == 0
+    assert offered == [
+        {"generate": loras, "edit": [], "decompose": ["o/style"]} for loras in (["o/style"], [])
+    ]  # fmt: skip
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------

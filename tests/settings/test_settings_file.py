@@ -282,6 +282,17 @@ def test_a_profile_goes_over_default_value_by_value(here):
     assert fast.of_command("caption") == {"quantize": "4"}
 
 
+@pytest.mark.parametrize(("path", "model", "says"), [
+    ("o/mine", None, True), ("o/mine", "o/mine", True), ("o/mine", "o/other", False),
+    (None, None, True), (None, "Qwen/Qwen-Image-2512", True), (None, "o/other", False),
+])  # fmt: skip
+def test_loras_are_said_for_their_own_model(here, path, model, says):
+    settings = load_settings(
+        written(f"[default.qwen_image]\nloras = ['o/style']\n{f'model_path = {path!r}' if path else ''}")
+    )
+    assert ("loras" in settings.of_command("generate", model)) == says
+
+
 @pytest.mark.parametrize("name", ["other", "nope", "", "qwen_image"])
 def test_an_unknown_profile_gets_those_there_are(here, name):
     with pytest.raises(UnknownProfile, match=rf"no profile '{name}': config.toml has default, fast, slow$"):
