@@ -14,7 +14,16 @@ class QwenImageError(Exception):
 
 
 class RequestError(QwenImageError, ValueError):
-    """A parameter is out of range, of the wrong type, or does not fit the model."""
+    """A parameter is out of range, of the wrong type, or does not fit the model.
+
+    Args:
+        message: the sentence.
+        cause: what is wrong in a word or two, where whoever asked may know a cure in terms of its own.
+    """
+
+    def __init__(self, message: str = "", *, cause: str = ""):
+        super().__init__(message)
+        self.cause = cause
 
 
 class CheckpointError(QwenImageError):

@@ -14,6 +14,7 @@ from typing import NoReturn
 from .. import __version__
 from ..errors import QwenImageError, RequestError
 from . import caption, compose, config, decompose, edit, generate, info, lora, plan, quantize, serve, train
+from .cures import sentence
 from .ending import Terminated, terminable
 
 COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, plan, info, config, serve)
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = build_parser().parse_args(argv)
             arguments.run(arguments)
     except QwenImageError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except Terminated:
         print("terminated", file=sys.stderr)

@@ -270,7 +270,7 @@ def _size(
     if "aspect" in given:
         explicit.append(given["aspect"])
     if "size" in given:
-        explicit.append(parsed_size(given["size"]))
+        explicit.append(parsed_size(given["size"], "--size"))
     if len(explicit) > 1:
         raise RequestError("give one size only: --width and --height, or --aspect, or --size")
     if explicit:

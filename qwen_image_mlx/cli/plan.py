@@ -106,7 +106,7 @@ def _work(arguments: argparse.Namespace, components: Components) -> Work:
         raise RequestError(f"--references is {references}, which {components.snapshot.model} does not take")
     square = (1, 1)
     if arguments.size:
-        size = parsed_size(arguments.size)
+        size = parsed_size(arguments.size, "--size")
         if isinstance(size, str):
             raise RequestError(f"--size is {arguments.size}, but must be WIDTHxHEIGHT here")
     elif variant.layered:

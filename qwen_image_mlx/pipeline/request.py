@@ -82,7 +82,7 @@ def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
         RequestError: the prompt is missing or something is out of range.
     """
     if wanted.get("prompt") is None:
-        raise RequestError("a prompt is missing: give one in quotes, or --from-image")
+        raise RequestError("a prompt is missing", cause="prompt")
     given = {**wanted, "width": size[0], "height": size[1]}
     settings = {field: given[name] for name, field in _PARAMETERS.items() if given.get(name) is not None}
     seed = wanted["seed"]  # a list from the flags, a number from a picture, which also has its index
@@ -96,13 +96,13 @@ def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
     )
 
 
-def parsed_size(text: str) -> tuple[int, int] | str:
-    """(width, height) of WIDTHxHEIGHT, or one of the names of sizes; raises RequestError."""
+def parsed_size(text: str, name: str = "size") -> tuple[int, int] | str:
+    """(width, height) of WIDTHxHEIGHT, or one of the names of sizes; raises RequestError, which calls it `name`."""
     if text.lower() in (*NAMED_SIZES, *ASPECT_SIZES):
         return text.lower()
     match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
     if not match:
-        raise RequestError(f"--size is {text!r}, but must be 1mp, source or WIDTHxHEIGHT")
+        raise RequestError(f"{name} is {text!r:.80}, but must be 1mp, source or WIDTHxHEIGHT")
     size = int(match[1]), int(match[2])
     check_size(*size)
     return size

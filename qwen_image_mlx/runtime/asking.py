@@ -45,12 +45,12 @@ def open_pipeline(given: Mapping[str, Any], default_model: str, progress: Progre
     """The checkpoint that is asked for; raises RequestError, CheckpointError and HubError as `from_pretrained` does."""
     zero_cond_t, group_size = given.get("zero_cond_t"), given.get("group_size")
     if group_size is not None and given.get("quantize") is None:
-        raise RequestError("--group-size needs --quantize")
+        raise RequestError("a group size is given, but no quantization", cause="group size")
     quantization = Quantization.parse(given.get("quantize") or NONE, group_size)
     model, loras = given.get("model") or default_model, list(given.get("loras") or ())
     if given.get("lightning"):
         if model not in LIGHTNING:
-            raise RequestError(f"no official Lightning LoRA of {model} is known; give one with --lora")
+            raise RequestError(f"no official Lightning LoRA of {model} is known", cause="lightning")
         loras.append(LIGHTNING[model][given["lightning"]])
     return QwenImagePipeline.from_pretrained(
         model,
@@ -96,15 +96,13 @@ def settled(
         frugal = [make_plan(components, work, residency, STRIPS[-1]) for residency in RESIDENCIES]
         logger.warning("too large for the memory, in GB:\n%s", table_of(frugal, asked.budget))
         if not force:
-            cure = "a smaller picture or --quantize 4" if memory else "--memory auto or --quantize 4"
             raise RequestError(
-                f"this takes {plan.peak / 1e9:.2f} GB, but only {asked.budget / 1e9:.2f} may be used; try {cure}, or "
-                "paint all the same with --force"
+                f"this takes {plan.peak / 1e9:.2f} GB, but only {asked.budget / 1e9:.2f} may be used",
+                cause="budget" if memory else "residency",
             )
     if pipeline.writes_caption(request) and "text_encoder" in plan.residency.streamed and not force:
         raise RequestError(
-            "streamed, the text encoder would be read from its files again for every word of a caption: say with "
-            "--prompt what the picture shows, allow more memory, or go on with --force"
+            "streamed, the text encoder would be read from its files again for every word of a caption", cause="caption"
         )
     components.streamed, pipeline.strip_pixels = plan.residency.streamed, plan.strip_pixels
     if memory:

@@ -1,0 +1,21 @@
+"""What helps against a fault, in flags, where the rooms below know only what is wrong."""
+
+from __future__ import annotations
+
+from ..errors import QwenImageError
+
+# By `RequestError.cause`.
+CURES = {
+    "budget": "try a smaller picture or --quantize 4, or paint all the same with --force",
+    "residency": "try --memory auto or --quantize 4, or paint all the same with --force",
+    "caption": "say with --prompt what the picture shows, allow more memory, or go on with --force",
+    "prompt": "give one in quotes, or --from-image",
+    "group size": "--group-size needs --quantize",
+    "lightning": "give one with --lora",
+}
+
+
+def sentence(error: QwenImageError) -> str:
+    """What an error says, on one line, with its cure where there is one."""
+    cure = CURES.get(getattr(error, "cause", ""))
+    return " ".join(str(error).split()) + (f"; {cure}" if cure else "")
