@@ -248,3 +248,16 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
     for line in sys.stdin:
         arguments = json.loads(line)
         print(json.dumps(handlers[arguments.pop(_CALL)](**arguments)), file=answers, flush=True)
+
+
+@contextlib.contextmanager
+def serving(*flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server's address and process, on a free port; it is ended afterwards, unless it is already."""
+    command = [sys.executable, "-m", "qwen_image_mlx", "serve", "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip(), process
+    finally:
+        process.terminate()
+        process.wait()

@@ -12,15 +12,13 @@ Takes 3 minutes and 1 GB of memory.
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import count
 from typing import Any
 
-from common import Table, Targets, Worker, finish, parser, preload_blas, serve, take_turns
+from common import Table, Targets, Worker, finish, parser, preload_blas, serve, serving, take_turns
 
 _WORKER = "--worker"
 _STEPS = 12
@@ -37,7 +35,7 @@ def main() -> None:
 
     with ExitStack() as stack:
         bare = stack.enter_context(Worker(sys.executable, "server.py", _WORKER))
-        address = stack.enter_context(_server())
+        address, _ = stack.enter_context(serving("--model", "demo"))
         client = stack.enter_context(httpx.Client(base_url=address, timeout=600, trust_env=False))
         seconds = take_turns(
             {
@@ -59,18 +57,6 @@ def main() -> None:
 
 def _prompts(number: int) -> list[str]:
     return [f"a red circle on a blue background {next(_NUMBERS)}" for _ in range(number)]
-
-
-@contextmanager
-def _server() -> Iterator[str]:
-    command = [sys.executable, "-m", "qwen_image_mlx", "serve", "--port", "0", "--model", "demo"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _timed(client: Any, paint: Any, prompts: list[str]) -> float:

@@ -18,19 +18,16 @@ import io
 import random
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from common import MIB, Table, Targets, finish, parser, preload_blas
+from common import MIB, Table, Targets, finish, parser, preload_blas, serving
 
 _CLIENTS = 6
 _MODELS = ("--model", "demo", "--edit-model", "demo-edit", "--layered-model", "demo-layered")
-_FLAGS = ("--port", "0", "--queue", "5", *_MODELS)
+_FLAGS = ("--queue", "5", *_MODELS)
 _ACTS = ("request", "request", "follow", "follow", "poll", "cancel", "cancel", "hang up", "stop listening", "nonsense",
          "compose", "release")  # fmt: skip
 _ENDS = {"done", "failed", "cancelled"}
@@ -42,7 +39,7 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=1, help="of what is done to them (1)")
     arguments = options.parse_args()
     preload_blas()
-    with _server() as (address, process):
+    with serving(*_FLAGS) as (address, process):
         soak = Soak(address, process.pid, arguments.jobs, arguments.seed)
         soak.run()
         process.terminate()
@@ -196,17 +193,6 @@ def _picture() -> str:
 def _resident(pid: int) -> int:
     done = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True)
     return 1024 * int(done.stdout)
-
-
-@contextmanager
-def _server() -> Iterator[tuple[str, subprocess.Popen]]:
-    command = [sys.executable, "-m", "qwen_image_mlx", "serve", *_FLAGS]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip(), process
-    finally:
-        process.kill()
 
 
 if __name__ == "__main__":

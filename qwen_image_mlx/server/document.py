@@ -14,7 +14,6 @@ from .pictures import DATA_URL
 from .schema import Body
 
 _REF = "#/components/schemas/{model}"
-_bodies: list[type[Body]] = []
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -33,13 +32,20 @@ _ERROR = {
 }
 
 
+class _Said(dict):
+    """What an operation says of itself, and the bodies it names."""
+
+    bodies: tuple[type[Body], ...] = ()
+
+
 def takes(*bodies: type[Body]) -> dict[str, Any]:
-    """What an operation says of its body: that it is one of these."""
-    _bodies.extend(body for body in bodies if body not in _bodies)
-    return {"requestBody": {"required": True, "content": {
+    """What an operation says of its body: that it is one of these; the document asks the routes which they are."""
+    said = _Said({"requestBody": {"required": True, "content": {
         JSON: {"schema": _any_of([body.__name__ for body in bodies])},
         FORM: {"schema": _any_of([f"{body.__name__}Form" for body in bodies])},
-    }}}  # fmt: skip
+    }}})  # fmt: skip
+    said.bodies = bodies
+    return said
 
 
 def describe(app: FastAPI) -> None:
@@ -55,7 +61,9 @@ def describe(app: FastAPI) -> None:
 
 def _document(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    _, found = models_json_schema([(body, "validation") for body in _bodies], ref_template=_REF)
+    said = [getattr(route, "openapi_extra", None) for route in app.routes]
+    bodies = dict.fromkeys(body for extra in said if isinstance(extra, _Said) for body in extra.bodies)
+    _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name, schema in found["$defs"].items():
         schemas[name] = schema

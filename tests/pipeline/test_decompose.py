@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from qwen_image_mlx.images.geometry import size_of_area
 from qwen_image_mlx.pipeline import caption, decomposition
 from qwen_image_mlx.runtime.cache import EncodingCache
 from qwen_image_mlx.runtime.session import decompose
+from qwen_image_mlx.settings import SCHEMA
 
 QUICK = {"num_inference_steps": 2, "seed": 3, "resolution": 96}
 
@@ -115,6 +117,16 @@ def test_an_empty_prompt_is_answered_with_a_caption(pipeline):
         assert result.prompt == text
         assert result.layers == told.layers
         assert result.stack.metadata["caption_language"] == language
+
+
+def test_the_usual_values_are_those_that_all_front_ends_leave_to_the_request():
+    shown = inspect.signature(QwenImagePipeline.decompose).parameters
+    usual = inspect.signature(decomposition.layers_request).parameters
+    shared = [name for name in usual.keys() & shown.keys() if usual[name].default is not inspect.Parameter.empty]
+    assert len(shared) >= 7
+    assert {name: shown[name].default for name in shared} == {name: usual[name].default for name in shared}
+    (row,) = [row for row in SCHEMA if row.key == "num_layers"]
+    assert row.usual == str(usual["num_layers"].default)
 
 
 def test_a_cached_caption_loads_no_language_model(layered, tmp_path):

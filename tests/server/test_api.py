@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -267,6 +268,13 @@ def test_the_configuration_is_told(api):
     assert (config["tasks"]["generate"]["steps"], config["tasks"]["edit"]["cfg_scale"]) == (12, 2.0)
     assert config["tasks"]["decompose"]["resolutions"] == [64]
     assert config["limits"]["max_pixels"] == 128 * 128
+
+
+def test_the_document_describes_every_body_that_it_names(api):
+    document = api.get("/openapi.json").json()
+    named = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert named <= document["components"]["schemas"].keys()
+    assert {"GenerateBody", "DecomposeJob", "Generation", "LoadBodyForm"} <= named
 
 
 def test_models_are_released_and_come_back(api):
