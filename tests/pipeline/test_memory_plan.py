@@ -146,7 +146,7 @@ def test_limits_are_as_they_were_afterwards():
 
 
 def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
-    monkeypatch.setattr(memory, "_LEAST", 1)
+    monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     code, _, err = run("-o", "plain.png")
     assert code == 0, err
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
@@ -163,7 +163,7 @@ def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
 
 
 def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model, run, monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_LEAST", 1)
+    monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     code, out, err = run("--memory", "2MB", "-o", "no.png")
     assert (code, out) == (2, "")
     assert [line for line in err.splitlines() if line.startswith("streamed")]
