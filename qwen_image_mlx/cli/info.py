@@ -17,8 +17,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "will cost in memory, or what a LoRA changes.",
     )
     parser.add_argument(
-        "path", metavar="PATH", help="a PNG painted by this program, layers, a model's folder or a demo's name, or a "
-        "file of weights"
+        "path",
+        metavar="PATH",
+        help="a PNG painted by this program, layers, a model's folder or a demo's name, or a file of weights",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Prints the tables."""
     from ..pipeline.pipeline import QwenImagePipeline
-    from ..runtime.memory import RESIDENCIES, make_plan, parse_memory, table_of
+    from ..runtime.memory import RESIDENCIES, Memory, fitting_plan, parse_memory, table_of
     from ..weights.quantize import NONE, Quantization
     from .console import messages
 
@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.model, revision=arguments.revision, dtype=arguments.dtype, quantize=quantization
         ).components
         work = _work(arguments, components)
-        return components, work, [make_plan(components, work, residency) for residency in RESIDENCIES]
+        alone = (Memory(budget, (residency,)) for residency in RESIDENCIES)
+        return components, work, [fitting_plan(components, work, memory) for memory in alone]
 
     with messages():
         components, work, plans = plans_for(arguments.quantize)

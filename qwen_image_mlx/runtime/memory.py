@@ -161,7 +161,7 @@ class Costs:
 
 COSTS = {
     "cpu": Costs(
-        1.0, 20.0, 1.2, 115.0, 99.0, 121.0, {"text_encoder": 1.0, "vision": 1.0, "transformer": 0.69}, 1.19, 40 << 20
+        1.0, 20.0, 1.2, 115.0, 60.0, 121.0, {"text_encoder": 1.0, "vision": 1.0, "transformer": 0.69}, 1.19, 40 << 20
     ),
     "gpu": Costs(
         1.0, 20.0, 0.0, 26.0, 12.0, 26.0, {"text_encoder": 2.0, "vision": 2.0, "transformer": 2.0}, 1.19, 40 << 20
@@ -442,11 +442,12 @@ def limits(budget: int) -> Iterator[None]:
 
 
 def table_of(plans: Sequence[MemoryPlan], budget: int) -> str:
-    """Plans as a table for people, in GB; a mark for what fits a budget."""
+    """Plans as a table for people: GB resident / at most in every stage; a mark for what fits a budget."""
     names = [stage.name for stage in plans[0].stages]
-    head = ["", *names, "most", "fits"]
+    head = ["GB resident/peak", *names, "most", "fits"]
     rows = [
-        [plan.residency.name, *(f"{stage.peak / 1e9:.2f}" for stage in plan.stages), f"{plan.peak / 1e9:.2f}",
+        [plan.residency.name, *(f"{stage.resident / 1e9:.2f}/{stage.peak / 1e9:.2f}" for stage in plan.stages),
+         f"{plan.peak / 1e9:.2f}",
          "yes" if plan.peak <= budget else "no"]
         for plan in plans
     ]  # fmt: skip

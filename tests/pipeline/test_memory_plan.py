@@ -106,7 +106,7 @@ def test_the_first_that_fits_is_chosen(model):
 
 def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(model):
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
-    large = Work(1024, 1024, steps=2)
+    large = Work(512, 512, steps=2)
     wide = make_plan(components, large)
     plan = fitting_plan(components, large, Memory(wide.peak - 1, RESIDENCIES))
     assert plan.strip_pixels < wide.strip_pixels
