@@ -20,7 +20,7 @@ from ..errors import RequestError
 from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS
 from ..pipeline.components import Components
-from ..settings import LEAST_MEMORY, memory_figure
+from ..settings import LEAST_MEMORY, MOST_MEMORY, memory_figure
 from ..weights.mapping import TensorSpec, expected_tensors, weights_map
 from ..weights.quantize import Scheme
 from ..weights.stored import PACKED
@@ -365,7 +365,7 @@ def parse_memory(text: str | None) -> Memory:
         text: such as "16GB", "12.5 GiB", "16000000000", "auto", "streamed".
 
     Raises:
-        RequestError: it is none of these, or less than 256 MiB.
+        RequestError: it is none of these, less than 256 MiB, or more than 1 PB.
     """
     said = DEFAULT.name if text is None else text.strip().lower()
     if named := tuple(residency for residency in RESIDENCIES if residency.name == said):
@@ -374,9 +374,11 @@ def parse_memory(text: str | None) -> Memory:
         return Memory(usable_memory(), RESIDENCIES)
     nbytes = memory_figure(said)
     if nbytes is None:
-        raise RequestError(f"memory is {text!r}, but must be like 16GB, 12.5GiB, a number of bytes, or auto")
+        raise RequestError(f"memory is {text!r:.80}, but must be like 16GB, 12.5GiB, a number of bytes, or auto")
     if nbytes < LEAST_MEMORY:
         raise RequestError(f"memory is {text!r}; nothing runs in less than {LEAST_MEMORY >> 20} MiB")
+    if nbytes > MOST_MEMORY:
+        raise RequestError(f"memory is {text!r}, but at most {MOST_MEMORY // 10**15} PB can be said")
     return Memory(nbytes, RESIDENCIES)
 
 

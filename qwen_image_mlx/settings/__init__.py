@@ -4,11 +4,21 @@ Importable without MLX, numpy or PIL. The command line, the server and the docum
 """
 
 from .files import Settings, UnknownProfile, default_place, find_config, load_settings
-from .schema import DEFAULT_PROFILE, LEAST_MEMORY, SCHEMA, TABLE, Setting, example_config, memory_figure
+from .schema import (
+    DEFAULT_PROFILE,
+    LEAST_MEMORY,
+    MOST_MEMORY,
+    SCHEMA,
+    TABLE,
+    Setting,
+    example_config,
+    memory_figure,
+)
 
 __all__ = [
     "DEFAULT_PROFILE",
     "LEAST_MEMORY",
+    "MOST_MEMORY",
     "SCHEMA",
     "TABLE",
     "Setting",

@@ -22,6 +22,7 @@ _QUANTIZED = ("transformer", "text_encoder", "vision")
 _RESIDENCIES = ("auto", "resident", "staged", "staged, encoders streamed", "streamed")
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 LEAST_MEMORY = 1 << 28  # bytes that anything runs in
+MOST_MEMORY = 10**15  # more than any machine has
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,14 @@ def _is_scheme(text: str) -> bool:
 def _is_memory(value: Any) -> bool:
     if type(value) not in (int, str):
         return False
-    return str(value).strip().lower() in _RESIDENCIES or (memory_figure(str(value)) or 0) >= LEAST_MEMORY
+    if type(value) is int:
+        return LEAST_MEMORY <= value <= MOST_MEMORY
+    return value.strip().lower() in _RESIDENCIES or LEAST_MEMORY <= (memory_figure(value) or 0) <= MOST_MEMORY
 
 
 def memory_figure(text: str) -> int | None:
-    """Bytes of 16GB, 12.5 GiB, 16000000000; None of what is no figure."""
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?", text.strip().lower())
+    """Bytes of 16GB, 12.5 GiB, 16000000000; None of what is no figure, of whatever size."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?", text.strip().lower(), re.ASCII)
     return int(float(match[1]) * _UNITS[match[2] or ""]) if match else None
 
 
@@ -104,7 +107,7 @@ _MODEL = Kind("a directory or a Hugging Face id, in quotes", lambda value: type(
 _QUANTIZATION = Kind(
     f"one of {', '.join(_SCHEMES)}, none, or in quotes as transformer=4,text_encoder=8", _is_quantization, str
 )
-_MEMORY = Kind('like "16GB" (at least 256MiB), "auto", "resident", "staged" or "streamed"', _is_memory, str)
+_MEMORY = Kind('like "16GB" (256MiB to 1 PB), "auto", "resident", "staged" or "streamed"', _is_memory, str)
 _LORAS = Kind('a list of strings such as ["style.safetensors@0.8"]', _is_references)
 _GUIDANCE = Kind("a number from 1 to 100", lambda value: type(value) in (int, float) and 1 <= value <= 100, float)
 _WORDS = Kind("a string", lambda value: type(value) is str)

@@ -127,7 +127,8 @@ def test_memory_may_be_the_machine_s_or_a_residency(monkeypatch):
     assert parse_memory("streamed") == Memory(10**10, RESIDENCIES[-1:])
 
 
-@pytest.mark.parametrize("text", ["", "much", "-16GB", "16TBs", "1e9", "nan", "16 GB please", "1KB", "0"])
+@pytest.mark.parametrize("text", ["", "much", "-16GB", "16TBs", "1e9", "nan", "16 GB please", "1KB", "0",
+                                  "١٦GB", "1000001GB", "1" + "0" * 20, "9" * 309, "20000000000000GB"])  # fmt: skip
 def test_impossible_memory_is_refused(text):
     with pytest.raises(RequestError, match="memory is"):
         parse_memory(text)

@@ -104,7 +104,8 @@ def test_memories_are_those_of_the_planner():
     from qwen_image_mlx.runtime.memory import RESIDENCIES, parse_memory
 
     said = ["auto", "AUTO ", "lots", "", "16GB", "16 gib", "12.5 GiB", "16", "256MiB", "255MiB",
-            "268435456", "268435455", "1e9", "-1GB", "16TB", "1000m"]  # fmt: skip
+            "268435456", "268435455", "1e9", "-1GB", "16TB", "1000m",
+            "1000000GB", "1000001GB", "9" * 309, "١٦GB"]  # fmt: skip
     said += [residency.name for residency in RESIDENCIES]
     for value in said:
         assert ROWS["memory"].kind.accepts(value) == accepted(parse_memory, value), value
