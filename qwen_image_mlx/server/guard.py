@@ -1,4 +1,4 @@
-"""Stands before the application: who may ask, from where, with how large a body, and in how much time.
+"""Stands before the application: who may ask, from where, how many at once, with how large a body, and how soon.
 
 Pure ASGI, so that streams pass through as they come. A body is counted until its request is answered, or until whoever
 keeps what was in it says so (`hand_over`). Every answer leaves with headers that keep a browser from running,
@@ -35,6 +35,8 @@ _HEADERS = {
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
 _DRAINED_BYTES, _DRAINED_SECONDS = 8 << 20, 2.0  # of a refused body, so that its sender can read why
 _BODIES_AT_ONCE = 4  # of the largest size, in memory
+_REQUESTS_AT_ONCE = 96
+_STREAMS_AT_ONCE = 48  # of them
 _BODY = "qwen_image_mlx.body"  # in the scope of a request
 
 
@@ -67,6 +69,7 @@ class Guard:
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
         self._room = _BODIES_AT_ONCE * max_body_bytes
+        self._requests = self._streams = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Lets a request pass, or answers it."""
@@ -88,9 +91,19 @@ class Guard:
             await answer({"type": "http.response.start", "status": 204, "headers": []})
             await answer({"type": "http.response.body", "body": b""})
             return
+        counts, streams = not self._is_quick(scope, body), self._is_stream(scope)
+        if (counts and self._requests >= _REQUESTS_AT_ONCE) or (streams and self._streams >= _STREAMS_AT_ONCE):
+            what = "streams of events" if streams else "requests"
+            error = ApiError("busy", f"too many {what} are open at once; try again", {"retry-after": "5"})
+            await _refuse(answer, error, scope["path"])
+            return
+        self._requests += counts
+        self._streams += streams
         try:
             await self._app({**scope, _BODY: body}, body.receive, answer)
         finally:
+            self._requests -= counts
+            self._streams -= streams
             body.leave()
 
     def _check(self, scope: Message, headers: _Headers) -> None:
@@ -123,6 +136,15 @@ class Guard:
     def _is_open(scope: Message) -> bool:
         path = scope["path"]
         return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith("/static/"))
+
+    @staticmethod
+    def _is_stream(scope: Message) -> bool:
+        return scope["path"].startswith("/jobs/") and scope["path"].endswith("/events")
+
+    @staticmethod
+    def _is_quick(scope: Message, body: _Body) -> bool:
+        """Whether it is answered at once, however much there is to do: health, and cancelling."""
+        return body.arrived and (scope["path"] == "/health" or scope["method"] == "DELETE")
 
     def _cors(self, headers: _Headers) -> dict[str, str]:
         origin = headers.get("origin")
@@ -169,18 +191,18 @@ class _Body:
         self._guard, self._receive = guard, receive
         self._begun = time.monotonic()
         has_one = headers.get("transfer-encoding") or headers.get("content-length") not in ("", "0")
-        self._arrived = not has_one
+        self.arrived = not has_one
         self._waits = bool(headers.get("expect"))  # nothing is sent before it is asked for
 
     async def receive(self) -> Message:
-        if self._arrived:
+        if self.arrived:
             return await self._receive()
         message = await self._guard.timely(self._receive, self._begun)
         self._waits = False
         nbytes = len(message.get("body", b""))
         self._guard.take(nbytes, self.taken + nbytes)
         self.taken += nbytes
-        self._arrived = not message.get("more_body", False)
+        self.arrived = not message.get("more_body", False)
         return message
 
     def leave(self) -> None:
@@ -194,10 +216,10 @@ class _Body:
 
         async def read() -> None:
             nonlocal left
-            while not self._arrived and left > 0:
+            while not self.arrived and left > 0:
                 message = await self._receive()
                 left -= len(message.get("body", b""))
-                self._arrived = not message.get("more_body", False)
+                self.arrived = not message.get("more_body", False)
 
         if not self._waits:
             with suppress(asyncio.TimeoutError):

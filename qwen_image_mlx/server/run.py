@@ -13,8 +13,8 @@ from types import FrameType
 import uvicorn
 
 from .app import Service, Setup, create_app
+from .connections import Connection
 
-_CONNECTIONS = 256
 _PATIENCE = 20  # seconds that connections have to end, once jobs are cancelled
 
 
@@ -31,8 +31,7 @@ def serve(setup: Setup, listener: socket.socket, ready: Callable[[], None]) -> s
     service = Service(setup)
     config = uvicorn.Config(
         create_app(service), log_config=None, access_log=False, server_header=False, lifespan="on", ws="none",
-        limit_concurrency=_CONNECTIONS, timeout_keep_alive=15, timeout_graceful_shutdown=_PATIENCE,
-        loop="asyncio", http="h11",
+        timeout_keep_alive=15, timeout_graceful_shutdown=_PATIENCE, loop="asyncio", http=Connection,
     )  # fmt: skip
     server = _Server(config, service.jobs.stop, ready)
     asyncio.run(server.serve(sockets=[listener]))
