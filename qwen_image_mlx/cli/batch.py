@@ -49,7 +49,7 @@ def is_batch(arguments: argparse.Namespace) -> bool:
 
 def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     """Paints and saves every picture that the folder does not hold; all that is asked for is checked before."""
-    from ..images.files import check_writable, save_png
+    from ..images.files import check_writable, named_path, save_png
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     for name in _SINGLE:
@@ -63,7 +63,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
             raise RequestError("give --seed or --seeds, not both")
         given["seed"] = _seeds(given["seeds"])
     usual = {"seed": 0, **configured(arguments, "generate")}
-    path = Path(given["prompts_file"]).expanduser() if "prompts_file" in given else None
+    path = named_path(given["prompts_file"], "--prompts-file") if "prompts_file" in given else None
     _draft(_wanted(_Line("", {"prompt": given.get("prompt", "")}), usual, given))  # the flags' own faults, at no line
     wanted = [_wanted(line, usual, given) for line in ([_Line("", {})] if path is None else _lines(path))]
     drafts = [_draft(one) for one in wanted]
@@ -173,7 +173,9 @@ def _seeds(text: str) -> list[int]:
 
 
 def _folder(output: str | None) -> Path:
-    folder = Path(output or DEFAULT_FOLDER).expanduser()
+    from ..images.files import named_path
+
+    folder = named_path(DEFAULT_FOLDER if output is None else output, "--output")
     if folder.suffix.lower() == ".png" or (folder.exists() and not folder.is_dir()):
         raise RequestError(f"--output is {output}, but many pictures need a folder")
     return folder

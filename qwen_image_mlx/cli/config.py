@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, RequestError
@@ -65,7 +64,9 @@ def _written(value: Any) -> str:
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    path = default_place() if arguments.path is None else Path(arguments.path).expanduser()
+    from ..images.files import named_path
+
+    path = default_place() if arguments.path is None else named_path(arguments.path, "PATH")
     if os.path.lexists(path):
         raise OutputError(f"{path} is there already, and is kept")
     try:

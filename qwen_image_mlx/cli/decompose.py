@@ -78,7 +78,7 @@ def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
 
 def run(arguments: argparse.Namespace) -> None:
     """Takes one picture apart and saves its layers."""
-    from ..images.files import check_writable
+    from ..images.files import check_writable, named_path
     from ..images.layer_files import check_formats
     from ..images.recompose import open_layer
     from ..images.sources import open_rgba
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
         resolutions=(wanted.get("resolution") or LAYERED_RESOLUTIONS[0],),
         sampling={name: value for name, value in sampling.items() if value is not None},
     )
-    folder = Path(arguments.output or f"{name}-layers").expanduser()
+    folder = named_path(f"{name}-layers" if arguments.output is None else arguments.output, "--output")
     width, height = draft.canvas.result_size
     check_writable(folder / "layer_0.png", nbytes=4 * width * height * (draft.parameters.num_layers + 2) * len(formats))
 

@@ -27,11 +27,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line, or JSON."""
+    from ..images.files import named_path
     from ..images.layer_files import is_layers
     from ..weights.shards import PICKLES
     from ..weights.snapshot import DEMOS
 
-    path = Path(arguments.path).expanduser()
+    path = named_path(arguments.path, "PATH")
     if path.exists() and path.suffix.lower() not in PICKLES and is_layers(path):
         facts = _layers(path)
     elif path.is_dir() or arguments.path in DEMOS:

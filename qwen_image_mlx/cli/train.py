@@ -94,8 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise RequestError("--sample-prompt needs --sample-every")
     kind = given.get("task", "t2i")
     wanted = {**configured(arguments, f"train --task {kind}"), **given}
+
+    from ..images.files import named_path
+
+    data, folder = named_path(arguments.data, "--data"), named_path(arguments.output, "--output")
     if given.get("task"):
-        _read(arguments.data, given["task"])  # before a model is looked for
+        _read(data, given["task"])  # before a model is looked for
 
     from ..runtime.asking import open_pipeline
     from ..training.run import train
@@ -115,9 +119,9 @@ def run(arguments: argparse.Namespace) -> None:
         task = TASKS[pipeline.variant.task]
         if given.get("task", task) != task:
             raise RequestError(f"{pipeline.model} is trained for {task}, not for {given['task']}")
-        examples = _read(arguments.data, task)
+        examples = _read(data, task)
         outcome = train(
-            pipeline, examples, settings, Path(arguments.output).expanduser(), resume=arguments.resume,
+            pipeline, examples, settings, folder, resume=arguments.resume,
             progress=tell, on_step=on_step, stop=lambda: interrupt.asked is not None,
         )  # fmt: skip
         line.close()
@@ -127,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(outcome.result, flush=True)
 
 
-def _read(data: str, task: str) -> list:
+def _read(data: Path, task: str) -> list:
     from ..training.examples import read_examples
 
     return read_examples(data, task)

@@ -29,18 +29,38 @@ def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
     """The PNG a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
     if output is None:
         return Path(default_name)
-    try:
-        path = Path(output).expanduser()
-        if path.is_dir():
-            return path / default_name
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RequestError(f"--output is {output!r:.80}, which leads nowhere: {error}") from error
+    path = named_path(output, "--output")
+    if path.is_dir():
+        return path / default_name
     if output.endswith(("/", os.sep)):
         return path / default_name
     if not path.suffix:
         return path.with_name(path.name + ".png")
     if path.suffix.lower() != ".png":
         raise RequestError(f"--output is {output}, but pictures are written as PNG; end the name in .png")
+    return path
+
+
+def named_path(name: str | os.PathLike, what: str) -> Path:
+    """The path that a person's words mean, whether something is there or not, with ~ expanded.
+
+    Args:
+        name: as it was given.
+        what: how the message calls it.
+
+    Raises:
+        RequestError: it is empty, or nothing can ever have this name.
+    """
+    if not os.fspath(name):
+        raise RequestError(f"{what} is empty: name a place")
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise RequestError(f"{what} is {str(name)!r:.80}, which leads nowhere: {why}") from error
     return path
 
 

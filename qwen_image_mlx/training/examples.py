@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, some
+from ..images.files import named_path, reason
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +64,11 @@ def read_examples(data: str | Path, task: str) -> list[Example]:
     Raises:
         RequestError: there is nothing, or something is missing or damaged; the message names it.
     """
-    path = Path(data).expanduser()
+    path = named_path(data, "data")
     if not path.exists():
         raise RequestError(f"the data {str(data)!r} do not exist: give a folder of pictures with captions")
+    if not path.is_dir() and not path.is_file():
+        raise RequestError(f"the data {str(data)!r} are neither a folder nor a file")
     manifest = path if path.is_file() else path / MANIFEST
     if manifest.is_file():
         examples = _from_manifest(manifest, task)
@@ -75,15 +79,18 @@ def read_examples(data: str | Path, task: str) -> list[Example]:
         examples = _from_folder(path)
     if not examples:
         raise RequestError(f"{path} holds nothing to train on: put pictures and their captions into it")
-    if missing := [file for example in examples for file in example.files if not file.is_file()]:
-        raise RequestError(f"{len(missing)} pictures are missing: {some(missing)}")
+    if missing := [file for example in examples for file in example.files if not os.path.isfile(file)]:
+        raise RequestError(f"{len(missing)} pictures are missing: {some(f'{file!s:.300}' for file in missing)}")
     if silent := [example.image for example in examples if not example.caption.strip()]:
         raise RequestError(f"{len(silent)} of {len(examples)} captions are missing or empty: {some(silent)}")
     return examples
 
 
 def _from_folder(folder: Path) -> list[Example]:
-    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
+    try:
+        pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be read: {reason(error)}") from error
     stems = [file.stem for file in pictures]
     if twice := [file.name for file in pictures if stems.count(file.stem) > 1]:
         raise RequestError(f"pictures share a caption, because only their endings differ: {some(twice)}")

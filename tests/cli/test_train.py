@@ -124,9 +124,15 @@ def test_resume_goes_on(run):
     (["--task", "edit"], r"has no metadata\.jsonl; training edit needs one"),
     (["--full", "--quantize", "4"], "packed weights cannot be trained"),
     (["--data", "/none"], "do not exist"),
+    (["--data", "/dev/null"], "neither a folder nor a file"),
+    (["--data", "~nosuchuser/x"], "--data is '~nosuchuser/x', which leads nowhere"),
+    (["--data", "a" * 5000], "which leads nowhere: file name too long"),
+    (["--data", ""], "--data is empty"),
     (["--output", "/dev/null/run"], "error: "),
+    (["--output", "~nosuchuser/run"], "--output is '~nosuchuser/run', which leads nowhere"),
+    (["--output", ""], "--output is empty"),
     (["--model", "/none"], "error: "),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+], ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "")  # fmt: skip
 def test_every_fault_is_one_line(run, arguments, said):
     line = error_line(run(*arguments))
     assert re.search(said, line), line

@@ -62,6 +62,9 @@ def broken(tmp_path):
         return path
 
     yield tmp_path / "none", "t2i", "do not exist"
+    yield "/dev/null", "t2i", "neither a folder nor a file"
+    yield "~nosuchuser/x", "t2i", "leads nowhere"
+    yield "", "t2i", "data is empty"
     yield (tmp_path / "empty", (tmp_path / "empty").mkdir())[0], "t2i", "holds nothing to train on"
     yield folder("silent"), "t2i", r"1 of 1 pictures in .* have no caption in a .txt file of the same name: a.png"
     blank = folder("blank")
@@ -77,6 +80,7 @@ def broken(tmp_path):
         ("no image", {"caption": "x"}, "line 1 .* has no image"),
         ("no text", {"image": "a.png", "caption": 5}, "line 1 .* has no caption"),
         ("gone", {"image": "b.png", "caption": "x"}, r"1 pictures are missing: .*b\.png"),
+        ("too long", {"image": "a" * 5000, "caption": "x"}, r"1 pictures are missing: .{300}$"),
         ("no caption", {"image": "a.png"}, "1 of 1 captions are missing or empty"),
     ]  # fmt: skip
     for name, row, said in rows:
