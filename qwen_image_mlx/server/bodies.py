@@ -1,8 +1,9 @@
-"""Reads a request's body into one of the schema's: JSON, or a form with file parts."""
+"""Reads a request's body into one of the schema's: JSON, or a form with file parts; others are answered meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -10,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from .answers import ApiError
-from .schema import Body, TaskOnly, from_form, from_json
+from .schema import Body, TaskOnly, from_form, from_json, parsed
 
 JSON, FORM = "application/json", "multipart/form-data"
 _MAX_PARTS = 200
@@ -36,12 +37,20 @@ async def _read(request: Request, body: type[Body] | Mapping[str, type[Body]]) -
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == JSON:
         data = b"".join([piece async for piece in request.stream()])  # which the request would keep a copy of
-        return from_json(body[from_json(TaskOnly, data).task] if isinstance(body, Mapping) else body, data)
+        return await asyncio.to_thread(_from_json, body, data)
     if kind == FORM:
-        pairs = await _pairs(request)
-        chosen = body[from_form(TaskOnly, dict(pairs)).task] if isinstance(body, Mapping) else body
-        return from_form(chosen, _fields(pairs, chosen))
+        return await asyncio.to_thread(_from_form, body, await _pairs(request))
     raise ApiError("unsupported_media_type", f"the body is {kind or 'of no type'}, but must be {JSON} or {FORM}")
+
+
+def _from_json(body: type[Body] | Mapping[str, type[Body]], data: bytes) -> Any:
+    fields = parsed(data)
+    return from_json(body[from_json(TaskOnly, fields).task] if isinstance(body, Mapping) else body, fields)
+
+
+def _from_form(body: type[Body] | Mapping[str, type[Body]], pairs: Sequence[tuple[str, str | bytes]]) -> Any:
+    chosen = body[from_form(TaskOnly, dict(pairs)).task] if isinstance(body, Mapping) else body
+    return from_form(chosen, _fields(pairs, chosen))
 
 
 async def _pairs(request: Request) -> list[tuple[str, str | bytes]]:

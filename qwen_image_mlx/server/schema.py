@@ -6,7 +6,8 @@ pictures file parts. What the ranges here allow a server may still limit further
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -21,6 +22,7 @@ from pydantic import (
     WithJsonSchema,
     create_model,
 )
+from pydantic_core import from_json as parsed_json
 
 from ..images.layers import MAX_NAME, MAX_OFFSET
 from ..pipeline.parameters import MAX_LAYERS, MAX_SEED, MAX_STEPS, RNGS, SIZE_STEP
@@ -33,6 +35,8 @@ MAX_NUM_IMAGES = 4
 MAX_STACK = 64
 _MAX_PROMPT = 8000
 _MAX_SIDE = 16_384
+_MAX_COMMAS = 1 << 15  # in JSON: of two prompts and a stack's names, and each field's
+_MAX_VALUES = 1024  # in JSON, at any depth: more than a whole stack's
 
 
 def _picture(value: Any) -> bytes:
@@ -211,12 +215,39 @@ class TaskOnly(BaseModel):
     task: Literal[tuple(BODIES)]
 
 
-def from_json(body: type[BaseModel], data: bytes) -> Any:
-    """A body from JSON, where types are exact; raises ApiError."""
+def from_json(body: type[BaseModel], data: Mapping[str, Any]) -> Any:
+    """A body from an object of JSON, where types are exact; raises ApiError."""
     try:
-        return body.model_validate_json(data, strict=True)
+        return body.model_validate(data, strict=True)
     except ValidationError as error:
         raise _refusal(error) from None
+
+
+def parsed(data: bytes) -> Mapping[str, Any]:
+    """An object of JSON, if it has no more values than a body can have: each may be an error; raises ApiError."""
+    if data.count(b",") > _MAX_COMMAS:
+        raise _too_many()
+    try:
+        value = parsed_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError("malformed", f"the body is not JSON that can be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ApiError("invalid_request", "the body must be an object of JSON: fields by their names")
+    left, values = _MAX_VALUES, [value]
+    while values:
+        values = list(chain.from_iterable(_values_of(value) for value in values))
+        left -= len(values)
+        if left < 0:
+            raise _too_many()
+    return value
+
+
+def _too_many() -> ApiError:
+    return ApiError("invalid_request", "the body has more fields or entries than any request needs")
+
+
+def _values_of(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def from_form(body: type[BaseModel], fields: Mapping[str, Any]) -> Any:
@@ -232,8 +263,8 @@ def _refusal(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     said = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        return ApiError("malformed", f"the body is not JSON that can be read: {said.partition(': ')[2] or said}")
-    known = {"extra_forbidden": "is not a field that is known", "missing": "is missing"}.get(first["type"], said)
+    known = {
+        "extra_forbidden": "is not a field that is known", "missing": "is missing", "model_type": "must be an object",
+    }.get(first["type"], said)  # fmt: skip
     known = known[0].lower() + known[1:] if known.startswith("Input") else known
     return ApiError("invalid_request", f"{place or 'the body'}: {known}", param=place or None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
 import json
 import socket
 import struct
+import threading
 import time
 import zlib
 
@@ -17,6 +19,12 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 from served import serving
+from starlette.requests import Request
+
+from qwen_image_mlx.server import bodies
+from qwen_image_mlx.server.answers import ApiError
+from qwen_image_mlx.server.bodies import read_body
+from qwen_image_mlx.server.schema import GenerateBody, parsed
 
 TOKEN = "a-token-of-some-length"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -189,6 +197,9 @@ JSON_BODIES = [
     ("/models/load", {"task": "caption"}),
     ("/models/load", {"task": "/etc"}),
     ("/models/unload", {"model": "demo"}),
+    (GENERATE, P | {f"key {number}": 1 for number in range(50)}),
+    (COMPOSE, {"layers": [{"image": GOOD} | {str(number): 1 for number in range(2000)}]}),
+    (COMPOSE, {"layers": [7]}),
     ("/v1/images/generations", {"prompt": "x", "response_format": "url"}),
     ("/v1/images/generations", {"prompt": "x", "stream": True}),
     ("/v1/images/edits", {"prompt": "x", "image": "https://example.org/a.png"}),
@@ -213,6 +224,41 @@ def assert_paints(api: httpx.Client) -> None:
 def test_a_hostile_body_is_refused(api, path, body):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     assert_refused(api.post(path, content=content, headers={"content-type": "application/json"}))
+
+
+MANY = [
+    json.dumps(P | {f"key {number}": number for number in range(500_000)}).encode(),
+    json.dumps(P | {"image": [0] * 2_000_000}).encode(),
+    json.dumps({"layers": [[[[0]] * 30_000]]}).encode(),
+]
+
+
+@pytest.mark.parametrize("body", MANY, ids=["keys", "list", "deep"])
+def test_what_has_very_many_parts_is_refused_before_they_are_looked_at(body):
+    begun = time.monotonic()
+    with pytest.raises(ApiError, match="more fields or entries than any request needs"):
+        parsed(body)
+    assert time.monotonic() - begun < 0.5
+
+
+def test_a_body_is_taken_apart_while_others_are_answered(monkeypatch):
+    """The event loop goes on while a large body is parsed and checked."""
+    threads = []
+
+    def slow(data):
+        threads.append(threading.current_thread())
+        return {"prompt": "x"}
+
+    async def check():
+        async def receive():
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+        assert (await read_body(Request(scope, receive), GenerateBody)).prompt == "x"
+
+    monkeypatch.setattr(bodies, "parsed", slow)
+    asyncio.run(check())
+    assert threads != [threading.main_thread()]
 
 
 def test_there_are_enough_of_them():
