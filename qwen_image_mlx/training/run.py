@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -263,17 +264,17 @@ class _Files:
     def begin(self) -> None:
         """Reads the log of the steps that are done, and forgets what came after them."""
         path, lines = self._folder / LOG, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 step, loss = int(row["step"]), float(row["loss"])
-            except (KeyError, TypeError, ValueError):
-                continue  # half a line of a run that was cut
-            if step <= self._trainer.step:
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+                continue  # half a line of a run that was cut, or damaged
+            if step <= self._trainer.step and math.isfinite(loss):
                 lines.append(line)
                 self._losses.append((step, loss))
         self._folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, "".join(f"{line}\n" for line in lines).encode())
+        replace_file(path, b"".join(line + b"\n" for line in lines))
         painted = sorted((self._folder / SAMPLES).glob("step-*.png"))
         self._sample = painted[-1] if painted else None
         self._since = time.monotonic()

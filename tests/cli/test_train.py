@@ -108,6 +108,16 @@ def test_resume_goes_on(run):
     assert steps_of() == [1, 2, 3, 4]
 
 
+def test_a_damaged_log_is_passed_over_where_it_is_damaged(run):
+    run()
+    log = Path("run/log.jsonl")
+    lines = log.read_bytes().split(b"\n")
+    odd = [b"\xff\xfe", b'{"step": 1e400, "loss": 1}', b'{"step": 1, "loss": 1e400}', b"[" * 100_000, b"[]", b'{"st']
+    log.write_bytes(b"\n".join([lines[0], *odd, lines[1], b""]))
+    assert run("--resume", steps=3)[0] == 0
+    assert steps_of() == [1, 2, 3]
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--steps", "0"], "steps is 0, but must be a whole number of at least 1"),
     (["--rank", "-1"], "rank is -1"),
