@@ -18,6 +18,8 @@ from .schema import DEFAULT_PROFILE, GENERATION, SCHEMA, TABLE, table_name
 VARIABLE = "QWEN_IMAGE_CONFIG"
 NAME = "config.toml"
 BUILT_IN = "built-in"
+_MAX_BYTES = 1_000_000
+_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # those that a shell or a parent writes to
 DEMOS = ("demo", "demo-edit", "demo-layered")  # these names are never folders
 
 _ROWS = {(row.table, row.key): row for row in SCHEMA}
@@ -83,7 +85,7 @@ def find_config(explicit: str | os.PathLike | None = None) -> Path | None:
     named = explicit if explicit is not None else os.environ.get(VARIABLE) or None
     if named is not None:
         path = Path(os.path.expanduser(named))
-        readable = os.path.exists(path) and not path.is_dir() and os.access(path, os.R_OK)
+        readable = os.path.exists(path) and not path.is_dir() and os.access(path, os.R_OK) and not _never_ends(path)
         if not readable:  # it is not opened: what a pipe says can be read once
             why = "" if explicit is not None else f", which {VARIABLE} names,"
             raise RequestError(f"the config {path}{why} is not there, or no file that can be read")
@@ -122,9 +124,18 @@ def load_settings(path: Path | None, profile: str | None = None) -> Settings:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise RequestError(f"the config {path} cannot be read: {error.strerror}") from None
+    if len(data) > _MAX_BYTES:
+        raise RequestError(f"the config {path} has more than {_MAX_BYTES // 10**6} MB, which is too much for settings")
+    return data
+
+
+def _never_ends(path: Path) -> bool:
+    """Whether opening a file may wait for ever: a pipe that has a name, but may have nobody who writes."""
+    return path.is_fifo() and not str(path).startswith(_PIPES)
 
 
 def _is_ours(path: Path) -> bool:
@@ -134,10 +145,12 @@ def _is_ours(path: Path) -> bool:
         data = _read(path)
     except RequestError:  # whose it is cannot be told
         return False
+    if TABLE.encode() not in data:
+        return False
     try:
         said, _ = parse_toml(data, "")
     except RequestError:  # damaged; the owner is to be told
-        return TABLE.encode() in data
+        return True
     return any(isinstance(profile, dict) and TABLE in profile for profile in said.values())
 
 
@@ -174,7 +187,7 @@ def _checked(path: Path, said: Any, outer: Names, lines: Mapping[Names, int]) ->
         elif key in _HOMES:
             raise fault(names, f"{key} belongs in [{table_name(outer[0], _HOMES[key])}]")
         else:
-            raise fault(names, f"{key} is not a setting; {_nearest(key)}")
+            raise fault(names, f"{key:.80} is not a setting; {_nearest(key)}")
 
 
 def _nearest(key: str) -> str:
@@ -184,7 +197,10 @@ def _nearest(key: str) -> str:
 
 def _shown(value: Any) -> str:
     """A value much as TOML writes it, cut where it is long."""
-    return f"{json.dumps(value, ensure_ascii=False, default=str):.80}"
+    try:
+        return f"{json.dumps(value, ensure_ascii=False, default=str):.80}"
+    except RecursionError:
+        return "a very deep table"
 
 
 def _placed(value: str | Iterable[str], folder: Path) -> str | list[str]:

@@ -15,10 +15,20 @@ else:
 from ..errors import RequestError
 
 Names = tuple[str, ...]
+DEPTH = 4  # names of the innermost key that a setting has: PROFILE.qwen_image.generation.KEY
+
+# What may hide the end of a line, or be it; a string that does not end takes all that is left.
+_TOKEN = re.compile(
+    r'''"""(?:\\[\s\S]|[^\\])*?(?:"""(?:"{0,2})|\Z)'''
+    r"""|'''[\s\S]*?(?:''''{0,2}|\Z)"""
+    r"""|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*|[\[\]{}\n]"""
+)
 
 
 def parse_toml(data: bytes, where: str) -> tuple[dict[str, Any], dict[Names, int]]:
     """What a file says, and the line (from 1) where each table and key first stands, by its names from the outermost.
+
+    What lies deeper than `DEPTH` names has no line.
 
     Args:
         data: the file's bytes, UTF-8 with or without a byte order mark.
@@ -36,45 +46,57 @@ def parse_toml(data: bytes, where: str) -> tuple[dict[str, Any], dict[Names, int
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         parts = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.DOTALL)
-        begun = [line for line, _, _ in _statements(text)]  # one that does not end is the last
-        line, reason = (parts[2] or begun[-1], parts[1]) if parts else (begun[-1], "this cannot be read as TOML")
+        line = (parts and parts[2]) or _fault(text)
+        reason = parts[1] if parts else "this cannot be read as TOML"
         raise RequestError(f"{where}, line {line}: {reason[:1].lower()}{reason[1:]}") from None
     found: dict[Names, int] = {}
     table: Names = ()
-    for line, statement, said in _statements(text):
-        paths = list(_paths(said))
+    for line, statement in _statements(text):
+        paths = list(_paths(tomllib.loads(statement)))
         if statement.lstrip().startswith("["):
             table, outer = paths[-1], ()
         else:
             outer = table
         for path in paths:
-            found.setdefault(outer + path, line)
+            if len(outer + path) <= DEPTH:
+                found.setdefault(outer + path, line)
     return values, found
 
 
-def _statements(text: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(first line, text, what it says) of each header and each key with its value.
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """(first line, text) of each header and each key with its value; one that does not end is the last.
 
-    A statement ends with a line, and its first lines alone are no TOML: so lines are joined until they are.
+    A statement ends with a line, but not within a string or brackets.
     """
-    lines = text.replace("\r\n", "\n").split("\n")
-    first = 0
-    for last in range(len(lines)):
-        statement = "\n".join(lines[first : last + 1])
+    text = text.replace("\r\n", "\n") + "\n"
+    line = first = 1
+    begin = depth = 0
+    for token in _TOKEN.finditer(text):
+        said = token[0]
+        line += said.count("\n")
+        depth = max(0, depth + (said in "[{") - (said in "]}"))
+        if said == "\n" and not depth:
+            statement = text[begin : token.start()]
+            if statement.strip() and not statement.lstrip().startswith("#"):
+                yield first, statement
+            begin, first = token.end(), line
+    if text[begin:].strip():
+        yield first, text[begin:]
+
+
+def _fault(text: str) -> int:
+    """The line of the first statement that is no TOML by itself."""
+    for line, statement in _statements(text):
         try:
-            said = tomllib.loads(statement)
+            tomllib.loads(statement)
         except (ValueError, RecursionError):
-            continue
-        if said:
-            yield first + 1, statement, said
-        first = last + 1
-    if first < len(lines):
-        yield first + 1, "\n".join(lines[first:]), {}
+            return line
+    return 1
 
 
 def _paths(said: dict[str, Any], outer: Names = ()) -> Iterator[Names]:
-    """The names of every table and key, the outer ones first."""
+    """The names of every table and key down to `DEPTH`, the outer ones first."""
     for name, value in said.items():
         yield (*outer, name)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and len(outer) + 1 < DEPTH:
             yield from _paths(value, (*outer, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -354,6 +355,18 @@ def test_a_pipe_is_a_config_too(here):
     os.close(read)
 
 
+def test_a_pipe_that_may_have_no_writer_is_refused(here):
+    os.mkfifo("pipe")
+    with pytest.raises(RequestError, match="the config pipe is not there, or no file that can be read"):
+        find_config("pipe")
+
+
+def test_a_file_without_an_end_is_refused(here):
+    assert set(load_settings(find_config("/dev/null")).values.values()) == {None}
+    with pytest.raises(RequestError, match="the config /dev/zero has more than 1 MB"):
+        load_settings(find_config("/dev/zero"))
+
+
 def test_a_file_that_went_away_is_said(here):
     with pytest.raises(RequestError, match=r"the config gone.toml cannot be read: No such file"):
         load_settings(Path("gone.toml"))
@@ -442,6 +455,45 @@ def test_the_example_sets_nothing_and_each_of_its_lines_is_good(here):
     for row in SCHEMA:
         assert settings[row.key] == row.kind.store(row.example)
     assert load_settings(path.with_name("config.toml"), "fast")["steps"] == 20
+
+
+def test_deep_keys_are_refused_in_a_sentence(here):
+    deep = ".".join(["a"] * 3000)
+    assert "line 2: a is not a setting" in refused(f"[default.qwen_image]\n{deep} = 1")
+    assert "line 2: steps belongs in" in refused(f"[default.qwen_image]\nsteps.{deep} = 1")
+    assert "line 2: cfg_scale is a very deep table" in refused(f"[default.qwen_image]\ncfg_scale.{deep} = 1")
+    assert "line 3: cfg_scale is" in refused(f"[other.{deep}]\n[default.qwen_image]\ncfg_scale = 0")
+    assert "line 3: this cannot be read as TOML" in refused(f"a = 1\n\nb = {'[' * 100_000}\nc = 2")
+
+
+@pytest.mark.parametrize("table", ["project", "default.qwen_image"])
+def test_long_configs_are_read_in_no_time(here, table):
+    items = "".join(f'  "item {n}",\n' for n in range(20_000))
+    began = time.perf_counter()
+    _, found = lines.parse_toml(f"[{table}]\nitems = [\n{items}]\n[end]\n".encode(), "x")
+    assert found["end",] == 20_004
+    assert time.perf_counter() - began < 10  # a minute where every line is tried as the last
+
+
+def test_another_program_s_config_is_not_even_parsed(here, monkeypatch):
+    written("[project]\nitems = []")
+    monkeypatch.setattr(files, "parse_toml", None)
+    assert find_config() is None
+
+
+@pytest.mark.parametrize("value", [
+    '"]"', "'['", '"\\"["', '"""\n"]\n[a]\n\\""" """', '"""\na"""""', "'''\n[b]\n\\''''",
+    "[ # ]\n1, # '\n]", "[\n[\n],\n]",
+    "{a = [\n1,\n]}", "1 # [", '""', "''", '""""""', "''''''", '"#" # "',
+])  # fmt: skip
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_after_whatever_a_value_is(value, end):
+    text = f"before = 1\na.b = {value}\n\n[after]\nc = 2\n"
+    _, found = lines.parse_toml(text.replace("\n", end).encode(), "x")
+    last = 5 + value.count("\n")
+    assert found == {("before",): 1, ("a",): 2, ("a", "b"): 2, ("after",): last - 1, ("after", "c"): last} | (
+        {("a", "b", "a"): 2} if value[0] == "{" else {}
+    )
 
 
 def test_lines_are_those_of_every_key(here):
