@@ -35,6 +35,8 @@ _HEADERS = {
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
 _DRAINED_BYTES, _DRAINED_SECONDS = 8 << 20, 2.0  # of a refused body, so that its sender can read why
 _BODIES_AT_ONCE = 4  # of the largest size, in memory
+_SMALL = 1 << 20  # bytes of a body that finds room whatever else arrives: so many requests are not at once
+_LEAST_BYTES, _LEAST_SECONDS = 1 << 18, 10.0  # of a body: so much has to come in so long
 _REQUESTS_AT_ONCE = 96
 _STREAMS_AT_ONCE = 48  # of them
 _BODY = "qwen_image_mlx.body"  # in the scope of a request
@@ -49,7 +51,7 @@ class Guard:
         token: what requests must carry as `Authorization: Bearer TOKEN`; None asks for nothing.
         origins: web origins beside the server's own that may use it.
         max_body_bytes: a longer body is refused, announced or not.
-        body_seconds: by when a body must have arrived.
+        body_seconds: by when a body must have arrived; one that stalls is refused sooner.
     """
 
     def __init__(
@@ -113,8 +115,11 @@ class Guard:
             raise ApiError("malformed", "one Host header is needed, with the name that the server is reached by")
         if not self._is_own_host(authority[1].lower()):
             raise ApiError("misdirected", "this server has another name: the Host header is foreign")
-        origin = headers.get("origin")
-        if origin and origin not in self._origins and origin.lower().split("://")[-1] != hosts[0].lower():
+        origins = headers.all("origin")
+        if len(origins) > 1:
+            raise ApiError("malformed", "at most one Origin header is taken")
+        own = [f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")]
+        if origins and origins[0] not in self._origins and origins[0].lower() not in own:
             raise ApiError("forbidden", "this web origin may not use the server; --allow-origin would let it")
         length = headers.get("content-length")
         if length and (not re.fullmatch(r"\d{1,18}", length) or int(length) > self._max_body_bytes):
@@ -159,25 +164,27 @@ class Guard:
             "vary": "Origin",
         }
 
-    def take(self, nbytes: int, taken: int) -> None:
-        """Makes room for a piece of a body of which `taken` bytes are here; raises ApiError."""
+    def take(self, nbytes: int, taken: int) -> int:
+        """Makes room for a piece of a body of which `taken` bytes are here; how many count; raises ApiError."""
         if taken > self._max_body_bytes:
             raise self._too_large()
-        if nbytes > self._room:
+        counted = min(nbytes, max(0, taken - _SMALL))
+        if counted > self._room:
             raise ApiError("busy", "too many large requests arrive at once; try again", {"retry-after": "5"})
-        self._room -= nbytes
+        self._room -= counted
+        return counted
 
     def give_back(self, nbytes: int) -> None:
         """Makes room for others' bodies."""
         self._room += nbytes
 
-    async def timely(self, receive: Receive, begun: float) -> Message:
-        """A piece of a body; raises ApiError if it is late."""
-        left = begun + self._body_seconds - time.monotonic()
+    async def timely(self, receive: Receive, begun: float, last: float) -> Message:
+        """A piece of a body that began then, and of which enough came last then; raises ApiError if it is late."""
+        due = min(begun + self._body_seconds, last + _LEAST_SECONDS)
         try:
-            return await asyncio.wait_for(receive(), max(0.0, left))
+            return await asyncio.wait_for(receive(), max(0.0, due - time.monotonic()))
         except asyncio.TimeoutError:
-            raise ApiError("slow", f"the body took longer than {self._body_seconds:.0f} s to arrive") from None
+            raise ApiError("slow", "the body arrives too slowly") from None
 
     def _too_large(self) -> ApiError:
         return ApiError("too_large", f"the body has more than the {self._max_body_bytes:,} bytes that are taken")
@@ -187,9 +194,10 @@ class _Body:
     """A request's body, counted as it comes; what is too long or too slow raises ApiError where it is read."""
 
     def __init__(self, guard: Guard, receive: Receive, headers: _Headers):
-        self.taken = 0
+        self._taken = self._counted = 0
         self._guard, self._receive = guard, receive
-        self._begun = time.monotonic()
+        self._begun = self._last = time.monotonic()
+        self._enough = _LEAST_BYTES  # that must have come, for others to be waited for
         has_one = headers.get("transfer-encoding") or headers.get("content-length") not in ("", "0")
         self.arrived = not has_one
         self._waits = bool(headers.get("expect"))  # nothing is sent before it is asked for
@@ -197,18 +205,20 @@ class _Body:
     async def receive(self) -> Message:
         if self.arrived:
             return await self._receive()
-        message = await self._guard.timely(self._receive, self._begun)
+        message = await self._guard.timely(self._receive, self._begun, self._last)
         self._waits = False
         nbytes = len(message.get("body", b""))
-        self._guard.take(nbytes, self.taken + nbytes)
-        self.taken += nbytes
+        self._taken += nbytes
+        self._counted += self._guard.take(nbytes, self._taken)
+        if self._taken >= self._enough:
+            self._enough, self._last = self._taken + _LEAST_BYTES, time.monotonic()
         self.arrived = not message.get("more_body", False)
         return message
 
     def leave(self) -> None:
         """Counts it no longer."""
-        self._guard.give_back(self.taken)
-        self.taken = 0
+        self._guard.give_back(self._counted)
+        self._counted = 0
 
     async def drain(self) -> None:
         """Reads on for a moment: a connection closed upon unread data tells its sender nothing."""

@@ -12,6 +12,7 @@ from served import serving
 from uvicorn.server import ServerState
 
 from qwen_image_mlx.server import connections, guard
+from qwen_image_mlx.server.answers import ApiError
 from qwen_image_mlx.server.connections import Connection
 from qwen_image_mlx.server.guard import Guard
 
@@ -76,6 +77,87 @@ def test_requests_and_streams_are_bounded_and_health_and_cancelling_are_not(path
         assert (await asked(app, request("GET", path)))[0] == 200
 
     asyncio.run(check())
+
+
+class Reader:
+    """Reads a body whole, and answers when it is let go."""
+
+    def __init__(self):
+        self.let_go = asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        try:
+            while (await receive()).get("more_body"):
+                pass
+        except ApiError as error:
+            await send({"type": "http.response.start", "status": error.status("/"), "headers": []})
+        else:
+            await self.let_go.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def posted(app, *pieces: bytes, ends: bool = True) -> int:
+    """The status that a body in pieces gets; one that does not end goes on with nothing."""
+    left, sent = list(pieces), []
+
+    async def receive():
+        if not left:
+            await asyncio.Event().wait()
+        piece = left.pop(0)
+        return {"type": "http.request", "body": piece, "more_body": bool(left) or not ends}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(request("POST", "/x", (b"transfer-encoding", b"chunked")), receive, send)
+    return sent[0]["status"]
+
+
+def test_unfinished_large_bodies_keep_no_small_one_out_and_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(guard, "_DRAINED_SECONDS", 0.01)
+    monkeypatch.setattr(guard, "_LEAST_SECONDS", 0.4)
+    monkeypatch.setattr(guard, "_SMALL", 1000)
+
+    async def check():
+        inner = Reader()
+        app = guarded(inner)
+        large = [asyncio.create_task(posted(app, bytes(1 << 20), ends=False)) for _ in range(4)]
+        await asyncio.sleep(0.1)
+        inner.let_go.set()
+        assert await posted(app, bytes(500), bytes(500)) == 200
+        assert await posted(app, bytes(100_000)) == 503
+        assert await asyncio.wait_for(asyncio.gather(*large), 5) == [408] * 4
+        assert await posted(app, bytes(1 << 20)) == 200
+
+    asyncio.run(check())
+
+
+def test_a_body_that_comes_steadily_is_waited_for(monkeypatch):
+    monkeypatch.setattr(guard, "_LEAST_SECONDS", 0.4)
+    monkeypatch.setattr(guard, "_LEAST_BYTES", 100)
+    monkeypatch.setattr(guard, "_DRAINED_SECONDS", 0.01)
+
+    async def status_of(size: int) -> int:
+        left = 8
+
+        async def receive():
+            nonlocal left
+            await asyncio.sleep(0.1)
+            left -= 1
+            return {"type": "http.request", "body": bytes(size), "more_body": left > 0}
+
+        sent, inner = [], Reader()
+        inner.let_go.set()
+
+        async def send(message):
+            sent.append(message)
+
+        await guarded(inner)(request("POST", "/x", (b"transfer-encoding", b"chunked")), receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(status_of(50)) == 200
+    assert asyncio.run(status_of(5)) == 408
 
 
 def test_silent_connections_leave_room_to_others():
