@@ -85,13 +85,14 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _fault(text: str) -> int:
-    """The line of the first statement that is no TOML by itself."""
-    for line, statement in _statements(text):
+    """The line of the first statement that is no TOML by itself, or of the last one, which contradicts another."""
+    begun = 1
+    for begun, statement in _statements(text):  # noqa: B007
         try:
             tomllib.loads(statement)
         except (ValueError, RecursionError):
-            return line
-    return 1
+            break
+    return begun
 
 
 def _paths(said: dict[str, Any], outer: Names = ()) -> Iterator[Names]:
