@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     for origin in arguments.allow_origin:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
             raise RequestError(f"--allow-origin is {origin!r}, but must be like https://example.org, without a path")
-    token = read_token(arguments.token_file) if arguments.token_file else None
+    token = None if arguments.token_file is None else read_token(arguments.token_file)
     if token is None and not is_loopback(arguments.host):
         raise RequestError(f"--host is {arguments.host}, which others can reach: give a --token-file as well")
     settings = load_settings(find_config(arguments.config), arguments.profile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 import stat
 from collections.abc import Callable
@@ -12,25 +13,41 @@ from pathlib import Path
 from ..errors import RequestError
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
-_LEAST_TOKEN = 8
+_LEAST_TOKEN, _LONGEST_FILE = 8, 1024
+_TOKEN = re.compile(rb"[!-~]+")
 _BACKLOG = 128
 
 
 def read_token(path: str) -> str:
     """A token from a file that its owner alone can read; raises RequestError."""
-    file = Path(path).expanduser()
+    if not path:
+        raise RequestError("the token file has no name: give one, or ask for no token")
+    mode, data = _head(path)
+    words = data.split()
+    if len(data) > _LONGEST_FILE or len(words) != 1 or len(words[0]) < _LEAST_TOKEN:
+        raise RequestError(f"the token in {path} must be one word of {_LEAST_TOKEN} to {_LONGEST_FILE:,} characters")
+    if not _TOKEN.fullmatch(words[0]):
+        raise RequestError(f"the token in {path} must be of ASCII's letters, digits and punctuation alone")
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise RequestError(f"others can read the token file {path}; protect it with chmod 600")
+    return words[0].decode("ascii")
+
+
+def _head(path: str) -> tuple[int, bytes]:
+    """A plain file's mode and as much of it as can be a token, and a byte more; waits for nothing."""
     try:
-        mode, text = file.stat().st_mode, file.read_text("ascii")
+        file = Path(path).expanduser()
+        mode = file.stat().st_mode
+        if stat.S_ISREG(mode):
+            with file.open("rb") as opened:
+                return mode, opened.read(_LONGEST_FILE + 1)
     except OSError as error:
         raise RequestError(f"the token file {path} cannot be read: {(error.strerror or str(error)).lower()}") from error
     except ValueError:
-        raise RequestError(f"the token file {path} holds no plain text") from None
-    token = text.strip()
-    if len(token) < _LEAST_TOKEN or len(token.split()) != 1:
-        raise RequestError(f"the token in {path} must be one word of at least {_LEAST_TOKEN} characters")
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise RequestError(f"others can read the token file {path}; protect it with chmod 600")
-    return token
+        raise RequestError("the token file has a name that no file can have") from None
+    except RuntimeError:  # of expanduser
+        raise RequestError(f"the token file {path} is in the folder of a user who is not known") from None
+    raise RequestError(f"the token file {path} is no plain file")
 
 
 def is_loopback(host: str) -> bool:
