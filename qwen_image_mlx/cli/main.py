@@ -1,7 +1,7 @@
 """Entry point: finds the command, and turns what goes wrong into one line and an exit code.
 
-0 done; 1 a fault of this program, with its traceback; 2 the user's input; 130 Ctrl-C; 143 SIGTERM. stdout is for
-results, stderr for people. Nothing heavy is imported before a command runs.
+0 done; 1 a fault of this program, with its traceback; 2 the user's input; 130 Ctrl-C; 141 nobody reads stdout
+any more; 143 SIGTERM. stdout is for results, stderr for people. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from .. import __version__
 from ..errors import QwenImageError, RequestError
-from . import caption, compose, config, decompose, edit, generate, info, lora, plan, quantize, serve, train
 from .cures import sentence
 from .ending import Terminated, terminable
+from .results import Unread, results
 
-COMMANDS = (generate, edit, decompose, compose, caption, train, quantize, lora, plan, info, config, serve)
+# Modules beside this one; they are imported where Ctrl-C is understood.
+COMMANDS = (
+    "generate", "edit", "decompose", "compose", "caption", "train", "quantize", "lora", "plan", "info", "config",
+    "serve",
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qwen-image-mlx {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in COMMANDS:
+    for name in COMMANDS:
+        module = import_module(f".{name}", __package__)
         module.add_parser(commands).set_defaults(run=module.run)
     return parser
 
@@ -44,12 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     try:
-        with terminable():
+        with terminable(), results():
             arguments = build_parser().parse_args(argv)
             arguments.run(arguments)
     except QwenImageError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
+    except Unread:
+        return 141
     except Terminated:
         print("terminated", file=sys.stderr)
         return 143
