@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import RequestError, some
 from ..images.files import named_path, reason
+from .settings import is_text
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def _from_folder(folder: Path) -> list[Example]:
 
 def _from_manifest(manifest: Path, task: str) -> list[Example]:
     examples = []
-    for number, line in enumerate(_read(manifest).splitlines(), start=1):
+    for number, line in enumerate(_read(manifest).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"line {number} of {manifest}"
@@ -130,7 +131,7 @@ def _example(row: dict[str, Any], where: str, folder: Path, task: str) -> Exampl
         return tuple(folder / name for name in names)
 
     caption = row.get(words, "")
-    if not isinstance(caption, str):
+    if not isinstance(caption, str) or not is_text(caption):
         raise RequestError(f"{where} has no {words}, or no text in it: correct it")
     found = {_FIELDS[others]: files(others, several=True)} if others else {}
     return Example(caption.strip(), files(image, several=False)[0], **found)

@@ -17,6 +17,8 @@ SCHEDULES = ("constant", "cosine", "linear")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
+_MAX_STEPS = 10_000_000
+_MAX_SAMPLES = 10_000  # of a batch, and batches of a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +82,15 @@ class TrainingSettings:
     sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("rank", 1), ("batch_size", 1), ("accumulate", 1), ("save_every", 1),
-                          ("warmup", 0), ("sample_every", 0)):  # fmt: skip
+        for name, low, high in (
+            ("steps", 1, _MAX_STEPS), ("rank", 1, None), ("batch_size", 1, _MAX_SAMPLES),
+            ("accumulate", 1, _MAX_SAMPLES), ("save_every", 1, None), ("warmup", 0, None), ("sample_every", 0, None),
+        ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise RequestError(f"{_word(name)} is {value!r}, but must be a whole number of at least {low}")
+            if high is not None and value > high:
+                raise RequestError(f"{_word(name)} is {value}, but at most {high:,} work")
         for name in ("alpha", "learning_rate", "clip", "logit_std", "shift"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise RequestError(f"{_word(name)} is {value}, but must be a positive number")
@@ -102,6 +108,9 @@ class TrainingSettings:
         if not isinstance(self.resolution, int) or not 64 <= self.resolution <= 2048 or self.resolution % 16:
             raise RequestError(f"resolution is {self.resolution!r}, but must be a multiple of 16 from 64 to 2048")
         check_seed(self.seed)
+        for prompt in self.sample_prompts:
+            if not is_text(prompt):
+                raise RequestError(f"the sample prompt {prompt!r:.80} is no valid text")
 
     @property
     def rate(self) -> float:
@@ -126,3 +135,12 @@ class TrainingSettings:
 
 def _word(name: str) -> str:
     return name.replace("_", " ")
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8, which tokenizers read: no half of a character stands alone."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

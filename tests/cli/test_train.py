@@ -121,6 +121,10 @@ def test_a_damaged_log_is_passed_over_where_it_is_damaged(run):
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--steps", "0"], "steps is 0, but must be a whole number of at least 1"),
     (["--rank", "-1"], "rank is -1"),
+    (["--steps", "9" * 20], "steps is 9+, but at most 10,000,000 work"),
+    (["--accumulate", "9" * 20], "accumulate is 9+, but at most 10,000 work"),
+    (["--batch-size", "10001"], "batch size is 10001, but at most 10,000 work"),
+    (["--sample-every", "1", "--sample-prompt", "\udc80"], r"the sample prompt '\\udc80' is no valid text"),
     (["--rank", "5000"], "rank is 5000, but must be from 1 to 96, the size of transformer_blocks"),
     (["--learning-rate", "nan"], "learning rate is nan"),
     (["--resolution", "100"], "resolution is 100, but must be a multiple of 16"),

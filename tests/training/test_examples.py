@@ -79,6 +79,7 @@ def broken(tmp_path):
         ("no json", "{", "line 1 .* is not JSON"), ("list", "[]", "line 1 .* is not a JSON object"),
         ("no image", {"caption": "x"}, "line 1 .* has no image"),
         ("no text", {"image": "a.png", "caption": 5}, "line 1 .* has no caption"),
+        ("half a character", r'{"image": "a.png", "caption": "\ud800"}', "line 1 .* has no caption, or no text in it"),
         ("gone", {"image": "b.png", "caption": "x"}, r"1 pictures are missing: .*b\.png"),
         ("too long", {"image": "a" * 5000, "caption": "x"}, r"1 pictures are missing: .{300}$"),
         ("no caption", {"image": "a.png"}, "1 of 1 captions are missing or empty"),
@@ -100,6 +101,13 @@ def test_every_fault_is_one_sentence(tmp_path):
         with pytest.raises(RequestError, match=said) as raised:
             read_examples(data, task)
         assert "\n" not in str(raised.value)
+
+
+def test_a_line_of_a_manifest_ends_with_a_line_feed_alone(tmp_path):
+    picture(tmp_path / "a.png")
+    for space in "\u2028\x85":
+        (tmp_path / "metadata.jsonl").write_bytes(f'{{"image": "a.png", "caption": "a{space}fox"}}\r\n'.encode())
+        assert read_examples(tmp_path, "t2i") == [Example(f"a{space}fox", tmp_path / "a.png")]
 
 
 def test_long_lists_are_cut_short(tmp_path):
