@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..pipeline.parameters import DTYPES, MAX_LAYERS, check_size
+from ..pipeline.parameters import DTYPES, MAX_LAYERS, MAX_STEPS, check_size
 from ..pipeline.request import parsed_size
 from ..variants import DEFAULT_MODEL
 from .config import add_config_flags, configured
@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, value)
     if not 1 <= arguments.layers <= MAX_LAYERS:
         raise RequestError(f"--layers is {arguments.layers}, but must be from 1 to {MAX_LAYERS}")
+    if arguments.steps is not None and not 1 <= arguments.steps <= MAX_STEPS:
+        raise RequestError(f"--steps is {arguments.steps}, but must be from 1 to {MAX_STEPS}")
     if arguments.group_size is not None and arguments.quantize is None:
         raise RequestError("--group-size needs --quantize")
     budget = parse_memory(arguments.memory).budget
@@ -106,7 +108,7 @@ def _work(arguments: argparse.Namespace, components: Components) -> Work:
     if references < 0 or (references and not variant.takes_images) or (variant.takes_images and not references):
         raise RequestError(f"--references is {references}, which {components.snapshot.model} does not take")
     square = (1, 1)
-    if arguments.size:
+    if arguments.size is not None:
         size = parsed_size(arguments.size, "--size")
         if isinstance(size, str):
             raise RequestError(f"--size is {arguments.size}, but must be WIDTHxHEIGHT here")
@@ -119,7 +121,7 @@ def _work(arguments: argparse.Namespace, components: Components) -> Work:
     return Work(
         width=size[0], height=size[1], frames=arguments.layers + 1 if variant.layered else 1,
         shown=(shown,) * references, encoded=shown[0] * shown[1] if references else 0,
-        guided=variant.cfg_scale > 1, steps=arguments.steps or variant.steps,
+        guided=variant.cfg_scale > 1, steps=variant.steps if arguments.steps is None else arguments.steps,
     )  # fmt: skip
 
 

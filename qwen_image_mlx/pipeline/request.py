@@ -100,7 +100,7 @@ def parsed_size(text: str, name: str = "size") -> tuple[int, int] | str:
     """(width, height) of WIDTHxHEIGHT, or one of the names of sizes; raises RequestError, which calls it `name`."""
     if text.lower() in (*NAMED_SIZES, *ASPECT_SIZES):
         return text.lower()
-    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text.lower(), re.ASCII)
     if not match:
         raise RequestError(f"{name} is {text!r:.80}, but must be 1mp, source or WIDTHxHEIGHT")
     size = int(match[1]), int(match[2])

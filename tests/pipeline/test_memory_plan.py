@@ -219,6 +219,10 @@ def test_a_folder_of_configs_is_planned_like_the_checkpoint(model, tmp_path, run
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (["--memory", "lots"], "memory is 'lots'"),
+    (["--steps", "0"], "--steps is 0, but must be from 1 to 1000"),
+    (["--steps", "9" * 20], "but must be from 1 to 1000"),
+    (["--size", ""], "--size is ''"),
+    (["--size", f"{'9' * 5000}x64"], "--size is '999"),
     (["--size", "63x64"], "multiple of 16"),
     (["--size", "1mp"], "WIDTHxHEIGHT"),
     (["--references", "2"], "does not take"),
