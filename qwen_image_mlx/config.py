@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -24,22 +24,31 @@ T = TypeVar("T")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63  # nor is it NaN
 
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _is_list(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) <= _LONGEST and all(map(accepts, value))
+
+
+# Far above any model's, far below what would never be finished.
+_HIGHEST = {"num_layers": 1000, "num_hidden_layers": 1000, "depth": 1000, "num_res_blocks": 100,
+            "num_train_timesteps": 1_000_000}  # fmt: skip
+_LONGEST = 1000  # entries of a list
 
 # What each annotation used below accepts from JSON, and how it is stored.
 _READERS = {
-    "int": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, int, "a positive integer"),
+    "int": (lambda v: _is_integer(v) and v > 0, int, "a positive integer"),
     "float": (_is_number, float, "a number"),
     "bool": (lambda v: isinstance(v, bool), bool, "true or false"),
     "str": (lambda v: isinstance(v, str), str, "a string"),
-    "tuple[int, ...]": (lambda v: isinstance(v, list) and all(type(i) is int for i in v), tuple, "a list of integers"),
-    "tuple[bool, ...]": (
-        lambda v: isinstance(v, list) and all(type(i) is bool for i in v),
-        tuple,
-        "a list of booleans",
-    ),
-    "tuple[float, ...]": (lambda v: isinstance(v, list) and all(map(_is_number, v)), tuple, "a list of numbers"),
+    "tuple[int, ...]": (lambda v: _is_list(v, _is_integer), tuple, "a list of integers"),
+    "tuple[bool, ...]": (lambda v: _is_list(v, lambda i: type(i) is bool), tuple, "a list of booleans"),
+    "tuple[float, ...]": (lambda v: _is_list(v, _is_number), tuple, "a list of numbers"),
 }
 
 
@@ -51,7 +60,9 @@ def _read(cls: type[T], data: Mapping[str, Any], where: str, ignored: frozenset[
         if key in known:
             accepts, convert, expected = _READERS[known[key].type]
             if not accepts(value):
-                raise CheckpointError(f"{where}: {key} is {value!r}, but must be {expected}")
+                raise CheckpointError(f"{where}: {key} is {value!r:.80}, but must be {expected}")
+            if key in _HIGHEST and value > _HIGHEST[key]:
+                raise CheckpointError(f"{where}: {key} is {value}, but at most {_HIGHEST[key]:,} work")
             values[key] = convert(value)
         elif ignored is not None and key not in ignored and not key.startswith("_"):
             logger.warning("%s: the key %r (%r) is not known to this version and has no effect", where, key, value)

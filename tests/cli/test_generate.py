@@ -283,6 +283,18 @@ DAMAGES = {
         "FluxTransformer2DModel",
     ),
     "ill-typed config": (lambda m: edit_json(m / "transformer/config.json", num_layers="2"), "num_layers"),
+    "endless config": (lambda m: edit_json(m / "transformer/config.json", num_layers=10**9), "at most 1,000 work"),
+    "config without bounds": (
+        lambda m: edit_json(m / "transformer/config.json", num_attention_heads=10**400),
+        "num_attention_heads",
+    ),
+    "config of no numbers": (
+        lambda m: edit_json(m / "scheduler/scheduler_config.json", base_shift=1e999),
+        "base_shift",
+    ),
+        lambda m: edit_json(m / "scheduler/scheduler_config.json", base_shift=1e999),
+        "base_shift",
+    ),
     "impossible config": (
         lambda m: edit_json(m / "transformer/config.json", axes_dims_rope=[8, 12, 14]),
         "axes_dims_rope",
