@@ -190,7 +190,10 @@ def _lines(path: Path) -> Iterator[_Line]:
     if path.suffix.lower() not in readers:
         raise RequestError(f"--prompts-file is {path}, but its name must end in {' or '.join(readers)}")
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        size = path.stat().st_size
+        if not path.is_file():  # a pipe may never end, nor begin
+            raise RequestError(f"--prompts-file is {path}, which cannot be read: it is no regular file")
+        if size > _MAX_BYTES:
             raise RequestError(f"{path} has more than {_MAX_BYTES // 10**6} MB, which is too much for prompts")
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

@@ -278,6 +278,8 @@ def test_bad_lines_are_refused_before_anything_is_loaded(run, text, says, stages
 @pytest.mark.parametrize(("flags", "says"), [
     (["--prompts-file", "none.txt"], "No such file"),
     (["--prompts-file", "folder.txt"], "cannot be read"),
+    (["--prompts-file", "pipe.txt"], "it is no regular file"),
+    (["--prompts-file", "zero.txt"], "it is no regular file"),
     (["--prompts-file", "latin.txt"], "latin.txt is not text in UTF-8"),
     (["--prompts-file", "p.csv"], "must end in .txt or .jsonl"),
     (["--prompts-file", "\0.txt"], "leads nowhere"),
@@ -311,6 +313,8 @@ def test_bad_flags_are_refused_before_anything_is_loaded(run, flags, says, stage
     Path("p.txt").write_text("a fox\n")
     Path("latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     Path("folder.txt").mkdir()
+    os.mkfifo("pipe.txt")
+    os.symlink("/dev/zero", "zero.txt")
     before = sorted(os.listdir())
     assert says in error_line(run(*flags, model="./none"))
     assert (stages, sorted(os.listdir())) == ([], before)
