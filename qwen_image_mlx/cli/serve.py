@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
         "queue": arguments.queue,
         "job_seconds": _seconds("--job-limit", arguments.job_limit) or float("inf"),
     }
+    for task, offer in setup["offers"].items():
+        _check_local(task, offer["model"])
     with listen(arguments.host, arguments.port) as listener:
         from ..server.app import Setup
         from ..server.run import serve
@@ -111,6 +113,15 @@ def _offer(arguments: argparse.Namespace, task: str, said: dict[str, Any]) -> di
         "quantize": arguments.quantize or said.get("quantize"),
         "loras": said.get("loras", []),
     }
+
+
+def _check_local(task: str, model: str) -> None:
+    """Raises QwenImageError for a model on this machine that is none, or not made for the task."""
+    from ..pipeline.pipeline import QwenImagePipeline
+    from ..weights.snapshot import HubSnapshot
+
+    if HubSnapshot(model).is_local:
+        QwenImagePipeline.from_pretrained(model, offline=True).check_task(task)
 
 
 def _renamed(said: dict[str, Any]) -> dict[str, Any]:
