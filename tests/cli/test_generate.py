@@ -292,9 +292,6 @@ DAMAGES = {
         lambda m: edit_json(m / "scheduler/scheduler_config.json", base_shift=1e999),
         "base_shift",
     ),
-        lambda m: edit_json(m / "scheduler/scheduler_config.json", base_shift=1e999),
-        "base_shift",
-    ),
     "impossible config": (
         lambda m: edit_json(m / "transformer/config.json", axes_dims_rope=[8, 12, 14]),
         "axes_dims_rope",
