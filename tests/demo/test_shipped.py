@@ -40,21 +40,20 @@ def test_the_three_commands_work_offline(run):
     (path,) = run("edit", "make the circle green", "--image", "x.png", "--model", "demo-edit", "--seed", "1")
     edited = analyse(np.asarray(Image.open(path)))
     assert (edited.colour, edited.background) == ("green", "blue")
-    folder, said = run("decompose", "x.png", "--model", "demo-layered", "--layers", "2", "--seed", "1",
-                       "--prompt", "a red circle on a blue background")  # fmt: skip
+    folder, said = run("decompose", "x.png", "--model", "demo-layered", "--seed", "1")
     layers = json.loads(Path(folder, "manifest.json").read_text())["layers"]
-    assert len(layers) == 2
-    assert float(said.split()[1]) > 18
+    assert len(layers) == 4
+    assert float(said.split()[1]) > 25
 
 
 def test_paintings_are_right():
-    scenes = draw_scenes(JUDGED, SEED, most_things=1, held_out=True)
+    scenes = draw_scenes(JUDGED, SEED, most_things=1, held_out=True, as_told=True)
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
     pictures = [pipeline.generate(s.caption, negative_prompt=" ", seed=n)[0] for n, s in enumerate(scenes)]
     found = judge_paintings(np.stack([np.asarray(picture) for picture in pictures]), scenes)
     assert found["colour"] >= 0.98
     assert found["background"] >= 0.98
-    assert found["shape"] >= 0.65  # 0.92 is asked for; measured 0.72
+    assert found["shape"] >= 0.92
 
 
 def test_edits_are_right():
@@ -68,16 +67,18 @@ def test_edits_are_right():
     assert found["psnr"] >= 25
 
 
-def test_layers_are_right():
-    scenes = draw_scenes(JUDGED, SEED, held_out=True)
+@pytest.mark.parametrize(("told", "overlap"), [(True, 0.85), (False, 0.8)], ids=["with the prompt", "without a prompt"])
+def test_layers_are_right(told, overlap):
+    scenes = draw_scenes(JUDGED, SEED, held_out=True, as_told=True)
     pipeline = QwenImagePipeline.from_pretrained("demo-layered", dtype="float32")
     stacks = []
     for n, scene in enumerate(scenes):
-        layers = pipeline.decompose(scene.render(), scene.caption, num_layers=3, negative_prompt=None, seed=n).layers
+        prompt = scene.caption if told else ""
+        layers = pipeline.decompose(scene.render(), prompt, negative_prompt=None, seed=n).layers
         stacks.append(np.stack([np.asarray(layer) for layer in layers]))
     found = judge_layers(np.stack(stacks), scenes)
-    assert found["psnr"] >= 24  # 25 is asked for
-    assert found["iou"] >= 0.7  # 0.85 is asked for
+    assert found["psnr"] >= 25
+    assert found["iou"] >= overlap  # 0.85 is asked for
 
 
 def test_the_judge_tells_right_from_wrong():
