@@ -31,6 +31,7 @@ _HEADERS = {
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
+    "accept-ranges": "none",
 }
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
 _DRAINED_BYTES, _DRAINED_SECONDS = 8 << 20, 2.0  # of a refused body, so that its sender can read why
@@ -102,7 +103,8 @@ class Guard:
         self._requests += counts
         self._streams += streams
         try:
-            await self._app({**scope, _BODY: body}, body.receive, answer)
+            whole = [(name, value) for name, value in scope["headers"] if name.lower() != b"range"]  # no parts
+            await self._app({**scope, "headers": whole, _BODY: body}, body.receive, answer)
         finally:
             self._requests -= counts
             self._streams -= streams

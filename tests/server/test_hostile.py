@@ -356,6 +356,14 @@ def test_an_allowed_origin_and_the_server_s_own_may_ask(api, server):
     assert api.get("/health", headers={"origin": server.url}).status_code == 200
 
 
+@pytest.mark.parametrize("asked", ["bytes=0-3", "bytes=9999999-", "bytes=x", "pages=1-2"])
+@pytest.mark.parametrize("path", ["/", "/static/app.js"])
+def test_the_page_s_files_are_given_whole(api, path, asked):
+    whole, answer = api.get(path), api.get(path, headers={"range": asked})
+    assert (answer.status_code, answer.content) == (200, whole.content)
+    assert answer.headers["accept-ranges"] == "none"
+
+
 def test_without_a_token_only_the_page_and_health_answer(server):
     with server.client() as stranger:
         for path in ("/health", "/", "/static/app.js"):
