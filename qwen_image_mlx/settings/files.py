@@ -84,6 +84,8 @@ def find_config(explicit: str | os.PathLike | None = None) -> Path | None:
     """
     named = explicit if explicit is not None else os.environ.get(VARIABLE) or None
     if named is not None:
+        if not os.fspath(named):
+            raise RequestError("the config's name is empty: name a file")
         path = Path(os.path.expanduser(named))
         readable = os.path.exists(path) and not path.is_dir() and os.access(path, os.R_OK) and not _never_ends(path)
         if not readable:  # it is not opened: what a pipe says can be read once

@@ -361,6 +361,11 @@ def test_a_pipe_that_may_have_no_writer_is_refused(here):
         find_config("pipe")
 
 
+def test_an_empty_name_is_called_so(here):
+    with pytest.raises(RequestError, match="the config's name is empty"):
+        find_config("")
+
+
 def test_a_file_without_an_end_is_refused(here):
     assert set(load_settings(find_config("/dev/null")).values.values()) == {None}
     with pytest.raises(RequestError, match="the config /dev/zero has more than 1 MB"):
@@ -430,7 +435,7 @@ def test_a_folder_of_that_name_is_passed_over(here):
 
 
 @pytest.mark.parametrize(("by", "place"), [
-    ("flag", "none.toml"), ("flag", "folder"), ("flag", ""), ("flag", "nul\0"), ("variable", "none.toml"),
+    ("flag", "none.toml"), ("flag", "folder"), ("flag", "nul\0"), ("variable", "none.toml"),
     ("variable", "folder"),
 ])  # fmt: skip
 def test_a_named_config_must_be_there(here, monkeypatch, by, place):
