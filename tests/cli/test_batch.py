@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from commands import error_line
 from PIL import Image
 
 from qwen_image_mlx import RequestError
@@ -17,12 +18,6 @@ from qwen_image_mlx.images.files import read_metadata
 from qwen_image_mlx.pipeline.progress import Reporter
 
 SMALL = ["--width", "64", "--height", "48", "--steps", "2", "--dtype", "float32"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -50,15 +45,6 @@ def stages(monkeypatch):
 
     monkeypatch.setattr(Reporter, "__call__", told)
     return found
-
-
-def error_line(result) -> str:
-    """The one line of a refusal; asserts that it is one, and that nothing went to stdout."""
-    code, out, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (code, out, len(lines)) == (2, [], 1), (code, out, err)
-    assert "Traceback" not in err
-    return lines[0]
 
 
 def said(path) -> tuple:

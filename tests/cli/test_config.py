@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from commands import error_line
 
 from qwen_image_mlx.cli.config import configured
 from qwen_image_mlx.cli.main import build_parser, main
@@ -60,11 +61,7 @@ def config(text: str, path: Path | str = "config.toml") -> Path:
 
 
 def refusal(result) -> str:
-    code, out, err = result
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (code, out) == (2, [])
-    assert "Traceback" not in err
-    return line.removeprefix("error: ")
+    return error_line(result).removeprefix("error: ")
 
 
 def painted(result) -> dict:

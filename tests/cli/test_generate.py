@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import error_line
 from PIL import Image
 
 from qwen_image_mlx import __version__
@@ -22,12 +23,6 @@ from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.variants import ASPECT_SIZES, NEGATIVE_2512
 
 SMALL = ["--width", "64", "--height", "48", "--steps", "2", "--dtype", "float32"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -43,15 +38,6 @@ def run(here, tiny, capsys):
         return code, out.splitlines(), err
 
     return call
-
-
-def error_line(result) -> str:
-    """The one line of a refusal; asserts that it is one, and that nothing went to stdout."""
-    code, out, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (code, out, len(lines)) == (2, [], 1), (code, out, err)
-    assert "Traceback" not in err
-    return lines[0]
 
 
 # --- what it paints ------------------------------------------------------------------------------------------------

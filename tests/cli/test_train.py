@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import error_line
 from PIL import Image
 from reference_edit import write_edit
 
@@ -48,15 +49,6 @@ def run(tmp_path, monkeypatch, tiny, capsys, data):
         return code, out.splitlines(), err
 
     return call
-
-
-def error_line(result) -> str:
-    """The one line of a refusal; asserts that it is one, and that nothing went to stdout."""
-    code, out, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert (code, out, len(lines)) == (2, [], 1), (code, out, err)
-    assert "Traceback" not in err
-    return lines[0]
 
 
 def steps_of(folder="run"):

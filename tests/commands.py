@@ -1,0 +1,16 @@
+"""What tests of the command line share."""
+
+from __future__ import annotations
+
+
+def error_line(result: tuple[int, list[str], str]) -> str:
+    """The one line of a refusal; asserts that it is one, and that nothing went to stdout.
+
+    Args:
+        result: exit code, lines of stdout, stderr.
+    """
+    code, out, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, out, len(lines)) == (2, [], 1), (code, out, err)
+    assert "Traceback" not in err
+    return lines[0]
