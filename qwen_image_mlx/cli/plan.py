@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Prints the tables."""
     from ..pipeline.pipeline import QwenImagePipeline
-    from ..runtime.memory import RESIDENCIES, Memory, fitting_plan, parse_memory, table_of
+    from ..runtime.memory import alternatives, parse_memory, table_of
     from ..weights.quantize import NONE, Quantization
     from .console import messages
 
@@ -79,8 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.model, revision=arguments.revision, dtype=arguments.dtype, quantize=quantization
         ).components
         work = _work(arguments, components)
-        alone = (Memory(budget, (residency,)) for residency in RESIDENCIES)
-        return components, work, [fitting_plan(components, work, memory) for memory in alone]
+        return components, work, alternatives(components, work, budget)
 
     with messages():
         components, work, plans = plans_for(arguments.quantize)
@@ -92,9 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "
           f"{budget / 1e9:.1f} GB may be used")  # fmt: skip
     print(table_of(plans, budget))
-    for bits, alternatives in others:
+    for bits, plans in others:
         print(f"\nwith --quantize {bits}")
-        print(table_of(alternatives, budget))
+        print(table_of(plans, budget))
 
 
 def _work(arguments: argparse.Namespace, components: Components) -> Work:

@@ -19,14 +19,12 @@ from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.lora_inspect import LIGHTNING
 from ..weights.quantize import NONE, Quantization
 from .memory import (
-    RESIDENCIES,
-    STRIPS,
     Memory,
     MemoryPlan,
     Work,
+    alternatives,
     fitting_plan,
     limits,
-    make_plan,
     parse_memory,
     table_of,
     work_of,
@@ -93,8 +91,8 @@ def settled(
     plans = {} if plans is None else plans
     plan = plans[work] = plans.get(work) or fitting_plan(components, work, asked)
     if plan.peak > asked.budget:
-        frugal = [make_plan(components, work, residency, STRIPS[-1]) for residency in RESIDENCIES]
-        logger.warning("too large for the memory, in GB:\n%s", table_of(frugal, asked.budget))
+        others = alternatives(components, work, asked.budget)
+        logger.warning("too large for the memory:\n%s", table_of(others, asked.budget))
         if not force:
             raise RequestError(
                 f"this takes {plan.peak / 1e9:.2f} GB, but only {asked.budget / 1e9:.2f} may be used",

@@ -407,6 +407,11 @@ def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPl
     return least
 
 
+def alternatives(components: Components, work: Work, budget: int) -> list[MemoryPlan]:
+    """The plan of each residency, in the strips that a budget in bytes asks for."""
+    return [fitting_plan(components, work, Memory(budget, (residency,))) for residency in RESIDENCIES]
+
+
 def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     """What a request asks of a pipeline."""
     parameters, variant = request.parameters, pipeline.variant
