@@ -30,6 +30,10 @@ class CheckpointError(QwenImageError):
     """A checkpoint's files are missing, damaged, or not what this package runs."""
 
 
+class GPUError(QwenImageError):
+    """The GPU could not do the work: too little memory, too long, or macOS refuses the process."""
+
+
 class HubError(QwenImageError):
     """The Hugging Face Hub could not give what was asked."""
 

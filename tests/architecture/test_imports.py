@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "qwen_image_mlx"
 # Each room may import from itself and from rooms of lower levels.
 LEVELS = {
     "errors": 0,
+    "gpu": 0.5,
     "config": 1, "settings": 1, "variants": 1,
     "models": 2, "sampling": 2, "images": 2, "text": 2,
     "weights": 3,
@@ -20,7 +21,7 @@ LEVELS = {
     "cli": 7,
 }  # fmt: skip
 ENTRANCES = ("__init__", "__main__")
-EVALUATES = {"sampling", "weights", "pipeline", "runtime", "training"}
+EVALUATES = {"gpu", "sampling", "weights", "pipeline", "runtime", "training"}
 REFERENCE_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "safetensors"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
