@@ -6,8 +6,21 @@ global random state, which MLX's initialisers would advance.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable, Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
+
+# `turns`' result.
+Turns = tuple[mx.array, mx.array]
+# Called after each layer with the arrays it made, so that whoever runs a model can evaluate them meanwhile.
+OnLayer = Callable[[Sequence[mx.array]], None]
+
+# The most work one attention kernel is given, in FLOP: macOS ends a process whose kernel holds the GPU for seconds, and
+# this takes a quarter of a second on an M1 of 8 cores (modelled).
+ATTENTION_FLOP = 5e11
+_ROWS = 64  # queries that Metal's attention kernels treat together, in multiples
 
 
 class Linear(nn.Linear):
@@ -18,6 +31,10 @@ class Linear(nn.Linear):
         self.weight = mx.zeros((output_dims, input_dims))
         if bias:
             self.bias = mx.zeros((output_dims,))
+
+    def terms(self, x: mx.array) -> tuple[mx.array, ...]:
+        """What the next kernel has to add up to the layer's output: here the output itself."""
+        return (self(x),)
 
 
 class Embedding(nn.Embedding):
@@ -65,6 +82,13 @@ class QuantizedLinear(nn.QuantizedLinear):
             self.bias = bias
         self.group_size, self.bits, self.mode = group_size, bits, mode
 
+    def terms(self, x: mx.array) -> tuple[mx.array, ...]:
+        """The product, and the bias: to add it here would take a kernel of its own."""
+        product = mx.quantized_matmul(
+            x, self.weight, self.scales, self.get("biases"), True, self.group_size, self.bits, self.mode
+        )
+        return (product, self.bias) if "bias" in self else (product,)
+
 
 class SideBranch(nn.Module):
     """A linear layer with a low-rank branch beside it: y = layer(x) + (x A^T) B^T.
@@ -81,6 +105,11 @@ class SideBranch(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.layer(x) + (x @ self.a.T) @ self.b.T
+
+    def terms(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Those of the layer, the branch added to the first."""
+        first, *bias = self.layer.terms(x)
+        return (first + (x @ self.a.T) @ self.b.T, *bias)
 
 
 class QuantizedEmbedding(QuantizedLinear):
@@ -120,8 +149,61 @@ class GatedMLP(nn.Module):
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def turns(angles: mx.array, axis: int, dtype: mx.Dtype = mx.float32) -> Turns:
+    """What the two numbers of a channel pair turn into: (cos, sin) and (-sin, cos) of its angle.
+
+    Args:
+        angles: (…, head_dim / 2), fp32.
+        axis: where the new axis of two goes, as the pairs lie in a head: -1 for neighbours, -2 for halves.
+        dtype: what the tables are rounded to, and the products are computed in.
+    """
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    return tuple(mx.stack(pair, axis=axis).astype(dtype) for pair in ([cos, sin], [-sin, cos]))
+
+
+def rotate_half(x: mx.array, real: mx.array, imag: mx.array) -> mx.array:
+    """Turns channel pairs (j, j + head_dim / 2) of x (…, head_dim) by tables that broadcast to (…, 2, head_dim / 2)."""
+    pairs = x.reshape(*x.shape[:-1], 2, -1)
+    return turn(pairs[..., :1, :], pairs[..., 1:, :], real, imag).reshape(x.shape)
+
+
 @mx.compile
-def rotate_half(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Turns channel pairs (j, j + head_dim / 2) of x (…, head_dim) by angles that broadcast to half of it."""
-    a, b = mx.split(x, 2, axis=-1)
-    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+def turn(first: mx.array, second: mx.array, real: mx.array, imag: mx.array) -> mx.array:
+    """first * real + second * imag, in the tables' dtype, rounded to first's.
+
+    Either half of the pairs is a view that both halves of the result read, so that the whole is one kernel.
+    """
+    return (first.astype(real.dtype) * real + second.astype(imag.dtype) * imag).astype(first.dtype)
+
+
+def periods(theta: float, dim: int) -> mx.array:
+    """theta ** (2 j / dim) for the channel pairs j of a head: fp32 (dim / 2,); angles are positions divided by them.
+
+    Made on the host: Metal's power is good to 16 units in the last place only, which large positions multiply.
+    """
+    return mx.array([theta**exponent for exponent in array("f", (n / dim for n in range(0, dim, 2)))])
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Scaled dot-product attention without a mask, in as few kernels as `ATTENTION_FLOP` allows.
+
+    Each query has its own result, so the rows of queries may be split: the numbers stay the same.
+
+    Args:
+        q: (B, L, heads, head_dim).
+        k, v: (B, S, heads, head_dim).
+
+    Returns:
+        (B, L, heads * head_dim).
+    """
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    length, flop = q.shape[2], 4 * q.size * k.shape[2]
+    kernels = -(-flop // int(ATTENTION_FLOP))
+    rows = -(-length // (kernels * _ROWS)) * _ROWS
+    out = [
+        mx.fast.scaled_dot_product_attention(q[:, :, top : top + rows], k, v, scale=q.shape[-1] ** -0.5)
+        .transpose(0, 2, 1, 3)
+        .flatten(2)
+        for top in range(0, length, rows)
+    ]
+    return out[0] if len(out) == 1 else mx.concatenate(out, axis=1)

@@ -44,7 +44,7 @@ def time_embedding(timesteps: mx.array, dtype: mx.Dtype, apply: Apply, addition:
 def split_rows(out: mx.array, dim: int, scales: tuple[int, ...]) -> mx.array:
     """A modulation matrix's output (S, R * D) as rows (S, R, D), with 1 added to those that scale."""
     out = out.reshape(out.shape[0], -1, dim)
-    return mx.stack([out[:, i] + 1 if i in scales else out[:, i] for i in range(out.shape[1])], axis=1)
+    return out + mx.array([float(i in scales) for i in range(out.shape[1])], dtype=out.dtype)[:, None]
 
 
 class TimeModulation(nn.Module):
@@ -58,9 +58,9 @@ class TimeModulation(nn.Module):
         self._dim, self._zero_cond_t = config.dim, config.zero_cond_t
 
     def __call__(self, timesteps: mx.array, dtype: mx.Dtype) -> Modulation:
-        """Rows (6, B, 1, D) and (2, B, 1, D) of timesteps (B,) in [0, 1].
+        """Rows (B, 1, D) of timesteps (B,) in [0, 1].
 
-        With `zero_cond_t` references have the rows of timestep 0, (6, D), whatever the sample.
+        With `zero_cond_t` references have the rows of timestep 0, (D,), whatever the sample.
         """
         count = timesteps.shape[0]
         timesteps = mx.concatenate([timesteps, mx.zeros(1)]) if self._zero_cond_t else timesteps
@@ -69,14 +69,15 @@ class TimeModulation(nn.Module):
         def rows(layer: nn.Module, scales: tuple[int, ...]) -> mx.array:
             return split_rows(layer(embedding), self._dim, scales)
 
-        def of_samples(found: mx.array) -> mx.array:
-            return found[:count].transpose(1, 0, 2)[:, :, None]
+        def of_samples(found: mx.array) -> list[mx.array]:
+            return [found[:count, row, None] for row in range(found.shape[1])]
 
         blocks = []
         for block in self.transformer_blocks:
             text, image = (rows(mod[1], BLOCK_SCALES) for mod in (block.txt_mod, block.img_mod))
             target = of_samples(image)
-            blocks.append(BlockRows(of_samples(text), target, image[count] if self._zero_cond_t else target))
+            shown = [*image[count]] if self._zero_cond_t else target
+            blocks.append(BlockRows(of_samples(text), target, shown))
         return Modulation(blocks, of_samples(rows(self.norm_out.linear, OUT_SCALES)))
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from .layers import periods, turn, turns
+
 THETA = 10000.0
 MAX_POSITION = 4096  # the reference's tables end here, for text and for either half of an image side
 
@@ -28,10 +30,15 @@ class Segment(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """cos and sin of every token's angles, text first: fp32, (tokens, 1, head_dim / 2)."""
+    """What the two numbers of a channel pair turn into, for every token, text first.
 
-    cos: mx.array
-    sin: mx.array
+    Attributes:
+        real: (cos, sin) of the pair's angle: fp32, (tokens, 1, head_dim / 2, 2).
+        imag: (-sin, cos), the same shape.
+    """
+
+    real: mx.array
+    imag: mx.array
 
 
 def place_images(grids: Sequence[tuple[int, int]], layered: bool) -> list[Segment]:
@@ -72,19 +79,13 @@ def rotary_tables(segments: Sequence[Segment], text_length: int, axes_dims: Sequ
         positions.append(mx.stack(grid, axis=-1).reshape(-1, 3))
     position = mx.concatenate(positions)
     angles = mx.concatenate(
-        [
-            position[:, axis, None] / mx.power(THETA, mx.arange(0, dim, 2, dtype=mx.float32) / dim)
-            for axis, dim in enumerate(axes_dims)
-        ],
+        [position[:, axis, None] / periods(THETA, dim) for axis, dim in enumerate(axes_dims)],
         axis=-1,
-    )
-    return Rotary(mx.cos(angles)[:, None, :], mx.sin(angles)[:, None, :])
+    )[:, None]
+    return Rotary(*turns(angles, axis=-1))
 
 
-@mx.compile
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+def rotate(x: mx.array, real: mx.array, imag: mx.array) -> mx.array:
     """Turns channel pairs (2j, 2j + 1) of x (batch, tokens, heads, head_dim) by the tables' angles, in fp32."""
-    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-    real, imag = pairs[..., 0], pairs[..., 1]
-    turned = mx.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return turn(pairs[..., :1], pairs[..., 1:], real, imag).reshape(x.shape)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextEncoderConfig
-from .layers import Embedding, GatedMLP, Linear, rotate_half
+from .layers import Embedding, GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
 
 
 class KeyValueCache(Protocol):
@@ -50,9 +50,9 @@ class TextEncoder(nn.Module):
         """
         return self.model(embeddings, positions, caches)
 
-    def together(self, prompts: Sequence[tuple[mx.array, mx.array]]) -> list[mx.array]:
+    def together(self, prompts: Sequence[tuple[mx.array, mx.array]], on_layer: OnLayer | None = None) -> list[mx.array]:
         """Final states of several prompts, (embeddings, positions) each; every layer serves all before the next one."""
-        return self.model.together(prompts)
+        return self.model.together(prompts, on_layer)
 
 
 class LanguageHead(nn.Module):
@@ -84,14 +84,14 @@ class LanguageModel(nn.Module):
             hidden = layer(hidden, tables, cache)
         return self.norm(hidden)
 
-    def together(self, prompts: Sequence[tuple[mx.array, mx.array]]) -> list[mx.array]:
+    def together(self, prompts: Sequence[tuple[mx.array, mx.array]], on_layer: OnLayer | None) -> list[mx.array]:
         """(B, L, C) to (B, L, C) for each, causally."""
         tables = [mrope_tables(positions, *self._rope, hidden.dtype) for hidden, positions in prompts]
         states = [hidden for hidden, _ in prompts]
         for layer in self.layers:
             states = [layer(hidden, turns, None) for hidden, turns in zip(states, tables, strict=True)]
-            if len(states) > 1:  # all are computed while this layer's weights are there
-                states = mx.depends(states, states)
+            if on_layer is not None:
+                on_layer(states)
         return [self.norm(hidden) for hidden in states]
 
 
@@ -105,7 +105,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def __call__(self, hidden: mx.array, tables: tuple[mx.array, mx.array], cache: KeyValueCache | None) -> mx.array:
+    def __call__(self, hidden: mx.array, tables: Turns, cache: KeyValueCache | None) -> mx.array:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), tables, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
         self._head_dim = config.head_dim
 
-    def __call__(self, x: mx.array, tables: tuple[mx.array, mx.array], cache: KeyValueCache | None) -> mx.array:
+    def __call__(self, x: mx.array, tables: Turns, cache: KeyValueCache | None) -> mx.array:
         q, k, v = (
             y.reshape(*y.shape[:-1], -1, self._head_dim).transpose(0, 2, 1, 3)
             for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
@@ -133,14 +133,12 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(0, 2, 1, 3).flatten(2))
 
 
-def mrope_tables(
-    positions: mx.array, sections: Sequence[int], head_dim: int, theta: float, dtype: mx.Dtype
-) -> tuple[mx.array, mx.array]:
-    """cos and sin (L, head_dim / 2) of multi-axis positions (3, L): each run of frequencies follows its own axis.
+def mrope_tables(positions: mx.array, sections: Sequence[int], head_dim: int, theta: float, dtype: mx.Dtype) -> Turns:
+    """Tables (L, 2, head_dim / 2) of multi-axis positions (3, L): each run of frequencies follows its own axis.
 
     The tables are made in fp32 and rounded to `dtype`, as the reference does. Source: apply_multimodal_rotary_pos_emb.
     """
-    frequencies = 1 / mx.power(theta, mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
+    frequencies = 1 / periods(theta, head_dim)
     bounds = [sum(sections[: i + 1]) for i in range(len(sections) - 1)]
     angles = mx.concatenate(
         [
@@ -149,4 +147,4 @@ def mrope_tables(
         ],
         axis=-1,
     )
-    return mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
+    return turns(angles, axis=-2, dtype=dtype)

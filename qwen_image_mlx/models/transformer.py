@@ -10,32 +10,36 @@ Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import reduce
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TransformerConfig
-from .layers import Linear
+from .layers import Linear, OnLayer, attention
 from .rope import Rotary, rotate
 
 EPS = 1e-6
 TIME_CHANNELS = 256
 
 
+Rows = Sequence[mx.array]
+
+
 class BlockRows(NamedTuple):
     """One block's modulation in one step.
 
-    Each is (6, D): shift, 1 + scale and gate of the attention half, then of the MLP half; or (6, B, 1, D), where every
-    sample has a timestep of its own, as in training. Reference tokens have rows of their own where the model sees them
-    at timestep 0 (`zero_cond_t`), else they share the target's.
+    Each is six arrays (D,): shift, 1 + scale and gate of the attention half, then of the MLP half; or (B, 1, D), where
+    every sample has a timestep of its own, as in training. Reference tokens have rows of their own where the model sees
+    them at timestep 0 (`zero_cond_t`), else they share the target's.
     """
 
-    text: mx.array
-    target: mx.array
-    references: mx.array
+    text: Rows
+    target: Rows
+    references: Rows
 
 
 class Modulation(NamedTuple):
@@ -43,11 +47,11 @@ class Modulation(NamedTuple):
 
     Attributes:
         blocks: the rows of each block.
-        out: (2, D) or (2, B, 1, D): 1 + scale and shift of the final norm.
+        out: two arrays (D,) or (B, 1, D): 1 + scale and shift of the final norm.
     """
 
     blocks: list[BlockRows]
-    out: mx.array
+    out: Rows
 
 
 # A block, its images, its text, its rows and the rotary tables, to the streams after it.
@@ -103,6 +107,7 @@ class Transformer(nn.Module):
         rotary: Sequence[Rotary],
         references: mx.array | None = None,
         run_block: RunBlock | None = None,
+        on_layer: OnLayer | None = None,
     ) -> list[mx.array]:
         """The same for several texts, each with its tables; every block serves all of them before the next one."""
         images = [self.img_in(latents)]
@@ -114,10 +119,8 @@ class Transformer(nn.Module):
                 (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
                 for (images, txt), tables in zip(streams, rotary, strict=True)
             ]
-            if len(streams) > 1:  # all are computed while this block's weights are there
-                flat = mx.depends(*[[x for images, txt in streams for x in (*images, txt)]] * 2)
-                size = len(streams[0][0]) + 1
-                streams = [(flat[n : n + size - 1], flat[n + size - 1]) for n in range(0, len(flat), size)]
+            if on_layer is not None:
+                on_layer([x for images, txt in streams for x in (*images, txt)])
         return [self.proj_out(modulate(images[0], *modulation.out)) for images, _ in streams]
 
 
@@ -150,11 +153,11 @@ class TransformerBlock(nn.Module):
         ], txt
 
 
-def _add_mlp(mlp: FeedForward, x: mx.array, rows: mx.array, attended: mx.array) -> mx.array:
-    """Adds a stream's attention and then its MLP, each through its gate."""
+def _add_mlp(mlp: FeedForward, x: mx.array, rows: Rows, attended: Sequence[mx.array]) -> mx.array:
+    """Adds a stream's attention, given as terms, and then its MLP, each through its gate."""
     _, _, gate1, shift2, scale2, gate2 = rows
-    x = gated_add(x, gate1, attended)
-    return gated_add(x, gate2, mlp(modulate(x, scale2, shift2)))
+    x = gated_add(x, gate1, *attended)
+    return gated_add(x, gate2, *mlp.terms(modulate(x, scale2, shift2)))
 
 
 class JointAttention(nn.Module):
@@ -179,8 +182,8 @@ class JointAttention(nn.Module):
         self._last = last
         self._heads = (config.num_attention_heads, head_dim)
 
-    def __call__(self, txt: mx.array, images: list[mx.array], rotary: Rotary) -> list[mx.array]:
-        """What each stream gathered, text first; in the last block the target's alone."""
+    def __call__(self, txt: mx.array, images: list[mx.array], rotary: Rotary) -> list[tuple[mx.array, ...]]:
+        """What each stream gathered, as terms, text first; in the last block the target's alone."""
         lengths = [x.shape[1] for x in (txt, *images)]
         keys = [self.norm_added_k(self._split(self.add_k_proj(txt)))]
         keys += [self.norm_k(self._split(self.to_k(x))) for x in images]
@@ -194,16 +197,12 @@ class JointAttention(nn.Module):
             queries += [self.norm_q(self._split(self.to_q(x))) for x in images]
         q = rotate(mx.concatenate(queries, axis=1), *(table[asking] for table in rotary))
         k = rotate(mx.concatenate(keys, axis=1), *rotary)
-        v = mx.concatenate(values, axis=1)
-        out = mx.fast.scaled_dot_product_attention(
-            *(x.transpose(0, 2, 1, 3) for x in (q, k, v)), scale=self._heads[1] ** -0.5
-        )
-        out = out.transpose(0, 2, 1, 3).flatten(2)
+        out = attention(q, k, mx.concatenate(values, axis=1))
         if self._last:
-            return [self.to_out[0](out)]
+            return [self.to_out[0].terms(out)]
         bounds = [sum(lengths[: n + 1]) for n in range(len(lengths) - 1)]
         text_out, *image_outs = mx.split(out, bounds, axis=1)
-        return [self.to_add_out(text_out), *map(self.to_out[0], image_outs)]
+        return [self.to_add_out.terms(text_out), *map(self.to_out[0].terms, image_outs)]
 
     def _split(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:-1], *self._heads)
@@ -216,8 +215,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = [_GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.net[2](self.net[0](x))
+    def terms(self, x: mx.array) -> tuple[mx.array, ...]:
+        """What adds up to the output (…, D)."""
+        return self.net[2].terms(self.net[0](x))
 
 
 class _GELUProjection(nn.Module):
@@ -226,7 +226,7 @@ class _GELUProjection(nn.Module):
         self.proj = Linear(dim, inner)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return gelu_tanh(self.proj(x))
+        return gelu_tanh(*self.proj.terms(x))
 
 
 def modulate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
@@ -240,19 +240,20 @@ def modulate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
 
 
 @mx.compile
-def gated_add(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
-    """x + gate * y; in float16 held inside its range, as the reference does after each block."""
-    out = x + gate * y
+def gated_add(x: mx.array, gate: mx.array, *terms: mx.array) -> mx.array:
+    """x + gate * (the terms' sum); in float16 held inside its range, as the reference does after each block."""
+    out = x + gate * reduce(mx.add, terms)
     return mx.clip(out, -65504, 65504) if x.dtype == mx.float16 else out
 
 
-@partial(mx.compile, shapeless=True)
-def gelu_tanh(x: mx.array) -> mx.array:
-    """x / 2 * (1 + tanh(z)) with z = sqrt(2 / pi) * (x + 0.044715 x**3), in fp32, rounded once.
+@mx.compile
+def gelu_tanh(*terms: mx.array) -> mx.array:
+    """x / 2 * (1 + tanh(z)) with z = sqrt(2 / pi) * (x + 0.044715 x**3), in fp32, rounded once; x is the terms' sum.
 
     Written as x / (1 + exp(-2 z)), which is the same and takes less than half the time where tanh is slow. The exponent
     ends at 80, where the result is 0 to 34 digits: past 88 the exponential is infinite, and its gradient not a number.
     """
+    x = reduce(mx.add, terms)
     wide = x.astype(mx.float32)
     z = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
     return (wide / (1 + mx.exp(mx.minimum(-2 * z, 80)))).astype(x.dtype)
@@ -264,6 +265,6 @@ def timestep_features(timesteps: mx.array) -> mx.array:
     The reference multiplies by 1000 after the frequencies and in fp32 (`Timesteps` with scale 1000).
     """
     half = TIME_CHANNELS // 2
-    frequencies = mx.exp(-math.log(10000) * mx.arange(half, dtype=mx.float32) / half)
-    angles = 1000 * (timesteps.astype(mx.float32)[:, None] * frequencies)
+    exponents = array("f", (-math.log(10000) * n / half for n in range(half)))
+    angles = 1000 * (timesteps.astype(mx.float32)[:, None] * mx.array([math.exp(n) for n in exponents]))
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)

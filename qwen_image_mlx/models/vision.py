@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import VisionConfig
-from .layers import GatedMLP, Linear, rotate_half
+from .layers import GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
 
 EPS = 1e-6
 THETA = 10000.0
@@ -41,12 +41,12 @@ class VisionTower(nn.Module):
         super().__init__()
         self.visual = _Visual(config)
 
-    def __call__(self, patches: mx.array, height: int, width: int) -> mx.array:
+    def __call__(self, patches: mx.array, height: int, width: int, on_layer: OnLayer | None = None) -> mx.array:
         """Features (N / 4, out_hidden_size) of the patches (N, 3 * 14 * 14) of a grid of height x width patches.
 
         The checkpoint's two temporal taps see the same frame, so the loader adds them up.
         """
-        return self.visual(patches, height, width)
+        return self.visual(patches, height, width, on_layer)
 
 
 class _Visual(nn.Module):
@@ -57,7 +57,7 @@ class _Visual(nn.Module):
         self.merger = PatchMerger(config)
         self._config = config
 
-    def __call__(self, patches: mx.array, height: int, width: int) -> mx.array:
+    def __call__(self, patches: mx.array, height: int, width: int, on_layer: OnLayer | None) -> mx.array:
         config = self._config
         hidden = self.patch_embed.proj(patches)
         merge = config.spatial_merge_size
@@ -65,6 +65,8 @@ class _Visual(nn.Module):
         windows = window_index(height // merge, width // merge, config.window_cells, merge**2, hidden.dtype)
         for number, block in enumerate(self.blocks):
             hidden = block(hidden, tables, None if number in config.fullatt_block_indexes else windows)
+            if on_layer is not None:
+                on_layer([hidden])
         return self.merger(hidden)
 
 
@@ -84,7 +86,7 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
 
-    def __call__(self, hidden: mx.array, tables: tuple[mx.array, mx.array], windows: Windows | None) -> mx.array:
+    def __call__(self, hidden: mx.array, tables: Turns, windows: Windows | None) -> mx.array:
         hidden = hidden + self.attn(self.norm1(hidden), tables, windows)
         return hidden + self.mlp(self.norm2(hidden))
 
@@ -98,11 +100,10 @@ class VisionAttention(nn.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size)
         self._head_dim = config.head_dim
 
-    def __call__(self, x: mx.array, tables: tuple[mx.array, mx.array], windows: Windows | None) -> mx.array:
+    def __call__(self, x: mx.array, tables: Turns, windows: Windows | None) -> mx.array:
         """(N, C) to (N, C)."""
         q, k, v = mx.split(self.qkv(x).reshape(x.shape[0], -1, self._head_dim), 3, axis=1)
-        cos, sin = tables
-        q, k = (rotate_half(y.astype(mx.float32), cos, sin).astype(x.dtype) for y in (q, k))
+        q, k = (rotate_half(y, *tables) for y in (q, k))
         # (windows, heads, members, head_dim), one window of all patches without windows.
         grouped = [
             (y[None] if windows is None else mx.take(y, windows.members, axis=0)).transpose(0, 2, 1, 3)
@@ -132,15 +133,15 @@ class PatchMerger(nn.Module):
         return hidden
 
 
-def rotary_tables(height: int, width: int, merge: int, head_dim: int) -> tuple[mx.array, mx.array]:
-    """cos and sin (N, 1, head_dim / 2), fp32: half of the angles follow a patch's row, half its column."""
+def rotary_tables(height: int, width: int, merge: int, head_dim: int) -> Turns:
+    """Tables (N, 1, 2, head_dim / 2), fp32: half of the angles follow a patch's row, half its column."""
     rows, cols = (
         axis.reshape(height // merge, merge, width // merge, merge).transpose(0, 2, 1, 3).reshape(-1, 1)
         for axis in mx.meshgrid(mx.arange(height), mx.arange(width), indexing="ij")
     )
-    frequencies = 1 / mx.power(THETA, mx.arange(0, head_dim // 2, 2, dtype=mx.float32) / (head_dim // 2))
+    frequencies = 1 / periods(THETA, head_dim // 2)
     angles = mx.concatenate([rows * frequencies, cols * frequencies], axis=-1)[:, None]
-    return mx.cos(angles), mx.sin(angles)
+    return turns(angles, axis=-2)
 
 
 def window_index(height: int, width: int, side: int, per_cell: int, dtype: mx.Dtype) -> Windows:

@@ -36,6 +36,10 @@ class LoRALinear(nn.Module):
         """x (…, in) to (…, out), in x's dtype if A and B have it."""
         return self.layer(x) + self.scale * ((x @ self.lora_A.T) @ self.lora_B.T)
 
+    def terms(self, x: mx.array) -> tuple[mx.array, ...]:
+        """The output, as the models' other layers give it to the next kernel."""
+        return (self(x),)
+
 
 def add_lora(
     transformer: Transformer,

@@ -15,9 +15,9 @@ import mlx.nn as nn
 from ..config import TransformerConfig
 from ..models.modulation import TimeModulation
 from ..models.rope import Rotary, Segment, rotary_tables
-from ..models.transformer import BlockRows, Modulation, Transformer, TransformerBlock
+from ..models.transformer import BlockRows, Modulation, Rows, Transformer, TransformerBlock
 
-# Indices of noise levels to a batch's rows: (6, B, 1, D), and (2, B, 1, D) of the final norm.
+# Indices of noise levels to a batch's rows, (D,) or (B, 1, D).
 Table = Callable[[Sequence[int]], Modulation]
 
 
@@ -116,7 +116,7 @@ def _recomputed(
     """A block whose inside is forgotten, and computed again for the gradient."""
 
     def run(
-        parameters: dict, images: list[mx.array], txt: mx.array, rows: Sequence[mx.array], rotary: Sequence[mx.array]
+        parameters: dict, images: list[mx.array], txt: mx.array, rows: Sequence[Rows], rotary: Sequence[mx.array]
     ) -> tuple[list[mx.array], mx.array]:
         block.update(parameters)
         return block(images, txt, BlockRows(*rows), Rotary(*rotary))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_map
 from PIL import Image
 
 from ..errors import CheckpointError
@@ -15,7 +16,7 @@ from ..images.geometry import size_of_area
 from ..images.pixels import to_images
 from ..images.sources import open_rgba
 from ..models.modulation import TimeModulation
-from ..models.transformer import BlockRows, Modulation
+from ..models.transformer import Modulation
 from ..pipeline.components import Components
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.parameters import GenerationParameters
@@ -54,15 +55,12 @@ def rows_of_steps(modulation: TimeModulation, schedule: Schedule, dtype: mx.Dtyp
     rows = modulation(mx.array(schedule.timesteps), dtype)
     mx.eval(rows)
 
-    def of_step(array: mx.array, step: int) -> mx.array:
-        return array[:, step, 0] if array.ndim == 4 else array
+    def of_step(step: int) -> Modulation:
+        return tree_map(lambda row: row[step, 0] if row.ndim == 3 else row, rows)
 
-    return [
-        Modulation(
-            [BlockRows(*(of_step(array, step) for array in block)) for block in rows.blocks], of_step(rows.out, step)
-        )
-        for step in range(schedule.num_steps)
-    ]
+    table = [of_step(step) for step in range(schedule.num_steps)]
+    mx.eval(table)
+    return table
 
 
 class Samples:

@@ -68,26 +68,34 @@ class LevelTable:
             arrays = {}
             for level in chunk:
                 rows = table[level]
-                arrays[f"{level}.blocks"] = mx.stack([mx.stack([rows.text, rows.target]) for rows in rows.blocks])
-                arrays[f"{level}.out"] = rows.out
+                blocks = [[mx.stack(block.text), mx.stack(block.target)] for block in rows.blocks]
+                arrays[f"{level}.blocks"] = mx.stack([mx.stack(streams) for streams in blocks])
+                arrays[f"{level}.out"] = mx.stack(rows.out)
             if zero_cond_t:
-                arrays["references"] = mx.stack([rows.references for rows in table[chunk[0]].blocks])
+                arrays["references"] = mx.stack([mx.stack(block.references) for block in table[chunk[0]].blocks])
             save_tensors(_file(folder, n), arrays, {_KEY: key})
 
     def __call__(self, levels: Sequence[int]) -> Modulation:
-        """The rows of a batch's samples: (6, D) if there is one sample, else (6, B, 1, D)."""
+        """The rows of a batch's samples: (D,) if there is one sample, else (B, 1, D)."""
         found = []
         for level in levels:
             try:
-                found.append(mx.load(str(self._files[level])))
+                arrays = mx.load(str(self._files[level]))
+                found.append(
+                    {name: arrays[name] for name in (f"{level}.blocks", f"{level}.out", "references") if name in arrays}
+                )
+                mx.eval(found[-1])
             except (OSError, RuntimeError) as error:
                 raise CheckpointError(f"{self._files[level]} is gone or damaged ({error}): resume the run") from error
         blocks = _of_samples([arrays[f"{level}.blocks"] for level, arrays in zip(levels, found, strict=True)])
         out = _of_samples([arrays[f"{level}.out"] for level, arrays in zip(levels, found, strict=True)])
         shown = found[0].get("references")
         return Modulation(
-            [BlockRows(text, target, target if shown is None else shown[n]) for n, (text, target) in enumerate(blocks)],
-            out,
+            [
+                BlockRows([*text], [*target], [*(target if shown is None else shown[n])])
+                for n, (text, target) in enumerate(blocks)
+            ],
+            [*out],
         )
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..models.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
-from ..models.transformer import BlockRows, Modulation
+from ..models.transformer import BlockRows, Modulation, Rows
 from .adapters import Adapters
-from .loader import ComponentWeights, evaluate
+from .loader import ComponentWeights
 from .packed import Packed
 from .stored import Reader
 
@@ -38,7 +38,8 @@ def modulation_table(
         adapters: LoRAs, merged on the way.
 
     Returns:
-        One `Modulation` per timestep; its rows are views into one array per block and stream.
+        One `Modulation` per timestep, evaluated: it belongs to no thread. Its rows are views into one array per block
+        and stream.
     """
     specs = {spec.name: spec for spec in weights.specs("modulation")}
     reader = Reader(weights.component)
@@ -62,11 +63,13 @@ def modulation_table(
         array(addition) if addition in specs else None,
     )
 
-    def rows(name: str, scales: tuple[int, ...]) -> mx.array:
-        """(steps + 1, rows, D), with 1 added to the rows that scale, evaluated; the last is of timestep 0."""
+    def rows(name: str, scales: tuple[int, ...]) -> list[Rows]:
+        """The rows (D,) of each step, with 1 added to those that scale; the last are of timestep 0."""
         out = split_rows(linear(name, embedding), embedding.shape[-1], scales)
-        evaluate(weights.component, out)
-        return out
+        mx.eval(out)
+        views = [[step[row] for row in range(out.shape[1])] for step in (out[n] for n in range(steps + 1))]
+        mx.eval(views)
+        return views
 
     num_blocks = sum(name.endswith(".img_mod.1.weight") for name in specs)
     blocks = [

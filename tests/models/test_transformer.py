@@ -11,7 +11,7 @@ from reference import TINY, make_transformer, to_numpy
 
 from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.models.rope import Segment, rotary_tables, text_start
-from qwen_image_mlx.models.transformer import BlockRows, Modulation, Transformer
+from qwen_image_mlx.models.transformer import Modulation, Transformer
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.modulation import modulation_table
 from qwen_image_mlx.weights.shards import component_tensors, read_header
@@ -154,8 +154,8 @@ def test_a_forward_pass_never_waits_for_a_result(pair):
     rows = modulation_table(both.weights, [0.5], mx.float32)[0]
     rotary = rotary_tables([Segment(0, 4, 4)], 3, both.config.axes_dims_rope)
 
-    def step(x, txt, blocks, out, cos, sin):
-        return both.ours(x, txt, Modulation(blocks, out), (cos, sin))
+    def step(x, txt, blocks, out, real, imag):
+        return both.ours(x, txt, Modulation(blocks, out), (real, imag))
 
     arguments = (mx.array(latents), both.ours.project_text(mx.array(text)), rows.blocks, rows.out, *rotary)
     assert mx.allclose(mx.compile(step)(*arguments), step(*arguments), atol=1e-4)
@@ -188,7 +188,7 @@ def test_float16_streams_are_held_inside_their_range(tmp_path):
     both = Pair(tmp_path, {}, mx.float16)
     latents, text = both.inputs((4, 4), length=3)
     rows = modulation_table(both.weights, [0.5], mx.float16)[0]
-    huge = BlockRows(*(mx.full(r.shape, 60000.0, dtype=mx.float16) for r in rows.blocks[0]))
+    huge = tree_map(lambda row: mx.full(row.shape, 60000.0, dtype=mx.float16), rows.blocks[0])
     rotary = rotary_tables([Segment(0, 4, 4)], 3, both.config.axes_dims_rope)
     text = both.ours.project_text(mx.array(text).astype(mx.float16))
     (img,), txt = both.ours.transformer_blocks[0](
@@ -198,10 +198,17 @@ def test_float16_streams_are_held_inside_their_range(tmp_path):
     assert not mx.isinf(txt).any().item()
 
 
+def angles_of(rotary):
+    """cos and sin (tokens, head_dim / 2)."""
+    cos, sin = np.moveaxis(np.array(rotary.real)[:, 0], -1, 0)
+    np.testing.assert_array_equal(np.array(rotary.imag)[:, 0], np.stack([-sin, cos], axis=-1))
+    return cos, sin
+
+
 def test_positions_are_those_of_the_reference_tables():
     """Goldens: an image of 3x2 patches has rows -2, -1, 0 and columns -1, 0; its text starts at 1."""
     assert text_start([Segment(0, 3, 2)]) == 1
-    cos, sin = (np.array(t)[:, 0] for t in rotary_tables([Segment(0, 3, 2)], 2, (2, 2, 2)))
+    cos, sin = angles_of(rotary_tables([Segment(0, 3, 2)], 2, (2, 2, 2)))
     angles = np.arctan2(sin, cos)  # one frequency of 1 per axis: the angle is the position
     rows = [(0, r, c) for r in (-2, -1, 0) for c in (-1, 0)]
     np.testing.assert_allclose(angles, [(1, 1, 1), (2, 2, 2), *rows], atol=1e-6)
@@ -210,6 +217,6 @@ def test_positions_are_those_of_the_reference_tables():
 def test_positions_of_references_turn_the_frame_axis():
     segments = [Segment(0, 2, 2), Segment(1, 2, 4), Segment(2, 6, 2)]
     assert text_start(segments) == 3
-    cos, sin = (np.array(t)[:, 0] for t in rotary_tables(segments, 1, (2, 2, 2)))
+    cos, sin = angles_of(rotary_tables(segments, 1, (2, 2, 2)))
     frames = np.arctan2(sin, cos)[1:, 0]
     np.testing.assert_allclose(frames, [0] * 4 + [1] * 8 + [2] * 12, atol=1e-6)
