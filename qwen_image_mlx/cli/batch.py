@@ -98,7 +98,9 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         if not missing:
             return
         memory = given.get("memory", usual.get("memory"))
-        plan = stack.enter_context(settled(pipeline, heaviest(missing), memory, force="force" in given))
+        plan = stack.enter_context(
+            settled(pipeline, heaviest(missing), memory, force="force" in given, wire="wire" in given)
+        )
         watching = None
         if "preview" in given:
             show = stack.enter_context(preview_file(folder / "qwen-image.png"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..pipeline.progress import Progress
 
 _LABELS = {"denoise": "steps"}
+_PAUSE = 1.0  # seconds between two looks at the layers of a step
 
 
 class ProgressBars:
@@ -23,8 +25,12 @@ class ProgressBars:
     def __init__(self) -> None:
         self._key: tuple[str, str] | None = None
         self._bar: tqdm | None = None
+        self._shown = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
+        if progress.stage == "layer":
+            self._show_layer(progress)
+            return
         key = progress.stage, progress.detail
         if key != self._key or self._bar is None or progress.step < self._bar.n:
             self.close()
@@ -39,8 +45,16 @@ class ProgressBars:
                 file=sys.stderr,
                 dynamic_ncols=True,
             )
+        self._bar.set_postfix_str("", refresh=False)
         self._bar.total = progress.total
         self._bar.update(progress.step - self._bar.n)
+
+    def _show_layer(self, progress: Progress) -> None:
+        """Says behind the bar where a long step is."""
+        now = time.monotonic()
+        if self._bar is not None and now - self._shown >= _PAUSE:
+            self._shown = now
+            self._bar.set_postfix_str(f"layer {progress.step} of {progress.total}")
 
     def close(self) -> None:
         """Ends the current bar."""

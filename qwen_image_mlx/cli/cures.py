@@ -8,6 +8,8 @@ from ..errors import QwenImageError
 CURES = {
     "budget": "try a smaller picture or --quantize 4, or paint all the same with --force",
     "residency": "try --memory auto or --quantize 4, or paint all the same with --force",
+    "streamed quantization": "save the model quantized once (qwen-image-mlx quantize MODEL FOLDER --bits 4) and give "
+    "--model FOLDER without --quantize, allow more memory, or leave --quantize out",
     "caption": "say with --prompt what the picture shows, allow more memory, or go on with --force",
     "prompt": "give one in quotes, or --from-image",
     "group size": "--group-size needs --quantize",

@@ -117,7 +117,9 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline = open_pipeline(wanted, DEFAULT_LAYERED_MODEL, profile or bars)
         pipeline.check_task("decompose")
         request = ask(resolutions=pipeline.variant.resolutions, sampling=pipeline.recommended.unless(**sampling))
-        plan = stack.enter_context(settled(pipeline, request, wanted.get("memory"), force=bool(arguments.force)))
+        plan = stack.enter_context(
+            settled(pipeline, request, wanted.get("memory"), force=bool(arguments.force), wire=bool(arguments.wire))
+        )
         cache = EncodingCache() if arguments.cache else None
         watch = profile or bars
         if arguments.preview:

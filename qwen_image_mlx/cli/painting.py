@@ -106,6 +106,8 @@ def add_painter_flags(parser: argparse._ActionsContainer) -> None:
         "turns or are streamed from the files as it demands; or say how: resident, staged, streamed (default: "
         "staged)")  # fmt: skip
     add("--force", action="store_true", default=None, help="paint although the plan does not fit the memory")
+    add("--wire", action="store_true", default=None, help="keep macOS from paging out what is in use; may help with 64 "
+        "GB and more, and makes macOS panic on some machines")  # fmt: skip
     add("--preview", action="store_true", default=None, help="while it paints, keep a small picture of what it is "
         "heading for beside the output")  # fmt: skip
     add("--lightning", type=int, choices=(4, 8), help="the official LoRA of the model that paints in so many steps")
@@ -187,7 +189,9 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         pipeline.check_task(task)
         straight = [open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None
         request = painting_request(pipeline, wanted, size, pictures, mask, straight)
-        plan = stack.enter_context(settled(pipeline, request, wanted.get("memory"), force="force" in given))
+        plan = stack.enter_context(
+            settled(pipeline, request, wanted.get("memory"), force="force" in given, wire="wire" in given)
+        )
         provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
         if drawn:
             logger.info("seed %d", request.seeds[0])

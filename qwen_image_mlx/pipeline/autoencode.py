@@ -8,6 +8,7 @@ from itertools import pairwise
 import mlx.core as mx
 
 from ..config import VAEConfig
+from ..gpu import finish
 from ..models.vae import BAND, Decoder, Encoder, Stage
 
 # Output pixels per strip: about 0.4 GB of activations, and at most a fifth more work for the halos at 1 MP.
@@ -34,7 +35,7 @@ def encode_moments(encoder: Encoder, config: VAEConfig, pixels: mx.array) -> tup
     moments = _run(encoder.stages, pixels.astype(mx.float32))
     mean, log_variance = mx.split(moments, 2, axis=-1)
     std = mx.exp(0.5 * mx.clip(log_variance, -30, 20))
-    mx.eval(mean, std)
+    finish(mean, std)
     return mean, std
 
 
@@ -75,7 +76,9 @@ def decode_tail(decoder: Decoder, x: mx.array, strips: int) -> mx.array:
     strips = min(strips, bands)
     edges = [min(height, bands * n // strips * BAND) for n in range(strips + 1)]
     out = [_strip(decoder, x, top, bottom) for top, bottom in pairwise(edges)]
-    return out[0] if strips == 1 else _evaluated(mx.concatenate(out, axis=1))
+    pixels = out[0] if strips == 1 else mx.concatenate(out, axis=1)
+    finish(pixels)
+    return pixels
 
 
 def _strip(decoder: Decoder, x: mx.array, top: int, bottom: int) -> mx.array:

@@ -23,6 +23,7 @@ from ..config import (
     VisionConfig,
 )
 from ..errors import CheckpointError, RequestError
+from ..gpu import Pace
 from ..models.layers import SideBranch
 from ..models.text_encoder import LanguageHead, TextEncoder
 from ..models.transformer import Transformer
@@ -31,7 +32,7 @@ from ..models.vision import VisionTower
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.adapters import Adapters, Branch, Placement
-from ..weights.loader import ComponentWeights, load_module, put_beside, reading
+from ..weights.loader import ComponentWeights, load_module, put_beside
 from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
 from ..weights.quantize import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles
@@ -52,6 +53,7 @@ PARTS = {
     "vae": ("encoder", "decoder"),
 }
 ADDITION = "time_text_embed.addition_t_embedding.weight"  # in layered models alone
+_DEPTHS = {"transformer": "num_layers", "text_encoder": "num_hidden_layers", "vision": "depth"}
 CLASS_NAMES = {
     "transformer": "QwenImageTransformer2DModel",
     "vae": "AutoencoderKLQwenImage",
@@ -72,6 +74,7 @@ class Components:
         read_loras: given the transformer's modules and their weights' shapes, the LoRAs for them; called once.
         replaced: files that stand in for the checkpoint's own, as in `Sources`.
         streamed: of `STREAMABLE`, those whose layers are read from their files at each pass instead of held.
+        on_layer: told of each layer that a model runs: component, layer, layers; what it raises ends the work.
 
     Attributes:
         placement: what became of the LoRAs when the transformer was loaded last; None without any.
@@ -88,10 +91,11 @@ class Components:
         read_loras: Callable[[Mapping[str, tuple[int, ...]]], Adapters] | None = None,
         replaced: Mapping[str, str | Path] | None = None,
         streamed: Collection[str] = (),
+        on_layer: Callable[[str, int, int], None] = lambda name, layer, layers: None,
     ):
         self.snapshot = snapshot
         self.dtype = dtype
-        self._loading = loading
+        self._loading, self._on_layer = loading, on_layer
         self._zero_cond_t = zero_cond_t
         self.quantization = quantization or Quantization()
         self.streamed = frozenset(streamed)
@@ -268,18 +272,20 @@ class Components:
         return self._ensure("vae_decoder", lambda: self._load("vae", "decoder", Decoder(config), mx.float32))
 
     @contextmanager
-    def reading(self, name: str) -> Iterator[None]:
-        """A pass through a component; if its layers are streamed, what fails to be read is a CheckpointError.
+    def passing(self, name: str) -> Iterator[Pace]:
+        """One or many passes through a component, layer by layer; streamed layers are held one at a time.
+
+        Yields:
+            What its model takes as `on_layer`.
 
         Raises:
-            CheckpointError: a file was changed or removed during the pass, so that what came of it is worth nothing.
+            CheckpointError: a file of streamed layers was changed or removed meanwhile, so that what came of them is
+                worth nothing.
         """
-        if name not in self.streamed:
-            yield
-            return
-        with reading(name):
-            yield
-        self.weights(name).check_unchanged()
+        streams, layers = name in self.streamed, getattr(getattr(self, f"{name}_config"), _DEPTHS[name])
+        yield Pace(lambda count: self._on_layer(name, (count - 1) % layers + 1, layers), 1 if streams else 2)
+        if streams:
+            self.weights(name).check_unchanged()
 
     def is_loaded(self, name: str) -> bool:
         """Whether a component is in memory."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..weights.shards import save_tensors
+from ..weights.shards import load_tensors, save_tensors
 
 _FORMAT = "qwen_image_mlx.guidance_encoding.1"
 
@@ -77,8 +77,7 @@ class GuidanceEncoding:
     def load(cls, path: str | Path) -> GuidanceEncoding:
         """Reads what `save` wrote, evaluated; raises CheckpointError for any other file."""
         try:
-            arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
-            mx.eval(arrays)
+            arrays, metadata = load_tensors(Path(path))
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is not a readable encoding: {error}") from error
         if metadata.get("format") != _FORMAT:

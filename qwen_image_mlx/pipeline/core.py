@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import QwenImageError, RequestError
+from ..gpu import gpu_faults
 from ..images.geometry import Size, size_of_area
 from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
 from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
@@ -167,7 +168,7 @@ class PipelineCore:
         parts = self.components
         pictures = self._open_images(images)
         shown = pictures if self.variant.encoder_area else []
-        with self._report.using(progress):
+        with gpu_faults(), self._report.using(progress):
             prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
             grids = [feature_grid(parts, picture, self.variant.encoder_area) for picture in shown]
             template = self.variant.template
@@ -214,7 +215,7 @@ class PipelineCore:
         """
         check_size(*size)
         picture, opened = open_image(image), None if mask is None else open_mask(mask)
-        with self._report.using(progress):
+        with gpu_faults(), self._report.using(progress):
             _ = self.components.vae_encoder
             with self._report.stage("encode", "picture"):
                 return encode_initial_image(self.components, picture, size, opened)
@@ -246,7 +247,7 @@ class PipelineCore:
             raise RequestError(f"language is {language!r}, but must be one of {', '.join(CAPTION_TEMPLATES)}")
         parts, picture = self.components, open_rgba(image)
         check_visible(picture)
-        with self._report.using(progress):
+        with gpu_faults(), self._report.using(progress):
             parts.prepare_captions()
             _ = parts.vision, parts.text_encoder, parts.language_head
             return write_caption(
@@ -341,7 +342,7 @@ class PipelineCore:
             self._check_states(states, segments)
 
         renormalize = variant.renormalize if parameters.cfg_normalize is None else parameters.cfg_normalize
-        with self._report.using(progress):
+        with gpu_faults(), self._report.using(progress):
             table = self._modulation(start.schedule)
             transformer = self.components.transformer
             text = [transformer.project_text(states.astype(self.dtype)) for states in branches]
@@ -353,9 +354,9 @@ class PipelineCore:
             mx.eval(text, rotary, [] if shown is None else shown)
             steps, sigmas = start.schedule.num_steps, start.schedule.sigmas
             self._report(Progress("denoise", 0, steps, sigma=float(sigmas[0]), latents=start.latents))
-            with self.components.reading("transformer"):
+            with self.components.passing("transformer") as pace:
                 result = denoise(
-                    lambda x, step: transformer.velocities(x, text, table[step], rotary, shown),
+                    lambda x, step: transformer.velocities(x, text, table[step], rotary, shown, on_layer=pace),
                     start.latents,
                     start.schedule,
                     Guidance(parameters.cfg_scale, renormalize) if guided else None,
@@ -385,7 +386,7 @@ class PipelineCore:
         first = 1 if self.variant.layered else 0
         strips = strips_of(parameters.width * parameters.height, self.strip_pixels)
         for n in range(first, frames):
-            with self._report.using(progress):
+            with gpu_faults(), self._report.using(progress):
                 decoder = self.components.vae_decoder
                 with self._report.stage("decode", f"layer {n}" if first else ""):
                     pixels = decode(decoder, self.components.vae_config, unpacked[n : n + 1], strips)[0]

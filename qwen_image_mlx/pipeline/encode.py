@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import QwenImageError
+from ..gpu import finish
 from ..images.geometry import Size, size_of_area, vision_size
 from ..images.pixels import on_white, to_mask, to_patches, to_pixels
 from ..sampling.latents import pack_latents
@@ -41,11 +42,10 @@ def encode_vision(components: Components, images: Sequence[Image.Image], area: i
             resized, size, patch=config.patch_size, merge=config.spatial_merge_size,
             mean=processor.image_mean, std=processor.image_std,
         )  # fmt: skip
-        with components.reading("vision"):
-            features.append(
-                tower(patches.astype(components.dtype), size[1] // config.patch_size, size[0] // config.patch_size)
-            )
-            mx.eval(features[-1])
+        rows, columns = size[1] // config.patch_size, size[0] // config.patch_size
+        with components.passing("vision") as pace:
+            features.append(tower(patches.astype(components.dtype), rows, columns, pace))
+            finish(features[-1])
     return mx.concatenate(features)
 
 
@@ -63,10 +63,10 @@ def encode_prompts(
         if features is not None:
             embeddings = replace_vision_tokens(embeddings, tokens.is_image, features)
         embedded.append((embeddings, mx.array(tokens.positions)))
-    with components.reading("text_encoder"):
-        whole = encoder.together(embedded)
+    with components.passing("text_encoder") as pace:
+        whole = encoder.together(embedded, pace)
         states = [rows[:, tokens.first :] for rows, tokens in zip(whole, prompts, strict=True)]
-        mx.eval(states)
+        finish(states)
     if not all(mx.isfinite(rows).all().item() for rows in states):
         raise QwenImageError("the encoded prompt is not finite: try --dtype bfloat16, or check the weights")
     return states
@@ -84,7 +84,7 @@ def encode_references(
             components.vae_encoder, components.vae_config, to_pixels(image, size_of_area(area, image.size))
         )
         references.append(Reference(pack_latents(latents), latents.shape[1] // 2, latents.shape[2] // 2))
-        mx.eval(references[-1].latents)
+        finish(references[-1].latents)
     return tuple(references)
 
 
@@ -97,7 +97,7 @@ def encode_initial_image(
         return InitialImage(mean, std)
     factor = components.vae_config.spatial_factor
     latent_mask = mx.array(np.ascontiguousarray(to_mask(mask, size)[::factor, ::factor])[None, :, :, None])
-    mx.eval(latent_mask)
+    finish(latent_mask)
     return InitialImage(mean, std, latent_mask)
 
 

@@ -28,6 +28,7 @@ from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
 from .decomposition import LayeredResult, layers_request
+from .limits import limits
 from .loras import LoRAReference, read_adapters
 from .metadata import describe
 from .parameters import DTYPES, GenerationParameters, check_num_images, explicit_size
@@ -108,6 +109,7 @@ class QwenImagePipeline(ReleasablePipeline):
             quantization=quantize,
             read_loras=partial(read_adapters, loras, lora_mode, offline=offline, report=report) if loras else None,
             replaced={name: path for name, path in replaced.items() if path is not None}, streamed=streamed,
+            on_layer=lambda name, layer, layers: report(Progress("layer", layer, layers, name)),
         )  # fmt: skip
         return cls(components, report)
 
@@ -303,8 +305,9 @@ class QwenImagePipeline(ReleasablePipeline):
             caption_language=caption_language, seed=seed, rng=rng,
             sampling=self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale),
         )  # fmt: skip
-        encoding, _ = self._encoded(request, staged, progress)
-        return self.decompose_request(request, encoding, progress)
+        with limits():
+            encoding, _ = self._encoded(request, staged, progress)
+            return self.decompose_request(request, encoding, progress)
 
     def check_task(self, task: str) -> None:
         """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
@@ -417,8 +420,9 @@ class QwenImagePipeline(ReleasablePipeline):
         return LayeredResult(request.canvas.resized_source, LayerStack(size, tuple(layers), metadata))
 
     def _paint(self, request: Request, staged: bool, progress: ProgressCallback | None) -> list[PILImage]:
-        encoding, initial = self._encoded(request, staged, progress)
-        return [image for image, _, _ in self.paint_request(request, encoding, initial, progress)]
+        with limits():
+            encoding, initial = self._encoded(request, staged, progress)
+            return [image for image, _, _ in self.paint_request(request, encoding, initial, progress)]
 
     def _encoded(
         self, request: Request, staged: bool, progress: ProgressCallback | None

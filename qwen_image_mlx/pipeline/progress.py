@@ -18,12 +18,14 @@ class Progress:
     """What a progress callback is told.
 
     Attributes:
-        stage: "download", "load", "caption", "encode", "denoise", "decode" or "quantize".
+        stage: "download", "load", "caption", "encode", "denoise", "decode" or "quantize"; and "layer", within "encode"
+            and "denoise", after each layer of a model, so that long steps can be followed and cancelled.
         step, total: units done and units in all: bytes for "download", tokens written and at most for "caption",
-            denoising steps for "denoise", else 0 of 1 when the work begins and 1 of 1 when it is done.
-        detail: file or component, for "download" and "load".
+            denoising steps for "denoise", layers for "layer", else 0 of 1 when the work begins and 1 of 1 when it is
+            done. Steps and layers are told when the GPU has at most two layers left to do.
+        detail: file or component, for "download", "load" and "layer".
         sigma: noise level after the step, for "denoise".
-        latents: packed latents (1, N, 64) after the step, evaluated, for "denoise".
+        latents: packed latents (1, N, 64) after the step, for "denoise"; reading them waits until they are there.
     """
 
     stage: str

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from ..pipeline.limits import free_memory, limits
 from ..pipeline.parameters import DTYPES
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.request import Request, build_request
@@ -19,12 +20,12 @@ from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.lora_inspect import LIGHTNING
 from ..weights.quantize import NONE, Quantization
 from .memory import (
+    RESIDENCIES,
     Memory,
     MemoryPlan,
     Work,
     alternatives,
     fitting_plan,
-    limits,
     parse_memory,
     table_of,
     work_of,
@@ -72,6 +73,7 @@ def settled(
     memory: str | Memory | None = None,
     *,
     force: bool = False,
+    wire: bool = False,
     plans: MutableMapping[Work, MemoryPlan] | None = None,
 ) -> Iterator[MemoryPlan]:
     """The plan for a request, which the pipeline and MLX keep to meanwhile.
@@ -81,6 +83,7 @@ def settled(
         request: what is to be painted.
         memory: as in `parse_memory`, or what it gave.
         force: go on with what takes least where nothing fits.
+        wire: keep macOS from paging out what is in use, see `limits`.
         plans: made before for this pipeline and memory; what is made is put there.
 
     Raises:
@@ -94,10 +97,16 @@ def settled(
         others = alternatives(components, work, asked.budget)
         logger.warning("too large for the memory:\n%s", table_of(others, asked.budget))
         if not force:
+            packs = len(others) < len(RESIDENCIES)
             raise RequestError(
                 f"this takes {plan.peak / 1e9:.2f} GB, but only {asked.budget / 1e9:.2f} may be used",
-                cause="budget" if memory else "residency",
+                cause="streamed quantization" if packs else "budget" if memory else "residency",
             )
+    elif plan.peak > (free := free_memory()):
+        logger.warning(
+            "this takes %.1f GB, and only %.1f are free now: the machine will swap; close other programs",
+            plan.peak / 1e9, free / 1e9,
+        )  # fmt: skip
     if pipeline.writes_caption(request) and "text_encoder" in plan.residency.streamed and not force:
         raise RequestError(
             "streamed, the text encoder would be read from its files again for every word of a caption", cause="caption"
@@ -105,7 +114,7 @@ def settled(
     components.streamed, pipeline.strip_pixels = plan.residency.streamed, plan.strip_pixels
     if memory:
         logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, asked.budget / 1e9)
-    with limits(asked.budget):
+    with limits(asked.budget, plan.working, wire=wire):
         yield plan
 
 

@@ -6,9 +6,7 @@ by benchmarks/full_size.py. A residency says which weights are there at which st
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
@@ -20,6 +18,7 @@ from ..errors import RequestError
 from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS
 from ..pipeline.components import Components
+from ..pipeline.limits import usable_memory
 from ..settings import LEAST_MEMORY, MOST_MEMORY, memory_figure
 from ..weights.mapping import TensorSpec, expected_tensors, weights_map
 from ..weights.quantize import Scheme
@@ -29,9 +28,6 @@ from ..weights.streaming import held_specs, layer_specs
 if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
-
-_SHARE = 0.9  # of the machine's memory may be planned with
-_CACHE = 1 << 30  # most bytes that MLX keeps for reuse
 
 
 @dataclass(frozen=True)
@@ -129,6 +125,11 @@ class MemoryPlan:
         """The most bytes in memory at any moment."""
         return max(stage.peak for stage in self.stages)
 
+    @property
+    def working(self) -> int:
+        """The most bytes that work takes at any moment beside what is resident."""
+        return max(stage.peak - stage.resident for stage in self.stages)
+
 
 # What work takes beside the weights: a model, measured on the backends it names. -------------------------------------
 
@@ -170,6 +171,17 @@ COSTS = {
 STRIPS = tuple(STRIP_PIXELS >> n for n in range(5))  # pixels of a strip, from the fastest to the most frugal
 
 
+def backend() -> str:
+    """The key of `COSTS` for where work is done: Metal and CUDA are alike."""
+    return "gpu" if mx.default_device() == mx.gpu else "cpu"
+
+
+def strips_for(work: Work) -> tuple[int, ...]:
+    """Pixels of a strip to choose from; a GPU is fastest with the whole picture, a CPU with what its caches hold."""
+    whole = work.width * work.height
+    return (whole, *STRIPS) if backend() == "gpu" and whole > STRIP_PIXELS else STRIPS
+
+
 def make_plan(
     components: Components, work: Work, residency: Residency = DEFAULT, strip_pixels: int = STRIP_PIXELS
 ) -> MemoryPlan:
@@ -194,7 +206,7 @@ class _Planner:
         self.components, self.work, self.residency = components, work, residency
         self.tensors = cache(self._tensors)
         self.said_config = cache(lambda name: components.sources.config(weights_map(name).get("folder", name)))
-        self.costs = COSTS["gpu" if mx.default_device() == mx.gpu else "cpu"]
+        self.costs = COSTS[backend()]
         self.itemsize = components.dtype.size
         # What only the weights' names tell of the transformer changes nothing here.
         self.transformer_config = components.declared_transformer_config
@@ -254,9 +266,24 @@ class _Planner:
         """A component's weights that stay."""
         specs = self.specs(name, "main")
         if name in self.residency.streamed:
-            scheme = getattr(self.components.quantization, name, None)
-            specs = held_specs(name, specs, scheme, lambda tensor: self.stored_dtype(name, tensor))
+            specs = held_specs(name, specs, lambda tensor: self.stored_dtype(name, tensor))
         return self.count(name, specs)
+
+    @property
+    def quantizes_while_streaming(self) -> bool:
+        """Whether a streamed component would be packed anew at each pass, as it does not lie so in its files."""
+        return any(self.packs(name) for name in self.residency.streamed & {*self.components.quantization.components})
+
+    def packs(self, name: str) -> bool:
+        """Whether a component's matrices are packed while they are loaded."""
+        scheme = getattr(self.components.quantization, name)
+        return any(
+            spec.is_packed_by(scheme) and self.stored_scheme(name, spec) != scheme for spec in self.specs(name, "main")
+        )
+
+    def stored_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
+        """How a tensor lies packed in its file."""
+        return self.components.weights(name).stored(spec.name).scheme if self.is_here else self.said_scheme(name, spec)
 
     def passing(self, name: str) -> int:
         """A streamed component's layers that are there at once."""
@@ -382,22 +409,20 @@ def parse_memory(text: str | None) -> Memory:
     return Memory(nbytes, RESIDENCIES)
 
 
-def usable_memory() -> int:
-    """Bytes that may be planned with on this machine: what Metal recommends, or what Linux has available."""
-    if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    try:
-        with open("/proc/meminfo") as file:
-            kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-        return int(1024 * kilobytes * _SHARE)
-    except (OSError, StopIteration):
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _SHARE)
-
-
 def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPlan:
-    """The plan of the first residency that fits, in the fewest strips; if none does, the one that takes least."""
-    planners = (_Planner(components, work, residency) for residency in memory.residencies)
-    plans = (planner.plan(strip) for planner in planners for strip in STRIPS)
+    """The plan of the first residency that fits, in the fewest strips; if none does, the one that takes least.
+
+    Raises:
+        RequestError: every residency would quantize layers anew at each pass.
+    """
+    planners = [_Planner(components, work, residency) for residency in memory.residencies]
+    able = [planner for planner in planners if not planner.quantizes_while_streaming]
+    if not able:
+        raise RequestError(
+            "layers that are read from their files at each pass would have to be quantized each time",
+            cause="streamed quantization",
+        )
+    plans = (planner.plan(strip) for planner in able for strip in strips_for(work))
     least: MemoryPlan | None = None
     for plan in plans:
         if plan.peak <= memory.budget:
@@ -408,8 +433,9 @@ def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPl
 
 
 def alternatives(components: Components, work: Work, budget: int) -> list[MemoryPlan]:
-    """The plan of each residency, in the strips that a budget in bytes asks for."""
-    return [fitting_plan(components, work, Memory(budget, (residency,))) for residency in RESIDENCIES]
+    """The plan of each residency that can run, in the strips that a budget in bytes asks for."""
+    able = [r for r in RESIDENCIES if not _Planner(components, work, r).quantizes_while_streaming]
+    return [fitting_plan(components, work, Memory(budget, (residency,))) for residency in able]
 
 
 def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
@@ -430,22 +456,6 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         steps=parameters.num_inference_steps,
         pictures=len(request.seeds) * len(request.image_indices),
     )
-
-
-@contextmanager
-def limits(budget: int) -> Iterator[None]:
-    """MLX's cache, memory and wired limits for a budget in bytes; restored afterwards."""
-    cache = mx.set_cache_limit(min(_CACHE, budget // 8))
-    memory = mx.set_memory_limit(budget)
-    wired = mx.set_wired_limit(min(budget, usable_memory())) if mx.metal.is_available() else None
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(cache)
-        mx.set_memory_limit(memory)
-        if wired is not None:
-            mx.set_wired_limit(wired)
-        mx.clear_cache()
 
 
 def table_of(plans: Sequence[MemoryPlan], budget: int) -> str:

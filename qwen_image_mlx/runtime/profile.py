@@ -45,6 +45,12 @@ class Profile:
         self._begun: dict[str, float] = {}
 
     def __call__(self, progress: Progress) -> None:
+        if progress.stage != "layer":
+            self._note(progress)
+        if self._inner is not None:
+            self._inner(progress)
+
+    def _note(self, progress: Progress) -> None:
         name = f"{progress.stage} {progress.detail}".strip()
         if progress.step == 0 or name not in self._begun:
             self._begun[name] = time.perf_counter()
@@ -53,8 +59,6 @@ class Profile:
             seconds = time.perf_counter() - self._begun.pop(name)
             held = mx.get_active_memory()
             self.costs.append(StageCost(name, seconds, held, max(held, mx.get_peak_memory())))
-        if self._inner is not None:
-            self._inner(progress)
 
     def record(self) -> list[dict[str, Any]]:
         """The costs for a picture's metadata."""

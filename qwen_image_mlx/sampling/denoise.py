@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..gpu import finish
 from .schedule import Schedule
 
 # (latents, step) -> the velocity that follows the prompt, and with guidance that of the negative prompt.
@@ -41,7 +42,8 @@ def denoise(
         latents: noise (B, N, C) in the model's dtype; latents stay in it between steps, as in the reference.
         schedule: the sigmas.
         guidance: None for a single pass.
-        on_step: called after each step with the number of steps done and the latents, evaluated.
+        on_step: called after each step with the number of steps done and the latents; who reads them waits for them,
+            while the GPU goes on with the next step.
         blend: replaces the latents after each step, given the number of steps done.
 
     Returns:
@@ -53,7 +55,7 @@ def denoise(
         latents = euler_step(latents, prediction, schedule.dt(step))
         if blend is not None:
             latents = blend(step + 1, latents)
-        mx.eval(latents)
+        (finish if step + 1 == schedule.num_steps else mx.async_eval)(latents)
         if on_step is not None:
             on_step(step + 1, latents)
     return latents

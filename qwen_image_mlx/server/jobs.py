@@ -158,6 +158,8 @@ class Feed:
     def __call__(self, progress: Progress) -> None:
         """Tells of a stage or a step."""
         self.check()
+        if progress.stage == "layer":
+            return
         stage, now = (progress.stage, progress.detail), time.monotonic()
         if stage != self._stage:
             self._stage, self._told = stage, 0.0

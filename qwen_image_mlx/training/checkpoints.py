@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..errors import CheckpointError, OutputError
 from ..images.files import reason
-from ..weights.shards import save_tensors
+from ..weights.shards import load_tensors, save_tensors
 from .loop import Trainer
 
 _FORMAT = "qwen_image_mlx.training.1"
@@ -56,7 +54,7 @@ def load_checkpoint(path: Path, trainer: Trainer, record: Mapping[str, Any]) -> 
         CheckpointError: the file is damaged, or the run depended on something else.
     """
     try:
-        state, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        state, metadata = load_tensors(path)
         if metadata.get("format") != _FORMAT:
             raise ValueError("it is no checkpoint of a training run")
         step, written = int(metadata["step"]), json.loads(metadata["record"])

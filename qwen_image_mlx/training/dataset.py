@@ -25,7 +25,7 @@ from ..pipeline.autoencode import encode_mode
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback
 from ..sampling.latents import pack_multi_layer_latents
-from ..weights.shards import read_header, save_tensors
+from ..weights.shards import load_tensors, read_header, save_tensors
 from .examples import Example, bucket_of, buckets_of
 from .loss import key_of
 from .network import Batch
@@ -46,7 +46,7 @@ class _Entry:
 
     def load(self, dropped: bool) -> Batch:
         try:
-            arrays = mx.load(str(self.path))
+            arrays, _ = load_tensors(self.path)
             text = arrays["dropped" if dropped else "text"]
             return Batch(arrays["latents"], text, self.segments, arrays.get("references"))
         except (OSError, RuntimeError, KeyError) as error:

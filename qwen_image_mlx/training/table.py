@@ -80,7 +80,7 @@ class LevelTable:
         found = []
         for level in levels:
             try:
-                arrays = mx.load(str(self._files[level]))
+                arrays = mx.load(str(self._files[level]))  # of many levels; one is read
                 found.append(
                     {name: arrays[name] for name in (f"{level}.blocks", f"{level}.out", "references") if name in arrays}
                 )

@@ -114,13 +114,15 @@ class Adapters:
         """What runs beside a module's weight, the ranks of all LoRAs one after another; None if it cannot.
 
         Returns:
-            A (r, in), B (out, r) in `dtype`, lazily.
+            A (r, in), B (out, r) in `dtype`, evaluated.
         """
         pairs = [update.factors() for update in self.updates(path)]
         if None in pairs:
             return None
         a, b = zip(*pairs, strict=True)
-        return mx.concatenate(a, axis=0).astype(dtype), mx.concatenate(b, axis=1).astype(dtype)
+        branch = mx.concatenate(a, axis=0).astype(dtype), mx.concatenate(b, axis=1).astype(dtype)
+        mx.eval(branch)
+        return branch
 
 
 class Placement:
@@ -183,7 +185,6 @@ class Placement:
     def _branch(self, path: str, dtype: mx.Dtype) -> Branch | None:
         branch = self.adapters.branch(path, dtype)
         if branch is not None:
-            mx.eval(branch)
             self.beside += 1
         return branch
 

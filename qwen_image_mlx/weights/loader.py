@@ -1,8 +1,7 @@
 """From a component's files to the parameters of a module, strictly and without a peak.
 
-`mx.load` is lazy: a tensor's bytes are read when it is first evaluated, and given back when the last reference goes.
-So a component is checked by its headers alone, and read, packed and evaluated one tensor at a time: the peak is
-the result plus one of them. Nothing here knows a model; the weights map does.
+A component is checked by its headers alone, and then read, packed and evaluated one tensor at a time: the peak is the
+result plus one of them. Nothing here knows a model; the weights map does.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,8 +176,12 @@ class ComponentWeights:
             for spec in specs
         )
 
+    def read(self, specs: Iterable[TensorSpec], reader: Reader) -> None:
+        """Reads several weights at once, for `open` to hand out; raises CheckpointError if a file cannot be read."""
+        reader.read(self._stored[spec.name] for spec in specs)
+
     def open(self, spec: TensorSpec, reader: Reader) -> mx.array | Packed:
-        """One weight in the layout of the released files, lazily."""
+        """One weight in the layout of the released files, read; raises CheckpointError if its file cannot be read."""
         value = reader.open(self._stored[spec.name])
         if self._channels_last and isinstance(value, mx.array) and value.ndim > 2:
             value = mx.moveaxis(value, -1, 1)
@@ -279,32 +281,34 @@ def fill(
         specs: which.
         reader: hands the files' tensors out.
         prefix: what the module's own names lack.
-        lazily: leaves arrays to be read when they are used and given back by whoever used them; for weights that are
-            neither packed nor changed on the way.
+        lazily: reads all of them at once, and leaves what is computed from them (another dtype or layout) to be
+            evaluated by whoever uses it.
     """
+    specs = list(specs)
+    if lazily:
+        weights.read(specs, reader)
     branches = []
     for spec in specs:
         value, branch, name = weights.open(spec, reader), None, spec.name.removeprefix(prefix)
         packs = spec.is_packed_by(scheme)
         if placement and placement.adapters.changes(spec.name):
-            with reading(weights.component):
-                if len(spec.shape) == 2:
-                    value, branch = placement.matrix(spec.name, value, scheme if packs else None, dtype)
-                else:
-                    value = placement.vector(spec.name, value)
+            if len(spec.shape) == 2:
+                value, branch = placement.matrix(spec.name, value, scheme if packs else None, dtype)
+            else:
+                value = placement.vector(spec.name, value)
         elif packs:
-            value = repacked(weights.component, value, scheme)
+            value = repacked(value, scheme)
         if isinstance(value, Packed):
             value = value.astype(dtype)
             if not lazily:
-                evaluate(weights.component, value.arrays)
+                mx.eval(value.arrays)
             _quantize_layer(module, name.removesuffix(".weight"), value, dtype)
         else:
             value = LAYOUTS[spec.layout](value)
             # A copy: as a view, one temporal tap would keep all of them in memory.
             value = (value if spec.layout == "same" else mx.contiguous(value)).astype(dtype)
             if not lazily:
-                evaluate(weights.component, value)
+                mx.eval(value)
             module.load_weights([(name, value)], strict=False)
         if branch is not None:
             branches.append((name.removesuffix(".weight"), branch))
@@ -323,14 +327,13 @@ def say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme:
         )  # fmt: skip
 
 
-def repacked(component: str, value: mx.array | Packed, scheme: Scheme) -> Packed:
-    """A weight in a scheme's form, evaluated; raises CheckpointError if its file cannot be read."""
+def repacked(value: mx.array | Packed, scheme: Scheme) -> Packed:
+    """A weight in a scheme's form, evaluated."""
     if isinstance(value, Packed):
         if Scheme(value.mode, value.bits, value.group_size) == scheme:
             return value
         value = value.dequantize()
-    with reading(component):
-        return quantize_matrix(value, scheme)
+    return quantize_matrix(value, scheme)
 
 
 def _quantize_layer(module: nn.Module, path: str, packed: Packed, dtype: mx.Dtype) -> None:
@@ -356,22 +359,3 @@ def place_of(module: nn.Module, path: str) -> tuple[Any, str | int]:
     for name in parents:
         module = module[int(name)] if isinstance(module, list) else module[name]
     return module, int(last) if isinstance(module, list) else last
-
-
-@contextmanager
-def reading(component: str) -> Iterator[None]:
-    """Makes MLX's error while a component's files are read a CheckpointError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise CheckpointError(f"the {component}'s files could not be read while loading: {error}") from error
-
-
-def evaluate(component: str, arrays: Any) -> None:
-    """`mx.eval` for arrays that come out of a checkpoint's files.
-
-    Raises:
-        CheckpointError: the file could not be read, for instance because it was changed or removed meanwhile.
-    """
-    with reading(component):
-        mx.eval(arrays)

@@ -36,6 +36,7 @@ class _Arrays:
             if tensor.name not in self._lazy:
                 self._lazy = mx.load(str(self._path))
             array = self._lazy.pop(tensor.name)
+            mx.eval(array)  # by itself: no operation waits for the disk
             if tensor.dtype == "F8_E4M3":
                 array = mx.from_fp8(array, mx.float32)
             finite = mx.isfinite(array).all().item()

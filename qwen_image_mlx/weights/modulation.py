@@ -1,8 +1,8 @@
 """The modulation table: everything the timesteps contribute to the transformer, computed before the first step.
 
 One third of the transformer's weights turn the timestep into shifts, scales and gates and depend on nothing else. Here
-each of them is read from the lazily loaded file, used for all timesteps at once, and dropped, so that they never stay
-resident: the peak is the table plus one weight.
+each of them is read from its file, used for all timesteps at once, and dropped, so that they never stay resident: the
+peak is the table plus one weight.
 """
 
 from __future__ import annotations

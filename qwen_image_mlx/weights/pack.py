@@ -130,7 +130,7 @@ def _write_tensor(
     """Adds a tensor to a file's arrays, evaluated, and its error to the errors if it is packed here."""
     value, path = part.weights.open(spec, reader), spec.name.removesuffix(".weight")
     if spec.is_packed_by(part.scheme):
-        packed = repacked(part.weights.component, value, part.scheme)
+        packed = repacked(value, part.scheme)
         source = value.dequantize() if isinstance(value, Packed) else value
         errors[path] = relative_error(source, packed)
         value = packed

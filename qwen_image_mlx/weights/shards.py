@@ -19,6 +19,7 @@ from uuid import uuid4
 import mlx.core as mx
 
 from ..errors import CheckpointError, OutputError
+from ..gpu import finish, gpu_faults
 
 _BITS = {
     "F4": 4,
@@ -142,12 +143,25 @@ def save_tensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[s
     """
     partial = path.with_name(f".{path.name}.{uuid4().hex}{PARTIAL}")
     try:
+        with gpu_faults():
+            finish(arrays)
         mx.save_safetensors(str(partial), dict(arrays), dict(metadata))
         partial.replace(path)
     except (OSError, RuntimeError) as error:
         raise OutputError(f"{path} could not be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """All arrays of a safetensors file, read, and its metadata.
+
+    Raises:
+        OSError, RuntimeError, ValueError: it cannot be read.
+    """
+    arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    mx.eval(arrays)
+    return arrays, metadata
 
 
 # The helpers below say what is wrong by ValueError; read_header makes it a sentence with the path and the cure.

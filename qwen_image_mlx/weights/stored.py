@@ -6,13 +6,15 @@ Other tools put what belongs to a weight beside it under the same path: `x.weigh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..gpu import gpu_error
 from . import gguf
 from .packed import Packed
 from .quantize import Scheme
@@ -116,23 +118,58 @@ def _scheme(bits: int, group: int, scales: Tensor, biases: Tensor | None = None)
     return Scheme("affine", bits, group), None
 
 
+@contextmanager
+def reading(component: str) -> Iterator[None]:
+    """Makes MLX's error while a component's files are read a CheckpointError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise gpu_error(error) or CheckpointError(
+            f"the {component}'s files could not be read while loading: {error}"
+        ) from error
+
+
 class Reader:
-    """Opens files once and hands out what lies in them, lazily; what was handed out is not held any longer.
+    """Opens files once and hands out what lies in them; what was handed out is not held any longer.
+
+    What lies in a file is evaluated by itself, before any other operation sees it: inside the evaluation of an
+    operation the GPU would wait for the disk, and macOS ends a process whose GPU waits for seconds.
 
     Args:
-        component: for what is said when a file cannot be opened.
+        component: for what is said when a file cannot be read.
     """
 
     def __init__(self, component: str):
         self._component = component
         self._files: dict[Path, dict[str, mx.array]] = {}
+        self._read: dict[tuple[Path, str], mx.array] = {}
+
+    def read(self, weights: Iterable[Stored]) -> None:
+        """Reads several weights at once, for `open` to hand out.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        wanted = [stored for stored in weights if not isinstance(stored.tensor, gguf.GgufTensor)]
+        tensors = {(t.file, t.name): t for stored in wanted for t in (stored.tensor, *stored.beside.values())}
+        found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
+        with reading(self._component):
+            mx.eval(found)
+        self._read |= found
 
     def open(self, stored: Stored) -> mx.array | Packed:
-        """A weight, packed if it lies so; in the file's layout and dtype, fp8 as fp32 with its scale applied."""
+        """A weight, packed if it lies so; in the file's layout and dtype, fp8 as fp32 with its scale applied.
+
+        Floats and packed weights are evaluated; what has to be computed from them is not.
+
+        Raises:
+            CheckpointError: its file cannot be read.
+        """
         if isinstance(stored.tensor, gguf.GgufTensor):
             return gguf.packed(stored.tensor) or gguf.decode(stored.tensor)
-        beside = {word: self._take(tensor) for word, tensor in stored.beside.items()}
-        array = self._take(stored.tensor)
+        self.read([stored])
+        beside = {word: self._read.pop((tensor.file, tensor.name)) for word, tensor in stored.beside.items()}
+        array = self._read.pop((stored.tensor.file, stored.tensor.name))
         if stored.scheme is not None:
             scheme = stored.scheme
             return Packed(array, beside["scales"], beside.get("biases"), scheme.group_size, scheme.bits, scheme.mode)
@@ -142,7 +179,7 @@ class Reader:
                 array = array * scale.astype(mx.float32).reshape(-1, *(1,) * (array.ndim - 1))
         return array
 
-    def _take(self, tensor: Tensor) -> mx.array:
+    def _lazy(self, tensor: Tensor) -> mx.array:
         if tensor.file not in self._files:
             try:
                 self._files[tensor.file] = mx.load(str(tensor.file))

@@ -1,8 +1,8 @@
 """Modules whose layers are never held: each pass reads them from the file again, one after another.
 
-A lazily loaded array belongs to nobody but the operation that uses it, so its memory returns as soon as it was used. A
-pass over streamed layers therefore takes the memory of a few of them, however many there are, and builds the same
-operations on the same numbers as layers that stay.
+A layer is read, wholly and by itself, while the layer before it runs (`gpu.Pace`), and forgotten when its result is
+queued. A pass over streamed layers therefore takes the memory of two of them, however many there are, and runs the same
+operations on the same numbers as layers that stay. They are used as they lie in their files: nothing is packed anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from .adapters import Adapters, Placement
 from .loader import ComponentWeights, fill, place_of, specs_of
 from .mapping import TensorSpec
@@ -43,23 +43,19 @@ def layer_specs(component: str, specs: Iterable[TensorSpec]) -> list[list[Tensor
     return list(layers.values())
 
 
-def held_specs(
-    component: str, specs: Iterable[TensorSpec], scheme: Scheme | None, stored: Callable[[str], str]
-) -> list[TensorSpec]:
+def held_specs(component: str, specs: Iterable[TensorSpec], stored: Callable[[str], str]) -> list[TensorSpec]:
     """What of a streamed component stays in memory.
 
     Args:
         component: one of `STREAMABLE`.
         specs: its tensors.
-        scheme: what its matrices are packed into while they are read.
         stored: given a tensor's name, its dtype in the file; an embedding of plain rows is read by the row.
     """
     layers = f"{_LAYERS[component]}."
     return [
         spec
         for spec in specs
-        if not spec.name.startswith(layers)
-        and (spec.name != _EMBEDDING or scheme is not None or stored(spec.name) not in _ROWS)
+        if not spec.name.startswith(layers) and (spec.name != _EMBEDDING or stored(spec.name) not in _ROWS)
     ]
 
 
@@ -73,22 +69,40 @@ def stream_module(
 ) -> M:
     """Fills a new module's other parameters and makes its layers be read at each pass.
 
-    The arguments are those of `weights.loader.load_module`. With a scheme or LoRAs every pass packs or merges anew, in
-    the same way as loading once does.
+    The arguments are those of `weights.loader.load_module`. With LoRAs every pass merges anew, in the same way as
+    loading once does.
 
     Returns:
         The module; its list of layers can only be iterated over.
+
+    Raises:
+        RequestError: a matrix would have to be packed into the scheme at each pass, as it does not lie so in its file.
     """
+    check_streamable(weights, part, scheme)
     path = _LAYERS[weights.component]
-    specs = specs_of(module, weights, part, scheme)
+    specs = specs_of(module, weights, part, None)
     parent, place = place_of(module, path)
-    parent[place] = StreamedLayers(parent[place], path, weights, part, dtype, scheme, adapters)
-    held = held_specs(weights.component, specs, scheme, lambda name: weights.stored(name).tensor.dtype)
+    parent[place] = StreamedLayers(parent[place], path, weights, part, dtype, adapters)
+    held = held_specs(weights.component, specs, lambda name: weights.stored(name).tensor.dtype)
     if weights.component == "text_encoder" and _EMBEDDING not in {spec.name for spec in held}:
         module.model.embed_tokens = StreamedRows(weights.stored(_EMBEDDING).tensor, dtype)
-    fill(module, weights, held, Reader(weights.component), dtype, scheme, adapters and Placement(adapters))
+    placement = adapters and Placement(adapters)
+    fill(module, weights, held, Reader(weights.component), dtype, placement=placement)
     module.eval()
     return module
+
+
+def check_streamable(weights: ComponentWeights, part: str, scheme: Scheme | None) -> None:
+    """Raises RequestError if a part's matrices do not lie packed in a scheme already, which None always allows."""
+    unpacked = [
+        spec for spec in weights.specs(part) if spec.is_packed_by(scheme) and weights.stored(spec.name).scheme != scheme
+    ]
+    if unpacked:
+        raise RequestError(
+            f"the {weights.component} is read from its files at each pass and would have to be quantized to {scheme} "
+            "each time",
+            cause="streamed quantization",
+        )
 
 
 class StreamedLayers:
@@ -97,7 +111,7 @@ class StreamedLayers:
     Args:
         layers: empty ones, to be copied.
         path: of the list, in the weights' names.
-        weights, part, dtype, scheme, adapters: as in `stream_module`.
+        weights, part, dtype, adapters: as in `stream_module`.
 
     Raises:
         CheckpointError: while iterating: a file was changed since it was opened, or cannot be read.
@@ -110,13 +124,12 @@ class StreamedLayers:
         weights: ComponentWeights,
         part: str,
         dtype: mx.Dtype,
-        scheme: Scheme | None,
         adapters: Adapters | None,
     ):
         self._layers = layers
         self._prefixes = [f"{path}.{n}." for n in range(len(layers))]
         self._specs = [[s for s in weights.specs(part) if s.name.startswith(p)] for p in self._prefixes]
-        self._weights, self._dtype, self._scheme, self._adapters = weights, dtype, scheme, adapters
+        self._weights, self._dtype, self._adapters = weights, dtype, adapters
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -127,8 +140,8 @@ class StreamedLayers:
         for layer, prefix, specs in zip(self._layers, self._prefixes, self._specs, strict=True):
             layer, placement = _copied(layer), self._adapters and Placement(self._adapters)
             fill(
-                layer, self._weights, specs, reader, self._dtype, self._scheme, placement,
-                prefix=prefix, lazily=self._scheme is None and self._adapters is None,
+                layer, self._weights, specs, reader, self._dtype, None, placement,
+                prefix=prefix, lazily=self._adapters is None,
             )  # fmt: skip
             layer.eval()
             yield layer

@@ -25,6 +25,7 @@ from ..config import (
 )
 from ..variants import VARIANTS
 from .mapping import TensorSpec, expected_tensors, weights_map
+from .shards import save_tensors
 
 TINY = {
     "transformer": TransformerConfig(
@@ -118,7 +119,7 @@ def _write_shards(
         name = f"{stem}{part}.safetensors"
         keys = mx.random.split(mx.random.split(key, number)[-1], len(shard))
         tensors = {spec.name: random_values(spec, keys[n]).astype(dtype) for n, spec in enumerate(shard)}
-        mx.save_safetensors(str(folder / name), tensors, {"format": "pt"})
+        save_tensors(folder / name, tensors, {"format": "pt"})
         index |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": index})

@@ -1,0 +1,97 @@
+"""How much memory may be used on this machine, and MLX's own limits while work is done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import mlx.core as mx
+
+_SHARE = 0.9  # of what Metal recommends, or Linux has available
+_KEPT_FOR_MACOS = 4 * 10**9  # bytes, on Macs of up to 24 GB
+_SMALL = 25 << 30  # bytes of a Mac that counts as one of these
+_LEAST_CACHE = (
+    3 << 29
+)  # bytes that MLX may keep for reuse on Macs from 16 GB: less is given back and zeroed at every block
+_SMALLEST_CACHE = 1 << 29  # on smaller ones
+
+
+@cache
+def _device() -> dict[str, int | str]:
+    """What MLX says of the GPU, whatever the default device."""
+    return mx.device_info(mx.gpu)
+
+
+def memory_size() -> int:
+    """Bytes of this machine's memory."""
+    if mx.metal.is_available():
+        return int(_device()["memory_size"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def usable_memory() -> int:
+    """Bytes that may be planned with on this machine.
+
+    On a Mac nine tenths of what Metal recommends as a working set, and on those of up to 24 GB at most what leaves 4 GB
+    to macOS and its programs; on Linux nine tenths of what is available.
+    """
+    if mx.metal.is_available():
+        budget = int(_SHARE * int(_device()["max_recommended_working_set_size"]))
+        return min(budget, memory_size() - _KEPT_FOR_MACOS) if memory_size() < _SMALL else budget
+    return int(_SHARE * free_memory())
+
+
+def free_memory() -> int:
+    """Bytes that are free now, or could be at once; all where the system does not say."""
+    if mx.metal.is_available():
+        try:
+            level = subprocess.run(
+                ["/usr/sbin/sysctl", "-n", "kern.memorystatus_level"], capture_output=True, text=True, timeout=5
+            )
+            return memory_size() * int(level.stdout) // 100
+        except (OSError, ValueError, subprocess.SubprocessError):
+            return memory_size()
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return memory_size()
+
+
+@contextmanager
+def limits(budget: int | None = None, working: int = 0, *, wire: bool = False) -> Iterator[None]:
+    """MLX's memory and cache limits while work is done; as they were afterwards.
+
+    Past the memory limit MLX waits for work that is under way instead of taking more. Limits that are tighter already,
+    an app's or those of a call around this one, stay.
+
+    Args:
+        budget: bytes that may be used; None is `usable_memory()`.
+        working: bytes that work takes beside weights, to be kept for reuse.
+        wire: also keep what is in use from being paged out (macOS 15 and newer). Off, because macOS panics on some
+            machines while wired memory comes and goes: https://github.com/ml-explore/mlx/issues/3186
+    """
+    budget = usable_memory() if budget is None else budget
+    least = _LEAST_CACHE if memory_size() >= 16 * 10**9 else _SMALLEST_CACHE
+    memory = _tightened(mx.set_memory_limit, budget)
+    cached = _tightened(mx.set_cache_limit, max(min(working, budget // 2), min(least, budget // 8)))
+    wired = mx.set_wired_limit(min(budget, usable_memory())) if wire and mx.metal.is_available() else None
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(cached)
+        mx.set_memory_limit(memory)
+        if wired is not None:
+            mx.set_wired_limit(wired)
+        mx.clear_cache()
+
+
+def _tightened(set_limit, nbytes: int) -> int:
+    """Sets one of MLX's limits unless it is tighter already; returns what it was."""
+    before = set_limit(nbytes)
+    if before < nbytes:
+        set_limit(before)
+    return before
