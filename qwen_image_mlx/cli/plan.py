@@ -135,7 +135,8 @@ def _facts(components: Components, work: Work, plans: list[MemoryPlan], budget: 
             {
                 "residency": plan.residency.name,
                 "peak": plan.peak,
-                "fits": plan.peak <= budget,
+                "fits": plan.fits(budget),
+                "needs_pack": plan.needs_pack,
                 "stages": {stage.name: {"resident": stage.resident, "peak": stage.peak} for stage in plan.stages},
             }
             for plan in plans

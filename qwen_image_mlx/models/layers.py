@@ -197,9 +197,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         (B, L, heads * head_dim).
     """
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    length, flop = q.shape[2], 4 * q.size * k.shape[2]
-    kernels = -(-flop // int(ATTENTION_FLOP))
-    rows = -(-length // (kernels * _ROWS)) * _ROWS
+    length, flop_of_row = q.shape[2], 4 * q.size // q.shape[2] * k.shape[2]
+    rows = max(_ROWS, int(ATTENTION_FLOP / flop_of_row) // _ROWS * _ROWS)
     out = [
         mx.fast.scaled_dot_product_attention(q[:, :, top : top + rows], k, v, scale=q.shape[-1] ** -0.5)
         .transpose(0, 2, 1, 3)

@@ -20,7 +20,6 @@ from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.lora_inspect import LIGHTNING
 from ..weights.quantize import NONE, Quantization
 from .memory import (
-    RESIDENCIES,
     Memory,
     MemoryPlan,
     Work,
@@ -97,7 +96,7 @@ def settled(
         others = alternatives(components, work, asked.budget)
         logger.warning("too large for the memory:\n%s", table_of(others, asked.budget))
         if not force:
-            packs = len(others) < len(RESIDENCIES)
+            packs = any(other.needs_pack and other.peak <= asked.budget for other in others)
             raise RequestError(
                 f"this takes {plan.peak / 1e9:.2f} GB, but only {asked.budget / 1e9:.2f} may be used",
                 cause="streamed quantization" if packs else "budget" if memory else "residency",

@@ -113,12 +113,18 @@ class MemoryPlan:
         stages: in their order.
         disk: bytes of the files that are read.
         strip_pixels: most pixels that are decoded at once.
+        needs_pack: whether it works only once the model was saved quantized: nothing is quantized while it streams.
     """
 
     residency: Residency
     stages: tuple[Stage, ...]
     disk: int
     strip_pixels: int = STRIP_PIXELS
+    needs_pack: bool = False
+
+    def fits(self, budget: int) -> bool:
+        """Whether it can run within a budget in bytes."""
+        return self.peak <= budget and not self.needs_pack
 
     @property
     def peak(self) -> int:
@@ -214,7 +220,7 @@ class _Planner:
     def plan(self, strip_pixels: int) -> MemoryPlan:
         before, stages = self.before_decode
         decode = self.decode(before, strip_pixels)
-        return MemoryPlan(self.residency, (*stages, decode), self.disk, strip_pixels)
+        return MemoryPlan(self.residency, (*stages, decode), self.disk, strip_pixels, self.needs_pack)
 
     @cached_property
     def before_decode(self) -> tuple[int, tuple[Stage, ...]]:
@@ -270,7 +276,7 @@ class _Planner:
         return self.count(name, specs)
 
     @property
-    def quantizes_while_streaming(self) -> bool:
+    def needs_pack(self) -> bool:
         """Whether a streamed component would be packed anew at each pass, as it does not lie so in its files."""
         return any(self.packs(name) for name in self.residency.streamed & {*self.components.quantization.components})
 
@@ -416,16 +422,19 @@ def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPl
         RequestError: every residency would quantize layers anew at each pass.
     """
     planners = [_Planner(components, work, residency) for residency in memory.residencies]
-    able = [planner for planner in planners if not planner.quantizes_while_streaming]
+    able = [planner for planner in planners if not planner.needs_pack]
     if not able:
         raise RequestError(
             "layers that are read from their files at each pass would have to be quantized each time",
             cause="streamed quantization",
         )
-    plans = (planner.plan(strip) for planner in able for strip in strips_for(work))
+    return _first_that_fits(able, memory.budget)
+
+
+def _first_that_fits(planners: Sequence[_Planner], budget: int) -> MemoryPlan:
     least: MemoryPlan | None = None
-    for plan in plans:
-        if plan.peak <= memory.budget:
+    for plan in (planner.plan(strip) for planner in planners for strip in strips_for(planner.work)):
+        if plan.peak <= budget:
             return plan
         least = plan if least is None or plan.peak < least.peak else least
     assert least is not None
@@ -433,9 +442,8 @@ def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPl
 
 
 def alternatives(components: Components, work: Work, budget: int) -> list[MemoryPlan]:
-    """The plan of each residency that can run, in the strips that a budget in bytes asks for."""
-    able = [r for r in RESIDENCIES if not _Planner(components, work, r).quantizes_while_streaming]
-    return [fitting_plan(components, work, Memory(budget, (residency,))) for residency in able]
+    """The plan of each residency, in the strips that a budget in bytes asks for."""
+    return [_first_that_fits([_Planner(components, work, residency)], budget) for residency in RESIDENCIES]
 
 
 def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
@@ -465,7 +473,7 @@ def table_of(plans: Sequence[MemoryPlan], budget: int) -> str:
     rows = [
         [plan.residency.name, *(f"{stage.resident / 1e9:.2f}/{stage.peak / 1e9:.2f}" for stage in plan.stages),
          f"{plan.peak / 1e9:.2f}",
-         "yes" if plan.peak <= budget else "no"]
+         "yes" if plan.fits(budget) else "saved quantized" if plan.peak <= budget else "no"]
         for plan in plans
     ]  # fmt: skip
     widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]

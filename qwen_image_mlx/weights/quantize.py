@@ -8,7 +8,10 @@ numbers. The microscaling modes are MLX's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -173,25 +176,45 @@ def _affine(w: mx.array, scheme: Scheme, refits: int) -> tuple[mx.array, mx.arra
     q = _elements(groups, scale, bias, levels)
     error = _error(groups, q, scale, bias)
     for _ in range(refits):
-        # Least squares of w over q, for each group: scale = cov(q, w) / var(q).
-        mean_q, mean_w = q.mean(axis=-1, keepdims=True), groups.mean(axis=-1, keepdims=True)
-        variance = mx.square(q - mean_q).mean(axis=-1, keepdims=True)
-        covariance = ((q - mean_q) * (groups - mean_w)).mean(axis=-1, keepdims=True)
-        slope = mx.where(variance > 0, covariance / mx.maximum(variance, 1e-12), scale)
-        new_scale, new_bias = _rounded(slope, mean_w - slope * mean_q)
-        new_q = _elements(groups, new_scale, new_bias, levels)
-        new_error = _error(groups, new_q, new_scale, new_bias)
-        better = new_error < error
-        q, scale, bias, error = (
-            mx.where(better, new, old)
-            for new, old in ((new_q, q), (new_scale, scale), (new_bias, bias), (new_error, error))
-        )
+        q, scale, bias, error = fused(_refit)(groups, q, scale, bias, error, levels)
     columns = w.shape[1]
     return (
-        _pack(q.astype(mx.uint32).reshape(-1, columns), scheme.bits),
+        fused(_pack)(q.astype(mx.uint32).reshape(-1, columns), scheme.bits),
         scale.reshape(w.shape[0], -1).astype(SCALES),
         bias.reshape(w.shape[0], -1).astype(SCALES),
     )
+
+
+def _refit(
+    groups: mx.array, q: mx.array, scale: mx.array, bias: mx.array, error: mx.array, levels: int
+) -> tuple[mx.array, ...]:
+    """Elements, scale, bias and error of each group after a refit, where that is better."""
+    # Least squares of w over q, for each group: scale = cov(q, w) / var(q).
+    mean_q, mean_w = q.mean(axis=-1, keepdims=True), groups.mean(axis=-1, keepdims=True)
+    variance = mx.square(q - mean_q).mean(axis=-1, keepdims=True)
+    covariance = ((q - mean_q) * (groups - mean_w)).mean(axis=-1, keepdims=True)
+    slope = mx.where(variance > 0, covariance / mx.maximum(variance, 1e-12), scale)
+    new_scale, new_bias = _rounded(slope, mean_w - slope * mean_q)
+    new_q = _elements(groups, new_scale, new_bias, levels)
+    new_error = _error(groups, new_q, new_scale, new_bias)
+    better = new_error < error
+    return tuple(
+        mx.where(better, new, old)
+        for new, old in ((new_q, q), (new_scale, scale), (new_bias, bias), (new_error, error))
+    )
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with its elementwise operations in few kernels, bit for bit the same; on a CPU the function itself.
+
+    On a GPU each kernel costs a pass over memory; on a CPU compiling them takes longer than they save.
+    """
+    return _compiled(function) if mx.default_device() == mx.gpu else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return mx.compile(function)
 
 
 def _rounded(scale: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
+from qwen_image_mlx.cli.cures import CURES
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.pipeline.limits import limits
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
@@ -146,13 +147,22 @@ def test_impossible_memory_is_refused(text):
         parse_memory(text)
 
 
+def limits_now():
+    """MLX's (cache, memory) limits."""
+    limits = mx.set_cache_limit(1 << 40), mx.set_memory_limit(1 << 40)
+    mx.set_cache_limit(limits[0])
+    mx.set_memory_limit(limits[1])
+    return limits
+
+
 def test_limits_are_as_they_were_afterwards():
-    before = mx.set_cache_limit(123 << 20), mx.set_memory_limit(5 << 30)
+    before = mx.set_cache_limit(900 << 20), mx.set_memory_limit(5 << 30)
     try:
         with limits(4 << 30):
-            assert mx.set_memory_limit(4 << 30) == 4 << 30
-            assert mx.set_cache_limit(1 << 20) == 512 << 20
-        assert (mx.set_cache_limit(1), mx.set_memory_limit(1 << 30)) == (123 << 20, 5 << 30)
+            assert limits_now() == (512 << 20, 4 << 30)
+            with limits(8 << 30):
+                assert limits_now() == (512 << 20, 4 << 30), "those around a call are not loosened"
+        assert limits_now() == (900 << 20, 5 << 30)
     finally:
         mx.set_cache_limit(before[0])
         mx.set_memory_limit(before[1])
@@ -173,6 +183,18 @@ def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
         assert run("--memory", residency.name, "-o", f"{number}-named.png")[0] == 0
         np.testing.assert_array_equal(np.asarray(Image.open(f"{number}-named.png")), pixels)
         np.testing.assert_array_equal(np.asarray(Image.open(f"{number}.png")), pixels)
+
+
+def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run, monkeypatch):
+    monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
+    components = QwenImagePipeline.from_pretrained(packed, dtype="float32").components
+    budget = make_plan(components, replace(WORK, guided=True), RESIDENCIES[-1]).peak
+    for wanted in (budget, "streamed"):
+        code, out, err = run("--memory", wanted, "--quantize", "4/32", "-o", "no.png")
+        assert (code, out) == (2, "")
+        assert err.rstrip().endswith(CURES["streamed quantization"])
+    assert "saved quantized" in err or wanted == "streamed"
+    assert run("--model", packed, "--memory", budget, "-o", "yes.png")[0] == 0
 
 
 def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model, run, monkeypatch, tmp_path):
@@ -213,6 +235,7 @@ def test_plan_prints_every_way_and_its_alternatives(model, run):
     assert "with --quantize 4" in out
     code, out, _ = run(model, "--json", "--quantize", "8/32", "--size", "64x64", command="plan")
     facts = json.loads(out)
+    assert [plan["needs_pack"] for plan in facts["plans"]] == [False, False, True, True]
     assert [plan["residency"] for plan in facts["plans"]] == [residency.name for residency in RESIDENCIES]
     files = sum(file.stat().st_size for file in model.glob("*/*.safetensors"))
     assert files * 0.9 < facts["disk"] < files, "all but the headers and what no picture needs"
