@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import mlx.core as mx
 
@@ -17,18 +16,13 @@ _LEAST_CACHE = (
     3 << 29
 )  # bytes that MLX may keep for reuse on Macs from 16 GB: less is given back and zeroed at every block
 _SMALLEST_CACHE = 1 << 29  # on smaller ones
-
-
-@cache
-def _device() -> dict[str, int | str]:
-    """What MLX says of the GPU, whatever the default device."""
-    return mx.device_info(mx.gpu)
+_CPU_CACHE = 32 << 20  # MLX's own cache limit on a CPU, which is not somebody's wish
 
 
 def memory_size() -> int:
     """Bytes of this machine's memory."""
     if mx.metal.is_available():
-        return int(_device()["memory_size"])
+        return _of_gpu("memory_size")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -39,9 +33,14 @@ def usable_memory() -> int:
     to macOS and its programs; on Linux nine tenths of what is available.
     """
     if mx.metal.is_available():
-        budget = int(_SHARE * int(_device()["max_recommended_working_set_size"]))
+        budget = int(_SHARE * _of_gpu("max_recommended_working_set_size"))
         return min(budget, memory_size() - _KEPT_FOR_MACOS) if memory_size() < _SMALL else budget
     return int(_SHARE * free_memory())
+
+
+def _of_gpu(fact: str) -> int:
+    """What MLX says of the GPU, whatever an app's default device is."""
+    return int(mx.device_info(mx.gpu)[fact])
 
 
 def free_memory() -> int:
@@ -89,9 +88,9 @@ def limits(budget: int | None = None, working: int = 0, *, wire: bool = False) -
         mx.clear_cache()
 
 
-def _tightened(set_limit, nbytes: int) -> int:
-    """Sets one of MLX's limits unless it is tighter already; returns what it was."""
+def _tightened(set_limit: Callable[[int], int], nbytes: int) -> int:
+    """Sets one of MLX's limits unless somebody has set a tighter one; returns what it was."""
     before = set_limit(nbytes)
-    if before < nbytes:
+    if before < nbytes and before != _CPU_CACHE:
         set_limit(before)
     return before
