@@ -1,12 +1,20 @@
 """The Qwen-Image family on Apple Silicon, in pure MLX.
 
 Public names are resolved when they are first used, so importing this package costs nothing.
+
+It sets one environment variable, `MLX_ENABLE_TF32=0`, unless that is set already. On an M5 with macOS 26.2 or newer MLX
+otherwise rounds the factors of fp32 products to 10 bits (TF32), and the autoencoder and all fp32 runs are inexact. MLX
+reads the variable once, at its first product, and for the whole process: import this package before that, and know that
+the app's own fp32 products follow it (bf16 and fp16 are as fast as before). To keep TF32, set the variable to 1 first.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 _PUBLIC = {
     "QwenImagePipeline": "pipeline.pipeline",
@@ -23,6 +31,7 @@ _PUBLIC = {
     "QwenImageError": "errors",
     "RequestError": "errors",
     "CheckpointError": "errors",
+    "GPUError": "errors",
     "HubError": "errors",
     "OutputError": "errors",
     "Cancelled": "errors",
@@ -31,7 +40,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from .errors import Cancelled, CheckpointError, HubError, OutputError, QwenImageError, RequestError
+    from .errors import Cancelled, CheckpointError, GPUError, HubError, OutputError, QwenImageError, RequestError
     from .images.recompose import compose
     from .pipeline.conditioning import GuidanceEncoding, InitialImage
     from .pipeline.decomposition import LayeredResult

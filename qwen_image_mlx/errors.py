@@ -31,7 +31,18 @@ class CheckpointError(QwenImageError):
 
 
 class GPUError(QwenImageError):
-    """The GPU could not do the work: too little memory, too long, or macOS refuses the process."""
+    """The GPU could not do the work: too little memory, too long, or macOS refuses the process.
+
+    Args:
+        message: the sentence.
+        fault: what happened: "memory", "timeout", "busy display", "refused" or "unknown".
+        fatal: whether this process can use the GPU no more, and must be started again.
+    """
+
+    def __init__(self, message: str = "", *, fault: str = "unknown", fatal: bool = False):
+        super().__init__(message)
+        self.fault = fault
+        self.fatal = fatal
 
 
 class HubError(QwenImageError):

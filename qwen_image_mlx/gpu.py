@@ -2,14 +2,85 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
+from functools import wraps
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from .errors import GPUError
+
+_LONGEST = 160  # characters of MLX's own text that a message keeps
+
+
+class _Fault(NamedTuple):
+    """A kind of error: the pattern its text begins with, and what a GPUError says of it."""
+
+    pattern: str
+    fault: str
+    sentence: str
+    fatal: bool = False
+
+
+_COMMAND = r"\[METAL\] Command buffer execution failed: .*"
+_CUDA = r"(cu[a-z]*[A-Z]\w*|nvrtc\w*).* failed"
+_RELAX = "or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, which lets macOS wait longer"
+_TOO_LITTLE = (
+    "the GPU has too little memory for this: choose a smaller size, say --memory auto or --quantize 4, "
+    "or close other programs"
+)
+_TOO_LONG = (
+    "macOS stopped the GPU's work because it took too long: choose a smaller size, keep the weights on the internal "
+    f"disk, close other programs so that the Mac does not swap, {_RELAX}"
+)
+_AGAIN = "the GPU failed: try again, and if it fails once more start the program again"
+
+# The first row that fits counts. Texts of MLX 0.32.4: backend/metal/{device,allocator,event,conv}.cpp as they stand in
+# the macOS wheel's libmlx.dylib; backend/cuda/{utils,allocator}.cpp. What follows "execution failed" is macOS' own
+# (IOGPUFamily), as quoted in mlx#479, #3267, ollama#17902, omlx#3706, mlx-vlm#1064. AGX_RELAX…: mlx#3267.
+_FAULTS = (
+    _Fault(
+        _COMMAND + "(SubmissionsIgnored|Ignored \\()", "refused",
+        "macOS refuses this process the GPU after earlier faults: start the program again", fatal=True,
+    ),
+    _Fault(_COMMAND + "(ErrorOutOfMemory|Insufficient Memory)", "memory", _TOO_LITTLE),
+    _Fault(_COMMAND + "(ErrorTimeout|ErrorHang|GPU Timeout|GPU Hang)", "timeout", _TOO_LONG),
+    _Fault(
+        _COMMAND + "(ImpactingInteractivity|Impacting Interactivity)", "busy display",
+        "macOS stopped the GPU's work because it held up the display: choose a smaller size, show less on the "
+        f"screen or turn it off, {_RELAX}",
+    ),
+    _Fault(
+        _COMMAND + "(InnocentVictim|victim of GPU error)", "unknown",
+        "the GPU failed in another program and macOS stopped this work as well: try again",
+    ),
+    _Fault(
+        _COMMAND + "(PageFault|Address Fault)", "unknown",
+        "the GPU used a wrong address: start the program again, and report it if it comes back",
+    ),
+    _Fault(
+        r"(\[metal::malloc\] Attempting to allocate|\[conv\] A single unfolding row needs)", "memory",
+        "one array would be larger than this GPU allows: choose a smaller size",
+    ),
+    _Fault(r"\[metal::malloc\]|\[malloc\w*\] Unable to allocate", "memory", _TOO_LITTLE),
+    _Fault(
+        r"Failed to load the (default )?metallib|\[metal::Device\] Unable to (build|load)", "unknown",
+        "MLX's kernels do not load here: install MLX again with pip, for this version of macOS",
+    ),
+    _Fault(r"\[METAL\]|\[(metal::\w+|Event::Event)\] (Failed|Unable) to", "unknown", _AGAIN),
+    _Fault(_CUDA + ".*(out of memory|MemoryAllocation)", "memory", _TOO_LITTLE),
+    _Fault(
+        _CUDA + ".*(illegal|misaligned|unspecified launch failure|device-side assert|launch timed out)", "unknown",
+        "the GPU used a wrong address or hung, and CUDA serves this process no more: start the program again",
+        fatal=True,
+    ),
+    _Fault(_CUDA, "unknown", _AGAIN),
+)  # fmt: skip
 
 
 def finish(*arrays: Any) -> None:
@@ -26,19 +97,52 @@ def finish(*arrays: Any) -> None:
 
 
 def gpu_error(error: BaseException) -> GPUError | None:
-    """The GPUError that stands for one of MLX's errors; None if it is not a fault of the GPU."""
-    return GPUError(str(error)) if str(error).startswith("[METAL]") else None
+    """The GPUError that stands for one of MLX's errors; None if it is not a fault of the GPU.
+
+    MLX raises one class for everything that goes wrong while it computes or reads, RuntimeError, so the text decides.
+
+    Args:
+        error: what was raised; of a GPUError another is made, without a traceback that keeps arrays in memory.
+    """
+    if isinstance(error, GPUError):
+        return GPUError(str(error), fault=error.fault, fatal=error.fatal)
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError):
+        return None
+    row = next((row for row in _FAULTS if re.match(row.pattern, text)), None)
+    if row is None:
+        return None
+    said = re.sub("<[^>]*>", "<…>", text).rstrip(".")  # paths
+    said = said if len(said) <= _LONGEST else said[: _LONGEST - 1] + "…"
+    return GPUError(f"{row.sentence} ({said})", fault=row.fault, fatal=row.fatal)
 
 
-@contextmanager
-def gpu_faults() -> Iterator[None]:
-    """Turns MLX's errors that are faults of the GPU into GPUError; all others pass."""
-    try:
-        yield
-    except RuntimeError as error:
-        if (fault := gpu_error(error)) is None:
-            raise
-        raise fault from error
+class _Faults(ContextDecorator):
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if isinstance(error, RuntimeError) and (fault := gpu_error(error)) is not None:
+            raise fault from error
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if not inspect.isgeneratorfunction(function):
+            return super().__call__(function)
+
+        @wraps(function)
+        def converted(*arguments: Any, **named: Any) -> Any:
+            with self:
+                return (yield from function(*arguments, **named))
+
+        return converted
+
+
+def gpu_faults() -> _Faults:
+    """Turns MLX's errors that are faults of the GPU into GPUError; all others pass.
+
+    A context manager, and a decorator: of a generator function too, where it holds for the whole iteration.
+    """
+    return _Faults()
 
 
 class Pace:

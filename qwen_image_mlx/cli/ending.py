@@ -1,4 +1,7 @@
-"""How commands are ended from outside: Ctrl-C raises KeyboardInterrupt, and SIGTERM an exception of the same kind."""
+"""How commands are ended from outside: Ctrl-C raises KeyboardInterrupt, and SIGTERM an exception of the same kind.
+
+A server that cannot work any more ends itself: GaveUp.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ from typing import Any, NoReturn
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: the command ends as by Ctrl-C, and nothing half-written stays."""
+
+
+class GaveUp(Exception):
+    """A command ends itself, so that a supervisor starts it again: a sentence for people, and exit code 1."""
 
 
 ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}

@@ -1,7 +1,8 @@
 """Entry point: finds the command, and turns what goes wrong into one line and an exit code.
 
-0 done; 1 a fault of this program, with its traceback; 2 the user's input; 130 Ctrl-C; 141 nobody reads stdout
-any more; 143 SIGTERM. stdout is for results, stderr for people. Nothing heavy is imported before a command runs.
+0 done; 1 a fault of this program, with its traceback, or `serve` gave up, in one line; 2 the user's input, or a
+fault of the GPU; 130 Ctrl-C; 141 nobody reads stdout any more; 143 SIGTERM. stdout is for results, stderr for
+people. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NoReturn
 from .. import __version__
 from ..errors import QwenImageError, RequestError
 from .cures import sentence
-from .ending import Terminated, terminable
+from .ending import GaveUp, Terminated, terminable
 from .results import Unread, results
 
 # Modules beside this one; they are imported where Ctrl-C is understood.
@@ -52,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminable(), results():
             arguments = build_parser().parse_args(argv)
-            arguments.run(arguments)
+            _run(arguments)
     except QwenImageError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
+    except GaveUp as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Unread:
         return 141
     except Terminated:
@@ -65,3 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Runs the command; a fault of the GPU is a GPUError wherever it comes up."""
+    try:
+        arguments.run(arguments)
+    except RuntimeError as error:
+        from ..gpu import gpu_error  # here, because it loads MLX
+
+        if (fault := gpu_error(error)) is None:
+            raise
+        raise fault from error

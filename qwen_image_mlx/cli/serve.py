@@ -9,8 +9,9 @@ import signal
 from importlib.util import find_spec
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import GPUError, RequestError
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
+from .ending import GaveUp
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "serve",
         help="serve models over HTTP, with a page for the browser",
         description="Keep models warm and serve them over HTTP: a page for the browser at /, an API with jobs, and "
-        "OpenAI's images API. stdout gets the address. Ctrl-C or SIGTERM cancels what is being painted and ends it.",
+        "OpenAI's images API. stdout gets the address. Ctrl-C or SIGTERM cancels what is running and ends it. It ends "
+        "by itself, with exit code 1, when the GPU does not work for its process any more.",
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; another than this machine's own needs a token "
@@ -100,7 +102,10 @@ def run(arguments: argparse.Namespace) -> None:
         address = f"http://{host}:{listener.getsockname()[1]}"
         limits = Limits(arguments.max_pixels, arguments.max_steps)
         with messages():
-            ended_by = serve(Setup(**setup, limits=limits), listener, lambda: print(address, flush=True))
+            try:
+                ended_by = serve(Setup(**setup, limits=limits), listener, lambda: print(address, flush=True))
+            except GPUError as error:
+                raise GaveUp(f"the server ends, to be started again: {error}") from error
         if ended_by == signal.SIGINT:
             raise KeyboardInterrupt
 

@@ -24,6 +24,7 @@ STATUS = {
     "queue_full": 429,
     "internal": 500,
     "busy": 503,
+    "gpu_error": 503,
     "model_error": 503,
     "stopping": 503,
     "timeout": 504,

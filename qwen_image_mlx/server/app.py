@@ -75,15 +75,17 @@ class Service:
 
     Args:
         setup: how the server is configured.
+        give_up: called in the event loop when the GPU works for this process no more.
     """
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, give_up: Callable[[], None] = lambda: None):
         self.setup = setup
         self.models = Models(setup.offers, setup.memory, setup.idle_seconds)
         self.tasks = Tasks(self.models, setup.defaults, setup.limits)
         self.jobs = Jobs(
             queue=setup.queue, seconds=setup.job_seconds, grace=setup.grace, idle=self.models.tick,
-            begin=self.models.read_facts, held_bytes=4 * setup.max_body_bytes,
+            begin=self.models.read_facts, distrust=self.models.distrust, give_up=give_up,
+            held_bytes=4 * setup.max_body_bytes,
         )  # fmt: skip
         self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
@@ -252,11 +254,13 @@ async def _stream(jobs: Jobs, job: Job) -> AsyncIterator[bytes]:
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """Whether the server is there, how much it has to do, and which models are loaded."""
+        """Whether the server works, what it has to do, and which models are loaded; 503 after a fault of the GPU."""
         queue = {"running": int(service.jobs.running is not None), "waiting": service.jobs.waiting}
+        fault = service.jobs.health.fault
         return _json(dumps({
-            "status": "ok", "version": __version__, "queue": queue, "models": service.models.status(),
-        }))  # fmt: skip
+            "status": "failing" if fault else "ok", "fault": fault or None, "version": __version__, "queue": queue,
+            "models": service.models.status(),
+        }), 503 if fault else 200)  # fmt: skip
 
     @app.post("/models/load", openapi_extra=takes(LoadBody))
     async def load(request: Request) -> Response:

@@ -20,8 +20,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Cancelled, RequestError
+from ..errors import Cancelled, GPUError, RequestError
+from ..gpu import gpu_error
 from .answers import INTERNAL, ApiError, dumps
+from .health import Health
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
@@ -217,6 +219,12 @@ class Jobs:
         begin: called in the worker's thread before the first job.
         idle: called in the worker's thread whenever there is nothing to do; returns after how many seconds it wants
             to be called again.
+        distrust: called in the worker's thread after a fault of the GPU, as what is in memory may be wrong.
+        give_up: called in the event loop when the GPU works for this process no more; all jobs have been cancelled.
+
+    Attributes:
+        running: the job that works.
+        health: the GPU's, as the jobs found it.
     """
 
     def __init__(
@@ -231,14 +239,17 @@ class Jobs:
         grace: float = 5.0,
         begin: Callable[[], None] = lambda: None,
         idle: Callable[[], float | None] = lambda: None,
+        distrust: Callable[[], None] = lambda: None,
+        give_up: Callable[[], None] = lambda: None,
     ):
         self.queue = queue
         self.running: Job | None = None
+        self.health = Health()
         self._held_bytes = held_bytes
         self._seconds = seconds
         self._kept, self._kept_seconds, self._kept_bytes = kept, kept_seconds, kept_bytes
         self._grace = grace
-        self._start, self._idle = begin, idle
+        self._start, self._idle, self._distrust, self._leave = begin, idle, distrust, give_up
         self._jobs: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -352,6 +363,16 @@ class Jobs:
                 job.position = position
                 job.tell("queued", {"position": position})
 
+    def _judge(self, fault: GPUError | None) -> None:
+        """Notes how a job ended on the GPU, and ends everything when that works no more."""
+        if fault is None:
+            self.health.succeeded()
+            return
+        self.health.failed(fault)
+        if self.health.over:
+            self.stop()
+            self._leave()
+
     def _begin(self, job: Job) -> None:
         self.running, job.status, job.position = job, "running", 0
         self._place()
@@ -433,7 +454,7 @@ class Jobs:
     def _do(self, job: Job) -> None:
         begun = time.monotonic()
         self._post(self._begin, job)
-        result, code, message = None, "", ""
+        result, code, message, fault = None, "", "", None
         try:
             feed = Feed(job, self._post, self._seconds)
             feed.check()
@@ -445,9 +466,18 @@ class Jobs:
             code, message = "invalid_request", ApiError("invalid_request", str(error)).message
         except ApiError as error:
             code, message = error.code, error.message
-        except BaseException:
-            logger.error("job %s (%s) failed\n%s", job.id, job.task, traceback.format_exc())
-            code, message = "internal", INTERNAL
+        except BaseException as error:
+            fault = gpu_error(error)
+            if fault is None:
+                logger.error("job %s (%s) failed\n%s", job.id, job.task, traceback.format_exc())
+                code, message = "internal", INTERNAL
+            else:
+                logger.error("%s", fault)
+                code, message = "gpu_error", ApiError("gpu_error", str(fault)).message
+        if fault is not None:
+            self._tended(self._distrust)
+        if fault is not None or not code:
+            self._post(self._judge, fault)
         seconds = time.monotonic() - begun
         logger.info("%s %s in %.1f s", job.task, code or "done", seconds)
         self._post(self._finish, job, result, code, message, seconds)

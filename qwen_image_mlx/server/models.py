@@ -188,6 +188,11 @@ class Models:
         self.encodings.clear()
         mx.clear_cache()
 
+    def distrust(self) -> None:
+        """Forgets all models and encodings: after a fault of the GPU what it should have written may be zeros."""
+        self.unload(None)
+        self._warm.clear()
+
     def tick(self) -> float | None:
         """Releases what has been idle for long; returns after how many seconds to look again."""
         if self._idle_seconds is None:

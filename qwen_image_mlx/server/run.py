@@ -12,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 
+from ..errors import GPUError
 from .app import Service, Setup, create_app
 from .connections import Connection
 
@@ -21,20 +22,26 @@ _PATIENCE = 20  # seconds that connections have to end, once jobs are cancelled
 def serve(setup: Setup, listener: socket.socket, ready: Callable[[], None]) -> signal.Signals | None:
     """Serves until it is told to end by SIGTERM or SIGINT, which is returned; jobs are then cancelled.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. When the GPU works for this process no more, the server ends by itself.
 
     Args:
         setup: how the server is configured.
         listener: a socket that listens.
         ready: called once requests are answered.
+
+    Raises:
+        GPUError: why the server ended by itself.
     """
-    service = Service(setup)
+    service = Service(setup, lambda: server.leave())
     config = uvicorn.Config(
         create_app(service), log_config=None, access_log=False, server_header=False, lifespan="on", ws="none",
         timeout_keep_alive=15, timeout_graceful_shutdown=_PATIENCE, loop="asyncio", http=Connection,
     )  # fmt: skip
     server = _Server(config, service.jobs.stop, ready)
     asyncio.run(server.serve(sockets=[listener]))
+    health = service.jobs.health
+    if health.over and server.ended_by is None:
+        raise GPUError(health.fault, fatal=True)
     return server.ended_by
 
 
@@ -49,6 +56,10 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    def leave(self) -> None:
+        """Ends the server, as a signal does; called in the event loop."""
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OutputError
+from ..gpu import gpu_faults
 from ..images.files import reason
 from ..weights.shards import load_tensors, save_tensors
 from .loop import Trainer
@@ -66,7 +67,8 @@ def load_checkpoint(path: Path, trainer: Trainer, record: Mapping[str, Any]) -> 
         said = ", ".join(f"{name} {written.get(name)!r:.60} and not {here.get(name)!r:.60}" for name in sorted(changed))
         raise CheckpointError(f"{path} belongs to a run with {said}: give what that run was given, or another --output")
     try:
-        trainer.restore(step, state)
+        with gpu_faults():
+            trainer.restore(step, state)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} is that of another network or is damaged ({error})") from error
 

@@ -16,7 +16,7 @@ HEAVY = ("mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "torch", "trans
 PUBLIC = {
     "__version__", "QwenImagePipeline", "GenerationParameters", "GuidanceEncoding", "InitialImage", "Progress",
     "LayeredResult", "Quantization", "compose", "pack_multi_layer_latents", "unpack_multi_layer_latents", "HubSnapshot",
-    "QwenImageError", "RequestError", "CheckpointError", "HubError", "OutputError", "Cancelled",
+    "QwenImageError", "RequestError", "CheckpointError", "GPUError", "HubError", "OutputError", "Cancelled",
 }  # fmt: skip
 MODEL = {
     "--help", "--model", "--revision", "--dtype", "--quantize", "--group-size", "--text-encoder", "-h", "-m",
