@@ -27,9 +27,11 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(*flags: object, models: tuple[str, ...] = DEMOS) -> Iterator[Server]:
+def serving(
+    *flags: object, models: tuple[str, ...] = DEMOS, program: tuple[object, ...] = ("-m", "qwen_image_mlx")
+) -> Iterator[Server]:
     """Starts `qwen-image-mlx serve` and ends it."""
-    command = [sys.executable, "-m", "qwen_image_mlx", "serve", "--port", "0", *models, *map(str, flags)]
+    command = [sys.executable, *map(str, program), "serve", "--port", "0", *models, *map(str, flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log: list[str] = []
     reader = threading.Thread(target=lambda: log.extend(process.stderr), daemon=True)
