@@ -126,6 +126,17 @@ def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(mode
     assert plan.peak < wide.peak
 
 
+def test_a_mac_s_memory_is_its_gpu_s_whatever_device_an_app_has_chosen(monkeypatch):
+    def device_info(device=None):  # as MLX's on a Mac; no argument means the default device
+        on_gpu = (mx.default_device() if device is None else device) == mx.gpu
+        return {"max_recommended_working_set_size": 12_000_000_000} if on_gpu else {"device_name": "Apple M1"}
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", device_info)
+    assert mx.default_device() == mx.cpu
+    assert memory.usable_memory() == 12_000_000_000
+
+
 @pytest.mark.parametrize(("text", "nbytes"), [
     ("16GB", 16 * 10**9), ("16g", 16 * 10**9), ("12.5 GiB", 12.5 * 2**30), ("800MB", 8 * 10**8), ("16000000000", 16e9),
 ])  # fmt: skip
