@@ -10,8 +10,9 @@ from qwen_image_mlx import GPUError, QwenImagePipeline
 from qwen_image_mlx.errors import CheckpointError, OutputError
 from qwen_image_mlx.gpu import finish, gpu_error, gpu_faults
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
-from qwen_image_mlx.weights.loader import reading
-from qwen_image_mlx.weights.shards import save_tensors
+from qwen_image_mlx.weights import lora
+from qwen_image_mlx.weights.shards import read_header, save_tensors
+from qwen_image_mlx.weights.stored import reading
 
 
 @pytest.mark.parametrize("told", FAULTS, ids=[told.text[:60] for told in FAULTS])
@@ -115,16 +116,23 @@ def test_no_file_is_blamed(monkeypatch, tmp_path):
     def not_now(*arguments, **named):
         raise RuntimeError(MEMORY)
 
+    path = tmp_path / "lora.safetensors"
+    mx.save_safetensors(str(path), {"x": mx.array([1.0])})
+    tensor = read_header(path)[0]["x"]
+    assert lora._Arrays(path).take(tensor).tolist() == [1]
+
     for broken, expected in ((MEMORY, GPUError), ("[read] Unable to read 8 bytes from file.", CheckpointError)):
         with pytest.raises(expected), reading("vae"):
             raise RuntimeError(broken)
     FailingGPU(monkeypatch, MEMORY)
     with pytest.raises(GPUError):
         GuidanceEncoding.load(tmp_path / "encoding.safetensors")
+    with pytest.raises(GPUError):
+        lora._Arrays(path).take(tensor)
     monkeypatch.setattr(mx, "save_safetensors", not_now)
     with pytest.raises(GPUError):
         save_tensors(tmp_path / "new.safetensors", {"x": mx.array(1)}, {})
     monkeypatch.undo()
     with pytest.raises(OutputError):
         save_tensors(tmp_path / "no" / "new.safetensors", {"x": mx.array(1)}, {})
-    assert [file.name for file in tmp_path.iterdir()] == ["encoding.safetensors"]
+    assert {file.name for file in tmp_path.iterdir()} == {"encoding.safetensors", "lora.safetensors"}

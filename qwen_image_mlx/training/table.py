@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..gpu import gpu_faults
 from ..images.files import check_writable
 from ..models.transformer import BlockRows, Modulation
 from ..weights.adapters import Adapters
@@ -84,7 +85,8 @@ class LevelTable:
                 found.append(
                     {name: arrays[name] for name in (f"{level}.blocks", f"{level}.out", "references") if name in arrays}
                 )
-                mx.eval(found[-1])
+                with gpu_faults():
+                    mx.eval(found[-1])
             except (OSError, RuntimeError) as error:
                 raise CheckpointError(f"{self._files[level]} is gone or damaged ({error}): resume the run") from error
         blocks = _of_samples([arrays[f"{level}.blocks"] for level, arrays in zip(levels, found, strict=True)])

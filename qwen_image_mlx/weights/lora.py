@@ -37,10 +37,10 @@ class _Arrays:
             if tensor.name not in self._lazy:
                 self._lazy = mx.load(str(self._path))
             array = self._lazy.pop(tensor.name)
-            mx.eval(array)  # by itself: no operation waits for the disk
-            if tensor.dtype == "F8_E4M3":
-                array = mx.from_fp8(array, mx.float32)
             with gpu_faults():
+                mx.eval(array)  # by itself: no operation waits for the disk
+                if tensor.dtype == "F8_E4M3":
+                    array = mx.from_fp8(array, mx.float32)
                 finite = mx.isfinite(array).all().item()
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self._path} could not be read to its end ({error}): download it again") from error

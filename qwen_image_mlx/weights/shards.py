@@ -158,9 +158,11 @@ def load_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
     Raises:
         OSError, RuntimeError, ValueError: it cannot be read.
+        GPUError: there is too little memory for them.
     """
     arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
-    mx.eval(arrays)
+    with gpu_faults():
+        mx.eval(arrays)
     return arrays, metadata
 
 
