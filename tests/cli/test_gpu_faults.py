@@ -67,6 +67,15 @@ def test_a_fault_is_one_sentence_with_advice(run, monkeypatch, command, place, t
     assert sorted(Path().rglob("*.png")) == before
 
 
+@pytest.mark.parametrize(("command", "place"), [
+    (GENERATE, "pipeline/encode.py"), (GENERATE, "pipeline/autoencode.py"), (EDIT, "pipeline/autoencode.py"),
+])  # fmt: skip
+def test_a_fault_that_evaluating_did_not_raise_is_met_before_the_result_is_used(run, monkeypatch, command, place):
+    gpu = FailingGPU(monkeypatch, MEMORY, place, functions=("synchronize",))
+    assert "--memory" in error_line(run(*command))
+    assert gpu.failed == 1
+
+
 def test_a_caption_meets_it_too(run, monkeypatch, tmp_path_factory):
     from reference_edit import write_layered
 
