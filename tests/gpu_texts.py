@@ -61,7 +61,7 @@ class FailingGPU:
     Args:
         patch: undoes it after the test.
         text: of the error.
-        place: the file's path ends so; an empty one fits all.
+        place: how the file's path ends; with a function's name after a colon, that function alone; empty fits all.
         functions: those of MLX that fail.
     """
 
@@ -73,7 +73,8 @@ class FailingGPU:
         functions: tuple[str, ...] = ("eval", "async_eval", "synchronize"),
     ):
         self.failed = 0
-        self._text, self._place = text, place
+        self._text = text
+        self._file, _, self._function = place.partition(":")
         for name in functions:
             patch.setattr(mx, name, self._failing(getattr(mx, name)))
 
@@ -89,7 +90,8 @@ class FailingGPU:
     def _is_place(self) -> bool:
         frame = sys._getframe(2)
         while frame is not None:
-            if "qwen_image_mlx" in frame.f_code.co_filename and frame.f_code.co_filename.endswith(self._place):
+            file, function = frame.f_code.co_filename, frame.f_code.co_name
+            if "qwen_image_mlx" in file and file.endswith(self._file) and self._function in ("", function):
                 return True
             frame = frame.f_back
         return False

@@ -54,6 +54,7 @@ def run(here, circle, capsys):
     (DECOMPOSE, "pipeline/autoencode.py", REFUSED),
     (("quantize", "demo", "packed", "--bits", "8"), "", TIMEOUT),
     (TRAIN, "training/dataset.py", MEMORY),
+    (TRAIN, "training/table.py:__call__", MEMORY),
     (TRAIN, "training/loop.py", MEMORY),
 ], ids=lambda value: value[0] if isinstance(value, tuple) else Path(value).name.split(" (")[0])  # fmt: skip
 def test_a_fault_is_one_sentence_with_advice(run, monkeypatch, command, place, text):
@@ -74,6 +75,16 @@ def test_a_fault_that_evaluating_did_not_raise_is_met_before_the_result_is_used(
     gpu = FailingGPU(monkeypatch, MEMORY, place, functions=("synchronize",))
     assert "--memory" in error_line(run(*command))
     assert gpu.failed == 1
+
+
+@pytest.mark.parametrize("place", ["training/checkpoints.py:load_checkpoint", "training/loop.py:restore"])
+def test_a_checkpoint_is_not_blamed(run, monkeypatch, place):
+    assert run(*TRAIN, "--save-every", "1")[0] == 0
+    gpu = FailingGPU(monkeypatch, MEMORY, place)
+    line = error_line(run(*TRAIN[:-4], "--steps", "3", *TRAIN[-2:], "--save-every", "1", "--resume"))
+    assert gpu.failed == 1
+    assert "--memory" in line
+    assert "safetensors" not in line
 
 
 def test_a_caption_meets_it_too(run, monkeypatch, tmp_path_factory):
