@@ -15,7 +15,6 @@ from PIL import Image
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.cli.cures import CURES
 from qwen_image_mlx.cli.main import main
-from qwen_image_mlx.pipeline import limits as machine
 from qwen_image_mlx.pipeline.limits import limits
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
 from qwen_image_mlx.runtime import memory
@@ -125,23 +124,6 @@ def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(mode
     plan = fitting_plan(components, large, Memory(wide.peak - 1, RESIDENCIES))
     assert plan.strip_pixels < wide.strip_pixels
     assert plan.peak < wide.peak
-
-
-def test_a_mac_s_memory_is_its_gpu_s_whatever_device_an_app_has_chosen(monkeypatch):
-    def device_info(device=None):  # as MLX's on a Mac; no argument means the default device
-        if (mx.default_device() if device is None else device) == mx.gpu:
-            return {"memory_size": 64 << 30, "max_recommended_working_set_size": 50_000_000_000}
-        return {"device_name": "Apple M1", "architecture": "arm64"}
-
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", device_info)
-    monkeypatch.setattr(machine, "_device", machine._device.__wrapped__)  # without its cache
-    chosen = mx.default_device()
-    try:
-        mx.set_default_device(mx.cpu)
-        assert machine.usable_memory() == 45_000_000_000
-    finally:
-        mx.set_default_device(chosen)
 
 
 @pytest.mark.parametrize(("text", "nbytes"), [
