@@ -296,6 +296,10 @@ class Components:
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
 
+    def release_all(self) -> None:
+        """Gives the memory of all components back."""
+        self.release(*self._loaded)
+
     @property
     def encoders(self) -> tuple[str, ...]:
         """What of the text encoder's folder this kind of checkpoint uses."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import QwenImageError, RequestError
+from ..errors import GPUError, QwenImageError, RequestError
 from ..gpu import gpu_faults
 from ..images.geometry import Size, size_of_area
 from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
@@ -168,7 +169,7 @@ class PipelineCore:
         parts = self.components
         pictures = self._open_images(images)
         shown = pictures if self.variant.encoder_area else []
-        with gpu_faults(), self._report.using(progress):
+        with self._working(progress):
             prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
             grids = [feature_grid(parts, picture, self.variant.encoder_area) for picture in shown]
             template = self.variant.template
@@ -215,7 +216,7 @@ class PipelineCore:
         """
         check_size(*size)
         picture, opened = open_image(image), None if mask is None else open_mask(mask)
-        with gpu_faults(), self._report.using(progress):
+        with self._working(progress):
             _ = self.components.vae_encoder
             with self._report.stage("encode", "picture"):
                 return encode_initial_image(self.components, picture, size, opened)
@@ -247,7 +248,7 @@ class PipelineCore:
             raise RequestError(f"language is {language!r}, but must be one of {', '.join(CAPTION_TEMPLATES)}")
         parts, picture = self.components, open_rgba(image)
         check_visible(picture)
-        with gpu_faults(), self._report.using(progress):
+        with self._working(progress):
             parts.prepare_captions()
             _ = parts.vision, parts.text_encoder, parts.language_head
             return write_caption(
@@ -342,7 +343,7 @@ class PipelineCore:
             self._check_states(states, segments)
 
         renormalize = variant.renormalize if parameters.cfg_normalize is None else parameters.cfg_normalize
-        with gpu_faults(), self._report.using(progress):
+        with self._working(progress):
             table = self._modulation(start.schedule)
             transformer = self.components.transformer
             text = [transformer.project_text(states.astype(self.dtype)) for states in branches]
@@ -386,13 +387,24 @@ class PipelineCore:
         first = 1 if self.variant.layered else 0
         strips = strips_of(parameters.width * parameters.height, self.strip_pixels)
         for n in range(first, frames):
-            with gpu_faults(), self._report.using(progress):
+            with self._working(progress):
                 decoder = self.components.vae_decoder
                 with self._report.stage("decode", f"layer {n}" if first else ""):
                     pixels = decode(decoder, self.components.vae_config, unpacked[n : n + 1], strips)[0]
             if not mx.isfinite(pixels).all().item():
                 raise QwenImageError("the decoded picture is not finite: check the autoencoder's weights")
             yield pixels
+
+    @contextmanager
+    def _working(self, progress: ProgressCallback | None) -> Iterator[None]:
+        """Tells a callback meanwhile; after a fault of the GPU nothing stays loaded, because it may hold zeros."""
+        try:
+            with gpu_faults(), self._report.using(progress):
+                yield
+        except GPUError:
+            self._table = None
+            self.components.release_all()
+            raise
 
     # Steps of the above -------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ MODEL = {
 }  # fmt: skip
 PAINTER = MODEL | {
     "--lora", "--lora-mode", "--lightning", "--transformer", "--vae", "--memory", "--force", "--config", "--profile",
-    "--preview",
+    "--preview", "--wire",
 }  # fmt: skip
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = PAINTER | SAMPLING | {

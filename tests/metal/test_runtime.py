@@ -74,6 +74,10 @@ def test_a_fault_of_the_gpu_is_raised_where_the_result_would_be_read(model, monk
     with pytest.raises(Exception, match="Insufficient Memory") as caught:
         pipeline.generate_pixels(PARAMETERS, encoding)
     assert type(caught.value).__name__ == "GPUError"
+    assert not pipeline.is_text_encoder_loaded, "what is loaded may hold zeros"
+    assert not pipeline.is_transformer_loaded
+    monkeypatch.undo()
+    assert np.isfinite(np.array(pipeline.generate_pixels(PARAMETERS, encoding))).all()
 
 
 # Limits --------------------------------------------------------------------------------------------------------------
