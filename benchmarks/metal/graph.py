@@ -161,7 +161,7 @@ class _Recorder:
     """Marks and evaluations of one trace."""
 
     def __init__(self) -> None:
-        self.arrays: list[mx.array] = []  # all that were evaluated, once each, in their order
+        self.arrays: list[mx.array] = [mx.zeros(())]  # all that were evaluated, once each; before them one of nobody else
         self._places: dict[int, int] = {}  # id of such an array -> its place
         self._evaluations: list[tuple[list[int], bool, list[int]]] = []
         self._marks: list[Mark] = []
@@ -196,13 +196,16 @@ class _Recorder:
 
     def evaluate(self, trees: Any, wait: bool) -> None:
         """Records an evaluation of the arrays in trees, and which earlier ones are held by others than this recorder."""
-        held = [place for place in range(len(self.arrays)) if sys.getrefcount(self.arrays[place]) > 2]
+        held = [place for place in range(1, len(self.arrays)) if self._references(place) > self._references(0)]
         asked = [array for _, array in tree_flatten(trees) if isinstance(array, mx.array)]
         for array in asked:
             if id(array) not in self._places:
                 self._places[id(array)] = len(self.arrays)
                 self.arrays.append(array)
         self._evaluations.append(([self._places[id(array)] for array in asked], wait, held))
+
+    def _references(self, place: int) -> int:
+        return sys.getrefcount(self.arrays[place])
 
     def graph(self, records: list[dict[str, Any]]) -> Graph:
         """What `mx.export_function` said, with marks in their places."""

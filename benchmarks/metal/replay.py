@@ -12,7 +12,7 @@ from .machine import Buffer, Device, Machine, Result, View, row_strides
 BFS_WIDTH = 20  # MLX_BFS_MAX_WIDTH
 ELEMENTWISE = {
     "Abs", "Add", "Subtract", "Multiply", "Divide", "Maximum", "Minimum", "Exp", "Expm1", "Log", "Log1p", "Sigmoid",
-    "Tanh", "Negative", "Square", "Sqrt", "Power", "Select", "Cos", "Sin", "Sign", "Floor", "Round", "Erf", "Less",
+    "Tanh", "Negative", "Square", "Sqrt", "Power", "Select", "Cos", "Sin", "Sign", "Floor", "FloorDivide", "Round", "Erf", "Less",
     "LessEqual", "Greater", "GreaterEqual", "Equal", "NotEqual", "LogicalAnd", "LogicalOr", "LogicalNot", "Remainder",
     "BitwiseBinary",
 }  # fmt: skip
