@@ -161,7 +161,9 @@ class _Recorder:
     """Marks and evaluations of one trace."""
 
     def __init__(self) -> None:
-        self.arrays: list[mx.array] = [mx.zeros(())]  # all that were evaluated, once each; before them one of nobody else
+        self.arrays: list[mx.array] = [
+            mx.zeros(())
+        ]  # all that were evaluated, once each; before them one of nobody else
         self._places: dict[int, int] = {}  # id of such an array -> its place
         self._evaluations: list[tuple[list[int], bool, list[int]]] = []
         self._marks: list[Mark] = []

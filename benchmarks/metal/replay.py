@@ -364,7 +364,9 @@ def _convolution(run: _Replay, op: Op, inputs: Sequence[View]) -> list[View]:
         device.kernel("convolution", [x, w], [out], 2 * out.elements * cin * kernel**2, reached)
         return [out]
     tiles = -(-rows // 6) * -(-columns // 6)
-    padded = run.scratch([6 * -(-(d + 2 * p - 2) // 6) + 2 for d, p in zip((height, width), padding, strict=True)] + [cin], size)
+    padded = run.scratch(
+        [6 * -(-(d + 2 * p - 2) // 6) + 2 for d, p in zip((height, width), padding, strict=True)] + [cin], size
+    )
     weights, moved = run.scratch((64, cin, cout), size), run.scratch((64, tiles, cin), size)
     product = run.scratch((64, tiles, cout), size)
     device.kernel("winograd", [w], [weights])

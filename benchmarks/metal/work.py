@@ -80,12 +80,12 @@ def language(prompts: Sequence[int], layers: int = 6) -> Graph:
     return trace(lambda: model.together(given, Pace()))
 
 
-def seen(height: int, width: int, layers: int = 8) -> Graph:
+def tower(height: int, width: int, layers: int = 8) -> Graph:
     """The vision tower's blocks for a grid of patches, of which the last attends to all; with 8 peak is that of 32."""
     config = replace(FULL["vision"], depth=layers, fullatt_block_indexes=(layers - 1,))
-    tower = blank_module(vision.VisionTower(config), DTYPE)
+    model = blank_module(vision.VisionTower(config), DTYPE)
     patches = blank((height * width, config.patch_pixels), DTYPE)
-    return trace(lambda: tower(patches, height, width, Pace()))
+    return trace(lambda: model(patches, height, width, Pace()))
 
 
 def language_layer(tokens: int) -> Graph:
