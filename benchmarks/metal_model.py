@@ -2,16 +2,17 @@
 
     python benchmarks/metal_model.py [--json FILE]
 
-NOTHING OF THIS WAS RUN ON METAL. Our own code is traced at the released models' shapes, without evaluating it, and its
-graph is replayed by the rules of MLX 0.32.4's Metal backend: order of evaluation, donation, buffer cache, command buffers
-(11 in flight; a commit after more than 40 kernels or 40 Mi elements), cache limit, memory limit. The modules in `metal/`
-hold the model, and tests bound our graphs by it.
+NOTHING OF THIS WAS RUN ON METAL. Our own code is traced at the released models' shapes, without evaluating it, and
+its graph is replayed by the rules of MLX 0.32.4's Metal backend: order of evaluation, donation, buffer cache, command
+buffers (11 in flight; a commit after more than 40 kernels or 40 Mi elements), cache limit, memory limit. The modules
+in `metal/` hold the model; tests bound our graphs by it.
 
-- Exact, as far as the graph is: which kernels run, and the bytes and FLOP of each. How many kernels a compiled function is,
-  MLX says itself; of one that falls into several, bytes between them are a guess (fp32, of the result's shape).
-- A model: memory within 15%; seconds within 30%: a kernel takes max(bytes / 80% of the bandwidth, FLOP / 60 to 80% of the
-  chip's rate) + 4 us, one after another. Chips' rates are public figures; M5's are those that its products were seen to
-  reach. Max and Ultra chips commit after 50 kernels or 50 Mi elements, which is replayed where their name stands.
+- Exact, as far as the graph is: which kernels run, and the bytes and FLOP of each. How many kernels a compiled
+  function is, MLX says itself; of one that falls into several, the bytes between them are a guess (fp32, in the
+  result's shape).
+- A model: memory within 15%; seconds within 30%. A kernel takes max(bytes / 80% of the bandwidth, FLOP / 60 to 80% of
+  the chip's rate) + 4 us, one after another. Rates are public figures; M5's are what its products were seen to reach.
+  Max and Ultra chips commit after 50 kernels or 50 Mi elements, which takes more memory: in a column of its own.
 - The rules must be read again at each minor version of MLX.
 """
 

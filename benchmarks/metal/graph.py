@@ -1,10 +1,10 @@
-"""Traces a function: which primitives MLX would run for it on Metal, when it evaluates, and what Python holds meanwhile.
+"""Traces a function: what MLX would run for it on Metal, when it evaluates, and what Python holds meanwhile.
 
-Nothing of the traced function is evaluated. Its arrays are `blank`: any shape, no memory. `mx.export_function` yields the
-primitives with their shapes, but writes the CPU's form of `mx.fast` and refuses compiled functions. So while tracing,
-both are replaced by markers: an `mx.depends` whose last input is a number that stands for what it marks. How many
-kernels a compiled function is, MLX itself says: its fused graph is written by `mx.export_to_dot` and read back. So a
-compiled function that stops fusing shows up here without a change.
+Nothing of the traced function is evaluated. Its arrays are `blank`: any shape, no memory. `mx.export_function` yields
+the primitives with their shapes, but writes the CPU's form of `mx.fast` and refuses compiled functions. So while
+tracing, both are replaced by markers: an `mx.depends` whose last input is a number that stands for what it marks. How
+many kernels a compiled function is, MLX itself says: its fused graph is written by `mx.export_to_dot` and read back.
+So a compiled function that stops fusing shows up here without a change.
 """
 
 from __future__ import annotations
@@ -106,11 +106,6 @@ class Graph:
     ops: list[Op]
     evaluations: list[Evaluation] = field(default_factory=list)
 
-    @property
-    def primitives(self) -> int:
-        """Primitives that MLX sees; a compiled function's kernels are one each."""
-        return sum(len(op.mark.kernels) if op.mark else 1 for op in self.ops)
-
 
 def blank(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An evaluated array of zeros that takes no memory: one value, broadcast."""
@@ -161,9 +156,8 @@ class _Recorder:
     """Marks and evaluations of one trace."""
 
     def __init__(self) -> None:
-        self.arrays: list[mx.array] = [
-            mx.zeros(())
-        ]  # all that were evaluated, once each; before them one of nobody else
+        self.arrays: list[mx.array] = []  # what was evaluated, once each, in its order
+        self._alone = [mx.zeros(())]  # an array that nobody else holds
         self._places: dict[int, int] = {}  # id of such an array -> its place
         self._evaluations: list[tuple[list[int], bool, list[int]]] = []
         self._marks: list[Mark] = []
@@ -197,17 +191,15 @@ class _Recorder:
                 setattr(owner, name, value)
 
     def evaluate(self, trees: Any, wait: bool) -> None:
-        """Records an evaluation of the arrays in trees, and which earlier ones are held by others than this recorder."""
-        held = [place for place in range(1, len(self.arrays)) if self._references(place) > self._references(0)]
+        """Records an evaluation of the arrays in trees, and which earlier ones somebody else holds."""
+        alone = _holders(self._alone, 0)
+        held = [place for place in range(len(self.arrays)) if _holders(self.arrays, place) > alone]
         asked = [array for _, array in tree_flatten(trees) if isinstance(array, mx.array)]
         for array in asked:
             if id(array) not in self._places:
                 self._places[id(array)] = len(self.arrays)
                 self.arrays.append(array)
         self._evaluations.append(([self._places[id(array)] for array in asked], wait, held))
-
-    def _references(self, place: int) -> int:
-        return sys.getrefcount(self.arrays[place])
 
     def graph(self, records: list[dict[str, Any]]) -> Graph:
         """What `mx.export_function` said, with marks in their places."""
@@ -271,3 +263,8 @@ class _Recorder:
             return marked[0] if single else type(result)(marked)
 
         return compiled
+
+
+def _holders(arrays: list[mx.array], place: int) -> int:
+    """References to an array of a list, those of the list and of this call included."""
+    return sys.getrefcount(arrays[place])

@@ -1,4 +1,4 @@
-"""What MLX 0.32.4 does around Metal's kernels: buffers and their cache, command buffers, limits, and a kernel's time."""
+"""What MLX 0.32.4 does around Metal's kernels: buffers, their cache, command buffers, limits; and a kernel's time."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Result:
 class _Commands:
     """A command buffer: what it keeps, what its kernels touch, and whether MLX counts it among those in flight."""
 
-    buffers: set[Buffer] = field(default_factory=set)
+    buffers: dict[Buffer, None] = field(default_factory=dict)  # in the order of their use
     touched: set[Buffer] = field(default_factory=set)
     ops: int = 0
     elements: int = 0
@@ -208,7 +208,7 @@ class Device:
     def use(self, buffer: Buffer) -> None:
         """The open command buffer keeps the buffer until it is done."""
         if buffer not in self._open.buffers:
-            self._open.buffers.add(buffer)
+            self._open.buffers[buffer] = None
             buffer.commands += 1
 
     def kernel(

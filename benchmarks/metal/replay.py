@@ -12,9 +12,9 @@ from .machine import Buffer, Device, Machine, Result, View, row_strides
 BFS_WIDTH = 20  # MLX_BFS_MAX_WIDTH
 ELEMENTWISE = {
     "Abs", "Add", "Subtract", "Multiply", "Divide", "Maximum", "Minimum", "Exp", "Expm1", "Log", "Log1p", "Sigmoid",
-    "Tanh", "Negative", "Square", "Sqrt", "Power", "Select", "Cos", "Sin", "Sign", "Floor", "FloorDivide", "Round", "Erf", "Less",
-    "LessEqual", "Greater", "GreaterEqual", "Equal", "NotEqual", "LogicalAnd", "LogicalOr", "LogicalNot", "Remainder",
-    "BitwiseBinary",
+    "Tanh", "Negative", "Square", "Sqrt", "Power", "Select", "Cos", "Sin", "Sign", "Floor", "FloorDivide", "Round",
+    "Erf", "Less", "LessEqual", "Greater", "GreaterEqual", "Equal", "NotEqual", "LogicalAnd", "LogicalOr",
+    "LogicalNot", "Remainder", "BitwiseBinary",
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ class _Replay:
         self.makers = {name: op for op in graph.ops for name in op.outputs}
         self.views: dict[str, View] = {}
         self.readers = Counter(name for op in graph.ops for name in op.inputs)
-        self.held: set[str] = set()
+        self.held: dict[str, None] = {}
         self.commands: dict[str, int] = {}  # of an evaluated array: the command buffer that is the last to make it
         for name, spec in graph.specs.items():
             if name not in self.makers:
@@ -114,13 +114,13 @@ class _Replay:
         return self.device.result
 
     def _evaluate(self, evaluation: Evaluation) -> None:
-        for name in self.held - evaluation.held:
-            self.held.remove(name)
+        for name in [name for name in self.held if name not in evaluation.held]:
+            del self.held[name]
             if not self.readers[name]:
                 self._forget(name)
         order = evaluation_order(self.makers, evaluation.arrays, self.views)
-        asked = {name for name in evaluation.arrays if name in self.makers}
-        self.held |= asked
+        asked = [name for name in evaluation.arrays if name in self.makers]
+        self.held.update(dict.fromkeys(asked))
         for op in order:
             self._run(op)
             self.device.after_primitive()
@@ -141,7 +141,7 @@ class _Replay:
                 self.device.use(view.buffer)
         for name in op.inputs:
             self.readers[name] -= 1
-        for name in {*op.inputs, *op.outputs}:
+        for name in dict.fromkeys((*op.inputs, *op.outputs)):
             if not self.readers[name] and name not in self.held:
                 self._forget(name)
 
@@ -323,7 +323,7 @@ def _softmax(run: _Replay, op: Op, inputs: Sequence[View]) -> list[View]:
 
 
 def _product(run: _Replay, op: Op, inputs: Sequence[View]) -> list[View]:
-    """A product of matrices, a bias in the same kernel; factors are read as they lie if one of the last axes is dense."""
+    """A product of matrices, a bias in the same kernel; factors are read as they lie if one of two axes is dense."""
     a, b = (x if 1 in x.strides[-2:] else run.copied(x) for x in inputs[:2])
     out = run.new(op.outputs[0])
     run.device.kernel("product", [a, b, *inputs[2:]], [out], flops=2 * out.elements * a.shape[-1])
@@ -364,9 +364,8 @@ def _convolution(run: _Replay, op: Op, inputs: Sequence[View]) -> list[View]:
         device.kernel("convolution", [x, w], [out], 2 * out.elements * cin * kernel**2, reached)
         return [out]
     tiles = -(-rows // 6) * -(-columns // 6)
-    padded = run.scratch(
-        [6 * -(-(d + 2 * p - 2) // 6) + 2 for d, p in zip((height, width), padding, strict=True)] + [cin], size
-    )
+    extent = [6 * -(-(d + 2 * p - 2) // 6) + 2 for d, p in zip((height, width), padding, strict=True)]
+    padded = run.scratch((*extent, cin), size)
     weights, moved = run.scratch((64, cin, cout), size), run.scratch((64, tiles, cin), size)
     product = run.scratch((64, tiles, cout), size)
     device.kernel("winograd", [w], [weights])
