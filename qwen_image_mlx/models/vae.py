@@ -19,10 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import VAEConfig
-from .layers import Conv2d, Linear
+from .layers import Conv2d, Linear, OnLayer
 
-# Most stages return an array; those that would need much memory at once yield it in pieces, to be joined as rows.
-Stage = Callable[[mx.array], "mx.array | Iterator[mx.array]"]
+# Given rows, and optionally whom to tell of each band of them made. Most stages return an array; those that would
+# need much memory at once yield it in pieces, to be joined as rows.
+Stage = Callable[..., "mx.array | Iterator[mx.array]"]
 ATTENTION_CHUNK = 1024  # queries at a time, in whole rows
 BAND = 12  # rows of the tail's input; more than its halo, and whole tiles of Metal's Winograd (6 rows)
 
@@ -39,7 +40,8 @@ class Encoder(nn.Module):
     def stages(self) -> list[Stage]:
         """The network as consecutive functions."""
         body = self.encoder
-        return [body.conv_in, *body.down_blocks, *body.mid_block.stages, body.head, self.quant_conv]
+        layers = [body.conv_in, *body.down_blocks, *body.mid_block.stages, body.head, self.quant_conv]
+        return [_unbanded(layer) for layer in layers]
 
 
 class Decoder(nn.Module):
@@ -54,13 +56,14 @@ class Decoder(nn.Module):
     def stages(self) -> list[Stage]:
         """Everything that needs the whole image: up to and with all up-blocks but the last two."""
         body = self.decoder
-        return [self.post_quant_conv, body.conv_in, *body.mid_block.stages, *body.up_blocks[:-2]]
+        layers = [self.post_quant_conv, body.conv_in, *body.mid_block.stages]
+        return [*map(_unbanded, layers), *(stage for block in body.up_blocks[:-2] for stage in block.stages)]
 
     @property
     def tail(self) -> list[Stage]:
         """The rest, where most of the memory goes; purely local, so it may be given strips of rows."""
         body = self.decoder
-        return [*body.up_blocks[-2:], body.head]
+        return [*(stage for block in body.up_blocks[-2:] for stage in block.stages), body.head]
 
     @property
     def tail_halo(self) -> int:
@@ -112,8 +115,8 @@ class _DecoderBody(nn.Module):
         self.norm_out = ChannelNorm(levels[-1][1])
         self.conv_out = BandedConv2d(levels[-1][1], config.input_channels, bands[-1])
 
-    def head(self, x: mx.array) -> mx.array:
-        return self.conv_out(nn.silu(self.norm_out(x)))
+    def head(self, x: mx.array, on_band: OnLayer | None = None) -> mx.array:
+        return self.conv_out(nn.silu(self.norm_out(x)), on_band)
 
 
 class UpBlock(nn.Module):
@@ -127,10 +130,10 @@ class UpBlock(nn.Module):
         if upsample:
             self.upsamplers = [Upsample(cout, cout // 2, doubled)]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        for resnet in self.resnets:
-            x = resnet(x)
-        return self.upsamplers[0](x) if "upsamplers" in self else x
+    @property
+    def stages(self) -> list[Stage]:
+        """The block as consecutive functions."""
+        return [*self.resnets, *(self.upsamplers if "upsamplers" in self else ())]
 
 
 class MidBlock(nn.Module):
@@ -160,10 +163,10 @@ class ResidualBlock(nn.Module):
         if cin != cout:
             self.conv_shortcut = Linear(cin, cout)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, on_band: OnLayer | None = None) -> mx.array:
         shortcut = in_bands(self.conv_shortcut, x, self._band) if "conv_shortcut" in self else x
-        x = self.conv1(nn.silu(self.norm1(x)))
-        return shortcut + self.conv2(nn.silu(self.norm2(x)))
+        x = self.conv1(nn.silu(self.norm1(x)), on_band)
+        return shortcut + self.conv2(nn.silu(self.norm2(x)), on_band)
 
 
 class SelfAttention(nn.Module):
@@ -204,10 +207,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.resample = [nn.Identity(), BandedConv2d(cin, cout, band)]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, on_band: OnLayer | None = None) -> mx.array:
         b, h, w, c = x.shape
         doubled = mx.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        return self.resample[1](doubled)
+        return self.resample[1](doubled, on_band)
 
 
 class BandedConv2d(Conv2d):
@@ -217,20 +220,44 @@ class BandedConv2d(Conv2d):
         super().__init__(cin, cout)
         self._band = band
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, on_band: OnLayer | None = None) -> mx.array:
         if self._band is None:
             return super().__call__(x)
         # The rows around a band come with it, zeros at the edges, so that all bands are the same computation.
         padded = mx.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0)])
-        return in_bands(lambda rows: mx.conv2d(rows, self.weight, padding=(0, 1)) + self.bias, padded, self._band, 2)
+        convolve = lambda rows: mx.conv2d(rows, self.weight, padding=(0, 1)) + self.bias  # noqa: E731
+        return in_bands(convolve, padded, self._band, 2, on_band)
 
 
-def in_bands(fn: Callable[[mx.array], mx.array], x: mx.array, band: int | None, overlap: int = 0) -> mx.array:
-    """Applies a function to `band` + `overlap` rows of x (B, H, W, C) at a time, and joins what it returns."""
+def in_bands(
+    fn: Callable[[mx.array], mx.array],
+    x: mx.array,
+    band: int | None,
+    overlap: int = 0,
+    on_band: OnLayer | None = None,
+) -> mx.array:
+    """Applies a function to `band` + `overlap` rows of x (B, H, W, C) at a time, and joins what it returns.
+
+    Args:
+        fn: what is done with the rows.
+        x: all rows.
+        band: how many `fn` returns at a time; None gives it all at once.
+        overlap: how many more it is given.
+        on_band: told of each band; unless they are evaluated one after another, all have their scratch at once.
+    """
     if band is None:
         return fn(x)
-    tops = range(0, x.shape[1] - overlap, band)
-    return mx.concatenate([fn(x[:, top : top + band + overlap]) for top in tops], axis=1)
+    bands = []
+    for top in range(0, x.shape[1] - overlap, band):
+        bands.append(fn(x[:, top : top + band + overlap]))
+        if on_band is not None:
+            on_band(bands[-1:])
+    return mx.concatenate(bands, axis=1)
+
+
+def _unbanded(layer: Callable[[mx.array], mx.array | Iterator[mx.array]]) -> Stage:
+    """A layer that works on whole pictures, as a stage."""
+    return lambda x, on_band=None: layer(x)
 
 
 class ChannelNorm(nn.Module):

@@ -8,7 +8,7 @@ from itertools import pairwise
 import mlx.core as mx
 
 from ..config import VAEConfig
-from ..gpu import finish
+from ..gpu import Pace, finish
 from ..models.vae import BAND, Decoder, Encoder, Stage
 
 # Output pixels per strip: about 0.4 GB of activations, and at most a fifth more work for the halos at 1 MP.
@@ -90,8 +90,9 @@ def _strip(decoder: Decoder, x: mx.array, top: int, bottom: int) -> mx.array:
 
 
 def _run(stages: Iterable[Stage], x: mx.array) -> mx.array:
+    pace = Pace()  # a convolution takes many times its result while it runs: few bands at a time
     for stage in stages:
-        out = stage(x)
+        out = stage(x, pace)
         x = _evaluated(out if isinstance(out, mx.array) else mx.concatenate([_evaluated(rows) for rows in out], axis=1))
     return x
 
