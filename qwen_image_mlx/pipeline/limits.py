@@ -69,14 +69,15 @@ def limits(budget: int | None = None, working: int = 0, *, wire: bool = False) -
 
     Args:
         budget: bytes that may be used; None is `usable_memory()`.
-        working: bytes that work takes beside weights, to be kept for reuse.
+        working: bytes that work takes beside weights. Half as many more are kept for reuse, with which no block of a
+            step allocates anew (modelled).
         wire: also keep what is in use from being paged out (macOS 15 and newer). Off, because macOS panics on some
             machines while wired memory comes and goes: https://github.com/ml-explore/mlx/issues/3186
     """
     budget = usable_memory() if budget is None else budget
     least = _LEAST_CACHE if memory_size() >= 16 * 10**9 else _SMALLEST_CACHE
     memory = _tightened(mx.set_memory_limit, budget)
-    cached = _tightened(mx.set_cache_limit, max(min(working, budget // 2), min(least, budget // 8)))
+    cached = _tightened(mx.set_cache_limit, max(min(int(1.5 * working), budget // 2), min(least, budget // 8)))
     wired = mx.set_wired_limit(min(budget, usable_memory())) if wire and mx.metal.is_available() else None
     try:
         yield

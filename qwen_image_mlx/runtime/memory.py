@@ -1,7 +1,7 @@
 """What painting will take in memory, told before it begins from configs and headers alone, and how it is kept to.
 
-A plan has four stages. Weights are counted to the byte; what work takes beside them is a model with constants measured
-by benchmarks/full_size.py. A residency says which weights are there at which stage; the first that fits is taken.
+A plan has four stages. Weights are counted to the byte; what work takes beside them is a model (`costs.py`). A
+residency says which weights are there at which stage; the first that fits is taken.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from ..weights.mapping import TensorSpec, expected_tensors, weights_map
 from ..weights.quantize import Scheme
 from ..weights.stored import PACKED
 from ..weights.streaming import held_specs, layer_specs
+from .costs import COSTS, HALO, backend
 
 if TYPE_CHECKING:
+    from ..config import TextEncoderConfig, VisionConfig
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
 
@@ -84,9 +86,14 @@ class Work:
     pictures: int = 1
 
     @property
-    def tokens(self) -> int:
-        """Image tokens of one forward pass."""
-        return self.frames * self.width * self.height // 256 + sum(w * h // 256 for w, h in self.shown)
+    def target_tokens(self) -> int:
+        """Image tokens of what is generated."""
+        return self.frames * self.width * self.height // 256
+
+    @property
+    def reference_tokens(self) -> int:
+        """Image tokens of the pictures that the transformer is shown."""
+        return sum(w * h // 256 for w, h in self.shown)
 
 
 @dataclass(frozen=True)
@@ -137,49 +144,7 @@ class MemoryPlan:
         return max(stage.peak - stage.resident for stage in self.stages)
 
 
-# What work takes beside the weights: a model, measured on the backends it names. -------------------------------------
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Bytes that work takes beside weights and results.
-
-    Attributes:
-        text: per token and byte of the text encoder's width (hidden and intermediate together).
-        block: per token and byte of the transformer's width.
-        scores: per head, byte and pair of the transformer's tokens; 0 where attention is one fused kernel.
-        pixel_in: per pixel and base channel of the VAE that it encodes.
-        pixel_whole, pixel_out: the same of a picture that it decodes, before the strips, and of a strip.
-        layers: parts of a layer's bytes, as it is read and cast, that are there at once while a component is streamed.
-        read: the same of a modulation weight while the table is made.
-        base: whatever the work.
-    """
-
-    text: float
-    block: float
-    scores: float
-    pixel_in: float
-    pixel_whole: float
-    pixel_out: float
-    layers: Mapping[str, float]
-    read: float
-    base: int
-
-
-COSTS = {
-    "cpu": Costs(
-        1.0, 20.0, 1.2, 115.0, 60.0, 121.0, {"text_encoder": 1.0, "vision": 1.0, "transformer": 0.69}, 1.19, 40 << 20
-    ),
-    "gpu": Costs(
-        1.0, 20.0, 0.0, 26.0, 12.0, 26.0, {"text_encoder": 2.0, "vision": 2.0, "transformer": 2.0}, 1.19, 40 << 20
-    ),
-}
 STRIPS = tuple(STRIP_PIXELS >> n for n in range(5))  # pixels of a strip, from the fastest to the most frugal
-
-
-def backend() -> str:
-    """The key of `COSTS` for where work is done: Metal and CUDA are alike."""
-    return "gpu" if mx.default_device() == mx.gpu else "cpu"
 
 
 def strips_for(work: Work) -> tuple[int, ...]:
@@ -243,29 +208,43 @@ class _Planner:
     def encode(self, vision: int, text: int, vae: int) -> Stage:
         """Pictures through the vision tower, prompts through the text encoder, pictures through the VAE; all stay."""
         config, work = self.components.text_encoder_config, self.work
-        seen = len(work.shown) * self.components.variant.encoder_area + work.captioned
-        tokens = work.text_tokens + seen // 28**2
-        width = 2 * config.intermediate_size + 6 * config.hidden_size
         prompts = 2 if work.guided else 1
-        thinking = int(self.costs.text * prompts * tokens * width * self.itemsize) + self.passing("text_encoder")
-        looking = self.passing("vision") if vision else 0
+        thinking = int(self.costs.text(prompts * self.prompt_tokens) * _width(config) * self.itemsize)
+        thinking += self.passing("text_encoder")
+        looking = self.looking() if vision else 0
         reading = int(self.costs.pixel_in * self.components.vae_config.base_dim * work.encoded)
         peaks = (vision + looking, vision + text + thinking, vision + text + vae + reading)
         return Stage("encode", vision + text + vae, max(peaks) + self.costs.base)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt with the pictures that stand in it."""
+        seen = len(self.work.shown) * self.components.variant.encoder_area + self.work.captioned
+        return self.work.text_tokens + seen // 28**2
+
+    def looking(self) -> int:
+        """What the vision tower takes for a picture, beside its weights."""
+        config = self.components.vision_config
+        patches = max(self.components.variant.encoder_area, self.work.captioned) // config.patch_size**2
+        return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing("vision")
+
     def moving(self) -> int:
         """What a step takes beside the transformer."""
-        config, tokens = self.transformer_config, self.work.tokens + self.work.text_tokens
-        states = self.costs.block * tokens * config.dim * self.itemsize
-        scores = self.costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
-        return int(states + scores) + self.passing("transformer") + self.costs.base
+        costs, work, config = self.costs, self.work, self.transformer_config
+        tokens = work.target_tokens + work.reference_tokens + self.prompt_tokens
+        units = costs.image * work.target_tokens + costs.reference * work.reference_tokens
+        units += costs.prompt * self.prompt_tokens + costs.guided * tokens * work.guided
+        units += costs.queued(max(work.target_tokens, work.reference_tokens))
+        scores = costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
+        states = units * config.dim * self.itemsize
+        return int(states + scores) + self.passing("transformer") + costs.base + costs.step
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
         """One picture, in strips."""
         config, pixels = self.components.vae_config, self.work.width * self.work.height
         held = before + self.count("vae", self.specs("vae", "decoder"), mx.float32)
-        strip = self.costs.pixel_out * min(pixels, 1.25 * strip_pixels)  # with its halo
-        working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels))
+        strip = self.costs.pixel_out * min(pixels, strip_pixels + HALO * self.work.width)
+        working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
         return Stage("decode", held, held + working + 2 * 4 * pixels * config.input_channels)
 
     def held(self, name: str) -> int:
@@ -296,7 +275,7 @@ class _Planner:
         if name not in self.residency.streamed:
             return 0
         layers = layer_specs(name, self.specs(name, "main"))
-        return int(self.costs.layers[name] * max(self.moved(name, layer) for layer in layers))
+        return int(self.costs.layers * max(self.moved(name, layer) for layer in layers))
 
     def table(self) -> int:
         """The modulation of all steps."""
@@ -373,6 +352,11 @@ class _Planner:
             name.endswith((".safetensors", ".gguf"))
             for folder in ("transformer", "text_encoder", "vae") for name in snapshot.names(folder)
         )  # fmt: skip
+
+
+def _width(config: TextEncoderConfig | VisionConfig) -> int:
+    """Numbers that a token or patch is at most while it passes a layer of GatedMLP and attention."""
+    return 2 * config.intermediate_size + 6 * config.hidden_size
 
 
 # Choosing and keeping to it -------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_a_mac_keeps_memory_for_itself(mac, gib, recommended, usable):
 
 def test_the_cache_keeps_what_a_plan_works_with(mac):
     mac(32 << 30, 23 * GB)
-    for budget, working, cache in ((20 * GB, 3 * GB, 3 * GB), (20 * GB, 0, 3 << 29), (20 * GB, 15 * GB, 10 * GB)):
+    for budget, working, cache in ((20 * GB, 2 * GB, 3 * GB), (20 * GB, 0, 3 << 29), (20 * GB, 15 * GB, 10 * GB)):
         outside = now()
         with limits(budget, working):
             assert now() == (cache, min(budget, outside[1]))

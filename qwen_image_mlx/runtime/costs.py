@@ -1,0 +1,82 @@
+"""What work takes in memory beside weights and results: a model, with constants for each backend.
+
+Those of a CPU are measured by benchmarks/full_size.py and benchmarks/vae.py; those of Metal are modelled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What each of many costs: `each` for all of them, and `first` more for as many as `until`, if that is not 0.
+
+    What a GPU has in flight grows with the work only as far as MLX queues it.
+    """
+
+    each: float
+    first: float = 0.0
+    until: int = 0
+
+    def __call__(self, count: int) -> float:
+        """The cost of so many."""
+        return self.each * count + self.first * min(count, self.until)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes that work takes beside weights and results.
+
+    Attributes:
+        text: of the tokens of all prompts, per byte of the text encoder's width (hidden and intermediate together).
+        patch: of a picture's patches in the vision tower, per byte of its width.
+        image, reference, prompt: per token of each kind in a step, and byte of the transformer's width.
+        guided: more for each of them, where there is a second pass.
+        queued: of the tokens of the larger of target and references, the same way.
+        scores: per head, byte and pair of the transformer's tokens; 0 where attention is one fused kernel.
+        pixel_in: per pixel and base channel of the VAE that it encodes.
+        pixel_whole, pixel_out: the same of a picture that it decodes, before the strips, and of a strip with its halo.
+        layers: layers that are there at once while a component is streamed: one runs, one is read.
+        read: parts of a modulation weight that are there at once while the table is made.
+        base, step: whatever the work, and whatever a step's.
+    """
+
+    text: Rate
+    patch: Rate
+    image: float
+    reference: float
+    prompt: float
+    guided: float
+    queued: Rate
+    scores: float
+    pixel_in: float
+    pixel_whole: float
+    pixel_out: float
+    layers: float
+    read: float
+    base: int
+    step: int
+
+
+COSTS = {
+    "cpu": Costs(
+        text=Rate(1.0), patch=Rate(0.0), image=20.0, reference=20.0, prompt=20.0, guided=0.0, queued=Rate(0.0),
+        scores=1.2, pixel_in=115.0, pixel_whole=26.0, pixel_out=40.0, layers=2.0, read=1.19, base=40 << 20, step=0,
+    ),
+    # Modelled: the least that covers what benchmarks/metal_model.py says of Metal, whether a command buffer takes 40 or
+    # 50 kernels. Of a stream of 3413 tokens the MLP's inner array alone fills one.
+    "gpu": Costs(
+        text=Rate(0.75, 2.5, 2000), patch=Rate(0.1, 5.2, 5476), image=11.7, reference=5.3, prompt=17.2, guided=6.0,
+        queued=Rate(0.0, 10.0, 3413), scores=0.0, pixel_in=26.4, pixel_whole=13.6, pixel_out=22.3, layers=2.0,
+        read=1.19, base=80 * 10**6, step=200 * 10**6,
+    ),
+}  # fmt: skip
+HALO = 144  # rows of pixels that a strip is decoded with and that are not its own
+
+
+def backend() -> str:
+    """The key of `COSTS` for where work is done: Metal and CUDA are alike."""
+    return "gpu" if mx.default_device() == mx.gpu else "cpu"
