@@ -67,11 +67,11 @@ COSTS = {
         scores=1.2, pixel_in=115.0, pixel_whole=26.0, pixel_out=40.0, layers=2.0, read=1.19, base=40 << 20, step=0,
     ),
     # Modelled: the least that covers what benchmarks/metal_model.py says of Metal, whether a command buffer takes 40 or
-    # 50 kernels. Of a stream of 3413 tokens the MLP's inner array alone fills one.
+    # 50 kernels.
     "gpu": Costs(
-        text=Rate(0.75, 2.5, 2000), patch=Rate(0.1, 5.2, 5476), image=11.7, reference=5.3, prompt=17.2, guided=6.0,
-        queued=Rate(0.0, 10.0, 3413), scores=0.0, pixel_in=26.4, pixel_whole=13.6, pixel_out=22.3, layers=2.0,
-        read=1.19, base=80 * 10**6, step=200 * 10**6,
+        text=Rate(0.75, 2.5, 2000), patch=Rate(0.1, 5.2, 5476), image=11.4, reference=7.3, prompt=11.0, guided=6.6,
+        queued=Rate(0.0, 12.5, 3000), scores=0.0, pixel_in=26.4, pixel_whole=13.6, pixel_out=22.3, layers=2.0,
+        read=1.19, base=80 * 10**6, step=220 * 10**6,
     ),
 }  # fmt: skip
 HALO = 144  # rows of pixels that a strip is decoded with and that are not its own
