@@ -82,10 +82,32 @@ def write_checkpoint(
     Returns:
         The folder.
     """
+    configs = write_configs(folder, configs, pipeline=pipeline)
+    tensors: dict[str, list[TensorSpec]] = {}
+    for component, config in configs.items():
+        home = weights_map(component).get("folder", component)
+        tensors.setdefault(home, []).extend(expected_tensors(component, config).values())
+    for number, (component, specs) in enumerate(tensors.items()):
+        key = mx.random.key(seed * len(tensors) + number)
+        _write_shards(folder / component, weights_map(component)["stem"], specs, key, dtype, shard_bytes)
+    return folder
+
+
+def write_configs(
+    folder: Path, configs: Mapping[str, Any], *, pipeline: str = "QwenImagePipeline"
+) -> dict[str, Any]:
+    """Writes all of a checkpoint but its weights, which is enough to plan its memory.
+
+    Args:
+        folder, configs, pipeline: as in `write_checkpoint`.
+
+    Returns:
+        The configs of the components that such a pipeline has.
+    """
     _write_json(folder / "model_index.json", {"_class_name": pipeline} | _CLASSES)
-    scheduler = LAYERED_SCHEDULER if VARIANTS[pipeline].layered else SCHEDULER
-    _write_json(folder / "scheduler" / "scheduler_config.json", _class("scheduler") | asdict(scheduler))
     variant = VARIANTS[pipeline]
+    scheduler = LAYERED_SCHEDULER if variant.layered else SCHEDULER
+    _write_json(folder / "scheduler" / "scheduler_config.json", _class("scheduler") | asdict(scheduler))
     configs = dict(configs)
     if variant.layered:
         configs["transformer"] = replace(configs["transformer"], use_additional_t_cond=True, use_layer3d_rope=True)
@@ -94,19 +116,13 @@ def write_checkpoint(
     if not variant.takes_images:
         configs.pop("vision", None)
     vision = {"vision_config": asdict(configs["vision"])} if "vision" in configs else {}
-    tensors: dict[str, list[TensorSpec]] = {}
-    for component, config in configs.items():
-        home = weights_map(component).get("folder", component)
-        tensors.setdefault(home, []).extend(expected_tensors(component, config).values())
-    for number, (component, specs) in enumerate(tensors.items()):
+    for component in {weights_map(component).get("folder", component) for component in configs}:
         extra = vision if component == "text_encoder" else {}
         _write_json(folder / component / "config.json", _config_json(component, configs[component]) | extra)
-        key = mx.random.key(seed * len(tensors) + number)
-        _write_shards(folder / component, weights_map(component)["stem"], specs, key, dtype, shard_bytes)
     if vision:
         _write_json(folder / "processor" / "preprocessor_config.json", asdict(PROCESSOR))
     _write_tokenizer(folder / "tokenizer")
-    return folder
+    return configs
 
 
 def _write_shards(

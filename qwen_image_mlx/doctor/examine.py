@@ -1,0 +1,101 @@
+"""Runs groups of checks, each in a process of its own, and gathers what they found. Importable without MLX."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import CheckpointError
+from .groups import Group
+from .outcome import Outcome
+from .report import VERSION, scrubbed, summed_up
+
+OnGroup = Callable[[str, Mapping[str, Any]], None]
+
+
+def examine(
+    groups: Sequence[Group], env: Mapping[str, str], options: Mapping[str, Any], on_group: OnGroup
+) -> dict[str, Any]:
+    """Runs the groups one after another.
+
+    Args:
+        groups: which, in this order.
+        env: environment variables for the groups' processes beside those of this one.
+        options: what the groups are told.
+        on_group: called with a group's name and outcome as soon as it has ended.
+
+    Returns:
+        The report; `report.py` says what it holds.
+
+    Raises:
+        CheckpointError: a group refused its input, such as a golden file, with this sentence.
+    """
+    found: dict[str, Any] = {}
+    for group in groups:
+        outcome = run_group(group, env, options)
+        if "refused" in outcome:
+            raise CheckpointError(outcome["refused"])
+        found[group.name] = scrubbed(outcome)
+        on_group(group.name, found[group.name])
+    report = {
+        "version": VERSION,
+        "program": __version__,
+        "created": time.strftime("%Y-%m-%d", time.gmtime()),
+        "variables": scrubbed(dict(env)),
+        "groups": found,
+    }
+    return summed_up(report)
+
+
+def run_group(group: Group, env: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """One group's outcome; a process that dies or hangs is an outcome with the verdict "lost".
+
+    What the process writes goes into a folder that is removed when it has ended, however it ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwen-image-doctor-", dir=_place(group)) as folder:
+        out, said = Path(folder) / "outcome.json", Path(folder) / "stderr.txt"
+        command = [sys.executable, "-m", __package__, group.name, str(out), json.dumps({**options, "folder": folder})]
+        with said.open("wb") as stderr:
+            process = subprocess.Popen(
+                command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
+            )
+            try:
+                code = process.wait(group.limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                process.kill()
+                process.wait()
+        if code == 0 and out.is_file():
+            return json.loads(out.read_text(encoding="utf-8"))
+        return _lost(group, code, said.read_text(encoding="utf-8", errors="replace"))
+
+
+def _place(group: Group) -> Path | None:
+    """Where a group's folder is made: the disk is measured where the hub keeps models, if that is there."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return cache if group.name == "disk" and os.access(cache, os.W_OK) else None
+
+
+def _lost(group: Group, code: int | None, said: str) -> dict[str, Any]:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if code is None:
+        how = f"it did not end within {group.limit:.0f} seconds"
+    elif code < 0:
+        how = f"its process was ended by {signal.Signals(-code).name}"
+    else:
+        how = f"its process ended with {code}"
+    why = f" ({lines[-1][:300]})" if lines else ""
+    outcome = Outcome()
+    outcome.find("lost", f"no result, {how}{why}; run `doctor --only {group.name}` again with other programs closed")
+    return outcome.as_dict() | {"stderr": lines[-20:]}

@@ -1,0 +1,60 @@
+"""How much memory may be used, and which forms of Qwen-Image-2512 fit, by the plan that painting itself makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..pipeline.pipeline import QwenImagePipeline
+from ..runtime.memory import Work, alternatives, usable_memory
+from ..weights.quantize import NONE, Quantization
+from ..weights.synthetic import FULL, write_configs
+from .measure import on_metal
+from .outcome import Outcome
+
+SIDE = 1328  # the model's own square
+_FORMS = {"bf16": NONE, "8 bits": "8", "4 bits": "4"}
+
+
+def run(options: Mapping[str, Any]) -> Outcome:
+    """Plans a guided picture with the configs of the released model, which need no weights."""
+    outcome, budget = Outcome(), usable_memory()
+    folder = write_folder(Path(options["folder"]) / "configs")
+    work = Work(width=SIDE, height=SIDE)
+    plans: dict[str, Any] = {}
+    for name, quantize in _FORMS.items():
+        components = QwenImagePipeline.from_pretrained(folder, quantize=Quantization.parse(quantize)).components
+        made = alternatives(components, work, budget)
+        fits = next((plan.residency.name for plan in made if plan.peak <= budget), None)
+        peaks = {f"{plan.residency.name.replace(', ', ' ')}_bytes": plan.peak for plan in made}
+        plans[name] = {"fits": fits or "nothing", **peaks}
+    outcome.figures = {"usable_bytes": budget, "plans": plans}
+    largest = max(largest_buffers().values())
+    outcome.figures |= {"largest_buffer_needed_bytes": largest}
+    allowed = mx.device_info().get("max_buffer_length") if on_metal() else None
+    if allowed is not None and largest > int(allowed):
+        outcome.find(
+            "odd",
+            f"one buffer may hold {int(allowed) / 1e9:.1f} GB, but models take {largest / 1e9:.1f}",
+        )
+    fitting = "; ".join(f"{name} {plan['fits']}" for name, plan in plans.items())
+    outcome.summary = f"{budget / 1e9:.1f} GB may be used; Qwen-Image-2512 at {SIDE}x{SIDE}, as planned: {fitting}"
+    return outcome
+
+
+def write_folder(folder: Path) -> Path:
+    """A checkpoint of the released configs without weights."""
+    write_configs(folder, FULL)
+    return folder
+
+
+def largest_buffers() -> dict[str, int]:
+    """The largest arrays in bytes: the text encoder's embedding in bf16, and a decoder's activations at 2048x2048."""
+    text, vae = FULL["text_encoder"], FULL["vae"]
+    return {
+        "embedding": 2 * text.vocab_size * text.hidden_size,
+        "activations": 4 * 2048**2 * vae.base_dim,
+    }

@@ -1,0 +1,54 @@
+"""What a group of checks found: figures for machines, findings and one sentence for people. Importable without MLX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+# From the best to the worst; a group's verdict is that of its worst finding.
+VERDICTS = ("ok", "odd", "slow", "lost", "wrong")
+FALSIFY = "QWEN_IMAGE_DOCTOR_FALSIFY"  # a self-test: results of the check with this name are multiplied by 1.01
+CRASH = "QWEN_IMAGE_DOCTOR_CRASH"  # a self-test: the process of this group kills itself
+HANG = "QWEN_IMAGE_DOCTOR_HANG"  # a self-test: the process of this group never ends
+
+
+class Finding(NamedTuple):
+    """Something that is not as it should be.
+
+    Attributes:
+        verdict: one of `VERDICTS`.
+        sentence: what it is, and the cure.
+    """
+
+    verdict: str
+    sentence: str
+
+
+@dataclass
+class Outcome:
+    """What one group found.
+
+    Attributes:
+        summary: one sentence, for the case that all is well.
+        figures: measured values by name, nested as is useful. A name ends with its unit: `_s`, `_gbs` (10^9 bytes a
+            second), `_gflops`, `_bytes`, `_error` (relative), `_ratio`.
+        findings: what is not as it should be.
+    """
+
+    summary: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def find(self, verdict: str, sentence: str) -> None:
+        """Adds a finding."""
+        self.findings.append(Finding(verdict, sentence))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: verdict, sentence, findings, figures."""
+        worst = max(self.findings, key=lambda found: VERDICTS.index(found.verdict), default=None)
+        return {
+            "verdict": worst.verdict if worst else "ok",
+            "sentence": worst.sentence if worst else self.summary,
+            "findings": [found._asdict() for found in self.findings],
+            "figures": self.figures,
+        }
