@@ -1,0 +1,65 @@
+"""Pictures of the demo models, end to end in fp32, against stored ones (`scripts/doctor_values.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from ..pipeline.pipeline import QwenImagePipeline
+from .chip import coarse_fp32
+from .measure import falsified
+from .outcome import Outcome
+
+STORED = Path(__file__).parent / "stored"
+_PROMPT = "a red circle on a blue background"
+_LEVELS = 1  # of 255, by which a picture may differ
+_COARSE_LEVELS = 4  # the same where fp32 is TF32
+
+
+def run(options: Mapping[str, Any]) -> Outcome:
+    """Makes the pictures and compares them."""
+    outcome, allowed = Outcome(), _COARSE_LEVELS if coarse_fp32() else _LEVELS
+    made = pictures(stored("demo"))
+    for name, image in made.items():
+        got = falsified(name, np.asarray(image).astype(np.float32))
+        steps = np.abs(got - np.asarray(stored(name)).astype(np.float32))
+        outcome.figures[name] = {"most_levels": float(steps.max()), "changed_ratio": float((steps > 0).mean())}
+        if steps.max() > allowed:
+            outcome.find(
+                "wrong",
+                f"the picture {name} differs from the stored one by {steps.max():.0f} of 255 levels, where {allowed} is "
+                "allowed; run `doctor --only probe,parity` to see which operation is wrong",
+            )
+    most = max(figures["most_levels"] for figures in outcome.figures.values())
+    outcome.summary = f"{len(made)} pictures of the demo models are the stored ones, within {most:.0f} of 255 levels"
+    return outcome
+
+
+def stored(name: str) -> Image.Image:
+    """A stored picture."""
+    with Image.open(STORED / f"{name}.png") as image:
+        return image.copy()
+
+
+def pictures(source: Image.Image | None = None) -> dict[str, Image.Image]:
+    """What the demo models make, by name.
+
+    Args:
+        source: what is edited and taken apart; None is the picture that is generated.
+    """
+    made = _with("demo", lambda demo: demo.generate(_PROMPT, negative_prompt=" ", seed=1))
+    source = source or made[0]
+    made += _with("demo-edit", lambda demo: demo.edit("make the circle green", images=[source], seed=1))
+    made += _with("demo-layered", lambda demo: demo.decompose(source, _PROMPT, num_layers=2, seed=1).layers)
+    return dict(zip(("demo", "demo-edit", "demo-layer-1", "demo-layer-2"), made, strict=True))
+
+
+def _with(model: str, use: Callable[[QwenImagePipeline], Any]) -> list[Image.Image]:
+    made = list(use(QwenImagePipeline.from_pretrained(model, dtype="float32")))
+    mx.clear_cache()
+    return made
