@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..models.layers import rotate_half
+from ..models.layers import rotate_half, turns
 from ..models.rope import THETA, Segment, rotary_tables, rotate
 from ..models.transformer import EPS, gated_add, gelu_tanh
 from ..weights.quantize import Scheme, quantize_matrix
@@ -27,6 +27,7 @@ Shape = tuple[int, ...]
 Kind = Callable[[str, Shape, mx.Dtype], Pairs]
 _ROWS = 64  # compared of a large result
 _QUERIES = 32
+_BF16, _FP16, _FP32 = mx.bfloat16, mx.float16, mx.float32
 
 
 class Operation(NamedTuple):
@@ -227,11 +228,12 @@ def turning(name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
 
 def turning_half(name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
     """`rotate_half`; shape is (heads, tokens, channels)."""
-    heads, tokens, size = shape
-    x, (cos, sin) = array("x" + name, shape, dtype), (array(n, (tokens, size // 2), dtype) for n in ("cos", "sin"))
-    wide, c, s = (numbers(part).astype(np.float64) for part in (x, cos, sin))
-    a, b = np.split(wide, 2, axis=-1)
-    return [(numbers(rotate_half(x, cos, sin)), np.concatenate([a * c - b * s, b * c + a * s], axis=-1))]
+    tables = turns(array("angles", (shape[1], shape[2] // 2), _FP32, 3.0), axis=-2, dtype=dtype)
+    x = array("x" + name, shape, dtype)
+    (cos, sin), (a, b) = (np.split(numbers(y).astype(np.float64), 2, axis=axis) for y, axis in ((tables[0], -2), (x, -1)))
+    cos, sin = cos[:, 0], sin[:, 0]
+    right = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return [(numbers(rotate_half(x, *tables)), right)]
 
 
 def taking(name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
@@ -242,7 +244,6 @@ def taking(name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
     return [(numbers(mx.take(x, mx.array(index), axis=0)), numbers(x)[index])]
 
 
-_BF16, _FP16, _FP32 = mx.bfloat16, mx.float16, mx.float32
 _softmax = partial(elementwise, partial(mx.softmax, axis=-1, precise=True), softmax_formula)
 _rms_norm = partial(elementwise, lambda x, w: mx.fast.rms_norm(x, w, EPS), rms_formula)
 _layer_norm = partial(elementwise, lambda x, w: mx.fast.layer_norm(x, w, w, EPS), layer_formula)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import TransformerConfig
 from ..models.rope import Segment, place_images, rotary_tables
 from ..models.text_encoder import DecoderLayer, mrope_tables
 from ..models.transformer import BlockRows, TransformerBlock
@@ -66,7 +67,7 @@ def transformer_block(last: bool = False) -> nn.Module:
 
 
 def block_inputs(
-    text: int, grids: Sequence[tuple[int, int]], dtype: mx.Dtype
+    text: int, grids: Sequence[tuple[int, int]], dtype: mx.Dtype, config: TransformerConfig = _DIT
 ) -> tuple[list[mx.array], mx.array, BlockRows, Sequence[mx.array]]:
     """What a transformer block is given: images, text, rows, rotary tables.
 
@@ -74,14 +75,15 @@ def block_inputs(
         text: tokens.
         grids: rows and columns of tokens of the target and of each reference.
         dtype: the model's.
+        config: gives the width.
     """
     sizes = [height * width for height, width in grids]
-    images = [array("target", (1, sizes[0], _DIT.dim), dtype)]
+    images = [array("target", (1, sizes[0], config.dim), dtype)]
     if sizes[1:]:
-        images.append(array("references", (1, sum(sizes[1:]), _DIT.dim), dtype))
-    rows = BlockRows(*(modulation_rows(name, _DIT.dim, dtype) for name in ("text", "target", "references")))
+        images.append(array("references", (1, sum(sizes[1:]), config.dim), dtype))
+    rows = BlockRows(*(modulation_rows(name, config.dim, dtype) for name in ("text", "target", "references")))
     segments = place_images(list(grids), False) if sizes[1:] else [Segment(0, *grids[0])]
-    return images, array("text", (1, text, _DIT.dim), dtype), rows, rotary_tables(segments, text, _DIT.axes_dims_rope)
+    return images, array("text", (1, text, config.dim), dtype), rows, rotary_tables(segments, text, config.axes_dims_rope)
 
 
 def modulation_rows(name: str, dim: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
