@@ -2,8 +2,8 @@
 
     python scripts/doctor_values.py
 
-To be run on Linux with OpenBLAS preloaded (see CONTRIBUTING.md), after a change that is meant to change numbers, or with a
-new case; everything is computed in fp32 on the CPU. Takes a minute.
+To be run on Linux with OpenBLAS preloaded (see CONTRIBUTING.md), after a change that is meant to change numbers, or
+with a new case; everything is computed in fp32 on the CPU. Takes a minute.
 """
 
 from __future__ import annotations

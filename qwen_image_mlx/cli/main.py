@@ -22,7 +22,7 @@ from .results import Unread, results
 # Modules beside this one; they are imported where Ctrl-C is understood.
 COMMANDS = (
     "generate", "edit", "decompose", "compose", "caption", "train", "quantize", "lora", "plan", "info", "config",
-    "serve",
+    "serve", "doctor",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminable(), results():
             arguments = build_parser().parse_args(argv)
-            _run(arguments)
+            code = _run(arguments)
     except QwenImageError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
@@ -68,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    """Runs the command; a fault of the GPU is a GPUError wherever it comes up."""
+def _run(arguments: argparse.Namespace) -> int | None:
+    """Runs the command and returns its exit code, if it has one of its own; a fault of the GPU is a GPUError wherever it comes up."""
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments)
     except RuntimeError as error:
         from ..gpu import gpu_error  # here, because it loads MLX
 

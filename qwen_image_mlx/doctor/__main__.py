@@ -1,6 +1,7 @@
 """A group's process: `python -m qwen_image_mlx.doctor GROUP FILE OPTIONS`; the outcome goes to FILE as JSON.
 
-Where something unforeseen happens the process dies as any program would, and its parent tells that from the missing file.
+Where something unforeseen happens the process dies as any program would, and its parent tells that from the missing
+file.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ def chain(
     return time.perf_counter() - start
 
 
-def planned(folder: Path, stage: str, work: Work, transformer: TransformerConfig = FULL["transformer"], **others: Any) -> int:
+def planned(
+    folder: Path, stage: str, work: Work, transformer: TransformerConfig = FULL["transformer"], **others: Any
+) -> int:
     """Bytes that the plan says a stage takes beside what is resident.
 
     Args:

@@ -56,11 +56,11 @@ def run(options: Mapping[str, Any]) -> Outcome:
         "size_bytes": size, "write_gbs": size / written / 1e9, "read_gbs": rate, "streamed_bytes": streamed,
         "streamed_pass_s": streamed / rate / 1e9,
     }  # fmt: skip
-    outcome.summary = (
-        f"weights are read at {rate:.2f} GB/s; where layers are streamed in bf16, {streamed / rate / 1e9:.0f} s of a pass"
-    )
+    took = f"{streamed / rate / 1e9:.0f} s of a pass"
+    outcome.summary = f"weights are read at {rate:.2f} GB/s; where layers are streamed in bf16, {took}"
     if rate < _SLOW and on_metal():
-        outcome.find("slow", f"{outcome.summary}; keep models on the internal disk, or quantize them so that they stay in memory")
+        cure = "keep models on the internal disk, or quantize them so that they stay in memory"
+        outcome.find("slow", f"{outcome.summary}; {cure}")
     return outcome
 
 

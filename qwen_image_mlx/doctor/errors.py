@@ -39,8 +39,8 @@ def run(options: Mapping[str, Any]) -> Outcome:
     if latency > _MOST_BLOCKS * block_s + 0.5:
         outcome.find("odd", f"cancelling took {latency:.1f} s, or {latency / block_s:.0f} blocks, where 3 are usual")
     outcome.summary = (
-        f"work is cancelled within {latency:.2g} s, {latency / block_s:.1f} blocks; finished arrays cross threads; an array "
-        f"that is too large: {refusal.partition(' (')[0]}"
+        f"work is cancelled within {latency:.2g} s, {latency / block_s:.1f} blocks; finished arrays cross "
+        f"threads; an array that is too large: {refusal.partition(' (')[0]}"
     )
     return outcome
 

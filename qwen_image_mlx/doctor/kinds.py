@@ -1,9 +1,9 @@
 """The table of operations that are probed, and how each kind is computed and what it is compared with.
 
-A kind is a function of a name (of its numbers), a shape and a dtype. It computes on the default device, and returns pairs of
-what came out and what is right, both fp32: right is the same in fp32 on the CPU stream, or NumPy's float64, from inputs
-that are rounded to the dtype first. Of large results some rows are compared, and for products the sum of all rows too, so
-that garbage anywhere is seen.
+A kind is a function of a name (of its numbers), a shape and a dtype. It computes on the default device, and returns
+pairs of what came out and what is right, both fp32: right is the same in fp32 on the CPU stream, or NumPy's float64,
+from inputs that are rounded to the dtype first. Of large results some rows are compared, and for products the sum of
+all rows too, so that garbage anywhere is seen.
 """
 
 from __future__ import annotations
@@ -71,9 +71,11 @@ def spread(count: int, most: int) -> np.ndarray:
 def product(x: mx.array, w: mx.array, y: mx.array, bias: mx.array | None = None) -> Pairs:
     """Pairs for y = x w^T (+ bias), x (M, K), w (N, K): some rows, and the sum of all rows."""
     rows = spread(x.shape[0], _ROWS)
-    wide, total = numbers(x)[rows], numbers(x).sum(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
+    wide = numbers(x)
+    picked = np.concatenate([wide[rows], wide.sum(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)])
+    del wide
     with mx.stream(mx.cpu):
-        right = numbers(mx.array(np.concatenate([wide, total])) @ w.astype(mx.float32).T)
+        right = numbers(mx.array(picked) @ w.astype(mx.float32).T)
     if bias is not None:
         right = right + numbers(bias) * np.r_[np.ones(len(rows)), x.shape[0]][:, None].astype(np.float32)
     got = numbers(y)
@@ -136,7 +138,7 @@ def unpacking(mode: str, bits: int, group: int, name: str, shape: Shape, dtype: 
 
 
 def attention(heads: int, mask: str, name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
-    """Fused attention; shape is (query heads, tokens, channels); mask is "", "causal" or "padding" (the last quarter)."""
+    """Fused attention; shape is (query heads, tokens, channels); mask is "", "causal" or "padding" (a last quarter)."""
     count, tokens, size = shape
     q, k, v = (array(x + name, (1, n, tokens, size), dtype) for x, n in (("q", count), ("k", heads), ("v", heads)))
     said: Any = mask or None
@@ -230,7 +232,9 @@ def turning_half(name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
     """`rotate_half`; shape is (heads, tokens, channels)."""
     tables = turns(array("angles", (shape[1], shape[2] // 2), _FP32, 3.0), axis=-2, dtype=dtype)
     x = array("x" + name, shape, dtype)
-    (cos, sin), (a, b) = (np.split(numbers(y).astype(np.float64), 2, axis=axis) for y, axis in ((tables[0], -2), (x, -1)))
+    (cos, sin), (a, b) = (
+        np.split(numbers(y).astype(np.float64), 2, axis=axis) for y, axis in ((tables[0], -2), (x, -1))
+    )
     cos, sin = cos[:, 0], sin[:, 0]
     right = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return [(numbers(rotate_half(x, *tables)), right)]
@@ -289,7 +293,7 @@ OPERATIONS = (
     Operation("rms-norm", _rms_norm, (98304, 128), (512, 128), _BF16),
     Operation("layer-norm", _layer_norm, (4096, 3072), (64, 3072), _BF16),
     Operation("silu", _silu, (1024, 18944), (64, 512), _BF16),
-    Operation("gelu", _gelu, (4096, 12288), (64, 3072), _BF16),
+    Operation("gelu", _gelu, (1024, 12288), (64, 3072), _BF16),
     Operation("gate", _gate, (4096, 3072), (64, 3072), _BF16),
     Operation("rotate", turning, (64, 24, 128), (8, 24, 128), _BF16),
     Operation("rotate-half", turning_half, (28, 300, 128), (28, 40, 128), _BF16),

@@ -47,7 +47,7 @@ def numbers(x: mx.array) -> np.ndarray:
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
-    """|got - expected| / |expected| in the Euclidean norm; `GARBAGE` where a value is not a number, and at most that."""
+    """|got - expected| / |expected|, Euclidean; at most `GARBAGE`, which also stands for what is not a number."""
     difference = got.astype(np.float64) - expected
     error = float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-30))
     return min(error, GARBAGE) if np.isfinite(error) else GARBAGE

@@ -1,7 +1,7 @@
 """One block of each network at real width: the default device against the CPU stream, and against stored values.
 
-The stored values were computed in fp32 on Linux by `scripts/doctor_values.py`: of every result 64 values and the norms of
-its four quarters. On a machine without a GPU the comparison with them, and of two runs, is what is left.
+The stored values were computed in fp32 on Linux by `scripts/doctor_values.py`: of every result 64 values and the norms
+of its four quarters. On a machine without a GPU the comparison with them, and of two runs, is what is left.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .fingerprint import fingerprint
 from .measure import falsified, numbers, on_gpu, relative_error, tolerance_of
 from .outcome import Outcome
 from .parts import PARTS, Case, Part
@@ -90,15 +91,13 @@ def _judge_exact(
             what = "the values stored" if name == "stored_error" else "the CPU"
             outcome.find(
                 "wrong",
-                f"{case.name} in fp32 is {error:.1e} off {what}, where {allowed:.0e} is allowed; run `doctor --only probe`, "
-                "and install MLX's wheel from PyPI",
+                f"{case.name} in fp32 is {error:.1e} off {what}, where {allowed:.0e} is allowed; run `doctor --only "
+                "probe`, and install MLX's wheel from PyPI",
             )
     return figures
 
 
-def _judge_half(
-    case: Case, got: np.ndarray, cpu: np.ndarray, exact: np.ndarray, outcome: Outcome
-) -> dict[str, Any]:
+def _judge_half(case: Case, got: np.ndarray, cpu: np.ndarray, exact: np.ndarray, outcome: Outcome) -> dict[str, Any]:
     figures = {"bf16_error": relative_error(got, exact)}
     if on_gpu():
         figures["bf16_cpu_error"] = relative_error(cpu, exact)
@@ -118,10 +117,8 @@ def _called(dtype: mx.Dtype) -> str:
 
 def sample(result: np.ndarray) -> dict[str, list[float]]:
     """What is stored of a result: values evenly apart, and the norms of its quarters."""
-    flat = result.reshape(-1)
-    places = np.linspace(0, flat.size - 1, _VALUES).astype(int)
-    norms = [float(np.linalg.norm(part.astype(np.float64))) for part in np.array_split(flat, _QUARTERS)]
-    return {"values": [float(value) for value in flat[places]], "norms": norms}
+    values, norms = fingerprint(result, _VALUES, _QUARTERS)
+    return {"values": values.tolist(), "norms": norms.tolist()}
 
 
 def stored_error(name: str, large: bool, got: np.ndarray) -> float:

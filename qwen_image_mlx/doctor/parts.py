@@ -83,7 +83,12 @@ def block_inputs(
         images.append(array("references", (1, sum(sizes[1:]), config.dim), dtype))
     rows = BlockRows(*(modulation_rows(name, config.dim, dtype) for name in ("text", "target", "references")))
     segments = place_images(list(grids), False) if sizes[1:] else [Segment(0, *grids[0])]
-    return images, array("text", (1, text, config.dim), dtype), rows, rotary_tables(segments, text, config.axes_dims_rope)
+    return (
+        images,
+        array("text", (1, text, config.dim), dtype),
+        rows,
+        rotary_tables(segments, text, config.axes_dims_rope),
+    )
 
 
 def modulation_rows(name: str, dim: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
@@ -149,6 +154,9 @@ PARTS = (
         lambda: fill(Decoder(_VAE), "decoder"), (Case("vae-decoder", _decoded, (4, 4), (32, 32)),), 5e-5, halves=False
     ),
     Part(
-        lambda: fill(Encoder(_VAE), "encoder"), (Case("vae-encoder", _encoded, (32, 32), (256, 256)),), 5e-5, halves=False
+        lambda: fill(Encoder(_VAE), "encoder"),
+        (Case("vae-encoder", _encoded, (32, 32), (256, 256)),),
+        5e-5,
+        halves=False,
     ),
 )

@@ -32,8 +32,8 @@ def run(options: Mapping[str, Any]) -> Outcome:
         if steps.max() > allowed:
             outcome.find(
                 "wrong",
-                f"the picture {name} differs from the stored one by {steps.max():.0f} of 255 levels, where {allowed} is "
-                "allowed; run `doctor --only probe,parity` to see which operation is wrong",
+                f"the picture {name} differs from the stored one by {steps.max():.0f} of 255 levels, where {allowed} "
+                "is allowed; run `doctor --only probe,parity` to see which operation is wrong",
             )
     most = max(figures["most_levels"] for figures in outcome.figures.values())
     outcome.summary = f"{len(made)} pictures of the demo models are the stored ones, within {most:.0f} of 255 levels"

@@ -82,8 +82,8 @@ def _judge(outcome: Outcome) -> None:
         if share < _SLOW:
             outcome.find(
                 "slow",
-                f"products reach {share:.0%} of what this chip can do; close other programs, plug the charger in, let it "
-                f"cool down, and run again ({outcome.summary})",
+                f"products reach {share:.0%} of what this chip can do; close other programs, plug the charger in, let "
+                f"it cool down, and run again ({outcome.summary})",
             )
     if not on_gpu() and rates["gemm_fp32_gflops"] < _SLOW_CPU:
         outcome.summary += "; MLX's own BLAS is slow, preload OpenBLAS (see README)"
@@ -92,7 +92,8 @@ def _judge(outcome: Outcome) -> None:
 def pass_seconds(config: TransformerConfig, tokens: int, rates: Mapping[str, float]) -> float:
     """Seconds of one pass without guidance, modelled: products and attention at their rates, and other traffic.
 
-    Each block has 12 D^2 weights a token (4 of attention's, 8 of the MLP's), two FLOP each, and 4 L^2 D FLOP of attention.
+    Each block has 12 D^2 weights a token (4 of attention's, 8 of the MLP's), two FLOP each, and 4 L^2 D FLOP of
+    attention.
 
     Args:
         config: of the transformer.
@@ -163,7 +164,9 @@ def _convolution(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[Callable[[], 
     return lambda: mx.conv2d(x, w, padding=1), 18.0 * side**2 * channels**2
 
 
-def _passing(fn: Callable[[mx.array], mx.array], shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[Callable[[], Any], float]:
+def _passing(
+    fn: Callable[[mx.array], mx.array], shape: tuple[int, ...], dtype: mx.Dtype
+) -> tuple[Callable[[], Any], float]:
     x = array("x", shape, dtype)
     return lambda: fn(x), 2.0 * x.nbytes  # read once and written once
 

@@ -1,8 +1,8 @@
 """A report: what it holds, what it says to people, how two of them differ. Importable without MLX.
 
 A report is JSON: `version`, `program` (of this package), `created` (a date), `variables` (those that were set for the
-groups), `groups` (for each `verdict`, `sentence`, `findings`, `figures`, `seconds`, `peak_bytes`), `verdict` and `exit` of the
-whole, and `issue`, the body of a GitHub issue. It names no user, no host and no path.
+groups), `groups` (for each `verdict`, `sentence`, `findings`, `figures`, `seconds`, `peak_bytes`), `verdict` and `exit`
+of the whole, and `issue`, the body of a GitHub issue. It names no user, no host and no path.
 """
 
 from __future__ import annotations
@@ -95,9 +95,13 @@ def shown(name: str, value: Any) -> str:
 
 
 _UNITS = {
-    "_bytes": (1e-9, ".3f", " GB"), "_gbs": (1, ".2f", " GB/s"), "_gflops": (1e-3, ".3f", " TFLOP/s"), "_s": (1, ".4g", " s"),
-    "_error": (1, ".2e", ""), "_ratio": (1, ".3f", ""),
-}  # fmt: skip
+    "_bytes": (1e-9, ".4g", " GB"),
+    "_gbs": (1, ".3g", " GB/s"),
+    "_gflops": (1, ".4g", " GFLOP/s"),
+    "_s": (1, ".4g", " s"),
+    "_error": (1, ".2e", ""),
+    "_ratio": (1, ".3f", ""),
+}
 
 
 def figure_lines(report: Mapping[str, Any]) -> list[str]:

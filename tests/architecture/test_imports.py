@@ -17,11 +17,11 @@ LEVELS = {
     "weights": 3,
     "pipeline": 4,
     "runtime": 5, "training": 5,
-    "server": 6,
+    "server": 6, "doctor": 6,
     "cli": 7,
 }  # fmt: skip
 ENTRANCES = ("__init__", "__main__")
-EVALUATES = {"gpu", "sampling", "weights", "pipeline", "runtime", "training"}
+EVALUATES = {"gpu", "sampling", "weights", "pipeline", "runtime", "training", "doctor"}
 REFERENCE_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "safetensors"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -56,6 +56,7 @@ FLAGS = {
     "lora": {"-h", "--help"},
     "lora inspect": {"-h", "--help", "--model", "-m"},
     "info": {"-h", "--help", "--json"},
+    "doctor": {"-h", "--help", "--only", "--json", "--compare", "--golden", "--model", "-m", "--env"},
     "config": {"-h", "--help"},
     "config show": {"-h", "--help", "--json", "--config", "--profile"},
     "config init": {"-h", "--help"},

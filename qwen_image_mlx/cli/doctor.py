@@ -1,0 +1,109 @@
+"""qwen-image-mlx doctor: whether this machine computes what it should, how fast, and in how much memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..doctor.groups import GOLDEN, GROUPS, NAMES, Group, group_named
+from ..errors import OutputError, RequestError
+
+_WIDTH = max(len(name) for name in NAMES)
+DESCRIPTION = """\
+Say whether this machine computes what it should, how fast, and in how much memory. Nothing is downloaded, no model is
+needed. Three minutes and 2.5 GB of memory at most; each group of checks runs in a process of its own.
+
+""" + "\n".join(f"  {group.name:{_WIDTH}}  {group.what}" for group in GROUPS)
+EPILOG = """\
+Ends with a body for a GitHub issue that holds every figure and names no user, host or path. Speed and memory are judged
+on Apple's GPU only. Exit codes: 0 sound, 1 slow or odd or a group lost, 2 wrong numbers or a bad argument.
+
+Self-tests: --env QWEN_IMAGE_DOCTOR_FALSIFY=CHECK puts one check's results 1 % off, QWEN_IMAGE_DOCTOR_CRASH=GROUP and
+QWEN_IMAGE_DOCTOR_HANG=GROUP end or hold up a group's process."""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command's flags."""
+    parser = commands.add_parser(
+        "doctor",
+        help="say whether this machine computes what it should, and how fast",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--only", metavar="GROUPS", help="some groups, separated by commas")
+    add("--json", metavar="FILE", help="write the report as JSON")
+    add("--compare", metavar="FILE", help="say what changed since an earlier report")
+    add("--golden", metavar="FILE", help="compare a model with what diffusers computed, a file of "
+        "scripts/make_golden.py; other groups run only with --only")  # fmt: skip
+    add("--model", "-m", help="for --golden: a directory or a Hugging Face id")
+    add("--env", metavar="NAME=VALUE", action="append", default=[], help="set a variable for the checks; repeatable")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the groups, prints what they found, and returns the exit code."""
+    from ..doctor.examine import examine
+    from ..doctor.report import differences, other_findings, read_report, verdict_line
+
+    groups, env, options = _groups(arguments), _variables(arguments.env), {}
+    if arguments.golden:
+        options = {"golden": str(Path(arguments.golden).absolute()), "model": arguments.model}
+    earlier = read_report(Path(arguments.compare)) if arguments.compare else None
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise OutputError(f"{arguments.json} cannot be written: its folder does not exist")
+
+    def say(name: str, outcome: Mapping[str, Any]) -> None:
+        print(verdict_line(name, outcome), flush=True)
+
+    report = examine(groups, env, options, say)
+    for line in other_findings(report):
+        print(line)
+    print(f"\n{report['verdict']}")
+    if earlier:
+        _print_section("Changes since the earlier report", differences(earlier, report) or ["none"])
+    _print_section("Body of a GitHub issue", [report["issue"]])
+    if arguments.json:
+        _write(Path(arguments.json), report)
+    return report["exit"]
+
+
+def _print_section(title: str, lines: Sequence[str]) -> None:
+    print(f"\n--- {title} ---")
+    for line in lines:
+        print(line)
+
+
+def _write(path: Path, report: Mapping[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+
+def _groups(arguments: argparse.Namespace) -> list[Group]:
+    if (arguments.golden is None) != (arguments.model is None):
+        raise RequestError("--golden FILE and --model MODEL belong together: give both, or neither")
+    wanted = [name.strip() for name in arguments.only.split(",")] if arguments.only is not None else []
+    for name in wanted:
+        if name not in NAMES:
+            raise RequestError(f"--only has {name!r}, but the groups are {', '.join(NAMES)}")
+    if arguments.only is None:
+        return [GOLDEN] if arguments.golden else list(GROUPS)
+    chosen = [group_named(name) for name in NAMES if name in wanted]
+    return [*chosen, GOLDEN] if arguments.golden else chosen
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    variables = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise RequestError(f"--env is {text!r}, but must be NAME=VALUE, as MLX_ENABLE_TF32=0")
+        variables[name] = value
+    return variables

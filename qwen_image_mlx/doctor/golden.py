@@ -1,0 +1,195 @@
+"""A real model against a golden file that diffusers wrote (`scripts/make_golden.py`), stage by stage.
+
+The file holds fingerprints of the prompts' states, of the noise and of the latents after chosen steps, the picture at
+most 64 pixels wide or high, and in its metadata all that made them. The first stage that differs tells where to look.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError, RequestError
+from ..images.pixels import to_images
+from ..pipeline.parameters import GenerationParameters
+from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.progress import Progress
+from ..pipeline.request import Request
+from ..runtime.asking import settled
+from .fingerprint import fingerprint
+from .measure import GARBAGE, numbers, relative_error
+from .outcome import Outcome
+
+FORMAT = "qwen_image_mlx.golden.1"
+VALUES, PARTS, THUMBNAIL = 4096, 16, 64  # of a fingerprint; longest side of the picture
+_CONFIG = ("num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim", "in_channels")
+
+
+class Tolerance(NamedTuple):
+    """What may lie between two right implementations in a dtype: relative errors; of the picture, levels of 255 (rms).
+
+    Those of fp32 hold for what the tests see on tiny models. In 16 bits the same rounding in another order grows from
+    step
+    to step: estimates, until real runs tell.
+    """
+
+    text: float
+    noise: float
+    latents: float
+    picture: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(1e-4, 1e-5, 1e-3, 1.5),
+    "bfloat16": Tolerance(5e-2, 5e-3, 1e-1, 12.0),
+    "float16": Tolerance(1e-2, 1e-3, 5e-2, 8.0),
+}
+
+
+class Golden(NamedTuple):
+    """A golden file.
+
+    Attributes:
+        arrays: by name: "STAGE.values", "STAGE.norms", "picture".
+        said: how they were made.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    said: Mapping[str, Any]
+
+
+def run(options: Mapping[str, Any]) -> Outcome:
+    """Runs the model as the file's maker did, and compares."""
+    golden = read_golden(Path(options["golden"]))
+    said = golden.said
+    pipeline = QwenImagePipeline.from_pretrained(options["model"], dtype=said["dtype"])
+    check_model(pipeline, said)
+    ours = stages(pipeline, said)
+    outcome, allowed = Outcome(), TOLERANCES[said["dtype"]]
+    for name, result in ours.items():
+        error = _error(name, result, golden)
+        kind = name.partition("-")[0]
+        limit = getattr(allowed, kind)
+        unit = "levels" if kind == "picture" else "error"
+        outcome.figures[f"{name}_{unit}"] = error
+        if error > limit:
+            far = f"by {error:.1f} of 255 levels" if kind == "picture" else f"by {error:.1e}"
+            outcome.find(
+                "wrong", f"{name} departs from the reference {far}, where {limit:g} is allowed; {_CURES[kind]}"
+            )
+    if outcome.findings:  # the first stage is the verdict, what follows from it comes after
+        first = outcome.findings[0]
+        outcome.findings[0] = first._replace(sentence=f"first departure: {first.sentence}")
+    least = max(value for name, value in outcome.figures.items() if name.endswith("_error"))
+    outcome.summary = (
+        f"{len(ours)} stages of {said['model']} agree with diffusers {said['versions'].get('diffusers', '')} in "
+        f"{said['dtype']}, within {least:.1e}"
+    )
+    outcome.figures["golden"] = dict(said)
+    return outcome
+
+
+_CURES = {
+    "text": "check the text encoder's files and the tokenizer, then run `doctor --only probe,parity`",
+    "noise": "seed, size or dtype are not what the file says, or this is a fault of this program: report it",
+    "latents": "check the transformer's files, then run `doctor --only probe,parity`",
+    "picture": "check the autoencoder's files, then run `doctor --only probe,parity,picture`",
+}
+
+
+def read_golden(path: Path) -> Golden:
+    """Reads and checks a golden file.
+
+    Raises:
+        CheckpointError: it cannot be read, is another file, or is damaged.
+    """
+    cure = "make one with scripts/make_golden.py"
+    try:
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        mx.eval(arrays)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"the golden file cannot be read; {cure}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"the file given as golden is not one; {cure}")
+    try:
+        said = json.loads(metadata["golden"])
+        names = {"picture", *(f"{name}.{kind}" for name in _stage_names(said) for kind in ("values", "norms"))}
+        if said["dtype"] not in TOLERANCES or names - arrays.keys() or not isinstance(said["versions"], dict):
+            raise ValueError
+        return Golden({name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}, said)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the golden file is damaged; {cure}") from error
+
+
+def _stage_names(said: Mapping[str, Any]) -> list[str]:
+    texts = ["text"] if said["negative_prompt"] is None else ["text", "text-negative"]
+    return [*texts, "noise", *(f"latents-{int(step)}" for step in said["kept_steps"])]
+
+
+def check_model(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the model is of the kind the file was made with."""
+    config = pipeline.components.transformer_config
+    ours = {
+        "class": pipeline.components.sources.index.get("_class_name"),
+        **{name: getattr(config, name) for name in _CONFIG},
+    }
+    theirs = {"class": said.get("class"), **said.get("transformer", {})}
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise CheckpointError(
+                f"the golden file was made with another model: {name} is {theirs.get(name)} there and {value} here; "
+                "give the model it names"
+            )
+
+
+def stages(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What our pipeline has at each stage that the file holds."""
+    try:
+        parameters = GenerationParameters(
+            width=said["width"], height=said["height"], num_inference_steps=said["steps"], cfg_scale=said["cfg_scale"]
+        )
+        request = Request(
+            prompt=said["prompt"], negative_prompt=said["negative_prompt"], parameters=parameters, seeds=(said["seed"],)
+        )
+    except (KeyError, RequestError) as error:
+        raise CheckpointError(f"the golden file is damaged ({error}); make one with scripts/make_golden.py") from error
+    kept: dict[str, np.ndarray] = {}
+
+    def keep(progress: Progress) -> None:
+        if progress.stage == "denoise" and (progress.step in said["kept_steps"] or not progress.step):
+            kept["noise" if not progress.step else f"latents-{progress.step}"] = numbers(progress.latents)
+
+    with settled(pipeline, request, "auto"):
+        encoding = pipeline.encode_guidance_prompts(request.prompt, request.guiding_prompt)
+        pipeline.release_encoders()
+        kept["text"] = numbers(encoding.positive)
+        if encoding.negative is not None:
+            kept["text-negative"] = numbers(encoding.negative)
+        latents = pipeline.denoise_latents(parameters, encoding, seed=said["seed"], progress=keep)
+        pipeline.release_transformer()
+        (pixels,) = pipeline.decode_frames(parameters, latents)
+    picture = to_images(pixels[None])[0]
+    kept["picture"] = np.asarray(picture.reduce(reduction(picture.width, picture.height)), np.float32)
+    return kept
+
+
+def reduction(width: int, height: int) -> int:
+    """How many pixels a side become one, so that a picture is at most `THUMBNAIL` wide and high."""
+    return max(1, -(-max(width, height) // THUMBNAIL))
+
+
+def _error(name: str, result: np.ndarray, golden: Golden) -> float:
+    if name == "picture":
+        theirs = golden.arrays["picture"]
+        if theirs.shape != result.shape:
+            raise CheckpointError("the golden file is damaged: its picture has another size than it says")
+        return float(np.sqrt(np.mean((result - theirs) ** 2)))
+    ours = dict(zip(("values", "norms"), fingerprint(result, VALUES, PARTS), strict=True))
+    if any(ours[kind].shape != golden.arrays[f"{name}.{kind}"].shape for kind in ours):
+        return GARBAGE  # another number of tokens
+    return max(relative_error(ours[kind], golden.arrays[f"{name}.{kind}"]) for kind in ours)
