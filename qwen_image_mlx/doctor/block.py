@@ -20,11 +20,11 @@ from ..pipeline.pipeline import QwenImagePipeline
 from ..runtime.memory import MemoryPlan, Work, make_plan
 from ..weights.synthetic import FULL, write_configs
 from .measure import on_gpu
-from .outcome import Outcome
+from .outcome import Outcome, amount
 from .parts import block_inputs, transformer_block
 from .values import fill
 
-_BLOCKS = 6
+_BLOCKS, _CPU_BLOCKS = 6, 3
 _SIDE, _CPU_SIDE = 64, 14  # of the picture, in tokens
 _TEXT, _CPU_TEXT = 200, 32
 _TOO_LOW = 1.2  # largest ratio of what is measured to what is planned
@@ -55,7 +55,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
     plain = outcome.figures["plain"]
     outcome.summary = (
         f"a block of {side * side} + {text} tokens and {config.dim} channels takes {plain['block_s']:.3g} s and "
-        f"{plain['peak_bytes'] / 1e9:.2f} GB beside its weights, {plain['plan_ratio']:.2f} of the plan"
+        f"{amount(plain['peak_bytes'])} beside its weights, {plain['plan_ratio']:.2f} of the plan"
     )
     return outcome
 
@@ -123,16 +123,16 @@ def judge_memory(outcome: Outcome, measured: Mapping[str, Mapping[str, Any]]) ->
         if figures["plan_ratio"] > _TOO_LOW:
             outcome.find(
                 "odd",
-                f"{name} takes {figures['peak_bytes'] / 1e9:.2f} GB, but the memory plan says "
-                f"{figures['plan_bytes'] / 1e9:.2f}; give --memory less than you have, and report this",
+                f"{name} takes {amount(figures['peak_bytes'])}, but the memory plan says "
+                f"{amount(figures['plan_bytes'])}; give --memory less than you have, and report this",
             )
 
 
 def _measured(block: nn.Module, inputs: Any, branches: int, plan: int) -> dict[str, float]:
-    seconds: list[float] = []
-    peak = peak_of(lambda: seconds.append(chain(block, inputs, _BLOCKS, branches)))
+    count, seconds = _BLOCKS if on_gpu() else _CPU_BLOCKS, []
+    peak = peak_of(lambda: seconds.append(chain(block, inputs, count, branches)))
     return {
-        "block_s": seconds[0] / _BLOCKS,
+        "block_s": seconds[0] / count,
         "peak_bytes": peak,
         "plan_bytes": plan,
         "plan_ratio": peak / plan,

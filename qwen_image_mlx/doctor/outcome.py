@@ -52,3 +52,8 @@ class Outcome:
             "findings": [found._asdict() for found in self.findings],
             "figures": self.figures,
         }
+
+
+def amount(nbytes: float) -> str:
+    """Bytes in words."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .outcome import VERDICTS
+from .outcome import VERDICTS, amount
 
 VERSION = 1
 EXITS = {"ok": 0, "odd": 1, "slow": 1, "lost": 1, "wrong": 2}
@@ -88,27 +88,25 @@ def shown(name: str, value: Any) -> str:
     """A figure for people, in the unit its name ends with."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    for unit, (scale, form, word) in _UNITS.items():
+    if name.endswith("_bytes"):
+        return amount(value)
+    for unit, form in _UNITS.items():
         if name.endswith(unit):
-            return f"{format(value * scale, form)}{word}"
+            return form.format(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 _UNITS = {
-    "_bytes": (1e-9, ".4g", " GB"),
-    "_gbs": (1, ".3g", " GB/s"),
-    "_gflops": (1, ".4g", " GFLOP/s"),
-    "_s": (1, ".4g", " s"),
-    "_error": (1, ".2e", ""),
-    "_ratio": (1, ".3f", ""),
-}
+    "_bytes": "{}", "_gbs": "{:.3g} GB/s", "_gflops": "{:.4g} GFLOP/s", "_s": "{:.3g} s", "_error": "{:.1e}",
+    "_ratio": "{:.2f}",
+}  # fmt: skip
 
 
 def figure_lines(report: Mapping[str, Any]) -> list[str]:
     """All figures as lines for people, group by group."""
     lines = []
     for name, group in report["groups"].items():
-        took = f"{group['seconds']:.1f} s, at most {group['peak_bytes'] / 1e9:.2f} GB" if "seconds" in group else ""
+        took = f"{group['seconds']:.1f} s, at most {amount(group['peak_bytes'])}" if "seconds" in group else ""
         lines += ["", f"{name} {took}".rstrip()]
         lines += [f"  {key:44} {shown(key, value)}" for key, value in figures(group["figures"])]
     return lines

@@ -21,7 +21,7 @@ from ..weights.synthetic import FULL
 from .block import judge_memory, peak_of, planned
 from .kinds import array
 from .measure import on_gpu, on_metal
-from .outcome import Outcome
+from .outcome import Outcome, amount
 from .values import fill
 
 _SIDE, _CPU_SIDE = 512, 128
@@ -59,7 +59,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
     figures = outcome.figures["decode"]
     outcome.summary = (
         f"{side}x{side} with {config.base_dim} channels is decoded in {figures['decode_s']:.3g} s and "
-        f"{figures['peak_bytes'] / 1e9:.2f} GB, {figures['plan_ratio']:.2f} of the plan"
+        f"{amount(figures['peak_bytes'])}, {figures['plan_ratio']:.2f} of the plan"
     )
     return outcome
 
