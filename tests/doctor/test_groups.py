@@ -1,0 +1,201 @@
+"""What groups make of a machine, on machines that are not here; and what they leave behind."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen_image_mlx.config import TransformerConfig
+from qwen_image_mlx.doctor import block, chip, disk, env, errors, limits, rates, vae
+from qwen_image_mlx.doctor.outcome import Outcome
+
+SAID = {
+    ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M5",
+    ("sysctl", "-n", "hw.memsize"): str(16 << 30),
+    ("sysctl", "-n", "sysctl.proc_translated"): "0",
+    ("sysctl", "-n", "vm.swapusage"): "total = 3072.00M  used = 2048.00M  free = 1024.00M  (encrypted)",
+    ("ioreg", "-rc", "AGXAccelerator", "-d", "1"): '  |   "gpu-core-count" = 10\n',
+    ("vm_stat",): "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   100.\n"
+                  "Pages active:  7.\nPages inactive:  20.\nPages speculative:  3.",
+    ("pmset", "-g"): " lowpowermode         1\n",
+    ("pmset", "-g", "batt"): "Now drawing from 'Battery Power'\n",
+}  # fmt: skip
+
+
+@pytest.fixture
+def m5(monkeypatch):
+    """An M5 with macOS 26.3 on battery, in low-power mode, swapping."""
+
+    def said(*command):
+        return SAID.get(command, "")
+
+    for module in (chip, env):
+        monkeypatch.setattr(module, "said", said)
+    monkeypatch.setattr(chip.platform, "mac_ver", lambda: ("26.3", ("", "", ""), "arm64"))
+    for module in (chip, env):
+        monkeypatch.setattr(module, "architecture", lambda: "applegpu_g17s")
+    chip.uses_neural_accelerators.cache_clear()
+    yield monkeypatch
+    chip.uses_neural_accelerators.cache_clear()
+
+
+def judged(machine, free=1 << 40):
+    outcome = Outcome()
+    env._judge(outcome, machine, env._mlx(), free)
+    return [found.sentence for found in outcome.findings]
+
+
+def test_a_mac_is_described(m5):
+    machine = env._mac()
+    assert machine["chip"] == "Apple M5"
+    assert machine["memory_bytes"] == 16 << 30
+    assert machine["free_memory_bytes"] == 123 * 16384
+    assert machine["swap_bytes"] == 2 << 30
+    assert machine["gpu_cores"] == 10
+    assert (machine["rosetta"], machine["low_power"], machine["on_battery"]) == (False, True, True)
+
+
+def test_warnings_of_a_mac(m5):
+    m5.setattr(chip, "wheel_tags", lambda: ["py3-none-macosx_26_0_arm64"])
+    m5.delenv("MLX_ENABLE_TF32", raising=False)
+    said = " | ".join(judged(env._mac(), free=1 << 30))
+    for words in ("TF32", "2.1 GB are swapped out", "low-power mode", "on battery", "1.1 GB are free"):
+        assert words in said
+    m5.setenv("MLX_ENABLE_TF32", "0")
+    assert "TF32" not in " ".join(judged(env._mac()))
+
+
+@pytest.mark.parametrize(("tag", "said"), [("14", True), ("26", False)])
+def test_a_wheel_older_than_the_neural_accelerators(m5, tag, said):
+    for module in (chip, env):
+        m5.setattr(module, "wheel_tags", lambda: [f"py3-none-macosx_{tag}_0_arm64"])
+    assert any("neural accelerators" in sentence for sentence in judged({})) is said
+    assert chip.coarse_fp32() is not said
+
+
+def test_missing_tools_leave_figures_out(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert chip.said("sysctl", "-n", "hw.memsize") == ""
+    machine = env._mac()
+    assert machine["memory_bytes"] == 0
+    assert "swap_bytes" not in machine
+    assert judged(machine) == []
+
+
+def test_a_rosetta_python_is_told():
+    assert "Rosetta" in judged({"rosetta": True})[0]
+
+
+def test_what_a_chip_can_do(m5):
+    assert chip.nominal_tflops() == pytest.approx(12.5)
+
+
+def test_a_pass_of_the_released_transformer():
+    """72 TFLOP at 1024x1024 without guidance; other traffic is a few per cent where it is fast."""
+    flop = {name: 1000.0 for name in ("gemm_bf16_gflops", "gemm_bf16_deep_gflops", "attention_gflops")}
+    assert rates.pass_seconds(TransformerConfig(), 4096, {**flop, "copy_gbs": 1e9}) == pytest.approx(72.0, rel=0.01)
+    traffic = rates.pass_seconds(TransformerConfig(), 4096, {**dict.fromkeys(flop, 1e12), "copy_gbs": 61.0})
+    assert traffic == pytest.approx(1.0, rel=0.05)  # 61 GB a pass
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (9.64, "9.6 s"), (0.25, "0.25 s"), (77.2, "77 s"), (600, "10 min"), (40_000, "11.1 h"),
+])  # fmt: skip
+def test_durations_in_words(seconds, words):
+    assert rates.spoken(seconds) == words
+
+
+def test_rates_far_below_the_chip_are_slow(monkeypatch):
+    for nominal, verdicts in ((10.0, ["slow"]), (2.0, [])):
+        outcome = Outcome("", {"gemm_bf16_gflops": 1500.0, "gemm_fp32_gflops": 1.0})
+        monkeypatch.setattr(rates, "on_metal", lambda: True)
+        monkeypatch.setattr(rates, "nominal_tflops", lambda: nominal)  # noqa: B023
+        rates._judge(outcome)
+        assert [found.verdict for found in outcome.findings] == verdicts
+
+
+def test_a_slow_blas_is_told():
+    outcome = Outcome("", {"gemm_bf16_gflops": 3.0, "gemm_fp32_gflops": 1.3})
+    rates._judge(outcome)
+    assert "preload OpenBLAS" in outcome.summary
+    assert outcome.findings == []
+
+
+def test_the_disk_s_file_is_read_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_CPU_SIZE", 2 * disk._CHUNK)
+    outcome = disk.run({"folder": str(tmp_path)})
+    assert outcome.figures["size_bytes"] == 32 << 20
+    assert outcome.figures["read_gbs"] > 0
+    assert outcome.findings == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_gives_other_bytes_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_CPU_SIZE", 2 * disk._CHUNK)
+    write = disk.write
+
+    def spoiled(path, size):
+        write(path, size)
+        with path.open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"\0\0\0\0")
+
+    monkeypatch.setattr(disk, "write", spoiled)
+    assert [found.verdict for found in disk.run({"folder": str(tmp_path)}).findings] == ["wrong"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_slow_is_told_on_a_mac(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_CPU_SIZE", disk._CHUNK)
+    monkeypatch.setattr(disk, "_SLOW", 1e6)
+    monkeypatch.setattr(disk, "on_metal", lambda: True)
+    assert [found.verdict for found in disk.run({"folder": str(tmp_path)}).findings] == ["slow"]
+
+
+def test_a_full_disk_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_SPARE", 1 << 60)
+    assert [found.verdict for found in disk.run({"folder": str(tmp_path)}).findings] == ["odd"]
+
+
+def test_streamed_bytes_are_those_of_the_readme():
+    assert disk.streamed_bytes() / 1e9 == pytest.approx(27.0, abs=0.05)
+
+
+def test_cancelling_takes_a_few_blocks():
+    block_s, latency = errors.cancelled_chain()
+    assert 0 < latency < errors._MOST_BLOCKS * block_s + 0.5
+
+
+def test_arrays_across_threads():
+    assert errors.across_threads(lazy=False) == "works"
+    assert errors.across_threads(lazy=True) != "gives wrong numbers"
+
+
+def test_a_plan_that_is_too_low_is_odd():
+    outcome = Outcome()
+    figures = {"peak_bytes": 3e9, "plan_bytes": 2e9, "plan_ratio": 1.5}
+    block.judge_memory(outcome, {"guided": figures, "plain": {**figures, "plan_ratio": 1.0}})
+    assert [found.sentence.split(";")[0] for found in outcome.findings] == [
+        "guided takes 3.00 GB, but the memory plan says 2.00 GB"
+    ]
+
+
+def test_peaks_are_measured(tmp_path):
+    before = mx.ones(1000)
+    mx.eval(before)
+    assert block.peak_of(lambda: mx.eval(mx.full((1 << 20,), 1.0))) >= 4 << 20
+
+
+def test_plans_of_other_widths(tmp_path):
+    """The plan is asked, not repeated: a wider transformer takes more."""
+    work = limits.Work(width=256, height=256, steps=1, guided=False)
+    narrow = block.planned(tmp_path / "narrow", "denoise", work, block.width())
+    assert narrow < block.planned(tmp_path / "wide", "denoise", work)
+
+
+def test_the_decoder_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "_CPU_SIDE", 32)
+    outcome = vae.run({"folder": str(tmp_path)})
+    assert outcome.figures["decode"]["peak_bytes"] > 0
+    assert np.isfinite(outcome.figures["decode"]["plan_ratio"])
