@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int | None:
-    """Runs the command and returns its exit code, if it has one of its own; a fault of the GPU is a GPUError wherever it comes up."""
+    """Runs the command and returns its exit code, if it has its own; a fault of the GPU is a GPUError wherever it is."""
     try:
         return arguments.run(arguments)
     except RuntimeError as error:

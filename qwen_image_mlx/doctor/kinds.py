@@ -253,6 +253,7 @@ _rms_norm = partial(elementwise, lambda x, w: mx.fast.rms_norm(x, w, EPS), rms_f
 _layer_norm = partial(elementwise, lambda x, w: mx.fast.layer_norm(x, w, w, EPS), layer_formula)
 _silu = partial(elementwise, mx.compile(lambda x: x * mx.sigmoid(x)), silu_formula)
 _gelu = partial(elementwise, gelu_tanh, gelu_formula)
+_gelu_bias = partial(elementwise, gelu_tanh, lambda x, bias: gelu_formula(x + bias))
 _gate = partial(elementwise, gated_add, gate_formula)
 _PACKED, _FEW = (1024, 3072, 3072), (16, 768, 64)
 _MATRIX, _SMALL = (1024, 3072), (64, 768)
@@ -294,6 +295,7 @@ OPERATIONS = (
     Operation("layer-norm", _layer_norm, (4096, 3072), (64, 3072), _BF16),
     Operation("silu", _silu, (1024, 18944), (64, 512), _BF16),
     Operation("gelu", _gelu, (1024, 12288), (64, 3072), _BF16),
+    Operation("gelu-bias", _gelu_bias, (1024, 12288), (64, 3072), _BF16),
     Operation("gate", _gate, (4096, 3072), (64, 3072), _BF16),
     Operation("rotate", turning, (64, 24, 128), (8, 24, 128), _BF16),
     Operation("rotate-half", turning_half, (28, 300, 128), (28, 40, 128), _BF16),

@@ -30,7 +30,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
         made = alternatives(components, work, budget)
         fits = next((plan.residency.name for plan in made if plan.peak <= budget), None)
         peaks = {f"{plan.residency.name.replace(', ', ' ')}_bytes": plan.peak for plan in made}
-        plans[name] = {"fits": fits or "nothing", **peaks}
+        plans[name] = {"fits": fits or "too large", **peaks}
     outcome.figures = {"usable_bytes": budget, "plans": plans}
     largest = max(largest_buffers().values())
     outcome.figures |= {"largest_buffer_needed_bytes": largest}

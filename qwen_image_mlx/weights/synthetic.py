@@ -93,9 +93,7 @@ def write_checkpoint(
     return folder
 
 
-def write_configs(
-    folder: Path, configs: Mapping[str, Any], *, pipeline: str = "QwenImagePipeline"
-) -> dict[str, Any]:
+def write_configs(folder: Path, configs: Mapping[str, Any], *, pipeline: str = "QwenImagePipeline") -> dict[str, Any]:
     """Writes all of a checkpoint but its weights, which is enough to plan its memory.
 
     Args:

@@ -70,9 +70,7 @@ def test_a_report_is_compared_with_itself_and_an_earlier_one(whole, run, tmp_pat
 
 def test_a_falsified_operation_is_named(run, tmp_path):
     path = tmp_path / "report.json"
-    code, out, _ = run(
-        "--only", "probe,env", "--env", "QWEN_IMAGE_DOCTOR_FALSIFY=gemm-bf16-12288", "--json", path
-    )
+    code, out, _ = run("--only", "probe,env", "--env", "QWEN_IMAGE_DOCTOR_FALSIFY=gemm-bf16-12288", "--json", path)
     assert code == 2
     assert [line.split()[0] for line in out[:2]] == ["env", "probe"]  # in the table's order
     assert "WRONG this MLX build miscomputes gemm-bf16-12288" in out[1]

@@ -13,7 +13,6 @@ import pytest
 
 from qwen_image_mlx.doctor.golden import FORMAT, PARTS, THUMBNAIL, VALUES, read_golden, run
 from qwen_image_mlx.errors import CheckpointError
-from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_golden.py"
 STAGES = ["text", "text-negative", "noise", "latents-1", "latents-2", "latents-3", "picture"]
@@ -55,9 +54,7 @@ def test_a_right_model_agrees_at_every_stage(golden, tiny):
     assert golden.stat().st_size < 200_000
     outcome = compared(golden, tiny)
     assert outcome.findings == []
-    assert [name.rpartition("_")[0] for name in outcome.figures if name != "golden"] == [
-        "text", "noise", "latents-1", "latents-2", "latents-3", "picture", "text-negative",
-    ] or {name.rpartition("_")[0] for name in outcome.figures if name != "golden"} == set(STAGES)  # fmt: skip
+    assert [name.rpartition("_")[0] for name in outcome.figures if name != "golden"] == STAGES
     assert "7 stages" in outcome.summary
 
 
@@ -110,11 +107,9 @@ def test_another_prompt_is_found_in_the_text(golden, tiny, tmp_path):
     assert "first departure: text departs" in found["sentence"]
 
 
-def test_another_model_is_refused(golden, tmp_path):
-    other = write_checkpoint(tmp_path / "other", {**TINY})
-    with pytest.raises(CheckpointError, match="made with another model: joint_attention_dim|num_") as refused:
-        compared(changed(golden, tmp_path, transformer={"num_layers": 60}), other)
-    assert str(refused.value).count(".") <= 1
+def test_another_model_is_refused(golden, tiny, tmp_path):
+    with pytest.raises(CheckpointError, match="made with another model: num_layers is 60 there and 2 here"):
+        compared(changed(golden, tmp_path, transformer={"num_layers": 60}), tiny)
 
 
 def test_another_class_is_refused(golden, tiny):
@@ -135,7 +130,7 @@ def test_what_is_no_golden_file_is_refused(golden, tiny, tmp_path, damage):
         path = changed(golden, tmp_path, kept_steps=[1, 2, 3, 4])
     if damage == "size":
         path = changed(golden, tmp_path, width=65)
-    with pytest.raises(CheckpointError, match="scripts/make_golden.py"):
+    with pytest.raises(CheckpointError, match=r"scripts/make_golden\.py"):
         compared(path, tiny)
 
 

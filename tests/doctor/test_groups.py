@@ -93,7 +93,7 @@ def test_what_a_chip_can_do(m5):
 
 def test_a_pass_of_the_released_transformer():
     """72 TFLOP at 1024x1024 without guidance; other traffic is a few per cent where it is fast."""
-    flop = {name: 1000.0 for name in ("gemm_bf16_gflops", "gemm_bf16_deep_gflops", "attention_gflops")}
+    flop = dict.fromkeys(("gemm_bf16_gflops", "gemm_bf16_deep_gflops", "attention_gflops"), 1000.0)
     assert rates.pass_seconds(TransformerConfig(), 4096, {**flop, "copy_gbs": 1e9}) == pytest.approx(72.0, rel=0.01)
     traffic = rates.pass_seconds(TransformerConfig(), 4096, {**dict.fromkeys(flop, 1e12), "copy_gbs": 61.0})
     assert traffic == pytest.approx(1.0, rel=0.05)  # 61 GB a pass

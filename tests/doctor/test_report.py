@@ -21,9 +21,7 @@ def made(**verdicts):
         if verdict != "ok":
             outcome.find(verdict, f"{name} is {verdict}")
         groups[name] = outcome.as_dict() | {"seconds": 1.0, "peak_bytes": 2 * 10**9}
-    return report.summed_up(
-        {"version": 1, "program": "1", "created": "2026-01-01", "variables": {}, "groups": groups}
-    )
+    return report.summed_up({"version": 1, "program": "1", "created": "2026-01-01", "variables": {}, "groups": groups})
 
 
 @pytest.mark.parametrize(("verdicts", "code"), [
