@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -194,8 +196,39 @@ def test_plans_of_other_widths(tmp_path):
     assert narrow < block.planned(tmp_path / "wide", "denoise", work)
 
 
-def test_the_decoder_runs(tmp_path, monkeypatch):
+def test_the_decoder_runs_with_winograd_and_without(tmp_path, monkeypatch):
+    said = []
+    decode = vae.decode
     monkeypatch.setattr(vae, "_CPU_SIDE", 32)
+    monkeypatch.setattr(vae, "on_metal", lambda: True)
+
+    def listened(*arguments, **options):
+        said.append(os.environ.get(vae._WINOGRAD))
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(vae, "decode", listened)
+    monkeypatch.delenv(vae._WINOGRAD, raising=False)
     outcome = vae.run({"folder": str(tmp_path)})
-    assert outcome.figures["decode"]["peak_bytes"] > 0
-    assert np.isfinite(outcome.figures["decode"]["plan_ratio"])
+    assert said == [None, None, "0", "0"]
+    assert vae._WINOGRAD not in os.environ
+    for figures in outcome.figures.values():
+        assert figures["peak_bytes"] > 0
+        assert np.isfinite(figures["plan_ratio"])
+
+
+def test_a_refused_allocation(monkeypatch):
+    """On Metal an array of twice the largest buffer is asked for; elsewhere nothing is."""
+    assert errors.refused_allocation().startswith("not tried")
+    asked = []
+
+    def refuse(array):
+        asked.append(array.nbytes)
+        raise RuntimeError("[metal::malloc] Attempting to allocate 2048 bytes")
+
+    monkeypatch.setattr(errors, "on_metal", lambda: True)
+    monkeypatch.setattr(errors, "device_info", lambda: {"max_buffer_length": 1 << 33})
+    monkeypatch.setattr(errors, "finish", refuse)
+    assert errors.refused_allocation() == "refused"
+    assert asked == [1 << 34]
+    monkeypatch.setattr(errors, "finish", lambda array: None)
+    assert errors.refused_allocation() == "not refused"

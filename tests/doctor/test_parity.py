@@ -57,6 +57,33 @@ def test_other_bits_in_a_second_run_are_seen(monkeypatch):
     assert "vision-windowed in fp32 gives other bits when it is run again" in [found.sentence for found in findings]
 
 
+def test_a_gpu_that_is_right(monkeypatch):
+    monkeypatch.setattr(parity, "on_gpu", lambda: True)
+    outcome = checked(next(part for part in SMALL if part.cases[0].name == "vae-decoder"))
+    assert outcome.findings == []
+    figures = outcome.figures["vae-decoder"]
+    assert figures.pop("stored_error") < 1e-5
+    assert figures == {"cpu_error": 0, "levels_changed_ratio": 0, "most_levels": 0}
+
+
+def test_a_gpu_that_is_wrong_in_both_dtypes(monkeypatch):
+    """Each case runs twice on the default device, here one per cent off, and then on the CPU."""
+    monkeypatch.setattr(parity, "on_gpu", lambda: True)
+    case, runs = SMALL[0].cases[0], []
+
+    def run(module, shape, dtype):
+        runs.append(dtype)
+        return case.run(module, shape, dtype) * (1 if len(runs) % 3 == 0 else 1.01)
+
+    found = [found.sentence for found in checked(SMALL[0]._replace(cases=(case._replace(run=run),))).findings]
+    assert [sentence.partition(",")[0].partition(" is ")[0] for sentence in found] == [
+        "vision-windowed in fp32", "vision-windowed in fp32", "vision-windowed in bf16",
+    ]  # fmt: skip
+    assert "off the values stored" in found[0]
+    assert "off the CPU" in found[1]
+    assert runs == 3 * [mx.float32] + 3 * [mx.bfloat16]
+
+
 def test_widths_are_real():
     block = PARTS[0].build()
     assert block.img_mlp.net[0].proj.weight.shape == (4 * FULL["transformer"].dim, FULL["transformer"].dim)
