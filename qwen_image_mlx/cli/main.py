@@ -2,7 +2,7 @@
 
 0 done; 1 a fault of this program, with its traceback, or `serve` gave up, in one line; 2 the user's input, or a
 fault of the GPU; 130 Ctrl-C; 141 nobody reads stdout any more; 143 SIGTERM. stdout is for results, stderr for
-people. Nothing heavy is imported before a command runs.
+people. `doctor` has its own: 1 for odd, 2 for wrong numbers. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int | None:
-    """Runs the command and returns its exit code, if it has its own; a fault of the GPU is a GPUError wherever it is."""
+    """Runs the command and returns its exit code, if it has its own; faults of the GPU become GPUErrors."""
     try:
         return arguments.run(arguments)
     except RuntimeError as error:
