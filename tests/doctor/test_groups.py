@@ -68,12 +68,16 @@ def test_warnings_of_a_mac(m5):
     assert "TF32" not in " ".join(judged(env._mac()))
 
 
-@pytest.mark.parametrize(("tag", "said"), [("14", True), ("26", False)])
-def test_a_wheel_older_than_the_neural_accelerators(m5, tag, said):
+@pytest.mark.parametrize(
+    ("system", "tag", "used"), [("26.3", "14", False), ("26.1", "26", False), ("26.2", "26", True)]
+)
+def test_neural_accelerators_need_a_new_macos_and_its_wheel(m5, system, tag, used):
+    m5.setattr(chip.platform, "mac_ver", lambda: (system, ("", "", ""), "arm64"))
     for module in (chip, env):
         m5.setattr(module, "wheel_tags", lambda: [f"py3-none-macosx_{tag}_0_arm64"])
-    assert any("neural accelerators" in sentence for sentence in judged({})) is said
-    assert chip.coarse_fp32() is not said
+    m5.delenv("MLX_ENABLE_TF32", raising=False)
+    assert any("neural accelerators" in sentence for sentence in judged({})) is not used
+    assert chip.coarse_fp32() is used
 
 
 def test_missing_tools_leave_figures_out(monkeypatch):
