@@ -8,8 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..pipeline.limits import memory_size, usable_memory
 from ..pipeline.pipeline import QwenImagePipeline
-from ..runtime.memory import Work, alternatives, usable_memory
+from ..runtime.memory import Work, alternatives
 from ..weights.quantize import NONE, Quantization
 from ..weights.synthetic import FULL, write_configs
 from .measure import on_metal
@@ -31,7 +32,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
         fits = next((plan.residency.name for plan in made if plan.peak <= budget), None)
         peaks = {f"{plan.residency.name.replace(', ', ' ')}_bytes": plan.peak for plan in made}
         plans[name] = {"fits": fits or "too large", **peaks}
-    outcome.figures = {"usable_bytes": budget, "plans": plans}
+    outcome.figures = {"memory_bytes": memory_size(), "usable_bytes": budget, "plans": plans}
     largest = max(largest_buffers().values())
     outcome.figures |= {"largest_buffer_needed_bytes": largest}
     allowed = mx.device_info().get("max_buffer_length") if on_metal() else None

@@ -25,6 +25,7 @@ _SHOWN = {"ok": "ok", "odd": "odd", "slow": "slow", "lost": "LOST", "wrong": "WR
 _CONCLUSIONS = {0: "sound", 1: "slow or odd", 2: "wrong numbers"}
 _PATH = re.compile(r"""(?<![\w<.:/])(?:~|[A-Za-z]:)?(?:[/\\][^\s'"`,;:()<>/\\]+){2,}[/\\]?""")
 _LEAST_CHANGE = 0.1  # of a figure, to be worth a line
+_LEAST_ERROR = 1e-5  # of a relative error: below it is rounding
 
 
 def scrubbed(value: Any) -> Any:
@@ -175,7 +176,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             was = past.get(key)
             if key not in past or not key.endswith(tuple(_UNITS)) or not _are_numbers(was, value):
                 continue
-            if abs(value - was) >= _LEAST_CHANGE * abs(was):
+            least = max(_LEAST_CHANGE * abs(was), _LEAST_ERROR if key.endswith("_error") else 0)
+            if value != was and abs(value - was) >= least:
                 ratio = f" ({value / was:.2f}x)" if was else ""
                 lines.append(f"{name}.{key}: {shown(key, was)} -> {shown(key, value)}{ratio}")
     return lines

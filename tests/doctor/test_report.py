@@ -76,9 +76,12 @@ def test_differences():
     old, new = made(env="ok", rates="ok"), made(env="ok", rates="slow")
     new["groups"]["rates"]["figures"]["gemm_gflops"] = 50.0
     new["groups"]["env"]["figures"]["gemm_gflops"] = 105.0
+    for found, errors in ((old, (0.0, 1e-7, 1e-3)), (new, (0.0, 1e-6, 2e-3))):
+        found["groups"]["env"]["figures"] |= dict(zip(("a_error", "b_error", "c_error"), errors, strict=True))
     del new["groups"]["env"]["figures"]["deep"]
     lines = report.differences(old, new)
     assert lines == [
+        "env.c_error: 1.0e-03 -> 2.0e-03 (2.00x)",
         "rates: ok -> slow: rates is slow",
         "rates.gemm_gflops: 100 GFLOP/s -> 50 GFLOP/s (0.50x)",
     ]
