@@ -2,7 +2,7 @@
 
 For one frame every causal 3-D convolution of the reference sees zeros in front of the frame, so only its last temporal
 tap meets data, and the temporal resamplers never run; the loader keeps just those taps. Arrays are (B, H, W, C).
-Nothing is evaluated here: `Encoder.stages` and `Decoder.stages` let the caller do it between blocks, and
+Nothing is evaluated here: `Encoder.stages` and `Decoder.stages` let the caller do it between blocks and bands, and
 `Decoder.tail` lets it work on strips of rows. A matrix product's rounding depends on its shape and, on some backends,
 on a row's place in it; so the tail computes its convolutions in bands of fixed height counted from the top, and strips
 that begin on a band's edge give the very bits of the whole.
