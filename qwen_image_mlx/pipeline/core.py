@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import GPUError, QwenImageError, RequestError
-from ..gpu import gpu_faults
+from ..gpu import finish, gpu_faults
 from ..images.geometry import Size, size_of_area
 from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
 from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
@@ -295,8 +295,9 @@ class PipelineCore:
             tokens = self.denoise_latents(
                 parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial
             )
-            frames = list(self.decode_frames(parameters, tokens))
-        return frames[0][None] if len(frames) == 1 else mx.stack(frames)
+            frames = mx.stack(list(self.decode_frames(parameters, tokens)))
+            finish(frames)
+        return frames
 
     def denoise_latents(
         self,
