@@ -39,7 +39,6 @@ class Costs:
         scores: per head, byte and pair of the transformer's tokens; 0 where attention is one fused kernel.
         pixel_in: per pixel and base channel of the VAE that it encodes.
         pixel_whole, pixel_out: the same of a picture that it decodes, before the strips, and of a strip with its halo.
-        layers: layers that are there at once while a component is streamed: one runs, one is read.
         read: parts of a modulation weight that are there at once while the table is made.
         base, step: whatever the work, and whatever a step's.
     """
@@ -55,7 +54,6 @@ class Costs:
     pixel_in: float
     pixel_whole: float
     pixel_out: float
-    layers: float
     read: float
     base: int
     step: int
@@ -64,13 +62,13 @@ class Costs:
 COSTS = {
     "cpu": Costs(
         text=Rate(1.0), patch=Rate(0.0), image=20.0, reference=20.0, prompt=20.0, guided=0.0, queued=Rate(0.0),
-        scores=1.2, pixel_in=115.0, pixel_whole=26.0, pixel_out=40.0, layers=2.0, read=1.19, base=40 << 20, step=0,
+        scores=1.2, pixel_in=115.0, pixel_whole=26.0, pixel_out=40.0, read=1.19, base=40 << 20, step=0,
     ),
     # Modelled: the least that covers what benchmarks/metal_model.py says of Metal, whether a command buffer takes 40 or
     # 50 kernels.
     "gpu": Costs(
         text=Rate(0.75, 2.5, 2000), patch=Rate(0.1, 5.2, 5476), image=11.4, reference=7.3, prompt=11.0, guided=6.6,
-        queued=Rate(0.0, 12.5, 3000), scores=0.0, pixel_in=26.4, pixel_whole=13.6, pixel_out=22.3, layers=2.0,
+        queued=Rate(0.0, 12.5, 3000), scores=0.0, pixel_in=26.4, pixel_whole=13.6, pixel_out=22.3,
         read=1.19, base=80 * 10**6, step=220 * 10**6,
     ),
 }  # fmt: skip

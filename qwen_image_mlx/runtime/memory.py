@@ -271,11 +271,11 @@ class _Planner:
         return self.components.weights(name).stored(spec.name).scheme if self.is_here else self.said_scheme(name, spec)
 
     def passing(self, name: str) -> int:
-        """A streamed component's layers that are there at once."""
+        """What of a streamed component's layers is there at once: one as it runs, and the next as it is read."""
         if name not in self.residency.streamed:
             return 0
         layers = layer_specs(name, self.specs(name, "main"))
-        return int(self.costs.layers * max(self.moved(name, layer) for layer in layers))
+        return max(self.moved(name, layer) + self.read(name, layer) for layer in layers)
 
     def table(self) -> int:
         """The modulation of all steps."""
