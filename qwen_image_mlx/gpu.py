@@ -96,6 +96,17 @@ def finish(*arrays: Any) -> None:
     mx.synchronize()
 
 
+def all_finite(*arrays: mx.array) -> bool:
+    """Whether arrays hold neither infinity nor NaN; finished, so that a failed GPU is not taken for a no.
+
+    Raises:
+        RuntimeError: as `finish`.
+    """
+    verdicts = [mx.isfinite(array).all() for array in arrays]
+    finish(verdicts)
+    return all(verdict.item() for verdict in verdicts)
+
+
 def gpu_error(error: BaseException) -> GPUError | None:
     """The GPUError that stands for one of MLX's errors; None if it is not a fault of the GPU.
 

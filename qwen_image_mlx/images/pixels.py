@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from ..gpu import finish, gpu_faults
 from .geometry import Size
 
 _MODES = {3: "RGB", 4: "RGBA"}
@@ -23,8 +24,10 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def to_images(pixels: mx.array) -> list[Image.Image]:
     """8-bit images of pixels (frames, H, W, 3 or 4) in [0, 1]; halves round to even, as in the reference."""
-    levels = np.array(mx.round(pixels.astype(mx.float32) * 255).astype(mx.uint8))
-    return [Image.fromarray(frame, _MODES[frame.shape[-1]]) for frame in levels]
+    levels = mx.round(pixels.astype(mx.float32) * 255).astype(mx.uint8)
+    with gpu_faults():
+        finish(levels)
+    return [Image.fromarray(frame, _MODES[frame.shape[-1]]) for frame in np.array(levels)]
 
 
 def to_pixels(image: Image.Image, size: Size) -> mx.array:

@@ -37,18 +37,21 @@ class TextEncoder(nn.Module):
         """Embeddings (B, L, C) of token ids (B, L)."""
         return self.model.embed_tokens(ids)
 
-    def __call__(self, embeddings: mx.array, positions: mx.array, caches: Caches | None = None) -> mx.array:
+    def __call__(
+        self, embeddings: mx.array, positions: mx.array, caches: Caches | None = None, on_layer: OnLayer | None = None
+    ) -> mx.array:
         """Final states of the tokens given.
 
         Args:
             embeddings: (B, L, C), unpadded.
             positions: (3, L): time, row, column.
             caches: one per layer: the tokens before these, and these from then on.
+            on_layer: called after each layer.
 
         Returns:
             (B, L, C).
         """
-        return self.model(embeddings, positions, caches)
+        return self.model(embeddings, positions, caches, on_layer)
 
     def together(self, prompts: Sequence[tuple[mx.array, mx.array]], on_layer: OnLayer | None = None) -> list[mx.array]:
         """Final states of several prompts, (embeddings, positions) each; every layer serves all before the next one."""
@@ -77,11 +80,15 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rope = (config.mrope_section, config.head_dim, config.rope_theta)
 
-    def __call__(self, hidden: mx.array, positions: mx.array, caches: Caches | None) -> mx.array:
+    def __call__(
+        self, hidden: mx.array, positions: mx.array, caches: Caches | None, on_layer: OnLayer | None
+    ) -> mx.array:
         """(B, L, C) to (B, L, C), causally."""
         tables = mrope_tables(positions, *self._rope, hidden.dtype)
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             hidden = layer(hidden, tables, cache)
+            if on_layer is not None:
+                on_layer([hidden])
         return self.norm(hidden)
 
     def together(self, prompts: Sequence[tuple[mx.array, mx.array]], on_layer: OnLayer | None) -> list[mx.array]:

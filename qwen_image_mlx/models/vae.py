@@ -225,7 +225,10 @@ class BandedConv2d(Conv2d):
             return super().__call__(x)
         # The rows around a band come with it, zeros at the edges, so that all bands are the same computation.
         padded = mx.pad(x, [(0, 0), (1, 1), (0, 0), (0, 0)])
-        convolve = lambda rows: mx.conv2d(rows, self.weight, padding=(0, 1)) + self.bias  # noqa: E731
+
+        def convolve(rows: mx.array) -> mx.array:
+            return mx.conv2d(rows, self.weight, padding=(0, 1)) + self.bias
+
         return in_bands(convolve, padded, self._band, 2, on_band)
 
 

@@ -62,8 +62,9 @@ def _continue(
     caches = [KVCache() for _ in components.text_encoder_config.layers]
     position = int(positions.max().item())
     while True:
-        states = encoder(embeddings, positions, caches)
-        token = choose(head(states[:, -1]).astype(mx.float32))
+        with components.passing("text_encoder") as pace:
+            states = encoder(embeddings, positions, caches, pace)
+            token = choose(head(states[:, -1]).astype(mx.float32))
         yield token
         position += 1
         embeddings = encoder.embed(mx.array([[token]]))

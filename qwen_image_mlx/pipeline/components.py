@@ -273,7 +273,7 @@ class Components:
 
     @contextmanager
     def passing(self, name: str) -> Iterator[Pace]:
-        """One or many passes through a component, layer by layer; streamed layers are held one at a time.
+        """One or many passes through a component, layer by layer; of streamed layers one runs and one is read.
 
         Yields:
             What its model takes as `on_layer`.

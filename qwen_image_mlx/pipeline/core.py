@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import GPUError, QwenImageError, RequestError
-from ..gpu import finish, gpu_faults
+from ..gpu import all_finite, finish, gpu_faults
 from ..images.geometry import Size, size_of_area
 from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
 from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
@@ -32,6 +32,7 @@ from .caption import MAX_TOKENS, write_caption
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
 from .encode import encode_initial_image, encode_prompts, encode_references, encode_vision, feature_grid
+from .limits import limits
 from .loras import profile_of
 from .parameters import (
     GenerationParameters,
@@ -365,7 +366,7 @@ class PipelineCore:
                     lambda n, x: self._report(Progress("denoise", n, steps, sigma=float(sigmas[n]), latents=x)),
                     start.blend if start.blended else None,
                 )
-        if not mx.isfinite(result).all().item():
+        if not all_finite(result):
             raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
         return result
 
@@ -392,19 +393,22 @@ class PipelineCore:
                 decoder = self.components.vae_decoder
                 with self._report.stage("decode", f"layer {n}" if first else ""):
                     pixels = decode(decoder, self.components.vae_config, unpacked[n : n + 1], strips)[0]
-            if not mx.isfinite(pixels).all().item():
+            if not all_finite(pixels):
                 raise QwenImageError("the decoded picture is not finite: check the autoencoder's weights")
             yield pixels
 
     @contextmanager
     def _working(self, progress: ProgressCallback | None) -> Iterator[None]:
-        """Tells a callback meanwhile; after a fault of the GPU nothing stays loaded, because it may hold zeros."""
+        """Keeps to limits and tells a callback meanwhile; a fault of the GPU unloads everything: it may hold zeros."""
         try:
-            with gpu_faults(), self._report.using(progress):
+            with limits(), gpu_faults(), self._report.using(progress):
                 yield
-        except GPUError:
-            self._table = None
-            self.components.release_all()
+        except BaseException as error:
+            with suppress(RuntimeError):
+                mx.synchronize()  # what is still queued ends here, and its errors do not meet the next call
+            if isinstance(error, GPUError):
+                self._table = None
+                self.components.release_all()
             raise
 
     # Steps of the above -------------------------------------------------------------------------------------------

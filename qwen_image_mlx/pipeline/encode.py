@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import QwenImageError
-from ..gpu import finish
+from ..gpu import all_finite, finish
 from ..images.geometry import Size, size_of_area, vision_size
 from ..images.pixels import on_white, to_mask, to_patches, to_pixels
 from ..sampling.latents import pack_latents
@@ -67,7 +67,7 @@ def encode_prompts(
         whole = encoder.together(embedded, pace)
         states = [rows[:, tokens.first :] for rows, tokens in zip(whole, prompts, strict=True)]
         finish(states)
-    if not all(mx.isfinite(rows).all().item() for rows in states):
+    if not all_finite(*states):
         raise QwenImageError("the encoded prompt is not finite: try --dtype bfloat16, or check the weights")
     return states
 

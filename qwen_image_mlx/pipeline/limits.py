@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,11 +13,12 @@ import mlx.core as mx
 _SHARE = 0.9  # of what Metal recommends, or Linux has available
 _KEPT_FOR_MACOS = 4 * 10**9  # bytes, on Macs of up to 24 GB
 _SMALL = 25 << 30  # bytes of a Mac that counts as one of these
-_LEAST_CACHE = (
-    3 << 29
-)  # bytes that MLX may keep for reuse on Macs from 16 GB: less is given back and zeroed at every block
+# Bytes that MLX may keep for reuse at least, on machines from 16 GB: with less it would give memory back and zero it
+# anew in every block of a step.
+_LEAST_CACHE = 3 << 29
 _SMALLEST_CACHE = 1 << 29  # on smaller ones
 _CPU_CACHE = 32 << 20  # MLX's own cache limit on a CPU, which is not somebody's wish
+_lock, _entered = threading.Lock(), 0  # how many calls are inside `limits`, in all threads
 
 
 def memory_size() -> int:
@@ -68,16 +70,32 @@ def limits(budget: int | None = None, working: int = 0, *, wire: bool = False) -
     an app's or those of a call around this one, stay.
 
     Args:
-        budget: bytes that may be used; None is `usable_memory()`.
-        working: bytes that work takes beside weights. Half as many more are kept for reuse, with which no block of a
-            step allocates anew (modelled).
+        budget: bytes that may be used; None is `usable_memory()`, unless a call around this one has set limits.
+        working: bytes that work takes beside weights. One and a half times that is kept for reuse, so that no block of
+            a step allocates anew (modelled).
         wire: also keep what is in use from being paged out (macOS 15 and newer). Off, because macOS panics on some
             machines while wired memory comes and goes: https://github.com/ml-explore/mlx/issues/3186
     """
-    budget = usable_memory() if budget is None else budget
+    global _entered
+    with _lock:
+        has_wishes = budget is not None or not _entered
+        _entered += 1
+    try:
+        if has_wishes:
+            with _set(usable_memory() if budget is None else budget, working, wire):
+                yield
+        else:
+            yield
+    finally:
+        with _lock:
+            _entered -= 1
+
+
+@contextmanager
+def _set(budget: int, working: int, wire: bool) -> Iterator[None]:
     least = _LEAST_CACHE if memory_size() >= 16 * 10**9 else _SMALLEST_CACHE
     memory = _tightened(mx.set_memory_limit, budget)
-    cached = _tightened(mx.set_cache_limit, max(min(int(1.5 * working), budget // 2), min(least, budget // 8)))
+    cached = _tightened(mx.set_cache_limit, min(max(int(1.5 * working), least), budget // 2))
     wired = mx.set_wired_limit(min(budget, usable_memory())) if wire and mx.metal.is_available() else None
     try:
         yield

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
 from ..errors import RequestError
 from ..pipeline.limits import free_memory, limits
 from ..pipeline.parameters import DTYPES
@@ -101,7 +103,7 @@ def settled(
                 f"this takes {plan.peak / 1e9:.2f} GB, but only {asked.budget / 1e9:.2f} may be used",
                 cause="streamed quantization" if packs else "budget" if memory else "residency",
             )
-    elif plan.peak > (free := free_memory()):
+    elif plan.peak - mx.get_active_memory() > (free := free_memory()):
         logger.warning(
             "this takes %.1f GB, and only %.1f are free now: the machine will swap; close other programs",
             plan.peak / 1e9, free / 1e9,

@@ -22,7 +22,7 @@ class Rate:
     until: int = 0
 
     def __call__(self, count: int) -> float:
-        """The cost of so many."""
+        """The cost of `count` of them."""
         return self.each * count + self.first * min(count, self.until)
 
 

@@ -120,7 +120,7 @@ class MemoryPlan:
         stages: in their order.
         disk: bytes of the files that are read.
         strip_pixels: most pixels that are decoded at once.
-        needs_pack: whether it works only once the model was saved quantized: nothing is quantized while it streams.
+        needs_pack: whether the model must be saved quantized first: nothing is quantized while it streams.
     """
 
     residency: Residency
@@ -457,7 +457,7 @@ def table_of(plans: Sequence[MemoryPlan], budget: int) -> str:
     rows = [
         [plan.residency.name, *(f"{stage.resident / 1e9:.2f}/{stage.peak / 1e9:.2f}" for stage in plan.stages),
          f"{plan.peak / 1e9:.2f}",
-         "yes" if plan.fits(budget) else "saved quantized" if plan.peak <= budget else "no"]
+         "yes" if plan.fits(budget) else "if saved quantized" if plan.peak <= budget else "no"]
         for plan in plans
     ]  # fmt: skip
     widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]

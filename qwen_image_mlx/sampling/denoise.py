@@ -55,7 +55,10 @@ def denoise(
         latents = euler_step(latents, prediction, schedule.dt(step))
         if blend is not None:
             latents = blend(step + 1, latents)
-        (finish if step + 1 == schedule.num_steps else mx.async_eval)(latents)
+        if step + 1 == schedule.num_steps:
+            finish(latents)
+        else:
+            mx.async_eval(latents)
         if on_step is not None:
             on_step(step + 1, latents)
     return latents

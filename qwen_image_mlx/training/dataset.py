@@ -16,6 +16,7 @@ import mlx.core as mx
 from PIL import Image, ImageOps
 
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError, some
+from ..gpu import all_finite
 from ..images.files import reason
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
@@ -219,7 +220,7 @@ def _encode(
         arrays["dropped"] = encoding.negative if shared is None else shared
     if references:
         arrays["references"] = mx.concatenate([reference.latents for reference in references], axis=1)
-    if not mx.isfinite(arrays["latents"]).all().item():
+    if not all_finite(arrays["latents"]):
         raise QwenImageError(f"the latents of {example.image} are not finite: check the autoencoder's weights")
     grids = [grid] * len(frames) + [(reference.height, reference.width) for reference in references]
     segments = place_images(grids, parts.transformer_config.use_layer3d_rope)

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import QwenImageError
+from ..gpu import finish
 from ..models.transformer import Modulation
 from .loss import FlowMatching, key_of
 from .network import Batch, Network, Table
@@ -106,7 +107,7 @@ class Trainer:
         """One step; raises NotFinite and changes nothing if it cannot be taken."""
         loss, gradients = self.gradients(self.step)
         gradients, norm = self._optimizer.clip(gradients)
-        mx.eval(norm)
+        finish(norm)
         if not math.isfinite(loss + norm.item()):
             raise NotFinite(
                 f"the loss is {loss:g} and its gradient's norm {norm.item():g} in step {self.step + 1}: "
@@ -118,7 +119,7 @@ class Trainer:
         if average is not None:
             keep = min(self.settings.ema, (1 + self.step) / (10 + self.step))
             average = {name: keep * average[name] + (1 - keep) * array for name, array in parameters.items()}
-        mx.eval(parameters, average, self._optimizer.state)
+        finish(parameters, average, self._optimizer.state)
         self.parameters, self.average, self.step = parameters, average, self.step + 1
         self._put(parameters)
         return StepResult(self.step, loss, norm.item(), rate)
@@ -141,7 +142,7 @@ class Trainer:
                 name: share * gradient if gradients is None else gradients[name] + share * gradient
                 for name, gradient in found.items()
             }
-            mx.eval(loss, found)
+            finish(loss, found)
             gradients, total = found, total + share * loss.item()
         return total, gradients
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 import mlx.core as mx
 
 from ..errors import CheckpointError, RequestError, some
+from ..gpu import finish
 from ..variants import LORA_MODES
 from .lora import LoRA, Update
 from .packed import Packed
@@ -214,4 +215,6 @@ def _survival(base: mx.array, changed: mx.array, stored: mx.array | Packed) -> t
     """<stored - base, change> and <change, change>: what is stored of a change, and what was asked."""
     back = stored.dequantize() if isinstance(stored, Packed) else stored.astype(mx.float32)
     change = changed - base
-    return ((back - base) * change).sum().item(), mx.square(change).sum().item()
+    kept, asked = ((back - base) * change).sum(), mx.square(change).sum()
+    finish(kept, asked)
+    return kept.item(), asked.item()

@@ -281,12 +281,8 @@ def fill(
         specs: which.
         reader: hands the files' tensors out.
         prefix: what the module's own names lack.
-        lazily: reads all of them at once, and leaves what is computed from them (another dtype or layout) to be
-            evaluated by whoever uses it.
+        lazily: leaves what is computed from them (another dtype or layout) to be evaluated by whoever uses it.
     """
-    specs = list(specs)
-    if lazily:
-        weights.read(specs, reader)
     branches = []
     for spec in specs:
         value, branch, name = weights.open(spec, reader), None, spec.name.removeprefix(prefix)

@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError, RequestError
-from ..gpu import gpu_faults
+from ..gpu import all_finite, gpu_faults
 from .lora_formats import KINDS, PeftConfig, Shape, bind, check_dtypes, factored_kind, peft_config
 from .shards import PICKLES, Tensor, read_header
 
@@ -41,7 +41,7 @@ class _Arrays:
                 mx.eval(array)  # by itself: no operation waits for the disk
                 if tensor.dtype == "F8_E4M3":
                     array = mx.from_fp8(array, mx.float32)
-                finite = mx.isfinite(array).all().item()
+                finite = all_finite(array)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self._path} could not be read to its end ({error}): download it again") from error
         if not finite:

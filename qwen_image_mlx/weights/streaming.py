@@ -138,6 +138,7 @@ class StreamedLayers:
         self._weights.check_unchanged()
         reader = Reader(self._weights.component)
         for layer, prefix, specs in zip(self._layers, self._prefixes, self._specs, strict=True):
+            self._weights.read(specs, reader)  # at once, while the layer before runs
             layer, placement = _copied(layer), self._adapters and Placement(self._adapters)
             fill(
                 layer, self._weights, specs, reader, self._dtype, None, placement,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from qwen_image_mlx import Cancelled, GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.gpu import Pace
+from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.pipeline import limits as limits_module
 from qwen_image_mlx.pipeline.limits import limits
 from qwen_image_mlx.weights.shards import save_tensors
@@ -41,20 +44,29 @@ def calls(monkeypatch):
     return order
 
 
-def before(order, name):
-    """The two calls before each call of that name, whatever was queued."""
-    waits = [call for call in order if call in ("eval", "synchronize", name)]
-    return {tuple(waits[max(0, n - 2) : n]) for n, call in enumerate(waits) if call == name}
+@pytest.fixture
+def reads(calls, monkeypatch):
+    """What was called before each time that a number is read."""
+    found = []
+    original = mx.array.item
+
+    def item(array):
+        found.append(tuple(call for call in calls if call in ("eval", "synchronize"))[-2:])
+        return original(array)
+
+    monkeypatch.setattr(mx.array, "item", item)
+    return found
 
 
-def test_results_are_finished_before_they_are_read(model, calls):
+def test_results_are_finished_before_they_are_read(model, calls, reads):
     pipeline = QwenImagePipeline.from_pretrained(model)
     encoding = pipeline.encode_guidance_prompts("a fox", "blurry")
-    assert before(calls, "isfinite") == {("eval", "synchronize"), ("synchronize", "isfinite")}, "one for each prompt"
+    assert reads == [("eval", "synchronize")] * 2, "each prompt's states are finite"
+    pixels = pipeline.generate_pixels(PARAMETERS, encoding)
+    assert reads == [("eval", "synchronize")] * 4, "and so are latents and pixels"
     calls.clear()
-    pipeline.generate_pixels(PARAMETERS, encoding)
-    assert calls.count("isfinite") == 2, "latents and pixels"
-    assert before(calls, "isfinite") == {("eval", "synchronize")}
+    to_images(pixels)
+    assert calls == ["eval", "synchronize"]
 
 
 def test_arrays_are_finished_before_they_are_saved(tmp_path, calls):
@@ -165,6 +177,26 @@ def test_no_more_layers_are_queued_than_allowed(calls, unfinished):
         pace([x])
     assert calls == ["async_eval"] * unfinished + ["async_eval", "eval"] * (6 - unfinished)
     assert x.tolist() == [6] * 4
+
+
+def test_each_layer_is_waited_for_by_something_that_it_made(tmp_path, monkeypatch):
+    """The last block hands its text on as it is: finished long ago, it would stand for nothing."""
+    configs = {**TINY, "transformer": replace(TINY["transformer"], num_layers=4)}
+    pipeline = QwenImagePipeline.from_pretrained(write_checkpoint(tmp_path / "deep", configs))
+    encoding, queued = pipeline.encode_guidance_prompts("a fox", "blurry"), []
+    original = Pace.__call__
+
+    def call(pace, arrays):
+        queued.append([id(array) for array in arrays])
+        held.append(arrays)  # so that no identity is used again
+        original(pace, arrays)
+
+    held = []
+    monkeypatch.setattr(Pace, "__call__", call)
+    pipeline.denoise_latents(PARAMETERS, encoding)
+    assert len(queued) == 3 * 4
+    ids = [one for layer in queued for one in layer]
+    assert len(ids) == len(set(ids))
 
 
 def test_layers_are_told_in_their_order_and_a_step_can_be_cancelled_between_two(model):

@@ -55,6 +55,16 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(twins, tmp_path):
         assert mx.array_equal(array, second.state[name]), name
 
 
+def test_a_step_is_finished_before_its_loss_is_read(twins, monkeypatch):
+    """A failed GPU leaves zeros, and zero gradients would be taken for a step."""
+    trainer, order = make(twins), []
+    wait, read = mx.synchronize, mx.array.item
+    monkeypatch.setattr(mx, "synchronize", lambda: order.append("finished") or wait())
+    monkeypatch.setattr(mx.array, "item", lambda array: order.append("read") or read(array))
+    trainer.run(1)
+    assert order == [*["finished", "read"] * 3, "finished", "read"], "both batches, the norm, the step"
+
+
 def test_the_last_two_checkpoints_are_kept(twins, tmp_path):
     trainer = make(twins)
     for step in range(4):
