@@ -118,7 +118,7 @@ def test_without_a_seed_every_prompt_has_seed_0(run):
 def test_the_plan_is_made_for_the_largest_picture(run, monkeypatch):
     planned = []
 
-    def settled(pipeline, request, memory, *, force):
+    def settled(pipeline, request, memory, *, force, wire):
         planned.append((request, memory, force))
         raise RequestError("too large")
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
+
+import foreign
 import mlx.core as mx
 import numpy as np
 import pytest
 from graphs import READS, evaluations, mixed
 from lora_files import MODULATION, TARGETS, write_lora
 
-from qwen_image_mlx import GenerationParameters, GuidanceEncoding, QwenImagePipeline
+from qwen_image_mlx import Cancelled, GenerationParameters, GuidanceEncoding, QwenImagePipeline
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.training.table import LevelTable
 from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.shards import load_tensors, save_tensors
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 STREAMED = ("transformer", "text_encoder", "vision")
@@ -46,6 +52,69 @@ CASES = {
     "saving a pack": lambda model, tmp: quantize_checkpoint(model, tmp / "pack", Quantization.parse("4/32")),
     "a pack": lambda model, tmp: run(quantize_checkpoint(model, tmp / "pack", Quantization.parse("4/32"))),
 }
+
+
+def captioned(folder):
+    """A layered model writes captions; its own words would take long."""
+    pipeline = QwenImagePipeline.from_pretrained(folder, streamed=["text_encoder", "vision"])
+    pipeline.caption_image(np.full((64, 64, 3), 90, np.uint8), resolution=64, progress=stop_after(3))
+
+
+def stop_after(tokens):
+    def watch(progress):
+        if (progress.stage, progress.step) == ("caption", tokens):
+            progress.cancel()
+
+    return watch
+
+
+def test_captions_read_layers_by_themselves(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path / "layered", TINY, pipeline="QwenImageLayeredPipeline")
+    with evaluations(monkeypatch) as seen, pytest.raises(Cancelled):
+        captioned(folder)
+    assert sum(bool(names & READS) for names in seen) > 10
+    assert not mixed(seen)
+
+
+def test_a_caption_holds_few_streamed_layers(tmp_path):
+    configs = {**TINY, "text_encoder": replace(TINY["text_encoder"], num_hidden_layers=24, intermediate_size=8192)}
+    folder = write_checkpoint(tmp_path / "deep", configs, dtype=mx.float32, pipeline="QwenImageLayeredPipeline")
+    pipeline = QwenImagePipeline.from_pretrained(folder, dtype="float32", streamed=["text_encoder"])
+    parts = pipeline.components
+    _ = parts.vision, parts.text_encoder, parts.language_head
+    layers = [s for s in parts.weights("text_encoder").specs("main") if ".layers." in s.name]
+    nbytes = sum(4 * prod(spec.shape) for spec in layers)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with pytest.raises(Cancelled):
+        pipeline.caption_image(np.full((32, 32, 3), 90, np.uint8), resolution=32, progress=stop_after(2))
+    assert mx.get_peak_memory() - before < nbytes / 2
+
+
+@pytest.mark.parametrize("form", ["fp8", "gguf"])
+def test_other_forms_are_read_by_themselves(model, tmp_path, monkeypatch, form):
+    tensors = foreign.read(model / "transformer")
+    file = tmp_path / f"transformer.{'gguf' if form == 'gguf' else 'safetensors'}"
+    if form == "gguf":
+        foreign.write_gguf(file, tensors, "Q8_0")
+    else:
+        foreign.save(file, foreign.comfy_fp8(tensors)[0])
+    with evaluations(monkeypatch) as seen:
+        pipeline = QwenImagePipeline.from_pretrained(model, transformer=file)
+        _ = pipeline.components.transformer
+    assert seen
+    assert not mixed(seen)
+
+
+def test_training_reads_examples_levels_and_checkpoints_by_themselves(model, tmp_path, monkeypatch):
+    weights, sigmas = QwenImagePipeline.from_pretrained(model).components.weights("transformer"), mx.array([1.0, 0.5])
+    table = LevelTable(tmp_path / "table", weights, sigmas, [0, 1], mx.float32, False, None, "x")
+    save_tensors(tmp_path / "example.safetensors", {"latents": mx.ones((1, 4, 64)), "text": mx.ones((1, 3, 64))}, {})
+    with evaluations(monkeypatch) as seen:
+        table([0, 1])
+        load_tensors(tmp_path / "example.safetensors")
+    assert sum(bool(names & READS) for names in seen) == 3
+    assert not mixed(seen)
 
 
 @pytest.mark.parametrize("case", CASES)
