@@ -15,7 +15,8 @@ from ..errors import OutputError, RequestError
 _WIDTH = max(len(name) for name in NAMES)
 DESCRIPTION = """\
 Say whether this machine computes what it should, how fast, and in how much memory. Nothing is downloaded, no model is
-needed. Three minutes and 2.5 GB of memory at most; each group of checks runs in a process of its own.
+needed. On a Mac it is made to stay below three minutes and 2.5 GB of memory (modelled for an M1 with 8 GPU cores). Each
+group of checks runs in a process of its own.
 
 """ + "\n".join(f"  {group.name:{_WIDTH}}  {group.what}" for group in GROUPS)
 EPILOG = """\

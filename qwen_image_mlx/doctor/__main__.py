@@ -17,23 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GPUError, QwenImageError
+from .groups import group_named
 from .outcome import CRASH, HANG, Outcome
 
 
 def peak_bytes() -> int:
-    """The most memory this process ever had resident."""
+    """The most this process ever had resident, or MLX's arrays took: a GPU's buffers may not count as resident."""
+    from .measure import highest_peak
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most << 10
+    return max(most if sys.platform == "darwin" else most << 10, highest_peak())
 
 
 def outcome_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Runs a group; what it refuses with a sentence is a result too."""
     from ..gpu import gpu_faults
 
-    start = time.perf_counter()
+    start, group = time.perf_counter(), group_named(name)
     try:
         with gpu_faults():
-            outcome = import_module(f".{name}", __package__).run(options).as_dict()
+            outcome = import_module(f".{group.module or name}", __package__).run(options).as_dict()
     except GPUError as error:
         outcome = Outcome(findings=[]).as_dict() | {"verdict": "lost", "sentence": str(error)}
     except QwenImageError as error:

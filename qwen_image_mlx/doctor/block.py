@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +12,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TransformerConfig
-from ..gpu import Pace, finish
-from ..models.transformer import TransformerBlock
+from ..gpu import finish
 from ..pipeline.limits import limits
-from ..pipeline.pipeline import QwenImagePipeline
-from ..runtime.memory import MemoryPlan, Work, make_plan
-from ..weights.synthetic import FULL, write_configs
-from .measure import on_gpu
+from ..runtime.memory import Work
+from ..weights.synthetic import FULL
+from .measure import judge_memory, on_gpu, peak_of, planned
 from .outcome import Outcome, amount
-from .parts import block_inputs, transformer_block
-from .values import fill
+from .parts import block_inputs, chain, chained_block
 
 _BLOCKS, _CPU_BLOCKS = 6, 3
 _SIDE, _CPU_SIDE = 64, 14  # of the picture, in tokens
 _TEXT, _CPU_TEXT = 200, 32
-_TOO_LOW = 1.2  # largest ratio of what is measured to what is planned
 _CACHES = {"cache_1gib": 1 << 30, "cache_none": 0}
 
 
@@ -63,69 +58,6 @@ def run(options: Mapping[str, Any]) -> Outcome:
 def width() -> TransformerConfig:
     """The released transformer's config; on a CPU with 3 heads instead of 24."""
     return FULL["transformer"] if on_gpu() else replace(FULL["transformer"], num_attention_heads=3)
-
-
-def chained_block(config: TransformerConfig) -> nn.Module:
-    """A block in bf16."""
-    if config == FULL["transformer"]:
-        block = transformer_block()
-    else:
-        block = fill(TransformerBlock(config, False), "narrow")
-    block.set_dtype(mx.bfloat16)
-    mx.eval(block.parameters())
-    mx.clear_cache()
-    return block
-
-
-def chain(
-    block: nn.Module, inputs: Any, count: int, branches: int = 1, on_layer: Callable[[int], None] = lambda count: None
-) -> float:
-    """Runs a block on its own output as often as is asked, for each branch; returns the seconds that took."""
-    images, text, rows, rotary = inputs
-    streams, pace, start = [(images, text)] * branches, Pace(on_layer), time.perf_counter()
-    for _ in range(count):
-        streams = [block(images, text, rows, rotary) for images, text in streams]
-        pace([x for images, text in streams for x in (*images, text)])
-    finish(streams)
-    return time.perf_counter() - start
-
-
-def planned(
-    folder: Path, stage: str, work: Work, transformer: TransformerConfig = FULL["transformer"], **others: Any
-) -> int:
-    """Bytes that the plan says a stage takes beside what is resident.
-
-    Args:
-        folder: for configs.
-        stage: "denoise" or "decode".
-        work: what is to be made.
-        transformer, others: configs instead of the released ones.
-    """
-    write_configs(folder, {**FULL, "transformer": transformer, **others})
-    strip = work.width * work.height
-    plan: MemoryPlan = make_plan(QwenImagePipeline.from_pretrained(folder).components, work, strip_pixels=strip)
-    (found,) = (each for each in plan.stages if each.name == stage)
-    return found.peak - found.resident
-
-
-def peak_of(fn: Callable[[], Any]) -> int:
-    """Bytes beside what there was before, at the most, while something runs."""
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    fn()
-    return mx.get_peak_memory() - before
-
-
-def judge_memory(outcome: Outcome, measured: Mapping[str, Mapping[str, Any]]) -> None:
-    """Finds where the plan is too low: figures with `peak_bytes`, `plan_bytes` and `plan_ratio`, by name."""
-    for name, figures in measured.items():
-        if figures["plan_ratio"] > _TOO_LOW:
-            outcome.find(
-                "odd",
-                f"{name} takes {amount(figures['peak_bytes'])}, but the memory plan says "
-                f"{amount(figures['plan_bytes'])}; give --memory less than you have, and report this",
-            )
 
 
 def _measured(block: nn.Module, inputs: Any, branches: int, plan: int) -> dict[str, float]:

@@ -65,7 +65,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
 
 
 def write(path: Path, size: int) -> None:
-    """A safetensors file of so many bytes, of hashed fp32 values, that the system does not keep in its cache."""
+    """A safetensors file of `size` bytes, of hashed fp32 values, that the system does not keep in its cache."""
     chunk, count = _chunk(), size // _CHUNK
     said = {"values": {"dtype": "F32", "shape": [count, chunk.size], "data_offsets": [0, count * chunk.nbytes]}}
     header = json.dumps(said).encode()

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..pipeline.limits import free_memory
 from .chip import (
     PACKAGES,
     architecture,
@@ -29,7 +30,7 @@ from .chip import (
 from .outcome import Outcome
 
 _DISK = 10 << 30  # bytes free, below which models do not fit
-_SWAP = 1 << 30  # bytes swapped out, from which on painting will be slow
+_SWAP = 1 << 30  # bytes swapped out, from which on images will be slow
 _DEFAULTS = {"MLX_ENABLE_TF32": "1 (MLX's default)", "MLX_CONV_WINOGRAD": "1 (MLX's default)"}
 
 
@@ -37,6 +38,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
     """Describes the machine; warns of what makes it slow or its numbers coarse."""
     outcome = Outcome()
     machine = _mac() if sys.platform == "darwin" else _linux()
+    machine["free_memory_bytes"] = free_memory()
     mlx = _mlx()
     disk = shutil.disk_usage(options["folder"])
     python = {"version": platform.python_version(), "machine": platform.machine()}
@@ -101,7 +103,7 @@ def _linux() -> dict[str, Any]:
         for name, amount in re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
     }
     if "MemTotal" in sizes:
-        machine |= {"memory_bytes": sizes["MemTotal"], "free_memory_bytes": sizes.get("MemAvailable", 0)}
+        machine["memory_bytes"] = sizes["MemTotal"]
         machine["swap_bytes"] = sizes.get("SwapTotal", 0) - sizes.get("SwapFree", 0)
     return machine
 
@@ -113,7 +115,6 @@ def _mac() -> dict[str, Any]:
     machine["rosetta"] = said("sysctl", "-n", "sysctl.proc_translated") == "1"
     machine["gpu_cores"] = gpu_cores()
     machine["wired_limit_mb"] = said("sysctl", "-n", "iogpu.wired_limit_mb")
-    machine |= _free_memory(said("vm_stat"))
     swap = re.search(r"used = ([\d.]+)M", said("sysctl", "-n", "vm.swapusage"))
     if swap:
         machine["swap_bytes"] = int(float(swap[1]) * (1 << 20))
@@ -121,13 +122,6 @@ def _mac() -> dict[str, Any]:
     machine["on_battery"] = "Battery Power" in said("pmset", "-g", "batt")
     machine["thermal"] = said("pmset", "-g", "therm").replace("\n", "; ")
     return machine
-
-
-def _free_memory(said: str) -> dict[str, int]:
-    """Free, inactive and speculative pages of `vm_stat`, in bytes."""
-    page = re.search(r"page size of (\d+) bytes", said)
-    pages = re.findall(r"Pages (?:free|inactive|speculative):\s+(\d+)", said)
-    return {"free_memory_bytes": int(page[1]) * sum(map(int, pages))} if page else {}
 
 
 def _read(path: str) -> str:

@@ -21,6 +21,7 @@ from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress
 from ..pipeline.request import Request
 from ..runtime.asking import settled
+from ..weights.shards import load_tensors
 from .fingerprint import fingerprint
 from .measure import GARBAGE, numbers, relative_error
 from .outcome import Outcome
@@ -34,8 +35,7 @@ class Tolerance(NamedTuple):
     """What may lie between two right implementations in a dtype: relative errors; of the picture, levels of 255 (rms).
 
     Those of fp32 hold for what the tests see on tiny models. In 16 bits the same rounding in another order grows from
-    step
-    to step: estimates, until real runs tell.
+    step to step: estimates, until real runs tell.
     """
 
     text: float
@@ -110,8 +110,7 @@ def read_golden(path: Path) -> Golden:
     """
     cure = "make one with scripts/make_golden.py"
     try:
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
-        mx.eval(arrays)
+        arrays, metadata = load_tensors(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the golden file cannot be read; {cure}") from error
     if metadata.get("format") != FORMAT:

@@ -12,19 +12,21 @@ class Group(NamedTuple):
     """A group of checks.
 
     Attributes:
-        name: how it is asked for, and the name of its module.
+        name: how it is asked for.
         limit: seconds after which its process is ended; None where that depends on a model.
         what: what it does, for people.
+        module: its module, where that has another name.
     """
 
     name: str
     limit: float | None
     what: str
+    module: str | None = None
 
 
 GROUPS = (
     Group("env", 60, "the machine, MLX, and the variables that change what MLX does"),
-    Group("limits", 60, "how much memory may be used, and which models fit"),
+    Group("limits", 60, "how much memory may be used, and which models fit", "fits"),
     Group("probe", 240, "every operation of the networks at real shapes, against fp32 on the CPU"),
     Group("parity", 240, "one block of each network at real width, against the CPU and against stored values"),
     Group("picture", 240, "pictures of the demo models against stored ones"),
@@ -32,7 +34,7 @@ GROUPS = (
     Group("block", 180, "time and memory of a chain of transformer blocks, against the plan"),
     Group("vae", 180, "time and memory of decoding a picture, against the plan"),
     Group("disk", 180, "how fast weights are read"),
-    Group("errors", 120, "a refused allocation, threads, and how long cancelling takes"),
+    Group("errors", 120, "a refused allocation, threads, and how long cancelling takes", "faults"),
 )
 # Runs only when there is a golden file to compare with.
 GOLDEN = Group("golden", None, "a real model against a golden file, stage by stage")

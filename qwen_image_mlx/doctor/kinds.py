@@ -8,7 +8,7 @@ all rows too, so that garbage anywhere is seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from ..models.rope import THETA, Segment, rotary_tables, rotate
 from ..models.transformer import EPS, gated_add, gelu_tanh
 from ..weights.quantize import Scheme, quantize_matrix
 from .measure import numbers, tolerance_of
-from .values import uniform
+from .values import array
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 Shape = tuple[int, ...]
@@ -57,13 +57,8 @@ class Operation(NamedTuple):
         return tolerance_of(self.dtype, self.tolerance)
 
 
-def array(name: str, shape: Sequence[int], dtype: mx.Dtype, scale: float = 1.0) -> mx.array:
-    """Hashed numbers in a dtype."""
-    return mx.array(uniform(name, shape, scale)).astype(dtype)
-
-
 def spread(count: int, most: int) -> np.ndarray:
-    """At most so many of `count` indices, whose distances are odd, so that they fall on all places in a tile."""
+    """At most `most` of `count` indices, whose distances are odd, so that they fall on all places in a tile."""
     step = max(1, count // most) | 1
     return np.arange(0, count, step)
 

@@ -1,21 +1,28 @@
-"""What the groups measure with: finished results, seconds, relative errors."""
+"""What the groups measure with: finished results, seconds, relative errors, memory beside the plan."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from ..config import TransformerConfig
 from ..gpu import finish
+from ..pipeline.pipeline import QwenImagePipeline
+from ..runtime.memory import MemoryPlan, Work, make_plan
+from ..weights.synthetic import FULL, write_configs
 from .chip import coarse_fp32
-from .outcome import FALSIFY
+from .outcome import FALSIFY, Outcome, amount
 
 GARBAGE = 1e9  # a relative error that stands for infinity, which JSON lacks
 TOLERANCES = {mx.bfloat16: 4e-3, mx.float16: 2e-3, mx.float32: 1e-5}  # of one operation
+_TOO_LOW = 1.2  # largest ratio of what is measured to what is planned
+_highest = 0  # bytes: MLX's peak before it was last reset
 
 
 def on_gpu() -> bool:
@@ -65,3 +72,47 @@ def tolerance_of(dtype: mx.Dtype, own: float | None = None) -> float:
 def falsified(name: str, got: np.ndarray) -> np.ndarray:
     """A result as it is, or 1 % off where the self-test asks for that check by name."""
     return got * np.float32(1.01) if os.environ.get(FALSIFY) == name else got
+
+
+def planned(
+    folder: Path, stage: str, work: Work, transformer: TransformerConfig = FULL["transformer"], **others: Any
+) -> int:
+    """Bytes that the plan says a stage takes beside what is resident.
+
+    Args:
+        folder: for configs.
+        stage: "denoise" or "decode".
+        work: what is to be made.
+        transformer, others: configs instead of the released ones.
+    """
+    write_configs(folder, {**FULL, "transformer": transformer, **others})
+    strip = work.width * work.height
+    plan: MemoryPlan = make_plan(QwenImagePipeline.from_pretrained(folder).components, work, strip_pixels=strip)
+    (found,) = (each for each in plan.stages if each.name == stage)
+    return found.peak - found.resident
+
+
+def peak_of(fn: Callable[[], Any]) -> int:
+    """Bytes beside what there was before, at the most, while something runs."""
+    global _highest
+    mx.clear_cache()
+    before, _highest = mx.get_active_memory(), highest_peak()
+    mx.reset_peak_memory()
+    fn()
+    return mx.get_peak_memory() - before
+
+
+def highest_peak() -> int:
+    """The most bytes that MLX's arrays ever took in this process, whatever `peak_of` has measured since."""
+    return max(_highest, mx.get_peak_memory())
+
+
+def judge_memory(outcome: Outcome, measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Finds where the plan is too low: figures with `peak_bytes`, `plan_bytes` and `plan_ratio`, by name."""
+    for name, figures in measured.items():
+        if figures["plan_ratio"] > _TOO_LOW:
+            outcome.find(
+                "odd",
+                f"{name} takes {amount(figures['peak_bytes'])}, but the memory plan says "
+                f"{amount(figures['plan_bytes'])}; give --memory less than you have, and report this",
+            )

@@ -1,18 +1,21 @@
 """The table of what parity is checked of: one block of each network at real width, with hashed weights and inputs.
 
-A part is a module and the cases it is run in; to add a case, add a row and run `scripts/doctor_values.py`.
+A part is a module and the cases it is run in; to add a case, add a row and run `scripts/doctor_values.py`. Chains of
+transformer blocks, which groups time, are made here too.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TransformerConfig
+from ..gpu import Pace, finish
 from ..models.rope import Segment, place_images, rotary_tables
 from ..models.text_encoder import DecoderLayer, mrope_tables
 from ..models.transformer import BlockRows, TransformerBlock
@@ -21,8 +24,7 @@ from ..models.vision import VisionBlock, window_index
 from ..models.vision import rotary_tables as vision_tables
 from ..pipeline.autoencode import decode, encode_moments
 from ..weights.synthetic import FULL
-from .kinds import array
-from .values import fill
+from .values import array, fill
 
 # A module, a shape and a dtype to all that comes out, as one array.
 Run = Callable[[nn.Module, tuple[int, ...], mx.Dtype], mx.array]
@@ -95,6 +97,31 @@ def modulation_rows(name: str, dim: int, dtype: mx.Dtype) -> tuple[mx.array, ...
     """Shift, 1 + scale and gate (D,), of attention and of the MLP."""
     kinds = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
     return tuple(array(f"{name}.{kind}", (dim,), dtype, 0.1) + ("scale" in kind) for kind in kinds)
+
+
+def chained_block(config: TransformerConfig) -> nn.Module:
+    """A block in bf16."""
+    if config == FULL["transformer"]:
+        block = transformer_block()
+    else:
+        block = fill(TransformerBlock(config, False), "narrow")
+    block.set_dtype(mx.bfloat16)
+    mx.eval(block.parameters())
+    mx.clear_cache()
+    return block
+
+
+def chain(
+    block: nn.Module, inputs: Any, count: int, branches: int = 1, on_layer: Callable[[int], None] = lambda count: None
+) -> float:
+    """Runs a block on its own output `count` times, for each branch; returns the seconds that took."""
+    images, text, rows, rotary = inputs
+    streams, pace, start = [(images, text)] * branches, Pace(on_layer), time.perf_counter()
+    for _ in range(count):
+        streams = [block(images, text, rows, rotary) for images, text in streams]
+        pace([x for images, text in streams for x in (*images, text)])
+    finish(streams)
+    return time.perf_counter() - start
 
 
 def _joint(references: int, block: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -1,4 +1,4 @@
-"""Every operation of the networks at real shapes: the default device against fp32 on the CPU.
+"""Every operation of the networks at real shapes: the default device against fp32 on the CPU; what compiling changes.
 
 `OPERATIONS` is the table; to add an operation, add a row. On the CPU the same rows run with smaller shapes.
 """
@@ -9,10 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from ..weights import quantize
 from .kinds import OPERATIONS, Operation
 from .measure import falsified, on_gpu, relative_error
 from .outcome import Outcome
+from .values import array
+
+_MATRIX, _GPU_MATRIX = (64, 768), (1024, 3072)  # whose quantizing is compared with compiling and without
 
 
 def run(options: Mapping[str, Any]) -> Outcome:
@@ -28,6 +33,13 @@ def run(options: Mapping[str, Any]) -> Outcome:
             )
         mx.clear_cache()
     outcome.figures = {f"{name}_error": error for name, error in errors.items()}
+    changed = outcome.figures["quantizer_changed_ratio"] = changed_by_compiling(_GPU_MATRIX if on_gpu() else _MATRIX)
+    if changed:
+        outcome.find(
+            "odd",
+            f"the quantizer as it runs here (compiled) gives other bits than uncompiled, {changed:.1e} of its words: a "
+            "model that is quantized here is not bit for bit the one of another machine; report this",
+        )
     farthest = max(OPERATIONS, key=lambda operation: errors[operation.name] / operation.allowed)
     share = errors[farthest.name] / farthest.allowed
     outcome.summary = (
@@ -46,3 +58,27 @@ def error_of(operation: Operation, large: bool) -> float:
     shape, dtype = (operation.large, operation.dtype) if large else (operation.small, operation.cpu or operation.dtype)
     pairs = operation.kind(operation.name, shape, dtype)
     return max(relative_error(falsified(operation.name, got), expected) for got, expected in pairs)
+
+
+def changed_by_compiling(shape: tuple[int, int]) -> float:
+    """The share of a quantized matrix's words and scales whose bits compiling changes; on a CPU nothing is compiled.
+
+    Args:
+        shape: (rows, columns) of the matrix; it is quantized to 4 and to 8 bits.
+    """
+    return max(float(np.mean(_quantized(shape, bits) != _uncompiled(shape, bits))) for bits in (4, 8))
+
+
+def _quantized(shape: tuple[int, int], bits: int) -> np.ndarray:
+    """Words, scales and biases, as they are in memory, one after another; as float64, which holds them exactly."""
+    packed = quantize.quantize_matrix(array("compiled", shape, mx.float32), quantize.Scheme("affine", bits, 64))
+    parts = (packed.weight, *(part.view(mx.uint16) for part in (packed.scales, packed.biases)))
+    return np.concatenate([np.array(part).astype(np.float64).reshape(-1) for part in parts])
+
+
+def _uncompiled(shape: tuple[int, int], bits: int) -> np.ndarray:
+    fused, quantize.fused = quantize.fused, lambda function: function
+    try:
+        return _quantized(shape, bits)
+    finally:
+        quantize.fused = fused

@@ -16,9 +16,9 @@ from ..config import TransformerConfig
 from ..gpu import finish
 from ..models.transformer import EPS, gelu_tanh
 from .chip import nominal_tflops
-from .kinds import array
 from .measure import on_gpu, on_metal, seconds_of
 from .outcome import Outcome
+from .values import array
 
 # A shape and a dtype to what is timed, and how much work that is: FLOP, or bytes that are moved.
 Prepare = Callable[[tuple[int, ...], mx.Dtype], tuple[Callable[[], Any], float]]

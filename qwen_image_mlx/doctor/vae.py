@@ -18,11 +18,9 @@ from ..pipeline.autoencode import decode
 from ..pipeline.limits import limits
 from ..runtime.memory import Work
 from ..weights.synthetic import FULL
-from .block import judge_memory, peak_of, planned
-from .kinds import array
-from .measure import on_gpu, on_metal
+from .measure import judge_memory, on_gpu, on_metal, peak_of, planned
 from .outcome import Outcome, amount
-from .values import fill
+from .values import array, fill
 
 _SIDE, _CPU_SIDE = 512, 128
 _CPU_BASE = 24  # channels on a CPU instead of 96

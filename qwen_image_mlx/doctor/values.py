@@ -36,6 +36,11 @@ def uniform(name: str, shape: Sequence[int], scale: float = 1.0) -> np.ndarray:
     return out.reshape(shape)
 
 
+def array(name: str, shape: Sequence[int], dtype: mx.Dtype, scale: float = 1.0) -> mx.array:
+    """Hashed numbers in a dtype."""
+    return mx.array(uniform(name, shape, scale)).astype(dtype)
+
+
 def fill(module: nn.Module, name: str) -> nn.Module:
     """Gives a module hashed fp32 weights that keep activations of order one.
 

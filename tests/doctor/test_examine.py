@@ -43,9 +43,9 @@ def test_a_group_that_hangs_is_ended(temporary):
 
 
 def test_an_unforeseen_error_is_told(temporary):
-    outcome = examine.run_group(Group("nothing", 60, ""), {}, {})
+    outcome = examine.run_group(GOLDEN, {}, {})
     assert outcome["verdict"] == "lost"
-    assert "ended with 1 (ModuleNotFoundError" in outcome["sentence"]
+    assert "ended with 1 (KeyError: 'golden')" in outcome["sentence"]
 
 
 def test_what_a_group_refuses_is_an_error(temporary):
@@ -55,7 +55,7 @@ def test_what_a_group_refuses_is_an_error(temporary):
 
 def test_every_group_is_a_module():
     for group in (*GROUPS, GOLDEN):
-        assert (Path(examine.__file__).parent / f"{group.name}.py").is_file()
+        assert (Path(examine.__file__).parent / f"{group.module or group.name}.py").is_file()
         assert group.limit is None or 60 <= group.limit <= 240
 
 

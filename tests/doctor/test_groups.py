@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from qwen_image_mlx.config import TransformerConfig
-from qwen_image_mlx.doctor import block, chip, disk, env, errors, limits, rates, vae
+from qwen_image_mlx.doctor import block, chip, disk, env, faults, fits, measure, rates, vae
+from qwen_image_mlx.doctor.__main__ import peak_bytes
 from qwen_image_mlx.doctor.outcome import Outcome
+from qwen_image_mlx.runtime import memory
+from qwen_image_mlx.runtime.memory import Work
 
 SAID = {
     ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M5",
@@ -18,8 +21,6 @@ SAID = {
     ("sysctl", "-n", "sysctl.proc_translated"): "0",
     ("sysctl", "-n", "vm.swapusage"): "total = 3072.00M  used = 2048.00M  free = 1024.00M  (encrypted)",
     ("ioreg", "-rc", "AGXAccelerator", "-d", "1"): '  |   "gpu-core-count" = 10\n',
-    ("vm_stat",): "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   100.\n"
-                  "Pages active:  7.\nPages inactive:  20.\nPages speculative:  3.",
     ("pmset", "-g"): " lowpowermode         1\n",
     ("pmset", "-g", "batt"): "Now drawing from 'Battery Power'\n",
 }  # fmt: skip
@@ -52,10 +53,39 @@ def test_a_mac_is_described(m5):
     machine = env._mac()
     assert machine["chip"] == "Apple M5"
     assert machine["memory_bytes"] == 16 << 30
-    assert machine["free_memory_bytes"] == 123 * 16384
     assert machine["swap_bytes"] == 2 << 30
     assert machine["gpu_cores"] == 10
     assert (machine["rosetta"], machine["low_power"], machine["on_battery"]) == (False, True, True)
+
+
+def test_free_memory_is_what_plans_are_made_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "free_memory", lambda: 123)
+    assert env.run({"folder": str(tmp_path)}).figures["machine"]["free_memory_bytes"] == 123
+
+
+@pytest.mark.parametrize(("gib", "recommended", "forms"), [
+    (8, 5.73, ("streamed", "streamed once saved quantized", "streamed once saved quantized")),
+    (16, 11.45, ("streamed", "streamed once saved quantized", "staged")),
+    (64, 51.54, ("resident", "resident", "resident")),
+])  # fmt: skip
+def test_what_fits_a_mac_is_what_can_run_there(tmp_path, monkeypatch, gib, recommended, forms):
+    """Layers that are read at each pass are not quantized: only a saved pack is streamed."""
+    info = {
+        "memory_size": gib << 30, "max_recommended_working_set_size": int(recommended * 1e9),
+        "max_buffer_length": gib << 29,
+    }  # fmt: skip
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda device=None: info)
+    monkeypatch.setattr(memory, "backend", lambda: "gpu")
+    outcome = fits.run({"folder": str(tmp_path)})
+    plans = outcome.figures["plans"]
+    assert tuple(plans[name]["fits"] for name in ("bf16", "8 bits", "4 bits")) == forms
+    assert outcome.summary.endswith(f"as planned: bf16 {forms[0]}; 8 bits {forms[1]}; 4 bits {forms[2]}")
+
+
+def test_what_fits_nowhere_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(fits, "usable_memory", lambda: 1 << 30)
+    assert {plan["fits"] for plan in fits.run({"folder": str(tmp_path)}).figures["plans"].values()} == {"too large"}
 
 
 def test_warnings_of_a_mac(m5):
@@ -169,35 +199,40 @@ def test_streamed_bytes_are_those_of_the_readme():
 
 
 def test_cancelling_takes_a_few_blocks():
-    block_s, latency = errors.cancelled_chain()
-    assert 0 < latency < errors._MOST_BLOCKS * block_s + 0.5
+    block_s, latency = faults.cancelled_chain()
+    assert 0 < latency < faults._MOST_BLOCKS * block_s + 0.5
 
 
 def test_arrays_across_threads():
-    assert errors.across_threads(lazy=False) == "works"
-    assert errors.across_threads(lazy=True) != "gives wrong numbers"
+    assert faults.across_threads(lazy=False) == "works"
+    assert faults.across_threads(lazy=True) != "gives wrong numbers"
 
 
 def test_a_plan_that_is_too_low_is_odd():
     outcome = Outcome()
     figures = {"peak_bytes": 3e9, "plan_bytes": 2e9, "plan_ratio": 1.5}
-    block.judge_memory(outcome, {"guided": figures, "plain": {**figures, "plan_ratio": 1.0}})
+    measure.judge_memory(outcome, {"guided": figures, "plain": {**figures, "plan_ratio": 1.0}})
     assert [found.sentence.split(";")[0] for found in outcome.findings] == [
         "guided takes 3.00 GB, but the memory plan says 2.00 GB"
     ]
 
 
-def test_peaks_are_measured(tmp_path):
+def test_peaks_are_measured(monkeypatch):
+    """And the highest is kept, which a process's report names where a GPU's buffers do not count as resident."""
     before = mx.ones(1000)
     mx.eval(before)
-    assert block.peak_of(lambda: mx.eval(mx.full((1 << 20,), 1.0))) >= 4 << 20
+    assert measure.peak_of(lambda: mx.eval(mx.full((1 << 20,), 1.0))) >= 4 << 20
+    measure.peak_of(lambda: None)
+    assert mx.get_peak_memory() < 4 << 20 <= measure.highest_peak()
+    monkeypatch.setattr(measure, "_highest", 1 << 50)
+    assert peak_bytes() == 1 << 50
 
 
 def test_plans_of_other_widths(tmp_path):
     """The plan is asked, not repeated: a wider transformer takes more."""
-    work = limits.Work(width=256, height=256, steps=1, guided=False)
-    narrow = block.planned(tmp_path / "narrow", "denoise", work, block.width())
-    assert narrow < block.planned(tmp_path / "wide", "denoise", work)
+    work = Work(width=256, height=256, steps=1, guided=False)
+    narrow = measure.planned(tmp_path / "narrow", "denoise", work, block.width())
+    assert narrow < measure.planned(tmp_path / "wide", "denoise", work)
 
 
 def test_the_decoder_runs_with_winograd_and_without(tmp_path, monkeypatch):
@@ -222,17 +257,17 @@ def test_the_decoder_runs_with_winograd_and_without(tmp_path, monkeypatch):
 
 def test_a_refused_allocation(monkeypatch):
     """On Metal an array of twice the largest buffer is asked for; elsewhere nothing is."""
-    assert errors.refused_allocation().startswith("not tried")
+    assert faults.refused_allocation().startswith("not tried")
     asked = []
 
     def refuse(array):
         asked.append(array.nbytes)
         raise RuntimeError("[metal::malloc] Attempting to allocate 2048 bytes")
 
-    monkeypatch.setattr(errors, "on_metal", lambda: True)
-    monkeypatch.setattr(errors, "device_info", lambda: {"max_buffer_length": 1 << 33})
-    monkeypatch.setattr(errors, "finish", refuse)
-    assert errors.refused_allocation() == "refused"
+    monkeypatch.setattr(faults, "on_metal", lambda: True)
+    monkeypatch.setattr(faults, "device_info", lambda: {"max_buffer_length": 1 << 33})
+    monkeypatch.setattr(faults, "finish", refuse)
+    assert faults.refused_allocation() == "refused"
     assert asked == [1 << 34]
-    monkeypatch.setattr(errors, "finish", lambda array: None)
-    assert errors.refused_allocation() == "not refused"
+    monkeypatch.setattr(faults, "finish", lambda array: None)
+    assert faults.refused_allocation() == "not refused"

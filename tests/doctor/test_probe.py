@@ -6,11 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen_image_mlx.doctor import kinds, measure
+from qwen_image_mlx.doctor import kinds, measure, probe
 from qwen_image_mlx.doctor.kinds import OPERATIONS
 from qwen_image_mlx.doctor.outcome import FALSIFY
 from qwen_image_mlx.doctor.probe import error_of
-from qwen_image_mlx.doctor.values import uniform
+from qwen_image_mlx.doctor.values import array, uniform
+from qwen_image_mlx.weights import quantize
 
 every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 
@@ -26,6 +27,31 @@ def test_operations_are_right_and_one_percent_is_seen(operation, monkeypatch):
     assert error_of(operation, large=False) > operation.allowed
 
 
+def test_a_quantizer_that_compiling_changes_is_odd(monkeypatch):
+    """Of a rounding's size: one element that another level is nearest to."""
+    monkeypatch.setattr(probe, "OPERATIONS", OPERATIONS[:1])
+    outcome = probe.run({})
+    assert (outcome.figures["quantizer_changed_ratio"], outcome.findings) == (0, [])
+
+    def fused(function):
+        def other(*inputs):
+            made = function(*inputs)
+            return made.at[3, 1].add(1) if function is quantize._pack else made
+
+        return other
+
+    monkeypatch.setattr(quantize, "fused", fused)
+    outcome = probe.run({})
+    assert [found.verdict for found in outcome.findings] == ["odd"]
+    assert 0 < outcome.figures["quantizer_changed_ratio"] < 1e-3
+    assert quantize.fused is fused
+
+
+def test_compiling_does_not_change_the_quantizer(monkeypatch):
+    monkeypatch.setattr(quantize, "fused", quantize._compiled)
+    assert probe.changed_by_compiling((64, 768)) == 0
+
+
 @pytest.mark.metal
 @every_operation
 def test_operations_are_right_at_real_shapes_on_the_gpu(operation):
@@ -35,7 +61,7 @@ def test_operations_are_right_at_real_shapes_on_the_gpu(operation):
 
 def test_garbage_in_a_row_that_is_not_picked_is_seen():
     """One wrong row of 4096 is in the sum of all rows."""
-    x, w = (kinds.array(name, (512, 64), mx.float32) for name in "xw")
+    x, w = (array(name, (512, 64), mx.float32) for name in "xw")
     y = measure.numbers(x @ w.T)
     assert 1 not in kinds.spread(512, 64)
     y[1] = 1e3

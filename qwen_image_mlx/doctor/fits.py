@@ -1,8 +1,8 @@
-"""How much memory may be used, and which forms of Qwen-Image-2512 fit, by the plan that painting itself makes."""
+"""How much memory may be used, and which forms of Qwen-Image-2512 fit, by the pipeline's own plan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..pipeline.limits import memory_size, usable_memory
 from ..pipeline.pipeline import QwenImagePipeline
-from ..runtime.memory import Work, alternatives
+from ..runtime.memory import MemoryPlan, Work, alternatives
 from ..weights.quantize import NONE, Quantization
 from ..weights.synthetic import FULL, write_configs
 from .measure import on_metal
@@ -23,15 +23,14 @@ _FORMS = {"bf16": NONE, "8 bits": "8", "4 bits": "4"}
 def run(options: Mapping[str, Any]) -> Outcome:
     """Plans a guided picture with the configs of the released model, which need no weights."""
     outcome, budget = Outcome(), usable_memory()
-    folder = write_folder(Path(options["folder"]) / "configs")
-    work = Work(width=SIDE, height=SIDE)
+    folder, work = Path(options["folder"]) / "configs", Work(width=SIDE, height=SIDE)
+    write_configs(folder, FULL)
     plans: dict[str, Any] = {}
     for name, quantize in _FORMS.items():
         components = QwenImagePipeline.from_pretrained(folder, quantize=Quantization.parse(quantize)).components
         made = alternatives(components, work, budget)
-        fits = next((plan.residency.name for plan in made if plan.peak <= budget), None)
         peaks = {f"{plan.residency.name.replace(', ', ' ')}_bytes": plan.peak for plan in made}
-        plans[name] = {"fits": fits or "too large", **peaks}
+        plans[name] = {"fits": fitting(made, budget), **peaks}
     outcome.figures = {"memory_bytes": memory_size(), "usable_bytes": budget, "plans": plans}
     largest = max(largest_buffers().values())
     outcome.figures |= {"largest_buffer_needed_bytes": largest}
@@ -41,15 +40,18 @@ def run(options: Mapping[str, Any]) -> Outcome:
             "odd",
             f"one buffer may hold {int(allowed) / 1e9:.1f} GB, but models take {largest / 1e9:.1f}",
         )
-    fitting = "; ".join(f"{name} {plan['fits']}" for name, plan in plans.items())
-    outcome.summary = f"{budget / 1e9:.1f} GB may be used; Qwen-Image-2512 at {SIDE}x{SIDE}, as planned: {fitting}"
+    forms = "; ".join(f"{name} {plan['fits']}" for name, plan in plans.items())
+    outcome.summary = f"{budget / 1e9:.1f} GB may be used; Qwen-Image-2512 at {SIDE}x{SIDE}, as planned: {forms}"
     return outcome
 
 
-def write_folder(folder: Path) -> Path:
-    """A checkpoint of the released configs without weights."""
-    write_configs(folder, FULL)
-    return folder
+def fitting(plans: Sequence[MemoryPlan], budget: int) -> str:
+    """The first residency that fits a budget in bytes, or else the first that would once saved quantized."""
+    for plan in plans:
+        if plan.fits(budget):
+            return plan.residency.name
+    saved = (f"{plan.residency.name} once saved quantized" for plan in plans if plan.peak <= budget)
+    return next(saved, "too large")
 
 
 def largest_buffers() -> dict[str, int]:

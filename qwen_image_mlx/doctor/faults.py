@@ -13,11 +13,10 @@ import mlx.core as mx
 from ..errors import Cancelled
 from ..gpu import finish
 from ..weights.synthetic import FULL
-from .block import chain, chained_block
 from .chip import device_info
 from .measure import on_gpu, on_metal
 from .outcome import Outcome
-from .parts import block_inputs
+from .parts import block_inputs, chain, chained_block
 
 _SIDE, _CPU_SIDE = 64, 16  # of the chain's picture, in tokens
 _BLOCKS = 400  # of a chain that is cancelled long before its end
