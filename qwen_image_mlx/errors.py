@@ -36,7 +36,7 @@ class GPUError(QwenImageError):
     Args:
         message: the sentence.
         fault: what happened: "memory", "timeout", "busy display", "refused" or "unknown".
-        fatal: whether this process can use the GPU no more, and must be started again.
+        fatal: whether this process can no longer use the GPU, and must be started again.
     """
 
     def __init__(self, message: str = "", *, fault: str = "unknown", fatal: bool = False):

@@ -1,4 +1,4 @@
-"""MLX's runtime on a GPU: results that are really there, and faults that are told by their text."""
+"""MLX's runtime on a GPU: finished results, work queued layer by layer, and faults recognised by their text."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _FAULTS = (
     _Fault(_CUDA + ".*(out of memory|MemoryAllocation)", "memory", _TOO_LITTLE),
     _Fault(
         _CUDA + ".*(illegal|misaligned|unspecified launch failure|device-side assert|launch timed out)", "unknown",
-        "the GPU used a wrong address or hung, and CUDA serves this process no more: start the program again",
+        "the GPU used a wrong address or hung, and this process can no longer use CUDA: start the program again",
         fatal=True,
     ),
     _Fault(_CUDA, "unknown", _AGAIN),

@@ -75,7 +75,7 @@ class Service:
 
     Args:
         setup: how the server is configured.
-        give_up: called in the event loop when the GPU works for this process no more.
+        give_up: called in the event loop when this process can no longer use the GPU.
     """
 
     def __init__(self, setup: Setup, give_up: Callable[[], None] = lambda: None):

@@ -220,7 +220,7 @@ class Jobs:
         idle: called in the worker's thread whenever there is nothing to do; returns after how many seconds it wants
             to be called again.
         distrust: called in the worker's thread after a fault of the GPU, as what is in memory may be wrong.
-        give_up: called in the event loop when the GPU works for this process no more; all jobs have been cancelled.
+        give_up: called in the event loop when this process can no longer use the GPU; all jobs have been cancelled.
 
     Attributes:
         running: the job that works.
@@ -364,7 +364,7 @@ class Jobs:
                 job.tell("queued", {"position": position})
 
     def _judge(self, fault: GPUError | None) -> None:
-        """Notes how a job ended on the GPU, and ends everything when that works no more."""
+        """Notes how a job ended on the GPU, and ends everything when this process can no longer use it."""
         if fault is None:
             self.health.succeeded()
             return

@@ -22,7 +22,7 @@ _PATIENCE = 20  # seconds that connections have to end, once jobs are cancelled
 def serve(setup: Setup, listener: socket.socket, ready: Callable[[], None]) -> signal.Signals | None:
     """Serves until it is told to end by SIGTERM or SIGINT, which is returned; jobs are then cancelled.
 
-    A second signal ends the process at once. When the GPU works for this process no more, the server ends by itself.
+    A second signal ends the process at once. When this process can no longer use the GPU, the server ends by itself.
 
     Args:
         setup: how the server is configured.
