@@ -7,9 +7,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from metal import work as traced
-from metal.machine import Machine
-from metal.replay import replay
+from metal_backend import work as traced
+from metal_backend.machine import Machine
+from metal_backend.replay import replay
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.pipeline.autoencode import strips_of

@@ -127,7 +127,7 @@ def trace(fn: Callable[..., Any], *arguments: Any) -> Graph:
         arguments: its arguments; arrays among them, and weights that it uses, count as there from the start.
 
     Raises:
-        ValueError: fn uses a compiled function that is no attribute of a module, so that it cannot be marked.
+        ValueError: fn uses a compiled function that is not an attribute of a module, so that it cannot be marked.
     """
     records: list[dict[str, Any]] = []
     recorder = _Recorder()

@@ -73,7 +73,7 @@ def encode(width: int, height: int) -> Graph:
 
 
 def language(prompts: Sequence[int], layers: int = 6) -> Graph:
-    """Layers of the text encoder for prompts of so many tokens, layer by layer; with 6 peak is that of 28."""
+    """Layers of the text encoder for prompts of these lengths in tokens, layer by layer; with 6 peak is that of 28."""
     config = replace(FULL["text_encoder"], num_hidden_layers=layers)
     model = blank_module(text_encoder.TextEncoder(config), DTYPE)
     given = [(blank((1, n, config.hidden_size), DTYPE), blank((3, n), mx.int32)) for n in prompts]
