@@ -15,7 +15,7 @@ from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.pipeline.autoencode import strips_of
 from qwen_image_mlx.pipeline.limits import usable_memory
 from qwen_image_mlx.runtime import memory
-from qwen_image_mlx.runtime.memory import RESIDENCIES, Work, make_plan
+from qwen_image_mlx.runtime.memory import RESIDENCIES, Memory, Work, fitting_plan, make_plan
 from qwen_image_mlx.weights.synthetic import FULL, write_configs
 
 GB = 10**9
@@ -131,9 +131,13 @@ def plan_on(components, work, budget):
 def test_what_fits_a_mac(opened, mac, gib):
     budget = mac(gib)
     for bits, name in zip(QUANTIZATIONS, CHOSEN[gib], strict=True):
-        plan = plan_on(opened("QwenImagePipeline", bits), TEXT, budget)
+        components = opened("QwenImagePipeline", bits)
+        plan = plan_on(components, TEXT, budget)
         assert plan.peak <= budget, bits
         assert plan.residency.name == name, bits
+        chosen = fitting_plan(components, TEXT, Memory(budget, RESIDENCIES))
+        assert (chosen == plan) == (not plan.needs_pack), bits
+        assert chosen.fits(budget) == (not plan.needs_pack), bits
 
 
 @pytest.mark.parametrize("gib", MACS)
