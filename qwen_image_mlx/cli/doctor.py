@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.golden:
         options = {"golden": str(Path(arguments.golden).absolute()), "model": arguments.model}
     earlier = read_report(Path(arguments.compare)) if arguments.compare else None
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise OutputError(f"{arguments.json} cannot be written: its folder does not exist")
+    if arguments.json is not None:
+        _check_json(arguments.json)
 
     def say(name: str, outcome: Mapping[str, Any]) -> None:
         print(verdict_line(name, outcome), flush=True)
@@ -72,6 +72,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _write(Path(arguments.json), report)
     return report["exit"]
+
+
+def _check_json(path: str) -> None:
+    """Raises OutputError, before any group runs, if the report could not be written."""
+    if not path or Path(path).is_dir():
+        raise OutputError(f"--json is {path!r}, but must be a file, such as doctor.json")
+    if not Path(path).absolute().parent.is_dir():
+        raise OutputError(f"{path} cannot be written: its folder does not exist")
+    from ..images.files import check_writable
+
+    check_writable(Path(path).absolute(), nbytes=1 << 20)
 
 
 def _print_section(title: str, lines: Sequence[str]) -> None:
