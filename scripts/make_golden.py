@@ -54,6 +54,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
+    if arguments.steps < 1 or arguments.seed < 0 or arguments.width % 16 or arguments.height % 16:
+        parser.error("--steps must be at least 1, --seed at least 0, --width and --height multiples of 16")
+    if not 1 <= arguments.cfg_scale < float("inf"):
+        parser.error(f"--cfg-scale is {arguments.cfg_scale}, but must be a number of at least 1")
+    if not Path(arguments.output).absolute().parent.is_dir():
+        parser.error(f"{arguments.output} cannot be written: its folder does not exist")
+    if odd := [step for step in arguments.keep or () if not 1 <= step <= arguments.steps]:
+        parser.error(f"--keep has {odd[0]}, but must be steps from 1 to {arguments.steps}")
     powers = {2**n for n in range(arguments.steps.bit_length())} | {arguments.steps}
     kept = sorted({step for step in arguments.keep or powers if 1 <= step <= arguments.steps})
     pipe = QwenImagePipeline.from_pretrained(

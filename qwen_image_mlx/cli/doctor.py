@@ -53,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ..doctor.report import differences, other_findings, read_report, verdict_line
 
     groups, env, options = _groups(arguments), _variables(arguments.env), {}
-    if arguments.golden:
+    if arguments.golden is not None:
         options = {"golden": str(Path(arguments.golden).absolute()), "model": arguments.model}
-    earlier = read_report(Path(arguments.compare)) if arguments.compare else None
+    earlier = read_report(Path(arguments.compare)) if arguments.compare is not None else None
     if arguments.json is not None:
         _check_json(arguments.json)
 
@@ -101,14 +101,17 @@ def _write(path: Path, report: Mapping[str, Any]) -> None:
 def _groups(arguments: argparse.Namespace) -> list[Group]:
     if (arguments.golden is None) != (arguments.model is None):
         raise RequestError("--golden FILE and --model MODEL belong together: give both, or neither")
+    for flag in ("golden", "model", "compare"):
+        if getattr(arguments, flag) == "":
+            raise RequestError(f"--{flag} is '', but must name something")
     wanted = [name.strip() for name in arguments.only.split(",")] if arguments.only is not None else []
     for name in wanted:
         if name not in NAMES:
             raise RequestError(f"--only has {name!r}, but the groups are {', '.join(NAMES)}")
     if arguments.only is None:
-        return [GOLDEN] if arguments.golden else list(GROUPS)
+        return [GOLDEN] if arguments.golden is not None else list(GROUPS)
     chosen = [group_named(name) for name in NAMES if name in wanted]
-    return [*chosen, GOLDEN] if arguments.golden else chosen
+    return [*chosen, GOLDEN] if arguments.golden is not None else chosen
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:

@@ -152,7 +152,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable report ({error}); write one with doctor --json") from error
     if not isinstance(report, dict) or not isinstance(report.get("groups"), dict):
         raise CheckpointError(f"{path} is not a report; write one with doctor --json")

@@ -19,6 +19,7 @@ _LEAST_CACHE = 3 << 29
 _SMALLEST_CACHE = 1 << 29  # on smaller ones
 _CPU_CACHE = 32 << 20  # MLX's own cache limit on a CPU, which is not somebody's wish
 _lock, _entered = threading.Lock(), 0  # how many calls are inside `limits`, in all threads
+_outside = (0, 0)  # the cache and memory limits before the first of them
 
 
 def memory_size() -> int:
@@ -76,8 +77,10 @@ def limits(budget: int | None = None, working: int = 0, *, wire: bool = False) -
         wire: also keep what is in use from being paged out (macOS 15 and newer). Off, because macOS panics on some
             machines while wired memory comes and goes: https://github.com/ml-explore/mlx/issues/3186
     """
-    global _entered
+    global _entered, _outside
     with _lock:
+        if not _entered:
+            _outside = _limits_now()
         has_wishes = budget is not None or not _entered
         _entered += 1
     try:
@@ -89,6 +92,17 @@ def limits(budget: int | None = None, working: int = 0, *, wire: bool = False) -
     finally:
         with _lock:
             _entered -= 1
+            if not _entered:  # whatever order calls in several threads ended in
+                mx.set_cache_limit(_outside[0])
+                mx.set_memory_limit(_outside[1])
+
+
+def _limits_now() -> tuple[int, int]:
+    """MLX's cache and memory limits, which it tells only when they are set."""
+    cached, memory = mx.set_cache_limit(1 << 40), mx.set_memory_limit(1 << 40)
+    mx.set_cache_limit(cached)
+    mx.set_memory_limit(memory)
+    return cached, memory
 
 
 @contextmanager
@@ -96,8 +110,10 @@ def _set(budget: int, working: int, wire: bool) -> Iterator[None]:
     least = _LEAST_CACHE if memory_size() >= 16 * 10**9 else _SMALLEST_CACHE
     memory = _tightened(mx.set_memory_limit, budget)
     cached = _tightened(mx.set_cache_limit, min(max(int(1.5 * working), least), budget // 2))
-    wired = mx.set_wired_limit(min(budget, usable_memory())) if wire and mx.metal.is_available() else None
+    wired = None
     try:
+        if wire and mx.metal.is_available():
+            wired = mx.set_wired_limit(min(budget, usable_memory()))
         yield
     finally:
         mx.set_cache_limit(cached)

@@ -301,6 +301,8 @@ class _Files:
         except OutputError:
             raise
         except QwenImageError as error:  # training may recover from what a picture does not survive
+            if getattr(error, "fatal", False):  # but not from a GPU that this process can no longer use
+                raise
             logger.warning("no samples after step %d: %s", self._trainer.step, error)
         self._since = time.monotonic()
 

@@ -108,6 +108,8 @@ def test_variables_reach_the_groups(run, tmp_path):
     (["--json", "no/such/folder.json"], "its folder does not exist"),
     (["--json", "."], "--json is '.', but must be a file"),
     (["--json", ""], "--json is '', but must be a file"),
+    (["--golden", "", "--model", "demo"], "--golden is '', but must name something"),
+    (["--compare", "", "--only", "env"], "--compare is '', but must name something"),
     (["--golden", "missing.safetensors", "--model", "demo"], "the golden file cannot be read"),
 ])  # fmt: skip
 def test_what_is_refused(run, here, arguments, said):

@@ -123,6 +123,16 @@ def test_an_app_s_own_tighter_limits_stay(model):
         mx.set_memory_limit(outside[1])
 
 
+def test_calls_that_overlap_leave_mlx_as_it_was():
+    """As two threads may: the first ends before the second."""
+    outside, one, other = now(), limits(8 * GB), limits(12 * GB)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    other.__exit__(None, None, None)
+    assert now() == outside
+
+
 GB = 10**9
 
 
