@@ -1,4 +1,4 @@
-"""What our work would take on Metal, modelled: kernels, bytes, memory, seconds. Runs anywhere, in half a minute.
+"""What our work would take on Metal, modelled: kernels, bytes, memory, seconds. Runs anywhere, in a minute or two.
 
     python benchmarks/metal_model.py [--json FILE]
 
@@ -18,9 +18,12 @@ in `metal_backend/` hold the model; tests bound our graphs by it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from common import Table, finish, parser, preload_blas
 
@@ -43,6 +46,10 @@ SHAPES = (
     Shape("edit of 1 MP, 2 references, guided", 4096, (2700, 2640), 8192),
 )
 PICTURES = (512, 1024, 1328, 2048)
+PLANNED = (512, 640, 704, 768, 1024, 1328, 1536, 2048)
+TEXTS = (200, 20)  # tokens of a prompt and of the one that guides
+EDIT = 1024  # side of a picture that is edited, and of each reference
+REFERENCES = (1, 2, 3)
 BLOCKS = 60
 CACHE_GIB = (0.5, 1, 1.5, 2, 4)
 GB = 1e9
@@ -53,7 +60,7 @@ def main() -> None:
     preload_blas()
 
     tables = []
-    for make in (blocks, forwards, seconds, autoencoder, encoders):
+    for make in (blocks, forwards, seconds, autoencoder, encoders, plans):
         if tables:
             tables[-1].print()
         tables.append(make())
@@ -122,7 +129,7 @@ def autoencoder() -> Table:
     from metal_backend.replay import replay
 
     columns = ["", "kernels", "GB", *(f"s, {chip.name}" for chip in MACHINES[:2]), "peak GB"]
-    columns += ["Winograd off: s, M1 Max", "peak GB"]
+    columns += ["Winograd off: s, M1 Max", "peak GB", "s off / on", "peak off / on"]
     table = Table("The autoencoder, fp32 (modelled)", columns)
     graphs = [(f"decode {side}x{side}", work.decode(side, side)) for side in PICTURES]
     graphs += [(f"decode {side}x{side}, one strip", work.decode(side, side, 1)) for side in PICTURES[1:]]
@@ -131,7 +138,7 @@ def autoencoder() -> Table:
         times = [replay(graph, chip).seconds for chip in MACHINES[:2]]
         table.rows.append(
             (name, result.kernels.total(), result.bytes.total() / GB, *times, result.peak / GB, direct.seconds,
-             direct.peak / GB)
+             direct.peak / GB, direct.seconds / result.seconds, direct.peak / result.peak)
         )  # fmt: skip
     return table
 
@@ -162,6 +169,73 @@ def encoders() -> Table:
             (name, result.kernels.total(), moved / GB, others / GB, 1e3 * result.seconds, peak / GB)
         )  # fmt: skip
     return table
+
+
+def plans() -> Table:
+    """What memory plans for a GPU count beside the weights, against the model; least and largest ratio last."""
+    from qwen_image_mlx.runtime import memory
+
+    table = Table(
+        "Plan and model, bf16: memory beside the weights (modelled)", ["", "model GB", "plan GB", "plan / model"]
+    )
+    with TemporaryDirectory() as folder, patch.object(memory, "backend", lambda: "gpu"):
+        for name, stage, graph in _planned(Path(folder)):
+            model, plan = _peak(graph), stage.peak - stage.resident
+            table.rows.append((name, model / GB, plan / GB, plan / model))
+    ordered = sorted(table.rows, key=lambda row: row[-1])
+    for word, (name, _, _, ratio) in (("least", ordered[0]), ("largest", ordered[-1])):
+        table.rows.append((f"{word} of {len(ordered)}: {name}", "", "", ratio))
+    return table
+
+
+def _planned(folder: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Steps and decodings: their name, their stage of a plan, and their graph; configs are written to `folder`."""
+    from metal_backend import work
+
+    from qwen_image_mlx.pipeline.autoencode import STRIP_PIXELS, strips_of
+    from qwen_image_mlx.runtime.memory import Work, make_plan
+
+    components = _components("QwenImagePipeline", folder / "image")
+    for side in PLANNED:
+        for texts in (TEXTS[:1], TEXTS):
+            planned = Work(width=side, height=side, text_tokens=texts[0], guided=len(texts) > 1)
+            denoise = make_plan(components, planned).stages[2]
+            name = f"step {side}x{side}{', guided' * planned.guided}"
+            yield name, denoise, work.forward(planned.target_tokens, texts)
+        for strip in dict.fromkeys((STRIP_PIXELS, side * side)):
+            decode = make_plan(components, planned, strip_pixels=strip).stages[-1]
+            strips = strips_of(side * side, strip)
+            yield (
+                f"decode {side}x{side}, strips: {strips}, planned for {strip} pixels",
+                decode,
+                work.decode(side, side, strips),
+            )
+    components = _components("QwenImageEditPlusPipeline", folder / "edit")
+    for count in REFERENCES:
+        for guided in (False, True):
+            planned = Work(EDIT, EDIT, shown=((EDIT, EDIT),) * count, encoded=EDIT * EDIT, guided=guided)
+            text = planned.text_tokens + count * components.variant.encoder_area // 28**2
+            texts = (text, text - 60)[: 1 + guided]  # an edit's negative prompt sees the pictures too
+            denoise = make_plan(components, planned).stages[2]
+            name = f"step of an edit, references: {count}{', guided' * guided}"
+            yield name, denoise, work.forward(planned.target_tokens, texts, planned.reference_tokens)
+
+
+def _components(pipeline: str, folder: Path) -> Any:
+    """Components of a released model, of which `folder` gets the configs alone."""
+    from qwen_image_mlx import QwenImagePipeline
+    from qwen_image_mlx.weights.synthetic import FULL, write_configs
+
+    write_configs(folder, FULL, pipeline=pipeline)
+    return QwenImagePipeline.from_pretrained(folder).components
+
+
+def _peak(graph: Any) -> int:
+    """The most bytes, whichever the chip's command buffers."""
+    from metal_backend.machine import Machine
+    from metal_backend.replay import replay
+
+    return max(replay(graph, replace(Machine(), **limits)).peak for limits in ({}, MAX))
 
 
 MAX = {"ops": 50, "elements": 50 << 20}

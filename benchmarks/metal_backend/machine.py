@@ -116,7 +116,7 @@ class Result:
     """What a graph takes.
 
     Attributes:
-        kernels, bytes, flops, times: by kind of kernel; bytes that kernels read and write, seconds.
+        kernels, bytes, times: by kind of kernel; bytes that kernels read and write, seconds.
         peak: most bytes at once, beyond what was there from the start.
         fresh: bytes that had to be asked of macOS because no buffer of the cache fitted.
         fresh_after: `fresh` at the end of each evaluation.
@@ -126,7 +126,6 @@ class Result:
 
     kernels: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
-    flops: Counter[str] = field(default_factory=Counter)
     times: Counter[str] = field(default_factory=Counter)
     peak: int = 0
     fresh: int = 0
@@ -243,7 +242,6 @@ class Device:
         result = self.result
         result.kernels[kind] += 1
         result.bytes[kind] += moved
-        result.flops[kind] += flops
         result.times[kind] += seconds
         result.longest = max(result.longest, (seconds, kind))
 
