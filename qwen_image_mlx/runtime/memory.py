@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..images.geometry import size_of_area
-from ..pipeline.autoencode import STRIP_PIXELS
+from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
 from ..pipeline.limits import usable_memory
 from ..settings import LEAST_MEMORY, MOST_MEMORY, memory_figure
@@ -243,7 +243,8 @@ class _Planner:
         """One picture, in strips."""
         config, pixels = self.components.vae_config, self.work.width * self.work.height
         held = before + self.count("vae", self.specs("vae", "decoder"), mx.float32)
-        strip = self.costs.pixel_out * min(pixels, strip_pixels + HALO * self.work.width)
+        strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
+        strip = self.costs.pixel_out * min(pixels, strip)
         working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
         return Stage("decode", held, held + working + 2 * 4 * pixels * config.input_channels)
 

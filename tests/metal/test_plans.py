@@ -53,7 +53,10 @@ def modelled(graph, *arguments):
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES, ids=lambda residency: residency.name)
-@pytest.mark.parametrize(("side", "guided"), [(512, True), (1024, False), (1024, True), (1328, True), (2048, True)])
+@pytest.mark.parametrize(
+    ("side", "guided"),
+    [(512, True), (640, True), (704, True), (768, True), (1024, False), (1024, True), (1328, True), (2048, True)],
+)
 def test_a_plan_covers_the_model_of_metal(opened, residency, side, guided):
     components = opened("QwenImagePipeline")
     planned = Work(width=side, height=side, guided=guided, text_tokens=200)
