@@ -1,4 +1,4 @@
-"""How commands are ended from outside: Ctrl-C raises KeyboardInterrupt, and SIGTERM an exception of the same kind.
+"""How commands are ended from outside: Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGHUP exceptions of its kind.
 
 A server that cannot work any more ends itself: GaveUp.
 """
@@ -16,20 +16,28 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: the command ends as by Ctrl-C, and nothing half-written stays."""
 
 
+class HungUp(Terminated):
+    """SIGHUP: the terminal was closed."""
+
+
 class GaveUp(Exception):
     """A command ends itself, so that a supervisor starts it again: a sentence for people, and exit code 1."""
 
 
-ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated, signal.SIGHUP: HungUp}
 
 
 @contextmanager
 def handled(handlers: Mapping[int, Any]) -> Iterator[None]:
-    """Other handlers of signals for a while; nothing happens in threads, where signals cannot be asked for."""
+    """Other handlers of signals for a while, but not of those that are ignored, as under `nohup`.
+
+    Nothing happens in threads, where signals cannot be asked for.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()
+              if signal.getsignal(number) != signal.SIG_IGN}  # fmt: skip
     try:
         yield
     finally:
@@ -39,10 +47,10 @@ def handled(handlers: Mapping[int, Any]) -> Iterator[None]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Raises Terminated upon SIGTERM."""
+    """Raises Terminated upon SIGTERM, HungUp upon SIGHUP."""
 
     def end(number: int, frame: object) -> NoReturn:
-        raise Terminated
+        raise ENDS[number]
 
-    with handled({signal.SIGTERM: end}):
+    with handled({signal.SIGTERM: end, signal.SIGHUP: end}):
         yield

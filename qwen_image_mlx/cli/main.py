@@ -1,8 +1,8 @@
 """Entry point: finds the command, and turns what goes wrong into one line and an exit code.
 
 0 done; 1 a fault of this program, with its traceback, or `serve` gave up, in one line; 2 the user's input, or a
-fault of the GPU; 130 Ctrl-C; 141 nobody reads stdout any more; 143 SIGTERM. stdout is for results, stderr for
-people. `doctor` has its own: 1 for odd, 2 for wrong numbers. Nothing heavy is imported before a command runs.
+fault of the GPU; 129 SIGHUP; 130 Ctrl-C; 141 nobody reads stdout any more; 143 SIGTERM. stdout is for results, stderr
+for people. `doctor` has its own: 1 for odd, 2 for wrong numbers. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NoReturn
 from .. import __version__
 from ..errors import QwenImageError, RequestError
 from .cures import sentence
-from .ending import GaveUp, Terminated, terminable
+from .ending import GaveUp, HungUp, Terminated, terminable
 from .results import Unread, results
 
 # Modules beside this one; they are imported where Ctrl-C is understood.
@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Unread:
         return 141
+    except HungUp:  # nobody is left to read a word
+        return 129
     except Terminated:
         print("terminated", file=sys.stderr)
         return 143

@@ -378,7 +378,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_nothing_behind(run, here, monk
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_is_ended_leaves_nothing(here, tiny, sent, code):
     process = subprocess.Popen(
         [sys.executable, "-m", "qwen_image_mlx", "generate", "a fox", "--model", str(tiny), "--width", "64",

@@ -16,7 +16,7 @@ from reference import load_reference, run_reference
 from reference_edit import load_edit_reference, run_edit_reference, write_edit, write_layered
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
-from qwen_image_mlx.errors import CheckpointError, OutputError, QwenImageError, RequestError
+from qwen_image_mlx.errors import CheckpointError, GPUError, OutputError, QwenImageError, RequestError
 from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.models.layers import QuantizedLinear
 from qwen_image_mlx.training import checkpoints, loop, run, samples
@@ -340,3 +340,12 @@ def test_a_sample_that_cannot_be_painted_does_not_stop_a_run(models, examples, t
     wanted = settings(sample_every=2)
     assert train(open_model(models), examples["t2i"], wanted, tmp_path / "run").steps == 4
     assert "no samples after step 2: the painted latents are not finite" in caplog.text
+
+
+def test_a_gpu_that_refuses_its_process_in_a_sample_stops_a_run(models, examples, tmp_path, monkeypatch):
+    def fail(*_):
+        raise GPUError("the GPU refuses this process", fault="refused", fatal=True)
+
+    monkeypatch.setattr(samples.Samples, "paint", fail)
+    with pytest.raises(GPUError, match="refuses this process"):
+        train(open_model(models), examples["t2i"], settings(sample_every=2), tmp_path / "run")
