@@ -19,7 +19,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import QwenImagePipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -64,6 +64,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--keep has {odd[0]}, but must be steps from 1 to {arguments.steps}")
     powers = {2**n for n in range(arguments.steps.bit_length())} | {arguments.steps}
     kept = sorted({step for step in arguments.keep or powers if 1 <= step <= arguments.steps})
+    try:
+        found = DiffusionPipeline.load_config(arguments.model, revision=arguments.revision).get("_class_name")
+    except (OSError, ValueError) as error:
+        parser.error(f"{arguments.model} cannot be opened: {error}")
+    if found != QwenImagePipeline.__name__:
+        parser.error(f"{arguments.model} is for {found}, but must be a text-to-image checkpoint (QwenImagePipeline)")
     pipe = QwenImagePipeline.from_pretrained(
         arguments.model, revision=arguments.revision, dtype=getattr(torch, arguments.dtype)
     ).to(arguments.device)

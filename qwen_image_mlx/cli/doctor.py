@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..doctor.groups import GOLDEN, GROUPS, NAMES, Group, group_named
+from ..doctor.outcome import CRASH, FALSIFY, HANG, SELF_TESTS
 from ..errors import OutputError, RequestError
 
 _WIDTH = max(len(name) for name in NAMES)
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_json(path: str) -> None:
     """Raises OutputError, before any group runs, if the report could not be written."""
-    if not path or Path(path).is_dir():
+    if path in ("", "-") or Path(path).is_dir():
         raise OutputError(f"--json is {path!r}, but must be a file, such as doctor.json")
     if not Path(path).absolute().parent.is_dir():
         raise OutputError(f"{path} cannot be written: its folder does not exist")
@@ -111,7 +112,7 @@ def _groups(arguments: argparse.Namespace) -> list[Group]:
     if arguments.only is None:
         return [GOLDEN] if arguments.golden is not None else list(GROUPS)
     chosen = [group_named(name) for name in NAMES if name in wanted]
-    return [*chosen, GOLDEN] if arguments.golden is not None else chosen
+    return [GOLDEN, *chosen] if arguments.golden is not None else chosen  # first, as it may refuse its input
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:
@@ -120,5 +121,7 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise RequestError(f"--env is {text!r}, but must be NAME=VALUE, as MLX_ENABLE_TF32=0")
+        if name.startswith(SELF_TESTS) and name not in (FALSIFY, CRASH, HANG):
+            raise RequestError(f"--env has {name}, but the self-tests are {FALSIFY}, {CRASH} and {HANG}")
         variables[name] = value
     return variables

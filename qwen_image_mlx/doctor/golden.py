@@ -29,6 +29,10 @@ from .outcome import Outcome
 
 FORMAT = "qwen_image_mlx.golden.1"
 VALUES, PARTS, THUMBNAIL = 4096, 16, 64  # of a fingerprint; longest side of the picture
+_SAID: dict[str, type | tuple[type, ...]] = {
+    "model": str, "dtype": str, "prompt": str, "negative_prompt": (str, type(None)), "seed": int, "width": int,
+    "height": int, "steps": int, "kept_steps": list, "cfg_scale": (int, float), "versions": dict, "transformer": dict,
+}  # fmt: skip
 _CONFIG = ("num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim", "in_channels")
 
 
@@ -118,9 +122,11 @@ def read_golden(path: Path) -> Golden:
         raise CheckpointError(f"the file given as golden is not one; {cure}")
     try:
         said = json.loads(metadata["golden"])
+        sound = all(isinstance(said[name], kinds) for name, kinds in _SAID.items())
+        if not sound or said["dtype"] not in TOLERANCES or not all(type(n) is int for n in said["kept_steps"]):
+            raise ValueError
         names = {"picture", *(f"{name}.{kind}" for name in _stage_names(said) for kind in ("values", "norms"))}
-        are_tables = all(isinstance(said.get(name, {}), dict) for name in ("versions", "transformer"))
-        if said["dtype"] not in TOLERANCES or names - arrays.keys() or not are_tables or "versions" not in said:
+        if names - arrays.keys():
             raise ValueError
         return Golden({name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}, said)
     except (KeyError, TypeError, ValueError) as error:
@@ -129,7 +135,7 @@ def read_golden(path: Path) -> Golden:
 
 def _stage_names(said: Mapping[str, Any]) -> list[str]:
     texts = ["text"] if said["negative_prompt"] is None else ["text", "text-negative"]
-    return [*texts, "noise", *(f"latents-{int(step)}" for step in said["kept_steps"])]
+    return [*texts, "noise", *(f"latents-{step}" for step in said["kept_steps"])]
 
 
 def check_model(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> None:
@@ -139,7 +145,7 @@ def check_model(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> None:
         "class": pipeline.components.sources.index.get("_class_name"),
         **{name: getattr(config, name) for name in _CONFIG},
     }
-    theirs = {"class": said.get("class"), **said.get("transformer", {})}
+    theirs = {"class": said.get("class"), **said["transformer"]}
     for name, value in ours.items():
         if theirs.get(name) != value:
             raise CheckpointError(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 # From the best to the worst; a group's verdict is that of its worst finding.
 VERDICTS = ("ok", "odd", "slow", "lost", "wrong")
+SELF_TESTS = "QWEN_IMAGE_DOCTOR_"  # what the variables of self-tests begin with
 FALSIFY = "QWEN_IMAGE_DOCTOR_FALSIFY"  # a self-test: results of the check with this name are multiplied by 1.01
 CRASH = "QWEN_IMAGE_DOCTOR_CRASH"  # a self-test: the process of this group kills itself
 HANG = "QWEN_IMAGE_DOCTOR_HANG"  # a self-test: the process of this group never ends

@@ -102,6 +102,8 @@ def test_variables_reach_the_groups(run, tmp_path):
     (["--only", ""], "--only has ''"),
     (["--env", "NAME"], "--env is 'NAME', but must be NAME=VALUE"),
     (["--env", "A-B=1"], "--env is 'A-B=1'"),
+    (["--env", "QWEN_IMAGE_DOCTOR_FALSIFI=x"], "the self-tests are QWEN_IMAGE_DOCTOR_FALSIFY, "),
+    (["--json", "-"], "--json is '-', but must be a file"),
     (["--golden", "x.safetensors"], "belong together"),
     (["--model", "demo"], "belong together"),
     (["--compare", "missing.json"], "missing.json is not a readable report"),
@@ -110,7 +112,7 @@ def test_variables_reach_the_groups(run, tmp_path):
     (["--json", ""], "--json is '', but must be a file"),
     (["--golden", "", "--model", "demo"], "--golden is '', but must name something"),
     (["--compare", "", "--only", "env"], "--compare is '', but must name something"),
-    (["--golden", "missing.safetensors", "--model", "demo"], "the golden file cannot be read"),
+    (["--golden", "missing.safetensors", "--model", "demo", "--only", "env"], "the golden file cannot be read"),
 ])  # fmt: skip
 def test_what_is_refused(run, here, arguments, said):
     assert said in error_line(run(*arguments))

@@ -117,6 +117,27 @@ def test_another_class_is_refused(golden, tiny):
         compared(golden, "demo-edit")
 
 
+@pytest.mark.parametrize("said", [
+    {"kept_steps": ["1"]}, {"kept_steps": 3}, {"prompt": None}, {"versions": None}, {"transformer": []},
+    {"cfg_scale": "4"}, {"seed": 1.5}, {"dtype": ["float32"]}, {"negative_prompt": 7},
+], ids=str)  # fmt: skip
+def test_words_of_other_types_are_refused(golden, tiny, tmp_path, said):
+    with pytest.raises(CheckpointError, match="damaged"):
+        compared(changed(golden, tmp_path, **said), tiny)
+
+
+@pytest.mark.parametrize(("model", "said"), [("edit", "is for QwenImageEditPipeline"), ("nowhere", "cannot be opened")])
+def test_the_script_refuses_what_it_cannot_run(script, tmp_path, capsys, model, said):
+    (tmp_path / "edit").mkdir()
+    (tmp_path / "edit" / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
+    path = tmp_path / "golden.safetensors"
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(tmp_path / model), str(path)])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "other", "words", "array", "size"])
 def test_what_is_no_golden_file_is_refused(golden, tiny, tmp_path, damage):
     path = tmp_path / "golden.safetensors"

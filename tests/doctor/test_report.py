@@ -103,3 +103,10 @@ def test_a_report_is_read_back(tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(made(env="ok")))
     assert report.read_report(path)["exit"] == 0
+
+
+def test_numbers_beyond_a_float_are_passed_over():
+    old, new = made(env="ok"), made(env="ok")
+    old["groups"]["env"]["figures"] |= {"gemm_gflops": 10**400, "peak_bytes": float("nan")}
+    new["groups"]["env"]["figures"]["peak_bytes"] = 1
+    assert report.differences(old, new) == []
