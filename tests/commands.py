@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
+from functools import partial
+
+
+def heeding(number: int) -> Callable[[], object]:
+    """What a child process calls first, so that it does not ignore a signal that this one ignores, as under `nohup`."""
+    return partial(signal.signal, number, signal.SIG_DFL)
+
 
 def error_line(result: tuple[int, list[str], str]) -> str:
     """The one line of a refusal; asserts that it is one, and that nothing went to stdout.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import error_line
+from commands import error_line, heeding
 from PIL import Image
 
 from qwen_image_mlx import __version__
@@ -383,7 +383,7 @@ def test_a_run_that_is_ended_leaves_nothing(here, tiny, sent, code):
     process = subprocess.Popen(
         [sys.executable, "-m", "qwen_image_mlx", "generate", "a fox", "--model", str(tiny), "--width", "64",
          "--height", "64", "--steps", "900"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding(sent),
     )  # fmt: skip
     seen = ""
     deadline = time.monotonic() + 60

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import error_line
+from commands import error_line, heeding
 from PIL import Image
 from reference_edit import write_edit
 
@@ -173,7 +173,7 @@ def test_a_run_that_is_ended_saves_and_a_second_run_goes_on(tmp_path, tiny, data
     command = [*map(str, command), *TINY_RUN, "--steps", "100000"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)  # fmt: skip
+                               text=True, preexec_fn=heeding(sent))  # fmt: skip
     log = tmp_path / "run" / "log.jsonl"
     until = time.monotonic() + 120
     while not (log.is_file() and log.read_text().count("\n") >= 3) and time.monotonic() < until:
