@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,13 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import RequestError
+from .formats import READABLE, check_file, formats, unreadable
 from .pixels import on_white
 
 logger = logging.getLogger(__name__)
 
+# What Pillow says of chunks that are larger than it reads.
+_TOO_MUCH_TEXT = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY")
 ImageSource = Image.Image | np.ndarray | str | os.PathLike | bytes
 
 
@@ -68,21 +72,38 @@ def _decoded(source: ImageSource) -> Image.Image:
             f"a picture is of type {type(source).__name__}; give a PIL image, an array, a path or a file's bytes"
         )
     name = _name(source)
-    with readable(name):
+    with readable(name, source):
         if isinstance(source, np.ndarray):
+            _check_array(source)
             return _in_8_bits(Image.fromarray(source), f"an array {source.shape} of {source.dtype}")
         if isinstance(source, Image.Image):
             return _in_8_bits(ImageOps.exif_transpose(source), name)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if not isinstance(source, bytes):
+            check_file(source, name)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
             if getattr(image, "n_frames", 1) > 1:
                 logger.warning("%s is animated; its first frame is used", name)
             image.load()
             return _in_8_bits(ImageOps.exif_transpose(image), name)
 
 
+def _check_array(array: np.ndarray) -> None:
+    """Raises RequestError unless an array holds the levels of an image."""
+    is_grey_16 = array.dtype == np.uint16 and array.ndim == 2
+    if array.dtype not in (np.uint8, bool) and not is_grey_16:
+        cure = "x * 255, rounded, as uint8" if array.dtype.kind == "f" else "values from 0 to 255 as uint8"
+        raise RequestError(f"an array {array.shape} of {array.dtype} is not an image: give {cure}")
+
+
 @contextmanager
-def readable(name: str) -> Iterator[None]:
-    """Makes whatever Pillow raises while it reads a picture a RequestError about `name`."""
+def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[None]:
+    """Makes whatever Pillow raises while it reads an image a RequestError.
+
+    Args:
+        name: how the message calls it.
+        source: the image, of which the message tells the format.
+        taken: the formats that are read, as the message lists them.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -91,10 +112,17 @@ def readable(name: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise RequestError(f"there is no picture {name}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RequestError(f"{name} is too large to be opened safely; make it smaller") from error
+        limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise RequestError(f"{name} is too large to be opened safely ({limit}); make it smaller") from error
     except UnidentifiedImageError as error:
-        raise RequestError(f"{name} is not a picture in a format that can be read") from error
-    except (OSError, SyntaxError, TypeError, ValueError) as error:
+        raise RequestError(unreadable(source, name, taken)) from error
+    except RequestError:
+        raise
+    except (OSError, SyntaxError, TypeError, ValueError, RecursionError, struct.error) as error:
+        if isinstance(error, ValueError) and any(words in str(error) for words in _TOO_MUCH_TEXT):
+            raise RequestError(
+                f"{name} carries more text or metadata than is read: save it anew without metadata"
+            ) from error
         raise RequestError(f"{name} cannot be read as a picture: {error}") from error
 
 

@@ -14,6 +14,7 @@ from ..errors import RequestError
 from ..images.sources import readable
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+_TAKEN = "PNG, JPEG, WebP"
 DATA_URL = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$"
 MAX_PIXELS = 1 << 26  # of all pictures of a request together: 256 MiB of RGBA
 _HEAD = re.compile(r"data:image/(?:png|jpe?g|webp);base64,")
@@ -47,14 +48,14 @@ def decoded(files: Sequence[bytes]) -> list[Image.Image]:
     """
     opened, pixels = [], 0
     for number, file in enumerate(files, 1):
-        with readable(_name(number, files)):
+        with readable(_name(number, files), file, _TAKEN):
             image = Image.open(io.BytesIO(file), formats=FORMATS)
         pixels += image.width * image.height
         opened.append(image)
     if pixels > MAX_PIXELS:
         raise RequestError(f"the pictures have {pixels:,} pixels together; at most {MAX_PIXELS:,} are taken")
     for number, image in enumerate(opened, 1):
-        with readable(_name(number, files)):
+        with readable(_name(number, files), files[number - 1], _TAKEN):
             image.load()
     return opened
 

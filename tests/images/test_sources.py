@@ -69,15 +69,15 @@ def test_transparency_is_laid_on_white_and_said(caplog):
 
 
 @pytest.mark.parametrize(("source", "says"), [
-    (b"nonsense", "not a picture"),
+    (b"nonsense", "not an image"),
     (encoded(Image.fromarray(COLOURS))[:200], "cannot be read"),
     (np.zeros((4, 4, 7), np.uint8), "cannot be read"),
-    (np.zeros((4, 4, 3)), "cannot be read"),
-    (np.zeros((4, 4), np.float32), "32 bits"),
-    (np.zeros((4, 4), np.int32), "32 bits"),
+    (np.zeros((4, 4, 3)), "as uint8"),
+    (np.zeros((4, 4), np.float32), "as uint8"),
+    (np.zeros((4, 4), np.int32), "as uint8"),
     (Image.new("F", (4, 4)), "32 bits"),
     ("none.png", "there is no picture none.png"),
-    (Path(__file__).parent, "cannot be read"),
+    (Path(__file__).parent, "is a folder"),
     (encoded(Image.new("1", (10_000, 10_000))), "too large"),  # beyond Pillow's first limit
     (encoded(Image.new("1", (20_000, 20_000))), "too large"),  # beyond its second
 ])  # fmt: skip
