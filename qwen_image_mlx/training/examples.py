@@ -5,9 +5,13 @@ Knows no model: files in, `Example`s out.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +19,25 @@ from typing import Any
 
 from ..errors import RequestError, some
 from ..images.files import named_path, reason
+from ..images.formats import OTHER_SUFFIXES, SUFFIXES, formats
 from .settings import is_text
 
 logger = logging.getLogger(__name__)
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MANIFEST = "metadata.jsonl"
-# The keys of a manifest's lines, by task: what is trained to be painted, what it is painted from, and the words.
-_KEYS = {
-    "t2i": ("image", None, "caption"),
-    "edit": ("target", "source", "instruction"),
-    "layered": ("image", "layers", "caption"),
-}
-_FIELDS = {"source": "sources", "layers": "layers"}
+MANIFESTS = ("metadata.jsonl", "metadata.csv")
+CAPTIONS = (".txt", ".caption")  # endings of files that hold a caption
+# The keys of a manifest's lines, by task: what is trained to be painted, what it is painted from, and the words. The
+# first spelling is ours; the others are those of Hugging Face's imagefolder and of its datasets of edits.
+_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "t2i": (("image", "file_name"), (), ("caption", "text", "prompt")),
+    "edit": (
+        ("target", "file_name", "edited_image", "output_image"), ("source", "input_image", "original_image"),
+        ("instruction", "edit_prompt", "caption", "text", "prompt"),
+    ),
+    "layered": (("image", "file_name"), ("layers",), ("caption", "text", "prompt")),
+}  # fmt: skip
+_FIELDS = {"edit": "sources", "layered": "layers"}
+_REPEATED = re.compile(r"([0-9]{1,3})_.")  # a folder's name in kohya's layout: how often each of its images counts
 
 
 @dataclass(frozen=True)
@@ -55,56 +65,126 @@ class Example:
 def read_examples(data: str | Path, task: str) -> list[Example]:
     """The examples of a folder, or of a manifest.
 
-    A folder holds a `metadata.jsonl`, or, for text to image, pictures with captions in `.txt` files of the same names.
+    A folder holds a `metadata.jsonl` or `metadata.csv`, or, for text to image, images with captions in `.txt` or
+    `.caption` files of the same names. Its subfolders `N_NAME` (kohya's layout) are read as well, each image N times.
+    What is left out is logged: files that macOS hides are nobody's, all else is named.
 
     Args:
-        data: a folder, or a JSON-lines file; what it names is beside it.
+        data: a folder, a JSON-lines file or a CSV; what it names is beside it.
         task: "t2i" {"image", "caption"}, "edit" {"source", "target", "instruction"; a source may be a list} or
-            "layered" {"image", "layers", "caption"}.
+            "layered" {"image", "layers", "caption"}; Hugging Face's "file_name" and "text" are understood.
 
     Raises:
-        RequestError: there is nothing, or something is missing or damaged; the message names it.
+        RequestError: there is nothing, or something is missing, damaged or cannot be read; the message names it.
     """
     path = named_path(data, "data")
     if not path.exists():
         raise RequestError(f"the data {str(data)!r} do not exist: give a folder of pictures with captions")
     if not path.is_dir() and not path.is_file():
         raise RequestError(f"the data {str(data)!r} are neither a folder nor a file")
-    manifest = path if path.is_file() else path / MANIFEST
-    if manifest.is_file():
-        examples = _from_manifest(manifest, task)
+    manifests = [path] if path.is_file() else [path / name for name in MANIFESTS if (path / name).is_file()]
+    if len(manifests) > 1:
+        raise RequestError(f"{path} has {' and '.join(MANIFESTS)}: give the one that counts as the data")
+    if manifests:
+        examples = _from_manifest(manifests[0], task)
     elif task != "t2i":
-        keys = ", ".join(key for key in _KEYS[task] if key)
-        raise RequestError(f"{path} has no {MANIFEST}; training {task} needs one, with {keys} in each line")
+        keys = ", ".join(spellings[0] for spellings in _KEYS[task])
+        raise RequestError(f"{path} has no {MANIFESTS[0]}; training {task} needs one, with {keys} in each line")
     else:
         examples = _from_folder(path)
     if not examples:
-        raise RequestError(f"{path} holds nothing to train on: put pictures and their captions into it")
+        raise RequestError(f"{path} holds nothing to train on: {_elsewhere(path)}")
     if missing := [file for example in examples for file in example.files if not os.path.isfile(file)]:
         raise RequestError(f"{len(missing)} pictures are missing: {some(f'{file!s:.300}' for file in missing)}")
     if silent := [example.image for example in examples if not example.caption.strip()]:
         raise RequestError(f"{len(silent)} of {len(examples)} captions are missing or empty: {some(silent)}")
+    if manifests and path.is_dir():
+        named = {file.resolve() for example in examples for file in example.files}
+        _warn("are not in its manifest", [file for file in _images(path) if file.resolve() not in named], path)
+    kinds = Counter(file.suffix.lower() for example in examples for file in example.files)
+    logger.info("%s: %s images", path, ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
     return examples
 
 
-def _from_folder(folder: Path) -> list[Example]:
+def _elsewhere(path: Path) -> str:
+    """What to do about a folder that holds no example."""
+    folders = [path / name for name in ("train", "data", "images", "img")] if path.is_dir() else []
+    for folder in [*folders, *(_folders(path) if path.is_dir() else [])]:
+        if folder.is_dir() and (_images(folder) or any((folder / name).is_file() for name in MANIFESTS)):
+            return f"give {folder}, which does"
+    return "put pictures and their captions into it"
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, by name, but what is hidden: macOS keeps a `._NAME` beside files on other disks."""
     try:
-        pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
+        return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError as error:
         raise RequestError(f"{folder} cannot be read: {reason(error)}") from error
+
+
+def _images(folder: Path) -> list[Path]:
+    return [file for file in _listed(folder) if file.suffix.lower() in SUFFIXES and file.is_file()]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [file for file in _listed(folder) if file.is_dir()]
+
+
+def _warn(why: str, files: Sequence[Path], folder: Path) -> None:
+    """Names files that are left out."""
+    if files:
+        names = some(str(file.relative_to(folder)) for file in files)
+        logger.warning("%d files in %s %s and are left out: %s", len(files), folder, why, names)
+
+
+def _from_folder(folder: Path) -> list[Example]:
+    """The examples of a folder and of those in it that say how often they count."""
+    examples = _captioned(folder)
+    for inside in _folders(folder):
+        if counted := _REPEATED.match(inside.name):
+            found = _captioned(inside)
+            examples += found * int(counted[1])
+            logger.warning("%s: %d images, each counted %d times", inside.name, len(found), int(counted[1]))
+        else:
+            _warn("are in a folder without a number of repeats before its name (10_fox)", _images(inside), folder)
+    return examples
+
+
+def _captioned(folder: Path) -> list[Example]:
+    """The images that lie in a folder, with their captions."""
+    files = [file for file in _listed(folder) if file.is_file()]
+    unread = OTHER_SUFFIXES if "HEIF" in formats() else OTHER_SUFFIXES | {".heic", ".heif"}
+    if unreadable := [file.name for file in files if file.suffix.lower() in unread]:
+        raise RequestError(
+            f"{len(unreadable)} files in {folder} have formats that are not read: {some(unreadable)}; convert them "
+            "to JPEG (on a Mac `sips -s format jpeg PHOTO.heic --out PHOTO.jpg`; pip install pillow-heif for HEIC), or "
+            "move them away"
+        )
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
     stems = [file.stem for file in pictures]
     if twice := [file.name for file in pictures if stems.count(file.stem) > 1]:
         raise RequestError(f"pictures share a caption, because only their endings differ: {some(twice)}")
-    captions = {file: file.with_suffix(".txt") for file in pictures}
-    if missing := [file.name for file, caption in captions.items() if not caption.is_file()]:
+    captions = {file: [c for c in map(file.with_suffix, CAPTIONS) if c.is_file()] for file in pictures}
+    if missing := [file.name for file, found in captions.items() if not found]:
         raise RequestError(
             f"{len(missing)} of {len(pictures)} pictures in {folder} have no caption in a .txt file of the same name: "
             f"{some(missing)}"
         )
-    return [Example(_read(caption).strip(), file) for file, caption in captions.items()]
+    if several := [file.name for file, found in captions.items() if len({_read(c).strip() for c in found}) > 1]:
+        raise RequestError(f"pictures have two captions, in .txt and .caption, that differ: {some(several)}")
+    alone = [file for file in files if file.suffix.lower() in CAPTIONS and file.stem not in stems]
+    _warn("have no image of the same name", alone, folder)
+    return [Example(_read(found[0]).strip(), file) for file, found in captions.items()]
 
 
 def _from_manifest(manifest: Path, task: str) -> list[Example]:
+    if manifest.suffix.lower() == ".csv":
+        rows = csv.DictReader(io.StringIO(_read(manifest)), strict=True)
+        try:
+            return [_example(row, f"line {rows.line_num} of {manifest}", manifest.parent, task) for row in rows]
+        except csv.Error as error:
+            raise RequestError(f"line {rows.line_num} of {manifest} is not CSV ({error}): correct it") from error
     examples = []
     for number, line in enumerate(_read(manifest).split("\n"), start=1):
         if not line.strip():
@@ -123,18 +203,26 @@ def _from_manifest(manifest: Path, task: str) -> list[Example]:
 def _example(row: dict[str, Any], where: str, folder: Path, task: str) -> Example:
     image, others, words = _KEYS[task]
 
-    def files(key: str, several: bool) -> tuple[Path, ...]:
-        value = row.get(key)
-        names = value if several and isinstance(value, list) else [value]
+    def value(spellings: tuple[str, ...]) -> Any:
+        return next((row[key] for key in spellings if row.get(key) is not None), None)
+
+    def files(spellings: tuple[str, ...], several: bool) -> tuple[Path, ...]:
+        found = value(spellings)
+        names = found if several and isinstance(found, list) else [found]
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise RequestError(f"{where} has no {key}, or not the name of a picture: correct it")
+            raise RequestError(f"{where} has no {_spelled(spellings)}, or not the name of a picture: correct it")
         return tuple(folder / name for name in names)
 
-    caption = row.get(words, "")
+    caption = "" if (found := value(words)) is None else found
     if not isinstance(caption, str) or not is_text(caption):
-        raise RequestError(f"{where} has no {words}, or no text in it: correct it")
-    found = {_FIELDS[others]: files(others, several=True)} if others else {}
-    return Example(caption.strip(), files(image, several=False)[0], **found)
+        raise RequestError(f"{where} has no {_spelled(words)}, or no text in it: correct it")
+    beside = {_FIELDS[task]: files(others, several=True)} if others else {}
+    return Example(caption.strip(), files(image, several=False)[0], **beside)
+
+
+def _spelled(spellings: tuple[str, ...]) -> str:
+    first, *more = spellings
+    return f"{first} ({', '.join(more)})" if more else first
 
 
 def _read(path: Path) -> str:

@@ -29,6 +29,8 @@ def test_a_folder_of_pictures_with_captions(tmp_path):
     for name, caption in {"b.PNG": "ein Fuchs 🦊\n", "a.jpg": "a fox"}.items():
         picture(tmp_path / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
     (tmp_path / "notes.md").write_text("no picture")
+    for hidden in ("._a.jpg", "._a.txt", ".DS_Store"):  # which macOS writes
+        (tmp_path / hidden).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     assert read_examples(tmp_path, "t2i") == [
         Example("a fox", tmp_path / "a.jpg"), Example("ein Fuchs 🦊", tmp_path / "b.PNG"),
     ]  # fmt: skip
@@ -79,7 +81,8 @@ def broken(tmp_path):
         ("no json", "{", "line 1 .* is not JSON"), ("list", "[]", "line 1 .* is not a JSON object"),
         ("no image", {"caption": "x"}, "line 1 .* has no image"),
         ("no text", {"image": "a.png", "caption": 5}, "line 1 .* has no caption"),
-        ("half a character", r'{"image": "a.png", "caption": "\ud800"}', "line 1 .* has no caption, or no text in it"),
+        ("half a character", r'{"image": "a.png", "caption": "\ud800"}',
+         r"line 1 .* has no caption \(text, prompt\), or no text in it"),
         ("gone", {"image": "b.png", "caption": "x"}, r"1 pictures are missing: .*b\.png"),
         ("too long", {"image": "a" * 5000, "caption": "x"}, r"1 pictures are missing: .{300}$"),
         ("no caption", {"image": "a.png"}, "1 of 1 captions are missing or empty"),
@@ -114,6 +117,107 @@ def test_long_lists_are_cut_short(tmp_path):
     for n in range(9):
         picture(tmp_path / f"{n}.png")
     with pytest.raises(RequestError, match=r"9 of 9 .*: 0\.png, 1\.png, 2\.png, 3\.png, 4\.png and 4 more$"):
+        read_examples(tmp_path, "t2i")
+
+
+def captioned(path, caption="a fox", ending=".txt"):
+    picture(path).with_suffix(ending).write_text(caption)
+    return path
+
+
+def test_every_format_that_is_read_is_trained_on_and_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("a.avif", "b.gif", "c.webp", "d.jp2", "e.tif"):
+        captioned(tmp_path / name)
+    assert [example.image.name for example in read_examples(tmp_path, "t2i")] == [
+        "a.avif", "b.gif", "c.webp", "d.jp2", "e.tif",
+    ]  # fmt: skip
+    assert "1 .avif, 1 .gif, 1 .jp2, 1 .tif, 1 .webp images" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["b.heic", "b.HEIF", "b.jxl", "b.dng", "b.svg", "b.psd"])
+def test_formats_that_are_not_read_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("qwen_image_mlx.training.examples.formats", lambda: ["PNG"])
+    captioned(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(b"\0")
+    with pytest.raises(RequestError, match=rf"1 files in .* not read: {name}; convert them to JPEG .*sips"):
+        read_examples(tmp_path, "t2i")
+
+
+def test_captions_of_other_trainers(tmp_path):
+    captioned(tmp_path / "a.png", "a fox", ".caption")
+    captioned(tmp_path / "b.png", "a cat")
+    (tmp_path / "b.caption").write_text("a cat\n")
+    assert [example.caption for example in read_examples(tmp_path, "t2i")] == ["a fox", "a cat"]
+    (tmp_path / "b.caption").write_text("a dog")
+    with pytest.raises(RequestError, match=r"two captions, in \.txt and \.caption, that differ: b\.png"):
+        read_examples(tmp_path, "t2i")
+
+
+def test_what_is_left_out_is_named(tmp_path, caplog):
+    captioned(tmp_path / "a.png")
+    (tmp_path / "alone.txt").write_text("x")
+    picture(tmp_path / "samples" / "s.png")
+    assert len(read_examples(tmp_path, "t2i")) == 1
+    assert "1 files in" in caplog.text
+    assert "have no image of the same name and are left out: alone.txt" in caplog.text
+    assert "and are left out: samples/s.png" in caplog.text
+
+
+def test_folders_that_say_how_often_they_count(tmp_path, caplog):
+    captioned(tmp_path / "3_red fox" / "a.png")
+    captioned(tmp_path / "1_cat" / "b.png", "a cat")
+    found = read_examples(tmp_path, "t2i")
+    assert [example.caption for example in found] == ["a cat", "a fox", "a fox", "a fox"]
+    assert "3_red fox: 1 images, each counted 3 times" in caplog.text
+    picture(tmp_path / "1_cat" / "silent.png")
+    with pytest.raises(RequestError, match=r"have no caption .*silent\.png"):
+        read_examples(tmp_path, "t2i")
+
+
+@pytest.mark.parametrize(("task", "row"), [
+    ("t2i", {"file_name": "a.png", "text": "a fox"}),
+    ("t2i", {"file_name": "a.png", "caption": "a fox", "text": None}),
+    ("t2i", {"image": "a.png", "prompt": "a fox"}),
+    ("edit", {"edited_image": "a.png", "original_image": "b.png", "edit_prompt": "a fox"}),
+    ("edit", {"file_name": "a.png", "input_image": "b.png", "text": "a fox"}),
+    ("layered", {"file_name": "a.png", "layers": ["b.png"], "text": "a fox"}),
+])  # fmt: skip
+def test_manifests_of_others(tmp_path, task, row):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    manifest(tmp_path, row)
+    (example,) = read_examples(tmp_path, task)
+    assert (example.caption, example.image) == ("a fox", tmp_path / "a.png")
+    if task != "t2i":
+        assert example.files == (tmp_path / "a.png", tmp_path / "b.png")
+
+
+def test_a_manifest_as_csv(tmp_path, caplog):
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / name)
+    path = tmp_path / "metadata.csv"
+    path.write_text('file_name,text\na.png,"a fox, red"\nb.png,a cat\n')
+    found = read_examples(tmp_path, "t2i")
+    assert [example.caption for example in found] == ["a fox, red", "a cat"]
+    assert read_examples(path, "t2i") == found
+    assert "1 files in" in caplog.text
+    assert "are not in its manifest and are left out: c.png" in caplog.text
+    path.write_text('file_name,text\na.png,"a fox')
+    with pytest.raises(RequestError, match=r"metadata\.csv is not CSV"):
+        read_examples(tmp_path, "t2i")
+    path.write_text("name,words\na.png,x\n")
+    with pytest.raises(RequestError, match=r"line 2 .* has no image \(file_name\)"):
+        read_examples(tmp_path, "t2i")
+    manifest(tmp_path, {"image": "a.png", "caption": "x"})
+    with pytest.raises(RequestError, match="give the one that counts"):
+        read_examples(tmp_path, "t2i")
+
+
+@pytest.mark.parametrize("inside", ["train", "photos"])
+def test_examples_one_folder_down_are_found(tmp_path, inside):
+    captioned(tmp_path / inside / "a.png")
+    with pytest.raises(RequestError, match=f"holds nothing to train on: give .*{inside}, which does"):
         read_examples(tmp_path, "t2i")
 
 
