@@ -77,7 +77,7 @@ def default_place() -> Path:
 def find_config(explicit: str | os.PathLike | None = None) -> Path | None:
     """The file in force: the named one, QWEN_IMAGE_CONFIG's, the working directory's, the platform's; None without any.
 
-    A config.toml in the working directory counts only if it is ours: if a profile in it has a `qwen_image` table.
+    A config.toml in the working directory counts only if it is ours: if a profile in it has a table `qwen_image`.
 
     Raises:
         RequestError: the one that is named is not there or cannot be read.
@@ -153,7 +153,7 @@ def _is_ours(path: Path) -> bool:
         said, _ = parse_toml(data, "")
     except RequestError:  # damaged; the owner is to be told
         return True
-    return any(isinstance(profile, dict) and TABLE in profile for profile in said.values())
+    return any(isinstance(profile, dict) and isinstance(profile.get(TABLE), dict) for profile in said.values())
 
 
 def _profiles(path: Path) -> dict[str, dict[str, tuple[Any, str]]]:

@@ -162,7 +162,7 @@ def _check(
     if not settings.full:
         check_lora(matrices(pipeline.components.transformer_config), settings.targets, settings.rank)
     try:
-        there = folder.is_dir() and any(folder.iterdir())
+        there = folder.is_dir() and any(file.name != ".DS_Store" for file in folder.iterdir())
     except OSError as error:
         raise RequestError(f"{folder} cannot be read: {reason(error)}") from error
     if resume and not there:

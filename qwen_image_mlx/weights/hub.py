@@ -46,9 +46,10 @@ class Folder:
         return self._path(name).is_file()
 
     def names(self, folder: str) -> list[str]:
-        """The files of a folder."""
+        """The files of a folder, but those that macOS hides beside others on foreign disks (`._NAME`)."""
         try:
-            found = [entry.name for entry in os.scandir(self._path(folder)) if entry.is_file()]
+            entries = os.scandir(self._path(folder))
+            found = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith("._")]
         except OSError:
             return []
         return sorted(posixpath.join(folder, name) for name in found)

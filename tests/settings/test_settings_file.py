@@ -509,3 +509,12 @@ def test_lines_are_those_of_every_key(here):
         ("a",): 1, ("a", "b"): 1, ("c",): 2, ("c", "d"): 4, ("c", "e"): 7, ("c", "e", "f"): 8, ("c", "e", "f", "g"): 8,
         ("h",): 9, ("h", "i"): 10,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [
+    '[models]\nqwen_image = "Qwen/Qwen-Image"\n', "[default]\nqwen_image = true\n", "qwen_image = 3\n",
+    "[[models]]\nqwen_image = 1\n", "[server]\nport = 8501\n",
+])  # fmt: skip
+def test_a_config_of_another_program_in_the_working_directory_is_left_alone(here, text):
+    written(text)
+    assert find_config() is None

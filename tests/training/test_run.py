@@ -275,6 +275,9 @@ def test_folders_are_not_mixed_up(models, examples, tmp_path):
     (tmp_path / "full" / "something").write_text("")
     with pytest.raises(RequestError, match="is not empty"):
         train(open_model(models), examples["t2i"], settings(), tmp_path / "full")
+    (tmp_path / "finder").mkdir()
+    (tmp_path / "finder" / ".DS_Store").write_text("")  # as macOS leaves it in a folder that was looked at
+    train(open_model(models), examples["t2i"], settings(steps=1), tmp_path / "finder")
     with pytest.raises(RequestError, match="holds no run to go on with"):
         train(open_model(models), examples["t2i"], settings(), tmp_path / "none", resume=True)
     with pytest.raises(RequestError, match="nothing to train on"):

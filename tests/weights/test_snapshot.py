@@ -148,6 +148,15 @@ def test_a_directory_is_read_in_place(checkpoint: Path) -> None:
     assert list(weights.tensors) == ["conv.w"]
 
 
+def test_what_macos_hides_beside_weights_is_passed_over(checkpoint: Path) -> None:
+    (checkpoint / "vae" / f"{STEM}.safetensors").rename(checkpoint / "vae" / "qwen_vae.safetensors")
+    for name in ("._qwen_vae.safetensors", "._config.json"):
+        (checkpoint / "vae" / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    snapshot = HubSnapshot(checkpoint)
+    assert snapshot.names("vae") == ["vae/config.json", "vae/qwen_vae.safetensors"]
+    assert snapshot.weight_files("vae", STEM).files == (checkpoint / "vae" / "qwen_vae.safetensors",)
+
+
 def test_weights_beside_the_config_of_a_component_alone(checkpoint: Path) -> None:
     assert HubSnapshot(checkpoint / "vae").weight_files("", STEM).files == (checkpoint / f"vae/{STEM}.safetensors",)
 
