@@ -23,6 +23,7 @@ _PUBLIC = {
     "InitialImage": "pipeline.conditioning",
     "LayeredResult": "pipeline.decomposition",
     "compose": "images.recompose",
+    "ignore_profiles": "images.colour",
     "pack_multi_layer_latents": "sampling.latents",
     "unpack_multi_layer_latents": "sampling.latents",
     "Progress": "pipeline.progress",
@@ -41,6 +42,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from .errors import Cancelled, CheckpointError, GPUError, HubError, OutputError, QwenImageError, RequestError
+    from .images.colour import ignore_profiles
     from .images.recompose import compose
     from .pipeline.conditioning import GuidanceEncoding, InitialImage
     from .pipeline.decomposition import LayeredResult

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .config import add_config_flags, configured
-from .painting import add_model_flags
+from .painting import add_colour_flag, add_model_flags
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("image", metavar="IMAGE", help="the picture to describe")
     add_model_flags(parser, DEFAULT_LAYERED_MODEL)
     add_config_flags(parser)
+    add_colour_flag(parser)
     parser.add_argument("--language", choices=CAPTION_TEMPLATES, default="en", help="default: en")
     parser.add_argument("--resolution", type=int, choices=LAYERED_RESOLUTIONS, default=LAYERED_RESOLUTIONS[0],
                         help="show it at about this side squared, in pixels (default: %(default)s)")  # fmt: skip
@@ -37,10 +38,13 @@ def run(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     wanted = {**configured(arguments, "caption"), **given}
-    picture = open_rgba(arguments.image)
+
+    from .console import ProgressBars, messages
+
+    with messages():
+        picture = open_rgba(arguments.image)
 
     from ..runtime.asking import open_pipeline
-    from .console import ProgressBars, messages
 
     with messages(), ProgressBars() as bars:
         pipeline = open_pipeline(wanted, DEFAULT_LAYERED_MODEL, bars)

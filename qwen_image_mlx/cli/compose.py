@@ -8,10 +8,17 @@ from typing import Any
 
 from ..errors import RequestError
 from ..variants import DEFAULT_EDIT_MODEL
-from .painting import add_cache_flag, add_model_flags, add_painter_flags, add_sampling_flags, run_painting
+from .painting import (
+    add_cache_flag,
+    add_colour_flag,
+    add_model_flags,
+    add_painter_flags,
+    add_sampling_flags,
+    run_painting,
+)
 
 DEFAULT_NAME = "composition.png"
-_OWN = ("layers", "hide", "move", "scale", "output", "harmonize", "run")
+_OWN = ("layers", "hide", "move", "scale", "output", "harmonize", "ignore_profile", "run")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -35,6 +42,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add_painter_flags(blending)
     add_sampling_flags(blending, steps=40)
     add_cache_flag(blending)
+    add_colour_flag(parser)
     return parser
 
 

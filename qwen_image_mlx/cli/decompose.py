@@ -15,7 +15,7 @@ from ..errors import OutputError, RequestError
 from ..pipeline.parameters import MAX_LAYERS, RNGS
 from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .config import configured, wants_timings
-from .painting import add_cache_flag, add_model_flags, add_painter_flags
+from .painting import add_cache_flag, add_colour_flag, add_model_flags, add_painter_flags
 
 if TYPE_CHECKING:
     from ..pipeline.decomposition import LayeredResult
@@ -58,6 +58,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--format", default="png", metavar="F,F", help="png, psd, ora, zip, pptx (default: png)")
     add("--output", "-o", metavar="DIR", help="folder for the layers (default: named after the picture)")
     add_cache_flag(parser)
+    add_colour_flag(parser)
     return parser
 
 
@@ -83,13 +84,15 @@ def run(arguments: argparse.Namespace) -> None:
     from ..images.recompose import open_layer
     from ..images.sources import open_rgba
     from ..pipeline.decomposition import layers_request
+    from .console import messages
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     wanted = {**configured(arguments, "decompose"), **given}
     if (arguments.image is None) == (arguments.layer is None):
         raise RequestError("give one picture: PHOTO, or --layer DIR:N")
     name = Path(arguments.layer.replace(":", "-") if arguments.image is None else arguments.image).stem
-    picture = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
+    with messages():
+        picture = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
     formats = check_formats(arguments.format.split(","))
     sampling = {"num_inference_steps": wanted.get("steps"), "cfg_scale": wanted.get("cfg_scale")}
     ask = partial(
@@ -109,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..runtime.preview import Preview
     from ..runtime.profile import Profile
     from ..runtime.session import decompose
-    from .console import ProgressBars, messages
+    from .console import ProgressBars
     from .preview import preview_file
 
     with messages(), ProgressBars() as bars, ExitStack() as stack:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import NoReturn
 
@@ -76,10 +77,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int | None:
     """Runs the command and returns its exit code, if it has its own; faults of the GPU become GPUErrors."""
     try:
-        return arguments.run(arguments)
+        with _colours(arguments):
+            return arguments.run(arguments)
     except RuntimeError as error:
         from ..gpu import gpu_error  # here, because it loads MLX
 
         if (fault := gpu_error(error)) is None:
             raise
         raise fault from error
+
+
+def _colours(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+    """How the command reads colours; commands without the flag read no images."""
+    if "ignore_profile" not in arguments:
+        return nullcontext()
+    from ..images.colour import ignore_profiles
+
+    return ignore_profiles(bool(arguments.ignore_profile))

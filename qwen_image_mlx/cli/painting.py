@@ -28,6 +28,7 @@ _PROVENANCE: dict[str, type | tuple[type, ...]] = {
     "no_composite": bool,
     "reference_pixels": int,
     "keep_alpha": bool,
+    "ignore_profile": bool,
     "zero_cond_t": str,
     "lora_mode": str,
 }
@@ -75,6 +76,7 @@ def add_flags(parser: argparse.ArgumentParser, default_model: str, steps: int) -
     add("--mask-padding", type=int, metavar="N", help="paint only the mask's surroundings, N pixels around it")
     add("--no-composite", action="store_true", default=None, help="with a mask, give the model's own picture")
     add_cache_flag(parser)
+    add_colour_flag(parser)
     add("--from-image", metavar="IMAGE", help="paint a picture again from its own metadata; flags win")
 
 
@@ -125,6 +127,12 @@ def add_sampling_flags(parser: argparse._ActionsContainer, steps: int) -> None:
     add("--rng", choices=RNGS, help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's (default: torch)")
 
 
+def add_colour_flag(parser: argparse._ActionsContainer) -> None:
+    """Adds --ignore-profile, which `main` obeys for the whole command."""
+    parser.add_argument("--ignore-profile", action="store_true", default=None, help="ignore the colour profiles of "
+                        "images and take their numbers as sRGB, as diffusers does")  # fmt: skip
+
+
 def add_cache_flag(parser: argparse._ActionsContainer) -> None:
     """Adds --cache."""
     parser.add_argument("--cache", action="store_true", default=None, help="keep encoded prompts and pictures for next "
@@ -133,6 +141,7 @@ def add_cache_flag(parser: argparse._ActionsContainer) -> None:
 
 def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
     """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
+    from ..images.colour import ignore_profiles
     from ..images.files import check_text, check_writable, output_path, read_metadata, save_png
     from ..images.recompose import adopt_layer, edited_layer_path
     from ..images.sources import open_image, open_mask, open_rgba
@@ -183,6 +192,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
 
     with messages(), ProgressBars() as bars, ExitStack() as stack:
         profile = Profile(bars) if wants_timings(arguments) else None
+        stack.enter_context(ignore_profiles(bool(wanted.get("ignore_profile"))))  # flag, or what a picture recorded
         pictures = [open_image(source) for source in sources]
         mask = open_mask(wanted["mask"]) if "mask" in wanted else None
         pipeline = open_pipeline(wanted, default_model, profile or bars)
@@ -251,11 +261,13 @@ def _sources(given: Mapping[str, Any], wanted: dict[str, Any]) -> list[Any]:
         return wanted.get("images", [])
     if "images" in given:
         raise RequestError("give --image or --layer, not both")
+    from ..images.colour import ignore_profiles
     from ..images.recompose import layer_file, open_layer
 
     wanted.pop("images", None)
     wanted["keep_alpha"] = True
-    image, file = open_layer(wanted["layer"]).image, layer_file(wanted["layer"])
+    with ignore_profiles(bool(wanted.get("ignore_profile"))):
+        image, file = open_layer(wanted["layer"]).image, layer_file(wanted["layer"])
     if file is not None:  # recorded as itself: the layer of that number may be another one tomorrow
         del wanted["layer"]
         wanted["images"] = [str(file)]

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import GPUError, RequestError
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
 from .ending import GaveUp
+from .painting import add_colour_flag
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--queue", type=int, default=16, metavar="N", help="most jobs that wait (default: %(default)s)")
     add("--max-pixels", type=int, default=1 << 22, metavar="N", help="of a picture (default: %(default)s)")
     add("--max-steps", type=int, default=100, metavar="N", help="denoising steps (default: %(default)s)")
+    add_colour_flag(parser)
     return parser
 
 

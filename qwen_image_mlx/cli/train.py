@@ -17,7 +17,7 @@ from ..training.settings import SCHEDULES, TARGETS, TASKS, TIMESTEPS, WEIGHTINGS
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
 from .config import add_config_flags, configured
 from .ending import ENDS, handled
-from .painting import add_model_flags
+from .painting import add_colour_flag, add_model_flags
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
@@ -54,6 +54,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--task", choices=_DEFAULT_MODELS, help="what kind of model is trained (default: what --model is made for)")
     add_model_flags(parser, DEFAULT_MODEL)
     add_config_flags(parser)
+    add_colour_flag(parser)
     add("--steps", type=int, required=True, metavar="N", help="optimizer steps")
     add("--rank", type=int, metavar="R", help=f"of the LoRA (default: {default['rank']})")
     add("--alpha", type=float, metavar="A", help="the LoRA counts A / R (default: R)")

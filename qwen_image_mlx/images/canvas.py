@@ -70,8 +70,6 @@ class Canvas:
             painted = Image.composite(painted, base, feathered(_resized(self.mask, self.result_size)))
         if straight is not None:
             painted.putalpha(straight.getchannel("A"))
-        if "icc_profile" in self.source.info:  # the model changes colours' numbers, not what they mean
-            painted.info["icc_profile"] = self.source.info["icc_profile"]
         return painted
 
 

@@ -96,7 +96,7 @@ def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> by
     info, file = PngImagePlugin.PngInfo(), io.BytesIO()
     if metadata is not None:
         info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-    image.save(file, "PNG", pnginfo=info, icc_profile=image.info.get("icc_profile"))
+    image.save(file, "PNG", pnginfo=info)
     return file.getvalue()
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import OutputError, RequestError
+from .colour import in_srgb
 from .files import METADATA_KEY, replace_file
 from .geometry import Size
 from .layers import MAX_LAYERS, MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
@@ -66,7 +67,7 @@ class _Files:
         return self._fetch(name, limit)
 
     def picture(self, name: str) -> Image.Image:
-        """A PNG file as RGBA; raises RequestError if it is none, is damaged, or too large with those read before."""
+        """A PNG file as RGBA in sRGB; raises RequestError if it is not one, or too large with those read before."""
         data = self.read(name)
         try:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -75,9 +76,11 @@ class _Files:
                     raise RequestError(f"{self.label} holds more than {MAX_PIXELS} pixels; make its layers smaller")
                 if getattr(image, "n_frames", 1) > 1:
                     logger.warning("%s in %s is animated; its first frame is used", name, self.label)
-                if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits to 8
-                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGBA")
-                return image.convert("RGBA")
+                if not image.mode.startswith("I"):
+                    return in_srgb(image, f"{name} in {self.label}").convert("RGBA")
+                grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips
+                grey.info = image.info.copy()
+                return in_srgb(grey, f"{name} in {self.label}").convert("RGBA")
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise RequestError(f"{name} in {self.label} is too large to be opened safely; make it smaller") from error
         except UnidentifiedImageError as error:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import RequestError
+from .colour import in_srgb
 from .geometry import Size
 
 MAX_SIDE = 30_000  # Photoshop's own limit for a PSD, canvas and layers alike
@@ -35,7 +36,8 @@ class Layer:
     """One layer.
 
     Attributes:
-        image: RGBA, straight alpha; colours under alpha 0 are kept as they are.
+        image: RGBA, straight alpha; colours under alpha 0 are kept as they are. A colour profile that it carries is
+            applied: a stack is all sRGB.
         name: printable, at most 255 characters.
         offset: (x, y) of its upper left corner on the canvas in pixels; may lie outside.
         visible: False leaves it out when the stack is laid together.
@@ -56,6 +58,7 @@ class Layer:
             kind = getattr(self.image, "mode", type(self.image).__name__)
             raise RequestError(f"a layer's image is {kind}, but must be a Pillow image in RGBA; convert it first")
         check_size(self.image.size, "a layer")
+        object.__setattr__(self, "image", in_srgb(self.image, "a layer's image"))
         if not isinstance(self.name, str) or self.name != clean_name(self.name):
             raise RequestError(
                 f"a layer's name is {self.name!r:.80}, but must be text of at most {MAX_NAME} printable characters"

@@ -1,4 +1,4 @@
-"""Pictures from anywhere, for the models: PIL images, arrays, paths, bytes; upright and in 8 bits."""
+"""Pictures from anywhere, for the models: PIL images, arrays, paths, bytes; upright, in 8 bits and in sRGB."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import RequestError
+from .colour import ignore_profiles, in_srgb
 from .formats import READABLE, check_file, formats, unreadable
 from .pixels import on_white
 
@@ -36,6 +37,8 @@ def listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
 
 def open_image(source: ImageSource) -> Image.Image:
     """A picture as an upright RGB image: EXIF orientation applied, transparency laid on white, first frame only.
+
+    Colours are converted to sRGB by what the picture says of them, unless `colour.ignore_profiles` is in force.
 
     Args:
         source: a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), a path, or a file's bytes.
@@ -61,12 +64,13 @@ def check_visible(picture: Image.Image) -> None:
 
 
 def open_mask(source: ImageSource) -> Image.Image:
-    """A mask as an upright picture; raises RequestError as `open_image` does."""
-    return _decoded(source)
+    """A mask as an upright picture, its values as they are; raises RequestError as `open_image` does."""
+    with ignore_profiles():
+        return _decoded(source)
 
 
 def _decoded(source: ImageSource) -> Image.Image:
-    """Upright, whole, in 8 bits."""
+    """Upright, whole, in 8 bits and sRGB."""
     if not isinstance(source, ImageSource):
         raise RequestError(
             f"a picture is of type {type(source).__name__}; give a PIL image, an array, a path or a file's bytes"
@@ -128,21 +132,24 @@ def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[
 
 def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        info = image.info
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image.info = info.copy()
     if image.mode in ("I", "F"):
         raise RequestError(f"{name} has values of 32 bits; give uint8 of (height, width, 3 or 4), or a usual picture")
     if not image.width * image.height:
         raise RequestError(f"{name} has no pixels")
-    if image.info.get("icc_profile", b"")[16:20] != b"RGB ":
-        image.info.pop("icc_profile", None)  # of colours that it no longer has
-    if image.mode in ("LAB", "HSV", "YCbCr", "CMYK"):
-        return image.convert("RGB") if image.mode != "LAB" else _from_lab(image)
-    return image
+    if image.mode == "LAB":  # a space that needs no profile
+        return _from_lab(image)
+    image = in_srgb(image.convert("RGB") if image.mode in ("HSV", "YCbCr") else image, name)
+    return image.convert("RGB") if image.mode == "CMYK" else image
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    result = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    result.info = {}
+    return result
 
 
 def _name(source: ImageSource) -> str:

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -255,7 +256,8 @@ class Jobs:
         self._wake = threading.Condition()
         self._closing = False
         self._durations: deque[float] = deque([1.0], maxlen=8)
-        self._thread = threading.Thread(target=self._work, name="painter", daemon=True)
+        # In the context of its maker: how the server reads colours is said there.
+        self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="painter", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # The event loop's side ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError, some
 from ..gpu import all_finite
+from ..images.colour import profiles_are_ignored
 from ..images.files import reason
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
@@ -166,7 +167,7 @@ def encode_examples(
     """
     report = progress or (lambda _: None)
     made_by = (_FORMAT, task, resolution, with_dropped, pipeline.fingerprint, str(pipeline.dtype),
-               str(pipeline.components.quantization))  # fmt: skip
+               str(pipeline.components.quantization), profiles_are_ignored())  # fmt: skip
     paths = [folder / f"{_digest(example, made_by)}.safetensors" for example in examples]
     entries = [_read_entry(path) for path in paths]
     new = [n for n, entry in enumerate(entries) if entry is None]

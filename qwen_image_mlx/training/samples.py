@@ -11,6 +11,7 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from ..errors import CheckpointError
+from ..images.colour import profiles_are_ignored
 from ..images.files import save_png
 from ..images.geometry import size_of_area
 from ..images.pixels import to_images
@@ -98,7 +99,14 @@ class Samples:
         negative = recommended_negative_prompt(variant, pipeline.model) if recommended.cfg_scale > 1 else None
         self._seed, self._encodings = seed, []
         for prompt in prompts or (example.caption,):
-            key = (prompt, negative, [str(image) for image in images], resolution, pipeline.fingerprint)
+            key = (
+                prompt,
+                negative,
+                [str(image) for image in images],
+                resolution,
+                pipeline.fingerprint,
+                profiles_are_ignored(),
+            )
             path = folder / f"sample-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
             try:
                 encoding = GuidanceEncoding.load(path)

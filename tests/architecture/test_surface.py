@@ -16,7 +16,8 @@ HEAVY = ("mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "torch", "trans
 PUBLIC = {
     "__version__", "QwenImagePipeline", "GenerationParameters", "GuidanceEncoding", "InitialImage", "Progress",
     "LayeredResult", "Quantization", "compose", "pack_multi_layer_latents", "unpack_multi_layer_latents", "HubSnapshot",
-    "QwenImageError", "RequestError", "CheckpointError", "GPUError", "HubError", "OutputError", "Cancelled",
+    "ignore_profiles", "QwenImageError", "RequestError", "CheckpointError", "GPUError", "HubError", "OutputError",
+    "Cancelled",
 }  # fmt: skip
 MODEL = {
     "--help", "--model", "--revision", "--dtype", "--quantize", "--group-size", "--text-encoder", "-h", "-m",
@@ -28,21 +29,23 @@ PAINTER = MODEL | {
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
-    "--no-composite", "--cache", "--from-image", "-W", "-H", "-o",
+    "--no-composite", "--cache", "--from-image", "--ignore-profile", "-W", "-H", "-o",
 }  # fmt: skip
 FLAGS = {
     "generate": PAINTING | {"--aspect", "--prompts-file", "--seeds"},
     "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
     "decompose": PAINTER | SAMPLING | {
         "--layer", "--prompt", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
-        "--format", "--output", "--cache", "-o",
+        "--format", "--output", "--cache", "--ignore-profile", "-o",
     },
     "compose": PAINTER | SAMPLING | {
-        "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "-o",
+        "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "--ignore-profile", "-o",
     },
-    "caption": MODEL | {"--config", "--profile", "--language", "--resolution", "--seed", "-s"},
+    "caption": MODEL | {
+        "--config", "--profile", "--language", "--resolution", "--seed", "--ignore-profile", "-s",
+    },
     "train": MODEL | {
-        "--config", "--profile",
+        "--config", "--profile", "--ignore-profile",
         "--data", "--output", "--task", "--steps", "--rank", "--alpha", "--targets", "--full", "--learning-rate",
         "--warmup", "--schedule", "--batch-size", "--accumulate", "--weight-decay", "--timesteps", "--logit-mean",
         "--logit-std", "--shift", "--weighting", "--resolution", "--caption-dropout", "--checkpointing", "--ema",
@@ -64,7 +67,7 @@ FLAGS = {
     "serve": {
         "-h", "--help", "--host", "--port", "--config", "--profile", "--model", "-m", "--edit-model", "--layered-model",
         "--quantize", "--memory", "--token-file", "--allow-origin", "--idle-unload", "--job-limit", "--queue",
-        "--max-pixels", "--max-steps",
+        "--max-pixels", "--max-steps", "--ignore-profile",
     },
 }  # fmt: skip
 
