@@ -156,7 +156,8 @@ def _transform(profile: bytes) -> tuple[str, str, ImageCms.ImageCmsTransform | N
         mode = _MODES.get(source.profile.xcolor_space.strip())
         if mode is None:
             raise _Unusable(f"it is for {_printable(source.profile.xcolor_space)}")
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE  # its table is coarse in dark greys
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", flags=flags)
         description = _printable(source.profile.profile_description or "") or "without a name"
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError) as error:
         raise _Unusable("it is damaged") from error
