@@ -42,6 +42,8 @@ ORA_TYPE = b"image/openraster"
 
 _LAYER_KEYS = ("name", "offset", "visible", "opacity")
 _MANIFEST_KEYS = {"manifest_version": int, "size": list, "order": str, "layers": list}
+_ORA_LIMITS = re.compile("alpha|clip|fill|inherit|mask|effect", re.IGNORECASE)  # programs' own: the standard has none
+_ORA_OFF = ("", "0", "false", "no", "none", "off")
 _THUMBNAIL_SIDE = 256
 _MAX_INDEX = 4 << 20
 _MAX_FILE = 1 << 30
@@ -223,7 +225,7 @@ def read_ora(path: Path) -> LayerStack:
     """The layers of an OpenRaster file, nested stacks flattened.
 
     What a flat stack cannot hold is logged: filters and texts are skipped, blending is read as normal, a nested stack's
-    opacity goes to each of its layers.
+    opacity goes to each of its layers, masks and clipping of other programs are left out.
 
     Raises:
         RequestError: it is damaged, too large, or unsafe.
@@ -365,6 +367,12 @@ def _ora_layers(
             continue
         if (blending := element.get("composite-op", "svg:src-over")) != "svg:src-over":
             logger.warning("%s: %s is blended with %s; it is read as normal", files.label, name, blending)
+        if unread := [
+            key for key, value in element.items() if _ORA_LIMITS.search(key) and value.lower() not in _ORA_OFF
+        ]:
+            logger.warning("%s: %s has %s, which is left out", files.label, name, ", ".join(sorted(unread)))
+        if element.tag == "layer" and len(element):
+            logger.warning("%s: %s has <%s>, which is left out", files.label, name, element[0].tag)
         own = _attribute(element, "opacity", 1.0, float, files)
         place = tuple(_attribute(element, key, 0, int, files) + base for key, base in (("x", x), ("y", y)))
         visible = shown and element.get("visibility", "visible") != "hidden"
