@@ -356,3 +356,44 @@ def test_info_describes_layers(run, here, capsys, name):
 def test_a_picture_that_shows_nothing_has_no_caption(run, here):
     Image.new("RGBA", (64, 64)).save("empty.png")
     assert "transparent everywhere" in error_line(run("caption", "empty.png"))
+
+
+def test_a_picture_with_a_profile_is_one_picture_in_every_file(run, here):
+    """Of a wide picture all that is made is as of the same picture in sRGB, and carries no profile."""
+    from qwen_image_mlx.images.colour import _matrix_profile
+    from qwen_image_mlx.images.sources import open_image
+
+    wide = _matrix_profile(1 / 2.2, (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06))
+    Image.open("photo.png").save("wide.png", icc_profile=wide)
+    open_image("wide.png").save("converted.png")
+    made = {}
+    for name, words in {"wide": ["wide.png"], "converted": ["converted.png"], "plain": ["photo.png"],
+                        "ignored": ["wide.png", "--ignore-profile"]}.items():  # fmt: skip
+        code, (folder, _), err = run("decompose", *words, "-o", name, "--format", "png,psd,ora,zip", *APART)
+        assert code == 0, err
+        assert ("has the colour profile" in err) is (name == "wide")
+        images = [opened(run("compose", f"{folder}{file}", "-o", f"{name}-laid.png")) for file in
+                  ("", "/layers.psd", "/layers.ora", "/layers.zip")]  # fmt: skip
+        images += [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
+        assert not any("icc_profile" in image.info for image in images)
+        made[name] = [image.tobytes() for image in images]
+    assert made["wide"] == made["converted"]
+    assert made["ignored"] == made["plain"] != made["wide"]
+
+
+def test_layers_of_several_profiles_are_laid_together_in_srgb(run, layers):
+    from qwen_image_mlx.images.colour import _matrix_profile
+    from qwen_image_mlx.images.sources import open_rgba
+
+    for number, gamma in enumerate((1 / 1.8, 1 / 2.6)):
+        tagged = Image.open(layers / f"layer_{number}.png").convert("RGBA")
+        tagged.putalpha(128)
+        tagged.save(layers / f"layer_{number}.png", icc_profile=_matrix_profile(gamma, (
+            0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)))  # fmt: skip
+    expected = stacked([open_rgba(layers / f"layer_{number}.png") for number in range(2)])
+    laid = opened(run("compose", layers, "--hide", "2", "-o", "laid.png"))
+    assert np.abs(pixels(laid) - pixels(expected)).max() <= 1
+    numbers = stacked([Image.open(layers / f"layer_{number}.png") for number in range(2)])
+    ignored = opened(run("compose", layers, "--hide", "2", "--ignore-profile", "-o", "ignored.png"))
+    assert np.abs(pixels(ignored) - pixels(numbers)).max() <= 1
+    assert np.abs(pixels(ignored) - pixels(laid)).max() > 10

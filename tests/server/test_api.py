@@ -17,7 +17,9 @@ from served import events_of, serving
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.images.colour import _matrix_profile
 from qwen_image_mlx.images.files import METADATA_KEY
+from qwen_image_mlx.images.sources import open_image
 
 PROMPT = "a red circle on a blue background"
 LONG = {"task": "generate", "prompt": PROMPT, "steps": 60, "num_images": 4}
@@ -147,6 +149,19 @@ def test_layers_are_those_of_the_command_line_and_compose_again(api, circle, tmp
     layers = [{"image": layer["image"]} for layer in result["layers"]]
     composed = picture_of(ask(api, "compose", layers=layers)["image"])
     assert np.array_equal(np.asarray(composed), np.asarray(Image.open("layers/composite.png")))
+
+
+def test_a_profile_is_applied_and_gone(api, tmp_path):
+    wide = _matrix_profile(1 / 1.8, (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06))
+    Image.new("RGB", (64, 64), (200, 90, 40)).save(tmp_path / "wide.png", icc_profile=wide)
+    url = f"data:image/png;base64,{base64.b64encode((tmp_path / 'wide.png').read_bytes()).decode()}"
+    converted = open_image(tmp_path / "wide.png")
+    composed = picture_of(ask(api, "compose", layers=[{"image": url}])["image"])
+    assert composed.convert("RGB").tobytes() == converted.tobytes()
+    edited = [ask(api, "edit", prompt="x", image=image, size="source", seed=1, steps=1)["images"][0]["image"]
+              for image in (url, url_of(converted))]  # fmt: skip
+    assert picture_of(edited[0]).tobytes() == picture_of(edited[1]).tobytes()
+    assert not any("icc_profile" in image.info for image in (composed, *map(picture_of, edited)))
 
 
 def test_compose_moves_scales_hides_and_exports(api, tmp_path):

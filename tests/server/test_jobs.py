@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from qwen_image_mlx.errors import RequestError
+from qwen_image_mlx.images.colour import ignore_profiles, profiles_are_ignored
 from qwen_image_mlx.pipeline.progress import Progress
 from qwen_image_mlx.server.answers import ApiError
 from qwen_image_mlx.server.app import Service, Setup, create_app
@@ -248,3 +249,14 @@ def test_the_worker_outlives_what_it_does_when_idle(caplog):
 
     assert run(scenario, idle=fail, begin=fail) == "done"
     assert "the idle work failed" in caplog.text
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_work_reads_colours_as_the_server_was_told(ignored):
+    async def scenario(jobs):
+        job = jobs.submit("x", lambda feed: {"ignored": profiles_are_ignored()}, followed=True)
+        await job.finished.wait()
+        return json.loads(job.described())["result"]
+
+    with ignore_profiles(ignored):
+        assert run(scenario) == {"ignored": ignored}
