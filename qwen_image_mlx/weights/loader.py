@@ -102,7 +102,7 @@ class ComponentWeights:
                 ],
             ),
             (
-                f"has tensors that are not {', '.join(FLOATS)}, {FP8} or packed by MLX:",
+                f"has tensors that are not {', '.join((*FLOATS, *FP8))} or packed by MLX:",
                 [f"{n} ({found.problem})" for n in wanted if (found := self._stored.get(n)) and found.problem],
             ),
         ]

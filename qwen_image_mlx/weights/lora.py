@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, RequestError
 from ..gpu import all_finite, gpu_faults
-from .lora_formats import KINDS, PeftConfig, Shape, bind, check_dtypes, factored_kind, peft_config
-from .shards import PICKLES, Tensor, read_header
+from .lora_formats import KINDS, PeftConfig, Rows, Shape, bind, check_dtypes, factored_kind, peft_config
+from .shards import PICKLES, LazyTensors, Tensor, read_header
 
 SUFFIX = ".safetensors"
 
@@ -29,27 +29,31 @@ class _Arrays:
 
     def __init__(self, path: Path):
         self._path = path
-        self._lazy: dict[str, mx.array] = {}
+        self._file: LazyTensors | None = None
 
     def take(self, tensor: Tensor) -> mx.array:
         """One tensor's values in float32, read and found finite."""
         try:
-            if tensor.name not in self._lazy:
-                self._lazy = mx.load(str(self._path))
-            array = self._lazy.pop(tensor.name)
+            self._file = self._file or LazyTensors(self._path)
+            array = self._file.take(tensor)
             with gpu_faults():
                 mx.eval(array)  # by itself: no operation waits for the disk
                 if tensor.dtype == "F8_E4M3":
                     array = mx.from_fp8(array, mx.float32)
                 finite = all_finite(array)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self._path} could not be read to its end ({error}): download it again") from error
+        except (OSError, RuntimeError, ValueError, KeyError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{self._path} could not be read to its end: it was changed or removed meanwhile, so start again"
+            ) from error
         if not finite:
             raise CheckpointError(
                 f"{self._path} holds NaN or infinity in {tensor.name}: it was damaged or its training failed; "
                 "use another version of it"
             )
-        return array.astype(mx.float32)
+        array = array.astype(mx.float32)
+        if isinstance(tensor, Rows):
+            array = array[tensor.first : tensor.first + tensor.shape[0]]
+        return array.reshape(tensor.shape)  # a 1x1 convolution as the matrix it is
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,8 @@ from .shards import Tensor
 
 _PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_DTYPES = ("F32", "F16", "BF16", "F8_E4M3")
-_ALPHA_DTYPES = (*_DTYPES, "I32", "I64")
-# One tensor of another type, and MLX opens none of the file.
-_OPENED_DTYPES = (*_ALPHA_DTYPES, "I8", "I16", "U8", "U16", "U32", "U64", "BOOL", "C64")
+_DTYPES = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
+_ALPHA_DTYPES = (*_DTYPES, "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -104,23 +102,25 @@ def bind(path: Path, tensors: Mapping[str, Tensor], targets: Shapes) -> Binding:
         CheckpointError: nothing binds, the file was made for another model, it says something twice, or it uses a
             method that is not read.
     """
-    flat = {target.replace(".", "_"): target for target in targets}
+    pieces = _pieces(targets)
+    flat = {place.replace(".", "_"): place for place in pieces}
     bound: dict[str, dict[str, Tensor]] = {}
     counts: dict[str, int] = {}
     unmatched = []
     for name, tensor in tensors.items():
-        for target, suffix in _readings(name, targets, flat):
+        for place, suffix in _readings(name, pieces, flat):
             _refuse(path, name, suffix)
             if meaning := _meaning(suffix):
                 dialect, role = meaning
-                if role in _BIAS_ROLES and len(targets[target]) == 1:
+                if role in _BIAS_ROLES and len(targets[pieces[place][0]]) == 1:
                     continue  # norms have no bias
-                twin = bound.setdefault(target, {}).setdefault(role, tensor)
-                if twin is not tensor:
-                    raise CheckpointError(
-                        f"{path} gives {target} twice, as {twin.name} and {name}: "
-                        "split its adapters into files of their own"
-                    )
+                for target, part in _parts(path, place, pieces[place], role, tensor, targets):
+                    twin = bound.setdefault(target, {}).setdefault(role, part)
+                    if twin is not part:
+                        raise CheckpointError(
+                            f"{path} gives {target} twice, as {twin.name} and {name}: "
+                            "split its adapters into files of their own"
+                        )
                 if role != "alpha":  # every dialect spells it so
                     counts[dialect] = counts.get(dialect, 0) + 1
                 break
@@ -132,20 +132,78 @@ def bind(path: Path, tensors: Mapping[str, Tensor], targets: Shapes) -> Binding:
     return Binding(bound, tuple(sorted(counts, key=lambda dialect: -counts[dialect])), tuple(unmatched))
 
 
-def _readings(name: str, targets: Shapes, flat: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Every (target, suffix) that a name can be read as."""
+def _pieces(targets: Shapes) -> dict[str, tuple[str, ...]]:
+    """A module a file may name -> the targets its rows belong to: itself, or those some tools lay one upon another."""
+    pieces = {target: (target,) for target in targets}
+    for fused, parts in weights_map("lora")["fused"].items():
+        for target in targets:
+            if target.endswith(f".{parts[0]}"):
+                stem = target.removesuffix(parts[0])
+                if all(f"{stem}{part}" in targets for part in parts):
+                    pieces.setdefault(f"{stem}{fused}", tuple(f"{stem}{part}" for part in parts))
+    return pieces
+
+
+@dataclass(frozen=True)
+class Rows(Tensor):
+    """Some rows of a tensor.
+
+    Attributes:
+        first: the first of them; `shape` says how many.
+    """
+
+    first: int = 0
+
+
+# Roles whose rows are the module's outputs; all others are the same for each part of a fused module.
+_BY_ROW = ("up", "up_bias", "hada_w1_a", "hada_w2_a", "magnitude", "difference", "bias_difference", "replacement")
+
+
+def _parts(
+    path: Path, place: str, pieces: tuple[str, ...], role: str, tensor: Tensor, targets: Shapes
+) -> Iterator[tuple[str, Tensor]]:
+    """(target, what of a tensor belongs to it), 1x1 convolutions as matrices."""
+    if len(tensor.shape) > 2 and set(tensor.shape[2:]) == {1} and role != "alpha":
+        tensor = replace(tensor, shape=tensor.shape[:2])
+    if len(pieces) == 1:
+        yield pieces[0], tensor
+        return
+    if role.startswith("lokr"):
+        raise CheckpointError(
+            f"{path} has a LoKr for {place}, {len(pieces)} matrices in one ({tensor.name}): save it for each of them"
+        )
+    total, first = sum(targets[target][0] for target in pieces), 0
+    for target in pieces:
+        rows = targets[target][0]
+        part = tensor
+        if role in _BY_ROW and tensor.shape[:1] == (total,):
+            own = {field.name: getattr(tensor, field.name) for field in fields(Tensor)}
+            part = Rows(**own | {"shape": (rows, *tensor.shape[1:])}, first=first)
+        yield target, part
+        first += rows
+
+
+def _readings(name: str, places: Mapping[str, Any], flat: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Every (module, suffix) that a name can be read as."""
     spellings = weights_map("lora")
-    for prefix in spellings["prefixes"]:
-        if name.startswith(prefix):
-            parts = name[len(prefix) :].split(".")
-            for end in range(len(parts) - 1, 0, -1):
-                if (target := ".".join(parts[:end])) in targets:
-                    yield target, ".".join(parts[end:])
-    for prefix in spellings["flattened_prefixes"]:
-        if name.startswith(prefix):
-            module, _, suffix = name[len(prefix) :].partition(".")
-            if module in flat:
-                yield flat[module], suffix
+    for wrapper in spellings["wrappers"]:
+        name = f".{name}".replace(f".{wrapper}.", ".").replace(f"{wrapper}_", "")[1:]
+    bare = _without(name, spellings["prefixes"])
+    parts = bare.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if (place := ".".join(parts[:end])) in places:
+            yield place, ".".join(parts[end:])
+    if name.startswith(tuple(spellings["flattened_prefixes"])):
+        module, _, suffix = _without(name, spellings["flattened_prefixes"]).partition(".")
+        if module in flat:
+            yield flat[module], suffix
+
+
+def _without(name: str, prefixes: Iterable[str]) -> str:
+    """A name without any of some prefixes, in whatever order programs put them before one another."""
+    while prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), None):
+        name = name[len(prefix) :]
+    return name
 
 
 @cache
@@ -330,9 +388,8 @@ def check_dtypes(path: Path, tensors: Mapping[str, Tensor], binding: Binding) ->
     """Raises CheckpointError for a tensor stored in a type that is not read."""
     roles = {tensor.name: role for found in binding.tensors.values() for role, tensor in found.items()}
     for name, tensor in tensors.items():
-        role = roles.get(name)
-        allowed = _OPENED_DTYPES if role is None else _ALPHA_DTYPES if role == "alpha" else _DTYPES
-        if tensor.dtype not in allowed:
+        role = roles.get(name)  # what belongs to no module is never read
+        if role is not None and tensor.dtype not in (_ALPHA_DTYPES if role == "alpha" else _DTYPES):
             raise CheckpointError(
                 f"{path} stores {name} as {tensor.dtype}: {', '.join(_DTYPES)} are read, so save it as one of them"
             )

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import CheckpointError, OutputError
 from ..gpu import finish, gpu_faults
@@ -29,6 +30,17 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
+# Types that MLX's own reader does not open, nor any other tensor of a file that has one: how numpy reads their bytes,
+# and what becomes of them. e5m2 is the upper byte of a float16; of the 4-bit and 6-bit types only the bytes are given.
+_OWN_TYPES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "F64": ("<f8", lambda values: values.astype(np.float32)),
+    "F8_E5M2": ("u1", lambda values: (values.astype("<u2") << 8).view("<f2")),
+    **dict.fromkeys(("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), ("u1", lambda values: values)),
+}
+_MLX_TYPES = {
+    "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1", "BOOL": "?", "U8": "u1", "I8": "i1",
+    "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8", "C64": "<c8",
+}  # fmt: skip
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_RANK = 16  # far above any model's; bounds the product of a made-up shape
@@ -151,6 +163,46 @@ def save_tensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[s
         raise OutputError(f"{path} could not be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+class LazyTensors:
+    """The arrays of one safetensors file, each read when it is evaluated and handed out once per opening.
+
+    MLX reads them; a file with a type that MLX does not open is read by its header and numpy, one tensor at a time.
+
+    Args:
+        path: the file; its header must have been found sound by `read_header`.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lazy: dict[str, mx.array] = {}
+        self._by_numpy = any(tensor.dtype in _OWN_TYPES for tensor in read_header(path)[0].values())
+
+    def take(self, tensor: Tensor) -> mx.array:
+        """One tensor as it lies in the file: lazy, or read; F64 as float32, F8_E5M2 as float16, F8_E4M3 as its bytes.
+
+        Raises:
+            OSError, RuntimeError, ValueError, KeyError: it cannot be read.
+        """
+        if self._by_numpy:
+            return self._read(tensor)
+        if tensor.name not in self._lazy:
+            self._lazy = mx.load(str(self._path))
+        return self._lazy.pop(tensor.name)
+
+    def _read(self, tensor: Tensor) -> mx.array:
+        kind, convert = _OWN_TYPES.get(tensor.dtype) or (_MLX_TYPES[tensor.dtype], lambda values: values)
+        with self._path.open("rb") as file:
+            file.seek(tensor.offset)
+            data = file.read(tensor.nbytes)
+        if len(data) != tensor.nbytes:
+            raise ValueError(f"it ends inside {tensor.name}")
+        values = np.frombuffer(data, kind)
+        array = mx.array(convert(values))
+        if array.size == math.prod(tensor.shape):  # several 4-bit or 6-bit values share a byte
+            array = array.reshape(tensor.shape)
+        return array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
 
 
 def load_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:

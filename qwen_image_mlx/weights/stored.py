@@ -18,10 +18,10 @@ from ..gpu import gpu_error
 from . import gguf
 from .packed import Packed
 from .quantize import Scheme
-from .shards import Tensor
+from .shards import LazyTensors, Tensor
 
-FLOATS = ("F32", "F16", "BF16")
-FP8 = "F8_E4M3"
+FLOATS = ("F32", "F16", "BF16", "F64")
+FP8 = ("F8_E4M3", "F8_E5M2")
 PACKED = "U32"
 # What may stand beside a weight, as its last word. The scales of activations are of no use here.
 COMPANIONS = ("scales", "biases", "weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant")
@@ -84,7 +84,7 @@ def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, .
         return Stored(tensor, {}, tensor.shape, scheme, None if tensor.dtype in gguf.DECODED else tensor.dtype)
     if tensor.dtype in FLOATS:
         return Stored(tensor, {}, tensor.shape)
-    if tensor.dtype == FP8:
+    if tensor.dtype in FP8:
         scales = {word: beside[word] for word in ("weight_scale", "scale_weight") if word in beside}
         rows = tensor.shape[:1]
         odd = [word for word, scale in scales.items() if scale.shape not in ((), (1,), rows, (*rows, 1))]
@@ -123,9 +123,10 @@ def reading(component: str) -> Iterator[None]:
     """Makes MLX's error while a component's files are read a CheckpointError."""
     try:
         yield
-    except RuntimeError as error:
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise gpu_error(error) or CheckpointError(
-            f"the {component}'s files could not be read while loading: {error}"
+            f"the {component}'s files could not be read while loading: they were changed or removed meanwhile, so "
+            "start again"
         ) from error
 
 
@@ -141,7 +142,7 @@ class Reader:
 
     def __init__(self, component: str):
         self._component = component
-        self._files: dict[Path, dict[str, mx.array]] = {}
+        self._files: dict[Path, LazyTensors] = {}
         self._read: dict[tuple[Path, str], mx.array] = {}
 
     def read(self, weights: Iterable[Stored]) -> None:
@@ -152,8 +153,8 @@ class Reader:
         """
         wanted = [stored for stored in weights if not isinstance(stored.tensor, gguf.GgufTensor)]
         tensors = {(t.file, t.name): t for stored in wanted for t in (stored.tensor, *stored.beside.values())}
-        found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
         with reading(self._component):
+            found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
             mx.eval(found)
         self._read |= found
 
@@ -173,18 +174,13 @@ class Reader:
         if stored.scheme is not None:
             scheme = stored.scheme
             return Packed(array, beside["scales"], beside.get("biases"), scheme.group_size, scheme.bits, scheme.mode)
-        if stored.tensor.dtype == FP8:
-            array = mx.from_fp8(array, dtype=mx.float32)
+        if stored.tensor.dtype in FP8:
+            array = array.astype(mx.float32) if array.dtype == mx.float16 else mx.from_fp8(array, dtype=mx.float32)
             for scale in beside.values():
                 array = array * scale.astype(mx.float32).reshape(-1, *(1,) * (array.ndim - 1))
         return array
 
     def _lazy(self, tensor: Tensor) -> mx.array:
         if tensor.file not in self._files:
-            try:
-                self._files[tensor.file] = mx.load(str(tensor.file))
-            except (RuntimeError, ValueError) as error:
-                raise CheckpointError(
-                    f"the {self._component}'s file {tensor.file} could not be opened: {error}"
-                ) from error
-        return self._files[tensor.file].pop(tensor.name)
+            self._files[tensor.file] = LazyTensors(tensor.file)
+        return self._files[tensor.file].take(tensor)

@@ -90,8 +90,12 @@ SUFFIXES = {
     "old": ("lora.down.weight", "lora.up.weight"),
     "kohya": ("lora_down.weight", "lora_up.weight"),
 }
-PREFIXES = ("", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "pipe.dit.")
-FLAT_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")
+PREFIXES = (
+    "", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "pipe.dit.",
+    "module.", "_orig_mod.", "transformer._orig_mod.", "module._orig_mod.base_model.model.",
+    "diffusion_model.transformer.", "base_model.model.transformer.", "transformer.base_model.model.",
+)  # fmt: skip
+FLAT_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_", "lora_unet__orig_mod_", "lora_transformer_module_")
 DOTTED = [(suffix, prefix, False) for suffix in SUFFIXES for prefix in PREFIXES]
 FLAT = [(suffix, prefix, True) for suffix in SUFFIXES for prefix in FLAT_PREFIXES]
 
@@ -397,7 +401,75 @@ def test_differences_replacements_and_biases(tmp_path, targets, base) -> None:
     assert lora.matched == 3  # the norm is no matrix, and of img_mod only the bias moves
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("place", ["{}_orig_mod.{}", "{}attn._orig_mod.{}", "{}attn._fsdp_wrapped_module.{}"])
+def test_wrappers_inside_a_name_mean_nothing(tmp_path, targets, base, place) -> None:
+    """Blocks that were compiled or sharded each by itself."""
+    first, last = Q.split("attn.")
+    name = place.format(first, last if "attn" in place else f"attn.{last}")
+    a, b = plain(targets[Q], 4)
+    close(delta(lora_of(tmp_path, {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, targets), Q, base), b @ a)
+
+
+@pytest.mark.parametrize(("fused", "names"), [
+    ("to_qkv", ("to_q", "to_k", "to_v")),
+    ("add_qkv_proj", ("add_q_proj", "add_k_proj", "add_v_proj")),
+    ("to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["diffusion_model.{}", "lora_unet_{}"])
+def test_fused_projections_change_each_of_their_three(tmp_path, targets, base, fused, names, name) -> None:
+    module = f"transformer_blocks.0.attn.{fused}"
+    module = name.format(module.replace(".", "_") if "unet" in name else module)
+    a, b, bias = normal(4, 96), normal(288, 4, seed=1), normal(288, seed=2)
+    tensors = {f"{module}.lora_down.weight": a, f"{module}.lora_up.weight": b, f"{module}.alpha": np.float32(2),
+               f"{module}.diff_b": bias}  # fmt: skip
+    lora = lora_of(tmp_path, tensors, targets)
+    assert set(lora.updates) == {f"transformer_blocks.0.attn.{part}" for part in names}
+    for n, part in enumerate(names):
+        rows, target = slice(96 * n, 96 * (n + 1)), f"transformer_blocks.0.attn.{part}"
+        close(delta(lora, target, base), b[rows] @ a / 2)
+        close(np.array(lora.updates[target].bias_delta()), bias[rows])
+        down, up = lora.updates[target].factors()
+        close(np.array(up @ down), b[rows] @ a / 2)
+
+
+def test_a_fused_loha_and_its_magnitudes_come_apart(tmp_path, targets, base) -> None:
+    parts = {"hada_w1_a": (288, 2), "hada_w1_b": (2, 96), "hada_w2_a": (288, 2), "hada_w2_b": (2, 96)}
+    values = {key: normal(*shape, seed=n) for n, (key, shape) in enumerate(parts.items())}
+    name = "transformer_blocks.0.attn.to_qkv"
+    lora = lora_of(tmp_path, {f"{name}.{key}": value for key, value in values.items()}, targets)
+    whole = (values["hada_w1_a"] @ values["hada_w1_b"]) * (values["hada_w2_a"] @ values["hada_w2_b"])
+    close(delta(lora, "transformer_blocks.0.attn.to_v", base), whole[192:])
+
+
+@pytest.mark.parametrize("more", [(1, 1), (1,)])
+def test_1x1_convolutions_are_matrices(tmp_path, targets, base, more) -> None:
+    a, b = plain(targets[Q], 4)
+    tensors = {f"{Q}.lora_down.weight": a.reshape(*a.shape, *more), f"{Q}.lora_up.weight": b.reshape(*b.shape, *more)}
+    close(delta(lora_of(tmp_path, tensors, targets), Q, base), b @ a)
+
+
+@pytest.mark.parametrize("where", ["alpha", "counter", "factor", "difference"])
+def test_double_precision_is_read_wherever_it_stands(tmp_path, targets, base, where) -> None:
+    """MLX opens no tensor of a file that has one."""
+    a, b = plain(targets[Q], 4)
+    tensors = {f"{Q}.lora_down.weight": a, f"{Q}.lora_up.weight": b, f"{Q}.alpha": np.float32(2)}
+    change = b @ a / 2
+    if where == "counter":
+        tensors["steps"] = np.float64(3)
+    elif where == "difference":
+        tensors[f"{Q}.diff"] = np.full((96, 96), 0.5)
+        change = change + 0.5
+    else:
+        key = {"alpha": f"{Q}.alpha", "factor": f"{Q}.lora_up.weight"}[where]
+        tensors[key] = np.asarray(tensors[key], np.float64)
+    lora = lora_of(tmp_path, tensors, targets)
+    lora.check()
+    close(delta(lora, Q, base), change)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_stored_types_are_read_as_they_stand(tmp_path, targets, base, dtype) -> None:
     a, b = (torch.as_tensor(value).to(dtype) for value in plain(targets[Q], 4))
     tensors = {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b, f"{Q}.alpha": torch.tensor(8)}
@@ -483,7 +555,7 @@ BROKEN = {
     "rank": (pair(Q, (4, 96), (96, 5)), r"to_q.*\(96, 4\) and has \(96, 5\)"),
     "no rank": (pair(Q, (0, 96), (96, 0)), r"\(rank, 96\) and has \(0, 96\)"),
     "scalar": (pair(Q, (), (96, 4)), r"\(rank, 96\) and has \(\)"),
-    "convolution": (pair(Q, (4, 96, 1, 1), (96, 4, 1, 1)), r"\(rank, 96\) and has \(4, 96, 1, 1\)"),
+    "convolution": (pair(Q, (4, 96, 3, 3), (96, 4, 1, 1)), r"\(rank, 96\) and has \(4, 96, 3, 3\)"),
     "vector": (pair(NORM, (4, 32), (32, 4)), "a vector of 32"),
     "up alone": ({f"{Q}.lora_up.weight": normal(96, 4)}, "half a LoRA for .*to_q: .*lora_up.weight without its down"),
     "down alone": ({f"{Q}.lora_A.weight": normal(4, 96)}, "half a LoRA .* without its up"),
@@ -507,12 +579,13 @@ BROKEN = {
     "replacement": ({f"{Q}.set_weight": normal(95, 96)}, "set_weight"),
     "Tucker": ({f"{Q}.hada_t1": normal(2, 2)}, "Tucker factor, which only convolutions have .*hada_t1"),
     "OFT": ({f"{Q}.oft_blocks": normal(2, 2, 2)}, "uses OFT"),
+    "fused LoKr": ({f"{Q}kv.lokr_w1": normal(3, 2), f"{Q}kv.lokr_w2": normal(96, 48)}, "3 matrices in one"),
+    "fused height": (pair(f"{Q}kv", (4, 96), (287, 4)), r"\(96, 4\) and has \(287, 4\)"),
     "twice": ({**pair(Q, (4, 96), (96, 4)), f"transformer.{Q}.lora_A.weight": normal(4, 96)}, "gives .*to_q twice"),
     "two kinds": (
         pair(Q, (4, 96), (96, 4)) | {f"{K}w1": normal(2, 2), f"{K}w2": normal(48, 48)},
         "gives .*to_q twice, as LoRA and as LoKr",
     ),
-    "double": (pair(Q, (4, 96), (96, 4), diff=np.zeros((96, 96))), "stores .*diff as F64"),
     "integers": ({f"{Q}.lora_A.weight": np.ones((4, 96), np.int8), f"{Q}.lora_B.weight": normal(96, 4)}, "as I8"),
 }  # fmt: skip
 
