@@ -333,6 +333,54 @@ def _blocks(word: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return blocks.reshape(shape[0], -1)
 
 
+_LLAMA = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+          "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+          "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+_CLIP = {"attn.proj": "attn_out", "attn.qkv": "attn_qkv", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+         "mlp.down_proj": "ffn_down", "norm1": "ln1", "norm2": "ln2"}  # fmt: skip
+
+
+def llama_name(name: str) -> str:
+    """A text encoder tensor's name in llama.cpp (gguf-py/gguf/tensor_mapping.py), the vision tower's in its mmproj."""
+    top = {"model.embed_tokens.": "token_embd.", "model.norm.": "output_norm.", "lm_head.": "output.",
+           "visual.patch_embed.proj.": "v.patch_embd.", "visual.merger.ln_q.": "v.post_ln.",
+           "visual.merger.mlp.": "mm.", "model.layers.": "blk.", "visual.blocks.": "v.blk."}  # fmt: skip
+    words = _CLIP if name.startswith("visual.") else _LLAMA
+    old, new = next((old, new) for old, new in top.items() if name.startswith(old))
+    name = new + name.removeprefix(old)
+    for old, new in words.items():
+        name = name.replace(f".{old}.", f".{new}.")
+    return name
+
+
+def write_llama(path: Path, tensors: Tensors, word: str = "F32", split: bool = True) -> Path:
+    """A text encoder, or its vision tower as an mmproj file, as convert_hf_to_gguf.py writes them.
+
+    Matrices in `word`, the rest in F32; with `split` queries, keys and values by themselves, as most files have them.
+    """
+    vision = all(name.startswith("visual.") for name in tensors)
+    writer = gguf.GGUFWriter(path, "clip" if vision else "qwen2vl")
+    for name, tensor in tensors.items():
+        spelled, array = llama_name(name), tensor.numpy()
+        if spelled == "v.patch_embd.weight":
+            pieces = {spelled: array[:, :, 0], f"{spelled}.1": array[:, :, 1]}
+        elif ".attn_qkv." in spelled and split:
+            pieces = dict(
+                zip((spelled.replace("attn_qkv", f"attn_{p}") for p in "qkv"), np.split(array, 3), strict=True)
+            )
+        else:
+            pieces = {spelled: array}
+        for piece, values in pieces.items():
+            kind = Type[word] if values.ndim == 2 else Type.F32
+            writer.add_tensor(piece, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def write_gguf(path: Path, tensors: Tensors, word: str, prefix: str = "", metadata: bool = True) -> Tensors:
     """Matrices of the transformer blocks in `word`, the others in BF16, the rest in F32, like city96's converter."""
     writer = gguf.GGUFWriter(path, "qwen_image")

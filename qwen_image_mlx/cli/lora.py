@@ -17,27 +17,30 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "no weights.",
     )
     inspect.add_argument("file", metavar="REF", help="a file, a folder, owner/repo, owner/repo:file or a hub address")
-    inspect.add_argument("--model", "-m", help="whose transformer it is for (default: that of the released models)")
+    inspect.add_argument(
+        "--model", "-m", help="whose transformer it is for (default: that of the released or the demo models)"
+    )
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line."""
-    from ..config import TransformerConfig
     from ..pipeline.loras import fetch_lora, split_reference
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import Reporter
+    from ..weights.identify import read_known_lora
     from ..weights.lora import read_lora
     from ..weights.lora_inspect import describe
-    from ..weights.mapping import matrix_shapes
     from .console import ProgressBars, messages
 
     with messages(), ProgressBars() as bars:
-        targets = matrix_shapes("transformer", TransformerConfig())
-        if arguments.model is not None:
-            targets = QwenImagePipeline.from_pretrained(arguments.model, progress=bars).components.lora_targets()
         reference, strength = split_reference(arguments.file)
-        lora = read_lora(fetch_lora(reference, False, Reporter(bars)), targets, strength)
+        path = fetch_lora(reference, False, Reporter(bars))
+        if arguments.model is None:
+            lora, _ = read_known_lora(path, strength)
+        else:
+            pipeline = QwenImagePipeline.from_pretrained(arguments.model, progress=bars)
+            lora = read_lora(path, pipeline.components.lora_targets(), strength)
         bars.close()
         rows = describe(lora)
         width = max(len(label) for label, _ in rows)

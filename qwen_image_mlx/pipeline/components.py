@@ -35,7 +35,7 @@ from ..weights.adapters import Adapters, Branch, Placement
 from ..weights.loader import ComponentWeights, load_module, put_beside
 from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
 from ..weights.quantize import Quantization
-from ..weights.snapshot import HubSnapshot, WeightFiles
+from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
 from ..weights.streaming import STREAMABLE, stream_module
 from .sources import Sources
 
@@ -331,7 +331,7 @@ class Components:
         if self.snapshot.is_local:
             files = [self.snapshot.file(name) for part in parts for name in self.snapshot.names(part)]
         for place in (path for name, path in self.sources.replaced.items() if name in parts):
-            files += place.glob("*") if place.is_dir() else [place]
+            files += place.glob("*") if place.is_dir() else [place, *filter(None, [vision_beside([place])])]
         commit = f"{self.snapshot.model}@{self.snapshot.revision}" if self.snapshot.revision else ""
         found = sorted({file.resolve() for file in files})
         return commit + repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found])
@@ -377,7 +377,8 @@ class Components:
             raise CheckpointError(f"{component}/{name} holds impossible values ({error}); download it again") from error
 
     def _config(self, component: str, name: str = "config.json") -> dict[str, Any]:
-        config = self.sources.config(component, name)
+        image_processor = component == "processor"  # which has two spellings
+        config = self.sources.image_processor() if image_processor else self.sources.config(component, name)
         found, expected = config.get("_class_name"), CLASS_NAMES.get(component)
         if expected and found not in (None, expected):
             raise CheckpointError(f"{component}/{name} is that of a {found}, not of a {expected}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError
-from ..weights.mapping import canonical_names, weights_map
-from ..weights.snapshot import HubSnapshot, WeightFiles, weight_file
+from ..weights.mapping import canonical_names, needs_tensor, weights_map
+from ..weights.recognize import holds, part_of
+from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside, weight_file
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,19 @@ class Sources:
             return weights_map("packs")["usual"][path] | self._pack.get("configs", {}).get(path, {})
         return self.snapshot.read_json(path)
 
+    def image_processor(self) -> dict[str, Any]:
+        """How pictures are prepared: preprocessor_config.json, or what transformers 5 nests in processor_config.json.
+
+        Raises:
+            CheckpointError: the checkpoint has neither.
+        """
+        nested = "processor/processor_config.json"
+        if not self.snapshot.exists("processor/preprocessor_config.json") and self.snapshot.exists(nested):
+            said = self.snapshot.read_json(nested).get("image_processor")
+            if isinstance(said, dict):
+                return said
+        return self.config("processor", "preprocessor_config.json")
+
     def stand_ins(self) -> dict[str, dict[str, Any]]:
         """The JSON files, by their place, that the checkpoint should have and has not; {} where it has its own."""
         if not self._pack:
@@ -74,13 +89,38 @@ class Sources:
         """A component's files; of a checkpoint with an index only those with a tensor to `keep`."""
         rules = weights_map(component)
         folder = rules.get("folder", component)
+        files = self._given(folder, rules["stem"], keep)
+        if component != folder and not holds(component, {*files.tensors, *(files.index or ())}):
+            files = self._beside(component, files) or files
+        return files
+
+    def _given(self, folder: str, stem: str, keep: Callable[[str], bool] | None = None) -> WeightFiles:
+        """The files of a part: those that stand in for it, else the checkpoint's; of several parts in a file its own.
+
+        Names are as in a file of its own.
+        """
         if folder in self._folders:
-            return self._folders[folder].weight_files("", rules["stem"], keep)
-        if folder not in self.replaced:
-            return self.snapshot.weight_files(folder, rules["stem"], keep)
-        if folder not in self._read:
-            self._read[folder] = weight_file(self.replaced[folder])
-        return self._read[folder]
+            files = self._folders[folder].weight_files("", stem, keep)
+        elif folder in self.replaced:
+            if folder not in self._read:
+                self._read[folder] = weight_file(self.replaced[folder])
+            files = self._read[folder]
+        else:
+            files = self.snapshot.weight_files(folder, stem, keep)
+        return replace(files, tensors=part_of(folder, files.tensors))
+
+    def _beside(self, component: str, files: WeightFiles) -> WeightFiles | None:
+        """What a text encoder's file lacks: llama.cpp's mmproj beside it, else the checkpoint's own; None without."""
+        rules = weights_map(component)
+        if component == "vision" and (found := vision_beside(files.files)):
+            logger.info("the vision tower is read from %s", found)
+            return weight_file(found)
+        if rules["folder"] not in self.replaced:
+            return None
+        logger.info("%s has no %s: the one of %s is used", files.files[0], component, self.snapshot.model)
+        return self.snapshot.weight_files(
+            rules["folder"], rules["stem"], lambda name: needs_tensor(component, name, ("main",))
+        )
 
     def names(self, component: str) -> set[str]:
         """What a component's files hold, as they spell it; told from its index where there is one."""

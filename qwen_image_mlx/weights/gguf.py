@@ -65,6 +65,15 @@ class GgufTensor(Tensor):
     """
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF, by its first bytes, or by its name where these cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC or path.suffix.lower() == ".gguf"
+    except OSError:
+        return path.suffix.lower() == ".gguf"
+
+
 def read_gguf(path: str | Path) -> tuple[dict[str, GgufTensor], dict[str, Any]]:
     """Read what one GGUF file (version 2 or 3, little-endian) says it holds, and check that it can be true.
 

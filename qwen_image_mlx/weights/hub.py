@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import CheckpointError, HubError
+from ..errors import CheckpointError, HubError, some
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +185,33 @@ class _Meter:
                 return self
 
         return Bar
+
+
+def cached_folder(path: Path, revision: str | None = None) -> Folder | None:
+    """The snapshot in the hub's cache that a model's folder there means, `models--OWNER--NAME` or its `snapshots`.
+
+    The one that refs/main (or refs/`revision`) names, else the only one; None if the folder is something else.
+
+    Raises:
+        CheckpointError: it cannot be told which is meant, or there is none.
+    """
+    whole = path.absolute()
+    root = whole.parent if whole.name == "snapshots" else whole
+    if not root.name.startswith("models--") or (path / "model_index.json").exists():
+        return None
+    repo, refs = root.name.removeprefix("models--").replace("--", "/"), root / "refs"
+    found = {entry.name: entry for entry in root.glob("snapshots/*") if entry.is_dir()}
+    try:
+        said = revision if revision in found else (refs / (revision or "main")).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        said = next(iter(found)) if len(found) == 1 and revision is None else None
+    if said in found:
+        return Folder(found[said], said if _COMMIT.fullmatch(said) else None)
+    held = f"holds the snapshots {some(sorted(found))}" if found else "holds no snapshot"
+    raise CheckpointError(
+        f"{path} is the hub's cache of {repo} and {held}, not the one of {revision or 'main'}: give {repo}"
+        + (f", or {root / 'snapshots'} with one of their names" if found else " to have it downloaded")
+    )
 
 
 def open_model(repo: str, revision: str | None, offline: bool, progress: Progress | None) -> Folder | Repo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,19 +11,15 @@ import mlx.core as mx
 
 from ..config import TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
+from .gguf import is_gguf, read_gguf
 from .loader import RESIDENT, ComponentWeights
-from .lora import read_lora
+from .lora import LoRA, read_lora
 from .lora_inspect import describe
-from .mapping import canonical_names, matrix_shapes, shown_settings
+from .mapping import canonical_names, matrix_shapes, shown_settings, weights_map
+from .recognize import foreign_format, holds, kinds_of, shard_of, unreadable
 from .shards import Tensor
-from .snapshot import weight_file
+from .snapshot import DEMO_ROOT, weight_file
 
-# A tensor that every file of a component has, by canonical name, and no LoRA.
-_SIGNATURES = {
-    "transformer": "transformer_blocks.0.attn.add_k_proj.weight",
-    "text_encoder": "model.layers.0.input_layernorm.weight",
-    "vae": "decoder.conv_in.weight",
-}
 # The released models' configs.
 _CONFIGS = {"transformer": TransformerConfig(), "text_encoder": TextEncoderConfig(), "vae": VAEConfig()}
 # Tensors that say more, by canonical name: (label, what is said).
@@ -38,7 +35,7 @@ class FileReport:
 
     Attributes:
         path: where it is.
-        kind: "transformer", "text_encoder", "vae" or "LoRA".
+        kind: "transformer", "text_encoder", "vae", several of these, or "LoRA".
         tensors: how many it holds.
         file_bytes: of their data.
         forms: how they lie in it, and how many bytes so.
@@ -68,23 +65,76 @@ def identify(path: Path) -> FileReport:
     for tensor in tensors.values():
         forms[tensor.dtype] = forms.get(tensor.dtype, 0) + tensor.nbytes
     forms = dict(sorted(forms.items(), key=lambda form: -form[1]))
-    total = sum(forms.values())
-    for kind, signature in _SIGNATURES.items():
-        names = set(canonical_names(kind, tensors).values())
-        if signature in names:
-            facts = dict(said for name, said in _MARKS.items() if name in names)
-            return FileReport(str(path), kind, len(tensors), total, forms, facts, _resident_bytes(kind, tensors))
+    total, flags = sum(forms.values()), weights_map("files")["flags"]
+    if parts := kinds_of(tensors):
+        facts, kind = _facts(path, parts), ", ".join(parts)
+        sizes = [_resident_bytes(part, own) for part, own in parts.items()]
+        resident = None if "cannot be used" in facts or None in sizes else sum(sizes)
+        return FileReport(str(path), kind, len(tensors), total, forms, facts, resident)
+    if sentence := unreadable(tensors):
+        raise CheckpointError(sentence)
+    if is_gguf(path):
+        raise CheckpointError(
+            f"{path} is a whole GGUF file{_architecture(path)}, but not a part of a Qwen-Image model: "
+            "give one that holds its transformer or its text encoder"
+        )
     try:
-        lora = read_lora(path, matrix_shapes("transformer", TransformerConfig()))
+        lora, model = read_known_lora(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is neither a part of a Qwen-Image model nor a LoRA for one: {error}") from error
-    return FileReport(str(path), "LoRA", len(tensors), total, forms, dict(describe(lora)))
+    facts = dict(describe(lora)) | {"made for": model, "taken by": flags["LoRA"]}
+    return FileReport(str(path), "LoRA", len(tensors), total, forms, facts)
+
+
+def read_known_lora(path: Path, strength: float = 1.0) -> tuple[LoRA, str]:
+    """A LoRA for one of the sizes of model that are known, and which that is.
+
+    Raises:
+        RequestError, CheckpointError: as `read_lora`, for the released models.
+    """
+    try:
+        return read_lora(path, matrix_shapes("transformer", TransformerConfig()), strength), "the released models"
+    except CheckpointError:
+        config = json.loads((DEMO_ROOT / "shared/transformer/config.json").read_bytes())
+        try:
+            demo = TransformerConfig.from_dict(config)
+            return read_lora(path, matrix_shapes("transformer", demo), strength), "the demo models"
+        except CheckpointError:
+            pass
+        raise
+
+
+def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """What is to be said of a file with components in it."""
+    flags, facts = weights_map("files")["flags"], {}
+    for kind, tensors in parts.items():
+        names = set(canonical_names(kind, tensors).values())
+        facts |= dict(said for name, said in _MARKS.items() if name in names)
+        if kind == "text_encoder":
+            facts["vision tower"] = "yes" if holds("vision", tensors) else "no"
+            if not holds(kind, tensors):
+                facts["language model"] = "no: this file only has to lie beside the text encoder's"
+        if form := foreign_format(tensors):
+            facts |= {"format": form, "cannot be used": unreadable(tensors)}
+    if is_gguf(path):
+        facts["architecture"] = _architecture(path).removeprefix(" of ") or "not said"
+    if len(parts) == 1 and (shard := shard_of(next(iter(parts.values())))):
+        facts["part"] = f"{shard}: give the folder that has all of them"
+    elif "cannot be used" not in facts:
+        facts["taken by"] = ", ".join(flags[kind] for kind in parts)
+    return facts
+
+
+def _architecture(path: Path) -> str:
+    """What a GGUF file says its model is, as " of qwen2vl"; "" if nothing."""
+    said = read_gguf(path)[1].get("general.architecture")
+    return f" of {' '.join(said.split())[:80]}" if isinstance(said, str) and said.isprintable() else ""
 
 
 def _resident_bytes(kind: str, tensors: Mapping[str, Tensor]) -> int | None:
     parts, own_dtype = RESIDENT[kind]
-    config = replace(_CONFIGS[kind], **shown_settings(kind, tensors))
     try:
+        config = replace(_CONFIGS[kind], **shown_settings(kind, tensors))
         weights = ComponentWeights(kind, config, tensors, parts)
     except CheckpointError:
         return None

@@ -26,14 +26,14 @@ from .mapping import (
     canonical_names,
     expected_tensors,
     is_ignored,
-    known_share,
     other_part,
     weights_map,
 )
 from .packed import Packed
 from .quantize import Scheme, quantize_matrix
+from .recognize import check_kind, shard_of
 from .shards import Tensor
-from .stored import FLOATS, FP8, PACKED, Reader, Stored, stored_weights
+from .stored import FLOATS, FP8, PACKED, Reader, Stored, joined, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,11 @@ class ComponentWeights:
         self.config = config
         self._specs = expected_tensors(component, config)
         canonical = canonical_names(component, tensors)
-        _check_model(component, tensors, canonical)
+        _check_twins(component, canonical)
+        check_kind(component, tensors)
         shapes = {name: spec.shape for name, spec in self._specs.items()}
-        self._stored = stored_weights({canonical[name]: tensor for name, tensor in tensors.items()}, shapes)
+        whole = joined({canonical[name]: tensor for name, tensor in tensors.items()}, weights_map(component))
+        self._stored, self._cure = stored_weights(whole, shapes), _cure(tensors)
         # Other tools lay convolutions out as MLX does; the smallest ones look the same either way, so all say it.
         moved = {name: _channels_last(spec.shape) for name, spec in self._specs.items() if len(spec.shape) > 2}
         fits = {name: self._stored[name].shape == shape for name, shape in moved.items() if name in self._stored}
@@ -109,8 +111,7 @@ class ComponentWeights:
         said = [f"{what} {some(names)}" for what, names in problems if names]
         if said:
             raise CheckpointError(
-                f"the {self.component} does not fit its config.json: it {'; it '.join(said)}; "
-                "check that the files belong together, or download them again"
+                f"the {self.component} does not fit its config.json: it {'; it '.join(said)}; {self._cure}"
             )
 
     def _file_shape(self, spec: TensorSpec) -> tuple[int, ...]:
@@ -188,25 +189,17 @@ class ComponentWeights:
         return value.reshape(spec.shape) if isinstance(value, mx.array) and spec.layout == "vector" else value
 
 
-_LABELS = {"transformer": "a transformer", "text_encoder": "a text encoder", "vae": "an autoencoder"}
-
-
-def _check_model(component: str, tensors: Mapping[str, Tensor], canonical: Mapping[str, str]) -> None:
-    """Refuses files of another component or model, and names that mean the same twice."""
+def _check_twins(component: str, canonical: Mapping[str, str]) -> None:
+    """Refuses names that mean the same twice."""
     if len(set(canonical.values())) < len(canonical):
         twice = next(name for name, count in Counter(canonical.values()).items() if count > 1)
         raise CheckpointError(f"the {component} has {twice} twice, under two spellings: use another file")
-    share, kind = known_share(component, tensors), weights_map(component).get("folder", component)
-    what = next((f"{label} of Qwen-Image's kind" for other, label in _LABELS.items()
-                 if share < 0.5 and other != kind and known_share(other, tensors) > 0.5), None)  # fmt: skip
-    if what is None and kind == "transformer":
-        other = weights_map("lora")["other_models"]
-        what = next((model for pattern, model in other for name in tensors if re.search(pattern, name)), None)
-    if what is None and share < 0.5 and tensors:
-        what = f"something else ({some(list(tensors))})"
-    if what is not None:
-        place = next(iter(tensors.values())).file
-        raise CheckpointError(f"{place} holds {what}, not {_LABELS[kind]} of Qwen-Image: give the file of one")
+
+
+def _cure(tensors: Mapping[str, Tensor]) -> str:
+    if shard := shard_of(tensors):
+        return f"its file is {shard}, so give the folder that has all of them"
+    return "check that the files and the config are those of one model, all of them and no others"
 
 
 def _state_of(path: Path) -> tuple[int, int, int] | None:

@@ -104,6 +104,8 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check that it exists and is yours") from error
     except ValueError as error:
+        if kind := _other_kind(path):
+            raise CheckpointError(f"{path} is {kind}") from error
         raise CheckpointError(f"{path} is not a whole safetensors file, {error}: download it again") from error
     tensors = {
         name: Tensor(name, dtype, shape, path, end - begin, _LENGTH_BYTES + length + begin)
@@ -216,6 +218,29 @@ def load_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     with gpu_faults():
         mx.eval(arrays)
     return arrays, metadata
+
+
+# What other files begin with, and what is said of them.
+_OTHER_KINDS = {
+    b"GGUF": "a GGUF file: let its name end in .gguf",
+    b"PK\x03\x04": "a zip file, as PyTorch's pickles are, not a safetensors file: use its .safetensors version",
+    b"\x80": "a pickle, not a safetensors file: use its .safetensors version",
+    b"\x89HDF": "an HDF5 file, not a safetensors file: use its .safetensors version",
+    b"\x1f\x8b": "a gzip archive, not a safetensors file: unpack it",
+    b"\x93NUMPY": "a NumPy array, not a safetensors file: use the model's .safetensors version",
+    b"<": "a web page, not a safetensors file: download the file itself, with 'hf download' or its download button",
+    b"{": "a JSON file, not a safetensors file: give the weights that lie beside it",
+}
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is that is not safetensors, by its first bytes; None if it may be a damaged one."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if start[_LENGTH_BYTES:9] == b"{" and length <= _MAX_HEADER_BYTES:
+        return None
+    return next((kind for magic, kind in _OTHER_KINDS.items() if start.lstrip().startswith(magic)), None)
 
 
 # The helpers below say what is wrong by ValueError; read_header makes it a sentence with the path and the cure.

@@ -12,20 +12,22 @@ import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError
-from .gguf import read_gguf
-from .hub import Folder, Progress, Repo, open_model
+from .gguf import is_gguf, read_gguf
+from .hub import Folder, Progress, Repo, cached_folder, open_model
 from .shards import PICKLES, Tensor, component_tensors
 
 _SAFETENSORS, _GGUF, _INDEX = ".safetensors", ".gguf", ".safetensors.index.json"
+_MMPROJ = "mmproj"  # what llama.cpp's files of vision towers have in their names
 _NUMBERED = re.compile(r"\d+\.safetensors")  # shards that say by their names that they belong together
 
 
 DEMOS = ("demo", "demo-edit", "demo-layered")  # the models inside this package
-_DEMO_ROOT = Path(__file__).parents[1] / "demo"
+DEMO_ROOT = Path(__file__).parents[1] / "demo"
 
 _NO_PICKLES = (
     "are pickles, which can run any code when they are read: use a checkpoint with .safetensors files, or convert this "
@@ -59,7 +61,8 @@ class HubSnapshot:
 
     Args:
         model: A directory, a model's id on the hub such as "Qwen/Qwen-Image", or one of `DEMOS`. An existing directory
-            wins over an id, but not over a demo: "./demo" is a directory.
+            wins over an id, but not over a demo: "./demo" is a directory. A model's folder in the hub's cache
+            (`models--OWNER--NAME`, or its `snapshots`) means the snapshot that its refs/main names.
         revision: Branch, tag or commit on the hub; its main branch if None.
         offline: Use the cache only. HF_HUB_OFFLINE=1 does the same.
         progress: Called with (component or file name, bytes done, bytes in all) while a download runs, possibly from
@@ -71,7 +74,8 @@ class HubSnapshot:
         offline: Whether only the cache is used.
 
     Raises:
-        CheckpointError: The model is neither a directory nor a possible id.
+        CheckpointError: The model is neither a directory nor a possible id, or a folder of the hub's cache without
+            the snapshot that is meant.
         RequestError: A revision is asked of a directory.
     """
 
@@ -83,8 +87,8 @@ class HubSnapshot:
         offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        local = _local_folder(model)
-        if local and revision is not None:
+        local = _local_folder(model, revision)
+        if local and revision is not None and not local.revision:
             raise RequestError(f"revision {revision!r} means nothing for the directory {model}: leave it out")
         self.model = str(model)
         self._wanted = revision
@@ -178,6 +182,7 @@ class HubSnapshot:
         there = source.names(component)
         indexes = [name for name in there if name.endswith(_INDEX)]
         files = [name for name in there if name.endswith((_SAFETENSORS, _GGUF))]
+        files = [name for name in files if _MMPROJ not in posixpath.basename(name).lower()] or files
         if len(indexes) == 1:
             return indexes[0], []
         if len(files) == 1 or (files and all(_NUMBERED.fullmatch(posixpath.basename(name)) for name in files)):
@@ -213,13 +218,26 @@ class HubSnapshot:
         return self._opened
 
 
+def vision_beside(files: Sequence[Path]) -> Path | None:
+    """llama.cpp's vision tower (`*mmproj*.gguf`) beside a text encoder's GGUF file; None if there is none.
+
+    Of several, the one whose name begins most like the text encoder's, then the first by name.
+    """
+    if len(files) != 1 or files[0].suffix.lower() != _GGUF:
+        return None
+    found = [file for file in sorted(files[0].parent.glob(f"[!.]*{_GGUF}")) if _MMPROJ in file.name.lower()]
+    pairs = ((file, zip(file.name, files[0].name, strict=False)) for file in found if file != files[0])
+    same = {file: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for file, pair in pairs}
+    return max(same, key=same.get, default=None)
+
+
 def read_tensors(files: Sequence[Path], index: Mapping[str, str] | None = None) -> dict[str, Tensor]:
     """The headers of a component's files as one, of whichever kind they are.
 
     Raises:
         CheckpointError: as `shards.component_tensors` and `gguf.read_gguf`.
     """
-    if len(files) == 1 and files[0].suffix.lower() == _GGUF:
+    if len(files) == 1 and is_gguf(files[0]):
         return dict(read_gguf(files[0])[0])
     return component_tensors(files, index)
 
@@ -243,13 +261,13 @@ def weight_file(path: Path) -> WeightFiles:
     return WeightFiles((path,), None, read_tensors([path]))
 
 
-def _local_folder(model: str | Path) -> Folder | None:
+def _local_folder(model: str | Path, revision: str | None) -> Folder | None:
     """Tell a directory or a demo from a hub id, for which it gives None."""
     if model in DEMOS:
-        return Folder(_DEMO_ROOT / model, shared=_DEMO_ROOT / "shared")
+        return Folder(DEMO_ROOT / model, shared=DEMO_ROOT / "shared")
     path = os.path.expanduser(model)
     if path and os.path.isdir(path):
-        return Folder(Path(path))
+        return cached_folder(Path(path), revision) or Folder(Path(path))
     if os.path.exists(path):
         raise CheckpointError(f"{model} is a file: give the directory of a checkpoint, the one with model_index.json")
     if "/" not in str(model) or not _is_repo_id(model):  # ids without an owner are not those of checkpoints

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -60,6 +61,44 @@ class Stored:
         return {self.tensor.file, *(tensor.file for tensor in self.beside.values())}
 
 
+@dataclass(frozen=True)
+class Joined(Tensor):
+    """A tensor that lies in its file as several.
+
+    Attributes:
+        pieces: these.
+        axis: along which they are laid one after another.
+        stacked: whether that axis is one they do not have themselves.
+    """
+
+    pieces: tuple[Tensor, ...] = ()
+    axis: int = 0
+    stacked: bool = False
+
+
+def joined(tensors: Mapping[str, Tensor], rules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A component's entries by canonical name, with those that its map says to join made one."""
+    whole = dict(tensors)
+    for rule in rules.get("joined", ()):
+        for name in tensors:
+            stem = name.removesuffix(rule["of"][0])
+            names = [stem + ending for ending in rule["of"]]
+            if stem == name or not all(piece in tensors for piece in names):
+                continue
+            pieces = tuple(whole.pop(piece) for piece in names)
+            axis, stacked, shape = rule["axis"], rule.get("stacked", False), list(pieces[0].shape)
+            if stacked:
+                shape.insert(axis, len(pieces))
+            elif len(shape) > axis:
+                shape[axis] = sum(piece.shape[axis] for piece in pieces if len(piece.shape) > axis)
+            first = pieces[0]
+            whole[stem + rule["as"]] = Joined(
+                stem + rule["as"], first.dtype, tuple(shape), first.file, sum(piece.nbytes for piece in pieces),
+                first.offset, pieces, axis, stacked,
+            )  # fmt: skip
+    return whole
+
+
 def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
     """Every weight of a component by canonical name, its companions gathered.
 
@@ -79,6 +118,9 @@ def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
 
 
 def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
+    if isinstance(tensor, Joined):
+        problems = [found.problem for piece in tensor.pieces if (found := _stored(piece, {}, piece.shape)).problem]
+        return Stored(tensor, {}, tensor.shape, problem=next(iter(problems), None))
     if isinstance(tensor, gguf.GgufTensor):
         scheme = _GGUF_SCHEMES.get(tensor.dtype) if len(tensor.shape) == 2 else None
         return Stored(tensor, {}, tensor.shape, scheme, None if tensor.dtype in gguf.DECODED else tensor.dtype)
@@ -123,7 +165,7 @@ def reading(component: str) -> Iterator[None]:
     """Makes MLX's error while a component's files are read a CheckpointError."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except RuntimeError as error:
         raise gpu_error(error) or CheckpointError(
             f"the {component}'s files could not be read while loading: they were changed or removed meanwhile, so "
             "start again"
@@ -151,10 +193,10 @@ class Reader:
         Raises:
             CheckpointError: a file cannot be read.
         """
-        wanted = [stored for stored in weights if not isinstance(stored.tensor, gguf.GgufTensor)]
+        wanted = [stored for stored in weights if not isinstance(stored.tensor, gguf.GgufTensor | Joined)]
         tensors = {(t.file, t.name): t for stored in wanted for t in (stored.tensor, *stored.beside.values())}
+        found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
         with reading(self._component):
-            found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
             mx.eval(found)
         self._read |= found
 
@@ -166,6 +208,11 @@ class Reader:
         Raises:
             CheckpointError: its file cannot be read.
         """
+        if isinstance(stored.tensor, Joined):
+            pieces = [self.open(Stored(piece, {}, piece.shape)) for piece in stored.tensor.pieces]
+            pieces = [piece.dequantize() if isinstance(piece, Packed) else piece for piece in pieces]
+            join = mx.stack if stored.tensor.stacked else mx.concatenate
+            return join(pieces, axis=stored.tensor.axis)
         if isinstance(stored.tensor, gguf.GgufTensor):
             return gguf.packed(stored.tensor) or gguf.decode(stored.tensor)
         self.read([stored])
@@ -181,6 +228,12 @@ class Reader:
         return array
 
     def _lazy(self, tensor: Tensor) -> mx.array:
-        if tensor.file not in self._files:
-            self._files[tensor.file] = LazyTensors(tensor.file)
-        return self._files[tensor.file].take(tensor)
+        try:
+            if tensor.file not in self._files:
+                self._files[tensor.file] = LazyTensors(tensor.file)
+            return self._files[tensor.file].take(tensor)
+        except (OSError, RuntimeError, ValueError, KeyError, CheckpointError) as error:
+            raise CheckpointError(
+                f"the {self._component}'s file {tensor.file} could not be opened: it was changed or removed meanwhile, "
+                "so start again"
+            ) from error

@@ -6,8 +6,12 @@ import json
 import math
 import re
 
+import foreign
+import gguf
 import mlx.core as mx
+import numpy as np
 import pytest
+import torch
 
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.config import TransformerConfig
@@ -16,6 +20,7 @@ from qwen_image_mlx.pipeline.packing import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import matrix_shapes
 from qwen_image_mlx.weights.quantize import Quantization
 from qwen_image_mlx.weights.shards import read_header
+from qwen_image_mlx.weights.snapshot import DEMO_ROOT
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 
@@ -83,6 +88,92 @@ def test_a_lora_is_described(tmp_path, run):
         assert code == 0, err
         assert re.search(r"alpha / rank +0\.5", out)
         assert re.search(rf"targets +1 of {sum(len(s) == 2 for s in shapes.values())}", out)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer._orig_mod."])
+def test_a_lora_of_the_demo_models_is_described(tmp_path, run, prefix):
+    file = tmp_path / "mine.safetensors"
+    config = TransformerConfig.from_dict(json.loads((DEMO_ROOT / "shared/transformer/config.json").read_bytes()))
+    name = "transformer_blocks.0.attn.to_q"
+    out_features, in_features = matrix_shapes("transformer", config)[name]
+    mx.save_safetensors(str(file), {f"{prefix}{name}.lora_A.weight": mx.ones((2, in_features)),
+                                    f"{prefix}{name}.lora_B.weight": mx.ones((out_features, 2))})  # fmt: skip
+    assert run("lora", "inspect", file)[0] == 0
+    code, out, err = run("info", file, "--json")
+    assert code == 0, err
+    assert json.loads(out)["made for"] == "the demo models"
+    assert json.loads(out)["taken by"] == "--lora"
+    assert (
+        run("generate", "a fox", "--model", "demo", "--lora", file, "--steps", "1", "--output", tmp_path / "x.png")[0]
+        == 0
+    )
+
+
+def test_an_all_in_one_file_is_described_by_its_parts(tiny, tmp_path, run):
+    bundle = {}
+    for part, prefix in (("transformer", "model.diffusion_model."), ("text_encoder", "text_encoders.qwen25_7b.transformer."),
+                         ("vae", "vae.")):  # fmt: skip
+        (file,) = (tiny / part).glob("*.safetensors")
+        bundle |= {prefix + name: value for name, value in mx.load(str(file)).items()}
+    mx.save_safetensors(str(tmp_path / "aio.safetensors"), bundle)
+    code, out, err = run("info", tmp_path / "aio.safetensors", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["kind"] == "transformer, text_encoder, vae"
+    assert said["taken by"] == "--transformer, --text-encoder, --vae"
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_text_encoders_of_llama_cpp_are_described(tiny, tmp_path, run, vision):
+    tensors = foreign.read(tiny / "text_encoder")
+    tensors = {n: t for n, t in tensors.items() if n.startswith("visual.") == vision}
+    if vision and not tensors:
+        tensors = {
+            f"visual.blocks.0.{n}.weight": torch.ones(4, 4) for n in ("attn.proj", "mlp.up_proj", "mlp.down_proj")
+        }
+    file = foreign.write_llama(tmp_path / "text.gguf", tensors)
+    code, out, err = run("info", file, "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert (said["kind"], said["taken by"]) == ("text_encoder", "--text-encoder")
+    assert said["architecture"] == ("clip" if vision else "qwen2vl")
+    assert said["vision tower"] == ("yes" if vision else "no")
+    assert ("language model" in said) == vision
+
+
+def test_a_whole_gguf_file_of_another_model_is_not_called_damaged(tmp_path, run):
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "flux")
+    writer.add_tensor("double_blocks.0.img_attn.qkv.weight", np.ones((2, 2), np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    code, _, err = run("info", tmp_path / "other.gguf")
+    assert code == 2
+    assert "a whole GGUF file of flux" in err
+    assert "download" not in err
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    ({"weight.absmax": mx.uint8, "weight.quant_state.bitsandbytes__nf4": mx.uint8}, "bitsandbytes nf4"),
+    ({"weight_scale_2": mx.float32}, "nvfp4"),
+])  # fmt: skip
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_info_and_generate_agree_on_what_cannot_be_used(tiny, tmp_path, run, part, words, says):
+    (own,) = (tiny / part).glob("*.safetensors")
+    tensors = mx.load(str(own))
+    for name in [
+        name for name, value in tensors.items() if value.ndim == 2 and "layers." in name or "attn.to_" in name
+    ]:
+        if name.endswith(".weight"):
+            tensors[name] = mx.zeros((tensors[name].size // 2, 1), mx.uint8)
+            tensors |= {name.replace("weight", word): mx.zeros((4,), dtype) for word, dtype in words.items()}
+    file = tmp_path / "small.safetensors"
+    mx.save_safetensors(str(file), tensors)
+    code, out, err = run("info", file, "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert (said["kind"], said["format"]) == (part, says)
+    code, _, err = run("generate", "a fox", "--model", tiny, f"--{part.replace('_', '-')}", file)
+    assert code == 2
+    assert said["cannot be used"] in err
 
 
 @pytest.mark.parametrize(("content", "says"), [(b"", "safetensors"), (b"\x08" + bytes(15), "safetensors")])

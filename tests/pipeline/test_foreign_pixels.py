@@ -11,6 +11,7 @@ import foreign
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from qwen_image_mlx import CheckpointError, GenerationParameters, Quantization, QwenImagePipeline, RequestError
@@ -19,6 +20,7 @@ from qwen_image_mlx.models.layers import Linear, QuantizedLinear
 from qwen_image_mlx.pipeline.components import Components
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.weights.gguf import decode, read_gguf
 from qwen_image_mlx.weights.snapshot import HubSnapshot
 from qwen_image_mlx.weights.synthetic import FULL, PROCESSOR, SCHEDULER, TINY, write_checkpoint
 
@@ -106,8 +108,6 @@ def test_comfy_text_encoders(models, copied, tmp_path, form, spelling):
 
 
 def mx_like(shape):
-    import torch
-
     return torch.ones(shape) / 10
 
 
@@ -191,6 +191,125 @@ def test_the_only_file_of_a_folder_needs_no_usual_name(models, copied, ending):
         paint(folder)
 
 
+# --- llama.cpp's text encoders, all-in-one files, rare types ---------------------------------------------------------
+
+
+def split(tensors):
+    """(the language model with its head, the vision tower) of a text encoder."""
+    vision = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
+    return {name: tensor for name, tensor in tensors.items() if name not in vision}, vision
+
+
+@pytest.mark.parametrize("word", ["F32", "BF16", "Q8_0", "Q4_0"])
+def test_text_encoders_of_llama_cpp(models, copied, tmp_path, word):
+    language, _ = split(foreign.read(models["generate"] / "text_encoder"))
+    file = foreign.write_llama(tmp_path / f"Qwen2.5-VL-7B-Instruct-{word}.gguf", language, word)
+    stored = read_gguf(file)[0].values()
+    numbers = {
+        n: torch.from_numpy(np.array(decode(t).astype(mx.float32))) for n, t in zip(language, stored, strict=True)
+    }
+    expected = paint(copied("generate", text_encoder=numbers))
+    assert_same(paint(models["generate"], text_encoder=file), expected, packed=word.startswith("Q"))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_the_vision_tower_of_llama_cpp_lies_beside_the_text_encoder(models, copied, tmp_path, joined, place):
+    """Other numbers than the model's own, so that these cannot have been used."""
+    own = foreign.read(models["edit"] / "text_encoder")
+    other = {n: t * 1.25 if n.endswith("weight") else t + 0.1 for n, t in own.items()}
+    language, vision = split(other)
+    file = foreign.write_llama(tmp_path / "Qwen2.5-VL-7B-Instruct-F32.gguf", language)
+    foreign.write_llama(tmp_path / "Qwen2.5-VL-7B-Instruct-mmproj-F16.gguf", vision, "F16", split=not joined)
+    foreign.write_llama(tmp_path / "another-mmproj-F32.gguf", {n: t * 2 for n, t in vision.items()})
+    halved = {n: t.half().float() if t.ndim == 2 else t for n, t in vision.items()}
+    expected = paint(copied("edit", text_encoder=language | halved))
+    assert_same(paint(models["edit"], text_encoder=file if place == "file" else tmp_path), expected)
+
+
+@pytest.mark.parametrize("form", ["gguf", "safetensors"])
+def test_without_one_the_model_s_own_vision_tower_is_used(models, copied, tmp_path, form):
+    own = foreign.read(models["edit"] / "text_encoder")
+    language, vision = split(own)
+    language = {n: t * 1.25 for n, t in language.items()}
+    if form == "gguf":
+        file = foreign.write_llama(tmp_path / "text.gguf", language)
+    else:
+        file = foreign.save(tmp_path / "text.safetensors", language)
+    assert_same(paint(models["edit"], text_encoder=file), paint(copied("edit", text_encoder=language | vision)))
+
+
+def test_a_vision_tower_alone_is_no_text_encoder(models, tmp_path):
+    _, vision = split(foreign.read(models["edit"] / "text_encoder"))
+    file = foreign.write_llama(tmp_path / "mmproj-F32.gguf", vision)
+    with pytest.raises(CheckpointError, match=r"a vision tower and not the language model.*beside"):
+        paint(models["edit"], text_encoder=file)
+
+
+def test_a_cached_encoding_is_not_that_of_another_vision_tower(models, tmp_path):
+    language, vision = split(foreign.read(models["edit"] / "text_encoder"))
+    file = foreign.write_llama(tmp_path / "text.gguf", language)
+
+    def fingerprint():
+        return Components(HubSnapshot(models["edit"]), mx.float32, replaced={"text_encoder": file}).fingerprint
+
+    before = fingerprint()
+    foreign.write_llama(tmp_path / "mmproj.gguf", vision)
+    assert fingerprint() != before
+
+
+@pytest.mark.parametrize(("task", "form", "wrapper"), [
+    ("generate", "fp8", "_orig_mod."), ("edit", "float32", ""), ("decompose", "float32", ""),
+])  # fmt: skip
+def test_each_flag_takes_its_part_of_an_all_in_one_file(models, copied, tmp_path, task, form, wrapper):
+    parts = {part: foreign.read(models[task] / part) for part in STEMS}
+    parts = {part: {n: t * 1.125 for n, t in tensors.items()} for part, tensors in parts.items()}
+    kept = {part: t for part, t in parts.items() if part == "vae" or form == "float32"}
+    written, numbers = dict(kept), dict(kept)
+    for part in parts.keys() - kept.keys():
+        written[part], numbers[part] = foreign.comfy_fp8(parts[part])
+    file = foreign.save(tmp_path / "Rapid-AIO.safetensors", {
+        **foreign.prefixed(written["transformer"], f"model.diffusion_model.{wrapper}"),
+        **foreign.prefixed(written["text_encoder"], "text_encoders.qwen25_7b.transformer."),
+        **{f"vae.{foreign.wan_name(name)}": tensor for name, tensor in written["vae"].items()},
+        "text_encoders.qwen25_7b.logit_scale": mx_like(()),
+    })  # fmt: skip
+    for part in STEMS:
+        assert_same(paint(models[task], **{part: file}), paint(copied(task, f"other {part}", **{part: numbers[part]})))
+    assert_same(paint(models[task], **dict.fromkeys(STEMS, file)), paint(copied(task, "all", **numbers)))
+
+
+def test_an_all_in_one_file_without_the_part_is_refused(models, tmp_path):
+    parts = {part: foreign.read(models["generate"] / part) for part in ("transformer", "vae")}
+    file = foreign.save(tmp_path / "aio.safetensors", {
+        **foreign.prefixed(parts["transformer"], "model.diffusion_model."), **foreign.prefixed(parts["vae"], "vae."),
+    })  # fmt: skip
+    with pytest.raises(CheckpointError, match="all-in-one checkpoint with a transformer and an autoencoder, not with"):
+        paint(models["generate"], text_encoder=file)
+
+
+@pytest.mark.parametrize(("part", "form"), [
+    ("transformer", "e5m2"), ("text_encoder", "e5m2 scaled"), ("transformer", "one float64"), ("text_encoder", "float64"),
+])  # fmt: skip
+def test_types_that_mlx_does_not_open(models, copied, tmp_path, part, form):
+    numbers = foreign.read(models["generate"] / part)
+    written = dict(numbers)
+    for number, (name, tensor) in enumerate(numbers.items()):
+        matrix = tensor.ndim == 2 and name.endswith(".weight")
+        if form == "float64" or (form == "one float64" and number == 3):
+            written[name] = tensor.double()
+        elif form.startswith("e5m2") and matrix:
+            scale = tensor.abs().max() / 57344 if "scaled" in form else torch.tensor(1.0)
+            written[name] = (tensor / scale).to(torch.float8_e5m2)
+            numbers[name] = written[name].float() * scale
+            if "scaled" in form:
+                written[name.replace("weight", "weight_scale")] = scale
+    file = foreign.save(tmp_path / "rare.safetensors", written)
+    expected = paint(copied("generate", **{part: numbers}))
+    assert_same(paint(models["generate"], **{part: file}), expected)
+    assert_same(paint(copied("generate", "folder", **{part: written})), expected)
+
+
 # --- zero_cond_t ----------------------------------------------------------------------------------------------------
 
 
@@ -199,8 +318,6 @@ def test_the_only_file_of_a_folder_needs_no_usual_name(models, copied, ending):
 ])  # fmt: skip
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_marker_of_2511(models, tmp_path, marker, said, expected, prefix):
-    import torch
-
     tensors = foreign.read(models["edit"] / "transformer")
     extra = {"__index_timestep_zero__": torch.zeros(1)} if marker else {}
     file = foreign.save(tmp_path / "2511.safetensors", foreign.prefixed(tensors | extra, prefix))
@@ -344,8 +461,6 @@ def test_encodings_are_kept_apart_by_their_files(models, tmp_path):
 
 
 def flux(tensors):
-    import torch
-
     return {"img_in.weight": torch.ones(3, 3), "double_blocks.0.img_attn.qkv.weight": torch.ones(3, 3)}
 
 
@@ -362,8 +477,6 @@ def missing_scales(tensors):
 
 
 def odd_scales(tensors):
-    import torch
-
     written = foreign.COMFY["weight_scale"](tensors)[0]
     return written | {"transformer_blocks.0.attn.to_q.weight_scale": torch.ones(7)}
 
@@ -474,8 +587,6 @@ def test_damaged_mflux_saves(copied, task):
 def test_folders_that_are_no_model_say_so(tmp_path):
     with pytest.raises(CheckpointError, match=r"model_index\.json"):
         QwenImagePipeline.from_pretrained(tmp_path)
-    import torch
-
     for part in STEMS:
         foreign.save(tmp_path / part / "0.safetensors", {"x.weight": torch.ones(2)})
     with pytest.raises(CheckpointError, match="not those of a Qwen-Image model"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import foreign
 import mlx.core as mx
@@ -10,6 +11,7 @@ import pytest
 
 from qwen_image_mlx.config import VAEConfig
 from qwen_image_mlx.errors import CheckpointError
+from qwen_image_mlx.weights.gguf import GgufTensor
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import (
     canonical_names,
@@ -19,6 +21,8 @@ from qwen_image_mlx.weights.mapping import (
     known_share,
     shown_settings,
 )
+from qwen_image_mlx.weights.recognize import foreign_format, kinds_of, part_of
+from qwen_image_mlx.weights.shards import Tensor, read_header
 from qwen_image_mlx.weights.snapshot import read_tensors, weight_file
 from qwen_image_mlx.weights.synthetic import FULL, TINY, random_values
 
@@ -33,6 +37,7 @@ SPELLINGS = {
         re.sub(r"_mod\.1\.", "_mod.", name).replace("net.0.proj.", "proj_in.").replace("_mlp.net.2.", "_mlp.proj_out.")
     ),
     ("vision", "mlx-vlm"): lambda name: name.replace("visual.", "vision_tower.", 1),
+    ("text_encoder", "llama.cpp"): foreign.llama_name,
     ("text_encoder", "bare"): lambda name: f"language_model.{name}",
 }
 
@@ -99,11 +104,123 @@ def test_what_says_nothing_is_passed_over():
     assert not is_ignored("vae", "scaled_fp8")
 
 
+def entries(names, dtype="F32", file="x.safetensors"):
+    return {name: Tensor(name, dtype, (2, 2), Path(file), 16, 0) for name in names}
+
+
+BUNDLES = {
+    "Rapid-AIO": ("model.diffusion_model.", "text_encoders.qwen25_7b.transformer.", "vae."),
+    "another encoder's name": ("model.diffusion_model.", "text_encoders.llm.", "vae."),
+    "first stage": ("diffusion_model.", "cond_stage_model.qwen25_7b.transformer.", "first_stage_model."),
+    "diffusers' folders": ("transformer.", "text_encoder.", "vae."),
+    "compiled": ("model.diffusion_model._orig_mod.", "text_encoder._orig_mod.", "vae."),
+}
+
+
+@pytest.mark.parametrize("prefixes", BUNDLES.values(), ids=BUNDLES)
+@pytest.mark.parametrize("wan", [True, False])
+def test_each_part_of_an_all_in_one_file_is_found(prefixes, wan):
+    names = {
+        part: [foreign.wan_name(name) for name in NAMES[part]] if part == "vae" and wan else NAMES[part]
+        for part in ("transformer", "text_encoder", "vae")
+    }
+    bundle = entries(prefix + name for prefix, part in zip(prefixes, names, strict=True) for name in names[part])
+    bundle |= entries(["text_encoders.qwen25_7b.logit_scale", "text_encoders.clip_l.transformer.text_model.a.weight"])
+    assert list(kinds_of(bundle)) == list(names)
+    for part in names:
+        found = part_of(part, bundle)
+        assert set(found) == set(names[part])
+        assert all(tensor.name.endswith(name) or "_orig_mod" in tensor.name for name, tensor in found.items())
+
+
+def test_a_part_that_an_all_in_one_file_lacks_is_named():
+    bundle = entries([f"model.diffusion_model.{n}" for n in NAMES["transformer"]] + [f"vae.{n}" for n in NAMES["vae"]])
+    with pytest.raises(CheckpointError, match="all-in-one checkpoint with a transformer and an autoencoder, not"):
+        part_of("text_encoder", bundle)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda n: f"_orig_mod.{n}", lambda n: f"module.{n}", lambda n: f"module._orig_mod.{n}",
+    lambda n: re.sub(r"^(transformer_blocks\.\d+|model\.layers\.\d+)", r"\1._orig_mod", n),
+])  # fmt: skip
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_wrappers_in_names_mean_nothing(part, wrap):
+    found = part_of(part, entries(map(wrap, NAMES[part])))
+    assert set(found) == set(NAMES[part])
+    assert list(kinds_of(entries(map(wrap, NAMES[part])))) == [part]
+
+
+Q = "transformer_blocks.{}.attn.to_q."
+FORMATS = {
+    "bitsandbytes nf4": {"weight": "U8", "weight.absmax": "U8", "weight.quant_state.bitsandbytes__nf4": "U8"},
+    "bitsandbytes fp4": {"weight": "U8", "weight.absmax": "F32", "weight.quant_state.bitsandbytes__fp4": "U8"},
+    "bitsandbytes int8": {"weight": "I8", "SCB": "F32", "weight_format": "U8"},
+    "SVDQuant": {"qweight": "I8", "wscales": "BF16", "proj_down": "BF16", "proj_up": "BF16", "smooth_factor": "BF16"},
+    "GPTQ": {"qweight": "I32", "qzeros": "I32", "scales": "F16", "g_idx": "I32"},
+    "AWQ": {"qweight": "I32", "qzeros": "I32", "scales": "F16"},
+    "nvfp4": {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "comfy_quant": "U8"},
+    "compressed-tensors": {"weight_packed": "I32", "weight_scale": "BF16"},
+    "HQQ": {"W_q": "U8", "scale": "F16", "zero": "F16"},
+    "optimum-quanto": {"weight._data": "I8", "weight._scale": "BF16"},
+    "SDNQ": {"weight": "U8", "scale": "F32", "zero_point": "F32"},
+    "int8": {"weight": "I8", "weight_scale": "F32", "comfy_quant": "U8"},
+    "fp4": {"weight": "F4", "weight_scale": "F8_E8M0"},
+    "mxfp8": {"weight": "F8_E4M3", "weight_scale": "F8_E8M0"},
+    "fnuz": {"weight": "F8_E4M3FNUZ"},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_quantizations_that_are_not_read_are_called_by_name(name, component):
+    path = {"transformer": "transformer_blocks.{}.attn.to_q.", "text_encoder": "model.layers.{}.self_attn.q_proj."}
+    tensors = entries(NAMES[component], "BF16")
+    for layer in range(3):
+        base = path[component].format(layer)
+        del tensors[f"{base}weight"]
+        for word, dtype in FORMATS[name].items():
+            tensors |= entries([base + word], dtype)
+    with pytest.raises(CheckpointError, match=name) as caught:
+        ComponentWeights(component, FULL[component], tensors, ("main",))
+    assert "download" not in str(caught.value)
+    assert "use a bf16" in str(caught.value)
+    assert list(kinds_of(tensors)) == [component]
+    assert foreign_format(entries(NAMES[component], "F8_E4M3")) is None
+
+
+@pytest.mark.parametrize("dtype", ["IQ4_XS", "MXFP4", "TQ1_0"])
+def test_types_of_gguf_that_are_not_read_are_called_by_name(dtype):
+    name = Q.format(0) + "weight"
+    tensors = {**entries(NAMES["transformer"]), name: GgufTensor(name, dtype, (2, 2), Path("x.gguf"), 16, 0)}
+    with pytest.raises(CheckpointError, match=f"GGUF's {dtype}"):
+        ComponentWeights("transformer", FULL["transformer"], tensors, ("main",))
+
+
+def test_a_single_shard_is_told_from_a_file_that_does_not_fit():
+    names = NAMES["transformer"][: len(NAMES["transformer"]) // 3]
+    file = "diffusion_pytorch_model-00001-of-00009.safetensors"
+    with pytest.raises(CheckpointError, match="shard 1 of 9, so give the folder"):
+        ComponentWeights("transformer", FULL["transformer"], entries(names, file=file), ("main",))
+
+
+@pytest.mark.parametrize(("start", "says"), [
+    (b"GGUF" + bytes(20), "GGUF file"), (b"PK\x03\x04" + bytes(20), "zip file"), (b"\x80\x02}q" + bytes(20), "pickle"),
+    (b"<!DOCTYPE html><html>", "web page"), (b"\n<html>" + bytes(9), "web page"), (b'{"error": "no"}  ', "JSON"),
+])  # fmt: skip
+def test_files_of_other_kinds_are_not_called_damaged(tmp_path, start, says):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(start)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_header(file)
+    assert "download it again" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("names", "says"), [
     (["single_transformer_blocks.0.proj_out.weight"], "FLUX"),
-    (["transformer_blocks.0.attn.to_q.lora_A.weight"], "something else"),
+    (["transformer_blocks.0.attn.to_q.lora_A.weight"], "a LoRA, .*--lora"),
+    (["some.other.weight"], "something else"),
     (["joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3"),
-    (["blk.0.attn_q.weight", "token_embd.weight"], "something else"),
+    (["blk.0.attn_q.weight", "token_embd.weight"], "a text encoder"),
     (["blocks.0.cross_attn.q.weight"], "Wan"),
 ])  # fmt: skip
 def test_other_models_are_named(tmp_path, names, says):

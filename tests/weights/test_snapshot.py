@@ -161,6 +161,47 @@ def test_weights_beside_the_config_of_a_component_alone(checkpoint: Path) -> Non
     assert HubSnapshot(checkpoint / "vae").weight_files("", STEM).files == (checkpoint / f"vae/{STEM}.safetensors",)
 
 
+def cached(checkpoint: Path, commits: list[str], **refs: str) -> Path:
+    """A model's folder in the hub's cache, each commit a copy of a checkpoint that says which it is."""
+    folder = checkpoint.parent / "hub" / "models--ORG--NAME"
+    for commit in commits:
+        shutil.copytree(checkpoint, folder / "snapshots" / commit)
+        (folder / "snapshots" / commit / "said.json").write_text(json.dumps({"commit": commit}))
+    for name, commit in refs.items():
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / name).write_text(f"{commit}\n")
+    return folder
+
+
+OLD, NEW = "0123456789" * 4, "abcdef0123" * 4
+
+
+@pytest.mark.parametrize("inside", ["", "snapshots"])
+@pytest.mark.parametrize(("commits", "refs", "revision", "meant"), [
+    ([OLD], {"main": OLD}, None, OLD), ([OLD, NEW], {"main": NEW}, None, NEW), ([NEW], {}, None, NEW),
+    ([OLD, NEW], {"main": NEW, "v1": OLD}, "v1", OLD), ([OLD, NEW], {"main": NEW}, OLD, OLD),
+])  # fmt: skip
+def test_a_model_s_folder_in_the_cache_means_one_snapshot(checkpoint, inside, commits, refs, revision, meant) -> None:
+    folder = cached(checkpoint, commits, **refs) / inside
+    snapshot = HubSnapshot(folder, revision=revision)
+    assert snapshot.is_local
+    assert snapshot.read_json("said.json") == {"commit": meant}
+    assert snapshot.revision == meant
+    assert HubSnapshot(folder.parent / folder.name / ("" if inside else "snapshots") / commits[0]).exists("said.json")
+
+
+@pytest.mark.parametrize(("commits", "refs", "says"), [
+    ([OLD, NEW], {}, "holds the snapshots 0123456789.*, not the one of main: give ORG/NAME, or .*snapshots with"),
+    ([], {"main": OLD}, "holds no snapshot, not the one of main: give ORG/NAME to have it downloaded"),
+    ([OLD], {"main": NEW}, "not the one of main"),
+])  # fmt: skip
+def test_a_cache_that_does_not_say_which_snapshot_is_meant(checkpoint: Path, commits, refs, says) -> None:
+    folder = cached(checkpoint, commits, **refs)
+    with pytest.raises(CheckpointError, match=says) as error:
+        HubSnapshot(folder)
+    one_sentence(error)
+
+
 def test_a_directory_wins_over_an_id(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint.parent)
     Path("Qwen").mkdir()

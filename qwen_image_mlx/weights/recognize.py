@@ -1,0 +1,166 @@
+"""What a file of weights is, told from names and types alone: whose parts lie in it, and how it is quantized.
+
+The one place that decides it, for `info`, for every flag that takes a file, and for what is said when one is refused.
+The spellings are data, `weights_map/files.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import CheckpointError, some
+from . import gguf
+from .mapping import canonical_names, known_share, other_part, weights_map
+from .shards import Tensor
+
+LABELS = {"transformer": "a transformer", "text_encoder": "a text encoder", "vae": "an autoencoder"}
+_KNOWN = 0.5  # the share of known names above which a file is a component's
+_LORA = re.compile(r"lora|hada|lokr")
+_SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.safetensors$")
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The parts that programs lay into one file, by kind, each with the names it has in a file of its own.
+
+    Args:
+        tensors: what the file holds, by stored name.
+
+    Returns:
+        "transformer", "text_encoder" or "vae" -> its tensors; {} where no name says whose it is.
+    """
+    names = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    found = {}
+    for kind, patterns in weights_map("files")["parts"].items():
+        for pattern in map(re.compile, patterns):
+            own = {name[match.end() :]: tensor for name, tensor in names.items() if (match := pattern.match(name))}
+            if own and not any(_LORA.search(name) for name in own):
+                found[kind] = own
+                break
+    return found
+
+
+def part_of(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a file's tensors belongs to one component: all of them, or a part of several.
+
+    Raises:
+        CheckpointError: the file holds several parts, and none of that kind.
+    """
+    parts = parts_of(tensors)
+    if component in parts and len(parts) == 1:  # what has no prefix belongs to it, too
+        own = {id(tensor) for tensor in parts[component].values()}
+        rest = {_unwrapped(name): tensor for name, tensor in tensors.items() if id(tensor) not in own}
+        return parts[component] | rest
+    if component in parts:
+        return parts[component]
+    if len(parts) > 1:
+        held = " and ".join(LABELS[kind] for kind in parts)
+        raise CheckpointError(
+            f"{_file(tensors)} is an all-in-one checkpoint with {held}, not with {LABELS[component]}: give a file "
+            "that has one"
+        )
+    return {_unwrapped(name): tensor for name, tensor in tensors.items()}
+
+
+def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The components in a file with their tensors, however they are quantized; {} if it is something else."""
+    parts = parts_of(tensors)
+    if len(parts) > 1:
+        return {kind: own for kind, own in parts.items() if kind_of(own) == kind}
+    kind = next(iter(parts), None) or kind_of({_unwrapped(name): tensor for name, tensor in tensors.items()})
+    if kind is None:
+        return {}
+    own = part_of(kind, tensors)
+    return {kind: own} if kind_of(own) == kind else {}
+
+
+def kind_of(names: Iterable[str]) -> str | None:
+    """The component that most of some names belong to; None if there is none."""
+    plain = {re.sub(r"\.qweight$", ".weight", name) for name in names}
+    shares = {kind: known_share(kind, plain) for kind in LABELS}
+    best = max(shares, key=shares.get)
+    return best if shares[best] > _KNOWN else None
+
+
+def holds(component: str, names: Iterable[str]) -> bool:
+    """Whether some names are those of a component itself, not only of others that lie in the same files."""
+    canonical = canonical_names(component, names).values()
+    return any(known_share(component, [name]) and other_part(component, name) is None for name in canonical)
+
+
+def foreign_format(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a quantization that is not read; None if there is none of them."""
+    for rule in weights_map("files")["formats"]:
+        dtypes = rule.get("dtypes")
+        names = [name for name, tensor in tensors.items() if not dtypes or tensor.dtype in dtypes]
+        found = (map(re.compile(pattern).search, names) for pattern in rule["names"])
+        matches = [next(filter(None, hits), None) for hits in found]
+        if all(matches):
+            return rule["format"].format(*matches[0].groups())
+    odd = {t.dtype for t in tensors.values() if isinstance(t, gguf.GgufTensor) and t.dtype not in gguf.DECODED}
+    return f"GGUF's {some(sorted(odd))}" if odd else None
+
+
+def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
+    """Why a quantized file cannot be used, and what to use instead, as a sentence; None if it can."""
+    form = foreign_format(tensors)
+    if form is None:
+        return None
+    return (
+        f"{_file(tensors)} is quantized as {form}, which is not read here: use a bf16, an fp8 (e4m3 or e5m2) or a GGUF "
+        f"file ({', '.join(sorted(gguf.DECODED))}) of the same model; --quantize makes a bf16 one as small"
+    )
+
+
+def check_kind(component: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if what is given as a component cannot be read, or is something else."""
+    if not tensors:
+        return
+    kind, share, what = weights_map(component).get("folder", component), known_share(component, tensors), None
+    cure = "give the file of one"
+    if share < _KNOWN and (other := kind_of(tensors)) not in (None, kind):
+        what = f"{LABELS[other]} of Qwen-Image's kind"
+    elif kind == "transformer" and (model := _other_model(tensors)):
+        what = model
+    elif sentence := unreadable(tensors):
+        raise CheckpointError(sentence)
+    elif share < _KNOWN and any(_LORA.search(name) for name in tensors):
+        what, cure = "a LoRA", "give it with --lora"
+    elif share < _KNOWN:
+        what = f"something else ({some(list(tensors))})"
+    elif component in _TEXT_PARTS and not holds(component, tensors):
+        there = next((label for part, label in _TEXT_PARTS.items() if holds(part, tensors)), "nothing")
+        raise CheckpointError(
+            f"{_file(tensors)} holds {there} and not {_TEXT_PARTS[component]}: give a file that has it; an mmproj file "
+            "of llama.cpp only has to lie beside its text encoder"
+        )
+    if what is not None:
+        raise CheckpointError(f"{_file(tensors)} holds {what}, not {LABELS[kind]} of Qwen-Image: {cure}")
+
+
+_TEXT_PARTS = {"text_encoder": "the language model", "vision": "a vision tower", "language_head": "a language head"}
+
+
+def shard_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """ "shard 1 of 9", where a single file says by its name that it is one of several."""
+    files = {tensor.file for tensor in tensors.values()}
+    match = _SHARD.search(next(iter(files)).name) if len(files) == 1 else None
+    return f"shard {match[1]} of {match[2]}" if match and match[2] != "1" else None
+
+
+def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
+    other = weights_map("lora")["other_models"]
+    return next((model for pattern, model in other for name in tensors if re.search(pattern, name)), None)
+
+
+def _file(tensors: Mapping[str, Tensor]) -> Any:
+    return next(iter(tensors.values())).file
+
+
+def _unwrapped(name: str) -> str:
+    """A name without what torch.compile and its like put into it."""
+    name = f".{name}"
+    for wrapper in weights_map("files")["wrappers"]:
+        name = name.replace(f".{wrapper}.", ".")
+    return name[1:].removeprefix("module.")
