@@ -41,8 +41,10 @@ EDIT_CLASSES = {"edit": QwenImageEditPipeline, "edit_plus": QwenImageEditPlusPip
 TEXT_CLASSES = {"img2img": QwenImageImg2ImgPipeline, "inpaint": QwenImageInpaintPipeline}
 
 
-def write_edit(directory: Path, kind: str, *, processor: Config | None = None, **changes: Any) -> Path:
-    """A tiny checkpoint whose pipeline class is that of `kind`."""
+def write_edit(
+    directory: Path, kind: str, *, processor: Config | None = None, resaved: bool = False, **changes: Any
+) -> Path:
+    """A tiny checkpoint of the class of `kind`; its processor as transformers 5 saves it if `resaved`."""
     write_text_to_image(directory, **changes)
     index = json.loads((directory / "model_index.json").read_text())
     index["_class_name"] = EDIT_CLASSES[kind].__name__
@@ -50,7 +52,15 @@ def write_edit(directory: Path, kind: str, *, processor: Config | None = None, *
     (directory / "model_index.json").write_text(json.dumps(index))
     (directory / "processor").mkdir()
     config = PROCESSOR if processor is None else processor
-    (directory / "processor" / "preprocessor_config.json").write_text(json.dumps(config))
+    name = "preprocessor_config.json"
+    if resaved:
+        limits = {"shortest_edge": config["min_pixels"], "longest_edge": config["max_pixels"]}
+        nested = {key: value for key, value in config.items() if key not in ("min_pixels", "max_pixels")}
+        name, config = "processor_config.json", {
+            "image_processor": {**nested, "size": limits}, "processor_class": "Qwen2_5_VLProcessor",
+            "video_processor": {"size": {"shortest_edge": 1, "longest_edge": 2}},
+        }  # fmt: skip
+    (directory / "processor" / name).write_text(json.dumps(config))
     return directory
 
 
@@ -98,7 +108,11 @@ def load_edit_reference(directory: Path, kind: str, *, sequential_positions: boo
     if kind in TEXT_CLASSES:
         pipeline = TEXT_CLASSES[kind](**parts)
     else:
-        config = json.loads((directory / "processor" / "preprocessor_config.json").read_text())
+        (file,) = (directory / "processor").iterdir()
+        config = json.loads(file.read_text())
+        if "image_processor" in config:
+            limits = config["image_processor"]["size"]
+            config = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}
         if not sequential_positions and kind != "layered":
             _pass_token_types(parts["text_encoder"], parts["tokenizer"].convert_tokens_to_ids(IMAGE_TOKEN))
         cls = EDIT_CLASSES[kind]

@@ -111,7 +111,7 @@ def test_a_lora_of_the_demo_models_is_described(tmp_path, run, prefix):
 
 def test_an_all_in_one_file_is_described_by_its_parts(tiny, tmp_path, run):
     bundle = {}
-    for part, prefix in (("transformer", "model.diffusion_model."), ("text_encoder", "text_encoders.qwen25_7b.transformer."),
+    for part, prefix in (("transformer", "model.diffusion_model."), ("text_encoder", "text_encoders.qwen25_7b."),
                          ("vae", "vae.")):  # fmt: skip
         (file,) = (tiny / part).glob("*.safetensors")
         bundle |= {prefix + name: value for name, value in mx.load(str(file)).items()}

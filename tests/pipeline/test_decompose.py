@@ -119,6 +119,18 @@ def test_an_empty_prompt_is_answered_with_a_caption(pipeline):
         assert result.stack.metadata["caption_language"] == language
 
 
+def test_captions_of_a_checkpoint_that_transformers_5_saved_again(layered, tmp_path):
+    """The same limits, other than the usual ones, under both spellings."""
+    limits = {"min_pixels": 56 * 56, "max_pixels": 84 * 84, "image_mean": [0.1, 0.2, 0.3]}
+    folders = [write_layered(tmp_path / str(resaved), processor=limits, resaved=resaved) for resaved in (False, True)]
+    models = [QwenImagePipeline.from_pretrained(folder, dtype="float32") for folder in (*folders, layered)]
+    assert not (folders[1] / "processor" / "preprocessor_config.json").exists()
+    configs = [model.components.image_processor for model in models]
+    assert configs[0] == configs[1] != configs[2]
+    released, resaved = (model.caption_image(picture(), resolution=96) for model in models[:2])
+    assert released == resaved
+
+
 def test_the_usual_values_are_those_that_all_front_ends_leave_to_the_request():
     shown = inspect.signature(QwenImagePipeline.decompose).parameters
     usual = inspect.signature(decomposition.layers_request).parameters

@@ -33,14 +33,19 @@ def relative(ours, theirs) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-@pytest.fixture(scope="module")
-def edit(tmp_path_factory):
-    return write_edit(tmp_path_factory.mktemp("edit") / "model", "edit")
+@pytest.fixture(scope="module", params=["released", "resaved"])
+def edit(tmp_path_factory, request):
+    return write_edit(tmp_path_factory.mktemp("edit") / "model", "edit", resaved=request.param == "resaved")
 
 
 @pytest.fixture(scope="module")
 def edit_plus(tmp_path_factory):
     return write_edit(tmp_path_factory.mktemp("edit_plus") / "model", "edit_plus")
+
+
+@pytest.fixture(scope="module")
+def edit_plus_resaved(tmp_path_factory):
+    return write_edit(tmp_path_factory.mktemp("resaved") / "model", "edit_plus", resaved=True)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,7 @@ def test_edit_at_the_real_area(edit):
     assert_same(run_ours(edit, images=[image], **request), theirs)
 
 
-@pytest.mark.parametrize("name", ["edit_plus", "edit_2511"])
+@pytest.mark.parametrize("name", ["edit_plus", "edit_plus_resaved", "edit_2511"])
 @pytest.mark.parametrize("sizes", [[(300, 200)], [(300, 200), (64, 181)], [(90, 90), (200, 120), (75, 300)]], ids=len)
 def test_edit_plus_with_pictures_of_different_aspects(request, small_areas, name, sizes):
     folder = request.getfixturevalue(name)

@@ -182,6 +182,18 @@ def test_a_pack_is_packed_again(source, tmp_path):
     np.testing.assert_array_equal(paint(eight)[0], paint(eight, "8")[0])
 
 
+@pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageLayeredPipeline"])
+def test_a_processor_that_transformers_5_saved_again_is_kept(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "model", WIDE, pipeline=name)
+    old = folder / "processor/preprocessor_config.json"
+    own = {**json.loads(old.read_text()), "image_std": [0.5, 0.25, 0.125]}
+    old.unlink()
+    (folder / "processor/processor_config.json").write_text(json.dumps({"image_processor": own}))
+    out = quantize_checkpoint(folder, tmp_path / "pack", Quantization.parse("transformer=4"))
+    processor = QwenImagePipeline.from_pretrained(out).components.image_processor
+    assert processor.image_std == (0.5, 0.25, 0.125)
+
+
 def test_pictures_models_keep_their_vision_tower(tmp_path):
     configs = {**WIDE, "vision": replace(TINY["vision"], out_hidden_size=128)}
     folder = write_checkpoint(tmp_path / "edit", configs, pipeline="QwenImageEditPlusPipeline")
