@@ -160,7 +160,7 @@ def test_info_and_generate_agree_on_what_cannot_be_used(tiny, tmp_path, run, par
     (own,) = (tiny / part).glob("*.safetensors")
     tensors = mx.load(str(own))
     for name in [
-        name for name, value in tensors.items() if value.ndim == 2 and "layers." in name or "attn.to_" in name
+        name for name, value in tensors.items() if (value.ndim == 2 and "layers." in name) or "attn.to_" in name
     ]:
         if name.endswith(".weight"):
             tensors[name] = mx.zeros((tensors[name].size // 2, 1), mx.uint8)
