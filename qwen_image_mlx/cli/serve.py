@@ -49,9 +49,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--token-file", metavar="FILE", help="ask for the token in it: Authorization: Bearer TOKEN")
     add("--allow-origin", action="append", default=[], metavar="O", help="let pages of another web origin use the "
         "server, as in https://example.org; repeat for more")  # fmt: skip
+    add("--allow-host", action="append", default=[], metavar="NAME", help="let clients reach the server by another "
+        "name, as in host.docker.internal for those in Docker; repeat for more")  # fmt: skip
+    add("--alias", action="append", default=[], metavar="NAME=TASK", help="give the model of a task (generate or edit) "
+        "another name in OpenAI's API; repeat for more (gpt-image-1, dall-e-3 and the like are known)")  # fmt: skip
     add("--idle-unload", default="10m", metavar="T", help="release a model that was not used for so long: 90s, 10m, "
         "1h, or never (default: %(default)s)")  # fmt: skip
     add("--job-limit", default="1h", metavar="T", help="cancel a job that takes longer (default: %(default)s)")
+    add("--grace", default="1m", metavar="T", help="a request whose connection is cut keeps its job for so long: an "
+        "equal request finds it until then, and without one it is cancelled (default: %(default)s)")  # fmt: skip
     add("--queue", type=int, default=16, metavar="N", help="most jobs that wait (default: %(default)s)")
     add("--max-pixels", type=int, default=1 << 22, metavar="N", help="of a picture (default: %(default)s)")
     add("--max-steps", type=int, default=100, metavar="N", help="denoising steps (default: %(default)s)")
@@ -61,7 +67,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serves until it is told to end."""
-    from ..server.door import is_loopback, listen, own_hosts, read_token
+    from ..server.door import allowed_host, is_loopback, listen, own_hosts, read_token
     from ..settings import find_config, load_settings
 
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
@@ -86,10 +92,12 @@ def run(arguments: argparse.Namespace) -> None:
         "defaults": {"generate": said["generate"], "edit": said["edit"], "decompose": _renamed(said["decompose"])},
         "memory": arguments.memory or settings["memory"],
         "idle_seconds": _seconds("--idle-unload", arguments.idle_unload),
-        "is_own_host": own_hosts(arguments.host),
+        "is_own_host": own_hosts(arguments.host, [allowed_host(name) for name in arguments.allow_host]),
+        "aliases": _aliases(arguments.alias),
         "token": token,
         "origins": arguments.allow_origin,
         "queue": arguments.queue,
+        "grace": _seconds("--grace", arguments.grace) or float("inf"),
         "job_seconds": _seconds("--job-limit", arguments.job_limit) or float("inf"),
     }
     for task, offer in setup["offers"].items():
@@ -134,6 +142,17 @@ def _check_local(task: str, model: str) -> None:
 def _renamed(said: dict[str, Any]) -> dict[str, Any]:
     """The flag --layers is `num_layers` of the API."""
     return {"num_layers" if name == "layers" else name: value for name, value in said.items()}
+
+
+def _aliases(given: list[str]) -> dict[str, list[str]]:
+    """Tasks by the other names that their models are given."""
+    aliases: dict[str, list[str]] = {}
+    for text in given:
+        name, _, task = text.rpartition("=")
+        if not name.strip() or task not in ("generate", "edit"):
+            raise RequestError(f"--alias is {text!r:.100}, but must be like my-model=generate or my-model=edit")
+        aliases.setdefault(name.strip(), []).append(task)
+    return aliases
 
 
 def _seconds(flag: str, text: str) -> float | None:

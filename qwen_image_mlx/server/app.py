@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +23,10 @@ from .answers import INTERNAL, ApiError, dumps
 from .bodies import JSON, read_body
 from .document import describe, takes
 from .guard import Guard, hand_over
-from .jobs import Feed, Job, Jobs, Work
+from .job import Job, outcome
+from .jobs import Feed, Jobs, Work
 from .models import MODEL_TASKS, Models
+from .repeats import Repeats, claim_of
 from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody
 from .work import Limits, Tasks, compose
 
@@ -47,12 +49,13 @@ class Setup:
         idle_seconds: after which an unused model is released; None keeps it.
         is_own_host: whether a name is one that the server is reached by.
         token: what requests must carry; None asks for nothing.
+        aliases: in OpenAI's API, tasks by the other names that their models have.
         origins: web origins beside the server's own that may use it.
         queue: most jobs that wait.
         job_seconds: how long one may work.
         limits: of pixels and steps.
         max_body_bytes: of a request.
-        grace: seconds after which a job that nobody follows any more is cancelled.
+        grace: seconds that a job goes on for when the requests that wait for it are cut; see `Repeats`.
     """
 
     profile: str = "default"
@@ -62,12 +65,13 @@ class Setup:
     idle_seconds: float | None = 600.0
     is_own_host: Callable[[str], bool]
     token: str | None = None
+    aliases: Mapping[str, Collection[str]] = field(default_factory=dict)
     origins: Collection[str] = ()
     queue: int = 16
     job_seconds: float = 3600.0
     limits: Limits = field(default_factory=Limits)
     max_body_bytes: int = 64 << 20
-    grace: float = 5.0
+    grace: float = 60.0
 
 
 class Service:
@@ -83,10 +87,11 @@ class Service:
         self.models = Models(setup.offers, setup.memory, setup.idle_seconds)
         self.tasks = Tasks(self.models, setup.defaults, setup.limits)
         self.jobs = Jobs(
-            queue=setup.queue, seconds=setup.job_seconds, grace=setup.grace, idle=self.models.tick,
+            queue=setup.queue, seconds=setup.job_seconds, idle=self.models.tick,
             begin=self.models.read_facts, distrust=self.models.distrust, give_up=give_up,
             held_bytes=4 * setup.max_body_bytes,
         )  # fmt: skip
+        self.repeats = Repeats(self.jobs, setup.grace)
         self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
     async def prepare(self, task: str, body: Any) -> Work:
@@ -107,30 +112,56 @@ class Service:
         hand_over(request.scope)
         return job
 
-    async def result(self, request: Request, task: str, work: Work, nbytes: int = 0) -> bytes:
-        """What the work comes to; a client that goes away cancels it.
+    def check_room(self) -> None:
+        """Raises ApiError if no job can be taken now, unless a request may come that repeats an earlier one."""
+        if not self.repeats.awaited:
+            self.jobs.check_room()
+
+    async def job(
+        self, request: Request, task: str, said: Body, make: Callable[[], Awaitable[Work]], *, followed: bool = False
+    ) -> Job:
+        """The job of a request that waits for its answer: a new one, or that of an earlier copy that was cut.
 
         Args:
             request: which waits for it.
             task: what it is called.
-            work: does it.
-            nbytes: that it holds of the request.
+            said: the request's body.
+            make: makes the work, if it is new.
+            followed: whether previews are wanted.
+
+        Raises:
+            ApiError: the body asks for what cannot be done, or there is no room.
+        """
+        claim = claim_of(request.url.path, request.headers, said)
+        job = self.repeats.find(claim)
+        if job is None:
+            work = await make()
+            job = self.repeats.find(claim)  # its copy may have come meanwhile
+            if job is None:
+                job = self.submit(request, task, work, said.nbytes, followed=followed)
+                job.claim = claim
+        return job
+
+    async def result(self, request: Request, task: str, said: Body, make: Callable[[], Awaitable[Work]]) -> bytes:
+        """What `job` comes to; a client that goes away cancels it, if it does not come back in time.
 
         Raises:
             ApiError: it failed or was cancelled.
         """
-        job = self.submit(request, task, work, nbytes)
+        job = await self.job(request, task, said, make)
+        with self.repeats.waiting(job):
+            await self._end(request, job)
+        return outcome(job)
+
+    @staticmethod
+    async def _end(request: Request, job: Job) -> None:
+        """Waits for a job's end, or for its client to go away."""
         waits = {asyncio.create_task(job.finished.wait()), asyncio.create_task(_gone(request))}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for waiting in waits:
                 waiting.cancel()
-            self.jobs.cancel(job)
-        if job.result is not None:
-            return job.result
-        error = job.error or {"code": "cancelled", "message": "the job was cancelled"}
-        raise ApiError(error["code"], error["message"])
 
 
 def create_app(service: Service) -> Guard:
@@ -168,10 +199,9 @@ def create_app(service: Service) -> Guard:
 def _add_tasks(app: FastAPI, service: Service) -> None:
     def add(task: str, body: type[Body]) -> None:
         async def answer(request: Request) -> Response:
-            service.jobs.check_room()
+            service.check_room()
             said = await read_body(request, body)
-            work = await service.prepare(task, said)
-            return _json(await service.result(request, task, work, said.nbytes))
+            return _json(await service.result(request, task, said, lambda: service.prepare(task, said)))
 
         answer.__doc__ = body.__doc__
         app.add_api_route(f"/api/qwen-image/{task}", answer, methods=["POST"], name=task, openapi_extra=takes(body))
@@ -238,17 +268,23 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         return _json(job.described())
 
     @app.get("/jobs/{id}/events", response_class=StreamingResponse)
-    async def events(id: str) -> StreamingResponse:
-        """What becomes of a job, as server-sent events: queued, stage, step, preview; done, failed or cancelled."""
-        return StreamingResponse(_stream(jobs, jobs.get(id)), media_type="text/event-stream")
+    async def events(id: str, request: Request) -> StreamingResponse:
+        """What becomes of a job, as server-sent events: queued, stage, step, preview; done, failed or cancelled.
+
+        Listeners may come and go; with Last-Event-ID they hear what came after it.
+        """
+        last = request.headers.get("last-event-id", "")
+        since = int(last) if last.isascii() and last.isdecimal() and len(last) < 10 else 0
+        return StreamingResponse(_stream(jobs, jobs.get(id), since), media_type="text/event-stream")
 
 
-async def _stream(jobs: Jobs, job: Job) -> AsyncIterator[bytes]:
-    async for event in jobs.events(job):
+async def _stream(jobs: Jobs, job: Job, since: int) -> AsyncIterator[bytes]:
+    async for event in jobs.events(job, since=since):
         if event is None:
             yield b": still here\n\n"
         else:
-            yield b"event: %s\ndata: %s\n\n" % (event[0].encode(), dumps(event[1]))
+            name, data, number = event
+            yield b"id: %d\nevent: %s\ndata: %s\n\n" % (number, name.encode(), dumps(data))
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -266,7 +302,11 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def load(request: Request) -> Response:
         """Fetches a task's model ahead of time, and loads it where the memory lets it stay."""
         body = await read_body(request, LoadBody)
-        return _json(await service.result(request, "load", service.tasks.load(body.task)))
+
+        async def work() -> Work:
+            return service.tasks.load(body.task)
+
+        return _json(await service.result(request, "load", body, work))
 
     @app.post("/models/unload", openapi_extra=takes(UnloadBody))
     async def unload(request: Request) -> Response:
@@ -277,7 +317,10 @@ def _add_models(app: FastAPI, service: Service) -> None:
             service.models.unload(body.task)
             return {"models": service.models.status()}
 
-        return _json(await service.result(request, "unload", work))
+        async def made() -> Work:
+            return work
+
+        return _json(await service.result(request, "unload", body, made))
 
 
 def _add_page(app: FastAPI) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ..errors import RequestError
@@ -15,6 +15,7 @@ from ..errors import RequestError
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _LEAST_TOKEN, _LONGEST_FILE = 8, 1024
 _TOKEN = re.compile(rb"[!-~]+")
+_HOST = re.compile(r"[A-Za-z0-9_.-]{1,253}")
 _BACKLOG = 128
 
 
@@ -58,13 +59,26 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def own_hosts(host: str) -> Callable[[str], bool]:
-    """Tells the names that a server bound to a host is reached by.
+def allowed_host(text: str) -> str:
+    """A name of `--allow-host` as a Host header has it, without its port; raises RequestError."""
+    name = text.strip().lower()
+    if _is_address(name) and ":" in name:
+        return f"[{name.strip('[]')}]"
+    if not _HOST.fullmatch(name):
+        raise RequestError(
+            f"--allow-host is {text!r:.100}, but must be a name alone, as in host.docker.internal: "
+            "leave out http://, the port and the path"
+        )
+    return name
+
+
+def own_hosts(host: str, allowed: Collection[str] = ()) -> Callable[[str], bool]:
+    """Tells the names that a server bound to a host is reached by; `allowed` adds others.
 
     On loopback these are few, so that no foreign page can reach it under a name of its own (DNS rebinding). Elsewhere a
     token is asked for anyway, and its addresses and the machine's names count.
     """
-    names = {*_LOCAL, host.lower(), f"[{host.lower()}]"}
+    names = {*_LOCAL, host.lower(), f"[{host.lower()}]", *allowed}
     if is_loopback(host):
         return names.__contains__
     machine = socket.gethostname().lower()

@@ -116,7 +116,8 @@ class Guard:
         if authority is None:
             raise ApiError("malformed", "one Host header is needed, with the name that the server is reached by")
         if not self._is_own_host(authority[1].lower()):
-            raise ApiError("misdirected", "this server has another name: the Host header is foreign")
+            name = f"{authority[1]:.100}"
+            raise ApiError("misdirected", f"{name} is not a name of this server; --allow-host {name} would let it")
         origins = headers.all("origin")
         if len(origins) > 1:
             raise ApiError("malformed", "at most one Origin header is taken")
@@ -160,7 +161,7 @@ class Guard:
         return {
             "access-control-allow-origin": origin,
             "access-control-allow-methods": "GET, POST, DELETE",
-            "access-control-allow-headers": "authorization, content-type",
+            "access-control-allow-headers": "authorization, content-type, idempotency-key, last-event-id",
             "access-control-expose-headers": "retry-after",
             "access-control-max-age": "600",
             "vary": "Origin",

@@ -11,119 +11,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextvars import copy_context
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Cancelled, GPUError, RequestError
 from ..gpu import gpu_error
 from .answers import INTERNAL, ApiError, dumps
 from .health import Health
+from .job import ENDS, Event, Job, Listener
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-ENDS = ("done", "failed", "cancelled")
 _COUNTED = ("denoise", "caption", "download")  # stages whose steps are told
 _PAUSE = 0.2  # seconds between what is told of a download or a caption
-_HEARD = 1024  # events that wait for a slow listener
+KEPT_SECONDS = 3600.0  # that results can be asked for
 _STOPPING = "the server is stopping"
 
 Work = Callable[["Feed"], Any]
-
-
-@dataclass(eq=False)
-class Job:
-    """A piece of work and how far it is; what `GET /jobs/ID` says.
-
-    Attributes:
-        task: what it is.
-        work: does it, in the worker's thread, and returns what can be written as JSON.
-        followed: whether somebody knows its id: then previews are made, and it is remembered.
-        nbytes: of what it was sent, which it holds until it ends.
-        result: what the work returned, as JSON.
-        error: {"message", "code"} of a job that failed.
-    """
-
-    task: str
-    work: Work | None
-    followed: bool = False
-    nbytes: int = 0
-    id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
-    status: str = "queued"
-    position: int = 0
-    stage: str = ""
-    detail: str = ""
-    step: int = 0
-    total: int = 0
-    seconds_left: float | None = None
-    error: dict[str, str] | None = None
-    result: bytes | None = None
-    ended: float = 0.0
-    preview: dict[str, Any] | None = None
-    cancelling: str = ""  # why: a code
-    finished: asyncio.Event = field(default_factory=asyncio.Event)
-    listeners: list[_Listener] = field(default_factory=list)
-
-    def described(self) -> bytes:
-        """As JSON."""
-        fields = ("id", "task", "status", "position", "stage", "detail", "step", "total", "seconds_left", "error")
-        head = dumps({name: getattr(self, name) for name in fields})
-        return head[:-1] + b',"result":' + (self.result or b"null") + b"}"
-
-    def state(self) -> list[tuple[str, dict[str, Any]]]:
-        """The events that tell a new listener where it is."""
-        if self.status in ENDS:
-            return [self.end()]
-        if self.status == "queued":
-            return [("queued", {"position": self.position})]
-        events: list[tuple[str, dict[str, Any]]] = [("stage", {"stage": self.stage, "detail": self.detail})]
-        if self.total:
-            events.append(("step", self.progress()))
-        if self.preview:
-            events.append(("preview", self.preview))
-        return events
-
-    def progress(self) -> dict[str, Any]:
-        """What a `step` event says."""
-        return {"step": self.step, "total": self.total, "seconds_left": self.seconds_left}
-
-    def end(self) -> tuple[str, dict[str, Any]]:
-        """The last event."""
-        return self.status, {"error": self.error} if self.status == "failed" else {}
-
-    def tell(self, event: str, data: dict[str, Any]) -> None:
-        """Hands an event to all who listen."""
-        for listener in self.listeners:
-            listener.hear(event, data)
-
-
-class _Listener:
-    """Events that somebody has not read yet; a new preview takes the place of an older one."""
-
-    def __init__(self) -> None:
-        self._events: deque[tuple[str, dict[str, Any]]] = deque(maxlen=_HEARD)
-        self._arrived = asyncio.Event()
-
-    def hear(self, event: str, data: dict[str, Any]) -> None:
-        if event == "preview":
-            self._events = deque((e for e in self._events if e[0] != "preview"), maxlen=_HEARD)
-        self._events.append((event, data))
-        self._arrived.set()
-
-    async def next(self) -> tuple[str, dict[str, Any]]:
-        while not self._events:
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._events.popleft()
 
 
 class Feed:
@@ -204,8 +116,7 @@ class Feed:
         job.tell("step", job.progress())
 
     def _on_preview(self, url: str) -> None:
-        self._job.preview = {"step": self._job.step, "image": url}
-        self._job.tell("preview", self._job.preview)
+        self._job.tell("preview", {"step": self._job.step, "image": url})
 
 
 class Jobs:
@@ -216,7 +127,6 @@ class Jobs:
         held_bytes: the most that they and the one that works may hold together of what they were sent.
         seconds: how long one may work.
         kept, kept_seconds, kept_bytes: how many finished jobs are remembered, how long, and how much of results.
-        grace: seconds after which a job that was listened to and no longer is counts as given up.
         begin: called in the worker's thread before the first job.
         idle: called in the worker's thread whenever there is nothing to do; returns after how many seconds it wants
             to be called again.
@@ -235,9 +145,8 @@ class Jobs:
         held_bytes: int = 256 << 20,
         seconds: float = 3600.0,
         kept: int = 64,
-        kept_seconds: float = 900.0,
+        kept_seconds: float = KEPT_SECONDS,
         kept_bytes: int = 256 << 20,
-        grace: float = 5.0,
         begin: Callable[[], None] = lambda: None,
         idle: Callable[[], float | None] = lambda: None,
         distrust: Callable[[], None] = lambda: None,
@@ -249,7 +158,6 @@ class Jobs:
         self._held_bytes = held_bytes
         self._seconds = seconds
         self._kept, self._kept_seconds, self._kept_bytes = kept, kept_seconds, kept_bytes
-        self._grace = grace
         self._start, self._idle, self._distrust, self._leave = begin, idle, distrust, give_up
         self._jobs: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()
@@ -304,8 +212,17 @@ class Jobs:
         """The job of this id; raises ApiError if there is none."""
         self._forget()
         if id not in self._jobs:
-            raise ApiError("not_found", "there is no such job; finished ones are kept for a while only")
+            raise ApiError("not_found", "no such job: finished ones are kept for an hour, and none outlives its server")
         return self._jobs[id]
+
+    def all(self) -> list[Job]:
+        """Those that wait, work or are kept."""
+        return list(self._jobs.values())
+
+    def drop(self, job: Job) -> None:
+        """Forgets a job that has ended, if nobody may ask for it."""
+        if not job.is_kept:
+            self._jobs.pop(job.id, None)
 
     def cancel(self, job: Job, why: str = "cancelled") -> None:
         """Takes a job out of the queue, or has it stop at its next step; a finished one stays as it is."""
@@ -320,26 +237,27 @@ class Jobs:
             self._finish(job, None, why)
             self._place()
 
-    async def events(self, job: Job, pause: float = 10.0) -> AsyncIterator[tuple[str, dict[str, Any]] | None]:
-        """Where the job is, then what becomes of it, to its end; None where nothing happened for `pause` seconds."""
-        listener = _Listener()
-        for event in job.state():
-            listener.hear(*event)
+    async def events(self, job: Job, pause: float = 10.0, since: int = 0) -> AsyncIterator[Event | None]:
+        """Where the job is, or what came after an event, then what becomes of it, to its end.
+
+        None where nothing happened for `pause` seconds. A job goes on when nobody listens any more.
+        """
+        listener = Listener()
+        for event in job.since(since):
+            listener.hear(event)
         job.listeners.append(listener)
         try:
             while True:
                 try:
-                    event, data = await asyncio.wait_for(listener.next(), pause)
+                    event = await asyncio.wait_for(listener.next(), pause)
                 except asyncio.TimeoutError:
                     yield None
                     continue
-                yield event, data
-                if event in ENDS:
+                yield event
+                if event[0] in ENDS:
                     return
         finally:
             job.listeners.remove(listener)
-            if not job.listeners and job.status not in ENDS:
-                asyncio.get_running_loop().call_later(self._grace, self._give_up, job)
 
     async def close(self) -> None:
         """Cancels all jobs and waits for the worker to end."""
@@ -353,10 +271,6 @@ class Jobs:
             self._wake.notify()
         for job in [*self._waiting, *([self.running] if self.running else ())]:
             self.cancel(job, "stopping")
-
-    def _give_up(self, job: Job) -> None:
-        if not job.listeners:
-            self.cancel(job)
 
     def _place(self) -> None:
         """Tells those who wait how many are before them."""
@@ -395,7 +309,7 @@ class Jobs:
             job.status, job.result = "done", result
         job.tell(*job.end())
         job.finished.set()
-        if not job.followed:
+        if not job.is_kept:
             del self._jobs[job.id]
         elif self._loop is not None:
             self._loop.call_later(self._kept_seconds, self._forget)

@@ -5,20 +5,24 @@ Fields that mean nothing here are taken and have no effect, if their values ask 
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
-from pydantic import Field, StringConstraints
+from fastapi.responses import Response, StreamingResponse
+from pydantic import Field, StringConstraints, model_validator
+from typing_extensions import Self
 
 from ..errors import RequestError
 from ..images.files import encode_png
-from .answers import ApiError, dumps
+from .answers import OPENAI_PREFIX, ApiError, dumps
 from .bodies import JSON, read_body
 from .document import takes
-from .pictures import decoded
+from .job import Job, outcome
+from .pictures import decoded, recoded
 from .schema import (
     MAX_NUM_IMAGES,
     MAX_PICTURES,
@@ -35,8 +39,19 @@ from .schema import (
 
 if TYPE_CHECKING:
     from .app import Service
+    from .jobs import Work
 
 _OWNER = "qwen-image-mlx"
+# Names that OpenAI's clients have fixed: the model that does what is asked, unless `--alias` says which.
+_FOREIGN = (
+    "dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "chatgpt-image-latest",
+)  # fmt: skip
+_TASKS = {"generate": "image_generation", "edit": "image_edit"}  # and how the events of each begin
+_MEANT = ("prompt", "negative_prompt")  # fields where an empty text is a text
+_NO_USAGE = {
+    "input_tokens": 0, "output_tokens": 0, "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}  # fmt: skip
 Size = Annotated[str, StringConstraints(pattern=r"^(auto|[0-9]{2,5}x[0-9]{2,5})$")]
 
 
@@ -46,22 +61,41 @@ class _Common(Body):
     n: Annotated[int, Field(ge=1, le=MAX_NUM_IMAGES)] | None = None
     size: Size | None = None
     response_format: Literal["b64_json"] | None = None
-    output_format: Literal["png"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     background: Literal["auto", "opaque"] | None = None
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
-    stream: Literal[False] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     user: Text | None = None
     seed: Seed | None = None
     steps: Steps | None = None
     cfg_scale: Guidance | None = None
     negative_prompt: Text | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_blanks(cls, fields: Any) -> Any:
+        """A field that is left blank is as if it were not there."""
+        if not isinstance(fields, dict):
+            return fields
+        lists = {name: [part for part in fields[name] if part] for name in cls.lists if type(fields.get(name)) is list}
+        filled = {**fields, **lists}
+        return {name: value for name, value in filled.items() if name in _MEANT or value not in (None, "", b"", [])}
+
+    @model_validator(mode="after")
+    def _agreeing(self) -> Self:
+        if self.output_compression not in (None, 100) and self.output_format in (None, "png"):
+            raise ValueError("output_compression is for jpeg and webp; with png leave it out, or give 100")
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images needs stream: true; without it leave it out, or give 0")
+        return self
+
 
 class Generation(_Common):
     """OpenAI's request for pictures from words; `seed`, `steps`, `cfg_scale`, `negative_prompt` are ours."""
-
-    moderation: Literal["auto", "low"] | None = None
-    style: Literal["vivid", "natural"] | None = None
 
 
 class Edit(_Common):
@@ -78,37 +112,43 @@ def add_routes(app: FastAPI, service: Service) -> None:
     """Adds the routes of OpenAI's API."""
 
     async def paint(request: Request, task: str, body: _Common, translated: Callable[[], Body]) -> Response:
-        if body.model is not None and body.model != service.models.name(task):
+        if body.model is not None and task not in _tasks_of(service, body.model):
             _known(service, body.model)
-            raise ApiError("invalid_request", f"the model {body.model} does not {task}", param="model")
-        said = await service.aside(translated)
-        work = await service.prepare(task, said)
+            raise ApiError("invalid_request", f"the model {body.model:.100} does not {task}", param="model")
+        as_asked = partial(recoded, kind=body.output_format or "png", quality=body.output_compression)
 
-        def answer(feed: Any) -> dict[str, Any]:
-            images = work(feed)["images"]
-            data = [{"b64_json": image["image"].partition(",")[2]} for image in images]
-            return {"created": int(time.time()), "data": data}
+        async def make() -> Work:
+            work = await service.prepare(task, await service.aside(translated))
 
-        return Response(await service.result(request, task, answer, said.nbytes), media_type=JSON)
+            def answer(feed: Any) -> dict[str, Any]:
+                data = [{"b64_json": as_asked(image["image"])} for image in work(feed)["images"]]
+                return {"created": int(time.time()), "data": data, "output_format": body.output_format or "png"}
+
+            return answer
+
+        if not body.stream:
+            return Response(await service.result(request, task, body, make), media_type=JSON)
+        job = await service.job(request, task, body, make, followed=True)
+        return StreamingResponse(_events(service, task, job, body, as_asked), media_type="text/event-stream")
 
     @app.post("/v1/images/generations", openapi_extra=takes(Generation))
     async def generations(request: Request) -> Response:
         """Pictures from words."""
-        service.jobs.check_room()
+        service.check_room()
         body = await read_body(request, Generation)
         return await paint(request, "generate", body, lambda: _generate(body))
 
     @app.post("/v1/images/edits", openapi_extra=takes(Edit))
     async def edits(request: Request) -> Response:
         """Pictures changed by instruction."""
-        service.jobs.check_room()
+        service.check_room()
         body = await read_body(request, Edit)
         return await paint(request, "edit", body, lambda: _edit(body))
 
     @app.get("/v1/models")
     async def models() -> Response:
         """The models of this server."""
-        names = dict.fromkeys(status["model"] for status in service.models.status())
+        names = dict.fromkeys([*(status["model"] for status in service.models.status()), *service.setup.aliases])
         return Response(dumps({"object": "list", "data": [_model(name) for name in names]}), media_type=JSON)
 
     @app.get("/v1/models/{id:path}")
@@ -118,11 +158,55 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return Response(dumps(_model(id)), media_type=JSON)
 
 
+async def _events(
+    service: Service, task: str, job: Job, body: _Common, as_asked: Callable[[str], str]
+) -> AsyncIterator[bytes]:
+    """A job's previews, as many as are wanted and evenly spread, then its pictures, as OpenAI's events."""
+    wanted, index = body.partial_images or 0, 0
+    kind = {
+        "created_at": int(time.time()), "size": body.size or "auto", "quality": body.quality or "auto",
+        "background": "opaque", "output_format": body.output_format or "png",
+    }  # fmt: skip
+    with service.repeats.waiting(job):
+        async for event in service.jobs.events(job):
+            if event is None:
+                yield b": still here\n\n"
+            elif event[0] == "preview" and index < wanted:
+                step, total = event[1]["step"], job.total
+                if step * (wanted + 1) >= (index + 1) * total:
+                    image = await service.aside(as_asked, event[1]["image"])
+                    yield _event(f"{_TASKS[task]}.partial_image", kind | {
+                        "b64_json": image, "partial_image_index": index,
+                    })  # fmt: skip
+                    index += 1
+        try:
+            images = json.loads(outcome(job))["data"]
+        except ApiError as error:
+            yield b"event: error\ndata: %s\n\n" % error.body(OPENAI_PREFIX)
+            return
+        for image in images:
+            yield _event(f"{_TASKS[task]}.completed", kind | image | {"usage": _NO_USAGE})
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), dumps({"type": name} | data))
+
+
+def _tasks_of(service: Service, name: str) -> Collection[str]:
+    """The tasks that a model of this name does."""
+    if name in service.setup.aliases:
+        return service.setup.aliases[name]
+    served = [task for task in _TASKS if service.models.name(task) == name]
+    return served or (_TASKS if name in _FOREIGN else ())
+
+
 def _known(service: Service, name: str) -> None:
     """Raises ApiError for a model that this server does not have."""
-    names = [status["model"] for status in service.models.status()]
-    if name not in names:
-        raise ApiError("not_found", f"there is no model {name!r:.100}; there are {', '.join(names)}", param="model")
+    names = list(dict.fromkeys([*(status["model"] for status in service.models.status()), *service.setup.aliases]))
+    if name not in names and name not in _FOREIGN:
+        cure = "serve --alias NAME=TASK adds names"
+        said = f"there is no model {name!r:.100}; there are {', '.join(names)}; {cure}"
+        raise ApiError("not_found", said, param="model")
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ DATA_URL = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$"
 MAX_PIXELS = 1 << 26  # of all pictures of a request together: 256 MiB of RGBA
 _HEAD = re.compile(r"data:image/(?:png|jpe?g|webp);base64,")
 _HEAD_LENGTH = 40
+_WEBP_SIDE = 16_383
 
 
 def picture_bytes(text: str) -> bytes:
@@ -38,6 +39,33 @@ def picture_bytes(text: str) -> bytes:
 def data_url(png: bytes) -> str:
     """A PNG as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def recoded(url: str, kind: str = "png", quality: int | None = None) -> str:
+    """A PNG's data URL as base64 of the same picture.
+
+    Args:
+        url: of the PNG.
+        kind: png, jpeg or webp; jpeg has no transparency, which becomes white.
+        quality: of jpeg and webp, 0 to 100; None is 100.
+
+    Raises:
+        RequestError: the picture is larger than the format can be.
+    """
+    text = url.partition(",")[2]
+    if kind == "png":
+        return text
+    picture = Image.open(io.BytesIO(base64.b64decode(text)))
+    profile = picture.info.get("icc_profile")
+    if kind == "webp" and max(picture.size) > _WEBP_SIDE:
+        raise RequestError(f"a WebP has at most {_WEBP_SIDE:,} pixels a side: ask for png, or a smaller size")
+    if kind == "jpeg" and picture.has_transparency_data:
+        under = Image.new("RGBA", picture.size, "white")
+        under.alpha_composite(picture.convert("RGBA"))
+        picture = under.convert("RGB")
+    file = io.BytesIO()
+    picture.save(file, kind.upper(), quality=100 if quality is None else quality, icc_profile=profile)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def decoded(files: Sequence[bytes]) -> list[Image.Image]:

@@ -12,7 +12,7 @@ from served import Server, serving
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """One for all tests of a module; what it may be asked for is cheap."""
-    with serving("--max-steps", 60, "--max-pixels", 128 * 128, "--queue", 4) as running:
+    with serving("--max-steps", 60, "--max-pixels", 128 * 128, "--queue", 4, "--grace", "3s") as running:
         yield running
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 import httpx
 import pytest
 from PIL import Image
+from pydantic import BaseModel
 
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.images.colour import ignore_profiles, profiles_are_ignored
@@ -22,6 +23,7 @@ from qwen_image_mlx.pipeline.progress import Progress
 from qwen_image_mlx.server.answers import ApiError
 from qwen_image_mlx.server.app import Service, Setup, create_app
 from qwen_image_mlx.server.jobs import Jobs
+from qwen_image_mlx.server.repeats import Repeats, claim_of
 
 
 def run(scenario, **limits):
@@ -188,9 +190,9 @@ def test_a_slow_listener_gets_the_latest_preview_and_all_steps():
         return [first, *[event async for event in stream]]
 
     events = run(scenario)
-    assert [data["step"] for name, data in events if name == "step"] == [0, 1, 2, 3, 4]
-    assert [data for name, data in events if name == "preview"] == [{"step": 4, "image": "picture 4"}]
-    assert events[-1] == ("done", {})
+    assert [data["step"] for name, data, _ in events if name == "step"] == [0, 1, 2, 3, 4]
+    assert [data for name, data, _ in events if name == "preview"] == [{"step": 4, "image": "picture 4"}]
+    assert events[-1][:2] == ("done", {})
 
 
 def test_seconds_left_follow_the_pace_since_the_first_step_over_all_pictures():
@@ -203,7 +205,7 @@ def test_seconds_left_follow_the_pace_since_the_first_step_over_all_pictures():
             feed(Progress("denoise", 0, 3))
 
         job = jobs.submit("x", work, followed=True)
-        return [data async for name, data in jobs.events(job) if name == "step"]
+        return [data async for name, data, _ in jobs.events(job) if name == "step"]
 
     steps = run(scenario)
     assert [(data["step"], data["total"]) for data in steps] == [(0, 6), (1, 6), (2, 6), (3, 6), (3, 6)]
@@ -217,7 +219,7 @@ def test_a_job_of_one_step_has_no_seconds_left_when_it_is_done():
         job = jobs.submit(
             "x", lambda feed: [feed(Progress("denoise", step, 1)) for step in (0, 1)] and 1, followed=True
         )
-        return [data["seconds_left"] async for name, data in jobs.events(job) if name == "step"]
+        return [data["seconds_left"] async for name, data, _ in jobs.events(job) if name == "step"]
 
     assert run(scenario) == [None, 0.0]
 
@@ -232,8 +234,8 @@ def test_a_download_is_told_a_few_times_a_second():
         return [event async for event in jobs.events(job)]
 
     events = run(scenario)
-    assert ("stage", {"stage": "download", "detail": "model.safetensors"}) in events
-    steps = [data["step"] for name, data in events if name == "step"]
+    assert ("stage", {"stage": "download", "detail": "model.safetensors"}) in [event[:2] for event in events]
+    steps = [data["step"] for name, data, _ in events if name == "step"]
     assert len(steps) < 10
     assert steps[-1] == 1000
 
@@ -260,3 +262,112 @@ def test_work_reads_colours_as_the_server_was_told(ignored):
 
     with ignore_profiles(ignored):
         assert run(scenario) == {"ignored": ignored}
+
+
+# --- listeners that come back, requests that are sent again -------------------------------------------------------------
+
+
+def test_a_listener_that_comes_back_hears_what_it_missed():
+    async def scenario(jobs):
+        go = threading.Event()
+
+        def work(feed):
+            for step in range(4):
+                feed(Progress("denoise", step, 8))
+            go.wait(10)
+            for step in range(4, 9):
+                feed(Progress("denoise", step, 8))
+
+        job = jobs.submit("x", work, followed=True)
+        heard = []
+        stream = jobs.events(job)
+        async for event in stream:
+            heard.append(event)
+            if event[0] == "step" and event[1]["step"] == 2:
+                break
+        await stream.aclose()
+        go.set()
+        await job.finished.wait()
+        again = [event async for event in jobs.events(job, since=heard[-1][2])]
+        late = [event async for event in jobs.events(job, since=again[-1][2])]
+        unknown = [event async for event in jobs.events(job, since=10_000)]
+        return job.status, again, late, unknown
+
+    status, again, late, unknown = run(scenario)
+    assert status == "done"
+    assert [data["step"] for name, data, _ in again if name == "step"] == [3, 4, 5, 6, 7, 8]
+    assert again[-1][0] == "done"
+    assert [event[:2] for event in late] == [event[:2] for event in unknown] == [("done", {})]
+
+
+class Words(BaseModel):
+    """A request's body."""
+
+    prompt: str
+    images: list[bytes] = []
+
+
+def claim(prompt="a fox", key="", **more):
+    return claim_of("/paint", {"idempotency-key": key}, Words(prompt=prompt, **more))
+
+
+def test_a_cut_request_keeps_its_job_for_the_grace_and_an_equal_one_finds_it():
+    async def scenario(jobs):
+        repeats = Repeats(jobs, grace=0.6)
+
+        def begun(made):
+            job = jobs.submit("x", stepping)
+            job.claim = made
+            return job
+
+        job = begun(claim())
+        with repeats.waiting(job):
+            assert repeats.find(claim()) is None  # two that both wait want two pictures
+        assert repeats.awaited
+        for other in (claim("a wolf"), claim(images=[b"x"]), claim(key="1")):
+            assert repeats.find(other) is None
+        assert repeats.find(claim()) is job
+        with repeats.waiting(job):
+            await asyncio.sleep(1.0)  # beyond the grace: somebody waits again
+            assert not job.is_over
+        await asyncio.wait_for(job.finished.wait(), 5)
+        assert (job.status, jobs.all(), repeats.awaited) == ("cancelled", [], False)
+
+    run(scenario)
+
+
+def test_a_job_that_ends_while_its_request_is_cut_still_answers_an_equal_one():
+    async def scenario(jobs):
+        repeats = Repeats(jobs, grace=0.6)
+        for comes_back in (True, False):
+            job = jobs.submit("x", lambda feed: time.sleep(0.1) or "a picture")
+            job.claim = claim()
+            with repeats.waiting(job):
+                pass
+            await job.finished.wait()
+            if comes_back:
+                assert repeats.find(claim()) is job
+                with repeats.waiting(job):
+                    assert job.result == b'"a picture"'
+            else:
+                await asyncio.sleep(0.8)
+            assert repeats.find(claim()) is None
+            assert jobs.all() == []
+
+    run(scenario)
+
+
+def test_a_key_finds_its_job_at_any_time_and_belongs_to_one_request():
+    async def scenario(jobs):
+        repeats = Repeats(jobs, grace=0.1)
+        job = jobs.submit("x", lambda feed: "a picture")
+        job.claim = claim(key="one")
+        with repeats.waiting(job):
+            assert repeats.find(claim(key="one")) is job
+            await job.finished.wait()
+        assert repeats.find(claim(key="one")) is job
+        assert repeats.find(claim(key="two")) is repeats.find(claim()) is None
+        with pytest.raises(ApiError, match="Idempotency-Key"):
+            repeats.find(claim("a wolf", key="one"))
+
+    run(scenario)

@@ -79,6 +79,7 @@ def test_it_edits_several_pictures(client):
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["demo", "demo-edit", "demo-layered"]
     assert client.models.retrieve("demo-edit").owned_by == "qwen-image-mlx"
+    assert client.models.retrieve("gpt-image-1").id == "gpt-image-1"
 
 
 @pytest.mark.parametrize(("fields", "param"), [
@@ -98,7 +99,7 @@ def test_a_bad_request_is_one_to_the_client(client, fields, param):
 
 def test_other_refusals_have_the_client_s_own_errors(client, served):
     with pytest.raises(openai.NotFoundError, match="there are demo, demo-edit, demo-layered"):
-        client.images.generate(prompt=PROMPT, model="dall-e-3")
+        client.images.generate(prompt=PROMPT, model="someone-s-model")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("../../etc/passwd")
     opaque = ("a.png", png_of(Image.new("RGB", (64, 64))))
@@ -109,3 +110,150 @@ def test_other_refusals_have_the_client_s_own_errors(client, served):
         pytest.raises(openai.AuthenticationError),
     ):
         stranger.models.list()
+
+
+# --- what asks for nothing, and other formats ---------------------------------------------------------------------------
+
+NOTHING = [
+    {"model": ""}, {"model": None}, {"n": None}, {"n": 1}, {"size": ""}, {"size": "auto"}, {"size": None},
+    {"partial_images": 0}, {"partial_images": None}, {"stream": False}, {"stream": None}, {"output_format": "png"},
+    {"output_format": None}, {"output_compression": 100}, {"output_compression": None}, {"quality": "auto"},
+    {"quality": ""}, {"background": "auto"}, {"background": ""}, {"moderation": "auto"}, {"style": "vivid"},
+    {"style": None}, {"user": ""}, {"user": "someone"}, {"response_format": "b64_json"}, {"response_format": ""},
+]  # fmt: skip
+
+
+def test_values_that_ask_for_nothing_are_as_if_they_were_not_there(served):
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    with served.client(headers=headers) as client:
+
+        def painted(**more) -> str:
+            body = {"prompt": PROMPT, "seed": 1, "steps": 1} | more
+            answer = client.post("/v1/images/generations", json=body)
+            assert answer.status_code == 200, (more, answer.text)
+            return answer.json()["data"][0]["b64_json"]
+
+        plain = painted()
+        for fields in NOTHING:
+            assert painted(**fields) == plain, fields
+        assert painted(**{name: value for fields in NOTHING for name, value in fields.items()}) == plain
+
+
+def test_blank_fields_of_a_form_are_as_if_they_were_not_there(served):
+    names = (
+        "model n size response_format output_format output_compression background quality moderation style stream "
+        "partial_images user seed input_fidelity"
+    )
+    form = dict.fromkeys(names.split(), "") | {"prompt": "a yellow square", "steps": "1"}
+    files = [("image[]", ("a.png", png_of(Image.new("RGB", (64, 64), "red")))), ("mask", ("", b""))]
+    with served.client(headers={"authorization": f"Bearer {TOKEN}"}) as client:
+        answer = client.post("/v1/images/edits", data=form, files=files)
+        assert answer.status_code == 200, answer.text
+        said = {"stream": "false", "partial_images": "0", "output_compression": "100", "n": "1"}
+        answer = client.post("/v1/images/edits", data=form | said, files=files)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_pictures_come_as_jpeg_and_webp(client, kind):
+    fields = {"prompt": PROMPT, "extra_body": {"seed": 1}, "size": "128x128"}
+    plain = np.asarray(picture_of(client.images.generate(**fields).data[0]), float)
+    sizes = []
+    for compression in (openai.omit, 100, 10):
+        answer = client.images.generate(output_format=kind, output_compression=compression, **fields)
+        picture = picture_of(answer.data[0])
+        assert picture.format == kind.upper()
+        assert answer.output_format == kind
+        assert np.abs(np.asarray(picture.convert("RGB"), float) - plain).mean() < 8
+        sizes.append(len(answer.data[0].b64_json))
+    assert sizes[0] == sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("fields", [
+    {"output_compression": 50}, {"output_format": "png", "output_compression": 0}, {"output_format": "gif"},
+    {"output_format": "jpeg", "output_compression": 101}, {"partial_images": 2}, {"background": "transparent"},
+])  # fmt: skip
+def test_what_would_be_missed_is_refused(client, fields):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt=PROMPT, **fields)
+    assert next(iter(fields)) in caught.value.message or "output_compression" in caught.value.message
+
+
+@pytest.mark.parametrize(("partial", "kind"), [(0, "png"), (1, "webp"), (3, "jpeg")])
+def test_partial_pictures_are_streamed(client, partial, kind):
+    with client.images.generate(
+        prompt=PROMPT, stream=True, partial_images=partial, output_format=kind, size="64x64",
+        extra_body={"seed": 1, "steps": 60},
+    ) as stream:  # fmt: skip
+        *parts, last = list(stream)
+    assert [part.type for part in parts] == ["image_generation.partial_image"] * len(parts)
+    assert [part.partial_image_index for part in parts] == list(range(len(parts)))
+    assert len(parts) == partial
+    assert (last.type, last.output_format, last.usage.total_tokens) == ("image_generation.completed", kind, 0)
+    assert {picture_of(image).format for image in (*parts, last)} == {kind.upper()}
+    if kind == "png":
+        plain = client.images.generate(prompt=PROMPT, size="64x64", extra_body={"seed": 1, "steps": 60})
+        assert np.array_equal(np.asarray(picture_of(last)), np.asarray(picture_of(plain.data[0])))
+
+
+def test_an_edit_is_streamed_and_a_fault_is_told(client):
+    image = ("a.png", png_of(Image.new("RGB", (64, 64), "red")))
+    events = list(client.images.edit(image=image, prompt="make it blue", stream=True, partial_images=1, n=2))
+    assert [event.type for event in events if "completed" in event.type] == ["image_edit.completed"] * 2
+    assert "image_edit.partial_image" in {event.type for event in events}
+    with pytest.raises(openai.BadRequestError, match="pixels"):
+        client.images.generate(prompt=PROMPT, size="9984x9984", stream=True)
+
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt-image-1", "dall-e-2", "dall-e-3"])
+def test_names_that_clients_have_fixed_are_the_model_that_does_what_is_asked(client, name):
+    image = ("a.png", png_of(Image.new("RGB", (64, 64), "red")))
+    assert client.images.generate(model=name, prompt=PROMPT, extra_body={"steps": 1}).data
+    assert client.images.edit(model=name, image=image, prompt="make it blue", extra_body={"steps": 1}).data
+
+
+def test_other_names_and_hosts_are_let_in_by_flags():
+    flags = ("--alias", "painter=generate", "--alias", "gpt-image-1=edit", "--allow-host", "host.docker.internal",
+             "--allow-host", "My-Mac.local", "--allow-host", "fd00::1")  # fmt: skip
+    with serving(*flags) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+            assert client.images.generate(model="painter", prompt=PROMPT, extra_body={"steps": 1}).data
+            for name in ("painter", "gpt-image-1"):
+                assert name in [model.id for model in client.models.list()]
+            with pytest.raises(openai.BadRequestError, match="does not generate"):
+                client.images.generate(model="gpt-image-1", prompt=PROMPT)
+            with pytest.raises(openai.NotFoundError, match="--alias"):
+                client.images.generate(model="nobody", prompt=PROMPT)
+        with server.client() as other:
+            for host in ("host.docker.internal", "host.docker.internal:8000", "my-mac.local", "[fd00::1]:80"):
+                answer = other.get("/v1/models", headers={"host": host, "origin": f"http://{host}"})
+                assert answer.status_code == 200, (host, answer.text)
+            answer = other.get("/v1/models", headers={"host": "gateway.docker.internal:80"})
+            assert answer.status_code == 421
+            assert "--allow-host gateway.docker.internal" in answer.json()["error"]["message"]
+
+
+# --- patience -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("edits", [False, True])
+def test_a_client_that_loses_patience_and_asks_again_gets_its_picture_painted_once(served, edits, stream):
+    """OpenAI's own retries, with its 600 s as 1 and a model that takes longer."""
+    before = len(served.log)
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key=TOKEN, max_retries=8, timeout=1.0) as client:
+        if stream:
+            client = client.with_options(timeout=60)
+        more = {"prompt": PROMPT, "extra_body": {"steps": 100, "seed": 3}, "stream": stream}
+        if edits:
+            image = ("a.png", png_of(Image.new("RGB", (64, 64), "red")))
+            answer = client.images.edit(image=image, size="256x256", **more)
+        else:
+            answer = client.images.generate(size="256x256", **more)
+        assert picture_of(list(answer)[-1] if stream else answer.data[0]).size == (256, 256)
+    said = [line for line in served.log[before:] if " in " in line and " s" in line]
+    assert len([line for line in said if "done" in line]) == 1, said
+    assert not [line for line in said if "cancelled" in line], said
