@@ -264,7 +264,7 @@ def test_work_reads_colours_as_the_server_was_told(ignored):
         assert run(scenario) == {"ignored": ignored}
 
 
-# --- listeners that come back, requests that are sent again -------------------------------------------------------------
+# --- listeners that come back, requests that are sent again -----------------------------------------------------------
 
 
 def test_a_listener_that_comes_back_hears_what_it_missed():

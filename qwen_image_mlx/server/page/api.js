@@ -12,7 +12,7 @@ export class ApiError extends Error {
 }
 
 const OFFLINE = "The server does not answer. Is it still running?";
-const RETRIES = 30; // times a lost connection to a job is taken up again, a second apart
+const PAUSES = [1, 1, 1, 2, 3, 5]; // seconds until a lost connection to a job is tried again; then the last
 let largestBody = Infinity;
 let asking = null;
 
@@ -26,18 +26,21 @@ export async function config() {
 /** Layers laid together: {image} for PNG, {file, name} for other formats. */
 export const compose = (layers, format) => call("POST", "/api/qwen-image/compose", { layers, format });
 
+/** Begins a job of a task, "generate", "edit" or "decompose", and returns its id. */
+export const submit = async (task, fields) => (await call("POST", "/jobs", { task, ...fields })).id;
+
 /**
- * Runs a job to its end and returns its result.
+ * Follows a job to its end, over lost connections, and returns its result.
  *
- * @param {string} task "generate", "edit" or "decompose".
- * @param {object} fields of the task.
+ * @param {string} id of the job.
  * @param {(event: string, data: object) => void} tell hears queued, stage, step, preview and "lost" (no connection).
  * @param {AbortSignal} signal cancels the job.
- * @throws {ApiError} what the server says; code "cancelled" if it was.
+ * @throws {ApiError} what the server says; code "cancelled" if the signal did, "stopped" if something else did, "gone"
+ *   if the server does not know the job (any more).
  */
-export async function run(task, fields, tell, signal) {
-  const job = await call("POST", "/jobs", { task, ...fields });
-  const path = `/jobs/${encodeURIComponent(job.id)}`;
+export async function follow(id, tell, signal) {
+  const path = `/jobs/${encodeURIComponent(id)}`;
+  const heard = { last: "" };
   const cancel = () => call("DELETE", path).catch(() => {});
   if (signal.aborted) cancel();
   signal.addEventListener("abort", cancel);
@@ -45,18 +48,21 @@ export async function run(task, fields, tell, signal) {
     for (let lost = 0; ; lost += 1) {
       try {
         if (lost) tell("lost", {});
-        await listen(`${path}/events`, (event, data) => {
+        await listen(`${path}/events`, heard, (event, data) => {
           lost = 0;
           tell(event, data);
         });
         const ended = await call("GET", path);
         if (ended.status === "done") return ended.result;
         if (ended.status === "failed") throw new ApiError(ended.error.message, ended.error.code);
-        if (ended.status === "cancelled") throw new ApiError("Cancelled.", "cancelled");
+        if (ended.status === "cancelled" && signal.aborted) throw new ApiError("Cancelled.", "cancelled");
+        if (ended.status === "cancelled") throw new ApiError("The job was cancelled, but not here.", "stopped");
       } catch (error) {
-        if (error.code !== "offline" || lost >= RETRIES) throw error;
+        if (error.code === "not_found") throw new ApiError("The server was started again, or has dropped this job: there is no picture. The settings are still here.", "gone");
+        if (error.code !== "offline") throw error;
+        if (signal.aborted) throw new ApiError("The server does not answer, so the job may not be cancelled.", "offline");
       }
-      await new Promise((resolve) => setTimeout(resolve, 1000));
+      await new Promise((resolve) => setTimeout(resolve, 1000 * PAUSES[Math.min(lost, PAUSES.length - 1)]));
     }
   } finally {
     signal.removeEventListener("abort", cancel);
@@ -64,8 +70,8 @@ export async function run(task, fields, tell, signal) {
 }
 
 /** Reads a stream of events to its end. fetch instead of EventSource, so that the token travels in a header. */
-async function listen(path, hear) {
-  const response = await send("GET", path);
+async function listen(path, heard, hear) {
+  const response = await send("GET", path, undefined, heard.last ? { "Last-Event-ID": heard.last } : {});
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
@@ -79,6 +85,7 @@ async function listen(path, hear) {
       const lines = block.split("\n");
       const part = (name) => lines.filter((line) => line.startsWith(`${name}:`)).map((line) => line.slice(name.length + 1).trim());
       const [event] = part("event");
+      heard.last = part("id")[0] ?? heard.last;
       if (event) hear(event, JSON.parse(part("data").join("\n") || "{}"));
     }
   }
@@ -88,14 +95,14 @@ async function call(method, path, body) {
   return (await send(method, path, body)).json();
 }
 
-async function send(method, path, body) {
+async function send(method, path, body, more = {}) {
   const text = body === undefined ? undefined : JSON.stringify(body);
   if (text && text.length > largestBody) {
     throw new ApiError(`The pictures are too large for this server, which takes ${Math.round(largestBody / 2 ** 20)} MB.`, "too_large");
   }
   for (;;) {
     const token = sessionStorage.getItem("token");
-    const headers = token ? { Authorization: `Bearer ${token}` } : {};
+    const headers = token ? { ...more, Authorization: `Bearer ${token}` } : { ...more };
     if (text) headers["Content-Type"] = "application/json";
     let response;
     try {

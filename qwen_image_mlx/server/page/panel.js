@@ -1,7 +1,8 @@
 // One task's panel: its form, its wells, the job that runs, and what came of it.
 
-import { ApiError, run } from "./api.js";
+import { ApiError, follow, submit } from "./api.js";
 import { all, button, duration, el, one, say } from "./dom.js";
+import { newId, note, tab, unnote } from "./history.js";
 import { markSmall } from "./pictures.js";
 import { makeWell } from "./well.js";
 
@@ -15,13 +16,15 @@ const STAGES = {
   denoise: "Painting",
   decode: "Developing",
 };
+const AGAIN = ["gone", "stopped", "stopping", "timeout"]; // ends that nobody here wished for
 const COUNTED = ["denoise", "caption", "download"];
 
 /**
  * @param {HTMLElement} section the panel; `data-task` is its task.
  * @param {string} verb what its button says.
- * @param {(result: object, settings: object, before: ?string) => Promise<Node>} show makes what is shown of a result.
- * @param {(entry: object) => void} painted is told of every result.
+ * @param {(result: object, settings: object, before: ?string, kept: object) => Promise<Node>} show makes what is shown of
+ *   a result; `kept` is its id in the history, and the work done on it.
+ * @param {(entry: object) => Promise<void>} painted is told of every result.
  */
 export class Panel {
   constructor(section, verb, show, painted) {
@@ -33,6 +36,8 @@ export class Panel {
     this.painted = painted;
     this.running = null;
     this.offered = false;
+    this.shown = null; // id of the entry of the history that is on the stage
+    this.restored = false;
     const common = one("[data-common]", this.form);
     common.append(one("#common").content.cloneNode(true));
     if (this.task === "decompose") one("[data-count]", common).remove();
@@ -115,8 +120,23 @@ export class Panel {
     this.follow();
   }
 
+  /** Notes what the form says, for when the page is opened again. */
+  keep() {
+    clearTimeout(this.keeping);
+    if (!this.restored) return;
+    this.keeping = setTimeout(() => note({
+      id: `form ${tab} ${this.task}`, kind: "form", task: this.task, settings: this.settings(), wells: this.chosen(), shown: this.shown,
+    }), 200);
+  }
+
+  /** The pictures of the wells, by their names. */
+  chosen() {
+    return Object.fromEntries(this.wells.filter(({ pictures }) => pictures.length).map(({ name, pictures, mask }) => [name, { pictures, mask }]));
+  }
+
   /** Shows what belongs to what is filled in, and the values of sliders. */
   follow() {
+    this.keep();
     const filled = { image: false, mask: false };
     for (const well of this.wells ?? []) {
       filled.image ||= well.pictures.length > 0;
@@ -164,12 +184,12 @@ export class Panel {
     this.follow();
   }
 
-  /** Says a sentence above the button; with `again` seconds it counts down to another try. */
-  say(message, again = 0) {
+  /** Says a sentence above the button; with `again` seconds it counts down to another try; 0 offers it at once. */
+  say(message, again = null) {
     clearInterval(this.countdown);
     this.notice.hidden = false;
     this.notice.replaceChildren(message);
-    if (!again) return;
+    if (again == null) return;
     const retry = button("Try again", () => this.start(), { class: "link" });
     const left = el("span", { class: "faint" });
     this.notice.append(" ", left, " ", retry);
@@ -205,13 +225,30 @@ export class Panel {
     if (!this.form.reportValidity()) return;
     const settings = this.settings();
     const fields = { ...settings };
-    const wells = {};
-    for (const { name, most, pictures, mask } of this.wells) {
-      if (!pictures.length) continue;
-      wells[name] = { pictures, mask };
+    const wells = this.chosen();
+    for (const { name, most } of this.wells) {
+      if (!wells[name]) continue;
+      const { pictures, mask } = wells[name];
       fields[name] = most > 1 ? pictures.map(({ url }) => url) : pictures[0].url;
       if (mask) fields.mask = mask.url;
     }
+    await this.attend(settings, wells, async () => {
+      const job = await submit(this.task, fields);
+      const record = { id: `job ${job}`, kind: "job", job, task: this.task, entry: newId(), settings, wells };
+      await note(record);
+      return record;
+    });
+  }
+
+  /** Takes up a job that was begun before the page was opened. */
+  async resume(record) {
+    this.fill(record.settings, record.wells);
+    await this.attend(record.settings, record.wells, async () => record);
+  }
+
+  /** Shows how far a job is, to its end, and what it came to. */
+  async attend(settings, wells, begin) {
+    let record = null;
     this.running = new AbortController();
     const focused = document.activeElement === this.button;
     this.stop.disabled = true; // a moment only, so that a double click does not cancel
@@ -222,10 +259,11 @@ export class Panel {
     this.stage.replaceChildren(progress.node);
     progress.node.scrollIntoView({ block: "nearest", behavior: "smooth" });
     try {
-      const result = await run(this.task, fields, (event, data) => progress.tell(event, data), this.running.signal);
-      await this.present(result, settings, wells);
+      record = await begin();
+      const result = await follow(record.job, (event, data) => progress.tell(event, data), this.running.signal);
+      await this.painted({ task: this.task, settings, wells, result, id: record.entry });
+      await this.present(result, settings, wells, { id: record.entry });
       say("Done.");
-      this.painted({ task: this.task, settings, wells, result });
     } catch (error) {
       this.stage.replaceChildren(...before);
       if (!(error instanceof ApiError)) {
@@ -233,8 +271,9 @@ export class Panel {
         throw error;
       }
       if (error.code === "cancelled") say("Cancelled.");
-      else this.say(error.message, error.retryAfter);
+      else this.say(error.message, AGAIN.includes(error.code) ? 0 : error.retryAfter || null);
     } finally {
+      if (record) await unnote(record.id);
       this.running = null;
       this.button.hidden = !(this.stop.hidden = true);
       if (focused && document.activeElement === document.body) this.button.focus({ preventScroll: true });
@@ -242,9 +281,11 @@ export class Panel {
   }
 
   /** Shows a result. */
-  async present(result, settings, wells) {
+  async present(result, settings, wells, kept) {
     const [well] = Object.values(wells);
-    this.stage.replaceChildren(await this.show(result, settings, well?.pictures[0].url));
+    this.stage.replaceChildren(await this.show(result, settings, well?.pictures[0].url, kept));
+    this.shown = kept.id;
+    this.keep();
   }
 }
 
@@ -282,7 +323,10 @@ class Progress {
         this.preview.hidden = false;
         this.preview.onload = () => markSmall(this.preview.parentNode, this.preview.naturalWidth, this.preview.naturalHeight);
       },
-      lost: () => this.words("Connection lost, trying again"),
+      lost: () => {
+        this.left.textContent = "";
+        this.words("Connection lost, trying again. The job goes on.");
+      },
     })[event]?.(data);
   }
 

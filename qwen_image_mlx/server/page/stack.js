@@ -1,7 +1,8 @@
 // The editor of layers: laid together in the browser; shown, moved, faded, ordered, edited with words, and saved.
 
-import { ApiError, compose, run } from "./api.js";
+import { ApiError, compose, follow, submit } from "./api.js";
 import { button, duration, el, icon, iconButton, reorderable, say } from "./dom.js";
+import { amend, note, notes, unnote } from "./history.js";
 import { comparison, decoded, download, drawn, fileName, markSmall } from "./pictures.js";
 
 const FORMATS = { png: "PNG", psd: "PSD", ora: "ORA", zip: "ZIP" };
@@ -16,11 +17,16 @@ const FAR = 10; // pixels an arrow key moves a layer with Shift
  * @param {object} settings what was asked for.
  * @param {?string} original URL of the picture that was taken apart.
  * @param {(task: string) => ?Function} way whether a task is offered.
+ * @param {{id: number, work: ?Array<object>}} kept its entry in the history, and the work that was done on it.
  */
-export async function stackEditor(result, settings, original, way) {
-  let layers = await Promise.all(result.layers.map(async ({ image: url }, index) => ({
-    name: index ? `Layer ${index}` : "Background", url, image: await decoded(url), x: 0, y: 0, opacity: 1, visible: true, undo: [],
-  })));
+export async function stackEditor(result, settings, original, way, { id, work }) {
+  const untouched = result.layers.map((_, from) => ({ from, x: 0, y: 0, opacity: 1, visible: true, undo: [] }));
+  let layers = await Promise.all((work ?? untouched).map(async (state) => {
+    const url = state.url ?? result.layers[state.from].image;
+    const undo = await Promise.all(state.undo.map(async (before) => ({ url: before, image: await decoded(before) })));
+    return { ...state, name: state.from ? `Layer ${state.from}` : "Background", url, image: await decoded(url), undo };
+  }));
+  const past = []; // states before each step, to be undone
   const width = Math.max(...layers.map(({ image }) => image.naturalWidth));
   const height = Math.max(...layers.map(({ image }) => image.naturalHeight));
   const name = fileName(settings.prompt || result.prompt, result.seed);
@@ -36,6 +42,7 @@ export async function stackEditor(result, settings, original, way) {
   const notice = el("p", { class: "notice", role: "alert", hidden: true });
 
   function draw() {
+    keep();
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, width, height);
     for (const { image, x, y, opacity, visible } of layers) {
@@ -54,6 +61,32 @@ export async function stackEditor(result, settings, original, way) {
     }
   }
 
+  /** Keeps the work in the history, a moment after the last change. */
+  let keeping = 0;
+  function keep() {
+    clearTimeout(keeping);
+    keeping = setTimeout(() => amend(id, layers.map(({ from, url, x, y, opacity, visible, undo }) => ({
+      from, url: url === result.layers[from].image ? undefined : url, x, y, opacity, visible, undo: undo.map((before) => before.url),
+    }))), 200);
+  }
+
+  /** Marks a state that `back` returns to. */
+  function mark() {
+    past.push(layers.map((layer) => [layer, { x: layer.x, y: layer.y, opacity: layer.opacity, visible: layer.visible }]));
+    backward.disabled = false;
+  }
+
+  function back() {
+    const state = past.pop();
+    if (!state) return;
+    layers = state.map(([layer, before]) => Object.assign(layer, before));
+    backward.disabled = !past.length;
+    rows();
+    say("Undone.");
+  }
+
+  const backward = button("Undo", back, { class: "link", disabled: true, title: "Undo the last change of place, order or opacity (Ctrl Z)", "data-back": "" });
+
   function select(layer) {
     selected = layer;
     draw();
@@ -66,6 +99,7 @@ export async function stackEditor(result, settings, original, way) {
 
   function order(layer, to) {
     const from = layers.indexOf(layer);
+    mark();
     layers.splice(to, 0, ...layers.splice(from, 1));
     selected = layer;
     rows();
@@ -85,19 +119,27 @@ export async function stackEditor(result, settings, original, way) {
       (next.disabled ? layer.row.querySelector(".name") : next).focus();
     };
     const eye = iconButton(layer.visible ? "shown" : "hidden", `Show ${layer.name}`, () => {
+      mark();
       layer.visible = !layer.visible;
       rows();
       layer.row.querySelector("[data-eye]").focus();
     }, { "aria-pressed": String(layer.visible), "data-eye": "" });
     const opacity = el("input", { type: "range", min: 0, max: 100, value: Math.round(100 * layer.opacity), "aria-label": `Opacity of ${layer.name}` });
     const percent = el("output", {}, `${opacity.value}%`);
+    let sliding = false;
+    opacity.addEventListener("change", () => { sliding = false; });
     opacity.addEventListener("input", () => {
+      if (!sliding) mark();
+      sliding = true;
       layer.opacity = opacity.value / 100;
       percent.textContent = `${opacity.value}%`;
       select(layer);
     });
     layer.place = el("span", { class: "faint" });
-    layer.back = button("Put back", () => move(layer, 0, 0), { class: "link" });
+    layer.back = button("Put back", () => {
+      mark();
+      move(layer, 0, 0);
+    }, { class: "link" });
     layer.row = el("li", {},
       el("div", { class: "row" },
         el("span", { class: "grip icon", title: "Drag to reorder" }, icon("grip")),
@@ -142,32 +184,45 @@ export async function stackEditor(result, settings, original, way) {
         layer.stop.abort();
         return;
       }
-      layer.stop = new AbortController();
-      notice.hidden = true;
-      rows();
+      const fields = { prompt: layer.words, image: layer.url, keep_alpha: true, size: "source" };
+      const edited = attend(layer, async () => {
+        const job = await submit("edit", fields);
+        await note({ id: `job ${job}`, kind: "job", job, task: "edit", entry: id, layer: layer.from });
+        return job;
+      });
       layer.row.querySelector(".words button").focus();
-      try {
-        const fields = { prompt: layer.words, image: layer.url, keep_alpha: true, size: "source" };
-        const { images } = await run("edit", fields, (name, data) => tell(layer, name, data), layer.stop.signal);
-        const undo = { url: layer.url, image: layer.image };
-        const image = await decoded(images[0].image);
-        const [w, h] = [layer.image.naturalWidth, layer.image.naturalHeight];
-        const same = image.naturalWidth === w && image.naturalHeight === h;
-        layer.url = same ? images[0].image : drawn(image, w, h).toDataURL("image/png");
-        layer.image = same ? image : await decoded(layer.url);
-        layer.undo.push(undo);
-        say(`${layer.name} has been edited.`);
-      } catch (error) {
-        if (!(error instanceof ApiError)) throw error;
-        if (error.code !== "cancelled") Object.assign(notice, { hidden: false, textContent: error.message });
-      } finally {
-        const here = layer.row.contains(document.activeElement);
-        layer.stop = null;
-        rows();
-        if (here) layer.row.querySelector(".words input").focus();
-      }
+      await edited;
     });
     return form;
+  }
+
+  /** Follows the job that edits a layer, to its end. */
+  async function attend(layer, begin) {
+    let job = null;
+    layer.stop = new AbortController();
+    notice.hidden = true;
+    rows();
+    try {
+      job = await begin();
+      const { images } = await follow(job, (name, data) => tell(layer, name, data), layer.stop.signal);
+      const undo = { url: layer.url, image: layer.image };
+      const image = await decoded(images[0].image);
+      const [w, h] = [layer.image.naturalWidth, layer.image.naturalHeight];
+      const same = image.naturalWidth === w && image.naturalHeight === h;
+      layer.url = same ? images[0].image : drawn(image, w, h).toDataURL("image/png");
+      layer.image = same ? image : await decoded(layer.url);
+      layer.undo.push(undo);
+      say(`${layer.name} has been edited.`);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      if (error.code !== "cancelled") Object.assign(notice, { hidden: false, textContent: error.message });
+    } finally {
+      const here = layer.row.contains(document.activeElement);
+      layer.stop = null;
+      if (job) await unnote(`job ${job}`);
+      rows();
+      if (here) layer.row.querySelector(".words input").focus();
+    }
   }
 
   function tell(layer, event, { step, total, seconds_left: left, position }) {
@@ -187,9 +242,12 @@ export async function stackEditor(result, settings, original, way) {
     const hit = [...layers].reverse().find((layer) => layer.visible && layer.opacity && seen(layer, x - layer.x, y - layer.y));
     if (hit) select(hit);
     const begun = [selected.x - x, selected.y - y];
+    let moved = false;
     canvas.setPointerCapture(event.pointerId);
     const follow = (at) => {
       const [toX, toY] = pointOf(at);
+      if (!moved) mark();
+      moved = true;
       move(selected, begun[0] + toX, begun[1] + toY);
     };
     canvas.addEventListener("pointermove", follow);
@@ -200,6 +258,7 @@ export async function stackEditor(result, settings, original, way) {
     if (!way) return;
     event.preventDefault();
     const far = event.shiftKey ? FAR : 1;
+    mark();
     move(selected, selected.x + way[0] * far, selected.y + way[1] * far);
     say(`${selected.name} moved by ${selected.x}, ${selected.y}.`);
   });
@@ -224,13 +283,25 @@ export async function stackEditor(result, settings, original, way) {
     button(text, (event) => save(format, event.currentTarget), { "data-format": format, "aria-label": `Download as ${text}` }));
   const near = result.psnr == null ? "" : ` · ${result.psnr.toFixed(1)} dB from the original`;
   rows();
-  return el("div", { class: "stack" },
-    el("div", { class: "table" }, frame, slider,
+  if (way("edit")) {
+    for (const { job, entry, layer } of await notes("job")) {
+      const edited = entry === id && layers.find(({ from }) => from === layer);
+      if (edited && !edited.stop) attend(edited, async () => job);
+    }
+  }
+  const editor = el("div", { class: "stack" },
+    el("div", { class: "table" }, frame, slider, el("div", { class: "row" }, backward),
       el("div", { class: "row save" }, el("span", { class: "faint" }, "Download"), ...saving),
       notice,
       el("p", { class: "faint" }, `${width} × ${height} · seed ${result.seed}${near}`),
       result.prompt && result.prompt !== settings.prompt ? el("p", { class: "faint" }, `Described as: ${result.prompt}`) : null),
     list);
+  editor.addEventListener("keydown", (event) => {
+    if (event.key !== "z" || !(event.ctrlKey || event.metaKey) || event.target.matches("[type=text]")) return;
+    event.preventDefault();
+    back();
+  });
+  return editor;
 }
 
 /** Whether a layer shows anything at a point of its own picture. */
