@@ -1,4 +1,4 @@
-"""The page after a cut, a reload, a closed tab and a restart of its server: the job, the form and the layers are there."""
+"""The page after a cut, a reload, a closed tab and a restart of its server: nothing that was begun or made is lost."""
 
 from __future__ import annotations
 
