@@ -134,12 +134,14 @@ class Listener:
         self._arrived = asyncio.Event()
 
     def hear(self, event: Event) -> None:
+        """Keeps an event until it is read."""
         if event[0] == "preview":
             self._events = deque((e for e in self._events if e[0] != "preview"), maxlen=_HEARD)
         self._events.append(event)
         self._arrived.set()
 
     async def next(self) -> Event:
+        """The next event, once there is one."""
         while not self._events:
             self._arrived.clear()
             await self._arrived.wait()
