@@ -66,8 +66,8 @@ FLAGS = {
     "config path": {"-h", "--help", "--config"},
     "serve": {
         "-h", "--help", "--host", "--port", "--config", "--profile", "--model", "-m", "--edit-model", "--layered-model",
-        "--quantize", "--memory", "--token-file", "--alias", "--allow-host", "--allow-origin", "--idle-unload", "--job-limit",
-        "--grace", "--queue", "--max-pixels", "--max-steps", "--ignore-profile",
+        "--quantize", "--memory", "--token-file", "--alias", "--allow-host", "--allow-origin", "--idle-unload",
+        "--job-limit", "--grace", "--queue", "--max-pixels", "--max-steps", "--ignore-profile",
     },
 }  # fmt: skip
 
