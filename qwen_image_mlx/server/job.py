@@ -80,7 +80,7 @@ class Job:
     def since(self, number: int) -> list[Event]:
         """The events after one of this number; for 0, or one that is too old, where it is now."""
         oldest = self.log[0][2] if self.log else 0
-        if not oldest <= number + 1 <= self.told:
+        if not number or not oldest <= number + 1 <= self.told:
             return [(*event, self.told) for event in self.state()]
         preview = [self.preview] if self.preview else []
         return sorted((event for event in [*self.log, *preview] if event[2] > number), key=lambda event: event[2])
