@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import OutputError, RequestError
 from ..settings import SCHEMA, UnknownProfile, default_place, example_config, find_config, load_settings
+from .results import json_text
 
 DESCRIPTION = """\
 Say what config.toml sets, write one, or say which is in force: the one named by --config or by QWEN_IMAGE_CONFIG; or
@@ -48,7 +49,7 @@ def _show(arguments: argparse.Namespace) -> None:
         said = {name: {"value": settings[row.key], "origin": settings.origins[row.key]} for name, row in rows}
         file = None if settings.path is None else str(settings.path)
         facts = {"file": file, "profile": settings.profile, "settings": said}
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        print(json_text(facts))
         return
     lines = [
         (name, row.usual if settings[row.key] is None else _written(settings[row.key]), settings.origins[row.key])

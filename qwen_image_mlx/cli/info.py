@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from .results import json_text
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         facts = read_metadata(path)
     if arguments.json:
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        print(json_text(facts))
         return
     width = max(map(len, facts), default=0)
     for name, value in facts.items():

@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import QwenImageError, RequestError
 from .cures import sentence
 from .ending import GaveUp, HungUp, Terminated, terminable
-from .results import Unread, results
+from .results import Unread, messages_kept, results
 
 # Modules beside this one; they are imported where Ctrl-C is understood.
 COMMANDS = (
@@ -51,6 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
+    with messages_kept():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         with terminable(), results():
             arguments = build_parser().parse_args(argv)

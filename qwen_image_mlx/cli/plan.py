@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
@@ -11,6 +10,7 @@ from ..pipeline.parameters import DTYPES, MAX_LAYERS, MAX_STEPS, check_size
 from ..pipeline.request import parsed_size
 from ..variants import DEFAULT_MODEL
 from .config import add_config_flags, configured
+from .results import json_text
 
 if TYPE_CHECKING:
     from ..pipeline.components import Components
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         components, work, plans = plans_for(arguments.quantize)
         others = [] if arguments.quantize else [(bits, plans_for(bits)[2]) for bits in _OTHERS]
     if arguments.json:
-        print(json.dumps(_facts(components, work, plans, budget), indent=2))
+        print(json_text(_facts(components, work, plans, budget)))
         return
     quantized = f", --quantize {arguments.quantize}" if arguments.quantize else ""
     print(f"{arguments.model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "

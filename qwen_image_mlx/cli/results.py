@@ -1,7 +1,13 @@
-"""stdout, where results go: what cannot be written there ends a command as what cannot be written anywhere does."""
+"""stdout, where results go, and stderr, where messages go.
+
+What cannot be written to stdout ends a command as what cannot be written anywhere does; a message that cannot be
+written is dropped, because nobody can be told. A character that the encoding of a stream lacks is written as an escape.
+"""
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -9,6 +15,21 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 from ..errors import OutputError
+
+_ESCAPED = "qwen_image_mlx.escaped"
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What stands for characters that an encoding does not have: an escape, or the byte of a file's name itself."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error(_ESCAPED, _escaped)
 
 
 class Unread(Exception):
@@ -45,6 +66,77 @@ class _Results:
         raise OutputError(f"cannot write to stdout: {(error.strerror or str(error)).lower()}") from error
 
 
+class _Messages:
+    """A stream that may fail: a full disk or a closed terminal must not undo what is finished."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _drop(self) -> None:
+        """What still waits would fail again at Python's end."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+
+@contextmanager
+def _escaping(stream: TextIO) -> Iterator[None]:
+    """Escapes for a while what the stream's encoding does not have."""
+    errors = getattr(stream, "errors", None)
+    if not hasattr(stream, "reconfigure") or errors is None:
+        yield
+        return
+    stream.reconfigure(errors=_ESCAPED)
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def messages_kept() -> Iterator[None]:
+    """For a while, no message on stderr can end a command."""
+    stream = sys.stderr
+    closed = open(os.devnull, "w", encoding="utf-8") if stream is None else None  # noqa: SIM115
+    sys.stderr = _Messages(closed or stream)  # type: ignore[assignment]
+    try:
+        with _escaping(closed or stream):
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+    finally:
+        sys.stderr = stream
+        if closed:
+            closed.close()
+
+
+def json_text(facts: Any) -> str:
+    """JSON for stdout: as it is where its encoding has all characters, else with JSON's own escapes."""
+    text = json.dumps(facts, ensure_ascii=False, indent=2)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(facts, indent=2)
+    return text
+
+
 @contextmanager
 def results() -> Iterator[None]:
     """For a while, raises where stdout cannot be written, at the latest at the end.
@@ -59,9 +151,10 @@ def results() -> Iterator[None]:
         return
     sys.stdout = _Results(stream)  # type: ignore[assignment]
     try:
-        try:
-            yield
-        finally:  # --help leaves by SystemExit
-            sys.stdout.flush()
+        with _escaping(stream):
+            try:
+                yield
+            finally:  # --help leaves by SystemExit
+                sys.stdout.flush()
     finally:
         sys.stdout = stream
