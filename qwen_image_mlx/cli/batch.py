@@ -18,6 +18,7 @@ from ..pipeline.parameters import MAX_IMAGES, check_num_images, check_seed
 from ..pipeline.request import Request, build_request
 from ..variants import ASPECT_SIZES
 from .config import configured, wants_timings
+from .words import RANDOM, filled, read_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
             raise RequestError(f"--{flag} is about one picture: it does not go with --prompts-file or --seeds")
     if ("prompt" in given) == ("prompts_file" in given):
         raise RequestError("give one source of prompts: PROMPT or --prompts-file")
+    read_prompt(given)
+    if RANDOM in given.get("seed", ()):
+        raise RequestError("--seed is -1, a random one, which a second run would not find again; give --seeds 1-4")
+    filled(given.get("output"), None)
     if "seeds" in given:
         if "seed" in given:
             raise RequestError("give --seed or --seeds, not both")
@@ -73,7 +78,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     folder = _folder(given.get("output"))
     check_writable(folder / "picture.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
 
-    from ..runtime.asking import open_pipeline, painting_request, settled
+    from ..runtime.asking import open_pipeline, painting_request, say_what_is_ignored, settled
     from ..runtime.batch import asked_pictures, heaviest, missing_pictures, paint_all
     from ..runtime.cache import EncodingCache
     from ..runtime.preview import Preview
@@ -90,6 +95,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         for one in wanted:
             with _at(one.place):
                 requests.append(painting_request(pipeline, one.said, one.size, ()))
+        say_what_is_ignored((one.said, request) for one, request in zip(wanted, requests, strict=True))
         provenance = {name: given[name] for name in _PROVENANCE if name in given}
         asked = asked_pictures(pipeline, requests, folder, provenance)
         missing = missing_pictures(asked)
@@ -131,6 +137,8 @@ def _wanted(line: _Line, usual: Mapping[str, Any], given: Mapping[str, Any]) -> 
         for name in ("prompt", "negative_prompt"):
             _check_text(name, said.get(name, ""))
         if "seed" in said:
+            if said["seed"] == RANDOM:
+                raise RequestError("seed is -1, a random one, which a second run would not find again; give a number")
             check_seed(said["seed"])
         wanted = {**usual, **given, **said}
         check_num_images(wanted.get("num_images", 1))

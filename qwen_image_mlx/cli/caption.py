@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .config import add_config_flags, configured
 from .painting import add_colour_flag, add_model_flags
+from .words import RANDOM, draw_seed
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -35,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..images.sources import open_rgba
     from ..pipeline.parameters import check_seed
 
-    check_seed(arguments.seed)
+    seed = draw_seed() if arguments.seed == RANDOM else check_seed(arguments.seed)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     wanted = {**configured(arguments, "caption"), **given}
 
@@ -49,7 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
     with messages(), ProgressBars() as bars:
         pipeline = open_pipeline(wanted, DEFAULT_LAYERED_MODEL, bars)
         caption = pipeline.caption_image(
-            picture, language=arguments.language, resolution=arguments.resolution, seed=arguments.seed
+            picture, language=arguments.language, resolution=arguments.resolution, seed=seed
         )
         bars.close()
+        if arguments.seed == RANDOM:
+            logger.info("seed %d", seed)
         print(caption)

@@ -16,6 +16,7 @@ from .painting import (
     add_sampling_flags,
     run_painting,
 )
+from .words import filled
 
 DEFAULT_NAME = "composition.png"
 _OWN = ("layers", "hide", "move", "scale", "output", "harmonize", "ignore_profile", "run")
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     blending = {name for name, value in vars(arguments).items() if value not in (None, []) and name not in _OWN}
     if arguments.harmonize is None and blending:
         raise RequestError(f"--{min(blending).replace('_', '-')} needs --harmonize")
-    path = output_path(arguments.output, DEFAULT_NAME)
+    path = output_path(filled(arguments.output, None), DEFAULT_NAME)
     changes = {
         "hide": arguments.hide,
         "move": _by_layer("--move", arguments.move, int, 2),

@@ -11,7 +11,7 @@ CURES = {
     "streamed quantization": "save the model quantized once (qwen-image-mlx quantize MODEL FOLDER --bits 4) and give "
     "--model FOLDER without --quantize, allow more memory, or leave --quantize out",
     "caption": "say with --prompt what the picture shows, allow more memory, or go on with --force",
-    "prompt": "give one in quotes, or --from-image",
+    "prompt": "give one in quotes, or --from-image; one that begins with a dash comes last, as in -- -portrait",
     "group size": "--group-size needs --quantize",
     "lightning": "give one with --lora",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -16,6 +15,7 @@ from ..pipeline.parameters import MAX_LAYERS, RNGS
 from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .config import configured, wants_timings
 from .painting import add_cache_flag, add_colour_flag, add_model_flags, add_painter_flags
+from .words import RANDOM, draw_seed, filled, read_prompt
 
 if TYPE_CHECKING:
     from ..pipeline.decomposition import LayeredResult
@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--cfg-scale", "-g", type=float, metavar="S", help="guidance; 1 turns it off (default: 4.0)")
     add("--cfg-normalize", action="store_true", help="guidance keeps the length of each token's velocity")
     add("--caption-language", choices=CAPTION_TEMPLATES, help="of the model's own caption (default: en)")
-    add("--seed", "-s", type=int, metavar="N", help="of the noise (default: random)")
+    add("--seed", "-s", type=int, metavar="N", help="of the noise; -1 is a random one (default: random)")
     add("--rng", choices=RNGS, help=f"whose noise a seed stands for (default: {RNGS[0]})")
     add("--format", default="png", metavar="F,F", help="png, psd, ora, zip, pptx (default: png)")
     add("--output", "-o", metavar="DIR", help="folder for the layers (default: named after the picture)")
@@ -87,6 +87,9 @@ def run(arguments: argparse.Namespace) -> None:
     from .console import messages
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
+    read_prompt(given)
+    drawn = given.get("seed", RANDOM) == RANDOM
+    given["seed"] = draw_seed() if drawn else given["seed"]
     wanted = {**configured(arguments, "decompose"), **given}
     if (arguments.image is None) == (arguments.layer is None):
         raise RequestError("give one picture: PHOTO, or --layer DIR:N")
@@ -96,18 +99,20 @@ def run(arguments: argparse.Namespace) -> None:
     formats = check_formats(arguments.format.split(","))
     sampling = {"num_inference_steps": wanted.get("steps"), "cfg_scale": wanted.get("cfg_scale")}
     ask = partial(
-        layers_request, picture, wanted.get("prompt", ""), seed=wanted.get("seed", secrets.randbelow(2**32)),
+        layers_request, picture, wanted.get("prompt", ""), seed=wanted["seed"],
         **{field: wanted[name] for name, field in _FIELDS.items() if name in wanted},
     )  # fmt: skip
     draft = ask(
         resolutions=(wanted.get("resolution") or LAYERED_RESOLUTIONS[0],),
         sampling={name: value for name, value in sampling.items() if value is not None},
     )
-    folder = named_path(f"{name}-layers" if arguments.output is None else arguments.output, "--output")
+    folder = named_path(
+        f"{name}-layers" if arguments.output is None else filled(arguments.output, wanted["seed"]), "--output"
+    )
     width, height = draft.canvas.result_size
     check_writable(folder / "layer_0.png", nbytes=4 * width * height * (draft.parameters.num_layers + 2) * len(formats))
 
-    from ..runtime.asking import open_pipeline, settled
+    from ..runtime.asking import open_pipeline, say_what_is_ignored, settled
     from ..runtime.cache import EncodingCache
     from ..runtime.preview import Preview
     from ..runtime.profile import Profile
@@ -120,6 +125,9 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline = open_pipeline(wanted, DEFAULT_LAYERED_MODEL, profile or bars)
         pipeline.check_task("decompose")
         request = ask(resolutions=pipeline.variant.resolutions, sampling=pipeline.recommended.unless(**sampling))
+        say_what_is_ignored([(wanted, request)])
+        if drawn:
+            logger.info("seed %d", wanted["seed"])
         plan = stack.enter_context(
             settled(pipeline, request, wanted.get("memory"), force=bool(arguments.force), wire=bool(arguments.wire))
         )

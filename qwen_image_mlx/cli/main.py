@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import NoReturn
 
 from .. import __version__
-from ..errors import QwenImageError, RequestError
+from ..errors import QwenImageError
 from .cures import sentence
 from .ending import GaveUp, HungUp, Terminated, terminable
+from .parser import Parser
 from .results import Unread, messages_kept, results
 
 # Modules beside this one; they are imported where Ctrl-C is understood.
@@ -27,16 +27,9 @@ COMMANDS = (
 )  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing its usage: one sentence is enough."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message} (see {self.prog} --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="qwen-image-mlx",
         description="Run the Qwen-Image family on a Mac.",
         epilog="Run 'qwen-image-mlx COMMAND --help' for a command's flags.",

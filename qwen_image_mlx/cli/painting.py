@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import secrets
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..pipeline.parameters import DTYPES, RNGS
 from ..pipeline.request import build_request, parsed_size
 from ..variants import ASPECT_SIZES, LORA_MODES
 from .config import add_painter_config_flags, configured, wants_timings
+from .words import RANDOM, draw_seed, filled, read_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ def add_sampling_flags(parser: argparse._ActionsContainer, steps: int) -> None:
     add("--negative-prompt", "-n", metavar="N", help="what to avoid (default: as the model's card says)")
     add("--steps", type=int, help=f"denoising steps (default: {steps})")
     add("--cfg-scale", "-g", type=float, metavar="S", help="guidance; 1 turns it off (default: 4.0)")
-    add("--seed", "-s", type=int, nargs="+", metavar="N", help="one picture per seed (default: random)")
+    add("--seed", "-s", type=int, nargs="+", metavar="N", help="one picture per seed; -1 is a random one (default: "
+        "random)")  # fmt: skip
     add("--num-images", type=int, metavar="N", help="pictures per seed (default: 1)")
     add("--rng", choices=RNGS, help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's (default: torch)")
 
@@ -147,6 +149,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     from ..images.sources import open_image, open_mask, open_rgba
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
+    read_prompt(given)
     recorded, metadata = {}, {}
     if "from_image" in given:
         metadata = read_metadata(given["from_image"])
@@ -156,8 +159,9 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
                 recorded.pop(name, None)  # recorded for one model, it means nothing for another
     usual = configured(arguments, task, metadata)
     wanted = {**usual, **recorded, **given}
-    drawn = "seed" not in wanted
-    wanted.setdefault("seed", secrets.randbelow(2**32))  # as many bits as torch's generator uses
+    wanted.setdefault("seed", [RANDOM])
+    if drawn := RANDOM in (seeds := wanted["seed"] if isinstance(wanted["seed"], list) else []):
+        wanted["seed"] = [draw_seed() if seed == RANDOM else seed for seed in seeds]
     sources = _sources(given, wanted)
     size = _size(given, recorded, bool(sources), usual.get("aspect"))
     if task == "edit" and not sources:
@@ -179,10 +183,10 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     adopted = edited_layer_path(given["layer"]) if "layer" in given and "output" not in given else None
     if adopted and (wanted["size"] != "source" or len(draft.seeds) * len(draft.image_indices) > 1):
         raise RequestError("one picture of the layer's own size takes its place: give --output for others")
-    path = adopted or output_path(given.get("output"))
+    path = adopted or output_path(filled(given.get("output"), draft.seeds[0]))
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
 
-    from ..runtime.asking import open_pipeline, painting_request, settled
+    from ..runtime.asking import open_pipeline, painting_request, say_what_is_ignored, settled
     from ..runtime.cache import EncodingCache
     from ..runtime.preview import Preview
     from ..runtime.profile import Profile
@@ -199,25 +203,32 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         pipeline.check_task(task)
         straight = [open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None
         request = painting_request(pipeline, wanted, size, pictures, mask, straight)
+        say_what_is_ignored([(wanted, request)])
         plan = stack.enter_context(
             settled(pipeline, request, wanted.get("memory"), force="force" in given, wire="wire" in given)
         )
         provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
         if drawn:
-            logger.info("seed %d", request.seeds[0])
+            logger.info("seed %s", ", ".join(map(str, request.seeds)))
         watch = profile or bars
         if "preview" in given:
             watch = Preview(stack.enter_context(preview_file(path)), watch, pipeline, request)
         cache = EncodingCache() if "cache" in given else None
-        for number, painting in enumerate(paint(pipeline, request, watch, cache, plan.residency)):
+        saved: Counter[Path] = Counter()
+        for painting in paint(pipeline, request, watch, cache, plan.residency):
             bars.close()
             if profile:
                 painting.metadata["profile"] = profile.record()
-            file = path.with_stem(f"{path.stem}-{number}") if number else path
+            file = adopted or output_path(filled(given.get("output"), painting.metadata["seed"]))
+            number = saved[file]
+            saved[file] += 1
+            file = file.with_stem(f"{file.stem}-{number}") if number else file
             written = save_png(painting.image, file, {**painting.metadata, **provenance})
             if adopted:
                 adopt_layer(given["layer"], written)
             print(written, flush=True)
+        if len(request.image_indices) > 1:
+            logger.info("each of these images can be generated again by itself: --from-image FILE")
         if profile:
             logger.info("%s", profile.table())
 

@@ -6,7 +6,7 @@ What is asked for is a mapping by the names of the command line's flags; what is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,17 @@ def settled(
         logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, asked.budget / 1e9)
     with limits(asked.budget, plan.working, wire=wire):
         yield plan
+
+
+def say_what_is_ignored(asked: Iterable[tuple[Mapping[str, Any], Request]]) -> None:
+    """Warns, once, of a negative prompt that was asked for where guidance is off."""
+    for wanted, request in asked:
+        if (wanted.get("negative_prompt") or "").strip() and request.guiding_prompt is None:
+            logger.warning(
+                "the negative prompt has no effect: guidance is %g, and only above 1 is a negative prompt used",
+                request.parameters.cfg_scale,
+            )
+            return
 
 
 def painting_request(
