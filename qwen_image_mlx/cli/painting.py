@@ -164,6 +164,10 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         wanted["seed"] = [draw_seed() if seed == RANDOM else seed for seed in seeds]
     sources = _sources(given, wanted)
     size = _size(given, recorded, bool(sources), usual.get("aspect"))
+    if task == "edit" and not sources and metadata:
+        raise RequestError(
+            f"{given['from_image']} was generated from words, not edited: give --image, or `generate --from-image`"
+        )
     if task == "edit" and not sources:
         raise RequestError("a picture to edit is missing: give --image")
     if task == "generate" and len(sources) > 1:

@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..settings import find_config, load_settings
 
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
-        raise RequestError(f'serving needs {", ".join(missing)} as well: pip install "qwen-image-mlx[server]"')
+        packages = " ".join(name.replace("_", "-") for name in missing)
+        raise RequestError(f"serving needs {', '.join(missing)} as well: pip install {packages}")
     if not 0 <= arguments.port <= 65535:
         raise RequestError(f"--port is {arguments.port}, but must be from 0 to 65535")
     for name, low in (("queue", 1), ("max_pixels", 1024), ("max_steps", 1)):

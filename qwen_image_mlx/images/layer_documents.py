@@ -24,7 +24,7 @@ from .layers import MAX_PIXELS, Layer, LayerStack, clean_name, composite
 logger = logging.getLogger(__name__)
 
 # module -> (package, our extra)
-_LIBRARIES = {"psd_tools": ("psd-tools", "psd"), "pptx": ("python-pptx", "pptx")}
+_LIBRARIES = {"psd_tools": "psd-tools", "pptx": "python-pptx"}
 
 _GROUPS = ("group", "artboard")
 _PIXELS = ("pixel", "type", "shape", "smartobject")
@@ -63,8 +63,7 @@ def library(module: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package, extra = _LIBRARIES[module]
-        raise RequestError(f"{purpose} needs {package}: pip install 'qwen-image-mlx[{extra}]'") from error
+        raise RequestError(f"{purpose} needs {_LIBRARIES[module]}: pip install {_LIBRARIES[module]}") from error
 
 
 def write_psd(stack: LayerStack, path: Path) -> None:

@@ -319,10 +319,22 @@ class Components:
 
     def prepare_captions(self) -> None:
         """The same for what writing captions needs."""
+        if not self._writes():
+            raise CheckpointError(
+                f"{self.snapshot.model} cannot write captions: it comes without what does it (lm_head.weight of its "
+                "text encoder, and processor/); say what the image shows, or use another model such as "
+                "Qwen/Qwen-Image-Layered"
+            )
         _ = self.image_processor, self.generation_config
         self._tokenizer_files()
         for component in ("text_encoder", "vision", "language_head"):
             self.weights(component)
+
+    def _writes(self) -> bool:
+        """Whether the checkpoint has a captioner at all."""
+        heads = canonical_names("language_head", self._files("language_head").tensors).values()
+        prepares = not self.snapshot.is_local or bool(self.snapshot.names("processor"))
+        return "lm_head.weight" in heads and prepares
 
     @property
     def fingerprint(self) -> str:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from statistics import median
 import mlx.core as mx
 
 from .. import __version__
-from ..errors import OutputError, RequestError, some
+from ..errors import OutputError, QwenImageError, RequestError, some
 from ..weights.loader import say_what_does_not_fit
 from ..weights.mapping import weights_map
 from ..weights.pack import Part, quantization_config, write_component
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 SHARD_BYTES = 2 << 30
 REPORT = "quantization_report.json"
 _PLAN = ".qwen-image-mlx-plan"
+_CARD = "README.md"
+_MOST_OF_A_CARD = 1 << 16  # characters, of which the first lines say the licence
 # What of a checkpoint is copied; other weights that may lie at its root are not of this layout.
 _COPIED = ("scheduler", "tokenizer", "processor", "vae", "text_encoder", "transformer")
 _COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".safetensors")
@@ -132,7 +135,7 @@ def _write(
             config["quantization"] = said
         (partial / folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
     (partial / REPORT).write_text(json.dumps(errors, indent=2))
-    (partial / "README.md").write_text(_card(components, name, errors), encoding="utf-8")
+    (partial / _CARD).write_text(_card(components, name, errors), encoding="utf-8")
 
 
 @contextmanager
@@ -143,7 +146,7 @@ def _begun(partial: Path, plan: str) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         found = partial / _PLAN
-        strangers = {path.name for path in partial.iterdir()} - {_PLAN, INDEX, REPORT, "README.md", *_COPIED}
+        strangers = {path.name for path in partial.iterdir()} - {_PLAN, INDEX, REPORT, _CARD, *_COPIED}
         if strangers or (any(partial.iterdir()) and not found.is_file()):
             raise RequestError(f"{partial} is not what an earlier run left there; remove it or name another folder")
         if found.is_file() and found.read_text() != plan:
@@ -211,7 +214,7 @@ def _card(components: Components, name: str, errors: Mapping[str, Mapping[str, f
     ]
     forms = sorted({form for part in ("transformer", *components.encoders) for form in components.weights(part).forms})
     base = f"base_model: {source.model}\n" if source.revision else ""
-    licence = "license: apache-2.0\n" if source.revision else ""
+    licence = "".join(f"{line}\n" for line in _licence(source))
     return f"""---
 library_name: mlx
 tags: [mlx, qwen-image, quantized]
@@ -238,6 +241,17 @@ modulation (which never stays in memory) and the VAE are as in the source.
 |---|---|---|---|---|
 {chr(10).join(rows)}
 """
+
+
+def _licence(source: HubSnapshot) -> list[str]:
+    """What the model's own card says of its licence, line by line; nothing where it says nothing."""
+    try:
+        with open(source.file(_CARD), encoding="utf-8", errors="replace") as file:
+            head = re.match(r"---\s*\n(.*?)\n---", file.read(_MOST_OF_A_CARD), re.DOTALL)
+    except (QwenImageError, OSError):
+        return []
+    said = re.findall(r"^license(?:_name|_link)?:[ \t]*\S.*", head[1] if head else "", re.MULTILINE)
+    return [line.rstrip()[:200] for line in said if line.rstrip().isprintable()]
 
 
 def _by_kind(layers: Mapping[str, float]) -> dict[str, list[float]]:

@@ -123,3 +123,18 @@ def test_a_negative_prompt_without_guidance_is_said_once(run, flags, warned):
     code, _, err = run("generate", "x", *DEMO, *flags)
     assert code == 0, err
     assert err.count("the negative prompt has no effect: guidance is 1") == warned
+
+
+@pytest.mark.parametrize("model", ["demo", "demo-edit", "demo-layered"])
+def test_a_model_without_a_captioner_says_so(run, model):
+    Image.new("RGB", (64, 64), "red").save("a.png")
+    said = error_line(run("caption", "a.png", "--model", model))
+    assert f"{model} cannot write captions" in said
+    assert "download" not in said
+
+
+def test_a_generated_image_is_not_an_edit(run):
+    run("generate", "a red circle", *DEMO)
+    said = error_line(run("edit", "--from-image", "qwen-image.png", "--model", "demo-edit"))
+    assert "qwen-image.png was generated from words, not edited" in said
+    assert "`generate --from-image`" in said

@@ -83,6 +83,31 @@ def test_a_pack_says_what_it_is(source, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+CARDS = {
+    "---\nlicense: mit\n---\n# x": ["license: mit"],
+    "---\ntags: [a]\nlicense: other\nlicense_name: house\nlicense_link: LICENSE\n---\nlicense: mit": [
+        "license: other", "license_name: house", "license_link: LICENSE",
+    ],
+    "---\r\nlicense: cc-by-nc-4.0\r\n---\r\n": ["license: cc-by-nc-4.0"],
+    "# license: mit": [], "---\ntags: [a]\n---\nlicense: mit": [], "---\nlicense: \x1b[31m\n---\n": [], "": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("card", CARDS, ids=range(len(CARDS)))
+def test_a_pack_has_the_licence_of_its_model(tmp_path, card):
+    (tmp_path / "README.md").write_bytes(card.encode())
+    assert packing._licence(packing.HubSnapshot(tmp_path)) == CARDS[card]
+
+
+def test_the_licence_stands_on_the_card(source, tmp_path):
+    model = shutil.copytree(source, tmp_path / "model")
+    (model / "README.md").write_text("---\nlicense: other\nlicense_name: house\n---\n")
+    folder = quantize_checkpoint(model, tmp_path / "pack", Quantization.parse("4"))
+    head = (folder / "README.md").read_text().split("---")[1]
+    assert "license: other\nlicense_name: house\n" in head
+    assert "apache" not in head
+
+
 def test_modulation_is_as_exact_as_in_the_source(source, tmp_path):
     folder = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
     name = "transformer_blocks.0.img_mod.1.weight"
