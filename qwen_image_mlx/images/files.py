@@ -191,6 +191,11 @@ def replace_file(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def is_from_macos(name: str) -> bool:
+    """Whether a file is one that macOS puts beside others: attributes of a file (`._NAME`) or of a folder's window."""
+    return name == ".DS_Store" or name.startswith("._")
+
+
 def umask() -> int:
     """Permissions that new files are not given; it can only be read by setting it."""
     mask = os.umask(0)

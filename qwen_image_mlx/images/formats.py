@@ -18,7 +18,8 @@ FORMATS = (
 READABLE = "PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, JPEG 2000, and HEIC with pillow-heif"
 # Names that an image's file has, in formats that are read.
 SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".tif", ".tiff", ".bmp", ".gif", ".jp2"}
+    {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif", ".heic", ".heif", ".hif", ".tif", ".tiff", ".bmp"}
+    | {".gif", ".jp2"}
 )
 # And in formats that are not read.
 OTHER_SUFFIXES = frozenset({

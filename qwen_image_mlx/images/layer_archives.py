@@ -26,9 +26,10 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from ..errors import OutputError, RequestError
+from ..errors import OutputError, RequestError, some
 from .colour import in_srgb
-from .files import METADATA_KEY, replace_file
+from .files import METADATA_KEY, is_from_macos, replace_file
+from .formats import OTHER_SUFFIXES, SUFFIXES
 from .geometry import Size
 from .layers import MAX_LAYERS, MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
 
@@ -40,6 +41,7 @@ ORDER = "back to front"
 LAYER_FILE = re.compile(r"layer_(\d{1,9})\.png")
 ORA_TYPE = b"image/openraster"
 
+_MADE_BESIDE = ("composite.png", "contact_sheet.png")  # with every folder of layers
 _LAYER_KEYS = ("name", "offset", "visible", "opacity")
 _MANIFEST_KEYS = {"manifest_version": int, "size": list, "order": str, "layers": list}
 _ORA_LIMITS = re.compile("alpha|clip|fill|inherit|mask|effect", re.IGNORECASE)  # programs' own: the standard has none
@@ -180,9 +182,20 @@ def read_folder(path: Path) -> LayerStack:
     try:
         home = path.resolve()
         names = {e.name for e in os.scandir(path) if e.is_file() and Path(e.path).resolve().parent == home}
+        _say_what_is_passed_over(str(path), names)
         return _layers(_Files(str(path), names, fetch))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _say_what_is_passed_over(label: str, names: Collection[str]) -> None:
+    """Warns of images that look meant but are not named as layers, where no manifest says which are."""
+    layers = _in_order(names)
+    if MANIFEST in names or not layers:
+        return
+    images = (name for name in names if Path(name).suffix.lower() in SUFFIXES | OTHER_SUFFIXES)
+    if others := sorted({name for name in images if not name.startswith(".")} - {*layers, *_MADE_BESIDE}):
+        logger.warning("%s: %s are not named layer_N.png and are left out", label, some(others))
 
 
 def is_folder_of_layers(folder: Path) -> bool:
@@ -252,7 +265,7 @@ def is_ora(path: Path) -> bool:
 def _zip_files(path: Path) -> Iterator[_Files]:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {i.filename: i for i in archive.infolist() if _is_inside(i.filename)}
+            members = _unwrapped({i.filename: i for i in archive.infolist() if _is_inside(i.filename)})
             if len(members) > _MAX_MEMBERS or sum(info.file_size for info in members.values()) > _MAX_ARCHIVE:
                 raise RequestError(f"{path} unpacks to more than {_MAX_ARCHIVE >> 30} GB; this is no layered picture")
 
@@ -271,6 +284,17 @@ def _zip_files(path: Path) -> Iterator[_Files]:
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name)
+
+
+def _unwrapped(members: dict[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """An archive's files without the one folder that all lie in, and without what Finder adds, as it zips a folder."""
+    paths = {name: PurePosixPath(name) for name in members if not name.endswith("/")}
+    own = [
+        n for n, path in paths.items() if path.parts and path.parts[0] != "__MACOSX" and not is_from_macos(path.name)
+    ]
+    if len({paths[name].parts[0] for name in own}) != 1 or any(len(paths[name].parts) == 1 for name in own):
+        return {name: members[name] for name in own}
+    return {str(PurePosixPath(*paths[name].parts[1:])): members[name] for name in own}
 
 
 def _layers(files: _Files) -> LayerStack:

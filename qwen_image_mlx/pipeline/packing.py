@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from .. import __version__
 from ..errors import OutputError, QwenImageError, RequestError, some
+from ..images.files import is_from_macos
 from ..weights.loader import say_what_does_not_fit
 from ..weights.mapping import weights_map
 from ..weights.pack import Part, quantization_config, write_component
@@ -146,8 +147,9 @@ def _begun(partial: Path, plan: str) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         found = partial / _PLAN
-        strangers = {path.name for path in partial.iterdir()} - {_PLAN, INDEX, REPORT, _CARD, *_COPIED}
-        if strangers or (any(partial.iterdir()) and not found.is_file()):
+        there = {path.name for path in partial.iterdir() if not is_from_macos(path.name)}
+        strangers = there - {_PLAN, INDEX, REPORT, _CARD, *_COPIED}
+        if strangers or (there and not found.is_file()):
             raise RequestError(f"{partial} is not what an earlier run left there; remove it or name another folder")
         if found.is_file() and found.read_text() != plan:
             for path in partial.iterdir():

@@ -100,7 +100,7 @@ def read_examples(data: str | Path, task: str) -> list[Example]:
         raise RequestError(f"{len(silent)} of {len(examples)} captions are missing or empty: {some(silent)}")
     if manifests and path.is_dir():
         named = {file.resolve() for example in examples for file in example.files}
-        _warn("are not in its manifest", [file for file in _images(path) if file.resolve() not in named], path)
+        _warn("are not in its manifest", [file for file in _all_images(path) if file.resolve() not in named], path)
     kinds = Counter(file.suffix.lower() for example in examples for file in example.files)
     logger.info("%s: %s images", path, ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
     return examples
@@ -127,6 +127,16 @@ def _images(folder: Path) -> list[Path]:
     return [file for file in _listed(folder) if file.suffix.lower() in SUFFIXES and file.is_file()]
 
 
+def _all_images(folder: Path) -> list[Path]:
+    """The images of a folder and of all folders in it, whether their formats are read or not."""
+    found = []
+    for place, inside, names in os.walk(folder):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        files = [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+        found += [file for file in files if file.suffix.lower() in SUFFIXES | OTHER_SUFFIXES]
+    return found
+
+
 def _folders(folder: Path) -> list[Path]:
     return [file for file in _listed(folder) if file.is_dir()]
 
@@ -146,15 +156,16 @@ def _from_folder(folder: Path) -> list[Example]:
             found = _captioned(inside)
             examples += found * int(counted[1])
             logger.warning("%s: %d images, each counted %d times", inside.name, len(found), int(counted[1]))
-        else:
-            _warn("are in a folder without a number of repeats before its name (10_fox)", _images(inside), folder)
+    taken = {example.image for example in examples}
+    others = [file for file in _all_images(folder) if file not in taken]
+    _warn("are in a folder without a number of repeats before its name (10_fox)", others, folder)
     return examples
 
 
 def _captioned(folder: Path) -> list[Example]:
     """The images that lie in a folder, with their captions."""
     files = [file for file in _listed(folder) if file.is_file()]
-    unread = OTHER_SUFFIXES if "HEIF" in formats() else OTHER_SUFFIXES | {".heic", ".heif"}
+    unread = OTHER_SUFFIXES if "HEIF" in formats() else OTHER_SUFFIXES | {".heic", ".heif", ".hif"}
     if unreadable := [file.name for file in files if file.suffix.lower() in unread]:
         raise RequestError(
             f"{len(unreadable)} files in {folder} have formats that are not read: {some(unreadable)}; convert them "

@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import OutputError, QwenImageError, RequestError
-from ..images.files import check_writable, reason, replace_file
+from ..images.files import check_writable, is_from_macos, reason, replace_file
 from ..models.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
@@ -162,7 +162,7 @@ def _check(
     if not settings.full:
         check_lora(matrices(pipeline.components.transformer_config), settings.targets, settings.rank)
     try:
-        there = folder.is_dir() and any(file.name != ".DS_Store" for file in folder.iterdir())
+        there = folder.is_dir() and any(not is_from_macos(file.name) for file in folder.iterdir())
     except OSError as error:
         raise RequestError(f"{folder} cannot be read: {reason(error)}") from error
     if resume and not there:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError, HubError, some
+from ..images.files import is_from_macos
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Folder:
         """The files of a folder, but those that macOS hides beside others on foreign disks (`._NAME`)."""
         try:
             entries = os.scandir(self._path(folder))
-            found = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith("._")]
+            found = [entry.name for entry in entries if entry.is_file() and not is_from_macos(entry.name)]
         except OSError:
             return []
         return sorted(posixpath.join(folder, name) for name in found)

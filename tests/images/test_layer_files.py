@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +297,31 @@ def test_what_is_no_place_and_no_format_is_refused(tmp_path, monkeypatch, folder
 def test_one_format_may_be_a_word(tmp_path):
     save_layers(LayerStack((4, 4), (Layer(Image.new("RGBA", (4, 4))),)), tmp_path / "layers", "ora")
     assert (tmp_path / "layers" / "layers.ora").is_file()
+
+
+# --- folders and archives that other programs have touched ------------------------------------------------------------
+
+
+def test_images_that_look_like_layers_are_named(folder, caplog):
+    (folder / "manifest.json").unlink()
+    Image.new("RGB", (8, 6)).save(folder / "layer_2.jpg")
+    (folder / "._layer_1.png").write_bytes(b"\0\5\x16\7")
+    (folder / ".DS_Store").write_bytes(b"Bud1")
+    (folder / "IMG_1.heic").write_bytes(b"x")
+    assert len(load_layers(folder).layers) == 2
+    (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert said.endswith(": IMG_1.heic, layer_2.jpg are not named layer_N.png and are left out")
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_folder_that_finder_zipped_is_read(folder, tmp_path, manifest):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("small/", b"")
+        for file in sorted(folder.iterdir()):
+            if manifest or file.suffix == ".png":
+                archive.write(file, f"small/{file.name}")
+                archive.writestr(f"__MACOSX/small/._{file.name}", b"\0\5\x16\7")
+        archive.writestr("small/.DS_Store", b"Bud1")
+    read = load_layers(tmp_path / "a.zip")
+    assert (read.layers[1].name == "blue") == manifest
+    assert [layer.image.tobytes() for layer in read.layers] == [layer.image.tobytes() for layer in small.layers]

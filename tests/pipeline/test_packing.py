@@ -189,6 +189,14 @@ def test_a_partial_folder_of_others_is_left_alone(source, tmp_path, name):
     assert (tmp_path / "pack.partial" / name).read_text() == "mine"
 
 
+def test_what_macos_puts_into_a_partial_folder_stops_nothing(source, tmp_path):
+    (tmp_path / "pack.partial").mkdir()
+    for name in (".DS_Store", "._transformer"):
+        (tmp_path / "pack.partial" / name).write_bytes(b"x")
+    quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
+    assert (tmp_path / "pack" / "model_index.json").is_file()
+
+
 def test_what_a_model_lacks_cannot_be_quantized(source, tmp_path):
     with pytest.raises(RequestError, match="has no vision"):
         quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("transformer=4,vision=8"))

@@ -13,9 +13,9 @@ from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.training.examples import Example, bucket_of, buckets_of, read_examples
 
 
-def picture(path, size=(8, 8)):
+def picture(path, size=(8, 8), kind=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size).save(path)
+    Image.new("RGB", size).save(path, kind)
     return path
 
 
@@ -162,6 +162,28 @@ def test_what_is_left_out_is_named(tmp_path, caplog):
     assert "1 files in" in caplog.text
     assert "have no image of the same name and are left out: alone.txt" in caplog.text
     assert "and are left out: samples/s.png" in caplog.text
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_images_deep_inside_are_named(tmp_path, caplog, listed):
+    for place in ("a.png", "set/b.png", "set/deep/c.jfif", "10_fox/d.png", "10_fox/more/e.avif", ".hidden/f.png"):
+        picture(tmp_path / place, kind="PNG").with_suffix(".txt").write_text("x")
+    (tmp_path / "set/g.jxl").write_bytes(b"x")
+    if listed:
+        manifest(tmp_path, {"image": "a.png", "caption": "x"})
+    examples = read_examples(tmp_path, "t2i")
+    assert len(examples) == (1 if listed else 11)
+    (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    taken = set() if listed else {"10_fox/d.png"}
+    for name in {"set/b.png", "set/deep/c.jfif", "10_fox/d.png", "10_fox/more/e.avif", "set/g.jxl"} - taken:
+        assert name in said
+    assert "hidden" not in said
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".jpe", ".JPEG"])
+def test_jpegs_by_other_names_are_trained_on(tmp_path, ending):
+    picture(tmp_path / f"a{ending}", kind="JPEG").with_suffix(".txt").write_text("x")
+    assert [example.image.name for example in read_examples(tmp_path, "t2i")] == [f"a{ending}"]
 
 
 def test_folders_that_say_how_often_they_count(tmp_path, caplog):
