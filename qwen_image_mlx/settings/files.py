@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def _is_ours(path: Path) -> bool:
     try:
         said, _ = parse_toml(data, "")
     except RequestError:  # damaged; the owner is to be told
-        return True
+        return re.search(rb"^\s*\[[^\]\n]*\b%b\b" % TABLE.encode(), data, re.MULTILINE) is not None
     return any(isinstance(profile, dict) and isinstance(profile.get(TABLE), dict) for profile in said.values())
 
 

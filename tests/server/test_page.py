@@ -227,6 +227,7 @@ def test_edit_with_a_mask(page: Page):
     edit.get_by_label("Compare with the original").fill("100")
     expect(edit.locator(".before")).to_be_visible()
     edit.get_by_label("Compare with the original").fill("35")
+    assert edit.locator(".compare span").all_inner_texts() == ["Original", "Result"]
     check_phone_width(page, "edit")
 
 

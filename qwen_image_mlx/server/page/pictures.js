@@ -75,7 +75,7 @@ export function fileName(prompt, seed) {
 }
 
 /**
- * `after` with `before` drawn over its left part, and a slider that says how far.
+ * `after` with `before` drawn over its left part, and a slider that says how far; its labels stand where the two do.
  *
  * @param {HTMLElement} after an element that shows the result.
  * @param {string} before URL of the original.
@@ -92,6 +92,6 @@ export function comparison(after, before) {
   show();
   return {
     frame: el("div", { class: "frame" }, after, over),
-    slider: el("label", { class: "slider compare" }, el("span", {}, "Result"), range, el("span", {}, "Original")),
+    slider: el("label", { class: "slider compare" }, el("span", {}, "Original"), range, el("span", {}, "Result")),
   };
 }
