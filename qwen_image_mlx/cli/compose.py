@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..variants import DEFAULT_EDIT_MODEL
@@ -17,6 +18,9 @@ from .painting import (
     run_painting,
 )
 from .words import filled
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DEFAULT_NAME = "composition.png"
 _OWN = ("layers", "hide", "move", "scale", "output", "harmonize", "ignore_profile", "run")
@@ -70,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.harmonize is None:
             print(save_png(picture, path, made_from))
             return
-        composed = save_png(picture, path.with_stem(f"{path.stem}-composed"), made_from)
+        composed, there = _composed(picture, path.with_stem(f"{path.stem}-composed"), made_from)
     edit = {
         "prompt": arguments.harmonize,
         "images": [str(composed)],
@@ -81,8 +85,18 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         run_painting(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, task="edit")
     except BaseException:
-        composed.unlink()
+        if not there:
+            composed.unlink()
         raise
+
+
+def _composed(picture: Image, path: Path, made_from: dict[str, Any]) -> tuple[Path, bool]:
+    """The file of what is harmonized, and whether an earlier run left the very same."""
+    from ..images.files import encode_png, save_png
+
+    if path.is_file() and path.read_bytes() == encode_png(picture, made_from):
+        return path, True
+    return save_png(picture, path, made_from), False
 
 
 def _by_layer(flag: str, texts: list[str], kind: type, count: int) -> dict[int, Any]:

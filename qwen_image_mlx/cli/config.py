@@ -65,18 +65,12 @@ def _written(value: Any) -> str:
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    from ..images.files import named_path
+    from ..images.files import named_path, new_file
 
     path = default_place() if arguments.path is None else named_path(arguments.path, "PATH")
     if os.path.lexists(path):
         raise OutputError(f"{path} is there already, and is kept")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(example_config())
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
-    print(path)
+    print(new_file(path, example_config().encode()))
 
 
 def _path(arguments: argparse.Namespace) -> None:

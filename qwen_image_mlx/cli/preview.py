@@ -24,23 +24,29 @@ def preview_file(output: Path) -> Iterator[Show]:
     The file is there from the first step until the `with` ends, however it ends. Where it cannot be written that is
     said once, and painting goes on without.
     """
-    from ..images.files import claim, replace_file
+    from PIL import PngImagePlugin
+
+    from ..images.files import new_file, replace_file
+    from ..unfinished import PREVIEW_KEY, owner, sweep
 
     wanted = output.with_name(f"{output.stem}-preview.png")
     path, failed = None, False
+    info = PngImagePlugin.PngInfo()
+    info.add_text(PREVIEW_KEY, owner())
+    sweep(wanted.parent)
 
     def show(image: Image, step: int, total: int) -> None:
         nonlocal path, failed
         if failed:
             return
         png = io.BytesIO()
-        image.save(png, "PNG", compress_level=1)
+        image.save(png, "PNG", compress_level=1, pnginfo=info)
         try:
             if path is None:
-                wanted.parent.mkdir(parents=True, exist_ok=True)
-                path = claim(wanted)
+                path = new_file(wanted, png.getvalue())
                 logger.info("preview: %s", path)
-            replace_file(path, png.getvalue())
+            else:
+                replace_file(path, png.getvalue())
         except OSError as error:
             failed = True
             logger.warning("no preview: %s", error)

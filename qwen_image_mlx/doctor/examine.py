@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import CheckpointError
+from ..unfinished import temporary_folder
 from .groups import Group
 from .outcome import Outcome
 from .report import VERSION, scrubbed, summed_up
@@ -61,9 +61,10 @@ def run_group(group: Group, env: Mapping[str, str], options: Mapping[str, Any]) 
 
     What the process writes goes into a folder that is removed when it has ended, however it ended.
     """
-    with tempfile.TemporaryDirectory(prefix="qwen-image-doctor-", dir=_place(group)) as folder:
-        out, said = Path(folder) / "outcome.json", Path(folder) / "stderr.txt"
-        command = [sys.executable, "-m", __package__, group.name, str(out), json.dumps({**options, "folder": folder})]
+    with temporary_folder(_place(group)) as folder:
+        out, said = folder / "outcome.json", folder / "stderr.txt"
+        asked = json.dumps({**options, "folder": str(folder)})
+        command = [sys.executable, "-m", __package__, group.name, str(out), asked]
         with said.open("wb") as stderr:
             process = subprocess.Popen(
                 command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr

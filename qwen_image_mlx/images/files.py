@@ -9,13 +9,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
+from ..unfinished import hidden, publish, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,12 @@ def check_text(metadata: Any) -> None:
 
 
 def check_writable(path: Path, nbytes: int) -> None:
-    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now."""
+    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now.
+
+    Removes what runs that were killed left in its folder.
+    """
     folder = path.parent
+    sweep(folder)
     try:
         path.exists()
         while not folder.exists() and folder != folder.parent:
@@ -114,27 +119,7 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
     Raises:
         OutputError: it could not be written; nothing is left behind.
     """
-    png = encode_png(image, metadata)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=".", suffix=".png.partial", dir=path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason(error)}") from error
-    written = None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(png)
-        os.chmod(partial, 0o666 & ~umask())
-        written = claim(path)
-        os.replace(partial, written)
-    except BaseException as error:  # Ctrl-C too: the claimed name is an empty file
-        if written is not None:
-            written.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"cannot write {path}: {reason(error)}") from error
-        raise
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    written = new_file(path, encode_png(image, metadata))
     if written != path:
         logger.warning("%s exists already; saved as %s", path, written.name)
     return written
@@ -160,35 +145,37 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def claim(path: Path) -> Path:
-    """Creates the first free name exclusively, so that two processes never take the same one; raises OSError."""
-    for candidate in _candidates(path):
-        try:
-            os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            continue
-        return candidate
-    raise AssertionError("unreachable: candidates never end")
+def new_file(path: Path, data: bytes) -> Path:
+    """Writes a file, whole or not at all, under `path` or the first free `-1`, `-2`, … beside it.
 
-
-def _candidates(path: Path) -> Iterator[Path]:
-    yield path
-    number = 0
-    while True:
-        number += 1
-        yield path.with_stem(f"{path.stem}-{number}")
+    Missing folders are made. Returns the path written; raises OutputError, and nothing is left behind.
+    """
+    partial = hidden(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        return publish(partial, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+    finally:
+        _forget(partial)
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a file in place of an old one, atomically; raises OutputError, and the old one stays."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = hidden(path)
     try:
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {reason(error)}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        _forget(partial)
+
+
+def _forget(partial: Path) -> None:
+    with suppress(OSError):  # a folder that is gone or not ours was said already
+        partial.unlink()
 
 
 def is_from_macos(name: str) -> bool:

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from ..errors import OutputError, RequestError
+from ..unfinished import hidden
 from . import layer_archives as archives
 from . import layer_documents as documents
 from .files import reason, umask
@@ -112,7 +112,8 @@ def save_layers(stack: LayerStack, folder: str | os.PathLike, formats: Iterable[
         if not is_free(folder):
             raise FileExistsError(errno.EEXIST, "it holds something already; layers get a folder of their own")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".layers-", suffix=".partial", dir=folder.parent))
+        partial = hidden(folder)
+        partial.mkdir(mode=0o700)
         for name in formats:
             FORMATS[name].write(stack, partial / FORMATS[name].file)
         composite(stack).save(partial / "composite.png")

@@ -22,11 +22,11 @@ import mlx.core as mx
 from .. import __version__
 from ..errors import OutputError, QwenImageError, RequestError, some
 from ..images.files import is_from_macos
+from ..unfinished import sweep
 from ..weights.loader import say_what_does_not_fit
 from ..weights.mapping import weights_map
 from ..weights.pack import Part, quantization_config, write_component
 from ..weights.quantize import Quantization
-from ..weights.shards import PARTIAL
 from ..weights.snapshot import HubSnapshot
 from ..weights.stored import FLOATS
 from .components import Components
@@ -87,7 +87,7 @@ def quantize_checkpoint(
     out, report = Path(out).expanduser(), Reporter(progress)
     if quantization == Quantization():
         raise RequestError("nothing is to be quantized; name a component and its bits")
-    if os.path.lexists(out):
+    if os.path.lexists(out) and not (out / _PLAN).is_file():
         raise OutputError(f"{out} exists already; name a new folder")
     snapshot = HubSnapshot(
         model,
@@ -105,9 +105,14 @@ def quantize_checkpoint(
             model, some(packed),
         )  # fmt: skip
     partial = out.with_name(f"{out.name}.partial")
-    _require_space(partial, folders)
     plan = repr((components.fingerprint, str(quantization), shard_bytes, __version__))
     try:
+        if os.path.lexists(out):  # whole, but for the last step of a run that was killed
+            if (out / _PLAN).read_text() != plan:
+                raise OutputError(f"{out} exists already; name a new folder")
+            (out / _PLAN).unlink()
+            return out
+        _require_space(partial, folders)
         with _begun(partial, plan):
             _write(components, partial, out.name, folders, shard_bytes, report)
             os.replace(partial, out)
@@ -155,8 +160,8 @@ def _begun(partial: Path, plan: str) -> Iterator[None]:
             for path in partial.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         found.write_text(plan)
-        for unfinished in partial.rglob(f".*{PARTIAL}"):
-            unfinished.unlink()
+        for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+            sweep(folder, alone=True)
         yield
     except BlockingIOError:
         raise RequestError(f"{partial} is being written by another run; wait for it or name another folder") from None

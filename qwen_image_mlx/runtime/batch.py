@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,6 +19,7 @@ from ..errors import RequestError
 from ..images.files import read_metadata
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.metadata import describe
+from ..unfinished import temporary_folder
 from .memory import DEFAULT, Residency
 from .session import Painting, encoded
 
@@ -124,11 +124,11 @@ def paint_all(
         residency: staged, the encoders are gone before the first picture is begun.
         watching: what is told instead of `progress` while a picture is painted.
     """
-    with tempfile.TemporaryDirectory(prefix="qwen-image-mlx-") as folder:
+    with temporary_folder() as folder:
         kept: dict[tuple[str, str | None], Path] = {}
         for one in asked:
             if _prompts(one.request) not in kept:
-                path = Path(folder) / f"{len(kept)}.safetensors"
+                path = folder / f"{len(kept)}.safetensors"
                 encoded(pipeline, one.request, progress, cache).save(path)
                 kept[_prompts(one.request)] = path
         if residency.staged:

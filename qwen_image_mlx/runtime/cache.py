@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..errors import CheckpointError, OutputError
 from ..pipeline.conditioning import GuidanceEncoding
+from ..unfinished import sweep
 
 if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
@@ -46,6 +47,7 @@ class EncodingCache:
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES):
         self._folder = folder or default_folder()
         self._max_bytes = max_bytes
+        sweep(self._folder)
 
     def get(self, pipeline: QwenImagePipeline, request: Request) -> GuidanceEncoding | None:
         """The encoding of an equal request, or None."""

@@ -9,12 +9,10 @@ from __future__ import annotations
 import base64
 import math
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
@@ -31,6 +29,7 @@ from ..pipeline.request import build_request, parsed_size
 from ..runtime.asking import painting_request
 from ..runtime.preview import Preview
 from ..runtime.session import decompose, paint
+from ..unfinished import temporary_folder
 from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
 from .pictures import data_url, decoded
 
@@ -315,8 +314,8 @@ def compose(body: ComposeBody) -> dict[str, Any]:
     if body.format == "png":
         return {"image": data_url(encode_png(composite(stack)))}
     chosen = FORMATS[body.format]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, chosen.file)
+    with temporary_folder() as folder:
+        file = folder / chosen.file
         chosen.write(stack, file)
         data = base64.b64encode(file.read_bytes()).decode()
     return {"file": f"data:application/octet-stream;base64,{data}", "name": chosen.file}

@@ -15,6 +15,7 @@ from ..errors import OutputError
 from ..images.files import reason
 from ..pipeline.components import Components
 from ..pipeline.packing import copy_unwritten
+from ..unfinished import hidden
 from ..weights.mapping import TensorSpec, weights_map
 from ..weights.packed import Packed
 from ..weights.shards import save_tensors
@@ -40,11 +41,8 @@ def save_model(
         OutputError: it could not be written.
     """
     trained = {name.partition(".")[2]: array.astype(components.dtype) for name, array in parameters.items()}
-    partial = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
+    partial, old = hidden(folder), hidden(folder)
     try:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         copy_unwritten(components, partial, {"transformer"})
         _write_transformer(partial / "transformer", components, trained, shard_bytes)

@@ -29,6 +29,7 @@ from ..images.files import check_writable, is_from_macos, reason, replace_file
 from ..models.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
+from ..unfinished import sweep
 from ..weights.loader import load_module
 from .checkpoints import KEPT, last_checkpoint, load_checkpoint, save_checkpoint
 from .dataset import Dataset, digest_of, encode_examples
@@ -161,6 +162,8 @@ def _check(
         raise RequestError("packed weights cannot be trained: leave --quantize away, or train a LoRA")
     if not settings.full:
         check_lora(matrices(pipeline.components.transformer_config), settings.targets, settings.rank)
+    for place in (folder, *(folder / name for name in (CHECKPOINTS, CACHE, SAMPLES))):
+        sweep(place)
     try:
         there = folder.is_dir() and any(not is_from_macos(file.name) for file in folder.iterdir())
     except OSError as error:

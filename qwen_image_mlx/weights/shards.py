@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, OutputError
 from ..gpu import finish, gpu_faults
+from ..unfinished import hidden
 
 _BITS = {
     "F4": 4,
@@ -46,7 +46,6 @@ _MAX_HEADER_BYTES = 100_000_000
 _MAX_RANK = 16  # far above any model's; bounds the product of a made-up shape
 _MAX_DIM = 2**63
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # endings of files that run code when they are read
-PARTIAL = ".partial.safetensors"  # how names of unfinished files end; the last part is MLX's wish
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -155,7 +154,7 @@ def save_tensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[s
     Raises:
         OutputError: it could not be written; what lay there stays.
     """
-    partial = path.with_name(f".{path.name}.{uuid4().hex}{PARTIAL}")
+    partial = hidden(path)  # it ends in .safetensors too, as MLX wishes
     try:
         with gpu_faults():
             finish(arrays)
