@@ -35,8 +35,8 @@ COMMANDS: dict[str, list[str]] = {
     "train": ["train", "--model", "tiny", "--data", "data", "--output", "out", "--steps", "3", "--rank", "4",
               "--resolution", "64", "--dtype", "float32", "--save-every", "1", "--sample-every", "2"],
     "decompose": ["decompose", "fox.png", "--model", "tiny-layered", "--layers", "2", "--format", "png,zip",
-                  "--prompt", "a fox", "-o", "out/layers", *_SIZE],
-    "edit": ["edit", "make it red", "--layer", "out/layers:0", "--model", "tiny-edit", "--size", "64x48",
+                  "--prompt", "a fox", "--resolution", "96", "-o", "out/layers", *_SIZE],
+    "edit": ["edit", "make it red", "--layer", "out/layers:0", "--model", "tiny-edit",
              "-o", "out/layers/red.png", *_SIZE],
     "batch": ["generate", "--prompts-file", "prompts.txt", "--model", "tiny", "--width", "64", "--height", "48",
               "--preview", "-o", "out", *_SIZE],
@@ -51,7 +51,7 @@ def child(at: int, arguments: list[str]) -> int:
 
     from qwen_image_mlx.cli.main import main
 
-    seen, here = 0, os.getcwd()
+    seen, places = 0, (os.getcwd(), tempfile.gettempdir())
 
     def touched() -> None:
         nonlocal seen
@@ -64,7 +64,7 @@ def child(at: int, arguments: list[str]) -> int:
             return
         place = next((os.fsdecode(a) for a in about if isinstance(a, str | bytes | os.PathLike)), None)
         writes = event != "open" or (isinstance(about[2], int) and about[2] & (os.O_WRONLY | os.O_RDWR))
-        if place is not None and writes and os.path.abspath(place).startswith((here, tempfile.gettempdir())):
+        if place is not None and writes and os.path.abspath(place).startswith(places):
             touched()
 
     save = mx.save_safetensors
@@ -90,11 +90,16 @@ def prepare(folder: Path) -> None:
 
     from qwen_image_mlx.images.layer_files import save_layers
     from qwen_image_mlx.images.layers import Layer, LayerStack
+    from qwen_image_mlx.variants import OWN
     from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
     write_checkpoint(folder / "tiny", TINY)
     write_checkpoint(folder / "tiny-edit", TINY, pipeline="QwenImageEditPlusPipeline")
     write_checkpoint(folder / "tiny-layered", TINY, pipeline="QwenImageLayeredPipeline")
+    small = {"encoder_area": 96**2, "reference_area": 128**2, "target_area": 128**2}  # nothing but time depends on it
+    for name, own in (("tiny-edit", small), ("tiny-layered", {"resolutions": [96]})):
+        index = folder / name / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_bytes()) | {OWN: own}))
     picture = Image.linear_gradient("L").resize((64, 48)).convert("RGBA")
     picture.save(folder / "fox.png")
     save_layers(LayerStack((64, 48), (Layer(picture), Layer(picture.resize((32, 24))))), folder / "layers")
@@ -109,10 +114,13 @@ def run(folder: Path, name: str, at: int, again: bool = False) -> subprocess.Com
     arguments = list(COMMANDS[name])
     if again and name == "train" and any((folder / "out").glob("*")):
         arguments.append("--resume")
-    place = folder / "tmp"
+    place, kernels = folder / "tmp", folder.parent / "kernels"  # MLX compiles them once for all runs
+    kernels.mkdir(exist_ok=True)
     place.mkdir(exist_ok=True)
+    (place / "mlx").symlink_to(kernels) if not (place / "mlx").is_symlink() else None
     return subprocess.run(
         [sys.executable, __file__, "--child", str(at), *arguments], cwd=folder, capture_output=True, text=True,
+        timeout=120,
         env={**os.environ, "TMPDIR": str(place), "QWEN_IMAGE_CONFIG": os.devnull, "XDG_CACHE_HOME": str(folder / "c")},
     )  # fmt: skip
 
@@ -154,7 +162,9 @@ def broken(folder: Path) -> Iterator[str]:
 def leftovers(folder: Path) -> list[str]:
     """What should be gone after a run that came to its end."""
     found = [path for path in folder.rglob("*") if path.name.startswith(".") or "-preview" in path.name]
-    return [str(path.relative_to(folder)) for path in (*found, *folder.glob("tmp/*"), *folder.glob("out/*.partial"))]
+    return [
+        str(path.relative_to(folder)) for path in (*found, *folder.glob("tmp/[!m]*"), *folder.glob("out/*.partial"))
+    ]
 
 
 def results(folder: Path) -> set[str]:
