@@ -1,0 +1,148 @@
+"""Names of what is being written: leftovers of ended processes go, and nothing else; kills leave nothing half-done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qwen_image_mlx import unfinished
+from qwen_image_mlx.cli.preview import preview_file
+from qwen_image_mlx.images.files import new_file, replace_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import kills
+
+WRITES = """
+import sys
+from pathlib import Path
+from qwen_image_mlx.unfinished import hidden
+for name in ("fox.png", "a.safetensors"):
+    hidden(Path(name)).write_bytes(b"half")
+hidden(Path("layers")).mkdir()
+if sys.argv[1] == "preview":
+    from PIL import Image
+    from qwen_image_mlx.cli.preview import preview_file
+    context = preview_file(Path("fox.png"))
+    context.__enter__()(Image.new("RGB", (8, 8)), 1, 2)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """Starts a process that has begun to write in `tmp_path`, and waits."""
+
+    def start(what=""):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITES, what], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    started = []
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_a_dead_process_left_goes_and_what_a_living_one_writes_stays(tmp_path, writer):
+    dead = writer()
+    dead.kill()
+    dead.communicate()
+    assert len(names(tmp_path)) == 3
+    writer()
+    living = names(tmp_path)
+    unfinished.sweep(tmp_path)
+    assert len(living) == 3
+    assert names(tmp_path) == living
+    assert {Path(name).suffix for name in living} == {".png", ".safetensors", ".qwen-image-mlx"}
+
+
+def test_a_preview_goes_with_its_process(tmp_path, writer):
+    process = writer("preview")
+    unfinished.sweep(tmp_path)
+    assert "fox-preview.png" in names(tmp_path)
+    process.kill()
+    process.communicate()
+    Image.new("RGB", (8, 8)).save(tmp_path / "hare-preview.png")  # somebody's own
+    unfinished.sweep(tmp_path)
+    assert names(tmp_path) == ["hare-preview.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".fox.png.partial",
+        ".fox.png.00000000-1-00000000-0.qwen-image-mlx.png",  # another machine's
+        f".fox.png.{unfinished.owner()}-0.qwen-image-mlx.png",  # this process's
+        "fox.qwen-image-mlx.png",
+    ],
+)
+def test_files_of_others_stay(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    unfinished.sweep(tmp_path)
+    assert names(tmp_path) == [name]
+
+
+def test_a_later_process_of_the_same_number_is_another_one(tmp_path):
+    host, pid, _ = unfinished.owner().split("-")
+    (tmp_path / f".fox.png.{host}-{pid}-00000000-0.qwen-image-mlx.png").write_text("")
+    unfinished.sweep(tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_takes_the_first_free_name(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refuse(*_):
+            raise OSError(errno.EOPNOTSUPP, "no links")
+
+        monkeypatch.setattr(os, "link", refuse)
+    written = [new_file(tmp_path / "fox.png", data) for data in (b"1", b"2", b"3")]
+    assert [path.name for path in written] == ["fox.png", "fox-1.png", "fox-2.png"]
+    assert [path.read_bytes() for path in written] == [b"1", b"2", b"3"]
+    replace_file(written[0], b"4")
+    assert names(tmp_path) == ["fox-1.png", "fox-2.png", "fox.png"]
+
+
+def test_names_as_long_as_can_be(tmp_path):
+    name = "狐" * 65 + ".png"
+    assert new_file(tmp_path / name, b"1").name == name
+
+
+def test_a_name_is_never_there_without_its_contents(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", None)  # the name is not claimed by an empty file
+    assert new_file(tmp_path / "fox.png", b"1").read_bytes() == b"1"
+
+
+def test_a_preview_is_gone_when_painting_ends(tmp_path):
+    with preview_file(tmp_path / "fox.png") as show:
+        show(Image.new("RGB", (8, 8)), 1, 2)
+        show(Image.new("RGB", (8, 8), "red"), 2, 2)
+        assert Image.open(tmp_path / "fox-preview.png").getpixel((0, 0)) == (255, 0, 0)
+    assert names(tmp_path) == []
+
+
+def test_commands_that_are_killed_leave_nothing_half_written():
+    assert kills.kills(2, seed=3, only=["generate", "compose"]) == []
+
+
+def test_the_kills_see_what_is_not_whole(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "half.safetensors").write_bytes(b"\x10\0\0\0")
+    (tmp_path / "half.json").write_text("{")
+    assert len(list(kills.broken(tmp_path))) == 3
