@@ -270,6 +270,11 @@ RECOMMENDED_NEGATIVE_PROMPTS = {"Qwen/Qwen-Image": " "}
 OWN = "_qwen_image_mlx"
 _OWN_FIELDS = ("encoder_area", "reference_area", "target_area", "resolutions", "captions", "steps", "cfg_scale",
                "negative_prompt", "preview")  # fmt: skip
+# What numbers among them may be, ends included; areas beside 0 are at least a token's.
+_OWN_RANGES = {
+    "encoder_area": (28**2, 4096**2), "reference_area": (16**2, 4096**2), "target_area": (16**2, 4096**2),
+    "resolutions": (16, 4096), "steps": (1, 1000), "cfg_scale": (0.0, 1000.0),
+}  # fmt: skip
 
 
 def variant_of(index: Mapping[str, Any], model: str) -> Variant:
@@ -297,9 +302,22 @@ def _own_settings(said: object, usual: Variant, model: str) -> dict[str, Any]:
     for name, value in own.items():
         if type(value) is not type(getattr(usual, name)):
             raise CheckpointError(f"model_index.json of {model} gives {name} as {value!r:.80} under {OWN}")
+        if name in _OWN_RANGES and not _in_range(value, getattr(usual, name), *_OWN_RANGES[name]):
+            low, high = _OWN_RANGES[name]
+            raise CheckpointError(
+                f"model_index.json of {model} gives {name} as {value!r:.80} under {OWN}, "
+                f"but it must be from {low} to {high}: correct it"
+            )
     if "preview" in own:
         own["preview"] = _checked_map(own["preview"], model)
     return own
+
+
+def _in_range(value: object, usual: object, low: float, high: float) -> bool:
+    """Whether a number, or each of several, lies within its ends; what is usual always does."""
+    if isinstance(usual, tuple):
+        return bool(value) == bool(usual) and all(type(item) is int and low <= item <= high for item in value)
+    return value == usual or low <= value <= high
 
 
 def _checked_map(rows: tuple[Any, ...], model: str) -> tuple[tuple[float, ...], ...]:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ..outside import printable
+
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
 
 _LABELS = {"denoise": "steps"}
+_MOST = 20_000  # characters of a message; tables are long
 _PAUSE = 1.0  # seconds between two looks at the layers of a step
 
 
@@ -74,7 +77,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+        tqdm.write(prefix + printable(record.getMessage(), _MOST), file=sys.stderr)
 
 
 @contextmanager

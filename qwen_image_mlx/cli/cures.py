@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import QwenImageError
+from ..outside import printable
 
 # By `RequestError.cause`.
 CURES = {
@@ -20,4 +21,4 @@ CURES = {
 def sentence(error: QwenImageError) -> str:
     """What an error says, on one line, with its cure where there is one."""
     cure = CURES.get(getattr(error, "cause", ""))
-    return " ".join(str(error).split()) + (f"; {cure}" if cure else "")
+    return printable(" ".join(str(error).split())) + (f"; {cure}" if cure else "")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..outside import printable
 from .results import json_text
 
 
@@ -47,9 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json_text(facts))
         return
-    width = max(map(len, facts), default=0)
+    width = max((len(printable(name)) for name in facts), default=0)
     for name, value in facts.items():
-        print(f"{name:{width}}  {'' if value is None else value}")
+        print(f"{printable(name):{width}}  {'' if value is None else printable(value)}")
 
 
 def _layers(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
+from ..outside import why_not_read
 from ..unfinished import hidden, publish, sweep
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "qwen_image_mlx"
 DEFAULT_NAME = "qwen-image.png"
 _FREE_MARGIN = 1 << 20
+_MAX_BYTES = 1 << 30
 _NAME_BYTES = 200  # most file systems take 255; a number may be added
 
 
@@ -35,6 +37,8 @@ def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
         return path / default_name
     if output.endswith(("/", os.sep)):
         return path / default_name
+    if path.name.lower() == ".png":
+        raise RequestError(f"--output is {output}, which has no name before .png; name it, as in fox.png")
     if not path.suffix:
         return path.with_name(path.name + ".png")
     if path.suffix.lower() != ".png":
@@ -128,9 +132,13 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata `save_png` stored; raises RequestError if the file is no such picture."""
     try:
-        with Image.open(path) as image:
+        if why := why_not_read(path, _MAX_BYTES):
+            raise RequestError(f"{path} is not a readable picture: {why}")
+        with Image.open(path, formats=("PNG",)) as image:
             image.load()
             text = getattr(image, "text", {}).get(METADATA_KEY)
+    except RequestError:
+        raise
     except FileNotFoundError as error:
         raise RequestError(f"there is no file {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from PIL import Image
 
 from ..errors import RequestError
+from ..outside import why_not_read
 
 # What Pillow may try; of formats that it knows beside these none is of use, and some start other programs.
 FORMATS = (
@@ -81,13 +81,10 @@ def check_file(path: str | os.PathLike, name: str, most: int = MOST_BYTES) -> No
         raise RequestError(f"{name} is an address: download the file first and give its path")
     if os.fspath(path).startswith("file://"):
         raise RequestError(f"{name} is an address: give the path alone, without file://")
-    found = os.stat(path)
-    if stat.S_ISDIR(found.st_mode):
+    if os.path.isdir(path):
         raise RequestError(f"{name} is a folder: give a file")
-    if not stat.S_ISREG(found.st_mode):
-        raise RequestError(f"{name} is a device or a pipe: give a file")
-    if found.st_size > most:
-        raise RequestError(f"{name} has {found.st_size / 1e9:.1f} GB; at most {most / 1e9:.1f} GB are read")
+    if why := why_not_read(path, most):
+        raise RequestError(f"{name} cannot be read as an image: {why}")
 
 
 def unreadable(source: str | os.PathLike | bytes, name: str, taken: str = READABLE) -> str:

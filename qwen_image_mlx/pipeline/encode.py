@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..errors import QwenImageError
+from ..errors import CheckpointError, QwenImageError
 from ..gpu import all_finite, finish
 from ..images.geometry import Size, size_of_area, vision_size
 from ..images.pixels import on_white, to_mask, to_patches, to_pixels
@@ -58,7 +58,12 @@ def encode_prompts(
         QwenImageError: they are not finite, which float16 can cause.
     """
     encoder, embedded = components.text_encoder, []
+    size = components.text_encoder_config.vocab_size
     for tokens in prompts:
+        if (largest := int(max(tokens.ids, default=0))) >= size:  # MLX does not look before it reads
+            raise CheckpointError(
+                f"the tokenizer gives the token {largest}, but the text encoder has {size}: they do not belong together"
+            )
         embeddings = encoder.embed(mx.array(tokens.ids)[None])
         if features is not None:
             embeddings = replace_vision_tokens(embeddings, tokens.is_image, features)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..errors import RequestError
+from ..errors import CheckpointError, RequestError
 from ..variants import Template
 from .tokenizer import QwenTokenizer
 
@@ -71,6 +71,8 @@ def tokenize_prompt(
     head = template.text.split("{prompt}")[0] + pictures
     text = template.text.format(prompt=pictures + prompt)
     ids, offsets = tokenizer.encode(text)
+    if max(ids, default=0) >= 2**31:
+        raise CheckpointError(f"the tokenizer gives the token {max(ids)}, which no vocabulary has: download it again")
     last = min(
         len(ids),
         template.max_tokens or len(ids),

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 
 # Qwen2's split of a text before BPE; stands in every Qwen2.5 tokenizer.json.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES = 256
+MAX_CHARACTERS = 1_000_000  # of a prompt and what stands around it; models read some thousands
 _FIRST_SPECIAL = 151643
 _SPECIAL = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
             "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")  # fmt: skip
@@ -60,8 +61,20 @@ class QwenTokenizer:
             raise CheckpointError(f"the tokenizer's files cannot be read: {error}") from error
 
     def encode(self, text: str) -> Tokens:
-        """Ids of the whole text, nothing added."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        """Ids of the whole text, nothing added.
+
+        Raises:
+            RequestError: it is too long.
+            CheckpointError: the tokenizer's files contradict themselves.
+        """
+        if len(text) > MAX_CHARACTERS:
+            raise RequestError(f"the prompt has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # the library panics, which is no Exception
+            raise CheckpointError(f"the tokenizer cannot read a prompt ({error}): download its files again") from error
         return Tokens(encoding.ids, encoding.offsets)
 
     def token_id(self, token: str) -> int:

@@ -59,7 +59,11 @@ def load_checkpoint(path: Path, trainer: Trainer, record: Mapping[str, Any]) -> 
         if metadata.get("format") != _FORMAT:
             raise ValueError("it is no checkpoint of a training run")
         step, written = int(metadata["step"]), json.loads(metadata["record"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        if not isinstance(written, dict):
+            raise ValueError("its record is not a JSON object")
+        if step < 0:
+            raise ValueError("its step is below 0")
+    except (OSError, RuntimeError, KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): remove it to go on from the one before") from error
     here = json.loads(json.dumps(record))
     changed = [name for name in {*here, *written} if here.get(name) != written.get(name)]
@@ -69,7 +73,7 @@ def load_checkpoint(path: Path, trainer: Trainer, record: Mapping[str, Any]) -> 
     try:
         with gpu_faults():
             trainer.restore(step, state)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is that of another network or is damaged ({error})") from error
 
 

@@ -196,6 +196,11 @@ class Trainer:
         parts = {"parameters": self.parameters, "optimizer": self._optimizer.state, "average": self.average or {}}
         return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that a checkpoint would hold is numbers."""
+        return all(mx.isfinite(array).all().item() for array in self.state.values())
+
     def restore(self, step: int, state: Mapping[str, mx.array]) -> None:
         """Goes on after `step` steps from what `state` was then.
 

@@ -129,10 +129,13 @@ class Optimizer:
         return found
 
     def restore(self, parameters: Mapping[str, mx.array], state: Mapping[str, mx.array]) -> None:
-        """Goes on from a state; raises KeyError if it lacks something of these parameters."""
+        """Goes on from a state; raises KeyError if it lacks something of these parameters, or has another shape."""
         self.init(parameters)
         for rule, names in self._names.items():
             mine = self._rules[rule].state
             mine["step"] = state[f"{rule}/step"]
             for name in names:
-                mine[name] = {part: state[f"{rule}/{name}/{part}"] for part in mine[name]}
+                found = {part: state[f"{rule}/{name}/{part}"] for part in mine[name]}
+                if any(found[part].shape != mine[name][part].shape for part in found):
+                    raise KeyError(f"{rule}/{name} has another shape")
+                mine[name] = found

@@ -16,15 +16,17 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..errors import OutputError, QwenImageError, RequestError
+from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
 from ..images.files import check_writable, is_from_macos, reason, replace_file
 from ..models.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
@@ -93,9 +95,37 @@ def train(
         CheckpointError: the checkpoint to go on from is damaged or belongs to another run.
         OutputError: something could not be written; the last checkpoint stays.
         NotFinite: the loss is not a number any more; says which checkpoint is the last good one.
+
+    A run that is refused before its first checkpoint leaves nothing behind.
     """
-    parts, task = pipeline.components, TASKS[pipeline.variant.task]
     _check(pipeline, examples, settings, folder, resume)
+    existed = folder.is_dir()
+    try:
+        return _train(pipeline, examples, settings, folder, resume, progress, on_step, stop)
+    except (RequestError, CheckpointError, NotFinite):
+        if not resume and last_checkpoint(folder / CHECKPOINTS) is None:  # nothing to go on from, and all of it ours
+            for place in (CHECKPOINTS, CACHE, SAMPLES):
+                shutil.rmtree(folder / place, ignore_errors=True)
+            with suppress(OSError):
+                for name in (LOG, PLOT):
+                    (folder / name).unlink(missing_ok=True)
+                if not existed:
+                    folder.rmdir()
+        raise
+
+
+def _train(
+    pipeline: QwenImagePipeline,
+    examples: Sequence[Example],
+    settings: TrainingSettings,
+    folder: Path,
+    resume: bool,
+    progress: ProgressCallback | None,
+    on_step: Callable[[StepResult], None] | None,
+    stop: Callable[[], bool],
+) -> Outcome:
+    """The run, checked already."""
+    parts, task = pipeline.components, TASKS[pipeline.variant.task]
     pipeline.prepare()
     record = _record(pipeline, examples, settings)
     cache = folder / CACHE
@@ -310,7 +340,13 @@ class _Files:
         self._since = time.monotonic()
 
     def save(self) -> Path:
-        """Writes a checkpoint, the LoRA of this step and the plot; returns the checkpoint."""
+        """Writes a checkpoint, the LoRA of this step and the plot; returns the checkpoint.
+
+        Raises:
+            NotFinite: the weights are not numbers any more, and nothing is written.
+        """
+        if not self._trainer.is_finite:
+            raise NotFinite(f"the weights are not finite after step {self._trainer.step}: try a lower learning rate")
         checkpoint = save_checkpoint(self._folder / CHECKPOINTS, self._trainer, self._record)
         if not self._settings.full:
             self._save_lora(self._folder / f"lora-{self._trainer.step:06}.safetensors")

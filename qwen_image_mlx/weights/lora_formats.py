@@ -452,12 +452,26 @@ def _config(where: str, settings: Mapping[str, Any]) -> PeftConfig:
     )
 
 
+# What a file's pattern may be made of, so that matching it takes no time to speak of: nothing repeats what repeats.
+_PATTERN = re.compile(r"\^?(?:(?:\\[.d_-]|[\w.-]|\[[\w.-]+\])[*+?]?|\((?:\?:)?[\w.|-]+\))*\$?")
+_PATTERN_LENGTH, _REPEATING = 200, 16
+_REPEATS = re.compile(r"(?<!\()[*+?]")
+
+
 def _patterns(
     where: str, field: str, settings: Mapping[str, Any], fits: Callable[[Any], bool]
 ) -> tuple[tuple[re.Pattern[str], Any], ...]:
     patterns = settings.get(field) or {}
     if not isinstance(patterns, dict) or not all(fits(value) for value in patterns.values()):
         raise CheckpointError(f"{where} has a {field} that does not map names to numbers: correct it")
+    for pattern in patterns:
+        if len(pattern) > _PATTERN_LENGTH or not _PATTERN.fullmatch(pattern) or len(_REPEATS.findall(pattern)) > 2:
+            raise CheckpointError(
+                f"{where} has an impossible pattern in {field}, {pattern!r:.80}: names may have '.', '\\.', '\\d', "
+                "[a-z], (a|b) and at most two of * + ?"
+            )
+    if sum(bool(_REPEATS.search(pattern)) for pattern in patterns) > _REPEATING:
+        raise CheckpointError(f"{where} has more than {_REPEATING} patterns with * + ? in {field}: write names instead")
     try:
         return tuple((re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items())
     except re.error as error:

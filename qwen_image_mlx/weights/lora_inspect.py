@@ -42,7 +42,8 @@ class Profile:
     evidence: str = ""
 
 
-_LIGHTNING = re.compile(r"(?=.*lightning).*?(?<!\d)(\d{1,2})[-_ ]?step", re.IGNORECASE | re.DOTALL)
+_STEPS_SAID = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?step", re.IGNORECASE)
+_TITLE = 500  # characters that a title may have
 _MOST_STEPS = 16  # more is no distillation: "lightning" is also weather, and "steps" also training
 _NAMING_METADATA = ("ss_output_name", "modelspec.title", "name", "title")
 
@@ -66,7 +67,10 @@ def distilled_profile(lora: LoRA) -> Profile | None:
     texts = [("its name", lora.path.stem)]
     texts += [("its metadata", lora.metadata[key]) for key in _NAMING_METADATA if key in lora.metadata]
     for evidence, text in texts:
-        if (match := _LIGHTNING.search(text)) and 0 < (steps := int(match[1])) <= _MOST_STEPS:
+        text = text[:_TITLE]
+        if "lightning" not in text.lower():
+            continue
+        if (match := _STEPS_SAID.search(text)) and 0 < (steps := int(match[1])) <= _MOST_STEPS:
             return Profile(steps, evidence=evidence)
     return Profile(_STEPS_BY_SHAPE, evidence="its rank and alpha") if _has_lightning_shape(lora) else None
 

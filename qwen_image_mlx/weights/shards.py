@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import CheckpointError, OutputError
 from ..gpu import finish, gpu_faults
+from ..outside import why_not_read
 from ..unfinished import hidden
 
 _BITS = {
@@ -43,6 +44,7 @@ _MLX_TYPES = {
 }  # fmt: skip
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_FILE_BYTES = 1 << 44
 _MAX_RANK = 16  # far above any model's; bounds the product of a made-up shape
 _MAX_DIM = 2**63
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # endings of files that run code when they are read
@@ -85,6 +87,8 @@ def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     path = Path(path)
     try:
+        if why := why_not_read(path, _MAX_FILE_BYTES):
+            raise CheckpointError(f"{path} cannot be read, {why}: give a safetensors file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(len(_LFS_POINTER))

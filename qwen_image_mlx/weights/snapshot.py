@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError
+from ..outside import why_not_read
 from .gguf import is_gguf, read_gguf
 from .hub import Folder, Progress, Repo, cached_folder, open_model
 from .shards import PICKLES, Tensor, component_tensors
 
 _SAFETENSORS, _GGUF, _INDEX = ".safetensors", ".gguf", ".safetensors.index.json"
 _MMPROJ = "mmproj"  # what llama.cpp's files of vision towers have in their names
+_MAX_JSON = 256 << 20  # the largest index of a model has some MB
 _NUMBERED = re.compile(r"\d+\.safetensors")  # shards that say by their names that they belong together
 
 
@@ -136,6 +138,8 @@ class HubSnapshot:
         """
         path = self.file(name)
         try:
+            if why := why_not_read(path, _MAX_JSON):
+                raise CheckpointError(f"{path} cannot be read, {why}: download it again")
             value = json.loads(path.read_bytes())
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions") from error

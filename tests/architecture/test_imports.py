@@ -13,6 +13,7 @@ LEVELS = {
     "errors": 0,
     "gpu": 0.5,
     "unfinished": 0.5,
+    "outside": 0.5,
     "config": 1, "settings": 1, "variants": 1,
     "models": 2, "sampling": 2, "images": 2, "text": 2,
     "weights": 3,

@@ -71,7 +71,7 @@ def test_other_files_are_named(tmp_path, head, said):
 
 @pytest.mark.parametrize(("path", "said"), [
     ("https://example.org/a.png", "download the file first"), ("http://example.org/a", "download the file first"),
-    ("file:///tmp/a.png", "without file://"), (".", "is a folder"), ("/dev/zero", "is a device or a pipe"),
+    ("file:///tmp/a.png", "without file://"), (".", "is a folder"), ("/dev/zero", "it is not a regular file"),
     ("none.png", "there is no picture none.png"),
 ])  # fmt: skip
 def test_paths_that_are_no_files(path, said):
@@ -80,13 +80,13 @@ def test_paths_that_are_no_files(path, said):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    assert "is a device or a pipe" in refusal(tmp_path / "a.png")
+    assert "it is not a regular file" in refusal(tmp_path / "a.png")
 
 
 def test_a_huge_file_is_not_read(tmp_path):
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(formats.MOST_BYTES + 1)
-    assert "at most 1.1 GB are read" in refusal(tmp_path / "a.png")
+    assert "more than the 1,074 MB that are read" in refusal(tmp_path / "a.png")
 
 
 def test_a_huge_image_is_told_the_limit(tmp_path, monkeypatch):

@@ -1,0 +1,153 @@
+"""What comes from outside is judged before it costs anything: text, files, patterns, numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+from commands import error_line
+from PIL import Image
+
+from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.errors import CheckpointError, RequestError
+from qwen_image_mlx.images.files import output_path, read_metadata
+from qwen_image_mlx.images.sources import open_image
+from qwen_image_mlx.outside import printable, why_not_read
+from qwen_image_mlx.text.tokenizer import MAX_CHARACTERS, QwenTokenizer
+from qwen_image_mlx.variants import OWN, variant_of
+from qwen_image_mlx.weights.lora_formats import peft_config
+from qwen_image_mlx.weights.shards import read_header
+
+
+@pytest.mark.parametrize("text", ["\x1b[2Jgone", "\x9b31m", "a\u202eb", "\ud800", "\x07", "\r", "\u2028", "\x7f"])
+def test_what_a_terminal_would_obey_is_escaped(text):
+    said = printable(text)
+    assert said.isprintable()
+    said.encode()
+
+
+@pytest.mark.parametrize("text", ["a red fox", "Überlänge 狐", "two\nlines", "e\u0301", "🦊"])
+def test_usual_text_stays(text):
+    assert printable(text) == text
+
+
+def test_long_text_is_cut_in_the_middle():
+    assert printable("a" * 10_000_000 + "end").endswith("aend")
+    assert len(printable("a" * 10_000_000)) < 2_010
+    assert len(printable("\x1b" * 10_000_000)) < 4 * 2_010
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;owned\x07", "a\x9b2Jb", "x" * 5000])
+def test_errors_are_printable(capsys, name):
+    code = main(["info", name])
+    out, err = capsys.readouterr()
+    line = error_line((code, out.splitlines(), err))
+    assert line.isprintable()
+    assert len(line) < 2_100
+
+
+@pytest.fixture(params=["fifo", "device", "folder"])
+def strange(request, tmp_path):
+    """What is no regular file."""
+    if request.param == "device":
+        return "/dev/zero"
+    place = tmp_path / "fox.png"
+    os.mkfifo(place) if request.param == "fifo" else place.mkdir()
+    return str(place)
+
+
+@pytest.mark.parametrize("read", [open_image, read_metadata, read_header])
+def test_what_is_no_file_is_refused_without_being_opened(strange, read):
+    with pytest.raises((RequestError, CheckpointError), match="not a regular file"):
+        read(strange)
+
+
+def test_files_have_a_bound(tmp_path):
+    with open(tmp_path / "a", "wb") as file:
+        file.truncate(1 << 31)
+    assert "2,147 MB" in why_not_read(tmp_path / "a", 1 << 30)
+    assert why_not_read(tmp_path / "a", 1 << 31) is None
+    with pytest.raises(RequestError, match="more than the 1,074 MB"):
+        open_image(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["PCX", "SGI", "EPS", "PDF"])
+def test_formats_that_nobody_needs_are_not_read(tmp_path, kind):
+    path = tmp_path / f"fox.{kind.lower()}"
+    Image.new("RGB", (8, 8)).save(path, kind)
+    with pytest.raises(RequestError, match="save it as PNG or JPEG"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_usual_formats_are_read(tmp_path, kind):
+    Image.new("RGB", (8, 8)).save(tmp_path / "fox", kind)
+    assert open_image(tmp_path / "fox").size == (8, 8)
+
+
+PATTERNS = ["(a+)+b", "(.*)*x", "(a|a)*", "a?" * 30, ".*" * 10, "(a{1,9}){9}", "a" * 201, r"(a)\1", "(?=.*a)"]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_that_could_take_forever_are_refused(tmp_path, field, pattern):
+    settings = json.dumps({"r": 4, "lora_alpha": 4, field: {pattern: 2}})
+    with pytest.raises(CheckpointError, match="impossible pattern"):
+        peft_config(tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
+
+
+@pytest.mark.parametrize("pattern", ["to_q", r"blocks\.1\..*proj", r"blocks\.\d+\.attn\.(to_q|to_k)", "^a.[0-9]+$"])
+def test_usual_patterns_are_read_and_fast(tmp_path, pattern):
+    settings = json.dumps({"r": 4, "lora_alpha": 4, "rank_pattern": {pattern: 2}})
+    config = peft_config(tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
+    since = time.perf_counter()
+    config.rank_of("blocks.1." + "a.1" * 60)
+    assert time.perf_counter() - since < 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"encoder_area": -1}, {"reference_area": 0}, {"target_area": 10**400}, {"steps": 0}, {"steps": 10**9},
+        {"cfg_scale": -1.0}, {"cfg_scale": float("nan")}, {"cfg_scale": float("inf")},
+    ],
+)  # fmt: skip
+def test_own_settings_outside_their_meaning_are_refused(said):
+    with pytest.raises(CheckpointError, match="it must be from"):
+        variant_of({"_class_name": "QwenImageEditPlusPipeline", OWN: said}, "m")
+
+
+@pytest.mark.parametrize("sides", [[], [-1], [0, 640], ["640"], [True], [10**9]])
+def test_resolutions_outside_their_meaning_are_refused(sides):
+    with pytest.raises(CheckpointError, match="it must be from"):
+        variant_of({"_class_name": "QwenImageLayeredPipeline", OWN: {"resolutions": sides}}, "m")
+
+
+class Panics:
+    def encode(self, text, **_):
+        raise BaseException("index out of bounds")  # as pyo3's PanicException
+
+
+def test_a_panic_of_the_tokenizer_is_a_sentence():
+    with pytest.raises(CheckpointError, match="index out of bounds"):
+        QwenTokenizer(Panics()).encode("a fox")
+
+
+def test_prompts_have_a_bound_before_they_are_read():
+    with pytest.raises(RequestError, match=r"at most 1,000,000"):
+        QwenTokenizer(Panics()).encode("a" * (MAX_CHARACTERS + 1))
+
+
+@pytest.mark.parametrize("output", [".png", "a/.PNG"])
+def test_an_ending_is_not_a_name(output):
+    with pytest.raises(RequestError, match="no name before"):
+        output_path(output)
+
+
+def test_a_picture_of_a_vector_graphic_is_not_drawn(tmp_path):
+    (tmp_path / "fox.emf").write_bytes(b"\x01\0\0\0" + bytes(36) + b" EMF" + np.zeros(64, np.uint8).tobytes())
+    with pytest.raises(RequestError, match="not a picture"):
+        open_image(tmp_path / "fox.emf")
