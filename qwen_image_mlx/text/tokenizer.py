@@ -19,6 +19,7 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES = 256
+_PANICS = "pyo3_runtime"  # where the class of its panics says that it is
 MAX_CHARACTERS = 1_000_000  # of a prompt and what stands around it; models read some thousands
 _FIRST_SPECIAL = 151643
 _SPECIAL = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
@@ -71,9 +72,9 @@ class QwenTokenizer:
             raise RequestError(f"the prompt has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
         try:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # the library panics, which is no Exception
+        except BaseException as error:  # the library panics, which is not an Exception
+            if type(error).__module__ != _PANICS and not isinstance(error, Exception):
+                raise
             raise CheckpointError(f"the tokenizer cannot read a prompt ({error}): download its files again") from error
         return Tokens(encoding.ids, encoding.offsets)
 

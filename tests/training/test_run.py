@@ -304,6 +304,32 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(models, example
     assert train(open_model(models), examples["t2i"], settings(), tmp_path / "run", resume=True).steps == 4
 
 
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_run_refused_in_its_first_step_leaves_nothing(models, examples, tmp_path, monkeypatch, existed):
+    real = loop.Trainer.gradients
+    monkeypatch.setattr(loop.Trainer, "gradients", lambda self, step: (float("nan"), real(self, step)[1]))
+    if existed:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(loop.NotFinite, match="there is no checkpoint before it"):
+        train(open_model(models), examples["t2i"], settings(), tmp_path / "run")
+    assert [path.name for path in tmp_path.rglob("*")] == (["run"] if existed else [])
+
+
+def test_weights_that_are_not_numbers_are_not_saved(models, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Trainer, "is_finite", property(lambda self: self.step < 2))
+    with pytest.raises(loop.NotFinite, match="not finite after step 2"):
+        train(open_model(models), examples["t2i"], settings(save_every=1), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001.safetensors"]
+
+
+@pytest.mark.parametrize("record", ["[]", "1", "null", '"a"', "[" * 100_000])
+def test_a_checkpoint_with_an_odd_record_is_refused(tmp_path, record):
+    metadata = {"format": checkpoints._FORMAT, "step": "1", "record": record}
+    checkpoints.save_tensors(tmp_path / "step-000001.safetensors", {"a": mx.zeros(1)}, metadata)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoints.load_checkpoint(tmp_path / "step-000001.safetensors", None, {})
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(models, examples, tmp_path, monkeypatch):
     real, calls = checkpoints.save_tensors, []
 
