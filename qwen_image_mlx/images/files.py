@@ -85,7 +85,8 @@ def check_writable(path: Path, nbytes: int) -> None:
     Removes what runs that were killed left in its folder.
     """
     folder = path.parent
-    sweep(folder)
+    for place in (folder, Path(tempfile.gettempdir())):
+        sweep(place)
     try:
         path.exists()
         while not folder.exists() and folder != folder.parent:
