@@ -61,7 +61,7 @@ def strange(request, tmp_path):
 
 @pytest.mark.parametrize("read", [open_image, read_metadata, read_header])
 def test_what_is_no_file_is_refused_without_being_opened(strange, read):
-    with pytest.raises((RequestError, CheckpointError), match="not a regular file"):
+    with pytest.raises((RequestError, CheckpointError), match="not a regular file|is a folder"):
         read(strange)
 
 
@@ -78,7 +78,7 @@ def test_files_have_a_bound(tmp_path):
 def test_formats_that_nobody_needs_are_not_read(tmp_path, kind):
     path = tmp_path / f"fox.{kind.lower()}"
     Image.new("RGB", (8, 8)).save(path, kind)
-    with pytest.raises(RequestError, match="save it as PNG or JPEG"):
+    with pytest.raises(RequestError, match="is not an image|is a PDF|is PostScript"):
         open_image(path)
 
 
@@ -155,5 +155,5 @@ def test_an_ending_is_not_a_name(output):
 
 def test_a_picture_of_a_vector_graphic_is_not_drawn(tmp_path):
     (tmp_path / "fox.emf").write_bytes(b"\x01\0\0\0" + bytes(36) + b" EMF" + np.zeros(64, np.uint8).tobytes())
-    with pytest.raises(RequestError, match="not a picture"):
+    with pytest.raises(RequestError, match="is not an image"):
         open_image(tmp_path / "fox.emf")
