@@ -1,13 +1,19 @@
-"""Who may import whom, and what may stand where: the house rules, kept by reading the source."""
+"""Who may import whom, and what may stand where: the house rules, kept by reading the source.
+
+Each file is parsed once; each rule is one test, which lists every place that breaks it.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "qwen_image_mlx"
+ROOT = Path(__file__).parents[2]
+PACKAGE = "qwen_image_mlx"
 # Each room may import from itself and from rooms of lower levels.
 LEVELS = {
     "errors": 0,
@@ -22,110 +28,159 @@ LEVELS = {
     "server": 6, "doctor": 6,
     "cli": 7,
 }  # fmt: skip
-ENTRANCES = ("__init__", "__main__")
+ENTRANCES = {"__init__", "__main__"}
 EVALUATES = {"gpu", "sampling", "weights", "pipeline", "runtime", "training", "doctor"}
+EVALUATION = {"mx.eval", "mx.async_eval", "mx.synchronize"}
+OUTPUT = {"print", "exit", "sys.exit", "SystemExit", "sys.stdout", "sys.stderr"}
 REFERENCE_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "safetensors"}
-MODULES = sorted(PACKAGE.rglob("*.py"))
+# What `models` may import beside itself and `config`.
+PURE = {"mlx", "__future__", "array", "collections", "dataclasses", "functools", "itertools", "math", "typing"}
+LONGEST = 500  # lines of a file
 
 
-def room(path: Path) -> str:
-    inside = path.relative_to(PACKAGE)
-    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+class Source:
+    """One file of the package, parsed once.
+
+    Args:
+        path: its place.
+        package: the folder of the package.
+    """
+
+    def __init__(self, path: Path, package: Path):
+        self.inside = path.relative_to(package)
+        self.text = path.read_text(encoding="utf-8")
+        self.tree = ast.parse(self.text)
+        self.room = self.inside.parts[0] if len(self.inside.parts) > 1 else path.stem
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
+    @cached_property
+    def imports(self) -> list[str]:
+        """Absolute names of everything it imports, for types alone too."""
+        package, found = (PACKAGE, *self.inside.parts[:-1]), []
+        for node in self.nodes:
+            if isinstance(node, ast.Import):
+                found += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else ()
+                module = ".".join((*base, *([node.module] if node.module else [])))
+                found += [f"{module}.{alias.name}" for alias in node.names]
+        return found
+
+    @cached_property
+    def names(self) -> set[str]:
+        """Every name it mentions, called or passed on: `print`, `mx.eval`, `array.item`."""
+        return {ast.unparse(node) for node in self.nodes if isinstance(node, ast.Name | ast.Attribute)}
 
 
-def runtime_nodes(tree: ast.AST):
-    """All nodes but those under `if TYPE_CHECKING`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            continue
-        yield node
-        yield from runtime_nodes(node)
+@pytest.fixture(scope="module")
+def sources() -> list[Source]:
+    return [Source(path, ROOT / PACKAGE) for path in sorted((ROOT / PACKAGE).rglob("*.py"))]
 
 
-def imported(path: Path):
-    """(absolute module names) of everything a module imports at run time."""
-    package = ("qwen_image_mlx", *path.relative_to(PACKAGE).parts[:-1])
-    for node in runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*base, *([node.module] if node.module else [])))
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+# Rules: what of a source breaks them.
 
 
-every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-
-
-def test_every_room_has_its_level():
-    assert {room(path) for path in MODULES} <= {*LEVELS, *ENTRANCES}
-
-
-@every_module
-def test_imports_go_one_way(path):
-    here = room(path)
-    if here in ENTRANCES:
+def upward_imports(source: Source) -> Iterator[str]:
+    if source.room in ENTRANCES:
         return
-    for name in imported(path):
-        if not name.startswith("qwen_image_mlx.") or name == "qwen_image_mlx.__version__":
-            continue
-        there = name.split(".")[1]
-        assert there == here or LEVELS[there] < LEVELS[here], f"{path.name} imports {name}"
+    for name in source.imports:
+        if name.startswith(f"{PACKAGE}.") and name != f"{PACKAGE}.__version__":
+            there = name.split(".")[1]
+            if there != source.room and LEVELS[there] >= LEVELS[source.room]:
+                yield name
 
 
-@every_module
-def test_nothing_imports_the_reference_libraries(path):
-    assert not [name for name in imported(path) if name.split(".")[0] in REFERENCE_LIBRARIES]
+def reference_imports(source: Source) -> Iterator[str]:
+    yield from (name for name in source.imports if name.split(".")[0] in REFERENCE_LIBRARIES)
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "models").rglob("*.py")), ids=lambda p: p.name)
-def test_models_know_mlx_config_and_each_other_only(path):
-    allowed = ("mlx", "__future__", "array", "collections", "dataclasses", "functools", "itertools", "math", "typing")
-    for name in imported(path):
-        ours = name.startswith(("qwen_image_mlx.config", "qwen_image_mlx.models"))
-        assert ours or name.split(".")[0] in allowed, name
+def impure_models(source: Source) -> Iterator[str]:
+    ours = (f"{PACKAGE}.config", f"{PACKAGE}.models")
+    if source.room == "models":
+        yield from (n for n in source.imports if n.split(".")[0] not in PURE and not n.startswith(ours))
 
 
-def used(path: Path) -> set[str]:
-    """Every name a module mentions, called or passed on: `print`, `mx.eval`, `array.item`."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return {ast.unparse(node) for node in nodes if isinstance(node, ast.Name | ast.Attribute)}
-
-
-@every_module
-def test_mlx_goes_by_one_name(path):
-    """The rule below looks for `mx.eval`, which another name would hide."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def mlx_by_other_names(source: Source) -> Iterator[str]:
+    """The rule of evaluation looks for `mx.eval`, which another name would hide."""
+    for node in source.nodes:
         if isinstance(node, ast.Import):
-            assert all(alias.asname == "mx" for alias in node.names if alias.name == "mlx.core")
+            yield from (ast.unparse(node) for a in node.names if a.name == "mlx.core" and a.asname != "mx")
         elif isinstance(node, ast.ImportFrom):
-            assert node.module != "mlx.core"
-            assert node.module != "mlx" or not any(alias.name == "core" for alias in node.names)
+            if node.module == "mlx.core" or (node.module == "mlx" and any(a.name == "core" for a in node.names)):
+                yield ast.unparse(node)
 
 
-@every_module
-def test_evaluation_and_output_stay_in_their_rooms(path):
-    here, names = room(path), used(path)
-    if here not in EVALUATES:
-        assert not names & {"mx.eval", "mx.async_eval", "mx.synchronize"}
-    if here == "models":
-        assert not [name for name in names if name.endswith((".item", ".tolist"))]
-    if here not in ("cli", "__main__"):
-        assert not names & {"print", "exit", "sys.exit", "SystemExit", "sys.stdout", "sys.stderr"}
+def misplaced_evaluation(source: Source) -> Iterator[str]:
+    if source.room not in EVALUATES:
+        yield from source.names & EVALUATION
+    if source.room == "models":
+        yield from (name for name in source.names if name.endswith((".item", ".tolist")))
 
 
-@every_module
-def test_public_things_are_described(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree), "a module begins with its contract"
-    for scope in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))):
+def misplaced_output(source: Source) -> Iterator[str]:
+    if source.room not in ("cli", "__main__"):
+        yield from source.names & OUTPUT
+
+
+def undescribed(source: Source) -> Iterator[str]:
+    if not ast.get_docstring(source.tree):
+        yield "the module"
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    classes = (n for n in source.tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))
+    for scope in (source.tree, *classes):
         for node in scope.body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith(
-                "_"
-            ):
-                assert ast.get_docstring(node), f"{node.name} has no docstring"
+            if isinstance(node, kinds) and not node.name.startswith("_") and not ast.get_docstring(node):
+                yield node.name
 
 
-@every_module
-def test_files_stay_readable(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+def too_long(source: Source) -> Iterator[str]:
+    if (lines := len(source.text.splitlines())) > LONGEST:
+        yield f"{lines} lines"
+
+
+RULES = (
+    upward_imports, reference_imports, impure_models, mlx_by_other_names, misplaced_evaluation, misplaced_output,
+    undescribed, too_long,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps_its_rules(sources, rule):
+    assert [f"{source.inside}: {found}" for source in sources for found in rule(source)] == []
+
+
+def test_every_room_has_its_level(sources):
+    assert {source.room for source in sources} <= LEVELS.keys() | ENTRANCES
+
+
+@pytest.mark.parametrize(("rule", "place", "text"), [
+    (upward_imports, "images/a.py", "from ..weights.loader import x"),
+    (upward_imports, "images/a.py", "if TYPE_CHECKING:\n    from ..weights.loader import x"),
+    (upward_imports, "text/a.py", "def f():\n    import qwen_image_mlx.images.files"),
+    (reference_imports, "cli/a.py", "import torch.nn"),
+    (impure_models, "models/a.py", "import numpy"),
+    (mlx_by_other_names, "models/a.py", "import mlx.core as core"),
+    (mlx_by_other_names, "models/a.py", "from mlx import core"),
+    (mlx_by_other_names, "models/a.py", "from mlx.core import eval"),
+    (misplaced_evaluation, "images/a.py", "mx.eval(a)"),
+    (misplaced_evaluation, "models/a.py", "a.item()"),
+    (misplaced_output, "pipeline/a.py", "print(a)"),
+    (undescribed, "models/a.py", "x = 1"),
+    (undescribed, "models/a.py", '"""A."""\nclass A:\n    """B."""\n    def c(self): ...'),
+    (too_long, "models/a.py", "x = 1\n" * 501),
+])  # fmt: skip
+def test_what_breaks_a_rule_is_found(tmp_path, rule, place, text):
+    path = tmp_path / place
+    path.parent.mkdir()
+    path.write_text(text)
+    assert len(list(rule(Source(path, tmp_path)))) == 1
+
+
+def test_rules_pass_what_they_allow(tmp_path):
+    path = tmp_path / "cli" / "a.py"
+    path.parent.mkdir()
+    path.write_text('"""A."""\nfrom ..weights.loader import x\nimport mlx.core as mx\nprint(x)\n')
+    assert [found for rule in RULES for found in rule(Source(path, tmp_path))] == []
