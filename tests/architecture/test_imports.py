@@ -108,9 +108,8 @@ def mlx_by_other_names(source: Source) -> Iterator[str]:
     for node in source.nodes:
         if isinstance(node, ast.Import):
             yield from (ast.unparse(node) for a in node.names if a.name == "mlx.core" and a.asname != "mx")
-        elif isinstance(node, ast.ImportFrom):
-            if node.module == "mlx.core" or (node.module == "mlx" and any(a.name == "core" for a in node.names)):
-                yield ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and node.module in ("mlx", "mlx.core"):
+            yield from (ast.unparse(node) for a in node.names if node.module == "mlx.core" or a.name == "core")
 
 
 def misplaced_evaluation(source: Source) -> Iterator[str]:
