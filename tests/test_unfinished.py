@@ -87,7 +87,7 @@ def test_a_preview_goes_with_its_process(tmp_path, writer):
     [
         ".fox.png.partial",
         ".fox.png.00000000-1-00000000-0.qwen-image-mlx.png",  # another machine's
-        f".fox.png.{unfinished.owner()}-0.qwen-image-mlx.png",  # this process's
+        pytest.param(f".fox.png.{unfinished.owner()}-0.qwen-image-mlx.png", id="this process's"),
         "fox.qwen-image-mlx.png",
     ],
 )
