@@ -148,6 +148,8 @@ def _train(
         logger.info("going on after step %d", trainer.step)
     files = _Files(folder, trainer, settings, record, pipeline)
     files.begin()
+    if done is not None and trainer.step <= settings.steps:
+        files.show()  # the run may have been cut right after its checkpoint
     painter = Painter(parts, trainer.network, progress) if samples else None
     checkpoint = done
 
@@ -348,11 +350,15 @@ class _Files:
         if not self._trainer.is_finite:
             raise NotFinite(f"the weights are not finite after step {self._trainer.step}: try a lower learning rate")
         checkpoint = save_checkpoint(self._folder / CHECKPOINTS, self._trainer, self._record)
+        self.show()
+        return checkpoint
+
+    def show(self) -> None:
+        """Writes what a checkpoint comes with: the LoRA of its step, and the plot."""
         if not self._settings.full:
             self._save_lora(self._folder / f"lora-{self._trainer.step:06}.safetensors")
         plot_run(self._folder / PLOT, self._losses, self._sample)
         self._since = time.monotonic()
-        return checkpoint
 
     def finish(self) -> Path:
         """Writes the result and returns its path."""

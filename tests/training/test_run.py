@@ -244,6 +244,28 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(models, examples, tm
     assert again == finished
 
 
+def test_a_run_that_was_cut_right_after_a_checkpoint_loses_none_of_its_files(models, examples, tmp_path, monkeypatch):
+    class Cut(BaseException):
+        """As a kill: nothing is written after it."""
+
+    def cut(*_):
+        raise Cut
+
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    wanted = settings(steps=4, save_every=2)
+    train(open_model(models), examples["t2i"], wanted, straight)
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        patched.setattr(run, "save_lora", cut)
+        train(open_model(models), examples["t2i"], wanted, again)
+    assert [path.name for path in (again / "checkpoints").iterdir()] == ["step-000002.safetensors"]
+    train(open_model(models), examples["t2i"], wanted, again, resume=True)
+    files = [{path.name for path in folder.iterdir()} for folder in (straight, again)]
+    assert files[0] == files[1]
+    assert "lora-000002.safetensors" in files[0]
+    ours, theirs = (mx.load(str(folder / "lora-000002.safetensors")) for folder in (again, straight))
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_a_constant_rate_can_go_on_for_longer(models, examples, tmp_path):
     train(open_model(models), examples["t2i"], settings(steps=2), tmp_path / "run")
     longer = train(open_model(models), examples["t2i"], settings(steps=4), tmp_path / "run", resume=True)
