@@ -77,6 +77,8 @@ def formats() -> list[str]:
 
 def check_file(path: str | os.PathLike, name: str, most: int = MOST_BYTES) -> None:
     """Raises RequestError unless a path is of a regular file of a bounded size, and OSError if there is none."""
+    if not os.fspath(path):
+        raise RequestError("the image's name is empty: give a file")
     if os.fspath(path).startswith(("http://", "https://")):
         raise RequestError(f"{name} is an address: download the file first and give its path")
     if os.fspath(path).startswith("file://"):

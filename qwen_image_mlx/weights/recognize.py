@@ -30,8 +30,7 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     Returns:
         "transformer", "text_encoder" or "vae" -> its tensors; {} where no name says whose it is.
     """
-    names = {_unwrapped(name): tensor for name, tensor in tensors.items()}
-    found = {}
+    names, found = _unwrapped(tensors), {}
     for kind, patterns in weights_map("files")["parts"].items():
         for pattern in map(re.compile, patterns):
             own = {name[match.end() :]: tensor for name, tensor in names.items() if (match := pattern.match(name))}
@@ -50,7 +49,9 @@ def part_of(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = parts_of(tensors)
     if component in parts and len(parts) == 1:  # what has no prefix belongs to it, too
         own = {id(tensor) for tensor in parts[component].values()}
-        rest = {_unwrapped(name): tensor for name, tensor in tensors.items() if id(tensor) not in own}
+        rest = _unwrapped({name: tensor for name, tensor in tensors.items() if id(tensor) not in own})
+        if twice := parts[component].keys() & rest.keys():
+            raise _twice(tensors, min(twice))
         return parts[component] | rest
     if component in parts:
         return parts[component]
@@ -60,7 +61,7 @@ def part_of(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"{_file(tensors)} is an all-in-one checkpoint with {held}, not with {LABELS[component]}: give a file "
             "that has one"
         )
-    return {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    return _unwrapped(tensors)
 
 
 def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -68,7 +69,7 @@ def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     parts = parts_of(tensors)
     if len(parts) > 1:
         return {kind: own for kind, own in parts.items() if kind_of(own) == kind}
-    kind = next(iter(parts), None) or kind_of({_unwrapped(name): tensor for name, tensor in tensors.items()})
+    kind = next(iter(parts), None) or kind_of(_unwrapped(tensors))
     if kind is None:
         return {}
     own = part_of(kind, tensors)
@@ -158,9 +159,19 @@ def _file(tensors: Mapping[str, Tensor]) -> Any:
     return next(iter(tensors.values())).file
 
 
-def _unwrapped(name: str) -> str:
-    """A name without what torch.compile and its like put into it."""
-    name = f".{name}"
-    for wrapper in weights_map("files")["wrappers"]:
-        name = name.replace(f".{wrapper}.", ".")
-    return name[1:].removeprefix("module.")
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names without what torch.compile and its like put into them."""
+    found = {}
+    for name, tensor in tensors.items():
+        plain = f".{name}"
+        for wrapper in weights_map("files")["wrappers"]:
+            plain = plain.replace(f".{wrapper}.", ".")
+        plain = plain[1:].removeprefix("module.")
+        if plain in found:
+            raise _twice(tensors, plain)
+        found[plain] = tensor
+    return found
+
+
+def _twice(tensors: Mapping[str, Tensor], name: str) -> CheckpointError:
+    return CheckpointError(f"{_file(tensors)} has {name} twice, under two spellings: use another file")

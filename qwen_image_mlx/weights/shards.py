@@ -231,7 +231,10 @@ _OTHER_KINDS = {
     b"\x89HDF": "an HDF5 file, not a safetensors file: use its .safetensors version",
     b"\x1f\x8b": "a gzip archive, not a safetensors file: unpack it",
     b"\x93NUMPY": "a NumPy array, not a safetensors file: use the model's .safetensors version",
-    b"<": "a web page, not a safetensors file: download the file itself, with 'hf download' or its download button",
+    **dict.fromkeys(
+        (b"<!", b"<h", b"<H", b"<?"),
+        "a web page, not a safetensors file: download the file itself, with 'hf download' or its download button",
+    ),
     b"{": "a JSON file, not a safetensors file: give the weights that lie beside it",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -368,12 +367,12 @@ def test_a_full_disk_is_said_before_any_work(run, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_saving_leaves_nothing_behind(run, here, monkeypatch):
-    class Full(io.FileIO):
-        def write(self, data):
-            super().write(data[: len(data) // 2])
-            raise OSError(28, "No space left on device")
+    def full(path, data):
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fdopen", Full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert "disk is full" in error_line(run("generate", "a fox", *SMALL))
     assert not list(here.iterdir())
 

@@ -258,7 +258,7 @@ def test_a_composition_is_harmonized(run, layers):
     ((), "PHOTO"),
     (("photo.png", "--layer", "apart:1"), "one picture"),
     (("none.png",), "none.png"),
-    (("",), "picture"),
+    (("",), "name is empty"),
     (("photo.png", "--layers", "0"), "num_layers"),
     (("photo.png", "--layers", "9"), "from 1 to 8"),
     (("photo.png", "--resolution", "800"), "resolution is 800"),

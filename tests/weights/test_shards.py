@@ -101,7 +101,6 @@ BAD_FILES = [
     (b"\x01\x00\x00", "only 3 bytes"),
     ((1000).to_bytes(8, "little") + b"{}", "header of 1000 bytes but ends after 2"),
     ((100_000_001).to_bytes(8, "little") + b"{}", "more than any checkpoint"),
-    (b"<!DOCTYPE html><html>", "more than any checkpoint"),
     ({"w": ENTRY, "__metadata__": "pt"}, "__metadata__"),
     ({"w": ENTRY, "__metadata__": {"format": 1}}, "__metadata__"),
     ([ENTRY], "not a JSON object"),
@@ -111,6 +110,12 @@ BAD_FILES = [
     (pair([0, 24], [0, 24]), "'a' and 'b' overlap"),
     (pair([0, 8], [16, 24]), "8 bytes before the tensor 'b' belong to no tensor"),
 ]
+
+
+def test_a_web_page_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"<!DOCTYPE html><html>")
+    with pytest.raises(CheckpointError, match="is a web page, not a safetensors file: download the file itself"):
+        read_header(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(("content", "what"), BAD_FILES)
