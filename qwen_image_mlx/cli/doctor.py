@@ -123,5 +123,7 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
             raise RequestError(f"--env is {text!r}, but must be NAME=VALUE, as MLX_ENABLE_TF32=0")
         if name.startswith(SELF_TESTS) and name not in (FALSIFY, CRASH, HANG):
             raise RequestError(f"--env has {name}, but the self-tests are {FALSIFY}, {CRASH} and {HANG}")
+        if name in (CRASH, HANG) and value not in NAMES:
+            raise RequestError(f"--env has {name}={value}, but the groups are {', '.join(NAMES)}")
         variables[name] = value
     return variables

@@ -117,7 +117,8 @@ def read_golden(path: Path) -> Golden:
     try:
         arrays, metadata = load_tensors(path)
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the golden file cannot be read; {cure}") from error
+        why = "it is not there" if not path.exists() else "it is not a whole safetensors file"
+        raise CheckpointError(f"the golden file {path} cannot be read, {why}; {cure}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"the file given as golden is not one; {cure}")
     try:

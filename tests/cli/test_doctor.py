@@ -103,6 +103,7 @@ def test_variables_reach_the_groups(run, tmp_path):
     (["--env", "NAME"], "--env is 'NAME', but must be NAME=VALUE"),
     (["--env", "A-B=1"], "--env is 'A-B=1'"),
     (["--env", "QWEN_IMAGE_DOCTOR_FALSIFI=x"], "the self-tests are QWEN_IMAGE_DOCTOR_FALSIFY, "),
+    (["--env", "QWEN_IMAGE_DOCTOR_CRASH=limit"], "QWEN_IMAGE_DOCTOR_CRASH=limit, but the groups are env, limits"),
     (["--json", "-"], "--json is '-', but must be a file"),
     (["--golden", "x.safetensors"], "belong together"),
     (["--model", "demo"], "belong together"),
@@ -112,7 +113,7 @@ def test_variables_reach_the_groups(run, tmp_path):
     (["--json", ""], "--json is '', but must be a file"),
     (["--golden", "", "--model", "demo"], "--golden is '', but must name something"),
     (["--compare", "", "--only", "env"], "--compare is '', but must name something"),
-    (["--golden", "missing.safetensors", "--model", "demo", "--only", "env"], "the golden file cannot be read"),
+    (["--golden", "missing.safetensors", "--model", "demo", "--only", "env"], "cannot be read, it is not there"),
 ])  # fmt: skip
 def test_what_is_refused(run, here, arguments, said):
     assert said in error_line(run(*arguments))
