@@ -88,9 +88,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
-    drawn = given.get("seed", RANDOM) == RANDOM
-    given["seed"] = draw_seed() if drawn else given["seed"]
     wanted = {**configured(arguments, "decompose"), **given}
+    if drawn := wanted.get("seed", RANDOM) == RANDOM:
+        wanted["seed"] = draw_seed()
     if (arguments.image is None) == (arguments.layer is None):
         raise RequestError("give one picture: PHOTO, or --layer DIR:N")
     name = Path(arguments.layer.replace(":", "-") if arguments.image is None else arguments.image).stem

@@ -389,7 +389,7 @@ def test_init_never_writes_over_anything(run):
     assert Path("config.toml").read_text() == "mine"
     os.symlink("nowhere", "link.toml")
     assert "is there already" in refusal(run("config", "init", "link.toml"))
-    assert "cannot be written" in refusal(run("config", "init", "config.toml/below.toml"))
+    assert "cannot write config.toml/below.toml" in refusal(run("config", "init", "config.toml/below.toml"))
     assert "leads nowhere" in refusal(run("config", "init", "~nosuchuser/my.toml"))
     assert run("config", "init", "new/folder/my.toml")[0] == 0
     assert run("config", "show", "--config", "new/folder/my.toml")[0] == 0
