@@ -144,7 +144,7 @@ def test_packed_models_share_and_paint(models, samples, tmp_path, monkeypatch):
     own = {model: sorted(path.name for path in (tmp_path / model).iterdir()) for model in MODELS}
     assert own["demo"] == own["demo-edit"] == ["model_index.json"]
     assert own["demo-layered"] == ["model_index.json", "transformer", "vae"]
-    monkeypatch.setattr(snapshot, "_DEMO_ROOT", tmp_path)
+    monkeypatch.setattr(snapshot, "DEMO_ROOT", tmp_path)
     image = rendered(draw_scenes(1, 0))[0]
     (painted,) = QwenImagePipeline.from_pretrained("demo").generate("a red circle", num_inference_steps=2)
     assert painted.size == (64, 64)

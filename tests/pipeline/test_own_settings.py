@@ -57,7 +57,7 @@ def test_what_a_model_cannot_say_of_itself_is_refused(said, says):
 
 
 def test_demos_share_what_they_do_not_have_themselves(tmp_path, monkeypatch):
-    monkeypatch.setattr(snapshot, "_DEMO_ROOT", tmp_path)
+    monkeypatch.setattr(snapshot, "DEMO_ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)  # where a folder has a demo's name
     for name in ("demo/model_index.json", "shared/vae/config.json", "demo-edit/vae/config.json"):
         path = tmp_path / name
