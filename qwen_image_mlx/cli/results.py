@@ -36,8 +36,8 @@ class Unread(Exception):
     """Whoever read stdout has gone, as `head` does: nothing is wrong, and nothing more is to be done."""
 
 
-class _Results:
-    """A stream whose faults are `Unread` and OutputError."""
+class _Guarded:
+    """A stream whose faults go to `_failed`."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -46,53 +46,37 @@ class _Results:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._end(error)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._end(error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _end(self, error: OSError) -> NoReturn:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._stream.fileno())  # what still waits is written when Python ends, and would fail again
-        os.close(null)
-        if isinstance(error, BrokenPipeError):
-            raise Unread from error
-        raise OutputError(f"cannot write to stdout: {(error.strerror or str(error)).lower()}") from error
-
-
-class _Messages:
-    """A stream that may fail: a full disk or a closed terminal must not undo what is finished."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._drop()
+            self._failed(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
-            self._drop()
+        except OSError as error:
+            self._failed(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _drop(self) -> None:
-        """What still waits would fail again at Python's end."""
+    def _failed(self, error: OSError) -> None:
+        """Nothing is written any more: what still waits is written when Python ends, and would fail again."""
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
         os.close(null)
+
+
+class _Results(_Guarded):
+    """A stream whose faults are `Unread` and OutputError."""
+
+    def _failed(self, error: OSError) -> NoReturn:
+        super()._failed(error)
+        if isinstance(error, BrokenPipeError):
+            raise Unread from error
+        raise OutputError(f"cannot write to stdout: {(error.strerror or str(error)).lower()}") from error
+
+
+class _Messages(_Guarded):
+    """A stream that may fail: a full disk or a closed terminal must not undo what is finished."""
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -198,8 +196,6 @@ class _Interrupt:
     def _handle(self, number: int, frame: Any) -> None:
         at_once = self.asked is not None or not self.gently
         self.asked = number
-        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
-            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if at_once:
             self.end()
         print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)
