@@ -39,13 +39,6 @@ _NASTY: tuple[Any, ...] = (
     "\ud800", "\x1b[31m\u202e", "../../etc/passwd", "/dev/zero", "a\0b", ".", [], {}, [[]], [None], {"": None},
     [2**40] * 4,
 )  # fmt: skip
-_BYTES = 20, 2 << 30
-_DEEP = "[" * 50_000
-_NASTY: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 2**31, 2**63, 10**400, 1e308, -1e-308, float("nan"), float("inf"), "", "x" * 100_000,
-    "\ud800", "\x1b[31m\u202e", "../../etc/passwd", "/dev/zero", "a\0b", ".", [], {}, [[]], [None], {"": None},
-    [2**40] * 4,
-)  # fmt: skip
 _BYTES = (
     b"\0",
     b"\xff" * 8,
