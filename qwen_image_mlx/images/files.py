@@ -18,13 +18,13 @@ from PIL import Image, PngImagePlugin
 from ..errors import OutputError, RequestError
 from ..outside import why_not_read
 from ..unfinished import hidden, publish, sweep
+from .formats import MOST_BYTES
 
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "qwen_image_mlx"
 DEFAULT_NAME = "qwen-image.png"
 _FREE_MARGIN = 1 << 20
-_MAX_BYTES = 1 << 30
 _NAME_BYTES = 200  # most file systems take 255; a number may be added
 
 
@@ -133,7 +133,7 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata `save_png` stored; raises RequestError if the file is no such picture."""
     try:
-        if why := why_not_read(path, _MAX_BYTES):
+        if why := why_not_read(path, MOST_BYTES):
             raise RequestError(f"{path} is not a readable picture: {why}")
         with Image.open(path, formats=("PNG",)) as image:
             image.load()

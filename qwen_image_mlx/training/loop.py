@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import QwenImageError
-from ..gpu import finish
+from ..gpu import all_finite, finish
 from ..models.transformer import Modulation
 from .loss import FlowMatching, key_of
 from .network import Batch, Network, Table
@@ -199,7 +199,7 @@ class Trainer:
     @property
     def is_finite(self) -> bool:
         """Whether all that a checkpoint would hold is numbers."""
-        return all(mx.isfinite(array).all().item() for array in self.state.values())
+        return all_finite(*self.state.values())
 
     def restore(self, step: int, state: Mapping[str, mx.array]) -> None:
         """Goes on after `step` steps from what `state` was then.

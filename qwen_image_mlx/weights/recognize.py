@@ -161,10 +161,10 @@ def _file(tensors: Mapping[str, Tensor]) -> Any:
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by their names without what torch.compile and its like put into them."""
-    found = {}
+    wrappers, found = weights_map("files")["wrappers"], {}
     for name, tensor in tensors.items():
         plain = f".{name}"
-        for wrapper in weights_map("files")["wrappers"]:
+        for wrapper in wrappers:
             plain = plain.replace(f".{wrapper}.", ".")
         plain = plain[1:].removeprefix("module.")
         if plain in found:
