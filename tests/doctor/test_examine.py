@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from qwen_image_mlx.errors import CheckpointError
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
     """Where groups have their folders."""
-    monkeypatch.setattr(examine.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
@@ -49,7 +50,7 @@ def test_an_unforeseen_error_is_told(temporary):
 
 
 def test_what_a_group_refuses_is_an_error(temporary):
-    with pytest.raises(CheckpointError, match="golden file cannot be read"):
+    with pytest.raises(CheckpointError, match="the golden file .* cannot be read, it is not there"):
         examine.examine([GOLDEN], {}, {"golden": str(temporary / "none"), "model": "demo"}, lambda *_: None)
 
 

@@ -608,7 +608,10 @@ def test_a_download_is_announced(hub: HubServer, checkpoint: Path, caplog: pytes
     assert caplog.messages == [f"downloading transformer of ORG/NAME: 2 files, {megabytes:.1f} MB"]
 
 
-def test_sizes_are_in_decimal_gigabytes(hub: HubServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_sizes_are_in_decimal_gigabytes(
+    hub: HubServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_with(monkeypatch, free=10**12)
     hub.lies[f"vae/{STEM}.safetensors"] = 40_860_000_000
     caplog.set_level(logging.INFO, "qwen_image_mlx")
     with pytest.raises(HubError):
