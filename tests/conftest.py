@@ -25,7 +25,7 @@ os.environ["QWEN_IMAGE_CONFIG"] = os.devnull  # not the config of whoever runs t
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny text-to-image checkpoint in the official layout; shared, so copy it before changing it."""
-    from reference import write_text_to_image
+    from checkpoints import write_text_to_image
 
     return write_text_to_image(tmp_path_factory.mktemp("checkpoints") / "tiny")
 

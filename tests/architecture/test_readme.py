@@ -26,8 +26,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
+    from checkpoints import write_edit, write_layered
     from lora_files import TARGETS, write_lora
-    from reference_edit import write_edit, write_layered
 
     from qwen_image_mlx import variants
 

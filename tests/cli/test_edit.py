@@ -21,7 +21,7 @@ QUICK = ["--steps", "2", "--dtype", "float32", "--seed", "3", "--cfg-scale", "1"
 
 @pytest.fixture(scope="module")
 def edit_model(tmp_path_factory):
-    from reference_edit import write_edit
+    from checkpoints import write_edit
 
     return write_edit(tmp_path_factory.mktemp("edit_cli") / "model", "edit_plus", transformer={"zero_cond_t": True})
 

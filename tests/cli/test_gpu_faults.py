@@ -88,7 +88,7 @@ def test_a_checkpoint_is_not_blamed(run, monkeypatch, place):
 
 
 def test_a_caption_meets_it_too(run, monkeypatch, tmp_path_factory):
-    from reference_edit import write_layered
+    from checkpoints import write_layered
 
     model = write_layered(tmp_path_factory.mktemp("captions") / "layered")
     gpu = FailingGPU(monkeypatch, REFUSED)

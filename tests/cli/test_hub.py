@@ -15,9 +15,9 @@ COMMAND = ["generate", "a fox", "--model", "someone/tiny", "--width", "64", "--h
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    from reference import write_text_to_image
+    from checkpoints import write_text_to_image
 
-    return write_text_to_image(tmp_path_factory.mktemp("hub") / "tiny", max_shard_size="300KB")
+    return write_text_to_image(tmp_path_factory.mktemp("hub") / "tiny", max_shard_size=300_000)
 
 
 def run(folder, endpoint, *flags):

@@ -20,7 +20,7 @@ APART = [*QUICK, "--resolution", "96", "--seed", "3", "--prompt", "a fox"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    from reference_edit import write_edit, write_layered
+    from checkpoints import write_edit, write_layered
 
     folder = tmp_path_factory.mktemp("layers_cli")
     return {

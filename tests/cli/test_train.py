@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import write_edit
 from commands import error_line, heeding
 from PIL import Image
-from reference_edit import write_edit
 
 from qwen_image_mlx.cli.main import main
 

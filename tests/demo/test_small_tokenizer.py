@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import checkpoints
 import numpy as np
 import pytest
-import reference
 import transformers
 from demo.scenes import draw_scene, recolour
 from demo.tokenizer import WORDS, demo_tokens, write_tokenizer
@@ -26,7 +26,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return opened(reference.write_tokenizer(tmp_path_factory.mktemp("whole"), tokenizer_json=True))
+    return opened(checkpoints.write_tokenizer(tmp_path_factory.mktemp("whole"), tokenizer_json=True))
 
 
 def test_templates_drop_as_many_tokens_as_they_really_have(small):

@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints import TINY
 from mlx.utils import tree_flatten
-from reference import TINY, make_text_encoder, to_numpy
+from reference import make_text_encoder, to_numpy
 
 from qwen_image_mlx.config import TextEncoderConfig
 from qwen_image_mlx.models.text_encoder import TextEncoder, mrope_tables

@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints import TINY
 from mlx.utils import tree_flatten, tree_map
-from reference import TINY, make_transformer, to_numpy
+from reference import make_transformer, to_numpy
 
 from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.models.rope import Segment, rotary_tables, text_start

@@ -8,8 +8,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_edit, write_layered
 from PIL import Image
-from reference_edit import load_edit_reference, run_edit_reference, write_edit, write_layered
+from reference_edit import load_edit_reference, run_edit_reference
 
 from qwen_image_mlx import (
     GenerationParameters,

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from checkpoints import write_edit
 from PIL import Image
-from reference_edit import load_edit_reference, run_edit_reference, write_edit
+from reference_edit import load_edit_reference, run_edit_reference
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.images.canvas import feathered, plan_canvas

@@ -6,8 +6,9 @@ import diffusers.pipelines.qwenimage.pipeline_qwenimage_layered as module
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_layered
 from PIL import Image
-from reference_edit import load_edit_reference, run_edit_reference, write_layered
+from reference_edit import load_edit_reference, run_edit_reference
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.config import GenerationConfig

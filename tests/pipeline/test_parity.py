@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from reference import load_reference, run_reference, write_text_to_image
+from checkpoints import write_text_to_image
+from reference import load_reference, run_reference
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.images.pixels import to_images
@@ -130,7 +131,7 @@ def test_schedulers(tmp_path, scheduler):
     {"transformer": {"num_layers": 4, "num_attention_heads": 2}},
     {"transformer": {"zero_cond_t": True}},
     {"vae": {"base_dim": 12}},
-    {"max_shard_size": "300KB", "tokenizer_json": False},
+    {"max_shard_size": 300_000, "tokenizer_json": False},
 ], ids=["deeper", "zero_cond_t", "wider vae", "sharded, bare vocabulary"])  # fmt: skip
 def test_other_checkpoints(tmp_path, changes):
     folder = write_text_to_image(tmp_path / "model", seed=3, **changes)

@@ -6,10 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints import REAL_CONFIGS
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import REAL_CONFIGS, to_numpy
+from reference import to_numpy
 
 from qwen_image_mlx.sampling.denoise import Guidance, denoise, euler_step, guide
 from qwen_image_mlx.sampling.schedule import Schedule

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from checkpoints import REAL_CONFIGS
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageImg2ImgPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import REAL_CONFIGS
 
 from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.sampling.schedule import Schedule, exponential_mu, make_schedule, static_shift, uniform_sigmas

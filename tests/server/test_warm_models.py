@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkpoints import write_layered
 from PIL import Image
-from reference_edit import write_layered
 from served import serving
 
 from qwen_image_mlx import variants

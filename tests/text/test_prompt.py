@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from reference import TINY, make_text_encoder, write_tokenizer
+from checkpoints import TINY, write_tokenizer
+from reference import make_text_encoder
 
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.text.prompt import replace_vision_tokens, tokenize_prompt

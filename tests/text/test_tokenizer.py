@@ -7,9 +7,9 @@ import shutil
 import unicodedata
 
 import pytest
+from checkpoints import ADDED_TOKENS, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ADDED_TOKENS, write_tokenizer
 from transformers import Qwen2Tokenizer
 
 from qwen_image_mlx.errors import CheckpointError

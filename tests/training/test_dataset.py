@@ -7,8 +7,8 @@ from collections import Counter
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_edit, write_layered
 from PIL import Image
-from reference_edit import write_edit, write_layered
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RequestError

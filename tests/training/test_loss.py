@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints import REAL_CONFIGS
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
-from reference import REAL_CONFIGS
 
 from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.errors import RequestError

@@ -9,11 +9,12 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_edit, write_layered
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from reference import load_reference, run_reference
-from reference_edit import load_edit_reference, run_edit_reference, write_edit, write_layered
+from reference_edit import load_edit_reference, run_edit_reference
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.errors import CheckpointError, GPUError, OutputError, QwenImageError, RequestError

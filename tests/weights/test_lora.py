@@ -12,10 +12,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+from checkpoints import REAL_CONFIGS, TINY
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import REAL_CONFIGS, TINY, make_transformer
+from reference import make_transformer
 from safetensors.torch import load_file, save_file
 
 from qwen_image_mlx.config import SchedulerConfig
