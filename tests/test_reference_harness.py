@@ -22,6 +22,8 @@ from reference import (
 from safetensors import safe_open
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+pytestmark = pytest.mark.reference
+
 WIDTH, HEIGHT, STEPS = 96, 64, 2
 TOKENS = (HEIGHT // 16) * (WIDTH // 16)
 PROMPT = "a red fox in the snow"

@@ -176,6 +176,7 @@ def test_the_emulated_convolution_is_a_convolution():
     assert tf32(mx.array([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-10])).tolist() == [1, 1 + 2**-9, -1 - 2**-10]
 
 
+@pytest.mark.reference
 @pytest.mark.slow
 def test_what_tf32_does_to_a_picture(monkeypatch):
     """Modelled: on M1 to M4, Winograd in fp32, no value differs by more than one level; with TF32 inside many do."""

@@ -98,6 +98,7 @@ def test_no_composite_gives_the_model_s_own_picture(run, command):
     assert result.size == (160, 96)
 
 
+@pytest.mark.reference
 def test_generate_paints_over_a_picture(run, reference):
     from reference_edit import TEXT_CLASSES, run_edit_reference
 

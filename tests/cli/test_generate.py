@@ -42,6 +42,7 @@ def run(here, tiny, capsys):
 # --- what it paints ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("size", "flags", "request_"), [
     ((64, 48), ["--negative-prompt", "blurry"], {"negative_prompt": "blurry", "cfg_scale": 4.0}),
     ((80, 112), ["--cfg-scale", "1"], {"cfg_scale": 1.0}),
@@ -74,6 +75,7 @@ def test_the_png_is_the_reference_s_within_one_level(run, reference, prompt, siz
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
+@pytest.mark.reference
 def test_num_images_are_the_reference_s_num_images_per_prompt(run, reference):
     from reference import run_reference
 

@@ -6,12 +6,10 @@ import json
 import math
 import re
 
-import foreign
 import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.config import TransformerConfig
@@ -123,8 +121,12 @@ def test_an_all_in_one_file_is_described_by_its_parts(tiny, tmp_path, run):
     assert said["taken by"] == "--transformer, --text-encoder, --vae"
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("vision", [False, True])
 def test_text_encoders_of_llama_cpp_are_described(tiny, tmp_path, run, vision):
+    import foreign
+    import torch
+
     tensors = foreign.read(tiny / "text_encoder")
     tensors = {n: t for n, t in tensors.items() if n.startswith("visual.") == vision}
     if vision and not tensors:

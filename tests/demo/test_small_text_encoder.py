@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from demo.autoencoder import Autoencoder, module_weights
 from demo.checkpoint import write_frame
 from demo.samples import Frame
 from demo.scenes import COLOURS, PLACES, SHAPES, draw_scene
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.config import VAEConfig
@@ -26,7 +24,11 @@ def frames(tmp_path_factory):
     return folder
 
 
+@pytest.mark.reference
 def test_transformers_reads_the_same_language_model(frames):
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(frames / "demo" / "text_encoder", dtype=torch.float32)
     tokenizer = Qwen2Tokenizer.from_pretrained(frames / "demo" / "tokenizer")
     frame = Frame(frames / "demo")

@@ -15,6 +15,8 @@ from qwen_image_mlx.models.text_encoder import TextEncoder, mrope_tables
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors, read_header
 
+pytestmark = pytest.mark.reference
+
 SMALL = {**TINY["text_encoder"], "vocab_size": 300}
 
 

@@ -17,6 +17,8 @@ from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.modulation import modulation_table
 from qwen_image_mlx.weights.shards import component_tensors, read_header
 
+pytestmark = pytest.mark.reference
+
 TOLERANCE = 2e-5
 GRIDS = [(4, 6), (7, 5), (1, 1), (16, 9)]  # height and width in patches, odd ones included
 CONFIGS = {

@@ -18,6 +18,8 @@ from qwen_image_mlx.pipeline.autoencode import decode, decode_tail, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors, read_header
 
+pytestmark = pytest.mark.reference
+
 CONFIGS = {
     "tiny": {},
     "rgba": {"input_channels": 4},

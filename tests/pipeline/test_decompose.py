@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from checkpoints import write_edit, write_layered
 from PIL import Image
-from reference_edit import load_edit_reference, run_edit_reference
 
 from qwen_image_mlx import (
     GenerationParameters,
@@ -59,9 +58,11 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("resolution", "num_layers", "cfg_normalize"), [(96, 2, True), (160, 4, False)])
 def test_layers_are_the_reference_s(layered, pipeline, monkeypatch, resolution, num_layers, cfg_normalize):
     import diffusers.pipelines.qwenimage.pipeline_qwenimage_layered as module
+    from reference_edit import load_edit_reference, run_edit_reference
 
     calculate = module.calculate_dimensions
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: calculate(resolution**2, ratio))

@@ -14,6 +14,8 @@ from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.images.canvas import feathered, plan_canvas
 from qwen_image_mlx.images.pixels import to_images
 
+pytestmark = pytest.mark.reference
+
 PROMPT = "make the fox blue, 让它变蓝 🦊"
 NEGATIVE = "blurry"
 

@@ -17,6 +17,8 @@ from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.pipeline import caption
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
 
+pytestmark = pytest.mark.reference
+
 PROMPT = "a fox in front of trees, 狐狸 🦊"
 SMALL = {640: 96, 1024: 160}
 

@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from lora_files import DIALECTS, MODULATION, TARGETS, write_lora
-from reference import load_reference, run_reference
 
 from qwen_image_mlx import CheckpointError, GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.cli.main import main
@@ -45,8 +44,11 @@ def repaint(pipeline):
     return np.asarray(to_images(pipeline.generate_pixels(parameters, encoding, seed=5))[0]).astype(int)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("strength", [1.0, -0.5])
 def test_pixels_are_the_reference_s(tiny, shapes, tmp_path, strength):
+    from reference import load_reference, run_reference
+
     file = write_lora(tmp_path / "lora.safetensors", shapes, targets=[*TARGETS, *MODULATION])
     reference = load_reference(tiny)
     reference.load_lora_weights(file, adapter_name="one")
@@ -65,7 +67,10 @@ def test_every_dialect_gives_the_same_pixels(tiny, shapes, tmp_path, dialect):
     np.testing.assert_array_equal(paint(tiny, loras=[str(one)])[0], paint(tiny, loras=[str(other)])[0])
 
 
+@pytest.mark.reference
 def test_several_loras_add_up(tiny, shapes, tmp_path):
+    from reference import load_reference, run_reference
+
     files = [write_lora(tmp_path / f"{n}.safetensors", shapes, seed=n, targets=TARGETS[n:]) for n in range(2)]
     references = [f"{files[0]}@0.7", f"{files[1]}@-0.4"]
     reference = load_reference(tiny)
@@ -189,6 +194,7 @@ def test_loras_are_taken_away_when_their_files_are_gone(pack, tmp_path):
     np.testing.assert_array_equal(repaint(pipeline), plain)
 
 
+@pytest.mark.reference
 def test_strengths_are_recorded_to_the_last_digit(tiny, shapes, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", shapes)
     _, pipeline = paint(tiny, loras=[(file, 0.123456789012345)])

@@ -12,6 +12,8 @@ from reference import load_reference, run_reference
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.images.pixels import to_images
 
+pytestmark = pytest.mark.reference
+
 PROMPTS = {
     "ascii": "A red fox in the snow, photographed at dawn",
     "chinese": "一只红色的狐狸在雪地里，清晨的光线",

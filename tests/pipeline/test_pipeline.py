@@ -143,6 +143,7 @@ def test_foreign_files_are_no_encodings(tmp_path, tiny):
             GuidanceEncoding.load(path)
 
 
+@pytest.mark.reference
 def test_damaged_encodings_are_said_to_be(tmp_path, tiny):
     reference = Reference(mx.zeros((1, 16, 64)), 4, 4)
     GuidanceEncoding(mx.zeros((1, 5, 64)), None, (reference,)).save(tmp_path / "whole.safetensors")
@@ -326,6 +327,7 @@ def test_impossible_seeds_are_refused(pipeline, encoding, seed):
         pipeline.generate_pixels(PARAMETERS, encoding, seed=seed)
 
 
+@pytest.mark.reference
 def test_an_encoding_with_pictures_does_not_fit_a_text_model(pipeline, encoding):
     reference = Reference(mx.zeros((1, 16, 64)), 4, 4)
     with pytest.raises(RequestError, match="paints from text"):

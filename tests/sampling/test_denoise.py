@@ -15,6 +15,8 @@ from reference import to_numpy
 from qwen_image_mlx.sampling.denoise import Guidance, denoise, euler_step, guide
 from qwen_image_mlx.sampling.schedule import Schedule
 
+pytestmark = pytest.mark.reference
+
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 SHAPE = (2, 40, 64)
 SIGMAS = np.array([1, 0.7667093, 0.4556137, 0.02, 0], np.float32)

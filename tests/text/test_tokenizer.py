@@ -10,7 +10,6 @@ import pytest
 from checkpoints import ADDED_TOKENS, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2Tokenizer
 
 from qwen_image_mlx.errors import CheckpointError
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
@@ -44,6 +43,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
+    from transformers import Qwen2Tokenizer
+
     return Qwen2Tokenizer.from_pretrained(folder)
 
 
@@ -52,11 +53,13 @@ def ours(request, folder):
     return QwenTokenizer.from_files({name: folder / name for name in request.param})
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:20]))
 def test_ids_are_the_reference_s(ours, theirs, text):
     assert ours.encode(text).ids == theirs(text)["input_ids"]
 
 
+@pytest.mark.reference
 @settings(deadline=None, max_examples=25)
 @given(text=STRINGS)
 def test_any_text_is_encoded_and_decoded_like_the_reference(ours, theirs, text):

@@ -10,11 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import write_edit, write_layered
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from reference import load_reference, run_reference
-from reference_edit import load_edit_reference, run_edit_reference
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.errors import CheckpointError, GPUError, OutputError, QwenImageError, RequestError
@@ -99,8 +95,12 @@ def paint(folder, images=(), **options):
 # --- results -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("targets", ["attention", "all", "attn.to_q, img_mlp.net.2,txt_in"])
 def test_a_trained_lora_gives_the_reference_s_pixels(models, examples, tmp_path, targets, caplog):
+    from diffusers.utils import logging as diffusers_logging
+    from reference import load_reference, run_reference
+
     outcome = train(open_model(models), examples["t2i"], settings(targets=targets, rank=3), tmp_path / "run")
     assert outcome.result == tmp_path / "run" / "lora.safetensors"
     reference = load_reference(models["t2i"])
@@ -126,7 +126,11 @@ def test_a_trained_lora_gives_the_reference_s_pixels(models, examples, tmp_path,
     assert np.abs(plain - expected).max() > 8
 
 
+@pytest.mark.reference
 def test_an_edit_lora_gives_the_reference_s_pixels(models, examples, tmp_path, monkeypatch):
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+    from reference_edit import load_edit_reference, run_edit_reference
+
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 96**2)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 128**2)
     name = "QwenImageEditPlusPipeline"
@@ -143,8 +147,11 @@ def test_an_edit_lora_gives_the_reference_s_pixels(models, examples, tmp_path, m
     assert np.abs(ours - paint(models["edit"], [source])).max() > 8
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_a_fully_trained_model_gives_the_reference_s_pixels(models, examples, tmp_path, ema):
+    from reference import load_reference, run_reference
+
     wanted = settings(full=True, learning_rate=0.01, ema=ema, targets="attention")
     outcome = train(open_model(models), examples["t2i"], wanted, tmp_path / "run")
     assert outcome.result == tmp_path / "run" / "model"

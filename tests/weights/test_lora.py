@@ -26,6 +26,8 @@ from qwen_image_mlx.weights.lora import LoRA, read_lora, weights_file
 from qwen_image_mlx.weights.lora_inspect import LIGHTNING, describe, distilled_profile
 from qwen_image_mlx.weights.lora_references import Source, kind_of, parse_reference
 
+pytestmark = pytest.mark.reference
+
 Q, MLP, MOD, OUT = (
     "transformer_blocks.0.attn.to_q",
     "transformer_blocks.1.txt_mlp.net.0.proj",

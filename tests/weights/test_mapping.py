@@ -32,6 +32,8 @@ from qwen_image_mlx.weights.mapping import (
 )
 from qwen_image_mlx.weights.shards import read_header
 
+pytestmark = pytest.mark.reference
+
 
 def plain(name):
     return {key: value for key, value in REAL_CONFIGS[name].items() if not key.startswith("_")}
