@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-_WHOLE_FILE = re.compile(r"^pytestmark = .*pytest\.mark\.(\w+)", re.MULTILINE)
+_WHOLE_FILE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", re.MULTILINE)
 
 os.environ["QWEN_IMAGE_CONFIG"] = os.devnull  # not the config of whoever runs the tests
 

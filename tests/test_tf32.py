@@ -40,6 +40,7 @@ _WAYS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("said", [None, "1", "0"])
 @pytest.mark.parametrize("way", _WAYS)
 def test_the_variable_is_set_before_mlx_and_an_own_value_stays(way, said, tmp_path):

@@ -18,6 +18,8 @@ from qwen_image_mlx.settings import SCHEMA, load_settings
 from qwen_image_mlx.weights.mapping import expected_tensors
 from qwen_image_mlx.weights.synthetic import FULL
 
+pytestmark = pytest.mark.process
+
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 

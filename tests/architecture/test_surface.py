@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import qwen_image_mlx
 from qwen_image_mlx.cli.main import build_parser
 
@@ -106,6 +108,7 @@ def heavy_modules(*command: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.process
 def test_importing_and_asking_for_help_load_nothing_heavy():
     assert heavy_modules() == "loaded: []"
     for command in ([], *(name.split() for name in FLAGS)):

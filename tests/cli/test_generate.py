@@ -333,6 +333,7 @@ def test_a_folder_that_is_not_there(run, model):
     assert model in error_line(run("generate", "a fox", *SMALL, model=model))
 
 
+@pytest.mark.process
 def test_no_network_and_nothing_cached(here, tiny):
     environment = {
         **os.environ,
@@ -379,6 +380,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_nothing_behind(run, here, monk
     assert not list(here.iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_is_ended_leaves_nothing(here, tiny, sent, code):
     process = subprocess.Popen(

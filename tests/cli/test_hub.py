@@ -28,6 +28,7 @@ def run(folder, endpoint, *flags):
     )  # fmt: skip
 
 
+@pytest.mark.process
 def test_only_what_painting_needs_is_fetched_and_then_never_again(tmp_path, sharded):
     (sharded / "README.md").write_text("a model card")
     with HubServer() as hub:
@@ -110,6 +111,7 @@ def test_loras_are_fetched_from_the_hub(tmp_path, sharded):
     assert (tmp_path / "offline.png").read_bytes()[-2000:] == pictures["someone/one"]
 
 
+@pytest.mark.process
 def test_a_plan_downloads_no_weights(tmp_path, sharded):
     with HubServer() as hub:
         hub.add("someone/tiny", sharded)
@@ -123,6 +125,7 @@ def test_a_plan_downloads_no_weights(tmp_path, sharded):
         assert not [path for path in hub.paths() if path.endswith(".safetensors")]
 
 
+@pytest.mark.process
 def test_a_plan_for_a_pack_on_the_hub_is_that_of_the_pack_on_disk(tmp_path):
     from qwen_image_mlx.pipeline.packing import quantize_checkpoint
     from qwen_image_mlx.weights.quantize import Quantization

@@ -46,6 +46,7 @@ def test_nobody_reading_is_no_fault(tmp_path, arguments):
         assert ended(tmp_path, *arguments, stdout=unread) == (141, "")
 
 
+@pytest.mark.process
 def test_a_closed_stdout_is_no_fault(tmp_path):
     closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *COMMAND, "config", "show"], capture_output=True, text=True,
                             cwd=tmp_path, check=False)  # fmt: skip
@@ -61,6 +62,7 @@ def test_ctrl_c_while_commands_are_imported(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.process
 def test_no_command_is_imported_before_ctrl_c_is_understood():
     names = "{name for name in sys.modules if name.startswith('qwen_image_mlx.cli.')}"
     said = subprocess.run([sys.executable, "-c", f"import sys, qwen_image_mlx.cli.main; print(*sorted({names}))"],
@@ -108,6 +110,7 @@ def test_json_stays_json(tmp_path, arguments, encoding):
     assert "ü🦊" in str(json.loads(out.decode(encoding)))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arguments", [PAINT, ["plan", "none"]], ids=["done", "refused"])
 @pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full"])
 def test_messages_that_cannot_be_written_undo_nothing(tmp_path, arguments, closed):

@@ -167,6 +167,7 @@ def test_a_loss_that_is_no_number_is_one_line(run):
     assert "last good checkpoint is run/checkpoints/step-" in line
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_is_ended_saves_and_a_second_run_goes_on(tmp_path, tiny, data, sent, code):
     command = [sys.executable, "-m", "qwen_image_mlx", "train", "--model", tiny, "--data", data, "--output", "run"]

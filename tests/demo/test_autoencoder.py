@@ -19,6 +19,8 @@ from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors
 
+pytestmark = pytest.mark.demo
+
 TINY = VAEConfig(base_dim=4)
 
 

@@ -14,6 +14,8 @@ from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.config import VAEConfig
 from qwen_image_mlx.weights import snapshot
 
+pytestmark = pytest.mark.demo
+
 MODELS = ("demo", "demo-edit", "demo-layered")
 VAES = {model: VAEConfig(base_dim=4, input_channels=4 if model == "demo-layered" else 3) for model in MODELS}
 

@@ -12,6 +12,8 @@ from demo.scenes import COLOURS, PLACES, SHAPES, draw_scene
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.config import VAEConfig
 
+pytestmark = pytest.mark.demo
+
 TINY = VAEConfig(base_dim=4)
 
 

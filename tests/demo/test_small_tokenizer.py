@@ -11,6 +11,8 @@ from demo.tokenizer import WORDS, demo_tokens, write_tokenizer
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
 from qwen_image_mlx.variants import VARIANTS
 
+pytestmark = pytest.mark.demo
+
 
 def opened(folder) -> QwenTokenizer:
     return QwenTokenizer.from_files({path.name: path for path in folder.iterdir()})

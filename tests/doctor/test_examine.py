@@ -13,6 +13,8 @@ from qwen_image_mlx.doctor.groups import GOLDEN, GROUPS, Group, group_named
 from qwen_image_mlx.doctor.outcome import CRASH, HANG
 from qwen_image_mlx.errors import CheckpointError
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):

@@ -116,6 +116,7 @@ def test_results_are_evaluated(pipeline, encoding, tmp_path):
     assert mx.isfinite(pixels).all().item()
 
 
+@pytest.mark.process
 def test_an_encoding_travels_to_another_process(pipeline, encoding, tmp_path):
     encoding.save(tmp_path / "fox.safetensors")
     assert not list(tmp_path.glob(".*"))

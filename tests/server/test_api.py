@@ -21,6 +21,8 @@ from qwen_image_mlx.images.colour import _matrix_profile
 from qwen_image_mlx.images.files import METADATA_KEY
 from qwen_image_mlx.images.sources import open_image
 
+pytestmark = pytest.mark.process
+
 PROMPT = "a red circle on a blue background"
 LONG = {"task": "generate", "prompt": PROMPT, "steps": 60, "num_images": 4}
 

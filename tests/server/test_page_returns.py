@@ -15,11 +15,14 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 
-pytest.importorskip("playwright.sync_api", reason="needs the extra [test]")
+pytest.importorskip("playwright.sync_api", reason="needs the extra [browser]")
 
 from test_page import CHROMIUM, DESK, PROMPT, browser, expect, fill, panel, pixels, png, scene  # noqa: F401
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"),
+]
 
 PATIENCE = 150_000  # milliseconds that a machine under load may take
 LONG = 300  # steps: more seconds than a cut

@@ -27,6 +27,8 @@ from qwen_image_mlx.server.schema import CaptionBody, DecomposeBody, EditBody, G
 from qwen_image_mlx.server.work import Limits, Tasks
 from qwen_image_mlx.weights.snapshot import HubSnapshot
 
+pytestmark = pytest.mark.process
+
 DEMOS = {"generate": "demo", "edit": "demo-edit", "decompose": "demo-layered"}
 PARTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 HEAVY = {"text_encoder", "transformer"}
