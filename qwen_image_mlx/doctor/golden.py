@@ -84,12 +84,11 @@ def run(options: Mapping[str, Any]) -> Outcome:
         outcome.figures[f"{name}_{unit}"] = error
         if error > limit:
             far = f"by {error:.1f} of 255 levels" if kind == "picture" else f"by {error:.1e}"
-            outcome.find(
-                "wrong", f"{name} departs from the reference {far}, where {limit:g} is allowed; {_CURES[kind]}"
-            )
-    if outcome.findings:  # the first stage is the verdict, what follows from it comes after
-        first = outcome.findings[0]
-        outcome.findings[0] = first._replace(sentence=f"first departure: {first.sentence}")
+            departs = f"{name} departs from the reference {far}, where {limit:g} is allowed"
+            if outcome.findings:  # the first stage is the verdict; what comes after may follow from it
+                outcome.find("wrong", f"{departs}; this may follow from the first departure")
+            else:
+                outcome.find("wrong", f"{options['model']}: first departure: {departs}; {_CURES[kind]}")
     least = max(value for name, value in outcome.figures.items() if name.endswith("_error"))
     outcome.summary = (
         f"{len(ours)} stages of {said['model']} agree with diffusers {said['versions'].get('diffusers', '')} in "

@@ -90,6 +90,15 @@ def test_a_killed_group_loses_itself_alone(run):
     assert "slow or odd" in out
 
 
+def test_an_earlier_report_stays(run, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("earlier")
+    _, out, _ = run("--only", "env", "--json", path)
+    assert path.read_text() == "earlier"
+    assert json.loads((tmp_path / "report-1.json").read_text())["exit"] == 0
+    assert out[-1] == str(tmp_path / "report-1.json")
+
+
 def test_variables_reach_the_groups(run, tmp_path):
     path = tmp_path / "report.json"
     assert run("--only", "env", "--env", "MLX_CONV_WINOGRAD=0", "--json", path)[0] == 0

@@ -83,7 +83,7 @@ def test_a_falsified_tensor_is_found_at_its_stage(golden, tiny, tmp_path, part, 
     outcome = compared(golden, model)
     found = outcome.as_dict()
     assert found["verdict"] == "wrong"
-    assert found["sentence"].startswith(f"first departure: {stage} departs from the reference by ")
+    assert found["sentence"].startswith(f"{model}: first departure: {stage} departs from the reference by ")
 
 
 def test_another_seed_is_found_in_the_noise(golden, tiny, tmp_path):
