@@ -6,6 +6,7 @@ comparison with it compares two independent implementations.
 
 import functools
 import json
+import os
 import zlib
 from collections.abc import Iterable
 from copy import deepcopy
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 for _logging in (diffusers_logging, transformers_logging):
     _logging.set_verbosity_error()
     _logging.disable_progress_bar()
