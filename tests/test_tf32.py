@@ -178,7 +178,7 @@ def test_the_emulated_convolution_is_a_convolution():
 
 
 @pytest.mark.reference
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_tf32_does_to_a_picture(monkeypatch):
     """Modelled: on M1 to M4, Winograd in fp32, no value differs by more than one level; with TF32 inside many do."""
     decoder, size = random_decoder(), 32

@@ -14,6 +14,8 @@ import pytest
 from qwen_image_mlx.doctor.golden import FORMAT, PARTS, THUMBNAIL, VALUES, read_golden, run
 from qwen_image_mlx.errors import CheckpointError
 
+pytestmark = pytest.mark.reference
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_golden.py"
 STAGES = ["text", "text-negative", "noise", "latents-1", "latents-2", "latents-3", "picture"]
 

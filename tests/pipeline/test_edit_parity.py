@@ -127,7 +127,7 @@ def test_edit(edit, monkeypatch, size, cfg_scale):
     assert_same(run_ours(edit, images=[image], size=size_of_area(area, size), **request), theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_edit_at_the_real_area(edit):
     image = picture(300, 280)
     request = {"steps": 1, "cfg_scale": 1.0, "seed": 5}

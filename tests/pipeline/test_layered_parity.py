@@ -102,7 +102,7 @@ def test_latents_and_layers(layered, small_areas, resolution, layers, size, hole
     assert_same(ours, theirs, layers)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("resolution", [640, 1024])
 def test_the_real_areas(layered, resolution):
     image, call = picture(320, 240, holes=True), {"steps": 1, "cfg_scale": 1.0, "seed": 7}

@@ -173,6 +173,7 @@ def test_limits_are_as_they_were_afterwards():
         mx.set_memory_limit(before[1])
 
 
+@pytest.mark.slow
 def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
     monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     code, _, err = run("-o", "plain.png")
@@ -190,6 +191,7 @@ def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
         np.testing.assert_array_equal(np.asarray(Image.open(f"{number}.png")), pixels)
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run, monkeypatch):
     monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     components = QwenImagePipeline.from_pretrained(packed, dtype="float32").components

@@ -54,6 +54,17 @@ def assert_same(pipeline, reference, **request):
 
 
 @pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """With the real tokenizer."""
+    return write_text_to_image(tmp_path_factory.mktemp("checkpoints") / "tiny", tokenizer="qwen")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    return load_reference(tiny)
+
+
+@pytest.fixture(scope="module")
 def pipeline(tiny):
     return QwenImagePipeline.from_pretrained(tiny, dtype="float32")
 
@@ -133,7 +144,7 @@ def test_schedulers(tmp_path, scheduler):
     {"transformer": {"num_layers": 4, "num_attention_heads": 2}},
     {"transformer": {"zero_cond_t": True}},
     {"vae": {"base_dim": 12}},
-    {"max_shard_size": 300_000, "tokenizer_json": False},
+    {"max_shard_size": 300_000, "tokenizer": "vocab"},
 ], ids=["deeper", "zero_cond_t", "wider vae", "sharded, bare vocabulary"])  # fmt: skip
 def test_other_checkpoints(tmp_path, changes):
     folder = write_text_to_image(tmp_path / "model", seed=3, **changes)

@@ -141,7 +141,7 @@ def reload(page) -> None:
     page.wait_for_selector("html[data-ready]")
 
 
-@pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.nightly)])
 def test_a_cut_costs_nothing(context, line, seconds):
     page, generate = opened(context, line)
     begin(generate, steps=LONG if seconds < 10 else 1000)
