@@ -204,6 +204,7 @@ def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run,
     assert run("--model", packed, "--memory", budget, "-o", "yes.png")[0] == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model, run, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     code, out, err = run("--memory", "2MB", "-o", "no.png")
