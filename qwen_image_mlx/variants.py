@@ -16,6 +16,7 @@ from .errors import CheckpointError
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
 DEFAULT_EDIT_MODEL = "Qwen/Qwen-Image-Edit-2511"
 DEFAULT_LAYERED_MODEL = "Qwen/Qwen-Image-Layered"
+DEMOS = ("demo", "demo-edit", "demo-layered")  # the models inside this package; these names are never folders
 
 # The officially recommended sizes (width, height), by aspect ratio; the first is the default.
 ASPECT_SIZES: dict[str, tuple[int, int]] = {

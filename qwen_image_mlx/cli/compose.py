@@ -9,21 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..variants import DEFAULT_EDIT_MODEL
-from .painting import (
-    add_cache_flag,
-    add_colour_flag,
-    add_model_flags,
-    add_painter_flags,
-    add_sampling_flags,
-    run_painting,
-)
+from .flags import COMPOSITION, add_options, rows_of
+from .painting import run_painting
 from .words import filled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEFAULT_NAME = "composition.png"
-_OWN = ("layers", "hide", "move", "scale", "output", "harmonize", "ignore_profile", "run")
+# Options that a composition has without a model.
+_BARE = ("output", "ignore_profile")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -40,14 +34,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "3:+40,-10; repeat for more")  # fmt: skip
     add("--scale", action="append", default=[], metavar="N:F", help="scale what layer N shows about its middle; repeat "
         "for more")  # fmt: skip
-    add("--output", "-o", metavar="PATH", help=f"PNG file or directory (default: ./{DEFAULT_NAME})")
     add("--harmonize", metavar="PROMPT", help='let an editing model blend the result, as in "match light and shadows"')
-    blending = parser.add_argument_group("with --harmonize")
-    add_model_flags(blending, DEFAULT_EDIT_MODEL)
-    add_painter_flags(blending)
-    add_sampling_flags(blending, steps=40)
-    add_cache_flag(blending)
-    add_colour_flag(parser)
+    add_options(parser, "compose", heading="with --harmonize", beside=_BARE)
     return parser
 
 
@@ -56,10 +44,12 @@ def run(arguments: argparse.Namespace) -> None:
     from ..images.files import output_path, save_png
     from ..images.recompose import compose
 
-    blending = {name for name, value in vars(arguments).items() if value not in (None, []) and name not in _OWN}
+    blending = {
+        row.flag for row in rows_of("compose") if row.name not in _BARE and getattr(arguments, row.name) is not None
+    }
     if arguments.harmonize is None and blending:
-        raise RequestError(f"--{min(blending).replace('_', '-')} needs --harmonize")
-    path = output_path(filled(arguments.output, None), DEFAULT_NAME)
+        raise RequestError(f"{min(blending)} needs --harmonize")
+    path = output_path(filled(arguments.output, None), COMPOSITION)
     changes = {
         "hide": arguments.hide,
         "move": _by_layer("--move", arguments.move, int, 2),

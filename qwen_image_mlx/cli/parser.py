@@ -43,6 +43,7 @@ FOREIGN = {
     "--base-model": "--model",
 }
 _DASHED = "a prompt that begins with a dash comes last, after two dashes, as in -- -portrait"
+_PROFILE = "--profile takes the name of a profile in config.toml; --timings prints what each stage takes"
 _JOINED = "a value that begins with a dash is joined to its flag with =, as in {}=-blurry"
 
 
@@ -108,6 +109,8 @@ class Parser(argparse.ArgumentParser):
         return "; put a prompt of several words in quotes" if asks and not unknown[0].startswith("-") else ""
 
     def _cure(self, message: str) -> str:
+        if re.fullmatch(r"argument --profile: expected one argument", message):
+            return f"; {_PROFILE}"
         if match := re.fullmatch(r"argument (?:.*/)?(--?[\w-]+).*: expected one argument", message):
             return f"; {_JOINED.format(match[1])}"
         if re.search(r"--seed.*: invalid int value", message):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..pipeline.parameters import DTYPES, MAX_LAYERS, MAX_STEPS, check_size
+from ..pipeline.parameters import GenerationParameters, check_size
 from ..pipeline.request import parsed_size
+from ..runtime.options import OPTIONS, OpenOptions
 from ..variants import DEFAULT_MODEL
-from .config import add_config_flags, configured
+from .config import configured
+from .flags import add_options
 from .results import json_text
 
 if TYPE_CHECKING:
@@ -37,47 +40,33 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="a local directory or a Hugging Face id "
-        f"(default: {DEFAULT_MODEL})")  # fmt: skip
-    add("--memory", metavar="M", help="what may be used, as 16GB; auto is this machine's "
-        "(default: auto)")  # fmt: skip
-    add("--revision", help="branch, tag or commit of a Hugging Face model")
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of the text encoder and the transformer")
-    add("--quantize", metavar="Q", help="pack weights while they are loaded, as in generate")
-    add("--group-size", type=int, metavar="G", help="columns that share a scale")
-    add("--size", metavar="WxH", help="of the picture (default: the model's own)")
+    add_options(parser, "plan")
     add("--references", type=int, metavar="N", help="pictures an editing model is shown (default: 1)")
-    add("--layers", type=int, metavar="N", help="of a layered model (default: 4)")
-    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
     add("--json", action="store_true", help="print JSON, in bytes")
-    add_config_flags(parser)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the tables."""
-    from ..pipeline.pipeline import QwenImagePipeline
     from ..runtime.memory import alternatives, parse_memory, table_of
-    from ..weights.quantize import NONE, Quantization
+    from ..runtime.session import open_pipeline
     from .console import messages
 
-    usual = {"model": DEFAULT_MODEL, "memory": "auto", "layers": 4, **configured(arguments, "plan")}
+    usual = {"memory": "auto", "num_layers": GenerationParameters.num_layers, **configured(arguments, "plan")}
     for name, value in usual.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    if not 1 <= arguments.layers <= MAX_LAYERS:
-        raise RequestError(f"--layers is {arguments.layers}, but must be from 1 to {MAX_LAYERS}")
-    if arguments.steps is not None and not 1 <= arguments.steps <= MAX_STEPS:
-        raise RequestError(f"--steps is {arguments.steps}, but must be from 1 to {MAX_STEPS}")
+    for row in (OPTIONS["num_layers"], OPTIONS["steps"]):
+        value, kind = getattr(arguments, row.name), row.kind
+        if value is not None and not kind.accepts(value):
+            raise RequestError(f"{row.flag} is {value}, but must be from {kind.low} to {kind.high}")
     if arguments.group_size is not None and arguments.quantize is None:
         raise RequestError("--group-size needs --quantize")
     budget = parse_memory(arguments.memory).budget
+    options = OpenOptions.asked(vars(arguments), DEFAULT_MODEL)
 
     def plans_for(quantize: str | None) -> tuple[Components, Work, list[MemoryPlan]]:
-        quantization = Quantization.parse(quantize or NONE, arguments.group_size if quantize else None)
-        components = QwenImagePipeline.from_pretrained(
-            arguments.model, revision=arguments.revision, dtype=arguments.dtype, quantize=quantization
-        ).components
+        components = open_pipeline(replace(options, quantize=quantize)).components
         work = _work(arguments, components)
         return components, work, alternatives(components, work, budget)
 
@@ -88,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json_text(_facts(components, work, plans, budget)))
         return
     quantized = f", --quantize {arguments.quantize}" if arguments.quantize else ""
-    print(f"{arguments.model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "
+    print(f"{options.model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "
           f"{budget / 1e9:.1f} GB may be used")  # fmt: skip
     print(table_of(plans, budget))
     for bits, plans in others:
@@ -118,7 +107,7 @@ def _work(arguments: argparse.Namespace, components: Components) -> Work:
     check_size(*size)
     shown = size if variant.layered else size_of_area(variant.reference_area, square) if references else size
     return Work(
-        width=size[0], height=size[1], frames=arguments.layers + 1 if variant.layered else 1,
+        width=size[0], height=size[1], frames=arguments.num_layers + 1 if variant.layered else 1,
         shown=(shown,) * references, encoded=shown[0] * shown[1] if references else 0,
         guided=variant.cfg_scale > 1, steps=variant.steps if arguments.steps is None else arguments.steps,
     )  # fmt: skip

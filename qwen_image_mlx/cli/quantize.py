@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Writes the pack and prints its path."""
     from ..pipeline.packing import quantize_checkpoint
-    from ..weights.quantize import Quantization
+    from ..weights.schemes import Quantization
     from .console import ProgressBars, messages
 
     quantization = Quantization.parse(arguments.bits, arguments.group_size)

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..pipeline.limits import memory_size, usable_memory
 from ..pipeline.pipeline import QwenImagePipeline
 from ..runtime.memory import MemoryPlan, Work, alternatives
-from ..weights.quantize import NONE, Quantization
+from ..weights.schemes import NONE, Quantization
 from ..weights.synthetic import FULL, write_configs
 from .measure import on_metal
 from .outcome import Outcome

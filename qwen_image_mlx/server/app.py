@@ -17,7 +17,8 @@ from starlette.staticfiles import StaticFiles
 
 from .. import __version__
 from ..errors import RequestError
-from ..pipeline.parameters import GenerationParameters
+from ..pipeline.parameters import TASKS, GenerationParameters
+from ..runtime.options import OPTIONS
 from . import openai
 from .answers import INTERNAL, ApiError, dumps
 from .bodies import JSON, read_body
@@ -25,7 +26,7 @@ from .document import describe, takes
 from .guard import Guard, hand_over
 from .job import Job, outcome
 from .jobs import Feed, Jobs, Work
-from .models import MODEL_TASKS, Models
+from .models import Models
 from .repeats import Repeats, claim_of
 from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody
 from .work import Limits, Tasks, compose
@@ -33,7 +34,8 @@ from .work import Limits, Tasks, compose
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
-_DEFAULTS = ("num_layers", "cfg_scale", "resolution", "steps", "seed", "negative_prompt", "aspect")
+# Options that a server has a default for; and those that its models have.
+_DEFAULTS = [row.name for row in OPTIONS.values() if row.config and row.tasks]
 _DECODED_AT_ONCE = 2  # bodies whose pictures are looked at at the same time
 
 
@@ -60,7 +62,7 @@ class Setup:
 
     profile: str = "default"
     offers: Mapping[str, Mapping[str, Any]]
-    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {task: {} for task in MODEL_TASKS})
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {task: {} for task in TASKS})
     memory: str | None = None
     idle_seconds: float | None = 600.0
     is_own_host: Callable[[str], bool]
@@ -219,7 +221,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
     async def config() -> Response:
         """Models, defaults and limits."""
         setup = service.setup
-        said = {name: value for task in MODEL_TASKS for name, value in setup.defaults[task].items()}
+        said = {name: value for task in TASKS for name, value in setup.defaults[task].items()}
         return _json(dumps({
             "profile": setup.profile,
             "version": __version__,
@@ -238,7 +240,7 @@ def _offered(service: Service, task: str) -> dict[str, Any]:
     facts = {"num_layers": GenerationParameters.num_layers} if task == "decompose" else {}
     facts |= models.facts(task)
     return {"model": models.name(task), "loaded": models.is_loaded(task)} | facts | {
-        name: said[name] for name in ("steps", "cfg_scale", "num_layers", "resolution") if name in said
+        name: said[name] for name in _DEFAULTS if name in said and name in facts
     }  # fmt: skip
 
 

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..pipeline.parameters import GENERATION
+from ..variants import DEMOS
 from .lines import Names, parse_toml
-from .schema import DEFAULT_PROFILE, GENERATION, SCHEMA, TABLE, table_name
+from .schema import DEFAULT_PROFILE, SCHEMA, TABLE, table_name
 
 VARIABLE = "QWEN_IMAGE_CONFIG"
 NAME = "config.toml"
 BUILT_IN = "built-in"
 _MAX_BYTES = 1_000_000
 _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # those that a shell or a parent writes to
-DEMOS = ("demo", "demo-edit", "demo-layered")  # these names are never folders
 
 _ROWS = {(row.table, row.key): row for row in SCHEMA}
 _HOMES = {row.key: row.table for row in SCHEMA} | {GENERATION: ""}

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import CheckpointError, RequestError
 from ..outside import why_not_read
+from ..variants import DEMOS
 from .gguf import is_gguf, read_gguf
 from .hub import Folder, Progress, Repo, cached_folder, open_model
 from .shards import PICKLES, Tensor, component_tensors
@@ -28,7 +29,6 @@ _MAX_JSON = 256 << 20  # the largest index of a model has some MB
 _NUMBERED = re.compile(r"\d+\.safetensors")  # shards that say by their names that they belong together
 
 
-DEMOS = ("demo", "demo-edit", "demo-layered")  # the models inside this package
 DEMO_ROOT = Path(__file__).parents[1] / "demo"
 
 _NO_PICKLES = (

@@ -17,14 +17,16 @@ PACKAGE = "qwen_image_mlx"
 # Each room may import from itself and from rooms of lower levels.
 LEVELS = {
     "errors": 0,
+    "options": 0.5,
     "gpu": 0.5,
     "unfinished": 0.5,
     "outside": 0.5,
-    "config": 1, "settings": 1, "variants": 1,
+    "config": 1, "variants": 1,
     "models": 2, "sampling": 2, "images": 2, "text": 2,
     "weights": 3,
     "pipeline": 4,
     "runtime": 5, "training": 5,
+    "settings": 5.5,
     "server": 6, "doctor": 6,
     "cli": 7,
 }  # fmt: skip

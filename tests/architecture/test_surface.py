@@ -26,7 +26,7 @@ MODEL = {
 }  # fmt: skip
 PAINTER = MODEL | {
     "--lora", "--lora-mode", "--lightning", "--transformer", "--vae", "--memory", "--force", "--config", "--profile",
-    "--preview", "--wire",
+    "--preview", "--wire", "--timings",
 }  # fmt: skip
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = PAINTER | SAMPLING | {
