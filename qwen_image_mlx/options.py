@@ -260,6 +260,7 @@ class Option:
         nargs: of its flag, as argparse has it; "append" collects a flag that is repeated.
         tasks: of the server, whose bodies have it as a field.
         default: of that field; None is "not said", and ... is "must be said".
+        page: whether the page's form has it, if it is of sampling.
         line: whether a line of a .jsonl file of prompts may have it.
         config: its settings.
         record: when a PNG's record has it: "always"; "painted over", "layered" (with such a request); "set", where it
@@ -282,6 +283,7 @@ class Option:
     nargs: str | None = None
     tasks: tuple[str, ...] = ()
     default: Any = None
+    page: bool = True
     line: bool = False
     config: tuple[Config, ...] = ()
     record: str = ""

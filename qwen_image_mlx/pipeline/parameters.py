@@ -81,6 +81,7 @@ class GenerationParameters:
     rng: str = option(
         "torch", kind=Choice(RNGS), help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's", usual="torch",
         group="sampling", commands=PAINTERS, flags=("--rng",), tasks=TASKS, line=True, record="always",
+        page=False,
     )  # fmt: skip
     sigmas: tuple[float, ...] | None = option(None, kind=Several(Number(0, 1, above=True)), record="always")
     shift: float | None = option(None, kind=Number(0, 100, above=True), record="always")

@@ -28,7 +28,7 @@ from .job import Job, outcome
 from .jobs import Feed, Jobs, Work
 from .models import Models
 from .repeats import Repeats, claim_of
-from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody
+from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody, form_of
 from .work import Limits, Tasks, compose
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/qwen-image/config")
     async def config() -> Response:
-        """Models, defaults and limits."""
+        """Models, defaults, fields of the page's form, and limits."""
         setup = service.setup
         said = {name: value for task in TASKS for name, value in setup.defaults[task].items()}
         return _json(dumps({
@@ -227,6 +227,7 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
             "version": __version__,
             "tasks": {task: _offered(service, task) for task in setup.offers},
             "defaults": {name: said.get(name) for name in _DEFAULTS},
+            "fields": {task: form_of(task) for task in setup.offers},
             "limits": {
                 "max_pixels": setup.limits.pixels, "max_steps": setup.limits.steps,
                 "max_body_bytes": setup.max_body_bytes, "queue": setup.queue, "num_images": MAX_NUM_IMAGES,

@@ -91,6 +91,26 @@ def field_of(row: kinds.Option) -> tuple[Any, Any]:
     return (said | None if row.default is None else said), row.default
 
 
+def form_of(task: str) -> dict[str, dict[str, Any]]:
+    """What the page's form offers of sampling for a task: by the names of fields, their types, ends and help."""
+    form = {}
+    for row in of_task(task):
+        if row.group == "sampling" and row.page:
+            match row.kind:
+                case kinds.Integer(low, high):
+                    said: dict[str, Any] = {"type": "integer", "min": low, "max": _HIGHEST.get(row.name, high)}
+                case kinds.Number(low, high):
+                    said = {"type": "number", "min": low, "max": high}
+                case kinds.Choice(values):
+                    said = {"type": "choice", "choices": list(values)}
+                case kinds.Switch():
+                    said = {"type": "switch"}
+                case _:
+                    said = {"type": "text"}
+            form[row.name] = said | {"help": row.help}
+    return form
+
+
 class Body(BaseModel):
     """A request's fields; unknown ones are refused.
 
