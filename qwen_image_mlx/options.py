@@ -256,6 +256,7 @@ class Option:
         group: the heading of its flag in help.
         commands: whose flag it is.
         flags: how the flag is written, the long form first; () with commands is a place on the line.
+        instead: of a place on the line, flags that say the same.
         metavar: what stands for its value in help.
         nargs: of its flag, as argparse has it; "append" collects a flag that is repeated.
         tasks: of the server, whose bodies have it as a field.
@@ -279,6 +280,7 @@ class Option:
     group: str = ""
     commands: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    instead: tuple[str, ...] = ()
     metavar: str | None = None
     nargs: str | None = None
     tasks: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from ..runtime.options import OpenOptions
 from ..variants import ASPECT_SIZES
 from .config import configured
 from .flags import FOLDER, rows, rows_of
+from .idle import say_idle
 from .words import RANDOM, filled, read_prompt
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     read_prompt(given)
     if RANDOM in given.get("seed", ()):
         raise RequestError("--seed is -1, a random one, which a second run would not find again; give --seeds 1-4")
-    filled(given.get("output"), None)
+    filled(given.get("output"))
     if "seeds" in given:
         if "seed" in given:
             raise RequestError("give --seed or --seeds, not both")
@@ -65,16 +66,17 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     from ..runtime.batch import asked_pictures, missing_pictures, paint_all
     from ..runtime.profile import Profile
     from ..runtime.session import Session
-    from .console import ProgressBars, messages
+    from .console import Console
     from .preview import preview_file
 
-    with messages(), ProgressBars() as bars, ExitStack() as stack:
-        timings = Profile(bars) if "timings" in given else None
-        session = Session.open({**usual, **given}, default_model, timings or bars, task="generate")
+    with Console(arguments) as console, ExitStack() as stack:
+        timings = Profile(console) if "timings" in given or console.verbose else None
+        session = Session.open({**usual, **given}, default_model, timings or console, task="generate")
         requests = []
         for one in wanted:
             with _at(one.place):
                 requests.append(session.request(one.said, one.size))
+        say_idle(given, requests[0])
         opened = {row.name for row in options_of(OpenOptions) if row.record == "asked"}
         provenance = {name: value for name, value in given.items() if name in opened}
         asked = asked_pictures(session.pipeline, requests, folder, provenance)
@@ -85,9 +87,11 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
             return
         show = stack.enter_context(preview_file(folder / "qwen-image.png")) if "preview" in given else None
         for one, painting in paint_all(session, missing, show):
-            bars.close()
-            print(save_png(painting.image, one.path, {**painting.metadata, **provenance}), flush=True)
+            metadata = {**painting.metadata, **provenance}
+            written = save_png(painting.image, one.path, metadata)
+            console.result(written, seed=metadata["seed"], index=metadata["image_index"], metadata=metadata)
         if timings:
+            console.close()
             logger.info("%s", timings.table())
 
 

@@ -37,20 +37,23 @@ def run(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     wanted = {**configured(arguments, "caption"), **given}
 
-    from .console import ProgressBars, messages
+    from .console import Console, event, messages
 
     with messages():
         picture = open_rgba(arguments.image)
 
     from ..runtime.session import Session
 
-    with messages(), ProgressBars() as bars:
-        session = Session.open(wanted, DEFAULT_LAYERED_MODEL, bars)
+    with Console(arguments) as console:
+        session = Session.open(wanted, DEFAULT_LAYERED_MODEL, console)
         caption = session.pipeline.caption_image(
             picture, language=arguments.language or OPTIONS["language"].default,
             resolution=arguments.resolution or LAYERED_RESOLUTIONS[0], seed=seed,
         )  # fmt: skip
-        bars.close()
+        console.close()
         if drawn:
             logger.info("seed %d", seed)
-        print(caption)
+        if arguments.json:
+            event("result", caption=caption, seed=seed)
+        else:
+            print(caption)

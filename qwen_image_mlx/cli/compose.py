@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Lays the layers together, and has the result edited if that is asked for."""
-    from ..images.files import output_path, save_png
+    from ..images.files import output_path, save_image
     from ..images.recompose import compose
 
     blending = {
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if arguments.harmonize is None and blending:
         raise RequestError(f"{min(blending)} needs --harmonize")
-    path = output_path(filled(arguments.output, None), COMPOSITION)
+    path = output_path(filled(arguments.output), COMPOSITION)
     changes = {
         "hide": arguments.hide,
         "move": _by_layer("--move", arguments.move, int, 2),
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     with messages():
         picture = compose(arguments.layers, **changes)
         if arguments.harmonize is None:
-            print(save_png(picture, path, made_from))
+            print(save_image(picture, path, made_from))
             return
         composed, there = _composed(picture, path.with_stem(f"{path.stem}-composed"), made_from)
     edit = {

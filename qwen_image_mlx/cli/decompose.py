@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..errors import OutputError, RequestError
 from ..variants import DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .config import configured
 from .flags import add_options
+from .idle import say_idle
 from .words import RANDOM, draw_seed, filled, read_prompt
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..images.layer_files import check_formats
     from ..images.recompose import open_layer
     from ..images.sources import open_rgba
-    from .console import messages
+    from .console import Console, messages
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
@@ -71,27 +73,30 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..runtime.profile import Profile
     from ..runtime.session import Session, layers_of
-    from .console import ProgressBars
     from .preview import preview_file
 
     draft = layers_of(picture, wanted, (wanted.get("resolution") or LAYERED_RESOLUTIONS[0],))
-    folder = named_path(
-        f"{name}-layers" if arguments.output is None else filled(arguments.output, wanted["seed"]), "--output"
-    )
+    named = filled(arguments.output, seed=wanted["seed"], prompt=wanted.get("prompt"))
+    folder = named_path(f"{name}-layers" if named is None else named, "--output")
     width, height = draft.canvas.result_size
     check_writable(folder / "layer_0.png", nbytes=4 * width * height * (draft.parameters.num_layers + 2) * len(formats))
 
-    with messages(), ProgressBars() as bars, ExitStack() as stack:
-        timings = Profile(bars) if arguments.timings else None
-        session = Session.open(wanted, DEFAULT_LAYERED_MODEL, timings or bars, task="decompose")
+    with Console(arguments) as console, ExitStack() as stack:
+        timings = Profile(console) if arguments.timings or console.verbose else None
+        session = Session.open(wanted, DEFAULT_LAYERED_MODEL, timings or console, task="decompose")
         request = session.request(wanted, pictures=[picture])
+        say_idle(given, request)
         if drawn:
             logger.info("seed %d", wanted["seed"])
         show = stack.enter_context(preview_file(folder)) if arguments.preview else None
         result = session.decompose(request, show)
-        bars.close()
-        if timings:
+        console.close()
+        if arguments.timings:
             result.stack.metadata["profile"] = timings.record()
+        if timings:
             logger.info("%s", timings.table())
-        print(_save(result, folder, formats))
-        print(f"PSNR {result.psnr:.2f} dB")
+        saved, psnr = _save(result, folder, formats), result.psnr
+        console.result(
+            saved, f"PSNR {psnr:.2f} dB", seed=wanted["seed"], prompt=result.prompt,
+            psnr=round(psnr, 2) if math.isfinite(psnr) else None,
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 from ..options import Choice, Option, Several, Switch, Text, by_name
 from ..pipeline.parameters import PAINTERS
 from ..runtime.options import OPTIONS
+from .parser import EXAMPLES
 
 FOLDER = "qwen-images"  # of many pictures
 COMPOSITION = "composition.png"
@@ -25,8 +26,10 @@ _HEADINGS = {
     "memory": "speed and memory",
     "output": "output",
     "settings": "settings",
+    "shown": "what is shown",
 }
 _CANVAS = ("generate", "edit")
+_SHOWS = (*PAINTERS, "caption")
 _SETTLED = (*PAINTERS, "caption", "train", "plan", "serve")
 _LINES = ", ".join(row.name for row in OPTIONS.values() if row.line and row.name != "prompt")
 
@@ -83,10 +86,47 @@ _OWN = (
         help="take the config's profile NAME", usual="default",
     ),
     Option(
-        name="timings", kind=Switch(), group="settings", commands=PAINTERS, flags=("--timings",),
+        name="quiet", kind=Switch(), group="shown", commands=_SHOWS, flags=("--quiet",),
+        help="show no progress and no messages but warnings; results go to stdout as ever",
+    ),
+    Option(
+        name="verbose", kind=Switch(), group="shown", commands=_SHOWS, flags=("--verbose",),
+        help="show also what was asked for, all told, and what each stage takes",
+    ),
+    Option(
+        name="json", kind=Switch(), group="shown", commands=_SHOWS, flags=("--json",),
+        help="for an app that runs this: progress, messages and results on stdout, as JSON, one event a line",
+    ),
+    Option(
+        name="timings", kind=Switch(), group="shown", commands=PAINTERS, flags=("--timings",),
         help="print what each stage takes, and record it",
     ),
 )  # fmt: skip
+
+
+_EXAMPLES = {
+    "generate": (
+        'generate "A red fox in fresh snow" --aspect 16:9 --seed 42',
+        'generate "A red fox" --model 2512 --lightning 8 --output fox.webp',
+        'generate "An oil painting" --image sketch.png --strength 0.7',
+        "generate --from-image qwen-image.png --steps 20",
+    ),
+    "edit": (
+        'edit "Make the coat green" --image portrait.jpg --size source --output green.png',
+        'edit "Put the cat on the sofa" --image sofa.jpg --image cat.png',
+        'edit "A straw hat" --image portrait.jpg --mask hat-mask.png',
+    ),
+    "decompose": (
+        "decompose lake.png --layers 4 --format png,ora",
+        "decompose --layer lake-layers:2 --layers 2",
+        'decompose lake.png --prompt "A boat on a lake" --resolution 1024',
+    ),
+    "compose": (
+        "compose lake-layers --move 3:+40,-10 --output moved.png",
+        'compose lake-layers --hide 2 --harmonize "match light and shadows"',
+    ),
+    "caption": ("caption lake.png", "caption lake.png --language zh"),
+}
 
 
 @cache
@@ -115,6 +155,8 @@ def add_options(parser: argparse.ArgumentParser, command: str, heading: str = ""
         beside: names of options that stand under no heading.
     """
     found = rows_of(command)
+    if command in _EXAMPLES:
+        parser.epilog = "\n".join([EXAMPLES, *(f"  qwen-image-mlx {line}" for line in _EXAMPLES[command])])
     titles = dict.fromkeys(_HEADINGS[row.group] for row in sorted(found, key=lambda row: [*_HEADINGS].index(row.group)))
     groups = {title: parser.add_argument_group(title) for title in ([heading] if heading else titles)}
     for row in found:
@@ -144,8 +186,20 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
         del said["type"]
     if row.flags:
         place.add_argument(*row.flags, dest=row.name, **said)
+    elif row.instead:  # a place on the line, or a flag
+        place.add_argument(row.name, **said | {"action": _Once, "default": argparse.SUPPRESS})
+        place.add_argument(*row.instead, dest=row.name, action=_Once, metavar=row.metavar, help="the same as a flag")
     else:
         place.add_argument(row.name, **said)
+
+
+class _Once(argparse._StoreAction):
+    """Stores what is said once, at its place or by its flag."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest, None) is not None:
+            parser.error(f"the {self.dest} is given twice: {getattr(namespace, self.dest)!r:.40} and {values!r:.40}")
+        setattr(namespace, self.dest, values)
 
 
 def _help(row: Option) -> str:

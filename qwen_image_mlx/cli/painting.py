@@ -16,6 +16,7 @@ from ..runtime.options import recorded
 from ..variants import ASPECT_SIZES
 from .config import configured
 from .flags import flag_of, rows_of
+from .idle import say_idle
 from .replay import replayed
 from .words import RANDOM, draw_seed, filled, read_prompt
 
@@ -28,7 +29,7 @@ _PROVENANCE = [row.name for row in recorded("asked")]
 def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
     """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
     from ..images.colour import ignore_profiles
-    from ..images.files import check_text, check_writable, output_path, read_metadata, save_png
+    from ..images.files import OPAQUE, check_text, check_writable, output_path, read_metadata, save_image
     from ..images.recompose import adopt_layer, edited_layer_path
     from ..images.sources import open_image, open_mask, open_rgba
 
@@ -59,42 +60,48 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     adopted = edited_layer_path(given["layer"]) if "layer" in given and "output" not in given else None
     if adopted and (wanted["size"] != "source" or len(draft.seeds) * len(draft.image_indices) > 1):
         raise RequestError("one picture of the layer's own size takes its place: give --output for others")
-    path = adopted or output_path(filled(given.get("output"), draft.seeds[0]))
+    path = adopted or output_path(filled(given.get("output"), seed=draft.seeds[0], index=1, prompt=draft.prompt))
+    if path.suffix.lower() in OPAQUE and wanted.get("keep_alpha"):
+        raise RequestError(f"--output is {path}, but JPEG has no transparency to keep; end the name in .png or .webp")
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
 
     from ..runtime.profile import Profile
     from ..runtime.session import Session
-    from .console import ProgressBars, messages
+    from .console import Console
     from .preview import preview_file
 
-    with messages(), ProgressBars() as bars, ExitStack() as stack:
-        timings = Profile(bars) if "timings" in given else None
+    with Console(arguments) as console, ExitStack() as stack:
+        timings = Profile(console) if "timings" in given or console.verbose else None
         stack.enter_context(ignore_profiles(bool(wanted.get("ignore_profile"))))  # flag, or what a picture recorded
         pictures = [open_image(source) for source in sources]
         mask = open_mask(wanted["mask"]) if "mask" in wanted else None
-        session = Session.open(wanted, default_model, timings or bars, task=task)
+        session = Session.open(wanted, default_model, timings or console, task=task)
         straight = [open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None
         request = session.request(wanted, size, pictures, mask, straight)
+        say_idle(given, request)
         provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
         if drawn:
             logger.info("seed %s", ", ".join(map(str, request.seeds)))
         show = stack.enter_context(preview_file(path)) if "preview" in given else None
         saved: Counter[Path] = Counter()
-        for painting in session.paint(request, show):
-            bars.close()
-            if timings:
+        for index, painting in enumerate(session.paint(request, show), 1):
+            if "timings" in given:
                 painting.metadata["profile"] = timings.record()
-            file = adopted or output_path(filled(given.get("output"), painting.metadata["seed"]))
+            file = adopted or output_path(
+                filled(given.get("output"), seed=painting.metadata["seed"], index=index, prompt=request.prompt)
+            )
             number = saved[file]
             saved[file] += 1
             file = file.with_stem(f"{file.stem}-{number}") if number else file
-            written = save_png(painting.image, file, {**painting.metadata, **provenance})
+            written = save_image(painting.image, file, {**painting.metadata, **provenance})
             if adopted:
                 adopt_layer(given["layer"], written)
-            print(written, flush=True)
+            seed, number = painting.metadata["seed"], painting.metadata["image_index"]
+            console.result(written, seed=seed, index=number, metadata=painting.metadata | provenance)
         if len(request.image_indices) > 1:
             logger.info("each of these images can be generated again by itself: --from-image FILE")
         if timings:
+            console.close()
             logger.info("%s", timings.table())
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import GPUError, RequestError
-from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
+from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL, full_name
 from .ending import GaveUp
 from .flags import add_options
 
@@ -120,7 +120,7 @@ def _offer(arguments: argparse.Namespace, task: str, said: dict[str, Any]) -> di
     """What is to be opened for a task: flags win."""
     flag, usual = _MODELS[task]
     return {
-        "model": getattr(arguments, flag) or said.get("model") or usual,
+        "model": full_name(getattr(arguments, flag) or said.get("model") or usual),
         "quantize": arguments.quantize or said.get("quantize"),
         "loras": said.get("loras", []),
     }

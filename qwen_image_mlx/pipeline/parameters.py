@@ -75,8 +75,8 @@ class GenerationParameters:
     )  # fmt: skip
     cfg_scale: float = option(
         4.0, kind=Number(1, 100), help="guidance; 1 turns it off", usual="4.0",
-        group="sampling", commands=PAINTERS, flags=("--cfg-scale", "-g"), metavar="S", tasks=TASKS, line=True,
-        record="always", config=(Config(commands=TASKS, usual="the model's own", example=4.0),),
+        group="sampling", commands=PAINTERS, flags=("--cfg-scale", "-g", "--guidance"), metavar="S",
+        tasks=TASKS, line=True, record="always", config=(Config(commands=TASKS, usual="the model's own", example=4.0),),
     )  # fmt: skip
     rng: str = option(
         "torch", kind=Choice(RNGS), help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's", usual="torch",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from ..images.canvas import Canvas
 
+_SLUG = 36
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -79,6 +81,11 @@ def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
         seeds=tuple(seed) if isinstance(seed, list) else (seed,),
         image_indices=range(first, first + wanted.get("num_images", 1)),
     )
+
+
+def slug(prompt: str) -> str:
+    """The beginning of a prompt as a part of a file's name: at most 36 characters, each up to four bytes."""
+    return re.sub(r"\W+", "-", prompt.lower())[:_SLUG].strip("-") or "picture"
 
 
 def parsed_size(text: str, name: str = "size") -> tuple[int, int] | str:

@@ -19,6 +19,7 @@ from ..errors import RequestError
 from ..images.files import read_metadata
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.metadata import describe
+from ..pipeline.request import slug
 from ..unfinished import temporary_folder
 from .session import Painting, Session
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
     from .preview import Show
-
-_SLUG = 36  # characters of the prompt in a file's name, each up to four bytes
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ def asked_pictures(
             facts = describe(pipeline, request, None, seed, index) | provenance
             del facts["version"]
             text = json.dumps(facts)
-            slug = re.sub(r"\W+", "-", request.prompt.lower())[:_SLUG].strip("-") or "picture"
-            name = f"{slug}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
+            name = f"{slug(request.prompt)}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
             found.setdefault(text, Asked(request, json.loads(text), folder / name))
     return list(found.values())
 

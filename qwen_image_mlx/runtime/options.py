@@ -46,6 +46,7 @@ from ..variants import (
     DEFAULT_MODEL,
     LAYERED_RESOLUTIONS,
     LORA_MODES,
+    full_name,
 )
 from ..weights.schemes import NONE, SCHEMES, Quantization
 from .residency import read_memory
@@ -113,7 +114,7 @@ class OpenOptions:
         commands=(*_READS, "plan"), flags=("--dtype",), record="always",
     )  # fmt: skip
     quantize: str | None = option(
-        None, kind=_QUANTIZATION, group="model", commands=(*_READS, "plan", "serve"), flags=("--quantize",),
+        None, kind=_QUANTIZATION, group="model", commands=(*_READS, "plan", "serve"), flags=("--quantize", "-q"),
         help="pack weights while they are loaded: 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the transformer's; the text "
         "encoder's take 8), or transformer=4,text_encoder=8,vision=8", metavar="Q", record="always",
         config=(Config(commands=(*TASKS, "caption", "plan"), help="pack weights while they are loaded",
@@ -162,7 +163,8 @@ class OpenOptions:
     def asked(cls, asked: Mapping[str, Any], default_model: str) -> OpenOptions:
         """What a request's options, by their names, say of opening a model; raises RequestError."""
         said = {row.field: asked[row.name] for row in options_of(cls) if asked.get(row.name) is not None}
-        return cls(**{"model": default_model, **said, "loras": tuple(said.get("loras", ()))})
+        model = full_name(said.get("model", default_model))
+        return cls(**said | {"model": model, "loras": tuple(said.get("loras", ()))})
 
 
 # What is neither of the model nor of sampling. The order is that of help and of messages.
@@ -170,16 +172,16 @@ _OTHERS = (
     Option(
         name="prompt", kind=Text(), help="what to paint; may be empty", group="picture",
         commands=(*_CANVAS, "decompose"), nargs="?", metavar="PROMPT", tasks=TASKS, default=..., line=True,
-        record="always",
+        instead=("--prompt", "-p"), record="always",
         but={"edit": {"metavar": "INSTRUCTION", "help": "what to change; may be empty"},
-             "decompose": {"flags": ("--prompt",), "nargs": None, "metavar": None, "usual": "the model's own caption",
-                           "help": "what the whole picture shows"},
+             "decompose": {"flags": ("--prompt", "-p"), "nargs": None, "metavar": None,
+                           "usual": "the model's own caption", "help": "what the whole picture shows"},
              "/decompose": {"default": ""}},
     ),
     Option(
         name="images", kind=Several(Picture()), help="a picture to start from", group="picture", commands=_CANVAS,
-        flags=("--image",), nargs="append", metavar="IMAGE", tasks=("edit",), record="asked", place=True,
-        but={"edit": {"flags": ("--image", "-i"),
+        flags=("--image", "--image-path"), nargs="append", metavar="IMAGE", tasks=("edit",), record="asked", place=True,
+        but={"edit": {"flags": ("--image", "-i", "--image-path"),
                       "help": "a picture to work on; repeat for more, the order counts"}},
     ),
     Option(

@@ -27,7 +27,7 @@ from ..weights.lora_inspect import LIGHTNING
 from ..weights.schemes import NONE, Quantization
 from .cache import EncodingCache
 from .memory import Memory, MemoryPlan, Work, alternatives, fitting_plan, parse_memory, table_of, work_of
-from .options import OpenOptions, of_task
+from .options import OPTIONS, OpenOptions, of_task
 from .preview import Preview
 from .residency import DEFAULT, Residency
 
@@ -98,6 +98,7 @@ class Session:
         Raises:
             RequestError, CheckpointError, HubError: as `from_pretrained`; or the model is not made for the task.
         """
+        logger.debug("asked: %s", ", ".join(f"{name} {asked[name]!r:.200}" for name in OPTIONS if name in asked))
         session = cls(open_pipeline(OpenOptions.asked(asked, default_model), progress), asked, progress)
         if task is not None:
             session.pipeline.check_task(task)

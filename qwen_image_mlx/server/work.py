@@ -116,9 +116,10 @@ class Tasks:
     def _usual(self, task: str, session: Session) -> Request:
         """What is asked of a task's model by a request that says nothing."""
         wanted = self._wanted(task) | {"prompt": "a picture"}
-        picture = new_image("RGBA" if session.pipeline.variant.layered else "RGB", (1024, 1024))
-        edits = session.pipeline.variant.takes_images
-        return session.request(wanted, None if edits else self._aspect, [picture] if edits else [])
+        variant = session.pipeline.variant
+        picture = new_image("RGB", (1024, 1024)).convert("RGBA" if variant.layered else "RGB")
+        pictures = [picture] if variant.takes_images or variant.layered else []
+        return session.request(wanted, None if pictures else self._aspect, pictures)
 
     @property
     def _aspect(self) -> str:
@@ -149,7 +150,7 @@ class Tasks:
     def _paint(self, task: str, body: Any, files: list[bytes], size: Any) -> Work:
         wanted = self._wanted(task, body)
         asked = [row for row in recorded("asked") if task in row.tasks and not _is_picture(row)]
-        said = {row.name: value for row in asked if (value := getattr(body, row.name))}
+        said = {row.name: value for row in asked if (value := getattr(body, row.name)) != row.default}
         build_request(wanted | said, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
         self._check_early(task, wanted, size)
         if files:

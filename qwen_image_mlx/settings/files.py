@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..pipeline.parameters import GENERATION
-from ..variants import DEMOS
+from ..variants import DEMOS, full_name
 from .lines import Names, parse_toml
 from .schema import DEFAULT_PROFILE, SCHEMA, TABLE, table_name
 
@@ -61,7 +61,8 @@ class Settings:
         """
         rows = {row.feeds[command]: row for row in SCHEMA if command in row.feeds}
         said = {flag: self.values[row.key] for flag, row in rows.items() if self.values[row.key] is not None}
-        if model is not None and "loras" in said and model != said.get("model", rows["model"].usual):
+        own = said.get("model", rows["model"].usual) if "loras" in said else None
+        if model is not None and own is not None and full_name(model) != full_name(own):
             del said["loras"]
         return said
 

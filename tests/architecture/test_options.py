@@ -59,7 +59,8 @@ Path("p.jsonl").write_text('{"prompt": "a red circle", "sparkle": 5}\\n')
 found["line"] = painted("generate", "--prompts-file", "p.jsonl", "--model", "demo", "--steps", "1", "-o", "many")
 Path("q.jsonl").write_text('{"prompt": "a", "sparkle": 50}\\n')
 found["line refused"] = run("generate", "--prompts-file", "q.jsonl", "--model", "demo")[2]
-run("decompose", "flag.png", "--model", "demo-layered", "--prompt", "x", "--steps", "1", "--sparkle", "6", "-o", "layers")
+apart = ["--model", "demo-layered", "--prompt", "x", "--steps", "1", "-o", "layers"]
+run("decompose", "flag.png", *apart, "--sparkle", "6")
 found["layers"] = json.loads(Path("layers/manifest.json").read_text())["sparkle"]
 
 if "server" in sys.argv:
