@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..pipeline.parameters import GenerationParameters, check_size
 from ..pipeline.request import parsed_size
-from ..runtime.options import OPTIONS, OpenOptions
+from ..runtime.options import OPTIONS
 from ..variants import DEFAULT_MODEL
 from .config import configured
 from .flags import add_options
 from .results import json_text
 
 if TYPE_CHECKING:
-    from ..pipeline.components import Components
+    from ..pipeline.pipeline import QwenImagePipeline
     from ..runtime.memory import MemoryPlan, Work
+    from ..runtime.session import Session
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Say what each stage of painting will take in memory, in GB, for every way to keep weights there, and which fits.
@@ -48,10 +51,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the tables."""
-    from ..runtime.memory import alternatives, parse_memory, table_of
-    from ..runtime.session import open_pipeline
+    from ..runtime.memory import table_of
+    from ..runtime.session import Session
     from .console import messages
 
+    given = {name for name, value in vars(arguments).items() if value is not None}
     usual = {"memory": "auto", "num_layers": GenerationParameters.num_layers, **configured(arguments, "plan")}
     for name, value in usual.items():
         if getattr(arguments, name) is None:
@@ -62,22 +66,23 @@ def run(arguments: argparse.Namespace) -> None:
             raise RequestError(f"{row.flag} is {value}, but must be from {kind.low} to {kind.high}")
     if arguments.group_size is not None and arguments.quantize is None:
         raise RequestError("--group-size needs --quantize")
-    budget = parse_memory(arguments.memory).budget
-    options = OpenOptions.asked(vars(arguments), DEFAULT_MODEL)
 
-    def plans_for(quantize: str | None) -> tuple[Components, Work, list[MemoryPlan]]:
-        components = open_pipeline(replace(options, quantize=quantize)).components
-        work = _work(arguments, components)
-        return components, work, alternatives(components, work, budget)
+    def plans_for(quantize: str | None) -> tuple[Session, Work, list[MemoryPlan]]:
+        session = Session.open(vars(arguments) | {"quantize": quantize}, DEFAULT_MODEL)
+        work = _work(arguments, session.pipeline)
+        return session, work, session.alternatives(work)
 
     with messages():
-        components, work, plans = plans_for(arguments.quantize)
+        session, work, plans = plans_for(arguments.quantize)
         others = [] if arguments.quantize else [(bits, plans_for(bits)[2]) for bits in _OTHERS]
+        if "num_layers" in given and not session.pipeline.variant.layered:
+            logger.warning("--layers has no effect: %s is not a layered model", session.pipeline.model)
+    budget, model = session.memory.budget, session.pipeline.model
     if arguments.json:
-        print(json_text(_facts(components, work, plans, budget)))
+        print(json_text(_facts(model, work, plans, budget)))
         return
     quantized = f", --quantize {arguments.quantize}" if arguments.quantize else ""
-    print(f"{options.model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "
+    print(f"{model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "
           f"{budget / 1e9:.1f} GB may be used")  # fmt: skip
     print(table_of(plans, budget))
     for bits, plans in others:
@@ -85,16 +90,16 @@ def run(arguments: argparse.Namespace) -> None:
         print(table_of(plans, budget))
 
 
-def _work(arguments: argparse.Namespace, components: Components) -> Work:
+def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:
     from ..images.geometry import size_of_area
     from ..runtime.memory import Work
 
-    variant = components.variant
+    variant = pipeline.variant
     references = arguments.references
     if references is None:
         references = int(variant.takes_images)
     if references < 0 or (references and not variant.takes_images) or (variant.takes_images and not references):
-        raise RequestError(f"--references is {references}, which {components.snapshot.model} does not take")
+        raise RequestError(f"--references is {references}, which {pipeline.model} does not take")
     square = (1, 1)
     if arguments.size is not None:
         size = parsed_size(arguments.size, "--size")
@@ -113,9 +118,9 @@ def _work(arguments: argparse.Namespace, components: Components) -> Work:
     )  # fmt: skip
 
 
-def _facts(components: Components, work: Work, plans: list[MemoryPlan], budget: int) -> dict[str, Any]:
+def _facts(model: str, work: Work, plans: list[MemoryPlan], budget: int) -> dict[str, Any]:
     return {
-        "model": components.snapshot.model,
+        "model": model,
         "disk": plans[0].disk,
         "width": work.width,
         "height": work.height,

@@ -140,9 +140,9 @@ def _stage_names(said: Mapping[str, Any]) -> list[str]:
 
 def check_model(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the model is of the kind the file was made with."""
-    config = pipeline.components.transformer_config
+    config = pipeline.transformer_config
     ours = {
-        "class": pipeline.components.sources.index.get("_class_name"),
+        "class": pipeline.class_name,
         **{name: getattr(config, name) for name in _CONFIG},
     }
     theirs = {"class": said.get("class"), **said["transformer"]}

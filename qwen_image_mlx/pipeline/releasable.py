@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ..config import TransformerConfig
+from ..weights.schemes import Quantization
 from .core import PipelineCore
 from .loras import LoRAReference, read_adapters
 from .request import Request
@@ -11,6 +13,25 @@ from .request import Request
 
 class ReleasablePipeline(PipelineCore):
     """What a checkpoint can do, with its components released and reloaded by name."""
+
+    @property
+    def class_name(self) -> str | None:
+        """Of the checkpoint's pipeline, as its index says."""
+        return self.components.sources.index.get("_class_name")
+
+    @property
+    def transformer_config(self) -> TransformerConfig:
+        """What the checkpoint says of its transformer, corrected by what its files show."""
+        return self.components.transformer_config
+
+    @property
+    def quantization(self) -> Quantization:
+        """How matrices are packed while they are loaded."""
+        return self.components.quantization
+
+    def lora_targets(self) -> Mapping[str, tuple[int, ...]]:
+        """The transformer's modules that have a weight, with its shape: what a LoRA may change."""
+        return self.components.lora_targets()
 
     @property
     def is_loaded(self) -> bool:

@@ -164,10 +164,10 @@ class Session:
                 the session is told to go on by force, with what takes least.
         """
         pipeline, budget = self.pipeline, self.memory.budget
-        components, work = pipeline.components, work_of(request, pipeline)
-        plan = self.plans[work] = self.plans.get(work) or fitting_plan(components, work, self.memory)
+        work = work_of(request, pipeline)
+        plan = self.plans[work] = self.plans.get(work) or fitting_plan(pipeline.components, work, self.memory)
         if plan.peak > budget:
-            others = alternatives(components, work, budget)
+            others = self.alternatives(work)
             logger.warning("too large for the memory:\n%s", table_of(others, budget))
             if not self.force:
                 packs = any(other.needs_pack and other.peak <= budget for other in others)
@@ -190,6 +190,10 @@ class Session:
             logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, budget / 1e9)
         with limits(budget, plan.working, wire=self._wire), pipeline.keeping(streamed, plan.strip_pixels):
             yield plan
+
+    def alternatives(self, work: Work) -> list[MemoryPlan]:
+        """For each residency the plan of a piece of work that fits the session's memory, or takes least."""
+        return alternatives(self.pipeline.components, work, self.memory.budget)
 
     # Run ------------------------------------------------------------------------------------------------------------
 
