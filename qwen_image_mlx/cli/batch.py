@@ -76,7 +76,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         for one in wanted:
             with _at(one.place):
                 requests.append(session.request(one.said, one.size))
-        say_idle(given, requests[0])
+        say_idle("generate", given, requests[0])
         opened = {row.name for row in options_of(OpenOptions) if row.record == "asked"}
         provenance = {name: value for name, value in given.items() if name in opened}
         asked = asked_pictures(session.pipeline, requests, folder, provenance)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Options that a composition has without a model.
-_BARE = ("output", "ignore_profile")
+_BARE = ("output", "ignore_profile", "quiet", "verbose", "json")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Lays the layers together, and has the result edited if that is asked for."""
-    from ..images.files import output_path, save_image
+    from ..images.files import OPAQUE, output_path, save_image
     from ..images.recompose import compose
 
     blending = {
@@ -57,23 +57,23 @@ def run(arguments: argparse.Namespace) -> None:
     }
     made_from = {"layers": arguments.layers} | {name: getattr(arguments, name) for name in changes}
 
-    from .console import messages
+    from .console import Console
 
-    with messages():
+    with Console(arguments) as console:
         picture = compose(arguments.layers, **changes)
         if arguments.harmonize is None:
-            print(save_image(picture, path, made_from))
+            console.result(save_image(picture, path, made_from), metadata=made_from)
             return
-        composed, there = _composed(picture, path.with_stem(f"{path.stem}-composed"), made_from)
+        composed, there = _composed(picture, path.with_name(f"{path.stem}-composed.png"), made_from)
     edit = {
         "prompt": arguments.harmonize,
         "images": [str(composed)],
         "size": "source",
-        "keep_alpha": True,
+        "keep_alpha": path.suffix.lower() not in OPAQUE,
         "output": str(path),
     }
     try:
-        run_painting(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, task="edit")
+        run_painting(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, "edit", command="compose")
     except BaseException:
         if not there:
             composed.unlink()

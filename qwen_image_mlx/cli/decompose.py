@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         timings = Profile(console) if arguments.timings or console.verbose else None
         session = Session.open(wanted, DEFAULT_LAYERED_MODEL, timings or console, task="decompose")
         request = session.request(wanted, pictures=[picture])
-        say_idle(given, request)
+        say_idle("decompose", given, request)
         if drawn:
             logger.info("seed %d", wanted["seed"])
         show = stack.enter_context(preview_file(folder)) if arguments.preview else None

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .flags import flag_of
+from .flags import rows_of
 
 if TYPE_CHECKING:
     from ..pipeline.request import Request
@@ -34,13 +34,15 @@ _IDLE: dict[str, tuple[Callable[[Mapping[str, Any], Request], bool], str]] = {
 }
 
 
-def say_idle(given: Mapping[str, Any], request: Request) -> None:
+def say_idle(command: str, given: Mapping[str, Any], request: Request) -> None:
     """Warns of flags that have no effect on a request.
 
     Args:
+        command: which was typed; what it has no flag for was not asked for by anybody.
         given: options that the command line gives, by their names.
         request: what is painted.
     """
-    for name, (is_idle, why) in _IDLE.items():
-        if name in given and is_idle(given, request):
-            logger.warning("%s has no effect: %s", flag_of(name), why)
+    for row in rows_of(command):
+        is_idle, why = _IDLE.get(row.name, (None, ""))
+        if is_idle is not None and row.name in given and is_idle(given, request):
+            logger.warning("%s has no effect: %s", row.flag, why)

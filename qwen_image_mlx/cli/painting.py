@@ -26,8 +26,15 @@ logger = logging.getLogger(__name__)
 _PROVENANCE = [row.name for row in recorded("asked")]
 
 
-def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
-    """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
+def run_painting(arguments: argparse.Namespace, default_model: str, task: str, command: str | None = None) -> None:
+    """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched.
+
+    Args:
+        arguments: the flags.
+        default_model: where neither they nor the config name one.
+        task: what the model must be made for.
+        command: whose flags these are; None is that of the task's name.
+    """
     from ..images.colour import ignore_profiles
     from ..images.files import OPAQUE, check_text, check_writable, output_path, read_metadata, save_image
     from ..images.recompose import adopt_layer, edited_layer_path
@@ -78,7 +85,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         session = Session.open(wanted, default_model, timings or console, task=task)
         straight = [open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None
         request = session.request(wanted, size, pictures, mask, straight)
-        say_idle(given, request)
+        say_idle(command or task, given, request)
         provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
         if drawn:
             logger.info("seed %s", ", ".join(map(str, request.seeds)))

@@ -123,27 +123,31 @@ def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> by
     return file.getvalue()
 
 
-def encode_image(image: Image.Image, metadata: dict[str, Any], suffix: str) -> bytes:
-    """A picture as the bytes of a file, with its metadata.
+def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> bytes:
+    """A picture as the bytes of a file of that name, with its metadata.
 
     Args:
         image: RGB or RGBA.
         metadata: JSON-serialisable; in a JPEG and a WebP it is EXIF's UserComment.
-        suffix: ".png"; ".webp", without loss; ".jpg" or ".jpeg", at quality 95.
+        path: ends in .png; .webp, which is without loss; .jpg or .jpeg, of quality 95.
 
     Raises:
         OutputError: it has transparency or a record that a JPEG cannot hold.
     """
-    form, settings = _WRITERS[suffix]
+    form, settings = _WRITERS[path.suffix.lower()]
     if form == "PNG":
         return encode_png(image, metadata)
     exif, file = Image.Exif(), io.BytesIO()
     comment = _COMMENT + json.dumps({METADATA_KEY: metadata}).encode()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    if form == "JPEG" and image.mode == "RGBA" and image.getextrema()[3][0] == 255:
+        image = image.convert("RGB")
     if form == "JPEG" and image.has_transparency_data:
-        raise OutputError("JPEG has no transparency, and this picture has some; end the name in .png or .webp")
+        raise OutputError(
+            f"cannot write {path}: JPEG has no transparency, which this picture has; end in .png or .webp"
+        )
     if form == "JPEG" and len(comment) > _JPEG_COMMENT:
-        raise OutputError("the record of this picture is too long for a JPEG; end the name in .png or .webp")
+        raise OutputError(f"cannot write {path}: its record is too long for a JPEG; end the name in .png or .webp")
     image.save(file, form, exif=exif, **settings)
     return file.getvalue()
 
@@ -167,7 +171,7 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path
     Raises:
         OutputError: it could not be written; nothing is left behind.
     """
-    return _save(path, encode_image(image, metadata, path.suffix.lower()))
+    return _save(path, encode_image(image, metadata, path))
 
 
 def _save(path: Path, data: bytes) -> Path:

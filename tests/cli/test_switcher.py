@@ -208,6 +208,23 @@ def test_a_jpeg_that_would_lose_transparency_is_refused_before_any_work(run):
     assert "folder" not in said
 
 
+def test_a_composition_is_a_jpeg_where_it_hides_nothing(run):
+    Image.new("RGB", (64, 64), "red").save("a.png")
+    assert run("decompose a.png -p x --model demo-layered --steps 1 --layers 2 -o apart")[0] == 0
+    Image.new("RGBA", (64, 64), "blue").save("apart/layer_0.png")
+    assert run("compose apart -o whole.jpg") == (0, ["whole.jpg"], "")
+    assert read_metadata("whole.jpg")["layers"] == "apart"
+    code, out, err = run("compose apart -o blended.jpg --harmonize x --model demo-edit --steps 1")
+    assert (code, out) == (0, ["blended.jpg"]), err
+    assert "has no effect" not in err
+    with Image.open("blended-composed.png") as kept, Image.open("blended.jpg") as blended:
+        assert (kept.format, blended.format) == ("PNG", "JPEG")
+    Image.new("RGBA", (64, 64), (0, 0, 255, 9)).save("apart/layer_0.png")
+    assert "JPEG has no transparency" in error_line(run("compose apart --hide 1 -o thin.jpg"))
+    code, (line,), _ = run("compose apart -o whole.webp --json")
+    assert (code, json.loads(line)["path"]) == (0, "whole.webp")
+
+
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
