@@ -110,6 +110,8 @@ class Parser(argparse.ArgumentParser):
                 {*re.findall(r"^give (--[\w-]+)", ours)} <= {*known}
             ):  # what this command does not have is no help
                 return f"; {ours}"
+            if owners := _owners(name):
+                return f"; it means nothing here: {name} is a flag of {', '.join(owners)}"
             if name.startswith("--") and (near := get_close_matches(name, known, 1)):
                 return f"; did you mean {near[0]}?"
             if asks and re.match("-[^-]", word):
@@ -129,3 +131,11 @@ class Parser(argparse.ArgumentParser):
             near = get_close_matches(match[1], re.findall(r"[\w:.-]+", match[2]), 1)
             return f"; did you mean {near[0]}?" if near else ""
         return ""
+
+
+def _owners(flag: str) -> list[str]:
+    """The commands that have a flag."""
+    from .flags import rows  # which are made with what stands above
+
+    found = [command for row in rows().values() for command in row.commands if flag in row.of(command).flags]
+    return list(dict.fromkeys(found))
