@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 ROW = """    sparkle: float = option(
         0.0, kind=Number(0, 10), help="how much it sparkles", usual="0", group="sampling", commands=PAINTERS,

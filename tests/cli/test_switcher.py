@@ -314,6 +314,7 @@ def test_help_is_in_groups(capsys):
                           "speed and memory", "output", "settings", "what is shown", "examples"]  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 @pytest.mark.parametrize(("words", "found"), [
     (["gen"], ["generate"]), (["edit", "--mask"], ["--mask", "--mask-padding"]),
