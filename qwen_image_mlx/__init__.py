@@ -28,7 +28,7 @@ _PUBLIC = {
     "unpack_multi_layer_latents": "sampling.latents",
     "Progress": "pipeline.progress",
     "HubSnapshot": "weights.snapshot",
-    "Quantization": "weights.quantize",
+    "Quantization": "weights.schemes",
     "QwenImageError": "errors",
     "RequestError": "errors",
     "CheckpointError": "errors",
