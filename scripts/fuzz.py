@@ -137,7 +137,7 @@ KINDS = {
     "ora": Kind(("layers.ora",), _layers),
     "zip": Kind(("layers.zip",), _layers),
     "manifest": Kind(("layers/manifest.json", "layers/layer_0.png"), _layers_of_folder),
-    "record": Kind(("made.png",), _command("info", "FILE")),
+    "record": Kind(("made.png", "made.jpg", "made.webp"), _command("info", "FILE")),
     "images": Kind(("a.png", "a.jpg", "a.webp", "a.tif", "a.gif", "a.bmp", "a.avif"), _image),
     "encoding": Kind(("encoding.safetensors",), _encoding),
     "config": Kind(("config.toml",), _settings),
@@ -152,7 +152,7 @@ def prepare(folder: Path) -> None:
     import mlx.core as mx
 
     from qwen_image_mlx import QwenImagePipeline
-    from qwen_image_mlx.images.files import save_png
+    from qwen_image_mlx.images.files import save_image
     from qwen_image_mlx.images.layer_files import save_layers
     from qwen_image_mlx.images.layers import Layer, LayerStack
     from qwen_image_mlx.pipeline.conditioning import EncodingSource, GuidanceEncoding
@@ -169,7 +169,9 @@ def prepare(folder: Path) -> None:
     image = Image.linear_gradient("L").resize((24, 16)).convert("RGBA")
     for ending in ("png", "jpg", "webp", "tif", "gif", "bmp", "avif"):
         image.convert("RGB").save(folder / f"a.{ending}")
-    save_png(image, folder / "made.png", {"prompt": "a fox", "seed": 1, "width": 24, "height": 16})
+    for ending in ("png", "jpg", "webp"):
+        said = {"prompt": "a fox", "seed": 1, "width": 24, "height": 16}
+        save_image(image, folder / f"made.{ending}", said)
     save_layers(LayerStack((24, 16), (Layer(image), Layer(image.resize((8, 8))))), folder / "layers",
                 ("png", "psd", "ora", "zip"))  # fmt: skip
     for file in folder.glob("layers/*.*"):

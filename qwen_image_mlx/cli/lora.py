@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
             lora, _ = read_known_lora(path, strength)
         else:
             pipeline = QwenImagePipeline.from_pretrained(arguments.model, progress=bars)
-            lora = read_lora(path, pipeline.components.lora_targets(), strength)
+            lora = read_lora(path, pipeline.lora_targets(), strength)
         bars.close()
         rows = describe(lora)
         width = max(len(label) for label, _ in rows)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..weights.shards import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from .pipeline import QwenImagePipeline
+    from .request import Request
 
 _FORMAT = "qwen_image_mlx.guidance_encoding.1"
 
@@ -107,3 +112,13 @@ class InitialImage:
     mean: mx.array
     std: mx.array
     mask: mx.array | None = None
+
+
+class Encodings(Protocol):
+    """Encodings that were kept, by what was asked for."""
+
+    def get(self, pipeline: QwenImagePipeline, request: Request) -> GuidanceEncoding | None:
+        """The encoding of an equal request, or None."""
+
+    def put(self, pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding) -> None:
+        """Keeps an encoding."""

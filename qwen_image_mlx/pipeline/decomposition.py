@@ -88,7 +88,7 @@ def layers_request(
 
     Args:
         resolutions: those the model works at, the default first.
-        sampling: further fields of `GenerationParameters`: steps, guidance, shift.
+        sampling: fields of `GenerationParameters`, such as steps, guidance, shift; they win.
 
     Raises:
         RequestError: one of them is out of range, or the picture shows nothing.
@@ -109,12 +109,14 @@ def layers_request(
         prompt=prompt,
         negative_prompt=negative_prompt,
         parameters=GenerationParameters(
-            width=canvas.size[0],
-            height=canvas.size[1],
-            num_layers=num_layers,
-            cfg_normalize=cfg_normalize,
-            rng=rng,
-            **sampling,
+            **{
+                "width": canvas.size[0],
+                "height": canvas.size[1],
+                "num_layers": num_layers,
+                "cfg_normalize": cfg_normalize,
+                "rng": rng,
+                **sampling,
+            }
         ),
         seeds=(seed,),
         images=(picture,),

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..weights.loader import RESIDENT
-from ..weights.quantize import Quantization
+from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 

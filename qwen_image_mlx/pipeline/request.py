@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from ..images.canvas import Canvas
 
+_SLUG = 36
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -58,19 +60,6 @@ class Request:
             raise RequestError(f"the number of pictures must be from 1 to {MAX_IMAGES}")
 
 
-# Names of flags and metadata, and the parameters they set.
-_PARAMETERS = {
-    "width": "width",
-    "height": "height",
-    "steps": "num_inference_steps",
-    "cfg_scale": "cfg_scale",
-    "rng": "rng",
-    "sigmas": "sigmas",
-    "shift": "shift",
-    "strength": "strength",
-}
-
-
 def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
     """What flags, a recorded picture and the model's recommendations add up to.
 
@@ -83,17 +72,20 @@ def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
     """
     if wanted.get("prompt") is None:
         raise RequestError("a prompt is missing", cause="prompt")
-    given = {**wanted, "width": size[0], "height": size[1]}
-    settings = {field: given[name] for name, field in _PARAMETERS.items() if given.get(name) is not None}
     seed = wanted["seed"]  # a list from the flags, a number from a picture, which also has its index
     first = 0 if isinstance(seed, list) else wanted.get("image_index", 0)
     return Request(
         prompt=wanted["prompt"],
         negative_prompt=wanted.get("negative_prompt"),
-        parameters=GenerationParameters(**settings),
+        parameters=GenerationParameters.asked(wanted, width=size[0], height=size[1]),
         seeds=tuple(seed) if isinstance(seed, list) else (seed,),
         image_indices=range(first, first + wanted.get("num_images", 1)),
     )
+
+
+def slug(prompt: str) -> str:
+    """The beginning of a prompt as a part of a file's name: at most 36 characters, each up to four bytes."""
+    return re.sub(r"\W+", "-", prompt.lower())[:_SLUG].strip("-") or "picture"
 
 
 def parsed_size(text: str, name: str = "size") -> tuple[int, int] | str:

@@ -167,7 +167,7 @@ def encode_examples(
     """
     report = progress or (lambda _: None)
     made_by = (_FORMAT, task, resolution, with_dropped, pipeline.fingerprint, str(pipeline.dtype),
-               str(pipeline.components.quantization), profiles_are_ignored())  # fmt: skip
+               str(pipeline.quantization), profiles_are_ignored())  # fmt: skip
     paths = [folder / f"{_digest(example, made_by)}.safetensors" for example in examples]
     entries = [_read_entry(path) for path in paths]
     new = [n for n, entry in enumerate(entries) if entry is None]

@@ -189,11 +189,10 @@ def _check(
     """What can be wrong without reading a weight."""
     if not examples:
         raise RequestError("there is nothing to train on: give at least one example")
-    quantization = pipeline.components.quantization
-    if settings.full and "transformer" in quantization.components:
+    if settings.full and "transformer" in pipeline.quantization.components:
         raise RequestError("packed weights cannot be trained: leave --quantize away, or train a LoRA")
     if not settings.full:
-        check_lora(matrices(pipeline.components.transformer_config), settings.targets, settings.rank)
+        check_lora(matrices(pipeline.transformer_config), settings.targets, settings.rank)
     for place in (folder, *(folder / name for name in (CHECKPOINTS, CACHE, SAMPLES))):
         sweep(place)
     try:
@@ -226,7 +225,7 @@ def _record(pipeline: QwenImagePipeline, examples: Sequence[Example], settings: 
 
 def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSettings, cache: Path) -> Trainer:
     """The network, in memory from here on, and what trains it."""
-    parts, config = pipeline.components, pipeline.components.transformer_config
+    parts, config = pipeline.components, pipeline.transformer_config
     shift = training_shift(parts.scheduler_config) if settings.shift is None else settings.shift
     flow = FlowMatching(
         settings.timesteps, settings.logit_mean, settings.logit_std, shift=shift, weighting=settings.weighting,

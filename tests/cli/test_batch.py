@@ -118,11 +118,11 @@ def test_without_a_seed_every_prompt_has_seed_0(run):
 def test_the_plan_is_made_for_the_largest_picture(run, monkeypatch):
     planned = []
 
-    def settled(pipeline, request, memory, *, force, wire):
-        planned.append((request, memory, force))
+    def refuse(session, request):
+        planned.append((request, session.memory, session.force))
         raise RequestError("too large")
 
-    monkeypatch.setattr("qwen_image_mlx.runtime.asking.settled", settled)
+    monkeypatch.setattr("qwen_image_mlx.runtime.session.Session.planned", refuse)
     lines = [
         {"prompt": "a", "width": 2048, "height": 1024, "cfg_scale": 1},
         {"prompt": "b", "negative_prompt": "dull"},
@@ -135,7 +135,7 @@ def test_the_plan_is_made_for_the_largest_picture(run, monkeypatch):
     assert (parameters.width, parameters.height, parameters.num_inference_steps) == (2048, 1024, 9)
     assert parameters.cfg_scale > 1
     assert request.negative_prompt == "dull"
-    assert (len(request.image_indices), memory, force) == (3, "1GB", True)
+    assert (len(request.image_indices), memory.budget, force) == (3, 10**9, True)
 
 
 def test_a_preview_follows_the_picture_that_is_painted(run, monkeypatch):

@@ -105,8 +105,10 @@ def test_a_folder_of_layers_may_hold_the_seed(run):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["generate", "x", *DEMO, "--output", "{prompt}.png"], "--output has {prompt}, but only {seed} is filled in"),
-    (["generate", "x", *DEMO, "--output", "{}.png"], "--output has {}, but only {seed} is filled in"),
+    (["generate", "x", *DEMO, "--output", "{date}.png"],
+     "--output has {date}, but only {seed}, {index}, {prompt} are filled in"),
+    (["generate", "x", *DEMO, "--output", "{}.png"],
+     "--output has {}, but only {seed}, {index}, {prompt} are filled in"),
     (["generate", "x", *DEMO, "--seeds", "1-2", "--output", "{seed}"], "--output has {seed}, but there"),
     (["compose", "a", "--output", "{seed}.png"], "--output has {seed}, but there is not one seed"),
 ])  # fmt: skip

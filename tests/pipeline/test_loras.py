@@ -16,7 +16,7 @@ from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.models.layers import QuantizedLinear, SideBranch
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import expected_tensors
-from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 REQUEST = {"prompt": "a fox", "negative_prompt": "blurry", "width": 64, "height": 48, "steps": 3, "cfg_scale": 3.0,

@@ -28,7 +28,7 @@ from qwen_image_mlx.runtime.memory import (
     make_plan,
     parse_memory,
 )
-from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 WORK = Work(64, 48, steps=2)
@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model,
 
 
 def test_a_profile_is_printed_and_recorded(run):
-    code, _, err = run("--profile", "-o", "fox.png")
+    code, _, err = run("--timings", "-o", "fox.png")
     assert code == 0, err
     assert "seconds" in err
     record = json.loads(Image.open("fox.png").text["qwen_image_mlx"])["profile"]

@@ -67,7 +67,6 @@ def accepted(parse, *arguments) -> bool:
 def test_limits_are_those_of_the_rooms():
     from qwen_image_mlx.pipeline.parameters import GenerationParameters, check_seed, check_side
     from qwen_image_mlx.variants import ASPECT_SIZES, DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
-    from qwen_image_mlx.weights.snapshot import DEMOS
 
     def fits(field):
         return lambda value: GenerationParameters(**{"width": 64, "height": 64, field: value})
@@ -83,14 +82,13 @@ def test_limits_are_those_of_the_rooms():
     values += [True, "4", float("nan")]
     for key, parse in rooms.items():
         assert [ROWS[key].kind.accepts(v) for v in values] == [accepted(parse, v) for v in values], key
-    assert tuple(ASPECT_SIZES) == schema.ASPECTS
-    assert files.DEMOS == DEMOS
+    assert tuple(ASPECT_SIZES) == ROWS["aspect"].kind.values
     usual = [ROWS[key].usual for key in ("model_path", "edit_model_path", "layered_model_path", "aspect")]
     assert usual == [DEFAULT_MODEL, DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, next(iter(ASPECT_SIZES))]
 
 
 def test_quantizations_are_those_of_the_quantizer():
-    from qwen_image_mlx.weights.quantize import Quantization
+    from qwen_image_mlx.weights.schemes import Quantization
 
     names = ("2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4", "none", "lots", "")
     schemes = [n + g for n in names for g in ("", "/", "/16", "/32", "/64", "/128", "/256")]

@@ -16,7 +16,8 @@ from qwen_image_mlx.models.layers import Linear, QuantizedEmbedding, QuantizedLi
 from qwen_image_mlx.models.transformer import Transformer
 from qwen_image_mlx.weights.loader import load_module
 from qwen_image_mlx.weights.packed import Packed
-from qwen_image_mlx.weights.quantize import SCHEMES, Scheme, quantize_matrix, relative_error
+from qwen_image_mlx.weights.quantize import quantize_matrix, relative_error
+from qwen_image_mlx.weights.schemes import SCHEMES, Scheme
 
 EVERY = [Scheme(mode, bits, group) for mode, bits, groups in SCHEMES.values() for group in groups]
 W = mx.random.normal((96, 512), key=mx.random.key(0))

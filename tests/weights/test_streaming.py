@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from qwen_image_mlx import CheckpointError, GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
-from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 ALL = ("transformer", "text_encoder", "vision")
