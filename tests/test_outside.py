@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from commands import error_line
 from PIL import Image
 
+from qwen_image_mlx import QwenImagePipeline
+from qwen_image_mlx.cli import results
+from qwen_image_mlx.cli.console import ProgressBars
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import CheckpointError, RequestError
-from qwen_image_mlx.images.files import output_path, read_metadata
+from qwen_image_mlx.images.files import output_path, read_metadata, save_png
 from qwen_image_mlx.images.sources import open_image
-from qwen_image_mlx.outside import printable, why_not_read
+from qwen_image_mlx.outside import escaped, printable, why_not_read
+from qwen_image_mlx.pipeline.progress import Progress
+from qwen_image_mlx.server.answers import ApiError
 from qwen_image_mlx.text.tokenizer import MAX_CHARACTERS, QwenTokenizer
 from qwen_image_mlx.variants import OWN, variant_of
 from qwen_image_mlx.weights.lora_formats import peft_config
@@ -47,6 +54,70 @@ def test_errors_are_printable(capsys, name):
     line = error_line((code, out.splitlines(), err))
     assert line.isprintable()
     assert len(line) < 2_100
+
+
+HOSTILE = "a\x1b[31m\u202e\x9bb"
+SHOWN = r"a\x1b[31m\u202e\x9bb"
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A LoRA for the demo whose metadata and one tensor's name are hostile."""
+    targets = QwenImagePipeline.from_pretrained("demo").components.lora_targets()
+    name, (rows, columns) = next((name, shape) for name, shape in targets.items() if "to_q" in name)
+    path = tmp_path_factory.mktemp("lora") / "a.safetensors"
+    factors = {f"{name}.lora_A.weight": mx.zeros((2, columns)), f"{name}.lora_B.weight": mx.zeros((rows, 2))}
+    mx.save_safetensors(str(path), {**factors, f"{HOSTILE}.lora_A.weight": mx.zeros((2, 2))}, {"title": HOSTILE})
+    return path
+
+
+@pytest.mark.parametrize("command", [["lora", "inspect"], ["info"]])
+def test_tables_of_files_are_printable(lora, capsys, command):
+    assert main([*command, str(lora)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert len([line for line in lines if SHOWN in line]) == 2  # what matches nothing, and the title
+
+
+def test_the_table_of_settings_is_printable(tmp_path, capsys):
+    config = tmp_path / "a\u202eb.toml"
+    config.write_text('[default.qwen_image.generation]\nnegative_prompt = "a\u202e\u2066b"\n')
+    assert main(["config", "show", "--config", str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert any(r'"a\u202e\u2066b"' in line and r"a\u202eb.toml" in line for line in lines)
+
+
+def test_a_picture_s_record_is_printable(tmp_path, capsys):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prompt": HOSTILE, HOSTILE: "two\nlines"})
+    assert main(["info", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.splitlines())
+    assert out.count(SHOWN) == 2
+
+
+def test_what_the_server_answers_is_printable_and_short():
+    answer = ApiError("malformed", f"{HOSTILE}\n{'x' * 10_000}")
+    assert answer.message.isprintable()
+    assert answer.message.startswith(SHOWN)
+    assert len(answer.message) < 450
+
+
+def test_progress_bars_are_printable(capsys):
+    with ProgressBars() as bars:
+        bars(Progress("download", 1, 2, HOSTILE + "x" * 1000))
+    err = capsys.readouterr().err
+    assert SHOWN in err
+    assert "\u202e" not in err
+    assert "x" * 300 not in err
+
+
+def test_an_encoding_s_escapes_are_those_of_messages():
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with results._escaping(stream):
+        stream.write("狐é🦊")
+    stream.flush()
+    assert stream.buffer.getvalue().decode() == escaped("狐é🦊")
 
 
 @pytest.fixture(params=["fifo", "device", "folder"])

@@ -241,6 +241,7 @@ def _json_line(line: str) -> dict[str, Any] | None:
             near = difflib.get_close_matches(name, _KEYS, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}"
             raise RequestError(f"{name!r:.80} is no key: {hint}")
+    said = {name: value for name, value in said.items() if value is not None}
     if "prompt" not in said:
         raise RequestError("the prompt is missing")
     return said

@@ -6,6 +6,7 @@ import argparse
 import logging
 from typing import Any
 
+from ..outside import MAX_CHARACTERS, printable
 from ..variants import CAPTION_TEMPLATES, DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .config import add_config_flags, configured
 from .painting import add_colour_flag, add_model_flags
@@ -58,4 +59,4 @@ def run(arguments: argparse.Namespace) -> None:
         bars.close()
         if arguments.seed == RANDOM:
             logger.info("seed %d", seed)
-        print(caption)
+        print(printable(caption, MAX_CHARACTERS))

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
-from ..outside import why_not_read
 from ..unfinished import hidden, publish, sweep
-from .formats import MOST_BYTES
+from .formats import check_file
+from .sources import readable
 
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "qwen_image_mlx"
 DEFAULT_NAME = "qwen-image.png"
 _FREE_MARGIN = 1 << 20
+_MOST_RECORD = 8_000_000  # characters: some of the longest prompts there may be
 _NAME_BYTES = 200  # most file systems take 255; a number may be added
 
 
@@ -132,26 +134,26 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata `save_png` stored; raises RequestError if the file is no such picture."""
-    try:
-        if why := why_not_read(path, MOST_BYTES):
-            raise RequestError(f"{path} is not a readable picture: {why}")
+    with readable(str(path), path, "PNG"):
+        check_file(path, str(path))
         with Image.open(path, formats=("PNG",)) as image:
             image.load()
-            text = getattr(image, "text", {}).get(METADATA_KEY)
-    except RequestError:
-        raise
-    except FileNotFoundError as error:
-        raise RequestError(f"there is no file {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise RequestError(f"{path} is not a readable picture: {why}") from error
-    try:
-        metadata = json.loads(text) if text is not None else None
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
+            metadata = record_of(getattr(image, "text", {}))
+    if metadata is None:
         raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own PNG files do")
     return metadata
+
+
+def record_of(texts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `encode_png` stored among a PNG's texts; None if it is not there, is damaged, or too long to be ours."""
+    text = texts.get(METADATA_KEY)
+    if not isinstance(text, str) or len(text) > _MOST_RECORD:
+        return None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def new_file(path: Path, data: bytes) -> Path:

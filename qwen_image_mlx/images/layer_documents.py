@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from ..errors import QwenImageError, RequestError
+from ..outside import why_not_read
 from .colour import in_srgb
-from .layers import MAX_PIXELS, Layer, LayerStack, clean_name, composite
+from .layers import MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ _PSD_EFFECTS = (b"lfx2", b"lmfx", b"lfxs", b"lrFX")  # blocks of effects; the fi
 _USUAL_RANGE = (0, 65535)  # of Blend If: nothing is left out
 _FAR, _MANY = 16, 0.01  # levels and share of pixels: beyond both a stack is another picture than its file shows
 _PSD_PROFILE = 1039  # the image resource that holds an ICC profile
+_MAX_FILE = 2 << 30  # of a PSD, by its specification
 _PSD_ALPHA = -1  # the channel's number in the file
 _PSD_MODES = ("RGB", "GRAYSCALE", "DUOTONE", "INDEXED", "CMYK")
 
@@ -106,6 +108,8 @@ def read_psd(path: Path) -> LayerStack:
     """
     tools = library("psd_tools", "reading psd")
     try:
+        if why := why_not_read(path, _MAX_FILE):
+            raise RequestError(f"{path} cannot be read: {why}")
         with warnings.catch_warnings():
             # A channel that cannot be unpacked comes back black, with a warning.
             warnings.simplefilter("error", getattr(tools.compression, "PSDDecompressionWarning", UserWarning))
@@ -116,8 +120,9 @@ def read_psd(path: Path) -> LayerStack:
                 logger.warning(
                     "%s is in %s of %d bits; it is read as RGB of 8", path, document.color_mode.name, document.depth
                 )
+            check_size(document.size, str(path))
             sizes = [layer.width * layer.height for layer in document.descendants() if layer.kind in _PIXELS]
-            if max(sum(sizes), document.width * document.height) > MAX_PIXELS:
+            if sum(sizes) > MAX_PIXELS:
                 raise RequestError(f"{path} holds more than {MAX_PIXELS} pixels; make its layers smaller")
             notices: list[str] = []
             layers = tuple(_psd_layers(document, path, notices))

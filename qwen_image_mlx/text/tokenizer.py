@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import CheckpointError, RequestError
+from ..outside import MAX_CHARACTERS
 
 # Qwen2's split of a text before BPE; stands in every Qwen2.5 tokenizer.json.
 _SPLIT = (
@@ -20,7 +21,6 @@ _SPLIT = (
 )
 _BYTES = 256
 _PANICS = "pyo3_runtime"  # where the class of its panics says that it is
-MAX_CHARACTERS = 1_000_000  # of a prompt and what stands around it; models read some thousands
 _FIRST_SPECIAL = 151643
 _SPECIAL = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
             "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")  # fmt: skip

@@ -232,7 +232,7 @@ def test_ctrl_c_loses_nothing_that_is_finished(run, monkeypatch):
     ("[" * 100_000, "line 1: this is not JSON"),
     ('{"seed": 1}', "line 1: the prompt is missing"),
     ('{"prompt": 3}', "line 1: prompt is 3"),
-    ('{"prompt": null}', "line 1: prompt is None"),
+    ('{"prompt": null, "seed": 1}', "line 1: the prompt is missing"),
     ('{"prompt": "\\ud800"}', "line 1: prompt is '\\ud800'"),
     ('{"prompt": "a", "negative_prompt": 1}', "line 1: negative_prompt is 1"),
     ('{"prompt": "a", "negative_promt": "b"}', "line 1: 'negative_promt' is no key: did you mean negative_prompt?"),

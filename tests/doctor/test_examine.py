@@ -50,7 +50,7 @@ def test_an_unforeseen_error_is_told(temporary):
 
 
 def test_what_a_group_refuses_is_an_error(temporary):
-    with pytest.raises(CheckpointError, match="the golden file .* cannot be read, it is not there"):
+    with pytest.raises(CheckpointError, match=r"the golden file .* cannot be read, it is not there"):
         examine.examine([GOLDEN], {}, {"golden": str(temporary / "none"), "model": "demo"}, lambda *_: None)
 
 
