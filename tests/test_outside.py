@@ -19,14 +19,17 @@ from qwen_image_mlx.cli.console import ProgressBars
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import CheckpointError, RequestError
 from qwen_image_mlx.images.files import output_path, read_metadata, save_png
+from qwen_image_mlx.images.layer_files import load_layers
 from qwen_image_mlx.images.sources import open_image
 from qwen_image_mlx.outside import escaped, printable, why_not_read
+from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
 from qwen_image_mlx.pipeline.progress import Progress
 from qwen_image_mlx.server.answers import ApiError
-from qwen_image_mlx.text.tokenizer import MAX_CHARACTERS, QwenTokenizer
+from qwen_image_mlx.text.tokenizer import MAX_CHARACTERS, QwenTokenizer, Tokens
 from qwen_image_mlx.variants import OWN, variant_of
+from qwen_image_mlx.weights.gguf import read_gguf
 from qwen_image_mlx.weights.lora_formats import peft_config
-from qwen_image_mlx.weights.shards import read_header
+from qwen_image_mlx.weights.shards import load_tensors, read_header
 
 
 @pytest.mark.parametrize("text", ["\x1b[2Jgone", "\x9b31m", "a\u202eb", "\ud800", "\x07", "\r", "\u2028", "\x7f"])
@@ -130,9 +133,21 @@ def strange(request, tmp_path):
     return str(place)
 
 
-@pytest.mark.parametrize("read", [open_image, read_metadata, read_header])
+def refuses_as_damaged(path):
+    with pytest.raises((OSError, ValueError), match="not a regular file"):
+        load_tensors(path)
+    raise CheckpointError("not a regular file")
+
+
+READERS = [
+    open_image, read_metadata, read_header, read_gguf, GuidanceEncoding.load, refuses_as_damaged,
+    lambda path: load_layers(path) if not os.path.isdir(path) else open_image(path),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("read", READERS)
 def test_what_is_no_file_is_refused_without_being_opened(strange, read):
-    with pytest.raises((RequestError, CheckpointError), match=r"not a regular file|is a folder"):
+    with pytest.raises((RequestError, CheckpointError), match=r"not a regular file|is a folder|holds no layers"):
         read(strange)
 
 
@@ -207,10 +222,36 @@ class Panics:
     def encode(self, text, **_):
         raise PanicException("index out of bounds")
 
+    def decode(self, ids, **_):
+        raise PanicException("index out of bounds")
 
-def test_a_panic_of_the_tokenizer_is_a_sentence():
+
+@pytest.mark.parametrize("use", [lambda t: t.encode("a fox"), lambda t: t.decode([1])])
+def test_a_panic_of_the_tokenizer_is_a_sentence(use):
     with pytest.raises(CheckpointError, match="index out of bounds"):
+        use(QwenTokenizer(Panics()))
+
+
+def test_ctrl_c_inside_the_tokenizer_is_no_fault_of_its_files(monkeypatch):
+    def interrupted(self, text, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Panics, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         QwenTokenizer(Panics()).encode("a fox")
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, 2**31, 2**63 - 1, 2**80])
+def test_token_ids_beyond_a_vocabulary_are_found_before_mlx_reads(monkeypatch, number):
+    pipeline, real = QwenImagePipeline.from_pretrained("demo"), QwenTokenizer.encode
+
+    def encode(self, text):
+        ids, offsets = real(self, text)
+        return Tokens([*ids[:-1], number], offsets)
+
+    monkeypatch.setattr(QwenTokenizer, "encode", encode)
+    with pytest.raises(CheckpointError, match=rf"the tokenizer gives the token {number}"):
+        pipeline.encode_guidance_prompts("a fox")
 
 
 def test_prompts_have_a_bound_before_they_are_read():

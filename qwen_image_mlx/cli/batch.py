@@ -83,6 +83,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     from ..runtime.cache import EncodingCache
     from ..runtime.preview import Preview
     from ..runtime.profile import Profile
+    from ..unfinished import sweep_results
     from .console import ProgressBars, messages
     from .preview import preview_file
 
@@ -102,6 +103,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         if len(missing) < len(asked):
             logger.info("%d of %d pictures are in %s already", len(asked) - len(missing), len(asked), folder)
         if not missing:
+            sweep_results(folder)
             return
         memory = given.get("memory", usual.get("memory"))
         plan = stack.enter_context(

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
-from ..unfinished import hidden, publish, sweep
+from ..unfinished import hidden, publish
 from .formats import check_file
 from .sources import readable
 
@@ -82,13 +82,8 @@ def check_text(metadata: Any) -> None:
 
 
 def check_writable(path: Path, nbytes: int) -> None:
-    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now.
-
-    Removes what runs that were killed left in its folder.
-    """
+    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now."""
     folder = path.parent
-    for place in (folder, Path(tempfile.gettempdir())):
-        sweep(place)
     try:
         path.exists()
         while not folder.exists() and folder != folder.parent:

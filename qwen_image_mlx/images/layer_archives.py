@@ -28,7 +28,6 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError, some
-from ..outside import why_not_read
 from .files import METADATA_KEY, is_from_macos, record_of, replace_file
 from .formats import OTHER_SUFFIXES, SUFFIXES
 from .geometry import Size
@@ -287,8 +286,6 @@ def _zip_files(path: Path) -> Iterator[_Files]:
 
 def _check_directory(path: Path) -> None:
     """Raises RequestError for a list of files that is too long to be read; OSError if the file cannot be read."""
-    if why := why_not_read(path, _MAX_ARCHIVE):
-        raise RequestError(f"{path} cannot be read: {why}")
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - _ZIP_TAIL))
         tail = file.read()

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from ..errors import QwenImageError, RequestError
-from ..outside import why_not_read
 from .colour import in_srgb
 from .layers import MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
 
@@ -52,7 +51,6 @@ _PSD_EFFECTS = (b"lfx2", b"lmfx", b"lfxs", b"lrFX")  # blocks of effects; the fi
 _USUAL_RANGE = (0, 65535)  # of Blend If: nothing is left out
 _FAR, _MANY = 16, 0.01  # levels and share of pixels: beyond both a stack is another picture than its file shows
 _PSD_PROFILE = 1039  # the image resource that holds an ICC profile
-_MAX_FILE = 2 << 30  # of a PSD, by its specification
 _PSD_ALPHA = -1  # the channel's number in the file
 _PSD_MODES = ("RGB", "GRAYSCALE", "DUOTONE", "INDEXED", "CMYK")
 
@@ -108,8 +106,6 @@ def read_psd(path: Path) -> LayerStack:
     """
     tools = library("psd_tools", "reading psd")
     try:
-        if why := why_not_read(path, _MAX_FILE):
-            raise RequestError(f"{path} cannot be read: {why}")
         with warnings.catch_warnings():
             # A channel that cannot be unpacked comes back black, with a warning.
             warnings.simplefilter("error", getattr(tools.compression, "PSDDecompressionWarning", UserWarning))

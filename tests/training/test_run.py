@@ -17,6 +17,7 @@ from reference_edit import load_edit_reference, run_edit_reference, write_edit, 
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.errors import CheckpointError, GPUError, OutputError, QwenImageError, RequestError
+from qwen_image_mlx.images.colour import ignore_profiles
 from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.models.layers import QuantizedLinear
 from qwen_image_mlx.training import checkpoints, loop, run, samples
@@ -343,6 +344,25 @@ def test_weights_that_are_not_numbers_are_not_saved(models, examples, tmp_path, 
     with pytest.raises(loop.NotFinite, match="not finite after step 2"):
         train(open_model(models), examples["t2i"], settings(save_every=1), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "resume"), [
+    ("samples", True), ("checkpoints", True), ("cache", True), ("log.jsonl/", True), ("plot.png/", True),
+])  # fmt: skip
+def test_what_a_run_would_write_over_is_found_first(models, examples, tmp_path, name, resume):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("mine")
+    with pytest.raises(RequestError, match=f"has a {name.strip('/')} that is not a run's own"):
+        train(open_model(models), examples["t2i"], settings(), folder, resume=resume)
+    assert [path.name for path in folder.iterdir()] == [name.strip("/")]
+
+
+def test_a_run_goes_on_only_with_the_colours_it_began_with(models, examples, tmp_path):
+    with ignore_profiles():
+        train(open_model(models), examples["t2i"], settings(steps=1, save_every=1), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="ignore_profile True and not None"):
+        train(open_model(models), examples["t2i"], settings(steps=2), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("record", ["[]", "1", "null", '"a"', "[" * 100_000])
