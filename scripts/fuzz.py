@@ -232,7 +232,8 @@ def prepare(folder: Path) -> None:
         more = (1, 1) if dialect == "conv" else ()
         mx.save_safetensors(str(folder / f"loras/{dialect}.safetensors"), {
             spelled(down): mx.ones((2, columns, *more)), spelled(up): mx.ones((out, 2, *more)),
-            **{spelled(other): mx.ones([rows if n < 0 else n for n in shape], getattr(mx, kind)) for other, (shape, kind) in others.items()},
+            **{spelled(other): mx.ones([rows if n < 0 else n for n in shape], getattr(mx, kind))
+               for other, (shape, kind) in others.items()},
         }, {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 2, "rank_pattern": {"to_q": 2}})}
             if dialect == "peft" else {"ss_network_alpha": "2"})  # fmt: skip
     mx.save_safetensors(str(folder / "example.safetensors"), {
