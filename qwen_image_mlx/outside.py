@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat
 import unicodedata
 from os import PathLike
@@ -39,7 +40,7 @@ def escaped(text: str) -> str:
     return text.encode("unicode_escape").decode()
 
 
-def why_not_read(path: str | PathLike, most: int) -> str | None:
+def why_not_read(path: str | PathLike, most: float = math.inf) -> str | None:
     """Why an existing file is not to be read: it is none, or has more than `most` bytes; None if it can be.
 
     Nothing is opened: a pipe would wait for whoever writes. Raises OSError if it cannot be looked at.

@@ -164,12 +164,14 @@ def load_layers(path: str | os.PathLike) -> LayerStack:
     found = _format_of(path)
     if found is None:
         raise RequestError(f"{path} holds no layers that can be read; give {READABLE}")
+    if not path.is_dir() and (why := why_not_read(path, _MAX_FILE)):
+        raise RequestError(f"{path} cannot be read: {why}")
     return found.read(path)
 
 
 def _format_of(path: Path) -> Format | None:
     try:
-        if not path.is_dir() and (why := why_not_read(path, _MAX_FILE)):
+        if not path.is_dir() and (why := why_not_read(path)):
             raise RequestError(f"{path} cannot be read: {why}")
         return next((f for f in FORMATS.values() if f.read is not None and f.recognises(path)), None)
     except OSError as error:

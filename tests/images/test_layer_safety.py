@@ -25,7 +25,7 @@ from test_layer_formats import as_is, ora, psd
 from test_layer_stacks import noise, plain
 
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.images import layer_archives, layer_documents
+from qwen_image_mlx.images import layer_archives, layer_documents, layer_files
 from qwen_image_mlx.images.layer_files import FORMATS, load_layers, save_layers
 from qwen_image_mlx.images.layers import MAX_SIDE
 
@@ -244,6 +244,15 @@ def test_zip_bombs_are_refused(tmp_path):
         path = zipped(tmp_path / "x.zip", {f"layer_{n}.png": bytes(1000) for n in range(count)})
         path.write_bytes(path.read_bytes().replace(struct.pack("<I", 1000), struct.pack("<I", claimed)))
         assert says in refusal(path)
+
+
+def test_layers_have_a_bound_and_other_files_none(tmp_path):
+    for name, begins in (("x.psd", b"8BPS"), ("x.safetensors", b"")):
+        with open(tmp_path / name, "wb") as file:
+            file.write(begins)
+            file.truncate((2 << 30) + 1)
+    assert "more than the 2,147 MB" in refusal(tmp_path / "x.psd")
+    assert not layer_files.is_layers(tmp_path / "x.safetensors")
 
 
 PACKINGS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
