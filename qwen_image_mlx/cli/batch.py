@@ -66,6 +66,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     from ..runtime.batch import asked_pictures, missing_pictures, paint_all
     from ..runtime.profile import Profile
     from ..runtime.session import Session
+    from ..unfinished import sweep_results
     from .console import Console
     from .preview import preview_file
 
@@ -84,6 +85,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         if len(missing) < len(asked):
             logger.info("%d of %d pictures are in %s already", len(asked) - len(missing), len(asked), folder)
         if not missing:
+            sweep_results(folder)
             return
         show = stack.enter_context(preview_file(folder / "qwen-image.png")) if "preview" in given else None
         for one, painting in paint_all(session, missing, show):
@@ -217,6 +219,7 @@ def _json_line(line: str) -> dict[str, Any] | None:
             near = difflib.get_close_matches(name, _KEYS, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}"
             raise RequestError(f"{name!r:.80} is no key: {hint}")
+    said = {name: value for name, value in said.items() if value is not None}
     if "prompt" not in said:
         raise RequestError("the prompt is missing")
     return said

@@ -6,6 +6,7 @@ import argparse
 import logging
 from typing import Any
 
+from ..outside import MAX_CHARACTERS, printable
 from ..runtime.options import OPTIONS
 from ..variants import DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .config import configured
@@ -56,4 +57,4 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.json:
             event("result", caption=caption, seed=seed)
         else:
-            print(caption)
+            print(printable(caption, MAX_CHARACTERS))

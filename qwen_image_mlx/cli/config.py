@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import OutputError, RequestError
 from ..settings import SCHEMA, default_place, example_config, find_config, load_settings
 from .flags import add_option, rows
-from .results import json_text
+from .results import json_text, print_table
 
 DESCRIPTION = """\
 Say what config.toml sets, write one, or say which is in force: the one named by --config or by QWEN_IMAGE_CONFIG; or
@@ -57,13 +57,10 @@ def _show(arguments: argparse.Namespace) -> None:
         facts = {"file": file, "profile": settings.profile, "settings": said}
         print(json_text(facts))
         return
-    lines = [
+    print_table([
         (name, row.usual if settings[row.key] is None else _written(settings[row.key]), settings.origins[row.key])
         for name, row in rows
-    ]
-    first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
-    for name, value, origin in lines:
-        print(f"{name:{first}}  {value:{second}}  {origin}")
+    ])  # fmt: skip
 
 
 def _written(value: Any) -> str:

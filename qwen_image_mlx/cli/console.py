@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..outside import printable
+from ..outside import one_line, printable
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
 
 _LABELS = {"denoise": "steps"}
 _MOST = 20_000  # characters of a message; tables are long
+_MOST_DETAIL = 200
 _PAUSE = 1.0  # seconds between two looks at the layers of a step
 
 
@@ -45,7 +46,7 @@ class ProgressBars:
             self._key = key
             self._bar = tqdm(
                 total=progress.total,
-                desc=f"{_LABELS.get(progress.stage, progress.stage)} {progress.detail}".strip(),
+                desc=one_line(f"{_LABELS.get(progress.stage, progress.stage)} {progress.detail}", _MOST_DETAIL),
                 unit="B" if in_bytes else "it",
                 unit_scale=in_bytes,
                 unit_divisor=1000,

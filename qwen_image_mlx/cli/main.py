@@ -15,6 +15,7 @@ from importlib import import_module
 
 from .. import __version__
 from ..errors import QwenImageError
+from ..outside import one_line
 from .cures import sentence
 from .ending import GaveUp, HungUp, Terminated, terminable
 from .parser import Parser
@@ -60,7 +61,7 @@ def _main(argv: Sequence[str] | None) -> int:
             _say_error(sentence(error))
         return 2
     except GaveUp as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except Unread:
         return 141

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
-from ..outside import why_not_read
-from ..unfinished import hidden, publish, sweep
-from .formats import MOST_BYTES
+from ..unfinished import hidden, publish
+from .formats import check_file
+from .sources import readable
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ OPAQUE = (".jpg", ".jpeg")  # without transparency
 _COMMENT = b"ASCII\0\0\0"  # which code EXIF's UserComment is in
 _JPEG_COMMENT = 60_000  # bytes; EXIF is one segment of a JPEG
 _FREE_MARGIN = 1 << 20
+_MOST_RECORD = 8_000_000  # characters: some of the longest prompts there may be
 _NAME_BYTES = 200  # most file systems take 255; a number may be added
 
 
@@ -93,13 +95,8 @@ def check_text(metadata: Any) -> None:
 
 
 def check_writable(path: Path, nbytes: int) -> None:
-    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now.
-
-    Removes what runs that were killed left in its folder.
-    """
+    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now."""
     folder = path.parent
-    for place in (folder, Path(tempfile.gettempdir())):
-        sweep(place)
     try:
         path.exists()
         while not folder.exists() and folder != folder.parent:
@@ -183,38 +180,38 @@ def _save(path: Path, data: bytes) -> Path:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The metadata `save_image` stored; raises RequestError if the file is no such picture."""
-    try:
-        if why := why_not_read(path, MOST_BYTES):
-            raise RequestError(f"{path} is not a readable picture: {why}")
+    with readable(str(path), path, "PNG, JPEG or WebP"):
+        check_file(path, str(path))
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             image.load()
-            text = getattr(image, "text", {}).get(METADATA_KEY) if image.format == "PNG" else _commented(image)
-    except RequestError:
-        raise
-    except FileNotFoundError as error:
-        raise RequestError(f"there is no file {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise RequestError(f"{path} is not a readable picture: {why}") from error
-    try:
-        metadata = json.loads(text) if text is not None else None
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
+            metadata = record_of(getattr(image, "text", {}) if image.format == "PNG" else _commented(image))
+    if metadata is None:
         raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own pictures do")
     return metadata
 
 
-def _commented(image: Image.Image) -> str | None:
-    """The record in EXIF's UserComment, as JSON; None if it is somebody else's."""
+def _commented(image: Image.Image) -> dict[str, str]:
+    """The record in EXIF's UserComment, as JSON by its key; empty if it is somebody else's."""
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    if not isinstance(comment, bytes) or not comment.startswith(_COMMENT):
-        return None
+    if not isinstance(comment, bytes) or not comment.startswith(_COMMENT) or len(comment) > _MOST_RECORD:
+        return {}
     try:
         said = json.loads(comment[len(_COMMENT) :])
     except (ValueError, RecursionError):
+        return {}
+    return {METADATA_KEY: json.dumps(said[METADATA_KEY])} if isinstance(said, dict) and METADATA_KEY in said else {}
+
+
+def record_of(texts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `encode_png` stored among a picture's texts; None if it is not there, is damaged, or too long to be ours."""
+    text = texts.get(METADATA_KEY)
+    if not isinstance(text, str) or len(text) > _MOST_RECORD:
         return None
-    return json.dumps(said[METADATA_KEY]) if isinstance(said, dict) and METADATA_KEY in said else None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def new_file(path: Path, data: bytes) -> Path:

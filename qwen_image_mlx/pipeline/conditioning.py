@@ -96,7 +96,7 @@ class GuidanceEncoding:
             if odd or any(not mx.issubdtype(array.dtype, mx.floating) for array in arrays.values()):
                 raise ValueError("shapes or dtypes do not fit")
             return cls(arrays["positive"], arrays.get("negative"), references, EncodingSource(**source))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is a damaged encoding ({error}); encode again") from error
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from ..outside import MAX_CHARACTERS
 from ..variants import ASPECT_SIZES, NAMED_SIZES
 from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
 
@@ -52,6 +53,9 @@ class Request:
         return self.negative_prompt if self.parameters.cfg_scale > 1 else None
 
     def __post_init__(self) -> None:
+        for prompt in (self.prompt, self.negative_prompt or ""):
+            if len(prompt) > MAX_CHARACTERS:
+                raise RequestError(f"a prompt has {len(prompt):,} characters; at most {MAX_CHARACTERS:,} are read")
         check_reference_pixels(self.reference_pixels)
         for seed in self.seeds:
             check_seed(seed)

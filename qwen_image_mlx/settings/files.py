@@ -21,7 +21,7 @@ from .schema import DEFAULT_PROFILE, SCHEMA, TABLE, table_name
 VARIABLE = "QWEN_IMAGE_CONFIG"
 NAME = "config.toml"
 BUILT_IN = "built-in"
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 100_000
 _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # those that a shell or a parent writes to
 
 _ROWS = {(row.table, row.key): row for row in SCHEMA}
@@ -134,7 +134,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise RequestError(f"the config {path} cannot be read: {error.strerror}") from None
     if len(data) > _MAX_BYTES:
-        raise RequestError(f"the config {path} has more than {_MAX_BYTES // 10**6} MB, which is too much for settings")
+        raise RequestError(f"the config {path} has more than {_MAX_BYTES // 1000} KB, which is too much for settings")
     return data
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
+from ..images.colour import profiles_are_ignored
 from ..images.files import check_writable, is_from_macos, reason, replace_file
 from ..models.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
@@ -199,6 +201,10 @@ def _check(
         there = folder.is_dir() and any(not is_from_macos(file.name) for file in folder.iterdir())
     except OSError as error:
         raise RequestError(f"{folder} cannot be read: {reason(error)}") from error
+    folders, files = (CHECKPOINTS, CACHE, SAMPLES, "model"), (LOG, PLOT, "lora.safetensors")
+    odd = [name for name in folders if os.path.lexists(folder / name) and not os.path.isdir(folder / name)]
+    if odd := odd + [name for name in files if os.path.isdir(folder / name)]:
+        raise RequestError(f"{folder} has a {odd[0]} that is not a run's own: move it away, or name a new folder")
     if resume and not there:
         raise RequestError(f"{folder} holds no run to go on with: leave --resume away")
     if there and not resume:
@@ -220,6 +226,7 @@ def _record(pipeline: QwenImagePipeline, examples: Sequence[Example], settings: 
         "dtype": str(pipeline.dtype),
         "quantize": str(parts.quantization),
         "data": digest_of(examples),
+        **({"ignore_profile": True} if profiles_are_ignored() else {}),
     }
 
 

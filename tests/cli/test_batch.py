@@ -55,6 +55,7 @@ def said(path) -> tuple:
 # --- what it paints ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lines_of_text_times_seeds(run):
     Path("p.txt").write_text("# animals\na fox\n\n  a wolf  \r\n一只狐狸\n", encoding="utf-8-sig")
     code, out, _ = run("--prompts-file", "p.txt", "--seeds", "3,7-8", *SMALL)
@@ -83,6 +84,7 @@ def test_pictures_are_those_of_the_single_command(run):
         assert Path(many).read_bytes() == Path(single).read_bytes()
 
 
+@pytest.mark.slow
 def test_everything_is_loaded_once_and_the_encoders_before_the_painter(run, stages):
     Path("p.txt").write_text("a fox\na wolf\na bear\na fox\n")
     code, out, _ = run("--prompts-file", "p.txt", "--seeds", "1-2", *SMALL)
@@ -185,6 +187,7 @@ def test_what_is_asked_for_otherwise_is_painted_anew(run, change):
     assert len(os.listdir("qwen-images")) == 2
 
 
+@pytest.mark.slow
 def test_only_a_whole_picture_that_says_so_counts(run):
     _, (path,), _ = run("a fox", "--seeds", "1", *SMALL)
     whole = Path(path).read_bytes()
@@ -232,7 +235,7 @@ def test_ctrl_c_loses_nothing_that_is_finished(run, monkeypatch):
     ("[" * 100_000, "line 1: this is not JSON"),
     ('{"seed": 1}', "line 1: the prompt is missing"),
     ('{"prompt": 3}', "line 1: prompt is 3"),
-    ('{"prompt": null}', "line 1: prompt is None"),
+    ('{"prompt": null, "seed": 1}', "line 1: the prompt is missing"),
     ('{"prompt": "\\ud800"}', "line 1: prompt is '\\ud800'"),
     ('{"prompt": "a", "negative_prompt": 1}', "line 1: negative_prompt is 1"),
     ('{"prompt": "a", "negative_promt": "b"}', "line 1: 'negative_promt' is no key: did you mean negative_prompt?"),

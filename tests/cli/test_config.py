@@ -193,6 +193,7 @@ def test_lora_flags_replace_the_config_s_list(run):
 # --- the same as with flags ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generate_paints_what_its_flags_paint(run):
     settings = (
         DEMOS

@@ -69,6 +69,7 @@ def opened(result) -> Image.Image:
     return Image.open(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "size"), [
     ([], (160, 96)),  # about the model's area at the picture's aspect, in steps of 32
     (["--size", "source"], (150, 90)),
@@ -112,6 +113,7 @@ def test_generate_paints_over_a_picture(run, reference):
     assert np.abs(np.asarray(result).astype(int) - np.asarray(images[0]).astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_an_edit_is_painted_again_from_its_metadata(run):
     opened(
         run("edit", "a hat", "--image", "photo.png", "--image", "tall.png", "--size", "source", "-o", "a.png", *QUICK)
@@ -122,6 +124,7 @@ def test_an_edit_is_painted_again_from_its_metadata(run):
     assert (metadata["images"], metadata["size"]) == (["photo.png", "tall.png"], "source")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "flags"), [
     ("edit", ["--size", "80x48"]),
     ("edit", ["--width", "48", "--height", "80"]),
@@ -135,6 +138,7 @@ def test_every_way_of_painting_over_is_painted_again(run, command, flags):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folder_that_has_moved_is_painted_from_again(run, here, edit_model, monkeypatch):
     work = here / "work"
     work.mkdir()
@@ -182,6 +186,7 @@ def test_orientation_of_a_photograph_is_applied(run, orientation):
     assert result.size == ((90, 150) if turned else (150, 90))
 
 
+@pytest.mark.slow
 def test_transparency_is_laid_on_white_or_kept(run):
     image = Image.open("photo.png").convert("RGBA")
     alpha = Image.open("mask.png")
@@ -198,6 +203,7 @@ def test_transparency_is_laid_on_white_or_kept(run):
     np.testing.assert_array_equal(np.asarray(kept.getchannel("A")), np.asarray(alpha))
 
 
+@pytest.mark.slow
 def test_zero_cond_t_can_be_overridden(run):
     by_flag = {
         flag: np.asarray(opened(run("edit", "a hat", "--image", "photo.png", *flag, *QUICK)))
@@ -207,6 +213,7 @@ def test_zero_cond_t_can_be_overridden(run):
     assert not np.array_equal(by_flag[()], by_flag["--zero-cond-t", "off"])
 
 
+@pytest.mark.slow
 def test_a_cached_encoding_loads_no_encoder(run):
     first = run("edit", "a hat", "--image", "photo.png", "--cache", "-o", "a.png", *QUICK)
     second = run("edit", "a hat", "--image", "photo.png", "--cache", "-o", "b.png", *QUICK)
@@ -219,6 +226,7 @@ def test_a_cached_encoding_loads_no_encoder(run):
         assert "load text_encoder" in other[2], change
 
 
+@pytest.mark.slow
 def test_a_cache_knows_a_checkpoint_that_changed(run, here, edit_model):
     shutil.copytree(edit_model, "model")
     given = ["a hat", "--image", "photo.png", "--cache", "--model", "model", *QUICK]
@@ -229,6 +237,7 @@ def test_a_cache_knows_a_checkpoint_that_changed(run, here, edit_model):
     assert "load text_encoder" in run("edit", *given)[2]
 
 
+@pytest.mark.slow
 def test_a_cache_knows_how_the_encoder_was_packed(run):
     given = ["a hat", "--image", "photo.png", "--cache", *QUICK]
     run("edit", *given)
@@ -288,6 +297,7 @@ def odd_files(here, bomb):
     Path("bomb.png").symlink_to(bomb)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "says"), [
     (["--image", "none.png"], "none.png"),
     (["--image", "text.png"], "text.png"),
@@ -319,6 +329,7 @@ def test_bad_pictures(run, odd_files, here, flags, says):
     assert sorted(here.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_one_pixel_and_animated_pictures_are_edited(run):
     Image.new("RGB", (1, 1), "red").save("dot.png")
     assert opened(run("edit", "a hat", "--image", "dot.png", *QUICK)).size == (128, 128)
@@ -334,6 +345,7 @@ def test_models_and_commands_must_match(run, tiny, edit_model):
     assert "use edit" in error_line(run("generate", "a hat", "--model", edit_model, *QUICK))
 
 
+@pytest.mark.slow
 def test_many_pictures_are_said_to_be_costly(run):
     given = [flag for _ in range(3) for flag in ("--image", "photo.png")]
     assert "3 pictures are shown" in run("edit", "a hat", *given, *QUICK, "--steps", "1")[2]
@@ -374,6 +386,7 @@ def test_names_that_are_no_text_are_refused_before_any_work(run):
     assert "load" not in result[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"images": [1]}, {"images": [None]}, {"image_index": -1}, {"image_index": 10**30}, {"sigmas": ["a"]},
     {"sigmas": [[1]]},
@@ -401,6 +414,7 @@ def test_metadata_that_is_no_json_is_refused(run, text):
     assert "carries no parameters" in error_line(run("edit", "--from-image", "odd.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--mask", "mask.png"], ["--size", "source"]])
 def test_a_profile_of_srgb_changes_nothing(run, flags):
     from PIL import ImageCms
@@ -414,6 +428,7 @@ def test_a_profile_of_srgb_changes_nothing(run, flags):
     assert "icc_profile" not in result.info
 
 
+@pytest.mark.slow
 def test_the_model_sees_what_a_profile_means(run):
     from qwen_image_mlx.images.colour import _matrix_profile
     from qwen_image_mlx.images.sources import open_image

@@ -195,7 +195,7 @@ def test_a_prompt_over_the_limit_is_cut_and_said(run):
     (["--num-images", "0"], "pictures"),
     (["--dtype", "int8"], "bfloat16"),
     (["--rng", "numpy"], "torch"),
-    (["--output", "fox.jpg"], "PNG"),
+    (["--output", "fox.bmp"], ".png"),
     (["--nonsense"], "--nonsense"),
     (["--from-image", "none.png"], "none.png"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip

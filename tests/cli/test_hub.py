@@ -58,6 +58,7 @@ def test_only_what_painting_needs_is_fetched_and_then_never_again(tmp_path, shar
     assert commit in info.stdout
 
 
+@pytest.mark.slow
 def test_an_unknown_model_or_revision(tmp_path, sharded):
     with HubServer() as hub:
         assert "someone/tiny" in one_error(run(tmp_path, hub.url))
@@ -72,6 +73,7 @@ def one_error(done) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_loras_are_fetched_from_the_hub(tmp_path, sharded):
     from lora_files import TARGETS, write_lora
 

@@ -87,6 +87,7 @@ def encoded(folder, encoding, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "name", "said"), [
     ("ascii", "狐.png", rb"\u72d0.png"), ("latin-1", "Füchsin 🦊.png", b"F\xfcchsin \\U0001f98a.png"),
     ("ascii:strict", "é.png", rb"\xe9.png"), ("utf-8", os.fsdecode(b"\xff.png"), b"\xff.png"),

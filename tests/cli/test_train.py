@@ -55,6 +55,7 @@ def steps_of(folder="run"):
     return [json.loads(line)["step"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_lora_log_plot_samples_and_checkpoints(run):
     code, out, err = run(
         "--sample-every", 2, "--sample-prompt", "a fox", "--sample-prompt", "a hare", "--batch-size", 2,

@@ -198,6 +198,7 @@ def test_streamed_bytes_are_those_of_the_readme():
     assert disk.streamed_bytes() / 1e9 == pytest.approx(27.0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_cancelling_takes_a_few_blocks():
     block_s, latency = faults.cancelled_chain()
     assert 0 < latency < faults._MOST_BLOCKS * block_s + 0.5

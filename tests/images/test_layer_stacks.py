@@ -75,6 +75,7 @@ def oracle(stack: LayerStack) -> np.ndarray:
     return result
 
 
+@pytest.mark.slow
 @given(stacks())
 @settings(max_examples=150, deadline=None)
 def test_layers_lie_over_each_other_as_the_formula_says(stack):
@@ -263,6 +264,7 @@ def test_the_contact_sheet_shows_clear_parts_as_a_checkerboard():
     assert colours == {(204, 204, 204), (255, 255, 255)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 40])
 @pytest.mark.parametrize("size", [(30, 20), (1500, 1000), (29_000, 3), (3, 29_000)])
 def test_the_contact_sheet_is_never_too_large(count, size):

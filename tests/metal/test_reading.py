@@ -75,6 +75,7 @@ def test_captions_read_layers_by_themselves(tmp_path, monkeypatch):
     assert not mixed(seen)
 
 
+@pytest.mark.slow
 def test_a_caption_holds_few_streamed_layers(tmp_path):
     """Eighteen more layers take no more memory than the keys and values that they keep."""
     peaks, layer = [], 0
@@ -123,6 +124,7 @@ def test_training_reads_examples_levels_and_checkpoints_by_themselves(model, tmp
     assert not mixed(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_evaluation_mixes_a_file_with_other_work(model, tmp_path, monkeypatch, case):
     with evaluations(monkeypatch) as seen:

@@ -51,6 +51,7 @@ def pixels(pipeline, cancel_at=None, steps=STEPS):
     return np.array(pipeline.generate_pixels(parameters, encoding, seed=1, progress=watch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [(), ("transformer", "text_encoder")], ids=["resident", "streamed"])
 @pytest.mark.parametrize("cancel_at", [("denoise", 0), ("denoise", 2), ("layer", 1)], ids=str)
 def test_cancelled_in_one_thread_and_repeated_in_another(model, cancel_at, streamed):

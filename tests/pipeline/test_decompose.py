@@ -80,6 +80,7 @@ def test_layers_are_the_reference_s(layered, pipeline, monkeypatch, resolution, 
         assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
 
 
+@pytest.mark.slow
 def test_layers_come_back_at_the_picture_s_size(pipeline):
     result = pipeline.decompose(picture(151, 99), "a fox", **QUICK)
     bucket = pipeline.decompose(picture(151, 99), "a fox", size="bucket", **QUICK)
@@ -88,6 +89,7 @@ def test_layers_come_back_at_the_picture_s_size(pipeline):
     assert bucket.layers[0].resize((151, 99), Image.Resampling.LANCZOS) == result.layers[0]
 
 
+@pytest.mark.slow
 def test_saved_layers_laid_together_are_the_layers_laid_over_each_other(pipeline, tmp_path):
     result = pipeline.decompose(picture(), "a fox", num_layers=3, **QUICK)
     expected = result.layers[0]
@@ -108,6 +110,7 @@ def test_what_made_the_layers_is_recorded(pipeline):
     assert (recorded["num_layers"], recorded["caption_language"]) == (4, None)
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_is_answered_with_a_caption(pipeline):
     written = {
         language: pipeline.caption_image(picture(), language=language, resolution=96) for language in ("en", "zh")
@@ -143,6 +146,7 @@ def test_the_usual_values_are_those_that_all_front_ends_leave_to_the_request():
     assert row.usual == str(usual["num_layers"].default)
 
 
+@pytest.mark.slow
 def test_a_cached_caption_loads_no_language_model(layered, tmp_path):
     stages = []
 
@@ -170,6 +174,7 @@ def test_a_cached_caption_loads_no_language_model(layered, tmp_path):
     assert ("load", "language_head") in stages
 
 
+@pytest.mark.slow
 def test_decoding_takes_no_more_memory_for_more_layers(pipeline):
     encoding = pipeline.encode_guidance_prompts("a fox", None, images=[picture()], reference_pixels=96**2)
     pipeline.release_encoders()

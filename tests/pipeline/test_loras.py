@@ -104,6 +104,7 @@ def kinds(pipeline):
     return {name: type(m) for name, m in pipeline.components.transformer.named_modules() if name in TARGETS}
 
 
+@pytest.mark.slow
 def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
     caplog.set_level("INFO")
     file = write_lora(tmp_path / "lora.safetensors", WIDE_SHAPES)
@@ -135,12 +136,14 @@ def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
             pipeline.set_loras(odd)
 
 
+@pytest.mark.slow
 def test_a_lora_at_strength_nothing_changes_nothing(tiny, shapes, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", shapes)
     for mode in ("auto", "merge", "side"):
         np.testing.assert_array_equal(paint(tiny, loras=[f"{file}@0"], lora_mode=mode)[0], paint(tiny)[0])
 
 
+@pytest.mark.slow
 def test_changes_too_small_for_bf16_run_beside_it(wide, tmp_path, caplog):
     """As Lightning's, which are below half a unit in the last place of most weights."""
     caplog.set_level("INFO")
@@ -158,6 +161,7 @@ def test_changes_too_small_for_bf16_run_beside_it(wide, tmp_path, caplog):
     assert next(r for r in caplog.records if "merged into" in r.getMessage()).levelname == "WARNING"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "mode", "kept"), [("pack", "auto", True), ("wide", "side", True), ("wide", "auto", False)]
 )
@@ -183,6 +187,7 @@ def test_loras_are_swapped(request, base, mode, kept, tmp_path):
     np.testing.assert_array_equal(repaint(pipeline), plain)
 
 
+@pytest.mark.slow
 def test_loras_are_taken_away_when_their_files_are_gone(pack, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", WIDE_SHAPES)
     plain, pipeline = paint(pack)

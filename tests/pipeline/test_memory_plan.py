@@ -75,6 +75,7 @@ def nbytes(*modules):
     return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "4/32"])
 @pytest.mark.parametrize("residency", RESIDENCIES, ids=lambda residency: residency.name)
 def test_weights_are_counted_to_the_byte(model, packed, residency, quantize):
@@ -220,6 +221,7 @@ def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model,
     assert "--memory auto" in err
 
 
+@pytest.mark.slow
 def test_a_profile_is_printed_and_recorded(run):
     code, _, err = run("--timings", "-o", "fox.png")
     assert code == 0, err
@@ -249,6 +251,7 @@ def test_plan_prints_every_way_and_its_alternatives(model, run):
     assert files * 0.9 < facts["disk"] < files, "all but the headers and what no picture needs"
 
 
+@pytest.mark.slow
 def test_a_folder_of_configs_is_planned_like_the_checkpoint(model, tmp_path, run):
     whole = write_checkpoint(tmp_path / "whole", CONFIGS)
     shutil.copytree(whole, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))

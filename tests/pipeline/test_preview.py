@@ -146,6 +146,7 @@ def painted(pipeline, wanted, encoding, initial=None):
     return found, pictures
 
 
+@pytest.mark.slow
 def test_the_demo_s_previews_come_to_resemble_the_picture():
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
     wanted = request(64, 64, cfg_scale=3.0)

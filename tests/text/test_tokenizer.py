@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import unicodedata
 
@@ -68,6 +69,7 @@ def test_any_text_is_encoded_and_decoded_like_the_reference(ours, theirs, text):
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(text=st.text().filter(lambda text: "<" not in text))
 def test_decoding_leads_back_to_the_composed_text(ours, text):
@@ -99,6 +101,47 @@ def test_damaged_files_are_a_clear_error(folder, tmp_path, harm, content):
     files = {name: folder / name for name in names} | {harm: tmp_path / harm}
     files[harm].write_bytes(content)
     with pytest.raises(CheckpointError, match="tokenizer"):
+        QwenTokenizer.from_files(files)
+
+
+HARMS = {
+    "prepends": ("normalizer", {"type": "Prepend", "prepend": "a" * 1_000_000}, "normalizes texts by Prepend"),
+    "grows": ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "aaaa"}, "by Replace"),
+    "forever": ("normalizer", {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "a"}, "by Replace"),
+    "several": ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}]}, "by Sequence"),
+    "splits forever": ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
+                                         "invert": False}, "splits texts by Split"),
+    "another": ("pre_tokenizer", {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True},
+                "by Metaspace"),
+}  # fmt: skip
+
+
+def changed(folder, place, **changes):
+    path = place / "tokenizer.json"
+    path.write_text(json.dumps(json.loads((folder / "tokenizer.json").read_bytes()) | changes))
+    return {"tokenizer.json": path}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_file_that_changes_texts_as_qwen_does_not_is_refused(folder, tmp_path, harm):
+    key, value, says = HARMS[harm]
+    with pytest.raises(CheckpointError, match=says):
+        QwenTokenizer.from_files(changed(folder, tmp_path, **{key: value}))
+
+
+def test_padding_and_truncation_of_a_file_do_not_count(folder, tmp_path, ours):
+    padding = {"strategy": {"Fixed": 100_000_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+               "pad_type_id": 0, "pad_token": "a"}  # fmt: skip
+    truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    read = QwenTokenizer.from_files(changed(folder, tmp_path, padding=padding, truncation=truncation))
+    assert read.encode("a red fox").ids == ours.encode("a red fox").ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "added_tokens.json"])
+def test_files_without_an_end_are_not_read(folder, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    files = {n: folder / n for n in ("vocab.json", "merges.txt")} | {name: tmp_path / name}
+    with pytest.raises(CheckpointError, match="not a regular file"):
         QwenTokenizer.from_files(files)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from qwen_image_mlx.pipeline.core import PipelineCore
 from qwen_image_mlx.sampling.latents import pack_latents
 from qwen_image_mlx.training.dataset import Dataset, digest_of, encode_examples
 from qwen_image_mlx.training.examples import Example
+from qwen_image_mlx.weights.shards import load_tensors, save_tensors
 
 SIZES = {"wide": (150, 60), "square": (100, 100), "tall": (70, 140)}
 
@@ -46,6 +48,7 @@ def encode(pipeline, examples, task, folder, resolution=64, with_dropped=False, 
     return Dataset(entries, seed=0, batch_size=4)
 
 
+@pytest.mark.slow
 def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, pictures, tmp_path):
     pipeline = open_model(models, "t2i")
     examples = [Example(f"a {name} fox", pictures / f"{name}-rgb.png") for name in SIZES]
@@ -114,6 +117,24 @@ def test_what_is_encoded_once_is_kept_and_no_encoder_is_loaded(models, pictures,
     encode(again, examples, "t2i", tmp_path)
     encode(again, examples, "t2i", tmp_path, resolution=80)
     assert len(calls) in (3, 4), "the damaged one, unless it was the changed one's, and two of another resolution"
+
+
+@pytest.mark.parametrize("harm", ["latents", "text", "segments", "deep", "cut"])
+def test_a_kept_entry_of_another_shape_is_made_anew(models, pictures, tmp_path, harm):
+    examples = [Example("a fox", pictures / "square.png")]
+    (whole,) = encode(open_model(models, "t2i"), examples, "t2i", tmp_path).batches(0)
+    (path,) = tmp_path.glob("*.safetensors")
+    arrays, metadata = load_tensors(path)
+    if harm in arrays:
+        arrays[harm] = arrays[harm][..., :-1]
+    elif harm == "cut":
+        arrays["latents"] = arrays["latents"][0]
+    else:
+        metadata["segments"] = json.dumps([[0, 1, 1]]) if harm == "segments" else "[" * 100_000
+    save_tensors(path, arrays, metadata)
+    (batch,) = encode(open_model(models, "t2i"), examples, "t2i", tmp_path).batches(0)
+    assert mx.array_equal(batch.latents, whole.latents)
+    assert mx.array_equal(batch.text, whole.text)
 
 
 def test_dropped_captions_are_those_of_an_empty_prompt(models, pictures, tmp_path):

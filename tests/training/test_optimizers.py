@@ -105,6 +105,24 @@ def test_a_state_goes_on_where_it_was():
         make().restore(middle, {})
 
 
+@pytest.mark.parametrize("harm", ["step", "v", "m", "absent", "dtype"])
+def test_a_state_of_another_shape_is_refused(harm):
+    parameters = {"a": mx.zeros((2, 3))}
+    optimizer = Optimizer(Rate(1e-3))
+    optimizer.init(parameters)
+    optimizer.update(0, parameters, {"a": mx.ones((2, 3))})
+    state = dict(optimizer.state)
+    optimizer.restore(parameters, state)
+    if harm == "absent":
+        del state["adamw/a/v"]
+    elif harm == "dtype":
+        state["adamw/step"] = mx.array(1.5)
+    else:
+        state["adamw/step" if harm == "step" else f"adamw/a/{harm}"] = mx.zeros((3, 2))
+    with pytest.raises(KeyError, match="adamw"):
+        optimizer.restore(parameters, state)
+
+
 def test_impossible_rates_are_refused():
     for rate in ({"peak": 0.0}, {"peak": float("nan")}, {"peak": 1.0, "schedule": "step"}):
         with pytest.raises(RequestError):

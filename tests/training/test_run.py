@@ -14,6 +14,7 @@ from PIL import Image
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.errors import CheckpointError, GPUError, OutputError, QwenImageError, RequestError
+from qwen_image_mlx.images.colour import ignore_profiles
 from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.models.layers import QuantizedLinear
 from qwen_image_mlx.training import checkpoints, loop, run, samples
@@ -167,6 +168,7 @@ def test_a_fully_trained_model_gives_the_reference_s_pixels(models, examples, tm
         assert mx.array_equal(saved[name.partition(".")[2]], state[f"{part}/{name}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2i", "edit", "layered"])
 def test_losses_fall_and_samples_are_those_of_the_result(models, examples, tmp_path, task):
     pipeline = open_model(models, task)
@@ -188,6 +190,7 @@ def test_losses_fall_and_samples_are_those_of_the_result(models, examples, tmp_p
     assert Image.open(tmp_path / "run" / "plot.png").size[0] == 960
 
 
+@pytest.mark.slow
 def test_samples_of_a_full_run_use_the_trained_modulation(models, examples, tmp_path):
     wanted = settings(full=True, learning_rate=0.01, sample_every=4, sample_prompts=("a fox",))
     outcome = train(open_model(models), examples["t2i"], wanted, tmp_path / "run")
@@ -199,6 +202,7 @@ def test_samples_of_a_full_run_use_the_trained_modulation(models, examples, tmp_
     assert np.abs(ours - theirs).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["transformer=8", "transformer=4"])
 def test_a_packed_base_is_trained_beside(wide, examples, tmp_path, bits):
     pipeline = QwenImagePipeline.from_pretrained(wide, dtype="float32", quantize=bits)
@@ -231,6 +235,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32(models, examples, tmp_path, monkey
 # --- going on ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(models, examples, tmp_path, full):
     wanted = settings(steps=6, full=full, schedule="cosine", warmup=2, accumulate=2, timesteps="logit_normal",
@@ -252,6 +257,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(models, examples, tm
     assert again == finished
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_right_after_a_checkpoint_loses_none_of_its_files(models, examples, tmp_path, monkeypatch):
     class Cut(BaseException):
         """As a kill: nothing is written after it."""
@@ -283,6 +289,7 @@ def test_a_constant_rate_can_go_on_for_longer(models, examples, tmp_path):
         train(open_model(models), examples["t2i"], settings(steps=2), tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_other_settings_models_and_data_are_not_gone_on_with(models, examples, tmp_path):
     folder = tmp_path / "run"
     train(open_model(models), examples["t2i"], settings(steps=2), folder)
@@ -351,6 +358,25 @@ def test_weights_that_are_not_numbers_are_not_saved(models, examples, tmp_path, 
     with pytest.raises(loop.NotFinite, match="not finite after step 2"):
         train(open_model(models), examples["t2i"], settings(save_every=1), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "resume"), [
+    ("samples", True), ("checkpoints", True), ("cache", True), ("log.jsonl/", True), ("plot.png/", True),
+])  # fmt: skip
+def test_what_a_run_would_write_over_is_found_first(models, examples, tmp_path, name, resume):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("mine")
+    with pytest.raises(RequestError, match=f"has a {name.strip('/')} that is not a run's own"):
+        train(open_model(models), examples["t2i"], settings(), folder, resume=resume)
+    assert [path.name for path in folder.iterdir()] == [name.strip("/")]
+
+
+def test_a_run_goes_on_only_with_the_colours_it_began_with(models, examples, tmp_path):
+    with ignore_profiles():
+        train(open_model(models), examples["t2i"], settings(steps=1, save_every=1), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="ignore_profile True and not None"):
+        train(open_model(models), examples["t2i"], settings(steps=2), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("record", ["[]", "1", "null", '"a"', "[" * 100_000])

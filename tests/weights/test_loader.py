@@ -52,6 +52,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         assert said in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_no_picture_needs_is_neither_read_nor_missed(tmp_path):
     unused = [spec.name for spec in expected_tensors("transformer", CONFIG).values() if spec.part == UNUSED]
     assert any("txt_mlp" in name for name in unused)

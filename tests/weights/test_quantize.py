@@ -105,6 +105,7 @@ def quantized(module) -> set[str]:
     return {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
+@pytest.mark.slow
 def test_the_policy_and_what_does_not_fit(tmp_path, caplog):
     headers, _ = write(tmp_path)
     model = load_module(Transformer(CONFIG), weights(headers), "main", mx.float32, Scheme.parse(4))
@@ -124,6 +125,7 @@ def test_the_policy_and_what_does_not_fit(tmp_path, caplog):
     }
 
 
+@pytest.mark.slow
 def test_the_peak_of_quantizing_is_the_result_and_one_layer(tmp_path):
     source = weights(write(tmp_path)[0])
     memory = Memory()
