@@ -67,6 +67,7 @@ def test_lines_of_text_times_seeds(run):
     assert Path(out[-1]).name.startswith("一只狐狸-seed8-")
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_single_command(run):
     Path("p.jsonl").write_text(
         json.dumps({"prompt": "a fox", "seed": 4, "negative_prompt": "blurry", "cfg_scale": 2.5, "num_images": 2})
@@ -99,6 +100,7 @@ def test_everything_is_loaded_once_and_the_encoders_before_the_painter(run, stag
     assert last < stages.index("load modulation")
 
 
+@pytest.mark.slow
 def test_a_schedule_s_table_is_made_once_whatever_the_order(run, stages):
     lines = [{"prompt": f"fox {n}", "steps": 2 + n % 2} for n in range(6)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -106,6 +108,7 @@ def test_a_schedule_s_table_is_made_once_whatever_the_order(run, stages):
     assert stages.count("load modulation") == 2
 
 
+@pytest.mark.slow
 def test_seeds_alone_make_a_folder_of_one_prompt(run):
     _, out, _ = run("a fox", "--seeds", "5-7", *SMALL, "-o", "foxes")
     assert [said(path) for path in out] == [("a fox", seed, 0) for seed in (5, 6, 7)]
@@ -162,6 +165,7 @@ def test_a_preview_follows_the_picture_that_is_painted(run, monkeypatch):
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_paints_what_is_missing(run, stages):
     Path("p.txt").write_text("a fox\na wolf\n")
     _, first, _ = run("--prompts-file", "p.txt", "--seeds", "1-2", *SMALL)
@@ -177,6 +181,7 @@ def test_a_second_run_paints_what_is_missing(run, stages):
     assert "6 of 6 pictures" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     ["--steps", "3"], ["-g", "2"], ["-n", "dull"], ["--rng", "mlx"], ["--dtype", "bfloat16"], ["--quantize", "4"],
     ["--lora-mode", "side"],
@@ -203,6 +208,7 @@ def test_only_a_whole_picture_that_says_so_counts(run):
     assert len(run("a fox", "--seeds", "1", *SMALL)[1]) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_loses_nothing_that_is_finished(run, monkeypatch):
     from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
 

@@ -80,6 +80,7 @@ def picked(facts: dict, *names: str) -> list:
 # --- who wins ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_flags_beat_the_profile_which_beats_default_which_beats_what_is_built_in(run):
     config(DEMOS + """
         cfg_scale = 2
@@ -101,6 +102,7 @@ def test_flags_beat_the_profile_which_beats_default_which_beats_what_is_built_in
     assert picked(quick, "width", "height") == [48, 64]
 
 
+@pytest.mark.slow
 def test_what_a_picture_recorded_beats_the_config_and_flags_beat_both(run, circle):
     config(DEMOS.replace('"demo"', '"./none"') + """
         cfg_scale = 2
@@ -176,6 +178,7 @@ def test_lightning_brings_its_own_steps_and_guidance(here):
     assert said == {"quantize": "4"}
 
 
+@pytest.mark.slow
 def test_lora_flags_replace_the_config_s_list(run):
     from lora_files import TARGETS, write_lora
 
@@ -206,6 +209,7 @@ def test_generate_paints_what_its_flags_paint(run):
     assert Path("config.png").read_bytes() == Path("flags.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_edit_paints_what_its_flags_paint(run, circle):
     settings = DEMOS + "cfg_scale = 1\ngeneration = {steps = 1, seed = 11, negative_prompt = 'x', aspect = '16:9'}"
     config(settings, "my.toml")
@@ -215,6 +219,7 @@ def test_edit_paints_what_its_flags_paint(run, circle):
     assert Path("config.png").read_bytes() == Path("flags.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_decompose_paints_what_its_flags_paint(run, circle):
     resolution = 64
     config(DEMOS + f"cfg_scale = 1\nnum_layers = 2\nresolution = {resolution}\n"
@@ -232,6 +237,7 @@ def test_decompose_paints_what_its_flags_paint(run, circle):
         assert Path("config", name).read_bytes() == Path("flags", name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_compose_takes_the_editing_model_s_settings_only_to_harmonize(run, circle):
     config(DEMOS + "num_layers = 1\ngeneration = {steps = 1, seed = 11}")
     assert run("decompose", circle, "--prompt", PROMPT, "-o", "apart")[0] == 0
@@ -267,6 +273,7 @@ def test_train_takes_the_model_alone(run, here):
 # --- --profile and --timings ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_profile_chooses_and_timings_are_printed_and_recorded(run):
     config(DEMOS + "generation = {steps = 1, seed = 1}\n[two.qwen_image]\ngeneration.seed = 2")
     facts = painted(run("generate", PROMPT, "--timings"))

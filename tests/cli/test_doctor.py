@@ -114,6 +114,7 @@ def test_variables_reach_the_groups(run, tmp_path):
     assert figures["mlx"]["in_force"]["MLX_CONV_WINOGRAD"] == "0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--only", "env,speed"], "--only has 'speed', but the groups are env, limits"),
     (["--only", ""], "--only has ''"),

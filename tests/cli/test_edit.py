@@ -81,6 +81,7 @@ def test_sizes_of_an_edit(run, flags, size):
     assert opened(run("edit", "make it blue", "--image", "photo.png", *QUICK, *flags)).size == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["edit", "generate"])
 @pytest.mark.parametrize("extra", [[], ["--mask-padding", "8"], ["--strength", "1"]])
 def test_every_pixel_outside_the_mask_comes_back(run, command, extra):
@@ -93,6 +94,7 @@ def test_every_pixel_outside_the_mask_comes_back(run, command, extra):
     assert np.abs(result[~kept].astype(int) - source[~kept]).mean() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["edit", "generate"])
 def test_no_composite_gives_the_model_s_own_picture(run, command):
     result = opened(run(command, "a hat", "--image", "photo.png", "--mask", "mask.png", "--no-composite", *QUICK))
@@ -155,6 +157,7 @@ def test_a_folder_that_has_moved_is_painted_from_again(run, here, edit_model, mo
     assert pixels[0] == pixels[1]
 
 
+@pytest.mark.slow
 def test_a_seed_nobody_chose_is_said(run):
     chosen = [*QUICK[:4], "--cfg-scale", "1", "--width", "64", "--height", "64"]
     code, (path,), err = run("generate", "a hat", *chosen)
@@ -170,12 +173,14 @@ def test_several_seeds_are_numbered_without_a_warning(run):
     assert "exists" not in err
 
 
+@pytest.mark.slow
 def test_painting_over_says_that_it_stretches(run):
     stretched = run("generate", "a hat", "--image", "photo.png", "--width", "64", "--height", "96", *QUICK)
     assert "stretched" in stretched[2]
     assert "stretched" not in run("generate", "a hat", "--image", "photo.png", *QUICK)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_a_photograph_is_applied(run, orientation):
     exif = Image.Exif()
@@ -245,6 +250,7 @@ def test_a_cache_knows_how_the_encoder_was_packed(run):
     assert "load text_encoder" not in run("edit", *given, "--quantize", "transformer=8/32")[2]
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_entry_is_made_anew(run, here):
     run("generate", "a hat", "--width", 64, "--height", 64, "--cache", *QUICK)
     (entry,) = here.glob("cache/qwen-image-mlx/encodings/*.safetensors")

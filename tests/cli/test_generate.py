@@ -108,6 +108,7 @@ def test_default_size_is_the_first_bucket(monkeypatch, run):
 # --- files and metadata ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_picture_carries_its_parameters_and_can_be_painted_again(run, tiny):
     code, out, _ = run("generate", "a fox 🦊", *SMALL, "-n", "blurry", "--seed", 9, 10, "--num-images", 2, "-g", 2.5)
     assert (code, out) == (0, ["qwen-image.png", "qwen-image-1.png", "qwen-image-2.png", "qwen-image-3.png"])
@@ -126,6 +127,7 @@ def test_a_picture_carries_its_parameters_and_can_be_painted_again(run, tiny):
     assert Path("again.png").read_bytes() == Path("qwen-image-3.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_flags_win_over_a_picture_s_parameters(run):
     run("generate", "a fox", *SMALL, "--seed", 1, "-o", "one.png")
     _, (path,), _ = run("generate", "a wolf", "--from-image", "one.png", "--seed", 2, "--steps", 3, "-o", "two.png")
@@ -143,6 +145,7 @@ def test_an_existing_file_is_never_replaced(run):
     assert sorted(os.listdir()) == ["fox-1.png", "fox.png"]
 
 
+@pytest.mark.slow
 def test_output_may_be_a_directory_or_need_one(run):
     Path("pictures").mkdir()
     assert run("generate", "a fox", *SMALL, "-o", "pictures")[1] == ["pictures/qwen-image.png"]
@@ -170,6 +173,7 @@ def test_an_empty_prompt_is_painted_and_said(run):
     assert "prompt is empty" in err
 
 
+@pytest.mark.slow
 def test_a_prompt_over_the_limit_is_cut_and_said(run):
     code, _, err = run("generate", "one two three four " * 200, *SMALL, "--cfg-scale", 1)
     assert code == 0
@@ -215,7 +219,7 @@ def test_info_of_what_is_no_picture_of_ours(run, content):
     assert "file.png" in error_line(run("info", "file.png"))
     Image.new("RGB", (8, 8)).save("foreign.png")
     assert "carries no parameters" in error_line(run("info", "foreign.png"))
-    assert "no file" in error_line(run("info", "none.png"))
+    assert "there is no picture none.png" in error_line(run("info", "none.png"))
 
 
 @pytest.mark.parametrize("metadata", ["[]", "{broken", '{"prompt": 3}', '{"prompt": "x", "steps": "a"}'])

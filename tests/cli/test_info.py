@@ -203,6 +203,7 @@ def test_lora_inspect_takes_another_model_s_shapes(tiny, tmp_path, run):
     assert run("lora", "inspect", file)[0] == 2
 
 
+@pytest.mark.slow
 def test_a_single_file_s_memory_is_announced(tmp_path, run):
     """A file of the real width with holes for data: only its header is read."""
     from qwen_image_mlx.weights.mapping import expected_tensors

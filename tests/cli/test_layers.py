@@ -142,6 +142,7 @@ def test_two_runs_at_once_both_keep_their_layers(run, layers, monkeypatch):
     assert [path.name for path in Path("raced").iterdir()] == ["other.txt"]
 
 
+@pytest.mark.slow
 def test_formats_are_chosen(run):
     code, (folder, _), err = run("decompose", "photo.png", "--format", "png,psd,ora,zip,pptx", *APART)
     assert code == 0, err
@@ -152,6 +153,7 @@ def test_formats_are_chosen(run):
         np.testing.assert_array_equal(pixels(composed), from_folder)
 
 
+@pytest.mark.slow
 def test_the_bucket_s_size_can_be_kept(run):
     _, (folder, _), _ = run("decompose", "photo.png", "--size", "bucket", *APART)
     assert Image.open(Path(folder, "layer_0.png")).size == size_of_area(96**2, (150, 100))
@@ -172,6 +174,7 @@ def test_without_a_prompt_the_caption_is_recorded_and_cached(run):
     assert caption
 
 
+@pytest.mark.slow
 def test_captions_are_not_written_with_a_text_encoder_that_is_read_for_every_word(run):
     told = ["photo.png", *QUICK, "--resolution", "96", "--layers", "1", "--memory", "streamed"]
     assert "--prompt" in error_line(run("decompose", *told))
@@ -181,6 +184,7 @@ def test_captions_are_not_written_with_a_text_encoder_that_is_read_for_every_wor
         assert psnr.startswith("PSNR")
 
 
+@pytest.mark.slow
 def test_layers_are_laid_together_hidden_moved_and_scaled(run, layers):
     images = [Image.open(layers / f"layer_{n}.png") for n in range(3)]
     whole = opened(run("compose", layers))
@@ -228,6 +232,7 @@ def test_what_cannot_take_a_layer_s_place_needs_an_output(run, layers, flags):
     assert run("edit", "make it red", "--layer", f"{layers}:2", "-o", "red.png", *QUICK, *flags)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_composition_that_cannot_be_blended_leaves_nothing(run, layers, here):
     before = sorted(here.rglob("*"))
     assert "num_inference_steps" in error_line(run("compose", layers, "--harmonize", "blend", "--steps", "0"))
@@ -308,12 +313,14 @@ def test_bad_compositions(run, layers, here, arguments, says):
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_models_must_be_layered(run, models, tiny):
     assert "use edit" in error_line(run("decompose", "photo.png", *APART, model=models["edit"]))
     assert "use generate" in error_line(run("decompose", "photo.png", *APART, model=tiny))
     assert "use decompose" in error_line(run("edit", "red", "--image", "photo.png", model=models["decompose"]))
 
 
+@pytest.mark.slow
 def test_a_manifest_never_leaves_its_folder(run, layers):
     manifest = json.loads((layers / "manifest.json").read_text())
     for file in ("../photo.png", str(Path("photo.png").resolve()), "gone.png"):
@@ -358,6 +365,7 @@ def test_a_distilled_lora_sets_how_pictures_are_taken_apart(run, models, here):
     assert parameters("--steps", "2", "--cfg-scale", "1.5") == (2, 1.5, 3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "layers.psd", "layers.ora", "layers.zip"])
 def test_info_describes_layers(run, here, capsys, name):
     code, (folder, _), err = run("decompose", "photo.png", "--layers", "2", "--format", "png,psd,ora,zip", *APART)
@@ -396,6 +404,7 @@ def test_a_picture_with_a_profile_is_one_picture_in_every_file(run, here):
     assert made["ignored"] == made["plain"] != made["wide"]
 
 
+@pytest.mark.slow
 def test_layers_of_several_profiles_are_laid_together_in_srgb(run, layers):
     from qwen_image_mlx.images.colour import _matrix_profile
     from qwen_image_mlx.images.sources import open_rgba

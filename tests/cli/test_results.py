@@ -100,6 +100,7 @@ def test_a_name_that_cannot_be_printed_is_escaped(tmp_path, encoding, name, said
     assert code == 0, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["info", "a.png", "--json"], ["config", "show", "--json", "--config", "ü.toml"]],
                          ids=lambda value: value[0])  # fmt: skip
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

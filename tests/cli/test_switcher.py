@@ -175,11 +175,13 @@ def run(here, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_name_may_hold_index_and_prompt(run):
     code, out, err = run(f"generate -p 'A red, round circle' {DEMO} --seed 3,9 -o '{{prompt}}-{{index}}-{{seed}}.png'")
     assert (code, out) == (0, ["a-red-round-circle-1-3.png", "a-red-round-circle-2-9.png"]), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "webp", "WEBP"])
 def test_other_forms_carry_the_record_and_are_painted_again(run, suffix):
     assert run(f"generate 'ein roter Kreis ●' {DEMO} --seed 3 -o a.png")[0] == 0
@@ -211,6 +213,7 @@ def test_a_jpeg_that_would_lose_transparency_is_refused_before_any_work(run):
     assert "folder" not in said
 
 
+@pytest.mark.slow
 def test_a_composition_is_a_jpeg_where_it_hides_nothing(run):
     Image.new("RGB", (64, 64), "red").save("a.png")
     assert run("decompose a.png -p x --model demo-layered --steps 1 --layers 2 -o apart")[0] == 0
@@ -243,6 +246,7 @@ def test_verbose_shows_what_is_asked_for_and_what_stages_take(run):
     assert "profile" not in read_metadata("a.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "facts"), [
     (f"generate 'a red circle' {DEMO} --seed 3 --num-images 2", {"seed": 3, "index": 1}),
     (f"generate 'a red circle' {DEMO} --seeds 3,4", {"seed": 4, "index": 0}),
@@ -269,6 +273,7 @@ def test_json_tells_of_errors_too(run):
     assert "./none" in event["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "says"), [
     (f"generate x {DEMO} --lora-mode side", "--lora-mode has no effect: no LoRA is given"),
     (f"generate x {DEMO} --ignore-profile", "--ignore-profile has no effect: no picture is read"),

@@ -146,6 +146,7 @@ BAD_PNGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", BAD_PNGS.values(), ids=BAD_PNGS)
 def test_bad_pngs_are_refused(folder, tmp_path, data):
     (folder / "layer_1.png").write_bytes(data)
@@ -169,6 +170,7 @@ OUTSIDE = """<?xml version="1.0"?><!DOCTYPE image [<!ENTITY a SYSTEM "file:///et
 <image w="8" h="6"><stack><layer src="a.png" name="&a;"/></stack></image>"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("xml", "says"), [
     (LAUGHS, "document type"),
     (OUTSIDE, "document type"),
@@ -236,6 +238,7 @@ def test_a_zip_may_name_a_file_nothing(tmp_path):
     assert [layer.name for layer in load_layers(path).layers] == ["layer_0"]
 
 
+@pytest.mark.slow
 def test_zip_bombs_are_refused(tmp_path):
     assert "longer than" in refusal(zipped(tmp_path / "x.zip", {"manifest.json": bytes(5 << 20)}))
     many = {f"layer_{n}.png": b"" for n in range(10_001)}
@@ -268,6 +271,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", PACKINGS[1:])
 def test_a_zip_gives_no_more_than_it_claims(tmp_path, compression):
     size = 300_000_001
@@ -368,6 +372,7 @@ def test_cut_psds_are_refused(saved, tmp_path):
         assert "cannot be read as a PSD" in refusal(tmp_path / "x.psd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READABLE)
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -112,6 +112,7 @@ def test_one_layer_keeps_its_pixels(stack):
     assert not result[image[..., 3] == 0].any()
 
 
+@pytest.mark.slow
 @given(stacks(), st.integers(1, 40))
 def test_bands_leave_no_trace(stack, size):
     whole = composite(stack)
@@ -135,6 +136,7 @@ def test_layers_can_be_hidden():
     assert all(layer.visible for layer in stack.layers), "a stack never changes"
 
 
+@pytest.mark.slow
 @given(stacks(), st.integers(-20, 20), st.integers(-20, 20))
 def test_moving_there_and_back_changes_nothing(stack, dx, dy):
     last = len(stack.layers) - 1

@@ -154,6 +154,7 @@ def test_everything_fits_every_mac(opened, mac, title, gib):
     assert all(plan_on(opened(pipeline, bits), work, budget).peak <= budget for bits in QUANTIZATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gib", MACS)
 def test_readme_s_table_follows_from_the_plans(opened, mac, gib):
     budget = mac(gib)

@@ -67,6 +67,7 @@ def stop_after(tokens):
     return watch
 
 
+@pytest.mark.slow
 def test_captions_read_layers_by_themselves(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "layered", TINY, pipeline="QwenImageLayeredPipeline")
     with evaluations(monkeypatch) as seen, pytest.raises(Cancelled):

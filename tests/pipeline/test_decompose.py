@@ -102,6 +102,7 @@ def test_saved_layers_laid_together_are_the_layers_laid_over_each_other(pipeline
     assert result.psnr < 60
 
 
+@pytest.mark.slow
 def test_what_made_the_layers_is_recorded(pipeline):
     result = pipeline.decompose(picture(), "a fox", negative_prompt="blurry", cfg_scale=2.0, **QUICK)
     recorded = result.stack.metadata
@@ -124,6 +125,7 @@ def test_an_empty_prompt_is_answered_with_a_caption(pipeline):
         assert result.stack.metadata["caption_language"] == language
 
 
+@pytest.mark.slow
 def test_captions_of_a_checkpoint_that_transformers_5_saved_again(layered, tmp_path):
     """The same limits, other than the usual ones, under both spellings."""
     limits = {"min_pixels": 56 * 56, "max_pixels": 84 * 84, "image_mean": [0.1, 0.2, 0.3]}
@@ -200,6 +202,7 @@ def test_packing_is_undone():
     assert mx.array_equal(unpack_multi_layer_latents(tokens, 3, 4, 6), latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "says"), [
     ({"num_layers": 0}, "num_layers"),
     ({"num_layers": 9}, "from 1 to 8"),
@@ -219,6 +222,7 @@ def test_impossible_requests_are_refused_before_any_work(pipeline, arguments, sa
     assert not pipeline.is_vae_loaded
 
 
+@pytest.mark.slow
 def test_models_do_what_they_are_made_for(pipeline, tiny, tmp_path):
     painter = QwenImagePipeline.from_pretrained(tiny, dtype="float32")
     with pytest.raises(RequestError, match="use generate"):

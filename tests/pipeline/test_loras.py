@@ -61,6 +61,7 @@ def test_pixels_are_the_reference_s(tiny, shapes, tmp_path, strength):
     assert np.abs(plain - expected).max() > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_gives_the_same_pixels(tiny, shapes, tmp_path, dialect):
     one, other = (write_lora(tmp_path / f"{name}.safetensors", shapes, name) for name in ("peft", dialect))
@@ -245,6 +246,7 @@ def recorded(path):
     return json.loads(Image.open(path).text["qwen_image_mlx"])
 
 
+@pytest.mark.slow
 def test_lightning_sets_the_schedule_and_yields_to_flags(run, shapes, tmp_path):
     write_lora(tmp_path / "Fox-Lightning-4steps-V1.0.safetensors", shapes)
     code, (path,), err = run("--lora", "Fox-Lightning-4steps-V1.0.safetensors")

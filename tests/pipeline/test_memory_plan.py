@@ -107,6 +107,7 @@ def test_an_edit_counts_its_towers(tmp_path):
     assert two.stages[2].peak > one.stages[2].peak
 
 
+@pytest.mark.slow
 def test_the_first_that_fits_is_chosen(model):
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
     plans = [make_plan(components, WORK, residency) for residency in RESIDENCIES]
@@ -118,6 +119,7 @@ def test_the_first_that_fits_is_chosen(model):
     assert fitting_plan(components, WORK, Memory(1, RESIDENCIES)).peak == least
 
 
+@pytest.mark.slow
 def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(model, monkeypatch):
     costs = replace(memory.COSTS["cpu"], scores=0.0, image=0.0, prompt=0.0)  # decoding is what takes most
     monkeypatch.setattr(memory, "COSTS", {"cpu": costs})
@@ -237,6 +239,7 @@ def test_a_profile_is_printed_and_recorded(run):
     assert costs["decode"]["resident"] < costs["denoise"]["resident"], "the transformer is gone before the decoder"
 
 
+@pytest.mark.slow
 def test_plan_prints_every_way_and_its_alternatives(model, run):
     code, out, err = run(model, "--memory", "1GB", "--size", "64x64", command="plan")
     assert code == 0, err

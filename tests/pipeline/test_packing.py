@@ -360,6 +360,7 @@ def test_nothing_is_left_where_there_is_no_space(source, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_packing_a_pack_is_done_and_said(small, tmp_path, caplog):
     folder = quantize_checkpoint(small, tmp_path / "pack", Quantization.parse("4/32"))
     assert "is packed 8/32 already" in caplog.text

@@ -177,6 +177,7 @@ def test_an_encoding_that_cannot_be_written_leaves_nothing(encoding, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_guidance_needs_a_negative_prompt_and_a_scale_above_one(pipeline, encoding, monkeypatch):
     """The second pass is skipped unless it changes the result."""
     calls = []

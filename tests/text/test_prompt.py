@@ -30,6 +30,7 @@ def kept(tokens):
     return tokens.ids[tokens.first :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "drop"), [(TEXT, 34), (EDIT, 64), (PLUS, 64)])
 def test_the_template_s_start_is_dropped(tokenizer, variant, drop):
     tokens = tokenize_prompt(tokenizer, variant, "fox")
@@ -38,6 +39,7 @@ def test_the_template_s_start_is_dropped(tokenizer, variant, drop):
     assert kept(tokens) == [*tokenizer.encode("fox").ids, *SUFFIX]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "ids"), [("", SUFFIX), (" ", [220, *SUFFIX])])
 def test_empty_prompts_keep_the_suffix(tokenizer, prompt, ids):
     assert kept(tokenize_prompt(tokenizer, TEXT, prompt)) == ids

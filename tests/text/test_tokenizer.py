@@ -76,11 +76,13 @@ def test_decoding_leads_back_to_the_composed_text(ours, text):
     assert ours.decode(ours.encode(text).ids) == unicodedata.normalize("NFC", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", ADDED_TOKENS)
 def test_added_tokens_are_one_id_each(ours, token):
     assert ours.encode(f"a{token}b").ids[1:-1] == [ADDED_TOKENS[token]] == [ours.token_id(token)]
 
 
+@pytest.mark.slow
 def test_offsets_say_which_characters_a_token_covers(ours):
     text = "A red fox, 你好 🦊 e\u0301!"
     ids, offsets = ours.encode(text)
@@ -94,6 +96,7 @@ def test_a_token_that_is_not_there(ours):
         ours.token_id("<|nothing|>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"{broken", b"[]", b"\xff\xfe\x00"], ids=repr)
 @pytest.mark.parametrize("harm", ["vocab.json", "tokenizer.json", "tokenizer_config.json"])
 def test_damaged_files_are_a_clear_error(folder, tmp_path, harm, content):
@@ -122,6 +125,7 @@ def changed(folder, place, **changes):
     return {"tokenizer.json": path}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_file_that_changes_texts_as_qwen_does_not_is_refused(folder, tmp_path, harm):
     key, value, says = HARMS[harm]
@@ -129,6 +133,7 @@ def test_a_file_that_changes_texts_as_qwen_does_not_is_refused(folder, tmp_path,
         QwenTokenizer.from_files(changed(folder, tmp_path, **{key: value}))
 
 
+@pytest.mark.slow
 def test_padding_and_truncation_of_a_file_do_not_count(folder, tmp_path, ours):
     padding = {"strategy": {"Fixed": 100_000_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                "pad_type_id": 0, "pad_token": "a"}  # fmt: skip
@@ -153,6 +158,7 @@ def test_damaged_merges_are_a_clear_error(folder, tmp_path, content):
         QwenTokenizer.from_files(files)
 
 
+@pytest.mark.slow
 def test_an_added_token_that_cannot_have_its_id_is_a_clear_error(folder, tmp_path):
     files = {name: folder / name for name in ("vocab.json", "merges.txt")}
     files["added_tokens.json"] = tmp_path / "added_tokens.json"
@@ -167,6 +173,7 @@ def test_missing_files_are_named(folder, names):
         QwenTokenizer.from_files({name: folder / name for name in names})
 
 
+@pytest.mark.slow
 def test_merges_cut_at_the_end_of_a_line_are_noticed(folder, tmp_path):
     shutil.copy(folder / "vocab.json", tmp_path / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)

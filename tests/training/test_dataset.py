@@ -67,6 +67,7 @@ def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, 
     assert mx.allclose(batch.latents, pack_latents(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_edits_are_encoded_as_the_pipeline_encodes_its_requests(models, pictures, tmp_path):
     pipeline = open_model(models, "edit")
     sources = (pictures / "square-rgb.png", pictures / "wide-rgb.png")
@@ -79,6 +80,7 @@ def test_edits_are_encoded_as_the_pipeline_encodes_its_requests(models, pictures
     assert mx.array_equal(batch.latents[:1], own.references[0].latents), "source and target are one picture here"
 
 
+@pytest.mark.slow
 def test_layers_follow_the_whole_picture_and_it_is_shown_at_frame_minus_one(models, pictures, tmp_path):
     pipeline = open_model(models, "layered")
     whole, layers = pictures / "wide.png", (pictures / "wide-rgb.png", pictures / "wide.png")
@@ -149,6 +151,7 @@ def test_dropped_captions_are_those_of_an_empty_prompt(models, pictures, tmp_pat
     assert 0.4 < share < 0.6
 
 
+@pytest.mark.slow
 def test_every_epoch_has_each_example_once_in_an_order_of_its_own(models, pictures, tmp_path):
     examples = [Example(f"fox {n}", pictures / "square.png") for n in range(10)]
     entries = encode_examples(open_model(models, "t2i"), examples, "t2i", 64, False, tmp_path)

@@ -215,6 +215,7 @@ def test_a_packed_base_is_trained_beside(wide, examples, tmp_path, bits):
     assert {tensor.dtype for tensor in read_header(outcome.result)[0].values()} == {"F32"}
 
 
+@pytest.mark.slow
 def test_bf16_computes_in_bf16_and_keeps_fp32(models, examples, tmp_path, monkeypatch):
     pipeline = QwenImagePipeline.from_pretrained(models["t2i"], dtype="bfloat16")
     seen = set()
@@ -281,6 +282,7 @@ def test_a_run_that_was_cut_right_after_a_checkpoint_loses_none_of_its_files(mod
     assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_constant_rate_can_go_on_for_longer(models, examples, tmp_path):
     train(open_model(models), examples["t2i"], settings(steps=2), tmp_path / "run")
     longer = train(open_model(models), examples["t2i"], settings(steps=4), tmp_path / "run", resume=True)
@@ -308,6 +310,7 @@ def test_other_settings_models_and_data_are_not_gone_on_with(models, examples, t
     train(open_model(models), examples["t2i"], settings(save_every=1, steps=3), folder, resume=True)
 
 
+@pytest.mark.slow
 def test_folders_are_not_mixed_up(models, examples, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("")
@@ -328,6 +331,7 @@ def test_folders_are_not_mixed_up(models, examples, tmp_path):
 # --- accidents -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(models, examples, tmp_path, monkeypatch):
     real = loop.Trainer.gradients
     monkeypatch.setattr(
@@ -372,6 +376,7 @@ def test_what_a_run_would_write_over_is_found_first(models, examples, tmp_path, 
     assert [path.name for path in folder.iterdir()] == [name.strip("/")]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_colours_it_began_with(models, examples, tmp_path):
     with ignore_profiles():
         train(open_model(models), examples["t2i"], settings(steps=1, save_every=1), tmp_path / "run")
@@ -387,6 +392,7 @@ def test_a_checkpoint_with_an_odd_record_is_refused(tmp_path, record):
         checkpoints.load_checkpoint(tmp_path / "step-000001.safetensors", None, {})
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(models, examples, tmp_path, monkeypatch):
     real, calls = checkpoints.save_tensors, []
 
@@ -418,6 +424,7 @@ def test_a_disk_without_room_for_checkpoints_is_found_before_training(models, ex
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_painted_does_not_stop_a_run(models, examples, tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise QwenImageError("the painted latents are not finite")
@@ -428,6 +435,7 @@ def test_a_sample_that_cannot_be_painted_does_not_stop_a_run(models, examples, t
     assert "no samples after step 2: the painted latents are not finite" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_gpu_that_refuses_its_process_in_a_sample_stops_a_run(models, examples, tmp_path, monkeypatch):
     def fail(*_):
         raise GPUError("the GPU refuses this process", fault="refused", fatal=True)

@@ -174,6 +174,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
 def test_quantizations_that_are_not_read_are_called_by_name(name, component):

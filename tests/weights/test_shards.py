@@ -177,6 +177,7 @@ def assert_refused(path: Path, *parts: str) -> None:
     assert "\n" not in message
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), max_size=6),

@@ -119,6 +119,7 @@ def test_a_pass_takes_the_memory_of_a_few_layers(deep):
     assert mx.get_active_memory() - before < layer
 
 
+@pytest.mark.slow
 def test_the_embedding_is_read_by_the_row(deep):
     streamed, held = opened(deep, ALL).components.text_encoder, opened(deep).components.text_encoder
     ids = mx.array([[3, 0, 3999, 3]])
