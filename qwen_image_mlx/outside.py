@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import stat
 import unicodedata
-from os import PathLike
 from pathlib import Path
+
+from .names import StrPath
 
 MOST = 2_000  # characters of a message
 _PLAIN = " \n"
@@ -31,7 +32,7 @@ def _escaped(character: str) -> str:
     return "    " if character == "\t" else character.encode("unicode_escape").decode()
 
 
-def why_not_read(path: str | PathLike, most: int) -> str | None:
+def why_not_read(path: StrPath, most: int) -> str | None:
     """Why an existing file is not to be read: it is none, or has more than `most` bytes; None if it can be.
 
     Nothing is opened: a pipe would wait for whoever writes. Raises OSError if it cannot be looked at.

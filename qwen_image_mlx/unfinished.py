@@ -99,7 +99,7 @@ def sweep(folder: Path, *, alone: bool = False) -> None:
                     shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
 
 
-def _previewed(entry: os.DirEntry) -> re.Match[str] | None:
+def _previewed(entry: os.DirEntry[str]) -> re.Match[str] | None:
     """Who shows a preview; None for any other file."""
     if not _PREVIEW_NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
         return None

@@ -16,11 +16,12 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
+from ..names import StrPath
 from ..outside import why_not_read
 from ..unfinished import hidden, publish, sweep
 from .formats import MOST_BYTES
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 METADATA_KEY = "qwen_image_mlx"
 DEFAULT_NAME = "qwen-image.png"
@@ -46,7 +47,7 @@ def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
     return path
 
 
-def named_path(name: str | os.PathLike, what: str) -> Path:
+def named_path(name: StrPath, what: str) -> Path:
     """The path that a person's words mean, whether something is there or not, with ~ expanded.
 
     Args:
@@ -130,7 +131,7 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
     return written
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
+def read_metadata(path: StrPath) -> dict[str, Any]:
     """The metadata `save_png` stored; raises RequestError if the file is no such picture."""
     try:
         if why := why_not_read(path, MOST_BYTES):

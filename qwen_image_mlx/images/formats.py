@@ -9,6 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..errors import RequestError
+from ..names import StrPath
 from ..outside import why_not_read
 
 # What Pillow may try; of formats that it knows beside these none is of use, and some start other programs.
@@ -75,7 +76,7 @@ def formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def check_file(path: str | os.PathLike, name: str, most: int = MOST_BYTES) -> None:
+def check_file(path: StrPath, name: str, most: int = MOST_BYTES) -> None:
     """Raises RequestError unless a path is of a regular file of a bounded size, and OSError if there is none."""
     if not os.fspath(path):
         raise RequestError("the image's name is empty: give a file")
@@ -89,7 +90,7 @@ def check_file(path: str | os.PathLike, name: str, most: int = MOST_BYTES) -> No
         raise RequestError(f"{name} cannot be read as an image: {why}")
 
 
-def unreadable(source: str | os.PathLike | bytes, name: str, taken: str = READABLE) -> str:
+def unreadable(source: StrPath | bytes, name: str, taken: str = READABLE) -> str:
     """The sentence for a file that Pillow does not recognise: its format, if that can be told, and the cure.
 
     Args:
@@ -110,7 +111,7 @@ def unreadable(source: str | os.PathLike | bytes, name: str, taken: str = READAB
     return f"{name} is not an image in a format that can be read ({taken})"
 
 
-def _head(source: str | os.PathLike | bytes) -> bytes:
+def _head(source: StrPath | bytes) -> bytes:
     if isinstance(source, bytes):
         return source[:_HEAD]
     try:

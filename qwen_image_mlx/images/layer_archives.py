@@ -33,7 +33,7 @@ from .formats import OTHER_SUFFIXES, SUFFIXES
 from .geometry import Size
 from .layers import MAX_LAYERS, MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..errors import RequestError
+from ..names import Dtype, Rng
 
-DTYPES = ("bfloat16", "float16", "float32")
-RNGS = ("torch", "mlx")
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+RNGS: tuple[Rng, ...] = ("torch", "mlx")
 SIZE_STEP = 16  # pixels per token side: the VAE's 8 times the transformer's 2x2 patches
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
@@ -46,7 +47,7 @@ class GenerationParameters:
     height: int
     num_inference_steps: int = 50
     cfg_scale: float = 4.0
-    rng: str = "torch"
+    rng: Rng = "torch"
     sigmas: tuple[float, ...] | None = None
     shift: float | None = None
     strength: float = 0.6
@@ -88,7 +89,7 @@ def explicit_size(width: int | None, height: int | None) -> tuple[int, int] | No
     """(width, height), or None without either; raises RequestError for one alone."""
     if (width is None) != (height is None):
         raise RequestError("give both width and height, or neither")
-    return None if width is None else (width, height)
+    return None if width is None or height is None else (width, height)
 
 
 def check_seed(seed: int) -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .cache import EncodingCache, RecentEncodings
 
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

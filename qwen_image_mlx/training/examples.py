@@ -22,7 +22,7 @@ from ..images.files import named_path, reason
 from ..images.formats import OTHER_SUFFIXES, SUFFIXES, formats
 from .settings import is_text
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MANIFESTS = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = (".txt", ".caption")  # endings of files that hold a caption

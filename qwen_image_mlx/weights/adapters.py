@@ -19,7 +19,7 @@ from .lora import LoRA, Update
 from .packed import Packed
 from .quantize import Scheme, quantize_matrix
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _ENOUGH = 0.9  # of a change must survive in the stored weights, or "auto" runs it beside them
 
