@@ -38,7 +38,29 @@ _PUBLIC = {
     "Cancelled": "errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+# A literal, for type checkers; a test keeps it equal to the table.
+__all__ = [
+    "Cancelled",
+    "CheckpointError",
+    "GPUError",
+    "GenerationParameters",
+    "GuidanceEncoding",
+    "HubError",
+    "HubSnapshot",
+    "InitialImage",
+    "LayeredResult",
+    "OutputError",
+    "Progress",
+    "Quantization",
+    "QwenImageError",
+    "QwenImagePipeline",
+    "RequestError",
+    "__version__",
+    "compose",
+    "ignore_profiles",
+    "pack_multi_layer_latents",
+    "unpack_multi_layer_latents",
+]
 
 if TYPE_CHECKING:
     from .errors import Cancelled, CheckpointError, GPUError, HubError, OutputError, QwenImageError, RequestError

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from .errors import CheckpointError
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # What quantizers write into a config.json; the files themselves say how each tensor lies.
 _PACKS = ("quantization", "quantization_config", "mlx_format")

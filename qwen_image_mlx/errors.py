@@ -4,7 +4,11 @@ Each message is one sentence a person can act on: the offending value, what is a
 turns any of them into exit code 2; a bug raises something else and keeps its traceback.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+
+from .names import Fault
 
 _NAMES_SHOWN = 5
 
@@ -39,7 +43,7 @@ class GPUError(QwenImageError):
         fatal: whether this process can no longer use the GPU, and must be started again.
     """
 
-    def __init__(self, message: str = "", *, fault: str = "unknown", fatal: bool = False):
+    def __init__(self, message: str = "", *, fault: Fault = "unknown", fatal: bool = False):
         super().__init__(message)
         self.fault = fault
         self.fatal = fatal
@@ -59,6 +63,6 @@ class Cancelled(QwenImageError):
 
 def some(names: Iterable[object], count: int = _NAMES_SHOWN) -> str:
     """The first few of many names, and how many more there are, for a sentence."""
-    names = [str(name) for name in names]
-    more = len(names) - count
-    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+    shown = [str(name) for name in names]
+    more = len(shown) - count
+    return ", ".join(shown[:count]) + (f" and {more} more" if more > 0 else "")

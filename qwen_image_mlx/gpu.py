@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .errors import GPUError
+from .names import Fault
 
 _LONGEST = 160  # characters of MLX's own text that a message keeps
 
@@ -22,7 +23,7 @@ class _Fault(NamedTuple):
     """A kind of error: the pattern its text begins with, and what a GPUError says of it."""
 
     pattern: str
-    fault: str
+    fault: Fault
     sentence: str
     fatal: bool = False
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import stat
 import unicodedata
-from os import PathLike
 from pathlib import Path
+
+from .names import StrPath
 
 MOST = 2_000  # characters of a message
 MAX_CHARACTERS = 1_000_000  # of a prompt and what stands around it; models read some thousands
@@ -40,7 +41,7 @@ def escaped(text: str) -> str:
     return text.encode("unicode_escape").decode()
 
 
-def why_not_read(path: str | PathLike, most: float = math.inf) -> str | None:
+def why_not_read(path: StrPath, most: float = math.inf) -> str | None:
     """Why an existing file is not to be read: it is none, or has more than `most` bytes; None if it can be.
 
     Nothing is opened: a pipe would wait for whoever writes. Raises OSError if it cannot be looked at.

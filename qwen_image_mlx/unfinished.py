@@ -105,7 +105,7 @@ def sweep_results(folder: Path) -> None:
         sweep(place)
 
 
-def _previewed(entry: os.DirEntry) -> re.Match[str] | None:
+def _previewed(entry: os.DirEntry[str]) -> re.Match[str] | None:
     """Who shows a preview; None for any other file."""
     if not _PREVIEW_NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
         return None

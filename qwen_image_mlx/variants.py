@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import CheckpointError
+from .names import Aspect, CaptionLanguage, LoRAMode, NamedSize, Task
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
 DEFAULT_EDIT_MODEL = "Qwen/Qwen-Image-Edit-2511"
@@ -49,7 +50,7 @@ def full_name(model: str) -> str:
 
 
 # The officially recommended sizes (width, height), by aspect ratio; the first is the default.
-ASPECT_SIZES: dict[str, tuple[int, int]] = {
+ASPECT_SIZES: dict[Aspect, tuple[int, int]] = {
     "1:1": (1328, 1328),
     "16:9": (1664, 928),
     "9:16": (928, 1664),
@@ -59,13 +60,13 @@ ASPECT_SIZES: dict[str, tuple[int, int]] = {
     "2:3": (1056, 1584),
 }
 
-LORA_MODES = ("auto", "merge", "side")
+LORA_MODES: tuple[LoRAMode, ...] = ("auto", "merge", "side")
 
 # The sides of the squares whose areas a picture can be decomposed at.
 LAYERED_RESOLUTIONS = (640, 1024)
 
 # Sizes of a result that follow from its picture: the model's own, or the picture's.
-NAMED_SIZES = ("1mp", "source")
+NAMED_SIZES: tuple[NamedSize, ...] = ("1mp", "source")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ _INSTRUCT = (
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 # What asks the text encoder's own model for a caption, by language; the accidental line breaks are the reference's.
-_CAPTION = {
+_CAPTION: dict[CaptionLanguage, str] = {
     "en": (
         "<|im_start|>system\n"
         "You are a helpful assistant.<|im_end|>\n"
@@ -219,7 +220,7 @@ class Variant:
         preview: from normalised latents to RGB in [-1, 1], a row a channel, and in the last row what is added.
     """
 
-    task: str
+    task: Task
     template: Template
     max_images: int | None = 0
     encoder_area: int = 0
@@ -242,7 +243,7 @@ class Variant:
         """Whether it needs pictures to work on."""
         return self.max_images != 0
 
-    def size_of(self, aspect: str) -> tuple[int, int]:
+    def size_of(self, aspect: Aspect) -> tuple[int, int]:
         """(width, height) of a picture from text: the official one, or one of the model's own area."""
         width, height = ASPECT_SIZES[aspect]
         if self.target_area == _USUAL_AREA:
@@ -344,7 +345,7 @@ def _own_settings(said: object, usual: Variant, model: str) -> dict[str, Any]:
     return own
 
 
-def _in_range(value: object, usual: object, low: float, high: float) -> bool:
+def _in_range(value: Any, usual: object, low: float, high: float) -> bool:
     """Whether a number, or each of several, lies within its ends; what is usual always does."""
     if isinstance(usual, tuple):
         return bool(value) == bool(usual) and all(type(item) is int and low <= item <= high for item in value)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import TransformerConfig
 from ..gpu import finish
+from ..models import nn
 from ..pipeline.limits import limits
 from ..runtime.memory import Work
 from ..weights.synthetic import FULL

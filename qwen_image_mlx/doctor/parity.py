@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
+from ..models import nn
 from .fingerprint import fingerprint
 from .measure import falsified, numbers, on_gpu, relative_error, tolerance_of
 from .outcome import Outcome

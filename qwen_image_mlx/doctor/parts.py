@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import TransformerConfig
 from ..gpu import Pace, finish
+from ..models import nn
 from ..models.rope import Segment, place_images, rotary_tables
 from ..models.text_encoder import DecoderLayer, mrope_tables
 from ..models.transformer import BlockRows, TransformerBlock

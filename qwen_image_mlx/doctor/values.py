@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from math import prod
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+
+from ..models import nn
 
 _CHUNK = 1 << 16  # values made at once: they stay in a core's cache
 _ROUNDS = ((0x9E3779B1, 15), (0x85EBCA77, 13), (0xC2B2AE3D, 16))  # odd multipliers of xxHash32 and murmur3; shifts

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import RequestError
+from ..names import NamedSize
 from ..variants import NAMED_SIZES
 from .geometry import Size, size_of_area
 
@@ -77,7 +78,7 @@ def plan_canvas(
     source: Image.Image,
     *,
     mask: Image.Image | None = None,
-    size: str | Size | None = None,
+    size: NamedSize | Size | None = None,
     composite: bool = True,
     crop_padding: int | None = None,
     straight: Image.Image | None = None,

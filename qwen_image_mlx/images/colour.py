@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 
 from ..outside import one_line
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _TAGS = ("icc_profile", "gamma", "chromaticity", "srgb")  # how Pillow names them; the last three are chunks of PNG
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a profile's colour space -> the mode that Pillow converts

@@ -17,11 +17,12 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
+from ..names import StrPath
 from ..unfinished import hidden, publish
 from .formats import check_file
 from .sources import readable
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 METADATA_KEY = "qwen_image_mlx"
 DEFAULT_NAME = "qwen-image.png"
@@ -61,7 +62,7 @@ def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
     return path
 
 
-def named_path(name: str | os.PathLike, what: str) -> Path:
+def named_path(name: StrPath, what: str) -> Path:
     """The path that a person's words mean, whether something is there or not, with ~ expanded.
 
     Args:
@@ -178,7 +179,7 @@ def _save(path: Path, data: bytes) -> Path:
     return written
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
+def read_metadata(path: StrPath) -> dict[str, Any]:
     """The metadata `save_image` stored; raises RequestError if the file is no such picture."""
     with readable(str(path), path, "PNG, JPEG or WebP"):
         check_file(path, str(path))

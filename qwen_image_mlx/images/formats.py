@@ -9,6 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..errors import RequestError
+from ..names import StrPath
 from ..outside import why_not_read
 
 # What Pillow may try; of formats that it knows beside these none is of use, and some start other programs.
@@ -80,7 +81,7 @@ def unread_suffixes() -> frozenset[str]:
     return OTHER_SUFFIXES if "HEIF" in formats() else OTHER_SUFFIXES | _HEIC_SUFFIXES
 
 
-def check_file(path: str | os.PathLike, name: str, most: int = MOST_BYTES) -> None:
+def check_file(path: StrPath, name: str, most: int = MOST_BYTES) -> None:
     """Raises RequestError unless a path is of a regular file of a bounded size, and OSError if there is none."""
     if not os.fspath(path):
         raise RequestError("the image's name is empty: give a file")
@@ -94,7 +95,7 @@ def check_file(path: str | os.PathLike, name: str, most: int = MOST_BYTES) -> No
         raise RequestError(f"{name} cannot be read as an image: {why}")
 
 
-def unreadable(source: str | os.PathLike | bytes, name: str, taken: str = READABLE) -> str:
+def unreadable(source: StrPath | bytes, name: str, taken: str = READABLE) -> str:
     """The sentence for a file that Pillow does not recognise: its format, if that can be told, and the cure.
 
     Args:
@@ -115,7 +116,7 @@ def unreadable(source: str | os.PathLike | bytes, name: str, taken: str = READAB
     return f"{name} is not an image in a format that can be read ({taken})"
 
 
-def _head(source: str | os.PathLike | bytes) -> bytes:
+def _head(source: StrPath | bytes) -> bytes:
     if isinstance(source, bytes):
         return source[:_HEAD]
     try:

@@ -21,7 +21,7 @@ from ..errors import QwenImageError, RequestError
 from .colour import in_srgb
 from .layers import MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # module -> (package, our extra)
 _LIBRARIES = {"psd_tools": "psd-tools", "pptx": "python-pptx"}

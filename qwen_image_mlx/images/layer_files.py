@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from ..errors import OutputError, RequestError
+from ..names import LayersFormat, StrPath
 from ..outside import why_not_read
 from ..unfinished import hidden
 from . import layer_archives as archives
@@ -25,7 +26,7 @@ from . import layer_documents as documents
 from .files import reason, umask
 from .layers import LayerStack, composite, contact_sheet
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_FILE = 2 << 30  # a PSD may have so many bytes, by its specification
 
@@ -91,7 +92,7 @@ def check_formats(names: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def save_layers(stack: LayerStack, folder: str | os.PathLike, formats: Iterable[str] = ("png",)) -> list[Path]:
+def save_layers(stack: LayerStack, folder: StrPath, formats: Iterable[LayersFormat] = ("png",)) -> list[Path]:
     """Writes layers in one or more formats, with the picture they make and a contact sheet.
 
     Args:
@@ -152,7 +153,7 @@ def is_layers(path: Path) -> bool:
     return archives.is_folder_of_layers(path) if path.is_dir() else _format_of(path) is not None
 
 
-def load_layers(path: str | os.PathLike) -> LayerStack:
+def load_layers(path: StrPath) -> LayerStack:
     """The layers of a folder, a zip, a PSD or an OpenRaster file, told apart by what they hold.
 
     Raises:

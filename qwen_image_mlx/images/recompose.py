@@ -9,13 +9,14 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import RequestError
+from ..names import StrPath
 from .layer_archives import MANIFEST, adopt_file, layer_names
 from .layer_files import load_layers, split_reference
 from .layers import Layer, LayerStack, composite
 
 
 def compose(
-    layers: LayerStack | str | os.PathLike,
+    layers: LayerStack | StrPath,
     *,
     hide: Iterable[int] = (),
     move: Mapping[int, tuple[int, int]] | None = None,

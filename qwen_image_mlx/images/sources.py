@@ -9,16 +9,19 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import RequestError
+from ..names import StrPath
 from .colour import ignore_profiles, in_srgb
 from .formats import READABLE, check_file, formats, unreadable
 from .pixels import on_white
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # What Pillow says of chunks that are larger than it reads.
 _TOO_MUCH_TEXT = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY")
@@ -26,12 +29,13 @@ _DECODERS_RAISE = (
     ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
     struct.error,
 )  # fmt: skip
-ImageSource = Image.Image | np.ndarray | str | os.PathLike | bytes
+ImageSource = Image.Image | npt.NDArray[Any] | StrPath | bytes
+_KINDS = (Image.Image, np.ndarray, str, os.PathLike, bytes)  # the same, for isinstance
 
 
 def listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     """Pictures as a list; a single one may be given without. Raises RequestError for anything else."""
-    if isinstance(images, ImageSource):
+    if isinstance(images, _KINDS):
         return [images]
     try:
         return list(images)
@@ -75,7 +79,7 @@ def open_mask(source: ImageSource) -> Image.Image:
 
 def _decoded(source: ImageSource) -> Image.Image:
     """Upright, whole, in 8 bits and sRGB."""
-    if not isinstance(source, ImageSource):
+    if not isinstance(source, _KINDS):
         raise RequestError(
             f"a picture is of type {type(source).__name__}; give a PIL image, an array, a path or a file's bytes"
         )

@@ -10,7 +10,8 @@ from array import array
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
+
+from . import nn
 
 # `turns`' result.
 Turns = tuple[mx.array, mx.array]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import TransformerConfig
+from . import nn
 from .layers import Embedding, Linear
 from .transformer import TIME_CHANNELS, BlockRows, Modulation, timestep_features
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import TextEncoderConfig
+from . import nn
 from .layers import Embedding, GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
 
 

@@ -16,9 +16,9 @@ from functools import reduce
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import TransformerConfig
+from . import nn
 from .layers import Linear, OnLayer, attention
 from .rope import Rotary, rotate
 

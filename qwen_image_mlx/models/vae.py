@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import VAEConfig
+from . import nn
 from .layers import Conv2d, Linear, OnLayer
 
 # Given rows, and optionally whom to tell of each band of them made. Most stages return an array; those that would

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import VisionConfig
+from . import nn
 from .layers import GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
 
 EPS = 1e-6

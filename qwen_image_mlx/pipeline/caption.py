@@ -12,6 +12,7 @@ import mlx.core as mx
 from PIL import Image
 
 from ..config import GenerationConfig
+from ..names import CaptionLanguage
 from ..text.prompt import replace_vision_tokens, tokenize_prompt
 from ..variants import CAPTION_TEMPLATES
 from .components import Components
@@ -21,7 +22,12 @@ MAX_TOKENS = 512
 
 
 def write_caption(
-    components: Components, image: Image.Image, area: int, language: str, seed: int, on_token: Callable[[int], None]
+    components: Components,
+    image: Image.Image,
+    area: int,
+    language: CaptionLanguage,
+    seed: int,
+    on_token: Callable[[int], None],
 ) -> str:
     """The caption of a picture, shown at about `area` pixels.
 

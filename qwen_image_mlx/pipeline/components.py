@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import (
     GenerationConfig,
@@ -24,11 +23,13 @@ from ..config import (
 )
 from ..errors import CheckpointError, RequestError
 from ..gpu import Pace
+from ..models import nn
 from ..models.layers import SideBranch
 from ..models.text_encoder import LanguageHead, TextEncoder
 from ..models.transformer import Transformer
 from ..models.vae import Decoder, Encoder
 from ..models.vision import VisionTower
+from ..names import StrPath
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.adapters import Adapters, Branch, Placement
@@ -39,7 +40,7 @@ from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
 from ..weights.streaming import STREAMABLE, stream_module
 from .sources import Sources
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ class Components:
         zero_cond_t: bool | None = None,
         quantization: Quantization | None = None,
         read_loras: Callable[[Mapping[str, tuple[int, ...]]], Adapters] | None = None,
-        replaced: Mapping[str, str | Path] | None = None,
+        replaced: Mapping[str, StrPath] | None = None,
         streamed: Collection[str] = (),
         on_layer: Callable[[str, int, int], None] = lambda name, layer, layers: None,
     ):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..names import StrPath
 from ..weights.shards import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class GuidanceEncoding:
         arrays = [self.positive, self.negative, *(reference.latents for reference in self.references)]
         return sum(array.nbytes for array in arrays if array is not None)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: StrPath) -> None:
         """Writes a safetensors file, atomically; raises OutputError if it cannot."""
         arrays = {"positive": self.positive}
         if self.negative is not None:
@@ -79,7 +80,7 @@ class GuidanceEncoding:
         save_tensors(Path(path), arrays, metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> GuidanceEncoding:
+    def load(cls, path: StrPath) -> GuidanceEncoding:
         """Reads what `save` wrote, evaluated; raises CheckpointError for any other file."""
         try:
             arrays, metadata = load_tensors(Path(path))

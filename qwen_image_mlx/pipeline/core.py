@@ -21,6 +21,7 @@ from ..images.geometry import Size, size_of_area
 from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
 from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
 from ..models.transformer import Modulation
+from ..names import CaptionLanguage
 from ..sampling.denoise import Guidance, denoise
 from ..sampling.latents import unpack_multi_layer_latents
 from ..sampling.schedule import Schedule, exponential_mu, make_schedule, root_mu, static_shift, uniform_sigmas
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Recommended(NamedTuple):
@@ -226,7 +227,7 @@ class PipelineCore:
         self,
         image: ImageSource,
         *,
-        language: str = "en",
+        language: CaptionLanguage = "en",
         resolution: int = 640,
         seed: int = 0,
         progress: ProgressCallback | None = None,

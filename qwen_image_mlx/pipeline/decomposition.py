@@ -13,6 +13,7 @@ from ..images.layer_files import save_layers
 from ..images.layers import LayerStack, composite, psnr
 from ..images.pixels import on_white
 from ..images.sources import check_visible
+from ..names import CaptionLanguage, LayersFormat, LayersSize, Rng, StrPath
 from ..variants import CAPTION_TEMPLATES
 from .parameters import RNGS, GenerationParameters
 from .request import Request
@@ -20,7 +21,7 @@ from .request import Request
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SIZES = ("source", "bucket")
+SIZES: tuple[LayersSize, ...] = ("source", "bucket")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class LayeredResult:
         """The layers laid together, RGBA."""
         return composite(self.stack)
 
-    def save(self, folder: str | Path, formats: Iterable[str] = ("png",)) -> list[Path]:
+    def save(self, folder: StrPath, formats: Iterable[LayersFormat] = ("png",)) -> list[Path]:
         """Writes the layers into a folder, all files or none, and returns their paths.
 
         Args:
@@ -78,10 +79,10 @@ def layers_request(
     negative_prompt: str | None = " ",
     num_layers: int = GenerationParameters.num_layers,
     resolution: int | None = None,
-    size: str = SIZES[0],
+    size: LayersSize = SIZES[0],
     cfg_normalize: bool = False,
-    caption_language: str = next(iter(CAPTION_TEMPLATES)),
-    rng: str = RNGS[0],
+    caption_language: CaptionLanguage = "en",
+    rng: Rng = RNGS[0],
 ) -> Request:
     """What taking a picture apart asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`,
     and so are the defaults, which every front end leaves to this function.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
+from ..names import StrPath
 from ..weights.loader import RESIDENT
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
@@ -60,7 +60,7 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(
-    model: str | Path, *, revision: str | None = None, dtype: mx.Dtype = mx.bfloat16,
+    model: StrPath, *, revision: str | None = None, dtype: mx.Dtype = mx.bfloat16,
     quantization: Quantization | None = None,
 ) -> CheckpointReport:  # fmt: skip
     """Reads a checkpoint's configs and headers.

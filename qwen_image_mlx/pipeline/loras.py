@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import RequestError
+from ..names import LoRAMode, StrPath
 from ..weights.adapters import Adapters
 from ..weights.lora import SUFFIX, LoRA, read_lora
 from ..weights.lora_inspect import Profile, distilled_profile
@@ -15,14 +16,14 @@ from ..weights.lora_references import kind_of, parse_reference
 from ..weights.snapshot import HubSnapshot
 from .progress import Progress, Reporter
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
-LoRAReference = str | os.PathLike | tuple[str | os.PathLike, float]
+LoRAReference = StrPath | tuple[StrPath, float]
 
 
 def read_adapters(
     references: Sequence[LoRAReference],
-    mode: str,
+    mode: LoRAMode,
     targets: Mapping[str, tuple[int, ...]],
     *,
     offline: bool,

@@ -22,6 +22,7 @@ import mlx.core as mx
 from .. import __version__
 from ..errors import OutputError, QwenImageError, RequestError, some
 from ..images.files import is_from_macos
+from ..names import StrPath
 from ..unfinished import sweep
 from ..weights.loader import say_what_does_not_fit
 from ..weights.mapping import weights_map
@@ -33,7 +34,7 @@ from .components import Components
 from .progress import Progress, ProgressCallback, Reporter
 from .sources import INDEX
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 << 30
 REPORT = "quantization_report.json"
@@ -54,8 +55,8 @@ Folders = Mapping[str, list[Part]]
 
 
 def quantize_checkpoint(
-    model: str | Path,
-    out: str | Path,
+    model: StrPath,
+    out: StrPath,
     quantization: Quantization,
     *,
     revision: str | None = None,

@@ -11,10 +11,11 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import RequestError
+from ..names import Dtype, Rng
 from ..options import Choice, Config, Integer, Number, Several, Switch, option, options_of
 
-DTYPES = ("bfloat16", "float16", "float32")
-RNGS = ("torch", "mlx")
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+RNGS: tuple[Rng, ...] = ("torch", "mlx")
 SIZE_STEP = 16  # pixels per token side: the VAE's 8 times the transformer's 2x2 patches
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
@@ -78,7 +79,7 @@ class GenerationParameters:
         group="sampling", commands=PAINTERS, flags=("--cfg-scale", "-g", "--guidance"), metavar="S",
         tasks=TASKS, line=True, record="always", config=(Config(commands=TASKS, usual="the model's own", example=4.0),),
     )  # fmt: skip
-    rng: str = option(
+    rng: Rng = option(
         "torch", kind=Choice(RNGS), help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's", usual="torch",
         group="sampling", commands=PAINTERS, flags=("--rng",), tasks=TASKS, line=True, record="always",
         page=False,
@@ -153,7 +154,7 @@ def explicit_size(width: int | None, height: int | None) -> tuple[int, int] | No
     """(width, height), or None without either; raises RequestError for one alone."""
     if (width is None) != (height is None):
         raise RequestError("give both width and height, or neither")
-    return None if width is None else (width, height)
+    return None if width is None or height is None else (width, height)
 
 
 def check_seed(seed: int) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -23,6 +22,7 @@ from ..images.geometry import Size
 from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
+from ..names import CaptionLanguage, Dtype, LayersSize, LoRAMode, NamedSize, Rng, Streamable, StrPath, Task
 from ..variants import DEFAULT_MODEL
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class QwenImagePipeline(ReleasablePipeline):
@@ -50,19 +50,19 @@ class QwenImagePipeline(ReleasablePipeline):
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path = DEFAULT_MODEL,
+        model: StrPath = DEFAULT_MODEL,
         *,
         revision: str | None = None,
-        dtype: str = "bfloat16",
+        dtype: Dtype = "bfloat16",
         offline: bool = False,
         zero_cond_t: bool | None = None,
         quantize: Quantization | str | int | None = None,
         loras: Sequence[LoRAReference] = (),
-        lora_mode: str = "auto",
-        transformer: str | Path | None = None,
-        text_encoder: str | Path | None = None,
-        vae: str | Path | None = None,
-        streamed: Collection[str] = (),
+        lora_mode: LoRAMode = "auto",
+        transformer: StrPath | None = None,
+        text_encoder: StrPath | None = None,
+        vae: StrPath | None = None,
+        streamed: Collection[Streamable] = (),
         progress: ProgressCallback | None = None,
     ) -> QwenImagePipeline:
         """Opens a checkpoint; weights are fetched and loaded when they are first needed.
@@ -125,14 +125,14 @@ class QwenImagePipeline(ReleasablePipeline):
         mask: ImageSource | None = None,
         strength: float = 0.6,
         mask_padding: int | None = None,
-        size: str | Size | None = None,
+        size: NamedSize | Size | None = None,
         width: int | None = None,
         height: int | None = None,
         num_inference_steps: int | None = None,
         cfg_scale: float | None = None,
         seed: int = 0,
         num_images: int = 1,
-        rng: str = "torch",
+        rng: Rng = "torch",
         composite: bool = True,
         staged: bool = True,
         progress: ProgressCallback | None = None,
@@ -200,14 +200,14 @@ class QwenImagePipeline(ReleasablePipeline):
         images: Sequence[ImageSource],
         mask: ImageSource | None = None,
         negative_prompt: str | None = " ",
-        size: str | Size | None = None,
+        size: NamedSize | Size | None = None,
         strength: float = 0.6,
         mask_padding: int | None = None,
         num_inference_steps: int | None = None,
         cfg_scale: float | None = None,
         seed: int = 0,
         num_images: int = 1,
-        rng: str = "torch",
+        rng: Rng = "torch",
         reference_pixels: int | None = None,
         composite: bool = True,
         keep_alpha: bool = False,
@@ -270,13 +270,13 @@ class QwenImagePipeline(ReleasablePipeline):
         negative_prompt: str | None = " ",
         num_layers: int = 4,
         resolution: int | None = None,
-        size: str = "source",
+        size: LayersSize = "source",
         num_inference_steps: int | None = None,
         cfg_scale: float | None = None,
         cfg_normalize: bool = False,
-        caption_language: str = "en",
+        caption_language: CaptionLanguage = "en",
         seed: int = 0,
-        rng: str = "torch",
+        rng: Rng = "torch",
         staged: bool = True,
         progress: ProgressCallback | None = None,
     ) -> LayeredResult:
@@ -312,7 +312,7 @@ class QwenImagePipeline(ReleasablePipeline):
                 self.release_encoders()
             return self.decompose_request(request, encoding, progress)
 
-    def check_task(self, task: str) -> None:
+    def check_task(self, task: Task) -> None:
         """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
         if self.variant.task != task:
             raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
@@ -322,7 +322,7 @@ class QwenImagePipeline(ReleasablePipeline):
         pictures: Sequence[PILImage],
         *,
         mask: PILImage | None = None,
-        size: str | Size | None = None,
+        size: NamedSize | Size | None = None,
         composite: bool = True,
         crop_padding: int | None = None,
         straight: Sequence[PILImage] | None = None,
@@ -476,7 +476,7 @@ class QwenImagePipeline(ReleasablePipeline):
             return [image for image, _, _ in self.paint_encoded(request, encoding, progress, release_encoders=staged)]
 
     def _parameters(
-        self, size: Size, steps: int | None, cfg_scale: float | None, rng: str, strength: float
+        self, size: Size, steps: int | None, cfg_scale: float | None, rng: Rng, strength: float
     ) -> GenerationParameters:
         return GenerationParameters(
             width=size[0],

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import Cancelled
+from ..names import Stage
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -28,7 +29,7 @@ class Progress:
         latents: packed latents (1, N, 64) after the step, for "denoise"; reading them waits until they are there.
     """
 
-    stage: str
+    stage: Stage
     step: int
     total: int
     detail: str = ""
@@ -72,7 +73,7 @@ class Reporter:
                 raise Cancelled(f"cancelled during {progress.stage}")
 
     @contextmanager
-    def stage(self, name: str, detail: str = "") -> Iterator[None]:
+    def stage(self, name: Stage, detail: str = "") -> Iterator[None]:
         """Reports the beginning and, unless it fails, the end of a stage."""
         self(Progress(name, 0, 1, detail))
         yield

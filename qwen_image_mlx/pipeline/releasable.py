@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..config import TransformerConfig
+from ..names import LoRAMode
 from ..weights.schemes import Quantization
 from .core import PipelineCore
 from .loras import LoRAReference, read_adapters
@@ -71,7 +72,7 @@ class ReleasablePipeline(PipelineCore):
         self._table = None
         self.components.release("transformer")
 
-    def set_loras(self, loras: Sequence[LoRAReference], mode: str = "auto") -> None:
+    def set_loras(self, loras: Sequence[LoRAReference], mode: LoRAMode = "auto") -> None:
         """Other LoRAs from now on, instead of all that were there.
 
         Where all of them, old and new, run beside the weights (packed ones, or mode "side"), the transformer stays

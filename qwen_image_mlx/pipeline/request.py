@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from ..names import CaptionLanguage
 from ..outside import MAX_CHARACTERS
 from ..variants import ASPECT_SIZES, NAMED_SIZES
 from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
@@ -45,7 +46,7 @@ class Request:
     images: tuple[Image, ...] = ()
     canvas: Canvas | None = None
     reference_pixels: int | None = None
-    caption_language: str | None = None
+    caption_language: CaptionLanguage | None = None
 
     @property
     def guiding_prompt(self) -> str | None:

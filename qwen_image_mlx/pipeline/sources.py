@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError
+from ..names import StrPath
 from ..weights.mapping import canonical_names, needs_tensor, weights_map
 from ..weights.recognize import holds, part_of
 from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside, weight_file
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -36,9 +37,9 @@ class Sources:
         RequestError: one of them does not exist.
     """
 
-    def __init__(self, snapshot: HubSnapshot, replaced: Mapping[str, str | Path] | None = None):
+    def __init__(self, snapshot: HubSnapshot, replaced: Mapping[str, StrPath] | None = None):
         self.snapshot = snapshot
-        self.replaced = {name: Path(path).expanduser() for name, path in (replaced or {}).items()}
+        self.replaced: dict[str, Path] = {name: Path(path).expanduser() for name, path in (replaced or {}).items()}
         for name, path in self.replaced.items():
             if not path.exists():
                 raise RequestError(f"the {name} {str(path)!r} does not exist: give a file of weights or its folder")

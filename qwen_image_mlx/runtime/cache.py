@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2_000_000_000
 MAX_RECENT_BYTES = 256_000_000

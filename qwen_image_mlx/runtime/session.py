@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .cache import RecentEncodings
     from .preview import Show
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

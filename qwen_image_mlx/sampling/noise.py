@@ -12,6 +12,8 @@ import math
 import mlx.core as mx
 import numpy as np
 
+from ..names import Rng
+
 _BLOCK = 16
 
 
@@ -65,6 +67,7 @@ class MLXGenerator:
         return mx.random.normal(shape, key=key)
 
 
-def generator(rng: str, seed: int) -> TorchGenerator | MLXGenerator:
+def generator(rng: Rng, seed: int) -> TorchGenerator | MLXGenerator:
     """The stream of noise a seed stands for; `rng` is "torch" or "mlx"."""
-    return {"torch": TorchGenerator, "mlx": MLXGenerator}[rng](seed)
+    generators: dict[Rng, type[TorchGenerator] | type[MLXGenerator]] = {"torch": TorchGenerator, "mlx": MLXGenerator}
+    return generators[rng](seed)

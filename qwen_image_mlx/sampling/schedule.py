@@ -51,7 +51,7 @@ class Schedule:
 
 def uniform_sigmas(num_steps: int) -> list[float]:
     """The unshifted grid 1 … 1/n."""
-    return np.linspace(1.0, 1 / num_steps, num_steps).tolist()
+    return [float(sigma) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
 
 def exponential_mu(config: SchedulerConfig, image_tokens: int) -> float:

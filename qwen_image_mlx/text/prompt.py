@@ -16,7 +16,7 @@ from ..errors import CheckpointError, RequestError
 from ..variants import Template
 from .tokenizer import QwenTokenizer
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 IMAGE_PAD = "<|image_pad|>"
 _SHOWN = 60  # characters of a cut prompt's end that a warning quotes

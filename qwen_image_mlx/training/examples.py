@@ -23,7 +23,7 @@ from ..images.formats import OTHER_SUFFIXES, SUFFIXES, unread_suffixes
 from ..outside import MAX_CHARACTERS, why_not_read
 from .settings import is_text
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MANIFESTS = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = (".txt", ".caption")  # endings of files that hold a caption

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..config import TransformerConfig
 from ..errors import RequestError
+from ..models import nn
 from ..models.transformer import Transformer
 from ..weights.mapping import expected_tensors
 from ..weights.shards import save_tensors

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..config import TransformerConfig
+from ..models import nn
 from ..models.modulation import TimeModulation
 from ..models.rope import Rotary, Segment, rotary_tables
 from ..models.transformer import BlockRows, Modulation, Rows, Transformer, TransformerBlock

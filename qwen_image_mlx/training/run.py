@@ -49,7 +49,7 @@ from .samples import Painter, Samples
 from .settings import TASKS, TrainingSettings
 from .table import LevelTable
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 CHECKPOINTS, CACHE, SAMPLES, LOG, PLOT = "checkpoints", "cache", "samples", "log.jsonl", "plot.png"
 

@@ -20,7 +20,7 @@ from .packed import Packed
 from .quantize import quantize_matrix
 from .schemes import Scheme
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _ENOUGH = 0.9  # of a change must survive in the stored weights, or "auto" runs it beside them
 

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from ..names import StrPath
 from ..outside import why_not_read
 from .packed import Packed
 from .shards import Tensor
@@ -78,7 +79,7 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-def read_gguf(path: str | Path) -> tuple[dict[str, GgufTensor], dict[str, Any]]:
+def read_gguf(path: StrPath) -> tuple[dict[str, GgufTensor], dict[str, Any]]:
     """Read what one GGUF file (version 2 or 3, little-endian) says it holds, and check that it can be true.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import CheckpointError, HubError, some
 from ..images.files import is_from_macos
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, some
+from ..models import nn
 from ..models.layers import QuantizedEmbedding, QuantizedLinear, SideBranch
 from .adapters import Placement
 from .mapping import (
@@ -36,7 +36,7 @@ from .schemes import Scheme
 from .shards import Tensor
 from .stored import FLOATS, FP8, PACKED, Reader, Stored, joined, stored_weights
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)|.*")  # a name up to its first number
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, RequestError
 from ..gpu import all_finite, gpu_faults
+from ..names import StrPath
 from .lora_formats import KINDS, PeftConfig, Rows, Shape, bind, check_dtypes, factored_kind, peft_config
 from .shards import PICKLES, LazyTensors, Tensor, read_header
 
@@ -287,7 +288,7 @@ class LoRA:
             update.check()
 
 
-def read_lora(path: str | Path, targets: Mapping[str, Shape], strength: float = 1.0) -> LoRA:
+def read_lora(path: StrPath, targets: Mapping[str, Shape], strength: float = 1.0) -> LoRA:
     """Reads what a LoRA file changes; of its weights only the alphas, which are single numbers.
 
     Args:
@@ -316,7 +317,7 @@ def read_lora(path: str | Path, targets: Mapping[str, Shape], strength: float = 
     return LoRA(path, strength, updates, binding.unmatched, total, binding.dialects, metadata, peft, nbytes)
 
 
-def weights_file(path: str | Path) -> Path:
+def weights_file(path: StrPath) -> Path:
     """The one safetensors file that a path to a file or folder means.
 
     Raises:

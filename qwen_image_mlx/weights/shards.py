@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import CheckpointError, OutputError
 from ..gpu import finish, gpu_faults
+from ..names import StrPath
 from ..outside import why_not_read
 from ..unfinished import hidden
 
@@ -73,7 +74,7 @@ class Tensor:
     offset: int
 
 
-def read_header(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_header(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what one safetensors file says it holds, and check that it can be true.
 
     Args:

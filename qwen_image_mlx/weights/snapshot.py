@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError
+from ..names import StrPath
 from ..outside import why_not_read
 from ..variants import DEMOS, MODEL_ALIASES, full_name
 from .gguf import is_gguf, read_gguf
@@ -85,7 +86,7 @@ class HubSnapshot:
 
     def __init__(
         self,
-        model: str | Path,
+        model: StrPath,
         *,
         revision: str | None = None,
         offline: bool = False,
@@ -95,11 +96,11 @@ class HubSnapshot:
         local = _local_folder(model, revision)
         if local and revision is not None and not local.revision:
             raise RequestError(f"revision {revision!r} means nothing for the directory {model}: leave it out")
-        self.model = str(model)
+        self.model: str = os.fspath(model)
         self._wanted = revision
         self.offline = offline
         self._progress = progress
-        self.is_local = local is not None
+        self.is_local: bool = local is not None
         self._opened: Folder | Repo | None = local
 
     @property
@@ -268,7 +269,7 @@ def weight_file(path: Path) -> WeightFiles:
     return WeightFiles((path,), None, read_tensors([path]))
 
 
-def _local_folder(model: str | Path, revision: str | None) -> Folder | None:
+def _local_folder(model: StrPath, revision: str | None) -> Folder | None:
     """Tell a directory or a demo from a hub id, for which it gives None."""
     if model in DEMOS:
         return Folder(DEMO_ROOT / model, shared=DEMO_ROOT / "shared")
@@ -286,7 +287,7 @@ def _local_folder(model: str | Path, revision: str | None) -> Folder | None:
     return None
 
 
-def _is_repo_id(model: str | Path) -> bool:
+def _is_repo_id(model: StrPath) -> bool:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..errors import CheckpointError, RequestError
+from ..models import nn
 from .adapters import Adapters, Placement
 from .loader import ComponentWeights, fill, place_of, specs_of
 from .mapping import TensorSpec
