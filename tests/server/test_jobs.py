@@ -22,6 +22,7 @@ from qwen_image_mlx.images.colour import ignore_profiles, profiles_are_ignored
 from qwen_image_mlx.pipeline.progress import Progress
 from qwen_image_mlx.server.answers import ApiError
 from qwen_image_mlx.server.app import Service, Setup, create_app
+from qwen_image_mlx.server.job import Job
 from qwen_image_mlx.server.jobs import Jobs
 from qwen_image_mlx.server.repeats import Repeats, claim_of
 
@@ -310,6 +311,18 @@ class Words(BaseModel):
 
 def claim(prompt="a fox", key="", **more):
     return claim_of("/paint", {"idempotency-key": key}, Words(prompt=prompt, **more))
+
+
+def test_a_listener_that_heard_everything_hears_nothing_twice():
+    job = Job(task="generate", work=None, followed=True)
+    for step in range(3):
+        job.tell("step", {"step": step})
+    assert [number for *_, number in job.since(2)] == [3]
+    assert job.since(3) == []
+    job.status = "done"
+    job.tell("done", {})
+    assert [name for name, *_ in job.since(3)] == ["done"]
+    assert [name for name, *_ in job.since(4)] == ["done"]
 
 
 def test_a_cut_request_keeps_its_job_for_the_grace_and_an_equal_one_finds_it():
