@@ -158,6 +158,12 @@ def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> by
 class RecordedImage(Image.Image):
     """A picture that keeps its record, JSON in `info["qwen_image_mlx"]`, when it is saved as PNG, JPEG or WebP."""
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is an image of the same pixels, however it was made."""
+        if not isinstance(other, Image.Image):
+            return NotImplemented
+        return (self.mode, self.size) == (other.mode, other.size) and self.tobytes() == other.tobytes()
+
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """As Pillow's, but that the record goes along unless `pnginfo` or `exif` is given."""
         name = str(getattr(fp, "name", fp)) if format is None else f"x.{format}"

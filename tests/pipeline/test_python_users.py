@@ -27,6 +27,17 @@ def test_images_carry_their_record(image):
     assert (record["prompt"], record["seed"], record["width"], record["steps"]) == ("a fox", 3, 64, 1)
 
 
+def test_images_are_equal_by_their_pixels(pipeline, image):
+    from PIL import Image
+
+    plain = Image.frombytes(image.mode, image.size, image.tobytes())
+    assert image == plain
+    assert plain == image
+    assert image != Image.new(image.mode, image.size)
+    (other,) = pipeline.generate("another prompt", progress=False, **SMALL)
+    assert image != other
+
+
 @pytest.mark.parametrize(("name", "format"), [
     ("fox.png", None), ("fox.jpg", None), ("fox.webp", None), ("fox", "png"), ("fox", "JPEG"),
 ])  # fmt: skip
