@@ -7,6 +7,7 @@ server a field, a file of prompts a key, and a PNG a line of its record. The tab
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from .errors import RequestError
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(ABC):
     """What a value may be; the children say which.
 
     Attributes:
@@ -26,15 +27,15 @@ class Kind:
     """
 
     @property
+    @abstractmethod
     def allowed(self) -> str:
         """What is allowed, in words."""
-        raise NotImplementedError
 
     read = None
 
+    @abstractmethod
     def accepts(self, value: Any) -> bool:
         """Whether a value, as JSON or TOML gives it, is allowed."""
-        raise NotImplementedError
 
     def store(self, value: Any) -> Any:
         """What is kept of an allowed value."""

@@ -377,7 +377,7 @@ _SMALL_VOCABULARY: Config = {
     "vocab_size": 960,
 }
 _SPREAD = 0.2
-_PIXEL_SPREAD = 0.32  # most pixels lie well inside [-1, 1] and few reach its ends
+PIXEL_SPREAD = 0.32  # most pixels lie well inside [-1, 1] and few reach its ends
 _UNCLIPPED = 0.05  # times this, all pixels lie inside [-1, 1]
 _LOGIT_GAIN = 2.0  # attention that picks out tokens, so that a wrong position or a wrong prompt shows
 _LOGIT_NORMS = tuple(f".attn.norm_{role}.weight" for role in ("q", "k", "added_q", "added_k"))
@@ -465,10 +465,10 @@ def component_values(component: str, config: Config, *, seed: int = 0) -> dict[s
         for name, spec in expected_tensors(part, config_class.from_dict(config)).items()
     }
     # Uniform, of variance 1: NumPy promises that this stream never changes.
-    return {name: _spread(name, ((random.random_sample(shape) - 0.5) * 12**0.5)) for name, shape in shapes.items()}
+    return {name: spread(name, ((random.random_sample(shape) - 0.5) * 12**0.5)) for name, shape in shapes.items()}
 
 
-def _spread(name: str, noise: np.ndarray) -> np.ndarray:
+def spread(name: str, noise: np.ndarray) -> np.ndarray:
     """Values that keep activations at order one and leave nothing at its neutral value."""
     if name.endswith(".bias"):
         values = noise * _SPREAD
@@ -498,7 +498,7 @@ def _put_pixels_in_range(folder: Path, config: Config, values: dict[str, np.ndar
     noise = np.random.RandomState(0).standard_normal((1, 16, 16, typed.z_dim)).astype(np.float32)
     pixels = np.array(decode(load_module(Decoder(typed), weights, "decoder", mx.float32), typed, mx.array(noise)))
     raw = (pixels * 2 - 1) / _UNCLIPPED
-    gain = _PIXEL_SPREAD / raw.std(axis=(0, 1, 2))
+    gain = PIXEL_SPREAD / raw.std(axis=(0, 1, 2))
     values[weight] = values[weight] * gain[:, None, None, None, None]
     values[bias] = (values[bias] - raw.mean(axis=(0, 1, 2))) * gain
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from checkpoints import REAL_CONFIGS, Config
+from checkpoints import PIXEL_SPREAD, REAL_CONFIGS, Config, spread
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
@@ -32,12 +32,6 @@ for _logging in (diffusers_logging, transformers_logging):
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 # --- models --------------------------------------------------------------------------------------------------------
-
-
-_SPREAD = 0.2
-_PIXEL_SPREAD = 0.32  # most pixels lie well inside [-1, 1] and few reach its ends
-_LOGIT_GAIN = 2.0  # attention that picks out tokens, so that a wrong position or a wrong prompt shows
-_LOGIT_NORMS = tuple(f".attn.norm_{role}.weight" for role in ("q", "k", "added_q", "added_k"))
 
 
 def make_transformer(config: Config, *, seed: int = 0) -> QwenImageTransformer2DModel:
@@ -63,7 +57,7 @@ def _filled(model: Model, seed: int, component: str) -> Model:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(_spread_values(name, noise))
+            parameter.copy_(torch.from_numpy(spread(name, noise.numpy())))
     return model.eval()
 
 
@@ -74,30 +68,11 @@ def _with_pixels_in_range(model: AutoencoderKLQwenImage) -> AutoencoderKLQwenIma
     statistics = (model.config.latents_mean, model.config.latents_std)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in statistics)
     pixels = model.decoder(model.post_quant_conv(noise * std + mean))
-    gain = _PIXEL_SPREAD / pixels.std(dim=(0, 2, 3, 4))
+    gain = PIXEL_SPREAD / pixels.std(dim=(0, 2, 3, 4))
     last = model.decoder.conv_out
     last.weight.mul_(gain.view(-1, 1, 1, 1, 1))
     last.bias.sub_(pixels.mean(dim=(0, 2, 3, 4))).mul_(gain)
     return model
-
-
-def _spread_values(name: str, noise: torch.Tensor) -> torch.Tensor:
-    """Values that keep activations at order one and leave nothing at its neutral value."""
-    if name.endswith(".bias"):
-        return noise * _SPREAD
-    if name.endswith(_LOGIT_NORMS):
-        return _LOGIT_GAIN * (1 + noise * _SPREAD)
-    if noise.ndim == 1 or name.endswith(".gamma"):
-        return 1 + noise * _SPREAD
-    if "embed_tokens" in name or "embedding.weight" in name:
-        return noise
-    return noise / _fan_in(noise.shape) ** 0.5
-
-
-def _fan_in(shape: torch.Size) -> int:
-    """Inputs that reach one output. Of a 3-D kernel's temporal taps a single frame meets only one."""
-    kernel = shape[-1] * shape[-2] if len(shape) > 2 else 1
-    return shape[1] * kernel
 
 
 def _write_json(path: Path, value: Any) -> None:

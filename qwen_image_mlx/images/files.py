@@ -114,11 +114,16 @@ def check_writable(path: Path, nbytes: int) -> None:
 
 def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
     """A picture as the bytes of a PNG, with its metadata if it has any; the arguments are those of `save_png`."""
-    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
-    if metadata is not None:
-        info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+    info = PngImagePlugin.PngInfo() if metadata is None else _png_info(json.dumps(metadata, ensure_ascii=False))
+    file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
     return file.getvalue()
+
+
+def _png_info(record: str) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(METADATA_KEY, record)
+    return info
 
 
 def _exif(metadata: dict[str, Any]) -> bytes:
@@ -170,8 +175,7 @@ class RecordedImage(Image.Image):
         form, _ = _WRITERS.get(Path(name).suffix.lower(), ("", {}))
         text = self.info.get(METADATA_KEY)
         if isinstance(text, str) and form == "PNG" and "pnginfo" not in params:
-            params["pnginfo"] = PngImagePlugin.PngInfo()
-            params["pnginfo"].add_itxt(METADATA_KEY, text)
+            params["pnginfo"] = _png_info(text)
         elif isinstance(text, str) and form and "exif" not in params:
             exif = _exif(json.loads(text))
             if form != "JPEG" or len(exif) <= _JPEG_COMMENT:

@@ -235,57 +235,60 @@ def test_a_job_that_something_else_cancels_is_said_aloud(context, line):
     expect(generate.get_by_text("Try again")).to_be_enabled()
 
 
-def test_layers_and_what_was_done_to_them_outlive_a_reload(context, line):
+CANVAS = "#panel-decompose canvas"
+
+
+def decomposed(context, line):
+    """A page on which an image was just decomposed, and its panel."""
     page, layers = opened(context, line, "decompose")
     layers.locator("input[type=file]").set_input_files(png(scene()))
     fill(layers, prompt=PROMPT, steps=4)
     layers.locator("[data-go]").click()
-    canvas = "#panel-decompose canvas"
     layers.locator(".layers li").first.wait_for()
-    untouched = pixels(page, canvas)
-    layers.locator(canvas.split()[1]).focus()
+    return page, layers
+
+
+def test_layers_and_what_was_done_to_them_outlive_a_reload(context, line):
+    page, layers = decomposed(context, line)
+    untouched = pixels(page, CANVAS)
+    layers.locator(CANVAS.split()[1]).focus()
     for _ in range(3):
         page.keyboard.press("Shift+ArrowRight")
     layers.locator("[data-down]").first.click()
-    moved = pixels(page, canvas)
+    moved = pixels(page, CANVAS)
     page.wait_for_timeout(1000)
     reload(page)
     layers.locator(".layers li").first.wait_for()
     assert not np.array_equal(untouched, moved)
-    assert np.array_equal(pixels(page, canvas), moved)
+    assert np.array_equal(pixels(page, CANVAS), moved)
 
     layers.locator(".layers .name").nth(1).click()
     layers.get_by_text("Put back").locator("visible=true").click()
     layers.locator("[data-back]").click()
-    assert np.array_equal(pixels(page, canvas), moved)
+    assert np.array_equal(pixels(page, CANVAS), moved)
 
     words = layers.locator(".words input").locator("visible=true")
     words.fill("make it blue")
     words.press("Enter")
     layers.get_by_text("Undo edit").locator("visible=true").wait_for()
-    edited = pixels(page, canvas)
+    edited = pixels(page, CANVAS)
     page.wait_for_timeout(1000)
     page.get_by_role("tab").first.click()
     page.get_by_text("Use these settings again").click()
     layers.locator(".layers li").first.wait_for()
-    assert np.array_equal(pixels(page, canvas), edited)
+    assert np.array_equal(pixels(page, CANVAS), edited)
     layers.locator(".layers .name").nth(1).click()
     layers.get_by_text("Undo edit").locator("visible=true").click()
-    assert np.array_equal(pixels(page, canvas), moved)
+    assert np.array_equal(pixels(page, CANVAS), moved)
 
 
 @pytest.mark.parametrize("way", ["reload", "close"])
 def test_layer_work_is_there_when_the_page_goes_while_a_layer_is_edited(context, line, way):
-    page, layers = opened(context, line, "decompose")
-    layers.locator("input[type=file]").set_input_files(png(scene()))
-    fill(layers, prompt=PROMPT, steps=4)
-    layers.locator("[data-go]").click()
-    canvas = "#panel-decompose canvas"
-    layers.locator(".layers li").first.wait_for()
-    layers.locator(canvas.split()[1]).focus()
+    page, layers = decomposed(context, line)
+    layers.locator(CANVAS.split()[1]).focus()
     for _ in range(3):
         page.keyboard.press("Shift+ArrowRight")
-    moved = pixels(page, canvas)
+    moved = pixels(page, CANVAS)
     page.wait_for_timeout(1000)
     layers.locator(".layers .name").nth(1).click()
     words = layers.locator(".words input").locator("visible=true")
@@ -306,7 +309,7 @@ def test_layer_work_is_there_when_the_page_goes_while_a_layer_is_edited(context,
     layers.locator(".layers .name").nth(1).click()
     if undo.count():
         undo.click()
-    assert np.array_equal(pixels(page, canvas), moved)
+    assert np.array_equal(pixels(page, CANVAS), moved)
 
 
 def test_what_is_forgotten_can_be_brought_back(context, line):
