@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from ..options import Choice, Option, Several, Switch, Text, by_name
-from ..pipeline.parameters import PAINTERS
+from ..pipeline.parameters import CANVAS, PAINTERS
 from ..runtime.options import OPTIONS
 from .parser import EXAMPLES
 
@@ -28,7 +28,6 @@ _HEADINGS = {
     "settings": "settings",
     "shown": "what is shown",
 }
-_CANVAS = ("generate", "edit")
 _SHOWS = (*PAINTERS, "caption")
 _SETTLED = (*PAINTERS, "caption", "train", "plan", "serve")
 _LINES = ", ".join(row.name for row in OPTIONS.values() if row.line and row.name != "prompt")
@@ -74,7 +73,7 @@ _OWN = (
         help="while it paints, keep a small picture of what it is heading for beside the output",
     ),
     Option(
-        name="from_image", kind=Text(), group="settings", commands=_CANVAS, flags=("--from-image",), metavar="IMAGE",
+        name="from_image", kind=Text(), group="settings", commands=CANVAS, flags=("--from-image",), metavar="IMAGE",
         help="paint a picture again from its own metadata; flags win",
     ),
     Option(

@@ -126,11 +126,14 @@ def _png_info(record: str) -> PngImagePlugin.PngInfo:
     return info
 
 
-def _exif(metadata: dict[str, Any]) -> bytes:
+def _comment(metadata: dict[str, Any]) -> bytes:
+    return _COMMENT + json.dumps({METADATA_KEY: metadata}).encode()
+
+
+def _exif(comment: bytes) -> Image.Exif:
     exif = Image.Exif()
-    comment = _COMMENT + json.dumps({METADATA_KEY: metadata}).encode()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    return exif.tobytes()
+    return exif
 
 
 def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> bytes:
@@ -147,16 +150,16 @@ def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> by
     form, settings = _WRITERS[path.suffix.lower()]
     if form == "PNG":
         return encode_png(image, metadata)
-    exif, file = _exif(metadata), io.BytesIO()
+    comment, file = _comment(metadata), io.BytesIO()
     if form == "JPEG" and image.mode == "RGBA" and image.getextrema()[3][0] == 255:
         image = image.convert("RGB")
     if form == "JPEG" and image.has_transparency_data:
         raise OutputError(
             f"cannot write {path}: JPEG has no transparency, which this picture has; end in .png or .webp"
         )
-    if form == "JPEG" and len(exif) > _JPEG_COMMENT:
+    if form == "JPEG" and len(comment) > _JPEG_COMMENT:
         raise OutputError(f"cannot write {path}: its record is too long for a JPEG; end the name in .png or .webp")
-    image.save(file, form, exif=exif, **settings)
+    image.save(file, form, exif=_exif(comment), **settings)
     return file.getvalue()
 
 
@@ -177,9 +180,9 @@ class RecordedImage(Image.Image):
         if isinstance(text, str) and form == "PNG" and "pnginfo" not in params:
             params["pnginfo"] = _png_info(text)
         elif isinstance(text, str) and form and "exif" not in params:
-            exif = _exif(json.loads(text))
-            if form != "JPEG" or len(exif) <= _JPEG_COMMENT:
-                params["exif"] = exif
+            comment = _comment(json.loads(text))
+            if form != "JPEG" or len(comment) <= _JPEG_COMMENT:
+                params["exif"] = _exif(comment)
         super().save(fp, format, **params)
 
 
@@ -226,22 +229,20 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
         check_file(path, str(path))
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             image.load()
-            metadata = record_of(getattr(image, "text", {}) if image.format == "PNG" else _commented(image))
+            metadata = record_of(getattr(image, "text", {})) if image.format == "PNG" else _commented(image)
     if metadata is None:
         raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own pictures do")
     return metadata
 
 
-def _commented(image: Image.Image) -> dict[str, str]:
-    """The record in EXIF's UserComment, as JSON by its key; empty if it is somebody else's."""
+def _commented(image: Image.Image) -> dict[str, Any] | None:
+    """The record in EXIF's UserComment; None if it is not there, is damaged, or too long to be ours."""
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if not isinstance(comment, bytes) or not comment.startswith(_COMMENT) or len(comment) > _MOST_RECORD:
-        return {}
-    try:
-        said = json.loads(comment[len(_COMMENT) :])
-    except (ValueError, RecursionError):
-        return {}
-    return {METADATA_KEY: json.dumps(said[METADATA_KEY])} if isinstance(said, dict) and METADATA_KEY in said else {}
+        return None
+    said = _json(comment[len(_COMMENT) :])
+    record = said.get(METADATA_KEY) if isinstance(said, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 def record_of(texts: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -249,11 +250,16 @@ def record_of(texts: Mapping[str, Any]) -> dict[str, Any] | None:
     text = texts.get(METADATA_KEY)
     if not isinstance(text, str) or len(text) > _MOST_RECORD:
         return None
+    record = _json(text)
+    return record if isinstance(record, dict) else None
+
+
+def _json(text: str | bytes) -> Any:
+    """What a text says; None if it is not JSON."""
     try:
-        record = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
 
 
 def new_file(path: Path, data: bytes) -> Path:

@@ -30,9 +30,9 @@ REFERENCE_PIXELS = Integer(32 * 32)  # the smallest picture
 
 
 # Commands that paint a canvas, that sample from words, and all that paint.
-_CANVAS = ("generate", "edit")
-_WORDS = (*_CANVAS, "compose")
-PAINTERS = (*_WORDS, "decompose")
+CANVAS = ("generate", "edit")
+WORDS = (*CANVAS, "compose")
+PAINTERS = (*WORDS, "decompose")
 TASKS = ("generate", "edit", "decompose")  # of the server
 GENERATION = "generation"  # the table of config.toml for what changes from picture to picture
 
@@ -62,11 +62,11 @@ class GenerationParameters:
 
     width: int = option(
         kind=Integer(SIZE_STEP, step=SIZE_STEP), help="in pixels, a multiple of 16",
-        group="size", commands=_CANVAS, flags=("--width", "-W"), tasks=("generate",), line=True, record="always",
+        group="size", commands=CANVAS, flags=("--width", "-W"), tasks=("generate",), line=True, record="always",
     )  # fmt: skip
     height: int = option(
         kind=Integer(SIZE_STEP, step=SIZE_STEP), help="in pixels, a multiple of 16",
-        group="size", commands=_CANVAS, flags=("--height", "-H"), tasks=("generate",), line=True, record="always",
+        group="size", commands=CANVAS, flags=("--height", "-H"), tasks=("generate",), line=True, record="always",
     )  # fmt: skip
     num_inference_steps: int = option(
         50, name="steps", kind=Integer(1, MAX_STEPS), help="denoising steps", usual="50",
@@ -88,7 +88,7 @@ class GenerationParameters:
     shift: float | None = option(None, kind=Number(0, 100, above=True), record="always")
     strength: float = option(
         0.6, kind=Number(0, 1, above=True), help="how much is painted anew, above 0 and at most 1", usual="0.6",
-        group="painting over", commands=_CANVAS, flags=("--strength",), metavar="S", tasks=_CANVAS,
+        group="painting over", commands=CANVAS, flags=("--strength",), metavar="S", tasks=CANVAS,
         record="painted over", needs=("images",), but={"edit": {"needs": ("images", "mask")}},
     )  # fmt: skip
     num_layers: int = option(

@@ -27,6 +27,7 @@ from ..options import (
     options_of,
 )
 from ..pipeline.parameters import (
+    CANVAS,
     DTYPES,
     GENERATION,
     IMAGE_INDEX,
@@ -36,6 +37,7 @@ from ..pipeline.parameters import (
     SEED,
     SIDE,
     TASKS,
+    WORDS,
     GenerationParameters,
 )
 from ..variants import (
@@ -51,8 +53,6 @@ from ..variants import (
 from ..weights.schemes import NONE, SCHEMES, Quantization
 from .residency import read_memory
 
-_CANVAS = ("generate", "edit")
-_WORDS = (*_CANVAS, "compose")
 _READS = (*PAINTERS, "caption", "train")  # commands that open a model
 LAYER_SIZES = ("source", "bucket")
 
@@ -171,7 +171,7 @@ class OpenOptions:
 _OTHERS = (
     Option(
         name="prompt", kind=Text(), help="what to paint; may be empty", group="picture",
-        commands=(*_CANVAS, "decompose"), nargs="?", metavar="PROMPT", tasks=TASKS, default=..., line=True,
+        commands=(*CANVAS, "decompose"), nargs="?", metavar="PROMPT", tasks=TASKS, default=..., line=True,
         instead=("--prompt", "-p"), record="always",
         but={"edit": {"metavar": "INSTRUCTION", "help": "what to change; may be empty"},
              "decompose": {"flags": ("--prompt", "-p"), "nargs": None, "metavar": None,
@@ -179,7 +179,7 @@ _OTHERS = (
              "/decompose": {"default": ""}},
     ),
     Option(
-        name="images", kind=Several(Picture()), help="a picture to start from", group="picture", commands=_CANVAS,
+        name="images", kind=Several(Picture()), help="a picture to start from", group="picture", commands=CANVAS,
         flags=("--image", "--image-path"), nargs="append", metavar="IMAGE", tasks=("edit",), record="asked", place=True,
         but={"edit": {"flags": ("--image", "-i", "--image-path"),
                       "help": "a picture to work on; repeat for more, the order counts"}},
@@ -211,8 +211,8 @@ _OTHERS = (
              "/caption": {"default": 0}},
     ),
     Option(
-        name="num_images", kind=NUM_IMAGES, help="pictures per seed", usual="1", group="sampling", commands=_WORDS,
-        flags=("--num-images",), metavar="N", tasks=_CANVAS, default=1, line=True,
+        name="num_images", kind=NUM_IMAGES, help="pictures per seed", usual="1", group="sampling", commands=WORDS,
+        flags=("--num-images",), metavar="N", tasks=CANVAS, default=1, line=True,
     ),
     Option(name="image_index", kind=IMAGE_INDEX, record="always"),
     Option(
@@ -223,13 +223,13 @@ _OTHERS = (
                        example="16:9"),),
     ),
     Option(
-        name="mask", kind=Picture(), group="painting over", commands=_CANVAS, flags=("--mask",), metavar="IMAGE",
-        help="white where the picture is painted anew; the rest comes back bit by bit", tasks=_CANVAS, record="asked",
+        name="mask", kind=Picture(), group="painting over", commands=CANVAS, flags=("--mask",), metavar="IMAGE",
+        help="white where the picture is painted anew; the rest comes back bit by bit", tasks=CANVAS, record="asked",
         place=True, needs=("images",),
     ),
     Option(
         name="size", kind=Text(r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$"), group="size",
-        commands=(*_CANVAS, "decompose", "plan"), flags=("--size",), metavar="1mp|source|WxH",
+        commands=(*CANVAS, "decompose", "plan"), flags=("--size",), metavar="1mp|source|WxH",
         help="with --image, size of the result: about 1 MP at its aspect, the same resized to its size, or an explicit "
         "one", usual="1mp; source with a mask", tasks=("edit", "decompose"), record="asked", needs=("images",),
         but={"decompose": {"metavar": "|".join(LAYER_SIZES), "needs": (), "usual": LAYER_SIZES[0],
@@ -238,12 +238,12 @@ _OTHERS = (
              "plan": {"metavar": "WxH", "needs": (), "help": "of the picture", "usual": "the model's own"}},
     ),
     Option(
-        name="mask_padding", kind=Integer(0), group="painting over", commands=_CANVAS, flags=("--mask-padding",),
+        name="mask_padding", kind=Integer(0), group="painting over", commands=CANVAS, flags=("--mask-padding",),
         metavar="N", help="paint only the mask's surroundings, N pixels around it", tasks=("edit",), record="asked",
         needs=("images", "mask"),
     ),
     Option(
-        name="no_composite", kind=Switch(), group="painting over", commands=_CANVAS, flags=("--no-composite",),
+        name="no_composite", kind=Switch(), group="painting over", commands=CANVAS, flags=("--no-composite",),
         help="with a mask, give the model's own picture", record="asked", needs=("mask",),
     ),
     Option(
