@@ -140,6 +140,7 @@ def _converted(image: Image.Image, profile: bytes, name: str, reading: _Reading)
     elif mode != image.mode:
         raise _Unusable(f"it is for {mode}, and the image is {image.mode}")
     result = ImageCms.applyTransform(colours, transform)
+    assert result is not None  # None stands for "changed in place"
     if alpha is not None:
         result.putalpha(alpha)
     result.info = {key: value for key, value in image.info.items() if key != "transparency"}

@@ -144,7 +144,7 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RequestError(f"there is no file {path}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or error
+        why = str(getattr(error, "strerror", None) or error)
         raise RequestError(f"{path} is not a readable picture: {why}") from error
     try:
         metadata = json.loads(text) if text is not None else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 import numpy as np
 from PIL import Image
@@ -20,6 +22,12 @@ def on_white(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
     image.info = info.copy()
     return image
+
+
+def alpha_range(image: Image.Image) -> tuple[int, int]:
+    """The least and the greatest alpha of an RGBA picture; Pillow's stubs know `getextrema` of one channel alone."""
+    least, greatest = cast("tuple[tuple[int, int], ...]", image.getextrema())[3]
+    return least, greatest
 
 
 def to_images(pixels: mx.array) -> list[Image.Image]:
@@ -53,7 +61,9 @@ def to_patches(
         Source: Qwen2VLImageProcessor.
     """
     resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-    values = (np.asarray(resized, dtype=np.float32) / 255.0 - np.float32(mean)) / np.float32(std)
+    values = (np.asarray(resized, dtype=np.float32) / 255.0 - np.asarray(mean, np.float32)) / np.asarray(
+        std, np.float32
+    )
     h, w = size[1] // patch, size[0] // patch
     blocks = values.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
     return mx.array(blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, -1))

@@ -45,6 +45,7 @@ def describe(
         "version": __version__,
     }
     if pipeline.variant.layered:
+        assert request.reference_pixels is not None
         metadata |= {
             "num_layers": parameters.num_layers,
             "resolution": math.isqrt(request.reference_pixels),

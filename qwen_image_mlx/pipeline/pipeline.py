@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
@@ -19,7 +19,7 @@ from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
 from ..images.geometry import Size
 from ..images.layers import Layer, LayerStack
-from ..images.pixels import to_images
+from ..images.pixels import alpha_range, to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
 from ..names import CaptionLanguage, Dtype, LayersSize, LoRAMode, NamedSize, Rng, Streamable, StrPath, Task
 from ..variants import DEFAULT_MODEL
@@ -179,7 +179,7 @@ class QwenImagePipeline(ReleasablePipeline):
         elif mask is not None or mask_padding is not None or isinstance(size, str):
             raise RequestError("a mask, a padding around it, and a size by name need an image to be painted over")
         parameters = self._parameters(
-            canvas.size if canvas else size or self.variant.size_of("1:1"),
+            canvas.size if canvas else cast("Size | None", size) or self.variant.size_of("1:1"),
             num_inference_steps, 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale, rng, strength,
         )  # fmt: skip
         request = Request(
@@ -338,7 +338,7 @@ class QwenImagePipeline(ReleasablePipeline):
             size=size,
             composite=composite,
             crop_padding=crop_padding,
-            straight=None if straight is None or straight[index].getextrema()[3][0] == 255 else straight[index],
+            straight=None if straight is None or alpha_range(straight[index])[0] == 255 else straight[index],
             area=self.variant.target_area,
         )
 
@@ -350,6 +350,8 @@ class QwenImagePipeline(ReleasablePipeline):
         """
         prompt = request.prompt
         if self.writes_caption(request):
+            assert request.caption_language is not None
+            assert request.reference_pixels is not None
             prompt = self.caption_image(
                 request.images[0],
                 language=request.caption_language,
@@ -370,6 +372,7 @@ class QwenImagePipeline(ReleasablePipeline):
         if not self.starts_from_canvas(request):
             return None
         canvas = request.canvas
+        assert canvas is not None
         picture, mask = canvas.initial
         if not math.isclose(picture.width / picture.height, canvas.size[0] / canvas.size[1], rel_tol=0.05):
             logger.warning(
@@ -415,9 +418,10 @@ class QwenImagePipeline(ReleasablePipeline):
         """Paints a request's layers, each decoded, resized and turned into 8 bits before the next."""
         pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress, release)]
         layers = (Layer(image, f"layer {n}") for n, image in enumerate(pictures))
-        size = request.canvas.result_size
+        canvas = request.canvas
+        assert canvas is not None
         metadata = describe(self, request, encoding, request.seeds[0])
-        return LayeredResult(request.canvas.resized_source, LayerStack(size, tuple(layers), metadata))
+        return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, tuple(layers), metadata))
 
     def _paint(self, request: Request, staged: bool, progress: ProgressCallback | None) -> list[PILImage]:
         with limits():

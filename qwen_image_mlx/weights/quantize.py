@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RequestError
+from ..gpu import number
 from .packed import Packed
 
 # What users write -> (mode, bits, group sizes, the usual one first).
@@ -27,7 +28,7 @@ SCHEMES: dict[str, tuple[str, int, tuple[int, ...]]] = {
 }
 NONE = "none"
 REFITS = 6
-SCALES = mx.bfloat16
+SCALES: mx.Dtype = mx.bfloat16
 _BESIDE = "8"  # the text encoder's scheme where only the transformer's is said: 7 GB beside a transformer of 8
 _BAND = 1 << 21  # elements quantized at once: 8 MiB in fp32, of which a refit takes some fifteen
 
@@ -121,12 +122,12 @@ class Quantization:
         known = [field.name for field in fields(cls)]
         schemes: dict[str, Scheme | None] = {}
         for part in given.split(","):
-            component, _, scheme = (word.strip() for word in part.partition("="))
+            component, _, wanted = (word.strip() for word in part.partition("="))
             if component not in known or component in schemes:
                 raise RequestError(
                     f"quantization has {part!r}, but wants each once of {', '.join(known)}: {known[0]}=4"
                 )
-            schemes[component] = None if scheme == NONE else Scheme.parse(scheme, group_size)
+            schemes[component] = None if wanted == NONE else Scheme.parse(wanted, group_size)
         return cls(**schemes)
 
     def __str__(self) -> str:
@@ -155,7 +156,7 @@ def quantize_matrix(w: mx.array, scheme: Scheme, refits: int = REFITS) -> Packed
             parts = mx.quantize(band, scheme.group_size, scheme.bits, scheme.mode)
         mx.eval(parts)
         bands.append(parts)
-    weight, scales, *biases = (mx.concatenate(parts) for parts in zip(*bands, strict=True))
+    weight, scales, *biases = (mx.concatenate(list(parts)) for parts in zip(*bands, strict=True))
     mx.eval(weight, scales, biases)
     return Packed(weight, scales, biases[0] if biases else None, scheme.group_size, scheme.bits, scheme.mode)
 
@@ -163,7 +164,7 @@ def quantize_matrix(w: mx.array, scheme: Scheme, refits: int = REFITS) -> Packed
 def relative_error(w: mx.array, packed: Packed) -> float:
     """|w - w'| / |w| in the Frobenius norm, of a matrix and its quantized form."""
     w = w.astype(mx.float32)
-    return float((mx.linalg.norm(w - packed.dequantize()) / mx.maximum(mx.linalg.norm(w), 1e-30)).item())
+    return float(number(mx.linalg.norm(w - packed.dequantize()) / mx.maximum(mx.linalg.norm(w), 1e-30)))
 
 
 def _affine(w: mx.array, scheme: Scheme, refits: int) -> tuple[mx.array, mx.array, mx.array]:
