@@ -47,7 +47,8 @@ def accuracy(blocks: int) -> Table:
     from qwen_image_mlx.weights.loader import ComponentWeights, load_module
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.modulation import modulation_table
-    from qwen_image_mlx.weights.quantize import Scheme, quantize_matrix
+    from qwen_image_mlx.weights.quantize import quantize_matrix
+    from qwen_image_mlx.weights.schemes import Scheme
     from qwen_image_mlx.weights.shards import component_tensors
     from qwen_image_mlx.weights.synthetic import FULL, random_values
 

@@ -28,7 +28,7 @@ _PUBLIC = {
     "unpack_multi_layer_latents": "sampling.latents",
     "Progress": "pipeline.progress",
     "HubSnapshot": "weights.snapshot",
-    "Quantization": "weights.quantize",
+    "Quantization": "weights.schemes",
     "QwenImageError": "errors",
     "RequestError": "errors",
     "CheckpointError": "errors",
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from .pipeline.pipeline import QwenImagePipeline
     from .pipeline.progress import Progress
     from .sampling.latents import pack_multi_layer_latents, unpack_multi_layer_latents
-    from .weights.quantize import Quantization
+    from .weights.schemes import Quantization
     from .weights.snapshot import HubSnapshot
 
 

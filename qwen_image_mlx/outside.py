@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat
 import unicodedata
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from .names import StrPath
 
 MOST = 2_000  # characters of a message
+MAX_CHARACTERS = 1_000_000  # of a prompt and what stands around it; models read some thousands
 _PLAIN = " \n"
 # Characters that move the cursor, change colours, reverse the writing or are no text: controls, formats, surrogates,
 # private use, line and paragraph separators.
@@ -24,15 +26,22 @@ def printable(text: object, most: int = MOST) -> str:
     """
     text = str(text)
     if len(text) > most:
-        text = f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
-    return "".join(_escaped(c) if c not in _PLAIN and unicodedata.category(c) in _UNPRINTABLE else c for c in text)
+        text = f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
+    text = text.replace("\t", "    ")
+    return "".join(escaped(c) if c not in _PLAIN and unicodedata.category(c) in _UNPRINTABLE else c for c in text)
 
 
-def _escaped(character: str) -> str:
-    return "    " if character == "\t" else character.encode("unicode_escape").decode()
+def one_line(text: object, most: int = MOST) -> str:
+    """The same on one line: every stretch of white space is one space."""
+    return printable(" ".join(str(text).split()), most)
 
 
-def why_not_read(path: StrPath, most: int) -> str | None:
+def escaped(text: str) -> str:
+    """What stands for characters that cannot be shown."""
+    return text.encode("unicode_escape").decode()
+
+
+def why_not_read(path: StrPath, most: float = math.inf) -> str | None:
     """Why an existing file is not to be read: it is none, or has more than `most` bytes; None if it can be.
 
     Nothing is opened: a pipe would wait for whoever writes. Raises OSError if it cannot be looked at.

@@ -99,6 +99,12 @@ def sweep(folder: Path, *, alone: bool = False) -> None:
                     shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
 
 
+def sweep_results(folder: Path) -> None:
+    """The same where a command writes, for one that finds all its results there and writes nothing."""
+    for place in (folder, Path(tempfile.gettempdir())):
+        sweep(place)
+
+
 def _previewed(entry: os.DirEntry[str]) -> re.Match[str] | None:
     """Who shows a preview; None for any other file."""
     if not _PREVIEW_NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):

@@ -7,6 +7,7 @@ means this table lacks a field.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,36 @@ from .names import Aspect, CaptionLanguage, LoRAMode, NamedSize, Task
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
 DEFAULT_EDIT_MODEL = "Qwen/Qwen-Image-Edit-2511"
 DEFAULT_LAYERED_MODEL = "Qwen/Qwen-Image-Layered"
+DEMOS = ("demo", "demo-edit", "demo-layered")  # the models inside this package; these names are never folders
+
+# Short names of released models, as people and other programs write them.
+MODEL_ALIASES = {
+    "qwen": "Qwen/Qwen-Image",
+    "qwen-image": "Qwen/Qwen-Image",
+    "2512": "Qwen/Qwen-Image-2512",
+    "qwen-2512": "Qwen/Qwen-Image-2512",
+    "qwen-image-2512": "Qwen/Qwen-Image-2512",
+    "edit": "Qwen/Qwen-Image-Edit",
+    "qwen-edit": "Qwen/Qwen-Image-Edit",
+    "qwen-image-edit": "Qwen/Qwen-Image-Edit",
+    "edit-2509": "Qwen/Qwen-Image-Edit-2509",
+    "edit-plus": "Qwen/Qwen-Image-Edit-2509",
+    "qwen-edit-2509": "Qwen/Qwen-Image-Edit-2509",
+    "qwen-image-edit-2509": "Qwen/Qwen-Image-Edit-2509",
+    "qwen-image-edit-plus": "Qwen/Qwen-Image-Edit-2509",
+    "edit-2511": "Qwen/Qwen-Image-Edit-2511",
+    "qwen-edit-2511": "Qwen/Qwen-Image-Edit-2511",
+    "qwen-image-edit-2511": "Qwen/Qwen-Image-Edit-2511",
+    "layered": "Qwen/Qwen-Image-Layered",
+    "qwen-layered": "Qwen/Qwen-Image-Layered",
+    "qwen-image-layered": "Qwen/Qwen-Image-Layered",
+}
+
+
+def full_name(model: str) -> str:
+    """The hub id that a short name means; whatever else is said, and a name that is also a file here, stays."""
+    return model if os.path.exists(model) else MODEL_ALIASES.get(model.lower(), model)
+
 
 # The officially recommended sizes (width, height), by aspect ratio; the first is the default.
 ASPECT_SIZES: dict[Aspect, tuple[int, int]] = {

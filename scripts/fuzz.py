@@ -108,6 +108,45 @@ def _examples(folder: Path, file: Path) -> object:
     return read_examples(file, "t2i")
 
 
+def _lora(folder: Path, file: Path) -> object:
+    """Every number of it, and both ways of applying it."""
+    from qwen_image_mlx import QwenImagePipeline
+    from qwen_image_mlx.weights.lora import read_lora
+
+    targets = QwenImagePipeline.from_pretrained(folder / "tiny").components.lora_targets()
+    lora = read_lora(file, targets)
+    lora.check()
+    return [(update.bias_delta(), update.factors()) for update in lora.updates.values()]
+
+
+def _kept(folder: Path, file: Path) -> object:
+    """An example that was encoded before: read as it is, or found damaged and made anew."""
+    from qwen_image_mlx.training.dataset import Dataset, _read_entry
+
+    entry = _read_entry(file, (64, 64))
+    return 2 if entry is None else Dataset([entry], 0, 1).batches(0)
+
+
+def _checkpoint(folder: Path, file: Path) -> object:
+    """A run's checkpoint, and the log beside it."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from qwen_image_mlx.training.checkpoints import load_checkpoint
+    from qwen_image_mlx.training.loop import Trainer
+    from qwen_image_mlx.training.loss import FlowMatching
+    from qwen_image_mlx.training.optimizers import Optimizer, Rate
+
+    network = nn.Linear(3, 2)
+    trainer = Trainer(network, lambda step: [], Optimizer(Rate(1e-3)), FlowMatching(), None, lambda levels: None)
+    if not file.exists():
+        from qwen_image_mlx.training.checkpoints import save_checkpoint
+
+        return save_checkpoint(file.parent, trainer, _RECORD)
+    load_checkpoint(file, trainer, _RECORD)
+    return mx.eval(trainer.parameters)
+
+
 def _settings(folder: Path, file: Path) -> object:
     from qwen_image_mlx.settings import load_settings
 
@@ -122,6 +161,20 @@ def _prompts(folder: Path, file: Path) -> object:
     return _command("generate", "--prompts-file", "FILE", "--model", "tiny", "-o", "out", "--steps", "1")(folder, file)
 
 
+_RECORD = {"rank": 4, "model": "tiny"}
+# A LoRA's names by dialect, for {}, a module; and the other tensors that it has; -1 is its rows.
+_LORAS: dict[str, tuple[str, str, dict[str, tuple[tuple[int, ...], str]]]] = {
+    "peft": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", {}),
+    "dotted": ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight",
+               {"diffusion_model.{}.alpha": ((), "float32")}),
+    "flat": ("lora_unet_{_}.lora_down.weight", "lora_unet_{_}.lora_up.weight",
+             {"lora_unet_{_}.alpha": ((1, 1), "float16")}),
+    "counted": ("{}.lora_A.default.weight", "{}.lora_B.default.weight", {"{}.alpha": ((1,), "int32")}),
+    "whole": ("_orig_mod.{}.lora.down.weight", "_orig_mod.{}.lora.up.weight",
+              {"{}.diff_b": ((-1,), "bfloat16"), "{}.dora_scale": ((-1, 1), "float32")}),
+    "fused": ("{qkv}.lora_A.weight", "{qkv}.lora_B.weight", {}),
+    "conv": ("{}.lora_down.weight", "{}.lora_up.weight", {"{}.alpha": ((1,), "float32")}),
+}  # fmt: skip
 _MODEL = ("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json",
           "scheduler/scheduler_config.json")  # fmt: skip
 _TOKENIZER = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/added_tokens.json")
@@ -129,17 +182,20 @@ KINDS = {
     "safetensors": Kind(("tiny/transformer/diffusion_pytorch_model.safetensors",), _command("info", "FILE")),
     "gguf": Kind(("model.gguf",), _command("info", "FILE")),
     "lora": Kind(("lora.safetensors",), _command("lora", "inspect", "FILE", "--model", "tiny")),
+    "loras": Kind(tuple(f"loras/{name}.safetensors" for name in _LORAS), _lora),
     "index": Kind(("sharded/transformer/diffusion_pytorch_model.safetensors.index.json",), _command("info", "sharded")),
     "configs": Kind(tuple(f"tiny/{name}" for name in _MODEL), _command("plan", "tiny", "--size", "64x64")),
     "tokenizer": Kind(tuple(f"tiny/{name}" for name in _TOKENIZER), _command(
         "generate", "a fox", "--model", "tiny", "--width", "32", "--height", "32", "--steps", "1", "-o", "out.png")),
-    "psd": Kind(("layers.psd",), _layers),
+    "psd": Kind(("layers.psd", "groups.psd", "grey.psd", "deep.psd", "flat.psd"), _layers),
     "ora": Kind(("layers.ora",), _layers),
     "zip": Kind(("layers.zip",), _layers),
     "manifest": Kind(("layers/manifest.json", "layers/layer_0.png"), _layers_of_folder),
-    "record": Kind(("made.png",), _command("info", "FILE")),
+    "record": Kind(("made.png", "made.jpg", "made.webp"), _command("info", "FILE")),
     "images": Kind(("a.png", "a.jpg", "a.webp", "a.tif", "a.gif", "a.bmp", "a.avif"), _image),
     "encoding": Kind(("encoding.safetensors",), _encoding),
+    "kept": Kind(("example.safetensors",), _kept),
+    "checkpoint": Kind(("run/step-000000.safetensors",), _checkpoint),
     "config": Kind(("config.toml",), _settings),
     "prompts": Kind(("prompts.txt", "prompts.jsonl"), _prompts),
     "examples": Kind(("data/metadata.jsonl", "more/metadata.csv"), _examples),
@@ -152,7 +208,7 @@ def prepare(folder: Path) -> None:
     import mlx.core as mx
 
     from qwen_image_mlx import QwenImagePipeline
-    from qwen_image_mlx.images.files import save_png
+    from qwen_image_mlx.images.files import save_image
     from qwen_image_mlx.images.layer_files import save_layers
     from qwen_image_mlx.images.layers import Layer, LayerStack
     from qwen_image_mlx.pipeline.conditioning import EncodingSource, GuidanceEncoding
@@ -166,10 +222,31 @@ def prepare(folder: Path) -> None:
     mx.save_safetensors(str(folder / "lora.safetensors"), {
         f"{name}.lora_A.weight": mx.zeros((2, columns)), f"{name}.lora_B.weight": mx.zeros((rows, 2)),
     }, {"ss_network_alpha": "2"})  # fmt: skip
+    (folder / "loras").mkdir()
+    for dialect, (down, up, others) in _LORAS.items():
+
+        def spelled(pattern: str) -> str:
+            return pattern.format(name, _=name.replace(".", "_"), qkv=name.replace("to_q", "to_qkv"))
+
+        out = 3 * rows if dialect == "fused" else rows
+        more = (1, 1) if dialect == "conv" else ()
+        mx.save_safetensors(str(folder / f"loras/{dialect}.safetensors"), {
+            spelled(down): mx.ones((2, columns, *more)), spelled(up): mx.ones((out, 2, *more)),
+            **{spelled(other): mx.ones([rows if n < 0 else n for n in shape], getattr(mx, kind))
+               for other, (shape, kind) in others.items()},
+        }, {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 2, "rank_pattern": {"to_q": 2}})}
+            if dialect == "peft" else {"ss_network_alpha": "2"})  # fmt: skip
+    mx.save_safetensors(str(folder / "example.safetensors"), {
+        "latents": mx.zeros((1, 6, 64)), "text": mx.zeros((1, 3, 64)), "dropped": mx.zeros((1, 1, 64)),
+    }, {"format": "qwen_image_mlx.example.1", "segments": "[[0, 2, 3]]"})  # fmt: skip
+    _checkpoint(folder, folder / "run" / "step-000000.safetensors")
     image = Image.linear_gradient("L").resize((24, 16)).convert("RGBA")
+    _psds(folder, image)
     for ending in ("png", "jpg", "webp", "tif", "gif", "bmp", "avif"):
         image.convert("RGB").save(folder / f"a.{ending}")
-    save_png(image, folder / "made.png", {"prompt": "a fox", "seed": 1, "width": 24, "height": 16})
+    for ending in ("png", "jpg", "webp"):
+        said = {"prompt": "a fox", "seed": 1, "width": 24, "height": 16}
+        save_image(image, folder / f"made.{ending}", said)
     save_layers(LayerStack((24, 16), (Layer(image), Layer(image.resize((8, 8))))), folder / "layers",
                 ("png", "psd", "ora", "zip"))  # fmt: skip
     for file in folder.glob("layers/*.*"):
@@ -202,6 +279,22 @@ def prepare(folder: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _psds(folder: Path, image: Image.Image) -> None:
+    """PSDs with what ours have not: groups, masks, greys, 16 bits, no layers."""
+    try:
+        from psd_tools import PSDImage
+    except ImportError:
+        return
+    document = PSDImage.frompil(image)
+    document.create_pixel_layer(image, name="below")
+    group = document.create_group(name="group")
+    group.create_pixel_layer(image.resize((9, 7)), name="b", top=-3, left=20, opacity=100)
+    document.save(folder / "groups.psd")
+    PSDImage.frompil(image.convert("L")).save(folder / "grey.psd")
+    PSDImage.new("RGB", (8, 6), depth=16).save(folder / "deep.psd")
+    PSDImage.frompil(image.convert("RGB")).save(folder / "flat.psd")
 
 
 # Damage
@@ -258,6 +351,8 @@ def _json(data: bytes, dice: random.Random) -> bytes:
                 inside[dice.choice(("", "\x1b[2J", "x" * 10_000, "__proto__"))] = inside.pop(key)
             case 1:
                 del inside[key]
+            case 2 if isinstance(inside[key], str) and inside[key][:1] in ("{", "["):  # JSON within JSON
+                inside[key] = _json(inside[key].encode(), dice).decode("utf-8", "replace")
             case _:
                 inside[key] = dice.choice(_NASTY)
     return json.dumps(value).encode("utf-8", "surrogatepass")

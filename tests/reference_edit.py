@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import Config
 from diffusers import (
     DiffusionPipeline,
     QwenImageEditInpaintPipeline,
@@ -21,59 +22,14 @@ from diffusers import (
     QwenImageInpaintPipeline,
     QwenImageLayeredPipeline,
 )
-from reference import Config, load_reference, to_numpy, write_text_to_image
+from reference import load_reference, to_numpy
 from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-PROCESSOR: Config = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "max_pixels": 12845056,
-    "merge_size": 2,
-    "min_pixels": 3136,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-}
 IMAGE_TOKEN = "<|image_pad|>"
 EDIT_CLASSES = {"edit": QwenImageEditPipeline, "edit_plus": QwenImageEditPlusPipeline,
                 "edit_inpaint": QwenImageEditInpaintPipeline, "layered": QwenImageLayeredPipeline}  # fmt: skip
 TEXT_CLASSES = {"img2img": QwenImageImg2ImgPipeline, "inpaint": QwenImageInpaintPipeline}
-
-
-def write_edit(
-    directory: Path, kind: str, *, processor: Config | None = None, resaved: bool = False, **changes: Any
-) -> Path:
-    """A tiny checkpoint of the class of `kind`; its processor as transformers 5 saves it if `resaved`."""
-    write_text_to_image(directory, **changes)
-    index = json.loads((directory / "model_index.json").read_text())
-    index["_class_name"] = EDIT_CLASSES[kind].__name__
-    index["processor"] = ["transformers", "Qwen2VLProcessor"]
-    (directory / "model_index.json").write_text(json.dumps(index))
-    (directory / "processor").mkdir()
-    config = PROCESSOR if processor is None else processor
-    name = "preprocessor_config.json"
-    if resaved:
-        limits = {"shortest_edge": config["min_pixels"], "longest_edge": config["max_pixels"]}
-        nested = {key: value for key, value in config.items() if key not in ("min_pixels", "max_pixels")}
-        name, config = "processor_config.json", {
-            "image_processor": {**nested, "size": limits}, "processor_class": "Qwen2_5_VLProcessor",
-            "video_processor": {"size": {"shortest_edge": 1, "longest_edge": 2}},
-        }  # fmt: skip
-    (directory / "processor" / name).write_text(json.dumps(config))
-    return directory
-
-
-def write_layered(directory: Path, **changes: Any) -> Path:
-    """A tiny checkpoint of the layered pipeline, whose VAE has four channels."""
-    return write_edit(
-        directory,
-        "layered",
-        transformer={"use_additional_t_cond": True, "use_layer3d_rope": True, **changes.pop("transformer", {})},
-        vae={"input_channels": 4},
-        scheduler={"time_shift_type": "linear", "shift_terminal": None},
-        **changes,
-    )
 
 
 class Processor:

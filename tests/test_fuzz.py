@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fuzz
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz.py"
 
 

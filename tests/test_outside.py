@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from commands import error_line
 from PIL import Image
 
+from qwen_image_mlx import QwenImagePipeline
+from qwen_image_mlx.cli import results
+from qwen_image_mlx.cli.console import ProgressBars
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import CheckpointError, RequestError
-from qwen_image_mlx.images.files import output_path, read_metadata
+from qwen_image_mlx.images.files import output_path, read_metadata, save_png
+from qwen_image_mlx.images.layer_files import load_layers
 from qwen_image_mlx.images.sources import open_image
-from qwen_image_mlx.outside import printable, why_not_read
-from qwen_image_mlx.text.tokenizer import MAX_CHARACTERS, QwenTokenizer
+from qwen_image_mlx.outside import escaped, printable, why_not_read
+from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
+from qwen_image_mlx.pipeline.progress import Progress
+from qwen_image_mlx.server.answers import ApiError
+from qwen_image_mlx.text.tokenizer import MAX_CHARACTERS, QwenTokenizer, Tokens
 from qwen_image_mlx.variants import OWN, variant_of
+from qwen_image_mlx.weights.gguf import read_gguf
 from qwen_image_mlx.weights.lora_formats import peft_config
-from qwen_image_mlx.weights.shards import read_header
+from qwen_image_mlx.weights.shards import load_tensors, read_header
 
 
 @pytest.mark.parametrize("text", ["\x1b[2Jgone", "\x9b31m", "a\u202eb", "\ud800", "\x07", "\r", "\u2028", "\x7f"])
@@ -49,6 +59,70 @@ def test_errors_are_printable(capsys, name):
     assert len(line) < 2_100
 
 
+HOSTILE = "a\x1b[31m\u202e\x9bb"
+SHOWN = r"a\x1b[31m\u202e\x9bb"
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A LoRA for the demo whose metadata and one tensor's name are hostile."""
+    targets = QwenImagePipeline.from_pretrained("demo").components.lora_targets()
+    name, (rows, columns) = next((name, shape) for name, shape in targets.items() if "to_q" in name)
+    path = tmp_path_factory.mktemp("lora") / "a.safetensors"
+    factors = {f"{name}.lora_A.weight": mx.zeros((2, columns)), f"{name}.lora_B.weight": mx.zeros((rows, 2))}
+    mx.save_safetensors(str(path), {**factors, f"{HOSTILE}.lora_A.weight": mx.zeros((2, 2))}, {"title": HOSTILE})
+    return path
+
+
+@pytest.mark.parametrize("command", [["lora", "inspect"], ["info"]])
+def test_tables_of_files_are_printable(lora, capsys, command):
+    assert main([*command, str(lora)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert len([line for line in lines if SHOWN in line]) == 2  # what matches nothing, and the title
+
+
+def test_the_table_of_settings_is_printable(tmp_path, capsys):
+    config = tmp_path / "a\u202eb.toml"
+    config.write_text('[default.qwen_image.generation]\nnegative_prompt = "a\u202e\u2066b"\n')
+    assert main(["config", "show", "--config", str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert any(r'"a\u202e\u2066b"' in line and r"a\u202eb.toml" in line for line in lines)
+
+
+def test_a_picture_s_record_is_printable(tmp_path, capsys):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prompt": HOSTILE, HOSTILE: "two\nlines"})
+    assert main(["info", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.splitlines())
+    assert out.count(SHOWN) == 2
+
+
+def test_what_the_server_answers_is_printable_and_short():
+    answer = ApiError("malformed", f"{HOSTILE}\n{'x' * 10_000}")
+    assert answer.message.isprintable()
+    assert answer.message.startswith(SHOWN)
+    assert len(answer.message) < 450
+
+
+def test_progress_bars_are_printable(capsys):
+    with ProgressBars() as bars:
+        bars(Progress("download", 1, 2, HOSTILE + "x" * 1000))
+    err = capsys.readouterr().err
+    assert SHOWN in err
+    assert "\u202e" not in err
+    assert "x" * 300 not in err
+
+
+def test_an_encoding_s_escapes_are_those_of_messages():
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with results._escaping(stream):
+        stream.write("狐é🦊")
+    stream.flush()
+    assert stream.buffer.getvalue().decode() == escaped("狐é🦊")
+
+
 @pytest.fixture(params=["fifo", "device", "folder"])
 def strange(request, tmp_path):
     """What is no regular file."""
@@ -59,9 +133,21 @@ def strange(request, tmp_path):
     return str(place)
 
 
-@pytest.mark.parametrize("read", [open_image, read_metadata, read_header])
+def refuses_as_damaged(path):
+    with pytest.raises((OSError, ValueError), match="not a regular file"):
+        load_tensors(path)
+    raise CheckpointError("not a regular file")
+
+
+READERS = [
+    open_image, read_metadata, read_header, read_gguf, GuidanceEncoding.load, refuses_as_damaged,
+    lambda path: load_layers(path) if not os.path.isdir(path) else open_image(path),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("read", READERS)
 def test_what_is_no_file_is_refused_without_being_opened(strange, read):
-    with pytest.raises((RequestError, CheckpointError), match=r"not a regular file|is a folder"):
+    with pytest.raises((RequestError, CheckpointError), match=r"not a regular file|is a folder|holds no layers"):
         read(strange)
 
 
@@ -136,10 +222,36 @@ class Panics:
     def encode(self, text, **_):
         raise PanicException("index out of bounds")
 
+    def decode(self, ids, **_):
+        raise PanicException("index out of bounds")
 
-def test_a_panic_of_the_tokenizer_is_a_sentence():
+
+@pytest.mark.parametrize("use", [lambda t: t.encode("a fox"), lambda t: t.decode([1])])
+def test_a_panic_of_the_tokenizer_is_a_sentence(use):
     with pytest.raises(CheckpointError, match="index out of bounds"):
+        use(QwenTokenizer(Panics()))
+
+
+def test_ctrl_c_inside_the_tokenizer_is_no_fault_of_its_files(monkeypatch):
+    def interrupted(self, text, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Panics, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         QwenTokenizer(Panics()).encode("a fox")
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, 2**31, 2**63 - 1, 2**80])
+def test_token_ids_beyond_a_vocabulary_are_found_before_mlx_reads(monkeypatch, number):
+    pipeline, real = QwenImagePipeline.from_pretrained("demo"), QwenTokenizer.encode
+
+    def encode(self, text):
+        ids, offsets = real(self, text)
+        return Tokens([*ids[:-1], number], offsets)
+
+    monkeypatch.setattr(QwenTokenizer, "encode", encode)
+    with pytest.raises(CheckpointError, match=rf"the tokenizer gives the token {number}"):
+        pipeline.encode_guidance_prompts("a fox")
 
 
 def test_prompts_have_a_bound_before_they_are_read():

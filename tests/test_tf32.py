@@ -40,6 +40,7 @@ _WAYS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("said", [None, "1", "0"])
 @pytest.mark.parametrize("way", _WAYS)
 def test_the_variable_is_set_before_mlx_and_an_own_value_stays(way, said, tmp_path):
@@ -176,7 +177,8 @@ def test_the_emulated_convolution_is_a_convolution():
     assert tf32(mx.array([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-10])).tolist() == [1, 1 + 2**-9, -1 - 2**-10]
 
 
-@pytest.mark.slow
+@pytest.mark.reference
+@pytest.mark.nightly
 def test_what_tf32_does_to_a_picture(monkeypatch):
     """Modelled: on M1 to M4, Winograd in fp32, no value differs by more than one level; with TF32 inside many do."""
     decoder, size = random_decoder(), 32

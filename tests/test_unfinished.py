@@ -18,6 +18,8 @@ from qwen_image_mlx.images.files import new_file, replace_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import kills
 
+pytestmark = pytest.mark.process
+
 WRITES = """
 import sys
 from pathlib import Path

@@ -9,38 +9,24 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import RequestError
+from ..options import options_of
 from ..pipeline.parameters import MAX_IMAGES, check_num_images, check_seed
 from ..pipeline.request import Request, build_request
+from ..runtime.options import OpenOptions
 from ..variants import ASPECT_SIZES
-from .config import configured, wants_timings
+from .config import configured
+from .flags import FOLDER, rows, rows_of
+from .idle import say_idle
 from .words import RANDOM, filled, read_prompt
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_FOLDER = "qwen-images"
 _MAX_BYTES = 64_000_000
-_KEYS = (
-    "prompt", "negative_prompt", "seed", "steps", "cfg_scale", "width", "height", "aspect", "num_images", "rng",
-)  # fmt: skip
-# Flags that are about one picture.
-_PROVENANCE = ("lora_mode",)  # what the checkpoint does not know of its own use, for the metadata
-_SINGLE = ("images", "mask", "strength", "size", "mask_padding", "no_composite", "from_image")
-
-
-def add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --prompts-file and --seeds; every default is None."""
-    add = parser.add_argument
-    add("--prompts-file", metavar="FILE", help="paint every prompt of a .txt file (one a line; empty lines and those "
-        "with # are skipped) or a .jsonl file (objects with prompt and any of "
-        f"{', '.join(_KEYS[1:])}, which win over the flags; seed 0 unless told otherwise) into the folder --output "
-        f"(default: ./{DEFAULT_FOLDER}); a second run paints what is missing")  # fmt: skip
-    add("--seeds", metavar="A-B,C", help="paint a prompt, or all of them, with each of these seeds, as in 1-20 or "
-        "1,5,9-12, into such a folder")  # fmt: skip
+_KEYS = [row.name for row in rows().values() if row.line]
 
 
 def is_batch(arguments: argparse.Namespace) -> bool:
@@ -53,16 +39,15 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     from ..images.files import check_writable, named_path, save_png
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    for name in _SINGLE:
-        if name in given:
-            flag = "image" if name == "images" else name.replace("_", "-")
-            raise RequestError(f"--{flag} is about one picture: it does not go with --prompts-file or --seeds")
+    for row in rows_of("generate"):
+        if row.name in given and (row.name in ("images", "from_image") or {"images", "mask"} & {*row.needs}):
+            raise RequestError(f"{row.flag} is about one picture: it does not go with --prompts-file or --seeds")
     if ("prompt" in given) == ("prompts_file" in given):
         raise RequestError("give one source of prompts: PROMPT or --prompts-file")
     read_prompt(given)
     if RANDOM in given.get("seed", ()):
         raise RequestError("--seed is -1, a random one, which a second run would not find again; give --seeds 1-4")
-    filled(given.get("output"), None)
+    filled(given.get("output"))
     if "seeds" in given:
         if "seed" in given:
             raise RequestError("give --seed or --seeds, not both")
@@ -78,45 +63,38 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     folder = _folder(given.get("output"))
     check_writable(folder / "picture.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
 
-    from ..runtime.asking import open_pipeline, painting_request, say_what_is_ignored, settled
-    from ..runtime.batch import asked_pictures, heaviest, missing_pictures, paint_all
-    from ..runtime.cache import EncodingCache
-    from ..runtime.preview import Preview
+    from ..runtime.batch import asked_pictures, missing_pictures, paint_all
     from ..runtime.profile import Profile
-    from .console import ProgressBars, messages
+    from ..runtime.session import Session
+    from ..unfinished import sweep_results
+    from .console import Console
     from .preview import preview_file
 
-    with messages(), ProgressBars() as bars, ExitStack() as stack:
-        profile = Profile(bars) if wants_timings(arguments) else None
-        watch = profile or bars
-        pipeline = open_pipeline({**usual, **given}, default_model, watch)
-        pipeline.check_task("generate")
+    with Console(arguments) as console, ExitStack() as stack:
+        timings = Profile(console) if "timings" in given or console.verbose else None
+        session = Session.open({**usual, **given}, default_model, timings or console, task="generate")
         requests = []
         for one in wanted:
             with _at(one.place):
-                requests.append(painting_request(pipeline, one.said, one.size, ()))
-        say_what_is_ignored((one.said, request) for one, request in zip(wanted, requests, strict=True))
-        provenance = {name: given[name] for name in _PROVENANCE if name in given}
-        asked = asked_pictures(pipeline, requests, folder, provenance)
+                requests.append(session.request(one.said, one.size))
+        say_idle("generate", given, requests[0])
+        opened = {row.name for row in options_of(OpenOptions) if row.record == "asked"}
+        provenance = {name: value for name, value in given.items() if name in opened}
+        asked = asked_pictures(session.pipeline, requests, folder, provenance)
         missing = missing_pictures(asked)
         if len(missing) < len(asked):
             logger.info("%d of %d pictures are in %s already", len(asked) - len(missing), len(asked), folder)
         if not missing:
+            sweep_results(folder)
             return
-        memory = given.get("memory", usual.get("memory"))
-        plan = stack.enter_context(
-            settled(pipeline, heaviest(missing), memory, force="force" in given, wire="wire" in given)
-        )
-        watching = None
-        if "preview" in given:
-            show = stack.enter_context(preview_file(folder / "qwen-image.png"))
-            watching = partial(Preview, show, watch, pipeline)
-        cache = EncodingCache() if "cache" in given else None
-        for one, painting in paint_all(pipeline, missing, watch, cache, plan.residency, watching):
-            bars.close()
-            print(save_png(painting.image, one.path, {**painting.metadata, **provenance}), flush=True)
-        if profile:
-            logger.info("%s", profile.table())
+        show = stack.enter_context(preview_file(folder / "qwen-image.png")) if "preview" in given else None
+        for one, painting in paint_all(session, missing, show):
+            metadata = {**painting.metadata, **provenance}
+            written = save_png(painting.image, one.path, metadata)
+            console.result(written, seed=metadata["seed"], index=metadata["image_index"], metadata=metadata)
+        if timings:
+            console.close()
+            logger.info("%s", timings.table())
 
 
 # What is asked for ----------------------------------------------------------------------------------------------------
@@ -185,7 +163,7 @@ def _seeds(text: str) -> list[int]:
 def _folder(output: str | None) -> Path:
     from ..images.files import named_path
 
-    folder = named_path(DEFAULT_FOLDER if output is None else output, "--output")
+    folder = named_path(FOLDER if output is None else output, "--output")
     if folder.suffix.lower() == ".png" or (folder.exists() and not folder.is_dir()):
         raise RequestError(f"--output is {output}, but many pictures need a folder")
     return folder
@@ -241,6 +219,7 @@ def _json_line(line: str) -> dict[str, Any] | None:
             near = difflib.get_close_matches(name, _KEYS, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}"
             raise RequestError(f"{name!r:.80} is no key: {hint}")
+    said = {name: value for name, value in said.items() if value is not None}
     if "prompt" not in said:
         raise RequestError("the prompt is missing")
     return said

@@ -9,21 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..variants import DEFAULT_EDIT_MODEL
-from .painting import (
-    add_cache_flag,
-    add_colour_flag,
-    add_model_flags,
-    add_painter_flags,
-    add_sampling_flags,
-    run_painting,
-)
+from .flags import COMPOSITION, add_options, rows_of
+from .painting import run_painting
 from .words import filled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEFAULT_NAME = "composition.png"
-_OWN = ("layers", "hide", "move", "scale", "output", "harmonize", "ignore_profile", "run")
+# Options that a composition has without a model.
+_BARE = ("output", "ignore_profile", "quiet", "verbose", "json")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -40,26 +34,22 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "3:+40,-10; repeat for more")  # fmt: skip
     add("--scale", action="append", default=[], metavar="N:F", help="scale what layer N shows about its middle; repeat "
         "for more")  # fmt: skip
-    add("--output", "-o", metavar="PATH", help=f"PNG file or directory (default: ./{DEFAULT_NAME})")
     add("--harmonize", metavar="PROMPT", help='let an editing model blend the result, as in "match light and shadows"')
-    blending = parser.add_argument_group("with --harmonize")
-    add_model_flags(blending, DEFAULT_EDIT_MODEL)
-    add_painter_flags(blending)
-    add_sampling_flags(blending, steps=40)
-    add_cache_flag(blending)
-    add_colour_flag(parser)
+    add_options(parser, "compose", heading="with --harmonize", beside=_BARE)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Lays the layers together, and has the result edited if that is asked for."""
-    from ..images.files import output_path, save_png
+    from ..images.files import OPAQUE, output_path, save_image
     from ..images.recompose import compose
 
-    blending = {name for name, value in vars(arguments).items() if value not in (None, []) and name not in _OWN}
+    blending = {
+        row.flag for row in rows_of("compose") if row.name not in _BARE and getattr(arguments, row.name) is not None
+    }
     if arguments.harmonize is None and blending:
-        raise RequestError(f"--{min(blending).replace('_', '-')} needs --harmonize")
-    path = output_path(filled(arguments.output, None), DEFAULT_NAME)
+        raise RequestError(f"{min(blending)} needs --harmonize")
+    path = output_path(filled(arguments.output), COMPOSITION)
     changes = {
         "hide": arguments.hide,
         "move": _by_layer("--move", arguments.move, int, 2),
@@ -67,23 +57,23 @@ def run(arguments: argparse.Namespace) -> None:
     }
     made_from = {"layers": arguments.layers} | {name: getattr(arguments, name) for name in changes}
 
-    from .console import messages
+    from .console import Console
 
-    with messages():
+    with Console(arguments) as console:
         picture = compose(arguments.layers, **changes)
         if arguments.harmonize is None:
-            print(save_png(picture, path, made_from))
+            console.result(save_image(picture, path, made_from), metadata=made_from)
             return
-        composed, there = _composed(picture, path.with_stem(f"{path.stem}-composed"), made_from)
+        composed, there = _composed(picture, path.with_name(f"{path.stem}-composed.png"), made_from)
     edit = {
         "prompt": arguments.harmonize,
         "images": [str(composed)],
         "size": "source",
-        "keep_alpha": True,
+        "keep_alpha": path.suffix.lower() not in OPAQUE,
         "output": str(path),
     }
     try:
-        run_painting(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, task="edit")
+        run_painting(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, "edit", command="compose")
     except BaseException:
         if not there:
             composed.unlink()

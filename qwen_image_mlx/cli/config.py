@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import OutputError, RequestError
-from ..settings import SCHEMA, UnknownProfile, default_place, example_config, find_config, load_settings
-from .results import json_text
+from ..settings import SCHEMA, default_place, example_config, find_config, load_settings
+from .flags import add_option, rows
+from .results import json_text, print_table
 
 DESCRIPTION = """\
 Say what config.toml sets, write one, or say which is in force: the one named by --config or by QWEN_IMAGE_CONFIG; or
@@ -25,16 +26,21 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     show = actions.add_parser("show", help="print every setting, its value and where it came from")
     show.add_argument("--json", action="store_true", help="print JSON; what is not set is null")
-    add_config_flags(show)
+    _add(show, "config", "profile")
     show.set_defaults(act=_show)
     init = actions.add_parser("init", help="write a config.toml in which every setting is explained and none is set")
     init.add_argument("path", nargs="?", metavar="PATH", help="a file that is not there yet (default: config.toml in "
                       "the platform's config folder)")  # fmt: skip
     init.set_defaults(act=_init)
     path = actions.add_parser("path", help="print the path of the file in force")
-    _add_config_flag(path)
+    _add(path, "config")
     path.set_defaults(act=_path)
     return parser
+
+
+def _add(parser: argparse.ArgumentParser, *names: str) -> None:
+    for name in names:
+        add_option(parser, rows()[name])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -51,13 +57,10 @@ def _show(arguments: argparse.Namespace) -> None:
         facts = {"file": file, "profile": settings.profile, "settings": said}
         print(json_text(facts))
         return
-    lines = [
+    print_table([
         (name, row.usual if settings[row.key] is None else _written(settings[row.key]), settings.origins[row.key])
         for name, row in rows
-    ]
-    first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
-    for name, value, origin in lines:
-        print(f"{name:{first}}  {value:{second}}  {origin}")
+    ])  # fmt: skip
 
 
 def _written(value: Any) -> str:
@@ -80,29 +83,6 @@ def _path(arguments: argparse.Namespace) -> None:
     print(path)
 
 
-def add_config_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds --config and --profile NAME."""
-    _add_config_flag(parser)
-    parser.add_argument("--profile", metavar="NAME", help="take the config's profile NAME (default: default)")
-
-
-def add_painter_config_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds --config and --profile [NAME], which without a name is about timings."""
-    _add_config_flag(parser)
-    parser.add_argument("--profile", nargs="?", const=True, action="append", metavar="NAME", help="with a NAME, take "
-                        "the config's profile of that name; without one, print what each stage takes, and record it "
-                        "(then give it last, or the prompt before it); both may be given")  # fmt: skip
-
-
-def _add_config_flag(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--config", metavar="PATH", help="a config.toml (default: see qwen-image-mlx config --help)")
-
-
-def wants_timings(arguments: argparse.Namespace) -> bool:
-    """Whether --profile was given without a name."""
-    return True in (arguments.profile or ())
-
-
 def configured(arguments: argparse.Namespace, command: str, recorded: Mapping[str, Any] = {}) -> dict[str, Any]:
     """What the config says for a command, by the names of flags; flags go over it.
 
@@ -116,17 +96,7 @@ def configured(arguments: argparse.Namespace, command: str, recorded: Mapping[st
     Raises:
         RequestError: the config is wrong, or has no such profile.
     """
-    profile = arguments.profile
-    if isinstance(profile, list):
-        names = [name for name in profile if name is not True]
-        if len(names) > 1:
-            raise RequestError(f"--profile names {' and '.join(names)}, but a command has one profile")
-        profile = names[0] if names else None
-    try:
-        settings = load_settings(find_config(arguments.config), profile)
-    except UnknownProfile as error:
-        hint = "; to print what stages take, put the prompt before --profile, or --profile last"
-        raise RequestError(f"{error}{hint if isinstance(arguments.profile, list) else ''}") from None
+    settings = load_settings(find_config(arguments.config), arguments.profile)
     said = settings.of_command(command, arguments.model or recorded.get("model"))
     left = set(recorded)
     if getattr(arguments, "lightning", None):

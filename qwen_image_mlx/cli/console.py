@@ -1,24 +1,29 @@
-"""What people see on stderr while a command runs: progress bars and messages, without tearing each other."""
+"""What is shown while a command runs: progress bars and messages on stderr, without tearing each other; or, for an app
+that runs it with --json, events on stdout, one a line."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..outside import printable
+from ..outside import one_line, printable
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
 
 _LABELS = {"denoise": "steps"}
 _MOST = 20_000  # characters of a message; tables are long
+_MOST_DETAIL = 200
 _PAUSE = 1.0  # seconds between two looks at the layers of a step
 
 
@@ -41,7 +46,7 @@ class ProgressBars:
             self._key = key
             self._bar = tqdm(
                 total=progress.total,
-                desc=f"{_LABELS.get(progress.stage, progress.stage)} {progress.detail}".strip(),
+                desc=one_line(f"{_LABELS.get(progress.stage, progress.stage)} {progress.detail}", _MOST_DETAIL),
                 unit="B" if in_bytes else "it",
                 unit_scale=in_bytes,
                 unit_divisor=1000,
@@ -72,6 +77,65 @@ class ProgressBars:
         self.close()
 
 
+class Console:
+    """A command's progress callback, messages and results; a context manager that ends the last bar.
+
+    Args:
+        arguments: the flags, of which quiet, verbose and json count.
+
+    With json, stdout gets an object a line, each with "event": "progress" (stage, detail, step, total), "message"
+    (level, text) and "result" (path, and what belongs to it); `main` adds "error" (message).
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self._json = bool(getattr(arguments, "json", None))
+        self._quiet = bool(getattr(arguments, "quiet", None))
+        self.verbose = bool(getattr(arguments, "verbose", None))
+        self._bars = ProgressBars()
+        self._stack = ExitStack()
+
+    def __call__(self, progress: Progress) -> None:
+        if self._json:
+            if progress.stage != "layer" or self.verbose:
+                said = {name: getattr(progress, name) for name in ("stage", "detail", "step", "total")}
+                event("progress", **said)
+        elif not self._quiet:
+            self._bars(progress)
+
+    def result(self, path: Path | str, *lines: str, **facts: Any) -> None:
+        """Says what was made: its path and further lines, or an event with the facts."""
+        self.close()
+        if self._json:
+            event("result", path=str(path), **facts)
+        else:
+            print(path, *lines, sep="\n", flush=True)
+
+    def close(self) -> None:
+        """Ends the current bar."""
+        self._bars.close()
+
+    def __enter__(self) -> Console:
+        level = logging.WARNING if self._quiet else logging.DEBUG if self.verbose else logging.INFO
+        self._stack.enter_context(messages(level, as_events=self._json))
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        self.close()
+        self._stack.close()
+
+
+def event(kind: str, **facts: Any) -> None:
+    """Prints an event for an app that reads stdout."""
+    print(json.dumps({"event": kind, **facts}, default=str), flush=True)
+
+
+class _EventHandler(logging.Handler):
+    """Prints the package's messages as events."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event("message", level=record.levelname.lower(), text=record.getMessage()[:_MOST])
+
+
 class _ConsoleHandler(logging.Handler):
     """Writes the package's messages above the bar that is being drawn."""
 
@@ -81,13 +145,13 @@ class _ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def messages() -> Iterator[None]:
-    """Sends the package's log messages to stderr for a while."""
+def messages(level: int = logging.INFO, *, as_events: bool = False) -> Iterator[None]:
+    """Sends the package's log messages from a level on to stderr, or as events to stdout, for a while."""
     logger = logging.getLogger(__package__.partition(".")[0])
     before = logger.level, logger.propagate
-    handler = _ConsoleHandler()
+    handler = _EventHandler() if as_events else _ConsoleHandler()
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
     try:
         yield

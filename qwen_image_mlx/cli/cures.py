@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import QwenImageError
-from ..outside import printable
+from ..outside import one_line
 
 # By `RequestError.cause`.
 CURES = {
@@ -21,4 +21,4 @@ CURES = {
 def sentence(error: QwenImageError) -> str:
     """What an error says, on one line, with its cure where there is one."""
     cure = CURES.get(getattr(error, "cause", ""))
-    return printable(" ".join(str(error).split())) + (f"; {cure}" if cure else "")
+    return one_line(error) + (f"; {cure}" if cure else "")

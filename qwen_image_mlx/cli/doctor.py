@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--only", metavar="GROUPS", help="some groups, separated by commas")
-    add("--json", metavar="FILE", help="write the report as JSON")
+    add("--json", metavar="FILE", help="write the report as JSON; another name if the file is there")
     add("--compare", metavar="FILE", help="say what changed since an earlier report")
     add("--golden", metavar="FILE", help="compare a model with what diffusers computed, a file of "
         "scripts/make_golden.py; other groups run only with --only")  # fmt: skip
@@ -71,7 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
         _print_section("Changes since the earlier report", differences(earlier, report) or ["none"])
     _print_section("Body of a GitHub issue", [report["issue"]])
     if arguments.json:
-        _write(Path(arguments.json), report)
+        from ..images.files import new_file
+
+        text = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+        print(f"\n{new_file(Path(arguments.json), text.encode())}")
     return report["exit"]
 
 
@@ -90,13 +93,6 @@ def _print_section(title: str, lines: Sequence[str]) -> None:
     print(f"\n--- {title} ---")
     for line in lines:
         print(line)
-
-
-def _write(path: Path, report: Mapping[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
 def _groups(arguments: argparse.Namespace) -> list[Group]:

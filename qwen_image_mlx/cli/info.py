@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..outside import printable
-from .results import json_text
+from .results import json_text, print_table
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -48,9 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json_text(facts))
         return
-    width = max((len(printable(name)) for name in facts), default=0)
-    for name, value in facts.items():
-        print(f"{printable(name):{width}}  {'' if value is None else printable(value)}")
+    print_table([(name, "" if value is None else value) for name, value in facts.items()])
 
 
 def _layers(path: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..weights.lora import read_lora
     from ..weights.lora_inspect import describe
     from .console import ProgressBars, messages
+    from .results import print_table
 
     with messages(), ProgressBars() as bars:
         reference, strength = split_reference(arguments.file)
@@ -40,9 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
             lora, _ = read_known_lora(path, strength)
         else:
             pipeline = QwenImagePipeline.from_pretrained(arguments.model, progress=bars)
-            lora = read_lora(path, pipeline.components.lora_targets(), strength)
+            lora = read_lora(path, pipeline.lora_targets(), strength)
         bars.close()
-        rows = describe(lora)
-        width = max(len(label) for label, _ in rows)
-        for label, text in rows:
-            print(f"{label:{width}}  {text}")
+        print_table(describe(lora))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
 
 from .. import __version__
 from ..errors import QwenImageError
+from ..outside import one_line
 from .cures import sentence
 from .ending import GaveUp, HungUp, Terminated, terminable
 from .parser import Parser
@@ -23,7 +24,7 @@ from .results import Unread, messages_kept, results
 # Modules beside this one; they are imported where Ctrl-C is understood.
 COMMANDS = (
     "generate", "edit", "decompose", "compose", "caption", "train", "quantize", "lora", "plan", "info", "config",
-    "serve", "doctor",
+    "serve", "doctor", "completion",
 )  # fmt: skip
 
 
@@ -49,15 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    arguments = argparse.Namespace()
     try:
         with terminable(), results():
             arguments = build_parser().parse_args(argv)
             code = _run(arguments)
     except QwenImageError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
+        if getattr(arguments, "json", None) and "quiet" in arguments:
+            _say_error(sentence(error))
         return 2
     except GaveUp as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except Unread:
         return 141
@@ -70,6 +74,14 @@ def _main(argv: Sequence[str] | None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return code or 0
+
+
+def _say_error(message: str) -> None:
+    """The same for an app that reads events on stdout, if it still does."""
+    from .console import event
+
+    with suppress(OSError):
+        event("error", message=message)
 
 
 def _run(arguments: argparse.Namespace) -> int | None:

@@ -1,4 +1,4 @@
-"""What `generate` and `edit` share: their flags, and the way from flags to saved pictures."""
+"""What `generate` and `edit` share: the way from flags to saved pictures."""
 
 from __future__ import annotations
 
@@ -11,159 +11,46 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..pipeline.parameters import DTYPES, RNGS
 from ..pipeline.request import build_request, parsed_size
-from ..variants import ASPECT_SIZES, LORA_MODES
-from .config import add_painter_config_flags, configured, wants_timings
+from ..runtime.options import recorded
+from ..variants import ASPECT_SIZES
+from .config import configured
+from .flags import flag_of, rows_of
+from .idle import say_idle
+from .replay import replayed
 from .words import RANDOM, draw_seed, filled, read_prompt
 
 logger = logging.getLogger(__name__)
 
-# Types of what only the command line knows of a picture, added to its metadata.
-_PROVENANCE: dict[str, type | tuple[type, ...]] = {
-    "images": list,
-    "layer": str,
-    "mask": str,
-    "size": str,
-    "mask_padding": int,
-    "no_composite": bool,
-    "reference_pixels": int,
-    "keep_alpha": bool,
-    "ignore_profile": bool,
-    "zero_cond_t": str,
-    "lora_mode": str,
-}
-# Types of the metadata that --from-image reads; other keys are for people.
-_RECORDED: dict[str, type | tuple[type, ...]] = {
-    "model": str,
-    "revision": str,
-    "prompt": str,
-    "negative_prompt": str,
-    "width": int,
-    "height": int,
-    "steps": int,
-    "cfg_scale": (int, float),
-    "seed": int,
-    "image_index": int,
-    "rng": str,
-    "sigmas": list,
-    "shift": (int, float),
-    "strength": (int, float),
-    "dtype": str,
-    "quantize": str,
-    "loras": list,
-    "transformer": str,
-    "text_encoder": str,
-    "vae": str,
-} | _PROVENANCE
+# What only a front end knows of a picture, added to its metadata.
+_PROVENANCE = [row.name for row in recorded("asked")]
 
 
-_CHOICES = {"zero_cond_t": ("on", "off"), "lora_mode": LORA_MODES}
+def run_painting(arguments: argparse.Namespace, default_model: str, task: str, command: str | None = None) -> None:
+    """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched.
 
-
-def add_flags(parser: argparse.ArgumentParser, default_model: str, steps: int) -> None:
-    """Adds the flags of both commands; every default is None, so that a flag given is a flag meant."""
-    add = parser.add_argument
-    add_model_flags(parser, default_model)
-    add_painter_flags(parser)
-    add("--width", "-W", type=int, help="in pixels, a multiple of 16")
-    add("--height", "-H", type=int, help="in pixels, a multiple of 16")
-    add_sampling_flags(parser, steps)
-    add("--output", "-o", metavar="PATH", help="PNG file or directory (default: ./qwen-image.png)")
-    add("--mask", metavar="IMAGE", help="white where the picture is painted anew; the rest comes back bit by bit")
-    add("--strength", type=float, metavar="S", help="how much is painted anew, above 0 and at most 1 (default: 0.6)")
-    add("--size", metavar="1mp|source|WxH", help="with --image, size of the result: about 1 MP at its aspect, the same "
-        "resized to its size, or an explicit one (default: 1mp; source with a mask)")  # fmt: skip
-    add("--mask-padding", type=int, metavar="N", help="paint only the mask's surroundings, N pixels around it")
-    add("--no-composite", action="store_true", default=None, help="with a mask, give the model's own picture")
-    add_cache_flag(parser)
-    add_colour_flag(parser)
-    add("--from-image", metavar="IMAGE", help="paint a picture again from its own metadata; flags win")
-
-
-def add_model_flags(parser: argparse._ActionsContainer, default_model: str) -> None:
-    """Adds what `open_pipeline` reads."""
-    add = parser.add_argument
-    add("--model", "-m", help=f"a local directory or a Hugging Face id (default: {default_model})")
-    add("--revision", help="branch, tag or commit of a Hugging Face model")
-    add("--dtype", choices=DTYPES, help="of the text encoder and the transformer (default: bfloat16)")
-    add("--quantize", metavar="Q", help="pack weights while they are loaded: 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the "
-        "transformer's; the text encoder's take 8), or transformer=4,text_encoder=8,vision=8")  # fmt: skip
-    add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 "
-        "(default: 64); the microscaling formats have their own")  # fmt: skip
-    add("--text-encoder", metavar="FILE", help="a .safetensors file (or a folder) to take instead of the model's own "
-        "text encoder with its vision tower, as other programs use them")  # fmt: skip
-
-
-def add_painter_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds what else `open_pipeline` reads where a picture is painted."""
-    add = parser.add_argument
-    add("--lora", dest="loras", action="append", metavar="REF[@S]", help="a LoRA and its strength: a file, a folder, "
-        "owner/repo, owner/repo:file or a file's address on the hub; repeat for more")  # fmt: skip
-    add("--lora-mode", choices=LORA_MODES, help="merge LoRAs into the weights, or run them beside "
-        "(default: auto, which merges unless the weights are packed or too coarse)")  # fmt: skip
-    add("--transformer", metavar="FILE", help="a .safetensors or .gguf file (or a folder) to take instead of the "
-        "model's own")  # fmt: skip
-    add("--vae", metavar="FILE", help="the same for the autoencoder")
-    add("--memory", metavar="M", help="keep to it: 16GB, or auto for what this machine has; weights stay loaded, take "
-        "turns or are streamed from the files as it demands; or say how: resident, staged, streamed (default: "
-        "staged)")  # fmt: skip
-    add("--force", action="store_true", default=None, help="paint although the plan does not fit the memory")
-    add("--wire", action="store_true", default=None, help="keep macOS from paging out what is in use; may help with 64 "
-        "GB and more, and makes macOS panic on some machines")  # fmt: skip
-    add("--preview", action="store_true", default=None, help="while it paints, keep a small picture of what it is "
-        "heading for beside the output")  # fmt: skip
-    add("--lightning", type=int, choices=(4, 8), help="the official LoRA of the model that paints in so many steps")
-    add_painter_config_flags(parser)
-
-
-def add_sampling_flags(parser: argparse._ActionsContainer, steps: int) -> None:
-    """Adds how pictures are sampled, whatever they show."""
-    add = parser.add_argument
-    add("--negative-prompt", "-n", metavar="N", help="what to avoid (default: as the model's card says)")
-    add("--steps", type=int, help=f"denoising steps (default: {steps})")
-    add("--cfg-scale", "-g", type=float, metavar="S", help="guidance; 1 turns it off (default: 4.0)")
-    add("--seed", "-s", type=int, nargs="+", metavar="N", help="one picture per seed; -1 is a random one (default: "
-        "random)")  # fmt: skip
-    add("--num-images", type=int, metavar="N", help="pictures per seed (default: 1)")
-    add("--rng", choices=RNGS, help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's (default: torch)")
-
-
-def add_colour_flag(parser: argparse._ActionsContainer) -> None:
-    """Adds --ignore-profile, which `main` obeys for the whole command."""
-    parser.add_argument("--ignore-profile", action="store_true", default=None, help="ignore the colour profiles of "
-                        "images and take their numbers as sRGB, as diffusers does")  # fmt: skip
-
-
-def add_cache_flag(parser: argparse._ActionsContainer) -> None:
-    """Adds --cache."""
-    parser.add_argument("--cache", action="store_true", default=None, help="keep encoded prompts and pictures for next "
-                        "time, at most 2 GB, in ~/.cache/qwen-image-mlx; removing that folder is safe")  # fmt: skip
-
-
-def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -> None:
-    """Paints and saves every picture asked for; what can be wrong without the model is found before it is touched."""
+    Args:
+        arguments: the flags.
+        default_model: where neither they nor the config name one.
+        task: what the model must be made for.
+        command: whose flags these are; None is that of the task's name.
+    """
     from ..images.colour import ignore_profiles
-    from ..images.files import check_text, check_writable, output_path, read_metadata, save_png
+    from ..images.files import OPAQUE, check_text, check_writable, output_path, read_metadata, save_image
     from ..images.recompose import adopt_layer, edited_layer_path
     from ..images.sources import open_image, open_mask, open_rgba
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
-    recorded, metadata = {}, {}
-    if "from_image" in given:
-        metadata = read_metadata(given["from_image"])
-        recorded = _beside(Path(given["from_image"]).parent, _checked(metadata))
-        if "model" in given:
-            for name in ("revision", "transformer", "text_encoder", "vae"):
-                recorded.pop(name, None)  # recorded for one model, it means nothing for another
+    metadata = read_metadata(given["from_image"]) if "from_image" in given else {}
+    said = replayed(given["from_image"], metadata, given) if metadata else {}
     usual = configured(arguments, task, metadata)
-    wanted = {**usual, **recorded, **given}
+    wanted = {**usual, **said, **given}
     wanted.setdefault("seed", [RANDOM])
     if drawn := RANDOM in (seeds := wanted["seed"] if isinstance(wanted["seed"], list) else []):
         wanted["seed"] = [draw_seed() if seed == RANDOM else seed for seed in seeds]
     sources = _sources(given, wanted)
-    size = _size(given, recorded, bool(sources), usual.get("aspect"))
+    size = _size(given, said, bool(sources), usual.get("aspect"))
     if task == "edit" and not sources and metadata:
         raise RequestError(
             f"{given['from_image']} was generated from words, not edited: give --image, or `generate --from-image`"
@@ -172,14 +59,7 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
         raise RequestError("a picture to edit is missing: give --image")
     if task == "generate" and len(sources) > 1:
         raise RequestError(f"generate paints over one picture, but {len(sources)} are given with --image")
-    for name in ("mask", "size", "strength", "mask_padding"):
-        if name in given and not sources:
-            raise RequestError(f"--{name.replace('_', '-')} needs --image")
-    for name in ("mask_padding", "no_composite"):
-        if name in given and "mask" not in wanted:
-            raise RequestError(f"--{name.replace('_', '-')} needs --mask")
-    if task == "edit" and "strength" in given and "mask" not in wanted:
-        raise RequestError("--strength needs --mask: without one an edit begins with noise alone")
+    _check_needs(given, wanted, task, bool(sources))
     if sources and size is not None:
         wanted["size"] = size if isinstance(size, str) else "x".join(map(str, size))
     check_text([wanted.get(name) for name in _PROVENANCE])
@@ -187,86 +67,60 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str) -
     adopted = edited_layer_path(given["layer"]) if "layer" in given and "output" not in given else None
     if adopted and (wanted["size"] != "source" or len(draft.seeds) * len(draft.image_indices) > 1):
         raise RequestError("one picture of the layer's own size takes its place: give --output for others")
-    path = adopted or output_path(filled(given.get("output"), draft.seeds[0]))
+    path = adopted or output_path(filled(given.get("output"), seed=draft.seeds[0], index=1, prompt=draft.prompt))
+    if path.suffix.lower() in OPAQUE and wanted.get("keep_alpha"):
+        raise RequestError(f"--output is {path}, but JPEG has no transparency to keep; end the name in .png or .webp")
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
 
-    from ..runtime.asking import open_pipeline, painting_request, say_what_is_ignored, settled
-    from ..runtime.cache import EncodingCache
-    from ..runtime.preview import Preview
     from ..runtime.profile import Profile
-    from ..runtime.session import paint
-    from .console import ProgressBars, messages
+    from ..runtime.session import Session
+    from .console import Console
     from .preview import preview_file
 
-    with messages(), ProgressBars() as bars, ExitStack() as stack:
-        profile = Profile(bars) if wants_timings(arguments) else None
+    with Console(arguments) as console, ExitStack() as stack:
+        timings = Profile(console) if "timings" in given or console.verbose else None
         stack.enter_context(ignore_profiles(bool(wanted.get("ignore_profile"))))  # flag, or what a picture recorded
         pictures = [open_image(source) for source in sources]
         mask = open_mask(wanted["mask"]) if "mask" in wanted else None
-        pipeline = open_pipeline(wanted, default_model, profile or bars)
-        pipeline.check_task(task)
+        session = Session.open(wanted, default_model, timings or console, task=task)
         straight = [open_rgba(source) for source in sources] if wanted.get("keep_alpha") else None
-        request = painting_request(pipeline, wanted, size, pictures, mask, straight)
-        say_what_is_ignored([(wanted, request)])
-        plan = stack.enter_context(
-            settled(pipeline, request, wanted.get("memory"), force="force" in given, wire="wire" in given)
-        )
+        request = session.request(wanted, size, pictures, mask, straight)
+        say_idle(command or task, given, request)
         provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
         if drawn:
             logger.info("seed %s", ", ".join(map(str, request.seeds)))
-        watch = profile or bars
-        if "preview" in given:
-            watch = Preview(stack.enter_context(preview_file(path)), watch, pipeline, request)
-        cache = EncodingCache() if "cache" in given else None
+        show = stack.enter_context(preview_file(path)) if "preview" in given else None
         saved: Counter[Path] = Counter()
-        for painting in paint(pipeline, request, watch, cache, plan.residency):
-            bars.close()
-            if profile:
-                painting.metadata["profile"] = profile.record()
-            file = adopted or output_path(filled(given.get("output"), painting.metadata["seed"]))
+        for index, painting in enumerate(session.paint(request, show), 1):
+            if "timings" in given:
+                painting.metadata["profile"] = timings.record()
+            file = adopted or output_path(
+                filled(given.get("output"), seed=painting.metadata["seed"], index=index, prompt=request.prompt)
+            )
             number = saved[file]
             saved[file] += 1
             file = file.with_stem(f"{file.stem}-{number}") if number else file
-            written = save_png(painting.image, file, {**painting.metadata, **provenance})
+            written = save_image(painting.image, file, {**painting.metadata, **provenance})
             if adopted:
                 adopt_layer(given["layer"], written)
-            print(written, flush=True)
+            seed, number = painting.metadata["seed"], painting.metadata["image_index"]
+            console.result(written, seed=seed, index=number, metadata=painting.metadata | provenance)
         if len(request.image_indices) > 1:
             logger.info("each of these images can be generated again by itself: --from-image FILE")
-        if profile:
-            logger.info("%s", profile.table())
+        if timings:
+            console.close()
+            logger.info("%s", timings.table())
 
 
-def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded values that are set; raises RequestError for one of the wrong type."""
-    recorded = {name: metadata[name] for name in _RECORDED if metadata.get(name) is not None}
-    for name, value in recorded.items():
-        fits = isinstance(value, _RECORDED[name]) and isinstance(value, bool) == (_RECORDED[name] is bool)
-        if isinstance(value, list):
-            fits = fits and all(isinstance(item, (int, float) if name == "sigmas" else str) for item in value)
-        if not fits or value not in _CHOICES.get(name, (value,)):
-            raise RequestError(f"the picture's metadata is damaged: its {name} is {value!r:.80}")
-    return recorded
-
-
-def _beside(folder: Path, recorded: dict[str, Any]) -> dict[str, Any]:
-    """Looks for what a picture was made from beside it, where it is not at its recorded place."""
-
-    def find(place: str) -> str:
-        beside = folder / place
-        return str(beside) if beside.exists() and not Path(place).exists() else place
-
-    places = ("model", "mask", "transformer", "text_encoder", "vae")
-    found = {name: find(recorded[name]) for name in places if name in recorded}
-    if "images" in recorded:
-        found["images"] = [find(image) for image in recorded["images"]]
-    if "loras" in recorded:
-        parts = [reference.rpartition("@") for reference in recorded["loras"]]
-        found["loras"] = [f"{find(place)}@{strength}" for place, _, strength in parts]
-    if "layer" in recorded:
-        place, _, number = recorded["layer"].rpartition(":")
-        found["layer"] = f"{find(place)}:{number}"
-    return recorded | found
+def _check_needs(given: Mapping[str, Any], wanted: Mapping[str, Any], task: str, has_pictures: bool) -> None:
+    """Raises RequestError for a flag without which what it is about is missing: a picture, a mask."""
+    missing = {"images"} if not has_pictures else set()
+    missing |= {"mask"} - wanted.keys()
+    for need, why in (("images", ""), ("mask", ": without one an edit begins with noise alone")):
+        for row in rows_of(task):
+            if row.name in given and need in row.needs and need in missing:
+                reason = why if row.name == "strength" else ""
+                raise RequestError(f"{row.flag} needs {flag_of(need)}{reason}")
 
 
 def _sources(given: Mapping[str, Any], wanted: dict[str, Any]) -> list[Any]:
@@ -283,14 +137,14 @@ def _sources(given: Mapping[str, Any], wanted: dict[str, Any]) -> list[Any]:
     wanted["keep_alpha"] = True
     with ignore_profiles(bool(wanted.get("ignore_profile"))):
         image, file = open_layer(wanted["layer"]).image, layer_file(wanted["layer"])
-    if file is not None:  # recorded as itself: the layer of that number may be another one tomorrow
+    if file is not None:  # said as itself: the layer of that number may be another one tomorrow
         del wanted["layer"]
         wanted["images"] = [str(file)]
     return [image]
 
 
 def _size(
-    given: Mapping[str, Any], recorded: Mapping[str, Any], painted_over: bool, aspect: str | None
+    given: Mapping[str, Any], said: Mapping[str, Any], painted_over: bool, aspect: str | None
 ) -> tuple[int, int] | str | None:
     """(width, height), "1mp", "source", an aspect, or None for what is usual: of flags, picture or config."""
     if ("width" in given) != ("height" in given):
@@ -306,10 +160,10 @@ def _size(
         raise RequestError("give one size only: --width and --height, or --aspect, or --size")
     if explicit:
         return explicit[0]
-    if "size" in recorded:
-        return parsed_size(recorded["size"])
+    if "size" in said:
+        return parsed_size(said["size"])
     if "layer" in given:
         return "source"
-    if {"width", "height"} <= recorded.keys() and not painted_over:
-        return recorded["width"], recorded["height"]
+    if {"width", "height"} <= said.keys() and not painted_over:
+        return said["width"], said["height"]
     return None if painted_over else aspect or next(iter(ASPECT_SIZES))

@@ -9,48 +9,36 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from ..errors import RequestError
+from .foreign import answer
 
-_PROMPT = "the prompt itself, in quotes, before the flags"
-_LORA = "--lora FILE@STRENGTH, once for each"
-# Flags of other programs, and what is given here instead.
-FOREIGN = {
-    "-p": _PROMPT,
-    "--prompt": _PROMPT,
-    "-q": "--quantize",
-    "--bits": "--quantize",
-    "--cfg": "--cfg-scale",
-    "--guidance": "--cfg-scale",
-    "--guidance-scale": "--cfg-scale",
-    "--true-cfg-scale": "--cfg-scale",
-    "--num-inference-steps": "--steps",
-    "--lora-path": _LORA,
-    "--lora-paths": _LORA,
-    "--lora-scale": _LORA,
-    "--lora-scales": _LORA,
-    "--image-path": "--image",
-    "--image-paths": "--image, once for each",
-    "--init-image": "--image",
-    "--image-strength": "--strength",
-    "--mask-path": "--mask",
-    "--num-images-per-prompt": "--num-images",
-    "--auto-seeds": "--seeds 1-4, or --num-images",
-    "--low-ram": "--memory auto",
-    "--mlx-cache-limit-gb": "--memory 16GB",
-    "--config-from-metadata": "--from-image",
-    "-C": "--from-image",
-    "--metadata": "nothing, as every PNG carries its parameters; `info` prints them",
-    "--stepwise-image-output-dir": "--preview",
-    "--base-model": "--model",
-}
+EXAMPLES = "examples:"
+_FEW_FLAGS = 12  # that a usage can list
+_INTEGERS = r"-?\d+(,-?\d+)*"
+_NUMBER = r"-?(\d+\.?\d*|\.\d+)"
 _DASHED = "a prompt that begins with a dash comes last, after two dashes, as in -- -portrait"
+_PROFILE = "--profile takes the name of a profile in config.toml; --timings prints what each stage takes"
 _JOINED = "a value that begins with a dash is joined to its flag with =, as in {}=-blurry"
+
+
+class Help(argparse.HelpFormatter):
+    """Help with a short usage, however many flags there are, and examples as they are written."""
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        flags = [action for action in actions if action.option_strings]
+        if usage is None and len(flags) > _FEW_FLAGS:
+            places = [action.metavar or action.dest for action in actions if not action.option_strings]
+            usage = " ".join(["%(prog)s", *(place.replace("%", "%%") for place in places), "[flags]"])
+        return super()._format_usage(usage, actions, groups, prefix)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(EXAMPLES) else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
     """Raises instead of printing its usage: one sentence is enough. Flags are written out."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": Help, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Raises RequestError with the cure, where one is known."""
@@ -65,19 +53,37 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def _joined(self, words: Sequence[str]) -> Iterator[str]:
-        """The words, with `-n -blurry` as `-n=-blurry`: argparse takes no word with a dash for a value."""
-        rest = iter(words)
-        for word in rest:
+        """The words as argparse reads them, which takes no word with a dash for a value and knows no pairs.
+
+        `-n -blurry` is `-n=-blurry`; `--lora FILE 0.7` is `--lora FILE@0.7`; `--seed 1,2` is `--seed 1 2`.
+        """
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            flag, said, value = word.partition("=")
+            action = self._option_string_actions.get(flag)
             if word == "--":
                 yield from (word, *rest)
                 return
-            if self._takes_text(word) and (value := next(rest, None)) is not None:
+            glued = self._option_string_actions.get(word[:2]) if action is None and word[1:2] != "-" else None
+            if glued is not None and glued.dest == "prompt":  # -portrait is no prompt "ortrait"
+                self.error(f"unrecognized arguments: {word}; {_DASHED}")
+            if action is not None and action.nargs == "+" and action.type is int:
+                yield flag
+                rest[:0] = [value] if said else []
+                while rest and re.fullmatch(_INTEGERS, rest[0]):
+                    yield from rest.pop(0).split(",")
+            elif self._takes_text(word) and rest:
+                value = rest.pop(0)
+                if action is not None and action.dest == "loras" and rest and re.fullmatch(_NUMBER, rest[0]):
+                    value = f"{value}@{rest.pop(0)}"
                 if value.startswith("-") and not self._is_flag(value):
                     yield f"{word}={value}"
                 else:
                     yield from (word, value)
                     if value == "--":
                         yield from rest
+                        return
             else:
                 yield word
 
@@ -99,8 +105,13 @@ class Parser(argparse.ArgumentParser):
         asks = any(action.dest == "prompt" and not action.option_strings for action in self._actions)
         for word in unknown:
             name = word.partition("=")[0]
-            if name in FOREIGN and (asks or FOREIGN[name] != _PROMPT):
-                return f"; give {FOREIGN[name]}"
+            ours = answer(name)
+            if ours and (
+                {*re.findall(r"^give (--[\w-]+)", ours)} <= {*known}
+            ):  # what this command does not have is no help
+                return f"; {ours}"
+            if owners := _owners(name):
+                return f"; it means nothing here: {name} is a flag of {', '.join(owners)}"
             if name.startswith("--") and (near := get_close_matches(name, known, 1)):
                 return f"; did you mean {near[0]}?"
             if asks and re.match("-[^-]", word):
@@ -108,11 +119,23 @@ class Parser(argparse.ArgumentParser):
         return "; put a prompt of several words in quotes" if asks and not unknown[0].startswith("-") else ""
 
     def _cure(self, message: str) -> str:
+        if re.fullmatch(r"argument --profile: expected one argument", message):
+            return f"; {_PROFILE}"
         if match := re.fullmatch(r"argument (?:.*/)?(--?[\w-]+).*: expected one argument", message):
             return f"; {_JOINED.format(match[1])}"
         if re.search(r"--seed.*: invalid int value", message):
             return f"; put the prompt before --seed; {_DASHED}"
         if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            if ours := answer(match[1]):
+                return f"; {ours}"
             near = get_close_matches(match[1], re.findall(r"[\w:.-]+", match[2]), 1)
             return f"; did you mean {near[0]}?" if near else ""
         return ""
+
+
+def _owners(flag: str) -> list[str]:
+    """The commands that have a flag."""
+    from .flags import rows  # which are made with what stands above
+
+    found = [command for row in rows().values() for command in row.commands if flag in row.of(command).flags]
+    return list(dict.fromkeys(found))

@@ -25,8 +25,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a local directory or a Hugging Face id")
     add("out", metavar="OUT", help="a new folder")
-    add("--bits", required=True, metavar="B", help="3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the transformer's; the text "
-        "encoder's take 8), or transformer=4,text_encoder=8,vision=8")  # fmt: skip
+    add("--bits", "-q", required=True, metavar="B", help="3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the transformer's; the "
+        "text encoder's take 8), or transformer=4,text_encoder=8,vision=8")  # fmt: skip
     add("--group-size", type=int, metavar="G", help="columns that share a scale: 32, 64 or 128 "
         "(default: 64); the microscaling formats have their own")  # fmt: skip
     add("--revision", help="branch, tag or commit of a Hugging Face model")
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Writes the pack and prints its path."""
     from ..pipeline.packing import quantize_checkpoint
-    from ..weights.quantize import Quantization
+    from ..weights.schemes import Quantization
     from .console import ProgressBars, messages
 
     quantization = Quantization.parse(arguments.bits, arguments.group_size)

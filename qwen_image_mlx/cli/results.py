@@ -10,13 +10,15 @@ import codecs
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 from ..errors import OutputError
+from ..outside import escaped, one_line, printable
 
 _ESCAPED = "qwen_image_mlx.escaped"
+_MOST = 20_000  # characters of a table's cell
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -26,7 +28,7 @@ def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeEncodeError:
-        return codecs.lookup_error("backslashreplace")(error)
+        return escaped(error.object[error.start : error.end]), error.end
 
 
 codecs.register_error(_ESCAPED, _escaped)
@@ -109,6 +111,16 @@ def messages_kept() -> Iterator[None]:
         sys.stderr = stream
         if closed:
             closed.close()
+
+
+def print_table(rows: Sequence[Sequence[object]], most: int = _MOST) -> None:
+    """Prints rows of cells, each column as wide as its widest cell; the last may have several lines."""
+    if not rows:
+        return
+    lines = [[*(one_line(cell, most) for cell in row[:-1]), printable(row[-1], most)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*(line[:-1] for line in lines), strict=True)]
+    for line in lines:
+        print(*(f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)), line[-1], sep="  ")
 
 
 def json_text(facts: Any) -> str:

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import GPUError, RequestError
-from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
+from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL, full_name
 from .ending import GaveUp
-from .painting import add_colour_flag
+from .flags import add_options
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen on; another than this machine's own needs a token "
         "(default: %(default)s)")  # fmt: skip
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    add("--config", metavar="PATH", help="a config.toml instead of the one that is found")
-    add("--profile", metavar="NAME", help="a profile of it (default: default)")
+    add_options(parser, "serve")
     add("--model", "-m", help=f"to paint with: a directory or a Hugging Face id (default: {DEFAULT_MODEL})")
     add("--edit-model", metavar="MODEL", help=f"to edit with (default: {DEFAULT_EDIT_MODEL})")
     add("--layered-model", metavar="MODEL", help=f"to take apart with (default: {DEFAULT_LAYERED_MODEL})")
-    add("--quantize", metavar="Q", help="pack weights while they are loaded, as in generate")
-    add("--memory", metavar="M", help="keep to it, as in generate (default: auto, which keeps a model loaded where it "
-        "fits)")  # fmt: skip
     add("--token-file", metavar="FILE", help="ask for the token in it: Authorization: Bearer TOKEN")
     add("--allow-origin", action="append", default=[], metavar="O", help="let pages of another web origin use the "
         "server, as in https://example.org; repeat for more")  # fmt: skip
@@ -61,7 +57,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--queue", type=int, default=16, metavar="N", help="most jobs that wait (default: %(default)s)")
     add("--max-pixels", type=int, default=1 << 22, metavar="N", help="of a picture (default: %(default)s)")
     add("--max-steps", type=int, default=100, metavar="N", help="denoising steps (default: %(default)s)")
-    add_colour_flag(parser)
     return parser
 
 
@@ -90,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     setup = {
         "profile": settings.profile,
         "offers": {task: _offer(arguments, task, said[task]) for task in _MODELS},
-        "defaults": {"generate": said["generate"], "edit": said["edit"], "decompose": _renamed(said["decompose"])},
+        "defaults": said,
         "memory": arguments.memory or settings["memory"],
         "idle_seconds": _seconds("--idle-unload", arguments.idle_unload),
         "is_own_host": own_hosts(arguments.host, [allowed_host(name) for name in arguments.allow_host]),
@@ -125,7 +120,7 @@ def _offer(arguments: argparse.Namespace, task: str, said: dict[str, Any]) -> di
     """What is to be opened for a task: flags win."""
     flag, usual = _MODELS[task]
     return {
-        "model": getattr(arguments, flag) or said.get("model") or usual,
+        "model": full_name(getattr(arguments, flag) or said.get("model") or usual),
         "quantize": arguments.quantize or said.get("quantize"),
         "loras": said.get("loras", []),
     }
@@ -138,11 +133,6 @@ def _check_local(task: str, model: str) -> None:
 
     if HubSnapshot(model).is_local:
         QwenImagePipeline.from_pretrained(model, offline=True).check_task(task)
-
-
-def _renamed(said: dict[str, Any]) -> dict[str, Any]:
-    """The flag --layers is `num_layers` of the API."""
-    return {"num_layers" if name == "layers" else name: value for name, value in said.items()}
 
 
 def _aliases(given: list[str]) -> dict[str, list[str]]:

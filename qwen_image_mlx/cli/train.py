@@ -13,9 +13,9 @@ from tqdm import tqdm
 from ..errors import RequestError
 from ..training.settings import SCHEDULES, TARGETS, TASKS, TIMESTEPS, WEIGHTINGS, TrainingSettings
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
-from .config import add_config_flags, configured
+from .config import configured
 from .ending import ENDS, handled
-from .painting import add_colour_flag, add_model_flags
+from .flags import add_options
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
@@ -50,9 +50,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--data", required=True, metavar="DIR", help="what to learn from: a folder, or a .jsonl file")
     add("--output", "-o", required=True, metavar="OUT", help="folder of the run")
     add("--task", choices=_DEFAULT_MODELS, help="what kind of model is trained (default: what --model is made for)")
-    add_model_flags(parser, DEFAULT_MODEL)
-    add_config_flags(parser)
-    add_colour_flag(parser)
+    add_options(parser, "train")
     add("--steps", type=int, required=True, metavar="N", help="optimizer steps")
     add("--rank", type=int, metavar="R", help=f"of the LoRA (default: {default['rank']})")
     add("--alpha", type=float, metavar="A", help="the LoRA counts A / R (default: R)")
@@ -102,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
     if given.get("task"):
         _read(data, given["task"])  # before a model is looked for
 
-    from ..runtime.asking import open_pipeline
+    from ..runtime.session import Session
     from ..training.run import train
     from .console import ProgressBars, messages
 
@@ -116,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
             interrupt.gently = True
             line.show(result)
 
-        pipeline = open_pipeline(wanted, _DEFAULT_MODELS[kind], tell)
+        pipeline = Session.open(wanted, _DEFAULT_MODELS[kind], tell).pipeline
         task = TASKS[pipeline.variant.task]
         if given.get("task", task) != task:
             raise RequestError(f"{pipeline.model} is trained for {task}, not for {given['task']}")

@@ -8,9 +8,11 @@ import sys
 from typing import Any
 
 from ..errors import RequestError
+from ..pipeline.request import slug
 
 MOST_BYTES = 1_000_000  # of a prompt on stdin
 RANDOM = -1
+PLACEHOLDERS = ("seed", "index", "prompt")  # in the name of an output
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 
 
@@ -38,18 +40,25 @@ def draw_seed() -> int:
     return secrets.randbelow(2**32)
 
 
-def filled(output: str | None, seed: int | None) -> str | None:
-    """The name of an output with its {seed} filled in.
+def filled(output: str | None, **facts: Any) -> str | None:
+    """The name of an output with what stands in braces filled in.
+
+    Args:
+        output: a name, with any of {seed}, {index} and {prompt}.
+        facts: what they are; without one, or with None, there is not one for all that is saved.
 
     Raises:
-        RequestError: it has a placeholder that means nothing here; `seed` is None where {seed} is one.
+        RequestError: it has a placeholder that means nothing, or nothing here.
     """
 
     def fill(match: re.Match) -> str:
-        if match[1] != "seed":
-            raise RequestError(f"--output has {match[0]:.40}, but only {{seed}} is filled in; choose another name")
-        if seed is None:
-            raise RequestError("--output has {seed}, but there is not one seed for all that is saved; leave it out")
-        return str(seed)
+        if match[1] not in PLACEHOLDERS:
+            names = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+            raise RequestError(f"--output has {match[0]:.40}, but only {names} are filled in; choose another name")
+        if facts.get(match[1]) is None:
+            raise RequestError(
+                f"--output has {match[0]}, but there is not one {match[1]} for all that is saved; leave it out"
+            )
+        return slug(facts[match[1]]) if match[1] == "prompt" else str(facts[match[1]])
 
     return None if output is None else _PLACEHOLDER.sub(fill, output)

@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from ..pipeline.limits import memory_size, usable_memory
 from ..pipeline.pipeline import QwenImagePipeline
-from ..runtime.memory import MemoryPlan, Work, alternatives
-from ..weights.quantize import NONE, Quantization
+from ..runtime.memory import MemoryPlan, Work
+from ..runtime.session import Session
+from ..weights.schemes import NONE, Quantization
 from ..weights.synthetic import FULL, write_configs
 from .measure import on_metal
 from .outcome import Outcome
@@ -27,8 +28,8 @@ def run(options: Mapping[str, Any]) -> Outcome:
     write_configs(folder, FULL)
     plans: dict[str, Any] = {}
     for name, quantize in _FORMS.items():
-        components = QwenImagePipeline.from_pretrained(folder, quantize=Quantization.parse(quantize)).components
-        made = alternatives(components, work, budget)
+        pipeline = QwenImagePipeline.from_pretrained(folder, quantize=Quantization.parse(quantize))
+        made = Session(pipeline, {"memory": "auto"}).alternatives(work)
         peaks = {f"{plan.residency.name.replace(', ', ' ')}_bytes": plan.peak for plan in made}
         plans[name] = {"fits": fitting(made, budget), **peaks}
     outcome.figures = {"memory_bytes": memory_size(), "usable_bytes": budget, "plans": plans}

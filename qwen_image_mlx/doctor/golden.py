@@ -21,7 +21,7 @@ from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress
 from ..pipeline.request import Request
-from ..runtime.asking import settled
+from ..runtime.session import Session
 from ..weights.shards import load_tensors
 from .fingerprint import fingerprint
 from .measure import GARBAGE, numbers, relative_error
@@ -84,12 +84,11 @@ def run(options: Mapping[str, Any]) -> Outcome:
         outcome.figures[f"{name}_{unit}"] = error
         if error > limit:
             far = f"by {error:.1f} of 255 levels" if kind == "picture" else f"by {error:.1e}"
-            outcome.find(
-                "wrong", f"{name} departs from the reference {far}, where {limit:g} is allowed; {_CURES[kind]}"
-            )
-    if outcome.findings:  # the first stage is the verdict, what follows from it comes after
-        first = outcome.findings[0]
-        outcome.findings[0] = first._replace(sentence=f"first departure: {first.sentence}")
+            departs = f"{name} departs from the reference {far}, where {limit:g} is allowed"
+            if outcome.findings:  # the first stage is the verdict; what comes after may follow from it
+                outcome.find("wrong", f"{departs}; this may follow from the first departure")
+            else:
+                outcome.find("wrong", f"{options['model']}: first departure: {departs}; {_CURES[kind]}")
     least = max(value for name, value in outcome.figures.items() if name.endswith("_error"))
     outcome.summary = (
         f"{len(ours)} stages of {said['model']} agree with diffusers {said['versions'].get('diffusers', '')} in "
@@ -141,9 +140,9 @@ def _stage_names(said: Mapping[str, Any]) -> list[str]:
 
 def check_model(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the model is of the kind the file was made with."""
-    config = pipeline.components.transformer_config
+    config = pipeline.transformer_config
     ours = {
-        "class": pipeline.components.sources.index.get("_class_name"),
+        "class": pipeline.class_name,
         **{name: getattr(config, name) for name in _CONFIG},
     }
     theirs = {"class": said.get("class"), **said["transformer"]}
@@ -172,7 +171,7 @@ def stages(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> dict[str, np
         if progress.stage == "denoise" and (progress.step in said["kept_steps"] or not progress.step):
             kept["noise" if not progress.step else f"latents-{progress.step}"] = numbers(progress.latents)
 
-    with settled(pipeline, request, "auto"):
+    with Session(pipeline, {"memory": "auto"}).planned(request):
         encoding = pipeline.encode_guidance_prompts(request.prompt, request.guiding_prompt)
         pipeline.release_encoders()
         kept["text"] = numbers(encoding.positive)

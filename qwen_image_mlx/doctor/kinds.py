@@ -18,7 +18,8 @@ import numpy as np
 from ..models.layers import rotate_half, turns
 from ..models.rope import THETA, Segment, rotary_tables, rotate
 from ..models.transformer import EPS, gated_add, gelu_tanh
-from ..weights.quantize import Scheme, quantize_matrix
+from ..weights.quantize import quantize_matrix
+from ..weights.schemes import Scheme
 from .measure import numbers, tolerance_of
 from .values import array
 

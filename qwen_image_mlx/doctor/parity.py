@@ -35,7 +35,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
         mx.clear_cache()
     shares = [value for case in outcome.figures.values() for name, value in case.items() if name == "stored_error"]
     outcome.summary = (
-        f"{len(shares)} blocks of real width are right: fp32 within {max(shares):.0e} of the stored values, the same "
+        f"{len(shares)} blocks of real width are right: fp32 within {max(shares):.1e} of the stored values, the same "
         "bits twice" + (", on the GPU as on the CPU" if on_gpu() else "")
     )
     return outcome

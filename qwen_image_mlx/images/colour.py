@@ -14,14 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageCms
+
+from ..outside import one_line
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 _TAGS = ("icc_profile", "gamma", "chromaticity", "srgb")  # how Pillow names them; the last three are chunks of PNG
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a profile's colour space -> the mode that Pillow converts
+_NAME = 60  # characters of a profile's name that are told
 _SAME = 2  # levels: profiles of sRGB differ by so much in their curves
 
 _SRGB = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x and y of white, red, green, blue
@@ -156,10 +160,10 @@ def _transform(profile: bytes) -> tuple[str, str, ImageCms.ImageCmsTransform | N
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = _MODES.get(source.profile.xcolor_space.strip())
         if mode is None:
-            raise _Unusable(f"it is for {_printable(source.profile.xcolor_space)}")
+            raise _Unusable(f"it is for {one_line(source.profile.xcolor_space, _NAME)}")
         flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE  # its table is coarse in dark greys
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", flags=flags)
-        description = _printable(source.profile.profile_description or "") or "without a name"
+        description = one_line(source.profile.profile_description or "", _NAME) or "without a name"
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError) as error:
         raise _Unusable("it is damaged") from error
     if mode == "CMYK":
@@ -172,10 +176,6 @@ def _transform(profile: bytes) -> tuple[str, str, ImageCms.ImageCmsTransform | N
     seen = np.asarray(ImageCms.applyTransform(Image.fromarray(probe).convert(mode), transform))
     same = np.abs(seen.astype(int) - probe).max() <= _SAME
     return description, mode, None if same else transform
-
-
-def _printable(text: str) -> str:
-    return "".join(filter(str.isprintable, text)).strip()[:60]
 
 
 @functools.lru_cache(maxsize=16)
@@ -220,3 +220,9 @@ def _xyz(values: np.ndarray) -> bytes:
 
 def _fixed(value: float) -> bytes:
     return struct.pack(">i", round(value * 65536))
+
+
+def alpha_range(image: Image.Image) -> tuple[int, int]:
+    """The least and the greatest alpha of an RGBA picture; Pillow's stubs know `getextrema` of one channel alone."""
+    least, greatest = cast("tuple[tuple[int, int], ...]", image.getextrema())[3]
+    return least, greatest

@@ -1,4 +1,4 @@
-"""PNG files: written whole or not at all, never over another, and carrying what made them."""
+"""Pictures' files: written whole or not at all, never over another, and carrying what made them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,42 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
 from ..names import StrPath
-from ..outside import why_not_read
-from ..unfinished import hidden, publish, sweep
-from .formats import MOST_BYTES
+from ..unfinished import hidden, publish
+from .colour import alpha_range
+from .formats import check_file
+from .sources import readable
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 METADATA_KEY = "qwen_image_mlx"
 DEFAULT_NAME = "qwen-image.png"
+# By the ends of names: the form of a picture, and how it is written.
+_LOSSY = {"quality": 95, "subsampling": 0}
+_WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", _LOSSY),
+    ".jpeg": ("JPEG", _LOSSY),
+    ".webp": ("WEBP", {"lossless": True, "exact": True}),
+}
+OPAQUE = (".jpg", ".jpeg")  # without transparency
+_COMMENT = b"ASCII\0\0\0"  # which code EXIF's UserComment is in
+_JPEG_COMMENT = 60_000  # bytes; EXIF is one segment of a JPEG
 _FREE_MARGIN = 1 << 20
+_MOST_RECORD = 8_000_000  # characters: some of the longest prompts there may be
 _NAME_BYTES = 200  # most file systems take 255; a number may be added
 
 
 def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
-    """The PNG a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
+    """The picture a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
     if output is None:
         return Path(default_name)
     path = named_path(output, "--output")
@@ -38,12 +52,14 @@ def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
         return path / default_name
     if output.endswith(("/", os.sep)):
         return path / default_name
-    if path.name.lower() == ".png":
-        raise RequestError(f"--output is {output}, which has no name before .png; name it, as in fox.png")
+    if path.name.lower() in _WRITERS:
+        raise RequestError(f"--output is {output}, which has no name before {path.name}; name it, as in fox.png")
     if not path.suffix:
         return path.with_name(path.name + ".png")
-    if path.suffix.lower() != ".png":
-        raise RequestError(f"--output is {output}, but pictures are written as PNG; end the name in .png")
+    if path.suffix.lower() not in _WRITERS:
+        raise RequestError(
+            f"--output is {output}, but pictures are written as PNG, JPEG or WebP; end the name in .png, .jpg or .webp"
+        )
     return path
 
 
@@ -81,13 +97,8 @@ def check_text(metadata: Any) -> None:
 
 
 def check_writable(path: Path, nbytes: int) -> None:
-    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now.
-
-    Removes what runs that were killed left in its folder.
-    """
+    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now."""
     folder = path.parent
-    for place in (folder, Path(tempfile.gettempdir())):
-        sweep(place)
     try:
         path.exists()
         while not folder.exists() and folder != folder.parent:
@@ -111,13 +122,47 @@ def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> by
     return file.getvalue()
 
 
+def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> bytes:
+    """A picture as the bytes of a file of that name, with its metadata.
+
+    Args:
+        image: RGB or RGBA.
+        metadata: JSON-serialisable; in a JPEG and a WebP it is EXIF's UserComment.
+        path: ends in .png; .webp, which is without loss; .jpg or .jpeg, of quality 95.
+
+    Raises:
+        OutputError: it has transparency or a record that a JPEG cannot hold.
+    """
+    form, settings = _WRITERS[path.suffix.lower()]
+    if form == "PNG":
+        return encode_png(image, metadata)
+    exif, file = Image.Exif(), io.BytesIO()
+    comment = _COMMENT + json.dumps({METADATA_KEY: metadata}).encode()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    if form == "JPEG" and image.mode == "RGBA" and alpha_range(image)[0] == 255:
+        image = image.convert("RGB")
+    if form == "JPEG" and image.has_transparency_data:
+        raise OutputError(
+            f"cannot write {path}: JPEG has no transparency, which this picture has; end in .png or .webp"
+        )
+    if form == "JPEG" and len(comment) > _JPEG_COMMENT:
+        raise OutputError(f"cannot write {path}: its record is too long for a JPEG; end the name in .png or .webp")
+    image.save(file, form, exif=exif, **settings)
+    return file.getvalue()
+
+
 def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
-    """Writes a PNG with its metadata, atomically, under `path` or the first free `-1`, `-2`, … beside it.
+    """`save_image`, as a PNG whatever the name ends in."""
+    return _save(path, encode_png(image, metadata))
+
+
+def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
+    """Writes a picture with its metadata, atomically, under `path` or the first free `-1`, `-2`, … beside it.
 
     Args:
         image: the picture.
-        path: wanted file; missing folders are made.
-        metadata: JSON-serialisable; stored as UTF-8 text under the key `qwen_image_mlx`.
+        path: wanted file, whose suffix says in which form; missing folders are made.
+        metadata: JSON-serialisable; in a PNG stored as UTF-8 text under the key `qwen_image_mlx`.
 
     Returns:
         The path written.
@@ -125,34 +170,50 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
     Raises:
         OutputError: it could not be written; nothing is left behind.
     """
-    written = new_file(path, encode_png(image, metadata))
+    return _save(path, encode_image(image, metadata, path))
+
+
+def _save(path: Path, data: bytes) -> Path:
+    written = new_file(path, data)
     if written != path:
         logger.warning("%s exists already; saved as %s", path, written.name)
     return written
 
 
 def read_metadata(path: StrPath) -> dict[str, Any]:
-    """The metadata `save_png` stored; raises RequestError if the file is no such picture."""
-    try:
-        if why := why_not_read(path, MOST_BYTES):
-            raise RequestError(f"{path} is not a readable picture: {why}")
-        with Image.open(path, formats=("PNG",)) as image:
+    """The metadata `save_image` stored; raises RequestError if the file is no such picture."""
+    with readable(str(path), path, "PNG, JPEG or WebP"):
+        check_file(path, str(path))
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             image.load()
-            text = getattr(image, "text", {}).get(METADATA_KEY)
-    except RequestError:
-        raise
-    except FileNotFoundError as error:
-        raise RequestError(f"there is no file {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = str(getattr(error, "strerror", None) or error)
-        raise RequestError(f"{path} is not a readable picture: {why}") from error
-    try:
-        metadata = json.loads(text) if text is not None else None
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own PNG files do")
+            metadata = record_of(getattr(image, "text", {}) if image.format == "PNG" else _commented(image))
+    if metadata is None:
+        raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own pictures do")
     return metadata
+
+
+def _commented(image: Image.Image) -> dict[str, str]:
+    """The record in EXIF's UserComment, as JSON by its key; empty if it is somebody else's."""
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if not isinstance(comment, bytes) or not comment.startswith(_COMMENT) or len(comment) > _MOST_RECORD:
+        return {}
+    try:
+        said = json.loads(comment[len(_COMMENT) :])
+    except (ValueError, RecursionError):
+        return {}
+    return {METADATA_KEY: json.dumps(said[METADATA_KEY])} if isinstance(said, dict) and METADATA_KEY in said else {}
+
+
+def record_of(texts: Mapping[Any, Any]) -> dict[str, Any] | None:
+    """What `encode_png` stored among a picture's texts; None if it is not there, is damaged, or too long to be ours."""
+    text = texts.get(METADATA_KEY)
+    if not isinstance(text, str) or len(text) > _MOST_RECORD:
+        return None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def new_file(path: Path, data: bytes) -> Path:

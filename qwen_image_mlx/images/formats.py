@@ -18,10 +18,10 @@ FORMATS = (
 )  # fmt: skip
 READABLE = "PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, JPEG 2000, and HEIC with pillow-heif"
 # Names that an image's file has, in formats that are read.
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif", ".heic", ".heif", ".hif", ".tif", ".tiff", ".bmp"}
-    | {".gif", ".jp2"}
-)
+_HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+SUFFIXES = _HEIC_SUFFIXES | {
+    ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".jp2",
+}  # fmt: skip
 # And in formats that are not read.
 OTHER_SUFFIXES = frozenset({
     ".jxl", ".svg", ".psd", ".psb", ".xcf", ".kra", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
@@ -74,6 +74,11 @@ def formats() -> list[str]:
 
         register_heif_opener()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def unread_suffixes() -> frozenset[str]:
+    """Names that an image's file has, in formats that are not read here."""
+    return OTHER_SUFFIXES if "HEIF" in formats() else OTHER_SUFFIXES | _HEIC_SUFFIXES
 
 
 def check_file(path: StrPath, name: str, most: int = MOST_BYTES) -> None:

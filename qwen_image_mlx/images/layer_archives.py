@@ -14,6 +14,7 @@ import lzma
 import os
 import re
 import stat
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -24,14 +25,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError, some
-from .colour import in_srgb
-from .files import METADATA_KEY, is_from_macos, replace_file
+from .files import METADATA_KEY, is_from_macos, record_of, replace_file
 from .formats import OTHER_SUFFIXES, SUFFIXES
 from .geometry import Size
 from .layers import MAX_LAYERS, MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
+from .sources import in_8_bits, readable
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -48,10 +49,13 @@ _ORA_LIMITS = re.compile("alpha|clip|fill|inherit|mask|effect", re.IGNORECASE)  
 _ORA_OFF = ("", "0", "false", "no", "none", "off")
 _THUMBNAIL_SIDE = 256
 _MAX_INDEX = 4 << 20
-_MAX_FILE = 1 << 30
+_MAX_FILE = 1 << 28  # of a PNG: more than 8,000 pixels squared take, however they look
 _MAX_ARCHIVE = 4 << 30
 _MAX_MEMBERS = 10_000
 _MAX_DEPTH = 100
+_ZIP_PIECE = 4096
+_ZIP_TAIL = 22 + 0xFFFF  # bytes in which an archive says where its list of files is
+_ZIP_64 = b"PK\6\7"  # what says that the list is longer than an archive's usual fields can tell
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError, ValueError)
 
 
@@ -72,27 +76,15 @@ class _Files:
 
     def picture(self, name: str) -> Image.Image:
         """A PNG file as RGBA in sRGB; raises RequestError if it is not one, or too large with those read before."""
-        data = self.read(name)
-        try:
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                self._pixels -= image.width * image.height
-                if self._pixels < 0:
-                    raise RequestError(f"{self.label} holds more than {MAX_PIXELS} pixels; make its layers smaller")
-                if getattr(image, "n_frames", 1) > 1:
-                    logger.warning("%s in %s is animated; its first frame is used", name, self.label)
-                if not image.mode.startswith("I"):
-                    return in_srgb(image, f"{name} in {self.label}").convert("RGBA")
-                grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips
-                grey.info = image.info.copy()
-                return in_srgb(grey, f"{name} in {self.label}").convert("RGBA")
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise RequestError(f"{name} in {self.label} is too large to be opened safely; make it smaller") from error
-        except UnidentifiedImageError as error:
-            raise RequestError(f"{name} in {self.label} is no PNG; save it as one") from error
-        except RequestError:
-            raise
-        except (OSError, SyntaxError, ValueError) as error:
-            raise RequestError(f"{name} in {self.label} cannot be read as a PNG: {error}") from error
+        data, where = self.read(name), f"{name} in {self.label}"
+        with readable(where, data, "PNG"), _opened(data) as image:
+            check_size(image.size, where)
+            self._pixels -= image.width * image.height
+            if self._pixels < 0:
+                raise RequestError(f"{self.label} holds more than {MAX_PIXELS} pixels; make its layers smaller")
+            if getattr(image, "n_frames", 1) > 1:
+                logger.warning("%s is animated; its first frame is used", where)
+            return in_8_bits(image, where).convert("RGBA")
 
     def layer(self, file: str, **fields: Any) -> Layer:
         """A PNG file as a layer with these fields; raises RequestError if it cannot be read or a field is wrong."""
@@ -101,6 +93,15 @@ class _Files:
             return Layer(image, **fields)
         except RequestError as error:
             raise RequestError(f"{file} in {self.label}: {error}") from error
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A PNG of whatever size Pillow opens; the size is for the caller to check."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            yield image
 
 
 def folder_files(stack: LayerStack) -> Iterator[tuple[str, bytes]]:
@@ -264,6 +265,7 @@ def is_ora(path: Path) -> bool:
 @contextmanager
 def _zip_files(path: Path) -> Iterator[_Files]:
     try:
+        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             members = _unwrapped({i.filename: i for i in archive.infolist() if _is_inside(i.filename)})
             if len(members) > _MAX_MEMBERS or sum(info.file_size for info in members.values()) > _MAX_ARCHIVE:
@@ -272,13 +274,25 @@ def _zip_files(path: Path) -> Iterator[_Files]:
             def fetch(name: str, limit: int) -> bytes:
                 if members[name].file_size > limit:  # zipfile never gives more than this size
                     raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is no layer of a picture")
-                return archive.read(members[name])
+                with archive.open(members[name]) as file:  # in pieces: what a piece unpacks to is in memory at once
+                    return b"".join(iter(lambda: file.read(_ZIP_PIECE), b""))
 
             yield _Files(str(path), members, fetch)
     except RequestError:
         raise
     except _ZIP_ERRORS as error:
         raise RequestError(f"{path} cannot be read: {error}") from error
+
+
+def _check_directory(path: Path) -> None:
+    """Raises RequestError for a list of files that is too long to be read; OSError if the file cannot be read."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _ZIP_TAIL))
+        tail = file.read()
+    place = tail.rfind(b"PK\5\6")
+    nbytes = int.from_bytes(tail[place + 12 : place + 16], "little")
+    if place >= 0 and (nbytes > _MAX_INDEX or tail[max(0, place - 20) : place].startswith(_ZIP_64)):
+        raise RequestError(f"{path} holds more than {_MAX_MEMBERS:,} files; this is no layered picture")
 
 
 def _is_inside(name: str) -> bool:
@@ -424,11 +438,11 @@ def _ora_metadata(files: _Files) -> dict[str, Any]:
     if "mergedimage.png" not in files.names:
         return {}
     try:
-        with Image.open(io.BytesIO(files.read("mergedimage.png")), formats=("PNG",)) as image:
-            metadata = json.loads(image.info.get(METADATA_KEY, "{}"))
-    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError):
+        data = files.read("mergedimage.png")
+        with readable("mergedimage.png", data, "PNG"), _opened(data) as image:
+            return record_of(image.info) or {}
+    except RequestError:
         return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def _json(value: dict[str, Any]) -> bytes:

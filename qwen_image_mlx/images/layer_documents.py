@@ -19,7 +19,7 @@ from PIL import Image, ImageChops
 
 from ..errors import QwenImageError, RequestError
 from .colour import in_srgb
-from .layers import MAX_PIXELS, Layer, LayerStack, clean_name, composite
+from .layers import MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -116,8 +116,9 @@ def read_psd(path: Path) -> LayerStack:
                 logger.warning(
                     "%s is in %s of %d bits; it is read as RGB of 8", path, document.color_mode.name, document.depth
                 )
+            check_size(document.size, str(path))
             sizes = [layer.width * layer.height for layer in document.descendants() if layer.kind in _PIXELS]
-            if max(sum(sizes), document.width * document.height) > MAX_PIXELS:
+            if sum(sizes) > MAX_PIXELS:
                 raise RequestError(f"{path} holds more than {MAX_PIXELS} pixels; make its layers smaller")
             notices: list[str] = []
             layers = tuple(_psd_layers(document, path, notices))

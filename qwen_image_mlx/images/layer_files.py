@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..errors import OutputError, RequestError
 from ..names import LayersFormat, StrPath
+from ..outside import why_not_read
 from ..unfinished import hidden
 from . import layer_archives as archives
 from . import layer_documents as documents
@@ -26,6 +27,8 @@ from .files import reason, umask
 from .layers import LayerStack, composite, contact_sheet
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+_MAX_FILE = 2 << 30  # a PSD may have so many bytes, by its specification
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,15 @@ def load_layers(path: StrPath) -> LayerStack:
     found = _format_of(path)
     if found is None or found.read is None:
         raise RequestError(f"{path} holds no layers that can be read; give {READABLE}")
+    if not path.is_dir() and (why := why_not_read(path, _MAX_FILE)):
+        raise RequestError(f"{path} cannot be read: {why}")
     return found.read(path)
 
 
 def _format_of(path: Path) -> Format | None:
     try:
+        if not path.is_dir() and (why := why_not_read(path)):
+            raise RequestError(f"{path} cannot be read: {why}")
         return next((f for f in FORMATS.values() if f.read is not None and f.recognises(path)), None)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {reason(error)}") from error

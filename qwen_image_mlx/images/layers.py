@@ -24,6 +24,7 @@ MAX_OFFSET = 300_000
 MAX_LAYERS = 1000
 MAX_NAME = 255
 MAX_PIXELS = 1 << 29  # of all layers together: 2 GiB of RGBA
+MAX_CANVAS = 150_000_000  # of one picture: A0 at 300 dots an inch, 600 MB of RGBA
 
 # What XML 1.0 cannot hold, or no text encoding can.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -234,9 +235,13 @@ def clean_name(name: str) -> str:
 
 
 def check_size(size: Any, what: str) -> None:
-    """Raises RequestError unless `size` is (width, height), both from 1 to 30000 pixels; `what` has that size."""
+    """Raises RequestError unless `size` is (width, height) of something that fits into memory; `what` has that size."""
     if not _are_whole(size, 1, MAX_SIDE):
         raise RequestError(f"{what} has the size {size!r:.80}, but must have two sides from 1 to {MAX_SIDE} px")
+    if size[0] * size[1] > MAX_CANVAS:
+        raise RequestError(
+            f"{what} has the size {size!r}, but must have at most {MAX_CANVAS:,} pixels; make it smaller"
+        )
 
 
 def _are_whole(pair: Any, low: int, high: int) -> bool:

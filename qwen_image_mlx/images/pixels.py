@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import mlx.core as mx
 import numpy as np
 from PIL import Image
@@ -22,12 +20,6 @@ def on_white(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
     image.info = info.copy()
     return image
-
-
-def alpha_range(image: Image.Image) -> tuple[int, int]:
-    """The least and the greatest alpha of an RGBA picture; Pillow's stubs know `getextrema` of one channel alone."""
-    least, greatest = cast("tuple[tuple[int, int], ...]", image.getextrema())[3]
-    return least, greatest
 
 
 def to_images(pixels: mx.array) -> list[Image.Image]:

@@ -17,14 +17,18 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import RequestError
 from ..names import StrPath
-from .colour import ignore_profiles, in_srgb
+from .colour import alpha_range, ignore_profiles, in_srgb
 from .formats import READABLE, check_file, formats, unreadable
-from .pixels import alpha_range, on_white
+from .pixels import on_white
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 # What Pillow says of chunks that are larger than it reads.
 _TOO_MUCH_TEXT = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY")
+_DECODERS_RAISE = (
+    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
+    struct.error,
+)  # fmt: skip
 ImageSource = Image.Image | npt.NDArray[Any] | StrPath | bytes
 _KINDS = (Image.Image, np.ndarray, str, os.PathLike, bytes)  # the same, for isinstance
 
@@ -83,16 +87,16 @@ def _decoded(source: ImageSource) -> Image.Image:
     with readable(name, source):
         if isinstance(source, np.ndarray):
             _check_array(source)
-            return _in_8_bits(Image.fromarray(source), f"an array {source.shape} of {source.dtype}")
+            return in_8_bits(Image.fromarray(source), f"an array {source.shape} of {source.dtype}")
         if isinstance(source, Image.Image):
-            return _in_8_bits(ImageOps.exif_transpose(source), name)
+            return in_8_bits(ImageOps.exif_transpose(source), name)
         if not isinstance(source, bytes):
             check_file(source, name)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
             if getattr(image, "n_frames", 1) > 1:
                 logger.warning("%s is animated; its first frame is used", name)
             image.load()
-            return _in_8_bits(ImageOps.exif_transpose(image), name)
+            return in_8_bits(ImageOps.exif_transpose(image), name)
 
 
 def _check_array(array: np.ndarray) -> None:
@@ -126,15 +130,16 @@ def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[
         raise RequestError(unreadable(cast("StrPath | bytes", source), name, taken)) from error
     except RequestError:
         raise
-    except (OSError, SyntaxError, TypeError, ValueError, RecursionError, struct.error) as error:
+    except _DECODERS_RAISE as error:
         if isinstance(error, ValueError) and any(words in str(error) for words in _TOO_MUCH_TEXT):
             raise RequestError(
                 f"{name} carries more text or metadata than is read: save it anew without metadata"
             ) from error
-        raise RequestError(f"{name} cannot be read as a picture: {error}") from error
+        raise RequestError(f"{name} cannot be read as a picture: {str(error) or type(error).__name__}") from error
 
 
-def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
+def in_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """A picture in 8 bits and sRGB; raises RequestError for one without pixels, or with values of 32 bits."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips
         info = image.info
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -35,7 +35,7 @@ from ..variants import Variant, variant_of
 from ..weights.adapters import Adapters, Branch, Placement
 from ..weights.loader import ComponentWeights, load_module, put_beside
 from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
-from ..weights.quantize import Quantization
+from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
 from ..weights.streaming import STREAMABLE, stream_module
 from .sources import Sources
@@ -291,6 +291,11 @@ class Components:
         if streams:
             self.weights(name).check_unchanged()
 
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the components in memory."""
+        return tuple(self._loaded)
+
     def is_loaded(self, name: str) -> bool:
         """Whether a component is in memory."""
         return name in self._loaded
@@ -300,9 +305,14 @@ class Components:
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
 
+    def stream(self, streamed: Collection[str]) -> None:
+        """Says which components' layers are read from their files; those that are loaded otherwise are released."""
+        self.release(*(self.streamed ^ frozenset(streamed)))
+        self.streamed = frozenset(streamed)
+
     def release_all(self) -> None:
         """Gives the memory of all components back."""
-        self.release(*self._loaded)
+        self.release(*self.loaded)
 
     @property
     def encoders(self) -> tuple[str, ...]:

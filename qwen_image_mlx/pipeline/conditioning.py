@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..names import StrPath
 from ..weights.shards import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from .pipeline import QwenImagePipeline
+    from .request import Request
 
 _FORMAT = "qwen_image_mlx.guidance_encoding.1"
 
@@ -92,7 +97,7 @@ class GuidanceEncoding:
             if odd or any(not mx.issubdtype(array.dtype, mx.floating) for array in arrays.values()):
                 raise ValueError("shapes or dtypes do not fit")
             return cls(arrays["positive"], arrays.get("negative"), references, EncodingSource(**source))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is a damaged encoding ({error}); encode again") from error
 
 
@@ -108,3 +113,13 @@ class InitialImage:
     mean: mx.array
     std: mx.array
     mask: mx.array | None = None
+
+
+class Encodings(Protocol):
+    """Encodings that were kept, by what was asked for."""
+
+    def get(self, pipeline: QwenImagePipeline, request: Request) -> GuidanceEncoding | None:
+        """The encoding of an equal request, or None."""
+
+    def put(self, pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding) -> None:
+        """Keeps an encoding."""

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIZES: tuple[LayersSize, ...] = ("source", "bucket")
-_LANGUAGE = next(iter(CAPTION_TEMPLATES))
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def layers_request(
     resolution: int | None = None,
     size: LayersSize = SIZES[0],
     cfg_normalize: bool = False,
-    caption_language: CaptionLanguage = _LANGUAGE,
+    caption_language: CaptionLanguage = "en",
     rng: Rng = RNGS[0],
 ) -> Request:
     """What taking a picture apart asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`,
@@ -91,7 +90,7 @@ def layers_request(
 
     Args:
         resolutions: those the model works at, the default first.
-        sampling: further fields of `GenerationParameters`: steps, guidance, shift.
+        sampling: fields of `GenerationParameters`, such as steps, guidance, shift; they win.
 
     Raises:
         RequestError: one of them is out of range, or the picture shows nothing.
@@ -112,12 +111,14 @@ def layers_request(
         prompt=prompt,
         negative_prompt=negative_prompt,
         parameters=GenerationParameters(
-            width=canvas.size[0],
-            height=canvas.size[1],
-            num_layers=num_layers,
-            cfg_normalize=cfg_normalize,
-            rng=rng,
-            **sampling,
+            **{
+                "width": canvas.size[0],
+                "height": canvas.size[1],
+                "num_layers": num_layers,
+                "cfg_normalize": cfg_normalize,
+                "rng": rng,
+                **sampling,
+            }
         ),
         seeds=(seed,),
         images=(picture,),

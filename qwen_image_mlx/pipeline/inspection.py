@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..names import StrPath
 from ..weights.loader import RESIDENT
-from ..weights.quantize import Quantization
+from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 

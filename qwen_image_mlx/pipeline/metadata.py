@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..weights.quantize import NONE
+from ..weights.schemes import NONE
 from .conditioning import GuidanceEncoding
 from .request import Request
 from .sources import REPLACEABLE
@@ -23,21 +23,19 @@ def describe(
     Before there is an encoding (None), the prompt is the request's own.
     """
     parameters, parts = request.parameters, pipeline.components
+    sampled = parameters.recorded("always", "painted over", "set")
+    if not pipeline.starts_from_canvas(request):
+        sampled |= dict.fromkeys(parameters.recorded("painted over"))
     metadata = {
         "model": pipeline.model,
         "revision": pipeline.revision,
         "prompt": encoding.source.prompt if encoding else request.prompt,
         "negative_prompt": request.guiding_prompt,
-        "width": parameters.width,
-        "height": parameters.height,
-        "steps": parameters.num_inference_steps,
-        "cfg_scale": parameters.cfg_scale,
+        # The order stays: names of files of batches are made from it.
+        **{name: sampled.pop(name) for name in ("width", "height", "steps", "cfg_scale")},
         "seed": seed,
         "image_index": image_index,
-        "rng": parameters.rng,
-        "sigmas": parameters.sigmas,
-        "shift": parameters.shift,
-        "strength": parameters.strength if pipeline.starts_from_canvas(request) else None,
+        **sampled,
         "dtype": str(pipeline.dtype).rpartition(".")[2],
         "quantize": None if str(parts.quantization) == NONE else str(parts.quantization),
         "loras": list(parts.adapters.references) if parts.adapters else None,
@@ -46,10 +44,8 @@ def describe(
     }
     if pipeline.variant.layered:
         assert request.reference_pixels is not None
-        metadata |= {
-            "num_layers": parameters.num_layers,
+        metadata |= parameters.recorded("layered") | {
             "resolution": math.isqrt(request.reference_pixels),
-            "cfg_normalize": parameters.cfg_normalize,
             "caption_language": None if request.prompt.strip() else request.caption_language,
         }
     return metadata

@@ -27,7 +27,7 @@ from ..unfinished import sweep
 from ..weights.loader import say_what_does_not_fit
 from ..weights.mapping import weights_map
 from ..weights.pack import Part, quantization_config, write_component
-from ..weights.quantize import Quantization
+from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from ..weights.stored import FLOATS
 from .components import Components

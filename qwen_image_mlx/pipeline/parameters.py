@@ -5,12 +5,14 @@ Importable without MLX: the command line builds its flags from here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from ..errors import RequestError
 from ..names import Dtype, Rng
+from ..options import Choice, Config, Integer, Number, Several, Switch, option, options_of
 
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 RNGS: tuple[Rng, ...] = ("torch", "mlx")
@@ -20,11 +22,26 @@ MAX_STEPS = 1000
 MAX_LAYERS = 8
 MAX_IMAGES = 10_000
 MAX_SEED = 2**64 - 1
+SEED = Integer(0, MAX_SEED)
+IMAGE_INDEX = Integer(0, MAX_IMAGES - 1)
+NUM_IMAGES = Integer(1, MAX_IMAGES)
+SIDE = Integer(32, 4096)  # of a square of as many pixels
+REFERENCE_PIXELS = Integer(32 * 32)  # the smallest picture
+
+
+# Commands that paint a canvas, that sample from words, and all that paint.
+_CANVAS = ("generate", "edit")
+_WORDS = (*_CANVAS, "compose")
+PAINTERS = (*_WORDS, "decompose")
+TASKS = ("generate", "edit", "decompose")  # of the server
+GENERATION = "generation"  # the table of config.toml for what changes from picture to picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationParameters:
     """How `generate_pixels` paints; the prompt is in the encoding, the seed beside it.
+
+    Each field carries its `Option`: the flag, setting, JSON field and record by which the front ends know it.
 
     Attributes:
         width, height: size in pixels; multiples of 16.
@@ -43,40 +60,88 @@ class GenerationParameters:
         RequestError: a value is out of range; the message says which and what is allowed.
     """
 
-    width: int
-    height: int
-    num_inference_steps: int = 50
-    cfg_scale: float = 4.0
-    rng: Rng = "torch"
-    sigmas: tuple[float, ...] | None = None
-    shift: float | None = None
-    strength: float = 0.6
-    num_layers: int = 4
-    cfg_normalize: bool | None = None
+    width: int = option(
+        kind=Integer(SIZE_STEP, step=SIZE_STEP), help="in pixels, a multiple of 16",
+        group="size", commands=_CANVAS, flags=("--width", "-W"), tasks=("generate",), line=True, record="always",
+    )  # fmt: skip
+    height: int = option(
+        kind=Integer(SIZE_STEP, step=SIZE_STEP), help="in pixels, a multiple of 16",
+        group="size", commands=_CANVAS, flags=("--height", "-H"), tasks=("generate",), line=True, record="always",
+    )  # fmt: skip
+    num_inference_steps: int = option(
+        50, name="steps", kind=Integer(1, MAX_STEPS), help="denoising steps", usual="50",
+        group="sampling", commands=(*PAINTERS, "plan"), flags=("--steps",), tasks=TASKS, line=True, record="always",
+        config=(Config(commands=(*TASKS, "plan"), table=GENERATION, usual="the model's own", example=30),),
+        but={"edit": {"usual": "40"}, "compose": {"usual": "40"}, "plan": {"usual": "the model's own"}},
+    )  # fmt: skip
+    cfg_scale: float = option(
+        4.0, kind=Number(1, 100), help="guidance; 1 turns it off", usual="4.0",
+        group="sampling", commands=PAINTERS, flags=("--cfg-scale", "-g", "--guidance"), metavar="S",
+        tasks=TASKS, line=True, record="always", config=(Config(commands=TASKS, usual="the model's own", example=4.0),),
+    )  # fmt: skip
+    rng: Rng = option(
+        "torch", kind=Choice(RNGS), help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's", usual="torch",
+        group="sampling", commands=PAINTERS, flags=("--rng",), tasks=TASKS, line=True, record="always",
+        page=False,
+    )  # fmt: skip
+    sigmas: tuple[float, ...] | None = option(None, kind=Several(Number(0, 1, above=True)), record="always")
+    shift: float | None = option(None, kind=Number(0, 100, above=True), record="always")
+    strength: float = option(
+        0.6, kind=Number(0, 1, above=True), help="how much is painted anew, above 0 and at most 1", usual="0.6",
+        group="painting over", commands=_CANVAS, flags=("--strength",), metavar="S", tasks=_CANVAS,
+        record="painted over", needs=("images",), but={"edit": {"needs": ("images", "mask")}},
+    )  # fmt: skip
+    num_layers: int = option(
+        4, kind=Integer(1, MAX_LAYERS), help=f"1 to {MAX_LAYERS}", usual="4",
+        group="layers", commands=("decompose", "plan"), flags=("--layers",), metavar="N", tasks=("decompose",),
+        record="layered", but={"plan": {"help": "of a layered model"}},
+        config=(Config(help="how many layers a picture is taken apart into", example=4),),
+    )  # fmt: skip
+    cfg_normalize: bool | None = option(
+        None, kind=Switch(), help="guidance keeps the length of each token's velocity",
+        group="sampling", commands=("decompose",), flags=("--cfg-normalize",), tasks=("decompose",), record="layered",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", _checked_sigmas(self.sigmas))
             object.__setattr__(self, "num_inference_steps", len(self.sigmas))
-        _check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        if not _is_number(self.cfg_scale) or not 1 <= self.cfg_scale <= 100:
-            raise RequestError(f"cfg_scale is {self.cfg_scale}, but must be between 1 (no guidance) and 100")
-        if self.rng not in RNGS:
-            raise RequestError(f"rng is {self.rng!r}, but must be one of {', '.join(RNGS)}")
-        if not _is_number(self.strength) or not 0 < self.strength <= 1:
-            raise RequestError(f"strength is {self.strength}, but must be above 0 and at most 1")
-        for name in ("cfg_scale", "strength"):  # recorded alike, whether they came as 1 or as 1.0
-            object.__setattr__(self, name, float(getattr(self, name)))
-        _check_integer("num_layers", self.num_layers, 1, MAX_LAYERS)
-        if self.shift is not None and not (_is_number(self.shift) and 0 < self.shift <= 100):
-            raise RequestError(f"shift is {self.shift}, but must be above 0 and at most 100")
+        for row in options_of(type(self)):
+            value = getattr(self, row.field)
+            if row.field not in ("width", "height", "sigmas") and not (value is None and _may_be_none(self, row.field)):
+                object.__setattr__(self, row.field, row.kind.check(row.field, value))
+
+    @classmethod
+    def asked(cls, asked: Mapping[str, Any], **fixed: Any) -> GenerationParameters:
+        """The parameters that a request's options come to.
+
+        Args:
+            asked: by the names of options; what is missing or None is as usual, what is no parameter is left out.
+            fixed: by the names of fields, instead of what is asked for.
+
+        Raises:
+            RequestError: a value is out of range.
+        """
+        said = {row.field: asked[row.name] for row in options_of(cls) if asked.get(row.name) is not None}
+        return cls(**(said | fixed))
+
+    def recorded(self, *kinds: str) -> dict[str, Any]:
+        """What a picture's record says of those whose `Option.record` is one of `kinds`, by the names of options."""
+        values = [(row, getattr(self, row.field)) for row in options_of(type(self)) if row.record in kinds]
+        return {
+            row.name: value for row, value in values if row.record != "set" or value != getattr(type(self), row.field)
+        }
+
+
+def _may_be_none(parameters: GenerationParameters, field: str) -> bool:
+    return getattr(type(parameters), field, ...) is None
 
 
 def check_size(width: int, height: int) -> None:
     """Raises RequestError unless both sides are positive multiples of 16 and the area is at most 16.8 MP."""
     for name, value in (("width", width), ("height", height)):
-        _check_integer(name, value, 1)
+        Integer(1).check(name, value)
         if value % SIZE_STEP:
             below, above = value // SIZE_STEP * SIZE_STEP, -(-value // SIZE_STEP) * SIZE_STEP
             near = f"{below} and {above} are near" if below else f"{above} is the nearest"
@@ -94,37 +159,31 @@ def explicit_size(width: int | None, height: int | None) -> tuple[int, int] | No
 
 def check_seed(seed: int) -> int:
     """Returns the seed; raises RequestError unless it is an integer from 0 to 2**64 - 1."""
-    _check_integer("seed", seed, 0, MAX_SEED)
-    return seed
+    checked: int = SEED.check("seed", seed)
+    return checked
 
 
 def check_image_index(index: int) -> int:
     """Returns the index; raises RequestError unless it is an integer from 0 to 9999."""
-    _check_integer("image_index", index, 0, MAX_IMAGES - 1)
-    return index
+    checked: int = IMAGE_INDEX.check("image_index", index)
+    return checked
 
 
 def check_num_images(count: int) -> int:
     """Returns the number of pictures; raises RequestError unless it is an integer from 1 to 10000."""
-    _check_integer("num_images", count, 1, MAX_IMAGES)
-    return count
+    checked: int = NUM_IMAGES.check("num_images", count)
+    return checked
 
 
 def check_side(resolution: int) -> None:
     """Raises RequestError unless it is an integer from 32 to 4096: the side of a square of as many pixels."""
-    _check_integer("resolution", resolution, 32, 4096)
+    SIDE.check("resolution", resolution)
 
 
 def check_reference_pixels(pixels: int | None) -> None:
     """Raises RequestError unless it is None or an integer of at least 1024, the smallest picture."""
     if pixels is not None:
-        _check_integer("reference_pixels", pixels, 32 * 32)
-
-
-def _check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name} is {value!r}, but must be an integer {allowed}")
+        REFERENCE_PIXELS.check("reference_pixels", pixels)
 
 
 def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
@@ -136,7 +195,3 @@ def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
     if not values or not falling or not all(0 < s <= 1 for s in values):
         raise RequestError(f"sigmas is {sigmas!r:.80}, but must be falling numbers above 0 and at most 1")
     return values
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, cast
@@ -17,16 +18,17 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
+from ..images.colour import alpha_range
 from ..images.geometry import Size
 from ..images.layers import Layer, LayerStack
-from ..images.pixels import alpha_range, to_images
+from ..images.pixels import to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
 from ..names import CaptionLanguage, Dtype, LayersSize, LoRAMode, NamedSize, Rng, Streamable, StrPath, Task
 from ..variants import DEFAULT_MODEL
-from ..weights.quantize import Quantization
+from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
-from .conditioning import GuidanceEncoding, InitialImage
+from .conditioning import Encodings, GuidanceEncoding, InitialImage
 from .decomposition import LayeredResult, layers_request
 from .limits import limits
 from .loras import LoRAReference, read_adapters
@@ -306,7 +308,9 @@ class QwenImagePipeline(ReleasablePipeline):
             sampling=self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale),
         )  # fmt: skip
         with limits():
-            encoding, _ = self._encoded(request, staged, progress)
+            encoding = self.encoded(request, progress)
+            if staged:
+                self.release_encoders()
             return self.decompose_request(request, encoding, progress)
 
     def check_task(self, task: Task) -> None:
@@ -367,6 +371,24 @@ class QwenImagePipeline(ReleasablePipeline):
             progress=progress,
         )
 
+    def encoded(
+        self, request: Request, progress: ProgressCallback | None = None, cache: Encodings | None = None
+    ) -> GuidanceEncoding:
+        """A request's prompts and pictures, encoded now or by an earlier run; all files are fetched and checked before.
+
+        Args:
+            request: what is to be painted.
+            progress: told of every stage, and can cancel.
+            cache: of earlier runs; what is encoded now is put there.
+        """
+        self.prepare()
+        encoding = cache.get(self, request) if cache else None
+        if encoding is None:
+            encoding = self.encode_request(request, progress)
+            if cache:
+                cache.put(self, request, encoding)
+        return encoding
+
     def encode_canvas(self, request: Request, progress: ProgressCallback | None = None) -> InitialImage | None:
         """`encode_initial_image` for a request; None where nothing is painted over."""
         if not self.starts_from_canvas(request):
@@ -387,6 +409,36 @@ class QwenImagePipeline(ReleasablePipeline):
     def starts_from_canvas(self, request: Request) -> bool:
         """Whether a request's pictures begin with its canvas: an edit without a mask begins with noise alone."""
         return request.canvas is not None and (request.canvas.mask is not None or not self.variant.takes_images)
+
+    def paint_encoded(
+        self,
+        request: Request,
+        encoding: GuidanceEncoding,
+        progress: ProgressCallback | None = None,
+        *,
+        release_encoders: bool = False,
+        release: bool = False,
+    ) -> Iterator[tuple[PILImage, int, int]]:
+        """Encodes what is painted over, if anything is, then does `paint_request`; may drop the encoders between."""
+        initial = self.encode_canvas(request, progress)
+        if release_encoders:
+            self.release_encoders()
+        yield from self.paint_request(request, encoding, initial, progress, release)
+
+    @contextmanager
+    def keeping(self, streamed: Collection[str], strip_pixels: int) -> Iterator[None]:
+        """Meanwhile reads the layers of these components from their files, and decodes at most so many pixels at once.
+
+        What was loaded otherwise is released, before and afterwards.
+        """
+        before = self.components.streamed, self.strip_pixels
+        self.components.stream(streamed)
+        self.strip_pixels = strip_pixels
+        try:
+            yield
+        finally:
+            self.components.stream(before[0])
+            self.strip_pixels = before[1]
 
     def paint_request(
         self,
@@ -425,17 +477,8 @@ class QwenImagePipeline(ReleasablePipeline):
 
     def _paint(self, request: Request, staged: bool, progress: ProgressCallback | None) -> list[PILImage]:
         with limits():
-            encoding, initial = self._encoded(request, staged, progress)
-            return [image for image, _, _ in self.paint_request(request, encoding, initial, progress)]
-
-    def _encoded(
-        self, request: Request, staged: bool, progress: ProgressCallback | None
-    ) -> tuple[GuidanceEncoding, InitialImage | None]:
-        self.prepare()
-        encoded = self.encode_request(request, progress), self.encode_canvas(request, progress)
-        if staged:
-            self.release_encoders()
-        return encoded
+            encoding = self.encoded(request, progress)
+            return [image for image, _, _ in self.paint_encoded(request, encoding, progress, release_encoders=staged)]
 
     def _parameters(
         self, size: Size, steps: int | None, cfg_scale: float | None, rng: Rng, strength: float

@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ..config import TransformerConfig
 from ..names import LoRAMode
+from ..weights.schemes import Quantization
 from .core import PipelineCore
 from .loras import LoRAReference, read_adapters
+from .request import Request
 
 
 class ReleasablePipeline(PipelineCore):
     """What a checkpoint can do, with its components released and reloaded by name."""
+
+    @property
+    def class_name(self) -> str | None:
+        """Of the checkpoint's pipeline, as its index says."""
+        return self.components.sources.index.get("_class_name")
+
+    @property
+    def transformer_config(self) -> TransformerConfig:
+        """What the checkpoint says of its transformer, corrected by what its files show."""
+        return self.components.transformer_config
+
+    @property
+    def quantization(self) -> Quantization:
+        """How matrices are packed while they are loaded."""
+        return self.components.quantization
+
+    def lora_targets(self) -> Mapping[str, tuple[int, ...]]:
+        """The transformer's modules that have a weight, with its shape: what a LoRA may change."""
+        return self.components.lora_targets()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether anything of it is in memory."""
+        return bool(self.components.loaded)
+
+    def release(self, *parts: str) -> None:
+        """Gives back the memory of parts by their names, as `Components` has them; of all, with no name."""
+        names = parts or self.components.loaded
+        if "transformer" in names:
+            self._table = None
+        self.components.release(*names)
+
+    def load(self, request: Request) -> None:
+        """Loads now what a request needs, unless it is loaded."""
+        parts = self.components
+        _ = parts.tokenizer, parts.text_encoder, parts.transformer, parts.vae_decoder
+        if request.images:
+            _ = parts.vae_encoder
+        if request.images and self.variant.encoder_area:
+            _ = parts.vision
 
     def release_encoders(self) -> None:
         """Gives back the memory of all that encodes: text encoder, vision tower, tokenizer, the VAE's encoder."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..names import CaptionLanguage
+from ..outside import MAX_CHARACTERS
 from ..variants import ASPECT_SIZES, NAMED_SIZES
 from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..images.canvas import Canvas
+
+_SLUG = 36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +54,15 @@ class Request:
         return self.negative_prompt if self.parameters.cfg_scale > 1 else None
 
     def __post_init__(self) -> None:
+        for prompt in (self.prompt, self.negative_prompt or ""):
+            if len(prompt) > MAX_CHARACTERS:
+                raise RequestError(f"a prompt has {len(prompt):,} characters; at most {MAX_CHARACTERS:,} are read")
         check_reference_pixels(self.reference_pixels)
         for seed in self.seeds:
             check_seed(seed)
         indices = self.image_indices
         if not indices or indices[0] < 0 or indices[-1] >= MAX_IMAGES or len(indices) * len(self.seeds) > MAX_IMAGES:
             raise RequestError(f"the number of pictures must be from 1 to {MAX_IMAGES}")
-
-
-# Names of flags and metadata, and the parameters they set.
-_PARAMETERS = {
-    "width": "width",
-    "height": "height",
-    "steps": "num_inference_steps",
-    "cfg_scale": "cfg_scale",
-    "rng": "rng",
-    "sigmas": "sigmas",
-    "shift": "shift",
-    "strength": "strength",
-}
 
 
 def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
@@ -84,17 +77,20 @@ def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
     """
     if wanted.get("prompt") is None:
         raise RequestError("a prompt is missing", cause="prompt")
-    given = {**wanted, "width": size[0], "height": size[1]}
-    settings = {field: given[name] for name, field in _PARAMETERS.items() if given.get(name) is not None}
     seed = wanted["seed"]  # a list from the flags, a number from a picture, which also has its index
     first = 0 if isinstance(seed, list) else wanted.get("image_index", 0)
     return Request(
         prompt=wanted["prompt"],
         negative_prompt=wanted.get("negative_prompt"),
-        parameters=GenerationParameters(**settings),
+        parameters=GenerationParameters.asked(wanted, width=size[0], height=size[1]),
         seeds=tuple(seed) if isinstance(seed, list) else (seed,),
         image_indices=range(first, first + wanted.get("num_images", 1)),
     )
+
+
+def slug(prompt: str) -> str:
+    """The beginning of a prompt as a part of a file's name: at most 36 characters, each up to four bytes."""
+    return re.sub(r"\W+", "-", prompt.lower())[:_SLUG].strip("-") or "picture"
 
 
 def parsed_size(text: str, name: str = "size") -> tuple[int, int] | str:

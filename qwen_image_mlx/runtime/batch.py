@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -19,17 +19,14 @@ from ..errors import RequestError
 from ..images.files import read_metadata
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.metadata import describe
+from ..pipeline.request import slug
 from ..unfinished import temporary_folder
-from .memory import DEFAULT, Residency
-from .session import Painting, encoded
+from .session import Painting, Session
 
 if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
-    from ..pipeline.progress import ProgressCallback
     from ..pipeline.request import Request
-    from .cache import EncodingCache
-
-_SLUG = 36  # characters of the prompt in a file's name, each up to four bytes
+    from .preview import Show
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,7 @@ def asked_pictures(
             facts = describe(pipeline, request, None, seed, index) | provenance
             del facts["version"]
             text = json.dumps(facts)
-            slug = re.sub(r"\W+", "-", request.prompt.lower())[:_SLUG].strip("-") or "picture"
-            name = f"{slug}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
+            name = f"{slug(request.prompt)}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
             found.setdefault(text, Asked(request, json.loads(text), folder / name))
     return list(found.values())
 
@@ -106,42 +102,38 @@ def heaviest(asked: Sequence[Asked]) -> Request:
     )
 
 
-def paint_all(
-    pipeline: QwenImagePipeline,
-    asked: Sequence[Asked],
-    progress: ProgressCallback | None = None,
-    cache: EncodingCache | None = None,
-    residency: Residency = DEFAULT,
-    watching: Callable[[Request], ProgressCallback] | None = None,
-) -> Iterator[tuple[Asked, Painting]]:
-    """Yields the pictures, one by one, those of a schedule together: its modulation table is made once.
+def paint_all(session: Session, asked: Sequence[Asked], show: Show | None = None) -> Iterator[tuple[Asked, Painting]]:
+    """Plans for the heaviest, then yields the pictures, those of a schedule together: it has one modulation table.
 
     Args:
-        pipeline: the opened checkpoint.
-        asked: from `asked_pictures`.
-        progress: told of every stage and step, and can cancel.
-        cache: encodings of earlier runs; where it has all of them no encoder is loaded.
-        residency: staged, the encoders are gone before the first picture is begun.
-        watching: what is told instead of `progress` while a picture is painted.
+        session: of the opened checkpoint; where its cache has all encodings no encoder is loaded.
+        asked: from `asked_pictures`, at least one.
+        show: called with a preview after each step.
+
+    Raises:
+        RequestError: as `Session.planned`.
     """
-    with temporary_folder() as folder:
+    pipeline = session.pipeline
+    with session.planned(heaviest(asked)) as plan, temporary_folder() as folder:
         kept: dict[tuple[str, str | None], Path] = {}
         for one in asked:
             if _prompts(one.request) not in kept:
                 path = folder / f"{len(kept)}.safetensors"
-                encoded(pipeline, one.request, progress, cache).save(path)
+                session.encoded(one.request).save(path)
                 kept[_prompts(one.request)] = path
-        if residency.staged:
+        staged = plan.residency.staged
+        if staged:
             pipeline.release_encoders()
         together: dict[tuple[Any, ...], list[Asked]] = {}
         for one in asked:
             together.setdefault(_schedule(one.request), []).append(one)
         ordered = [one for some in together.values() for one in some]
         for one in ordered:
-            request, watch = one.request, watching(one.request) if watching else progress
-            encoding = GuidanceEncoding.load(kept[_prompts(request)])
-            last = residency.staged and one is ordered[-1]
-            for image, seed, index in pipeline.paint_request(request, encoding, None, watch, release=last):
+            request, encoding = one.request, GuidanceEncoding.load(kept[_prompts(one.request)])
+            pictures = pipeline.paint_request(
+                request, encoding, None, session.watch(request, show), release=staged and one is ordered[-1]
+            )
+            for image, seed, index in pictures:
                 yield one, Painting(image, describe(pipeline, request, encoding, seed, index))
 
 

@@ -128,7 +128,7 @@ def _key(pipeline: QwenImagePipeline, request: Request) -> str:
         "version": __version__,
         "checkpoint": pipeline.fingerprint,
         "dtype": str(pipeline.dtype),
-        "quantization": str(replace(pipeline.components.quantization, transformer=None)),
+        "quantization": str(replace(pipeline.quantization, transformer=None)),
         "variant": repr(pipeline.variant),
         "prompt": request.prompt,
         "negative_prompt": request.guiding_prompt,

@@ -19,43 +19,17 @@ from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
 from ..pipeline.limits import usable_memory
-from ..settings import LEAST_MEMORY, MOST_MEMORY, memory_figure
 from ..weights.mapping import TensorSpec, expected_tensors, weights_map
-from ..weights.quantize import Scheme
+from ..weights.schemes import Scheme
 from ..weights.stored import PACKED
 from ..weights.streaming import held_specs, layer_specs
 from .costs import COSTS, HALO, backend
+from .residency import DEFAULT, LEAST_MEMORY, RESIDENCIES, Residency, read_memory
 
 if TYPE_CHECKING:
     from ..config import TextEncoderConfig, VisionConfig
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
-
-
-@dataclass(frozen=True)
-class Residency:
-    """Which weights are in memory when.
-
-    Attributes:
-        name: how it is called.
-        staged: encoders are released before painting, the transformer before the last picture is decoded.
-        streamed: components whose layers are read from their files at each pass.
-    """
-
-    name: str
-    staged: bool = True
-    streamed: frozenset[str] = frozenset()
-
-
-_ENCODERS = frozenset({"text_encoder", "vision"})
-# From the fastest to the most frugal.
-RESIDENCIES = (
-    Residency("resident", staged=False),
-    Residency("staged"),
-    Residency("staged, encoders streamed", streamed=_ENCODERS),
-    Residency("streamed", streamed=_ENCODERS | {"transformer"}),
-)
-DEFAULT = RESIDENCIES[1]
 
 
 @dataclass(frozen=True)
@@ -385,19 +359,8 @@ def parse_memory(text: str | None) -> Memory:
     Raises:
         RequestError: it is none of these, less than 256 MiB, or more than 1 PB.
     """
-    said = DEFAULT.name if text is None else text.strip().lower()
-    if named := tuple(residency for residency in RESIDENCIES if residency.name == said):
-        return Memory(usable_memory(), named)
-    if said == "auto":
-        return Memory(usable_memory(), RESIDENCIES)
-    nbytes = memory_figure(said)
-    if nbytes is None:
-        raise RequestError(f"memory is {text!r:.80}, but must be like 16GB, 12.5GiB, a number of bytes, or auto")
-    if nbytes < LEAST_MEMORY:
-        raise RequestError(f"memory is {text!r}; nothing runs in less than {LEAST_MEMORY >> 20} MiB")
-    if nbytes > MOST_MEMORY:
-        raise RequestError(f"memory is {text!r}, but at most {MOST_MEMORY // 10**15} PB can be said")
-    return Memory(nbytes, RESIDENCIES)
+    budget, residencies = read_memory(text, LEAST_MEMORY)
+    return Memory(usable_memory() if budget is None else budget, residencies)
 
 
 def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPlan:

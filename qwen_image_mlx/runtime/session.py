@@ -1,28 +1,45 @@
-"""Works a request through with as little in memory as possible: encode, release the encoders, then paint.
+"""One opened model and what is done with it: open, plan, run. Every front end paints through here.
 
-The two core calls have no policy; the command line's is here. Printing and files are the caller's.
+Options are a mapping by the names of the table (`options.py`); an absent one is as the model wants it. Printing and
+files are the caller's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
+import mlx.core as mx
+
+from ..errors import RequestError
+from ..names import Aspect, NamedSize, Task
+from ..options import options_of
+from ..pipeline.decomposition import layers_request
+from ..pipeline.limits import free_memory, limits
 from ..pipeline.metadata import describe
-from .memory import DEFAULT, Residency
+from ..pipeline.parameters import GenerationParameters
+from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.request import Request, build_request
+from ..variants import ASPECT_SIZES, recommended_negative_prompt
+from ..weights.lora_inspect import LIGHTNING
+from ..weights.schemes import NONE, Quantization
+from .cache import EncodingCache
+from .memory import Memory, MemoryPlan, Work, alternatives, fitting_plan, parse_memory, table_of, work_of
+from .options import OPTIONS, OpenOptions, of_task
+from .preview import Preview
+from .residency import DEFAULT, Residency
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..pipeline.conditioning import GuidanceEncoding
+    from ..images.geometry import Size
     from ..pipeline.decomposition import LayeredResult
-    from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import ProgressCallback
-    from ..pipeline.request import Request
-    from .cache import EncodingCache, RecentEncodings
-
+    from .cache import RecentEncodings
+    from .preview import Show
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -35,6 +52,229 @@ class Painting:
     metadata: dict[str, Any]
 
 
+class Session:
+    """One opened model, and the policy it works by.
+
+    Args:
+        pipeline: the opened checkpoint.
+        asked: of the options memory, force, wire and cache; memory may be what `parse_memory` gave.
+        progress: told of every stage and step, and can cancel.
+
+    Attributes:
+        memory: what may be used.
+        force: whether to go on with what takes least where nothing fits.
+        plans: those made so far, by what was to be painted.
+    """
+
+    def __init__(
+        self, pipeline: QwenImagePipeline, asked: Mapping[str, Any] = {}, progress: ProgressCallback | None = None
+    ):
+        memory = asked.get("memory")
+        self.pipeline = pipeline
+        self.progress = progress
+        self.plans: dict[Work, MemoryPlan] = {}
+        self._said_memory = memory is not None
+        self.memory = memory if isinstance(memory, Memory) else parse_memory(memory)
+        self.force, self._wire = bool(asked.get("force")), bool(asked.get("wire"))
+        self._cache = EncodingCache() if asked.get("cache") else None
+        self._warned = False
+
+    @classmethod
+    def open(
+        cls,
+        asked: Mapping[str, Any],
+        default_model: str,
+        progress: ProgressCallback | None = None,
+        *,
+        task: Task | None = None,
+    ) -> Session:
+        """The model that is asked for.
+
+        Args:
+            asked: options, by their names.
+            default_model: where no model is asked for.
+            progress: told of every stage and step, and can cancel.
+            task: what the model must be made for: "generate", "edit" or "decompose"; None is anything.
+
+        Raises:
+            RequestError, CheckpointError, HubError: as `from_pretrained`; or the model is not made for the task.
+        """
+        logger.debug("asked: %s", ", ".join(f"{name} {asked[name]!r:.200}" for name in OPTIONS if name in asked))
+        session = cls(open_pipeline(OpenOptions.asked(asked, default_model), progress), asked, progress)
+        if task is not None:
+            session.pipeline.check_task(task)
+        return session
+
+    # What is asked for ----------------------------------------------------------------------------------------------
+
+    def request(
+        self,
+        asked: Mapping[str, Any],
+        size: Size | Aspect | NamedSize | None = None,
+        pictures: Sequence[Image] = (),
+        mask: Image | None = None,
+        straight: Sequence[Image] | None = None,
+    ) -> Request:
+        """The request that the model is to work on; warns, once, of a negative prompt that has no effect.
+
+        Args:
+            asked: options, by their names; the model's recommendations fill what is missing.
+            size: (width, height), an aspect, or with pictures one of `NAMED_SIZES` or None; a layered model's is in
+                `asked`.
+            pictures: to paint over or to edit, upright, RGB; a layered model takes one apart, RGBA.
+            mask: white where the first is painted anew.
+            straight: the same pictures with their transparency, RGBA, if the result is to have it.
+
+        Raises:
+            RequestError: something is out of range or does not fit the model.
+        """
+        variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
+        if variant.layered:
+            request = layers_of(pictures[0], asked, variant.resolutions, sampling)
+        else:
+            canvas = None
+            # By now without aspects, and without pictures a pair: what a checker cannot tell.
+            named = cast("Size | NamedSize | None", variant.size_of(size) if size in ASPECT_SIZES else size)
+            if pictures:
+                canvas = self.pipeline.plan_canvas(
+                    pictures, mask=mask, size=named, composite=not asked.get("no_composite"),
+                    crop_padding=asked.get("mask_padding"), straight=straight,
+                )  # fmt: skip
+            recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
+            recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
+            request = replace(
+                build_request({**recommended, **asked}, canvas.size if canvas else cast("Size", named)),
+                images=tuple(pictures) if variant.takes_images else (),
+                canvas=canvas,
+                reference_pixels=asked.get("reference_pixels"),
+            )
+        if (asked.get("negative_prompt") or "").strip() and request.guiding_prompt is None and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the negative prompt has no effect: guidance is %g, and only above 1 is a negative prompt used",
+                request.parameters.cfg_scale,
+            )
+        return request
+
+    # Plan -----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def planned(self, request: Request) -> Iterator[MemoryPlan]:
+        """The plan for a request, which the pipeline and MLX keep to meanwhile.
+
+        Raises:
+            RequestError: nothing fits the memory, or a caption would be written with a streamed text encoder; unless
+                the session is told to go on by force, with what takes least.
+        """
+        pipeline, budget = self.pipeline, self.memory.budget
+        work = work_of(request, pipeline)
+        plan = self.plans[work] = self.plans.get(work) or fitting_plan(pipeline.components, work, self.memory)
+        if plan.peak > budget:
+            others = self.alternatives(work)
+            logger.warning("too large for the memory:\n%s", table_of(others, budget))
+            if not self.force:
+                packs = any(other.needs_pack and other.peak <= budget for other in others)
+                raise RequestError(
+                    f"this takes {plan.peak / 1e9:.2f} GB, but only {budget / 1e9:.2f} may be used",
+                    cause="streamed quantization" if packs else "budget" if self._said_memory else "residency",
+                )
+        elif plan.peak - mx.get_active_memory() > (free := free_memory()):
+            logger.warning(
+                "this takes %.1f GB, and only %.1f are free now: the machine will swap; close other programs",
+                plan.peak / 1e9, free / 1e9,
+            )  # fmt: skip
+        streamed = plan.residency.streamed
+        if pipeline.writes_caption(request) and "text_encoder" in streamed and not self.force:
+            raise RequestError(
+                "streamed, the text encoder would be read from its files again for every word of a caption",
+                cause="caption",
+            )
+        if self._said_memory:
+            logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, budget / 1e9)
+        with limits(budget, plan.working, wire=self._wire), pipeline.keeping(streamed, plan.strip_pixels):
+            yield plan
+
+    def alternatives(self, work: Work) -> list[MemoryPlan]:
+        """For each residency the plan of a piece of work that fits the session's memory, or takes least."""
+        return alternatives(self.pipeline.components, work, self.memory.budget)
+
+    # Run ------------------------------------------------------------------------------------------------------------
+
+    def paint(self, request: Request, show: Show | None = None) -> Iterator[Painting]:
+        """Plans, then yields the request's pictures one by one.
+
+        Args:
+            request: what to paint.
+            show: called with a preview after each step.
+
+        Raises:
+            RequestError: as `planned`.
+        """
+        with self.planned(request) as plan:
+            yield from paint(self.pipeline, request, self.watch(request, show), self._cache, plan.residency)
+
+    def decompose(self, request: Request, show: Show | None = None) -> LayeredResult:
+        """Plans, then takes a picture apart; as `paint`. The cache keeps the caption with the encoding."""
+        with self.planned(request) as plan:
+            return decompose(self.pipeline, request, self.watch(request, show), self._cache, plan.residency)
+
+    def encoded(self, request: Request) -> Any:
+        """A request's encoding, from the session's cache if it is there."""
+        return self.pipeline.encoded(request, self.progress, self._cache)
+
+    def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
+        """Who is told while a request is painted: the session's own, behind one that shows previews if asked."""
+        return self.progress if show is None else Preview(show, self.progress, self.pipeline, request)
+
+
+def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None) -> QwenImagePipeline:
+    """The checkpoint that is asked for; raises RequestError, CheckpointError and HubError as `from_pretrained` does."""
+    if options.group_size is not None and options.quantize is None:
+        raise RequestError("a group size is given, but no quantization", cause="group size")
+    loras = list(options.loras)
+    if options.lightning:
+        if options.model not in LIGHTNING:
+            raise RequestError(f"no official Lightning LoRA of {options.model} is known", cause="lightning")
+        loras.append(LIGHTNING[options.model][options.lightning])
+    return QwenImagePipeline.from_pretrained(
+        options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        zero_cond_t=None if options.zero_cond_t is None else options.zero_cond_t == "on",
+        quantize=Quantization.parse(options.quantize or NONE, options.group_size),
+        loras=loras,
+        lora_mode=options.lora_mode,
+        transformer=options.transformer,
+        text_encoder=options.text_encoder,
+        vae=options.vae,
+        progress=progress,
+    )
+
+
+def layers_of(
+    picture: Image, asked: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, Any] = {}
+) -> Request:
+    """What taking a picture apart asks of a layered model.
+
+    Args:
+        picture: RGBA.
+        asked: options, by their names; absent ones are as `layers_request` has them.
+        resolutions: those the model works at, the default first.
+        sampling: by the names of fields, how the model wants to be sampled.
+
+    Raises:
+        RequestError: something is out of range.
+    """
+    rows = [row for row in of_task("decompose") if asked.get(row.name) is not None]
+    fields = {row.field: asked[row.name] for row in rows if row.field}
+    said = {row.name: asked[row.name] for row in rows if not row.field and row.name not in ("image", "prompt", "seed")}
+    seed = asked["seed"]
+    return layers_request(
+        picture, asked.get("prompt", ""), seed=seed[0] if isinstance(seed, list) else seed, resolutions=resolutions,
+        sampling={**sampling, **fields}, **said,
+    )  # fmt: skip
+
+
 def paint(
     pipeline: QwenImagePipeline,
     request: Request,
@@ -42,7 +282,7 @@ def paint(
     cache: EncodingCache | RecentEncodings | None = None,
     residency: Residency = DEFAULT,
 ) -> Iterator[Painting]:
-    """Yields the request's pictures one by one.
+    """Yields the request's pictures one by one, with as little in memory as the residency says.
 
     Args:
         pipeline: the opened checkpoint.
@@ -60,11 +300,10 @@ def paint(
             "pixels make them cheaper",
             len(request.images),
         )
-    encoding = encoded(pipeline, request, progress, cache)
-    initial = pipeline.encode_canvas(request, progress)
-    if residency.staged:
-        pipeline.release_encoders()
-    pictures = pipeline.paint_request(request, encoding, initial, progress, release=residency.staged)
+    encoding = pipeline.encoded(request, progress, cache)
+    pictures = pipeline.paint_encoded(
+        request, encoding, progress, release_encoders=residency.staged, release=residency.staged
+    )
     for image, seed, index in pictures:
         yield Painting(image, describe(pipeline, request, encoding, seed, index))
 
@@ -76,24 +315,8 @@ def decompose(
     cache: EncodingCache | RecentEncodings | None = None,
     residency: Residency = DEFAULT,
 ) -> LayeredResult:
-    """Takes a picture apart; the arguments are those of `paint`. The cache keeps the caption with the encoding."""
-    encoding = encoded(pipeline, request, progress, cache)
+    """Takes a picture apart; the arguments are those of `paint`."""
+    encoding = pipeline.encoded(request, progress, cache)
     if residency.staged:
         pipeline.release_encoders()
     return pipeline.decompose_request(request, encoding, progress, release=residency.staged)
-
-
-def encoded(
-    pipeline: QwenImagePipeline,
-    request: Request,
-    progress: ProgressCallback | None,
-    cache: EncodingCache | RecentEncodings | None,
-) -> GuidanceEncoding:
-    """A request's prompts and pictures, encoded now or by an earlier run; all files are fetched and checked before."""
-    pipeline.prepare()
-    encoding = cache.get(pipeline, request) if cache else None
-    if encoding is None:
-        encoding = pipeline.encode_request(request, progress)
-        if cache:
-            cache.put(pipeline, request, encoding)
-    return encoding

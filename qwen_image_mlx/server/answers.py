@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..outside import one_line
+
 STATUS = {
     "malformed": 400,
     "unauthorized": 401,
@@ -47,7 +49,7 @@ class ApiError(Exception):
     def __init__(self, code: str, message: str, headers: Mapping[str, str] | None = None, param: str | None = None):
         super().__init__(message)
         self.code = code
-        self.message = plain(message)
+        self.message = one_line(message, _LONGEST)
         self.headers = dict(headers or {})
         self.param = param
 
@@ -63,12 +65,6 @@ class ApiError(Exception):
             kind = "server_error" if STATUS[self.code] >= 500 else "invalid_request_error"
             error |= {"type": kind, "param": self.param}
         return dumps({"error": error})
-
-
-def plain(text: str) -> str:
-    """One line of valid text, cut to 400 characters."""
-    line = " ".join(text.encode("utf-8", "replace").decode().split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
 def dumps(value: Any) -> bytes:

@@ -17,7 +17,8 @@ from starlette.staticfiles import StaticFiles
 
 from .. import __version__
 from ..errors import RequestError
-from ..pipeline.parameters import GenerationParameters
+from ..pipeline.parameters import TASKS, GenerationParameters
+from ..runtime.options import OPTIONS
 from . import openai
 from .answers import INTERNAL, ApiError, dumps
 from .bodies import JSON, read_body
@@ -25,15 +26,16 @@ from .document import describe, takes
 from .guard import Guard, hand_over
 from .job import Job, outcome
 from .jobs import Feed, Jobs, Work
-from .models import MODEL_TASKS, Models
+from .models import Models
 from .repeats import Repeats, claim_of
-from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody
+from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody, form_of
 from .work import Limits, Tasks, compose
 
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
-_DEFAULTS = ("num_layers", "cfg_scale", "resolution", "steps", "seed", "negative_prompt", "aspect")
+# Options that a server has a default for; and those that its models have.
+_DEFAULTS = [row.name for row in OPTIONS.values() if row.config and row.tasks]
 _DECODED_AT_ONCE = 2  # bodies whose pictures are looked at at the same time
 
 
@@ -60,7 +62,7 @@ class Setup:
 
     profile: str = "default"
     offers: Mapping[str, Mapping[str, Any]]
-    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {task: {} for task in MODEL_TASKS})
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {task: {} for task in TASKS})
     memory: str | None = None
     idle_seconds: float | None = 600.0
     is_own_host: Callable[[str], bool]
@@ -217,14 +219,15 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/qwen-image/config")
     async def config() -> Response:
-        """Models, defaults and limits."""
+        """Models, defaults, fields of the page's form, and limits."""
         setup = service.setup
-        said = {name: value for task in MODEL_TASKS for name, value in setup.defaults[task].items()}
+        said = {name: value for task in TASKS for name, value in setup.defaults[task].items()}
         return _json(dumps({
             "profile": setup.profile,
             "version": __version__,
             "tasks": {task: _offered(service, task) for task in setup.offers},
             "defaults": {name: said.get(name) for name in _DEFAULTS},
+            "fields": {task: form_of(task) for task in setup.offers},
             "limits": {
                 "max_pixels": setup.limits.pixels, "max_steps": setup.limits.steps,
                 "max_body_bytes": setup.max_body_bytes, "queue": setup.queue, "num_images": MAX_NUM_IMAGES,
@@ -238,7 +241,7 @@ def _offered(service: Service, task: str) -> dict[str, Any]:
     facts = {"num_layers": GenerationParameters.num_layers} if task == "decompose" else {}
     facts |= models.facts(task)
     return {"model": models.name(task), "loaded": models.is_loaded(task)} | facts | {
-        name: said[name] for name in ("steps", "cfg_scale", "num_layers", "resolution") if name in said
+        name: said[name] for name in _DEFAULTS if name in said and name in facts
     }  # fmt: skip
 
 

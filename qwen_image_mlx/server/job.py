@@ -78,7 +78,9 @@ class Job:
         return head[:-1] + b',"result":' + (self.result or b"null") + b"}"
 
     def since(self, number: int) -> list[Event]:
-        """The events after one of this number; for 0, or one that is too old, where it is now."""
+        """The events after one of this number; for 0, or one that is too old, where it is now; of its end, the end."""
+        if number == self.told and number and not self.is_over:
+            return []  # all of them were heard
         oldest = self.log[0][2] if self.log else 0
         if not number or not oldest <= number + 1 <= self.told:
             return [(*event, self.told) for event in self.state()]

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +18,21 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, HubError, QwenImageError, RequestError
 from ..pipeline.pipeline import QwenImagePipeline
-from ..runtime.asking import open_pipeline, settled
 from ..runtime.cache import RecentEncodings
 from ..runtime.memory import parse_memory
+from ..runtime.session import Session
 from ..variants import ASPECT_SIZES
-from ..weights.quantize import NONE, Quantization
+from ..weights.schemes import NONE, Quantization
 from .answers import ApiError
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress, ProgressCallback
     from ..pipeline.request import Request
-    from ..runtime.memory import MemoryPlan, Work
+    from ..runtime.memory import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
 _PLANS = 256  # that are kept of a model
-MODEL_TASKS = ("generate", "edit", "decompose")
-_COMPONENTS = ("text_encoder", "language_head", "vision", "tokenizer", "vae_encoder", "vae_decoder", "transformer")
 
 
 @dataclass
@@ -42,24 +40,25 @@ class _Warm:
     """An opened model.
 
     Attributes:
+        session: in which it works; it keeps the plans.
         held: bytes of it in memory, as MLX counted them.
         used: when it was used last.
-        plans: those made for it, by what was to be painted.
     """
 
-    pipeline: QwenImagePipeline
+    session: Session
     held: int = 0
     used: float = 0.0
-    plans: dict[Work, MemoryPlan] = field(default_factory=dict)
+
+    @property
+    def pipeline(self) -> QwenImagePipeline:
+        return self.session.pipeline
 
     @property
     def is_loaded(self) -> bool:
-        return any(map(self.pipeline.components.is_loaded, _COMPONENTS))
+        return self.pipeline.is_loaded
 
     def release(self) -> None:
-        self.pipeline.release_encoders()
-        self.pipeline.release_transformer()
-        self.pipeline.release_vae()
+        self.pipeline.release()
         self.held = 0
 
 
@@ -130,18 +129,18 @@ class Models:
         finally:
             self._progress = _unheard
 
-    def open(self, task: str) -> QwenImagePipeline:
-        """The pipeline of a task; raises ApiError if its model cannot be used."""
+    def open(self, task: str) -> Session:
+        """The session of a task's model; raises ApiError if the model cannot be used."""
         if task not in self._warm:
             with _usable(RequestError):
-                pipeline = open_pipeline(self._offers[task], "", lambda told: self._progress(told))
-                pipeline.check_task(task)
-                _ = pipeline.recommended  # which its LoRAs decide, so they are fetched and read
-                self._facts[task] = _facts(pipeline)
-            self._warm[task] = _Warm(pipeline)
+                asked = {**self._offers[task], "memory": self._memory}
+                session = Session.open(asked, "", lambda told: self._progress(told), task=task)
+                _ = session.pipeline.recommended  # which its LoRAs decide, so they are fetched and read
+                self._facts[task] = _facts(session.pipeline)
+            self._warm[task] = _Warm(session)
         warm = self._warm[task]
         warm.used = time.monotonic()
-        return warm.pipeline
+        return warm.session
 
     @contextmanager
     def planned(self, task: str, request: Request) -> Iterator[MemoryPlan]:
@@ -152,15 +151,15 @@ class Models:
             ApiError: the model cannot be used.
         """
         warm = self._warm[task]
-        pipeline, streamed = warm.pipeline, warm.pipeline.components.streamed
+        pipeline, plans = warm.pipeline, warm.session.plans
         try:
-            if len(warm.plans) >= _PLANS:
-                warm.plans.clear()
-            with _usable(), settled(pipeline, request, self._memory, plans=warm.plans) as plan:
-                if plan.residency.staged or plan.residency.streamed != streamed:
+            if len(plans) >= _PLANS:
+                plans.clear()
+            with _usable(), warm.session.planned(request) as plan:
+                if plan.residency.staged:
                     warm.release()  # whatever an earlier job left: the first stage has the memory for itself
                 elif pipeline.variant.captions and not pipeline.writes_caption(request):
-                    pipeline.components.release("language_head", "vision")
+                    pipeline.release("language_head", "vision")
                 self._make_room(task, plan.peak)
                 with _usable(RequestError):
                     pipeline.prepare()
@@ -170,15 +169,9 @@ class Models:
 
     def load(self, task: str, request: Request) -> None:
         """Fetches the files of a model that is open, and loads what a request's plan keeps; raises as `planned`."""
-        parts = self._warm[task].pipeline.components
         with self.planned(task, request) as plan:
-            if plan.residency.staged:
-                return
-            _ = parts.tokenizer, parts.text_encoder, parts.transformer, parts.vae_decoder
-            if request.images:
-                _ = parts.vae_encoder
-            if request.images and parts.variant.encoder_area:
-                _ = parts.vision
+            if not plan.residency.staged:
+                self._warm[task].pipeline.load(request)
 
     def unload(self, task: str | None) -> None:
         """Gives a model's memory back, or that of all."""

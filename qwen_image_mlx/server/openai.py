@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, create_model, model_validator
 from typing_extensions import Self
 
 from ..errors import RequestError
 from ..images.files import encode_png
+from ..runtime.options import of_task
 from .answers import OPENAI_PREFIX, ApiError, dumps
 from .bodies import JSON, read_body
 from .document import takes
@@ -29,11 +30,9 @@ from .schema import (
     Body,
     EditBody,
     GenerateBody,
-    Guidance,
     Picture,
-    Seed,
-    Steps,
     Text,
+    field_of,
     from_form,
 )
 
@@ -55,6 +54,10 @@ _NO_USAGE = {
 Size = Annotated[str, StringConstraints(pattern=r"^(auto|[0-9]{2,5}x[0-9]{2,5})$")]
 
 
+# How a picture is sampled, beside what OpenAI's requests say themselves; `n` is the number of pictures.
+_OURS = [row for row in of_task("generate") if row.group == "sampling" and row.name != "num_images"]
+
+
 class _Common(Body):
     prompt: Text
     model: Text | None = None
@@ -70,10 +73,6 @@ class _Common(Body):
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     user: Text | None = None
-    seed: Seed | None = None
-    steps: Steps | None = None
-    cfg_scale: Guidance | None = None
-    negative_prompt: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -94,11 +93,14 @@ class _Common(Body):
         return self
 
 
-class Generation(_Common):
-    """OpenAI's request for pictures from words; `seed`, `steps`, `cfg_scale`, `negative_prompt` are ours."""
+_Sampled = create_model("_Sampled", __base__=_Common, **{row.name: field_of(row) for row in _OURS})
 
 
-class Edit(_Common):
+class Generation(_Sampled):
+    """OpenAI's request for pictures from words; what it does not know of sampling (seed, steps, …) is ours."""
+
+
+class Edit(_Sampled):
     """OpenAI's request for edited pictures; the mask is transparent where the first is painted anew."""
 
     lists = ("image",)
@@ -214,7 +216,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _shared(body: _Common) -> dict[str, Any]:
-    fields = ("prompt", "seed", "steps", "cfg_scale", "negative_prompt")
+    fields = ("prompt", *(row.name for row in _OURS))
     given = {name: value for name in fields if (value := getattr(body, name)) is not None}
     return given | {"num_images": body.n or 1}
 

@@ -1,7 +1,8 @@
 """Requests that wait for their answer, and what a cut connection does to their jobs.
 
-A job whose requests are all cut goes on for a grace; an equal request finds it until then. With an Idempotency-Key a
-request finds the job of its first copy for as long as results are kept, cut or not.
+A job whose requests are all cut goes on for a grace; an equal request finds it until then. Where requests name a seed,
+an equal one finds it while the first still waits; without one, two that both wait want two pictures. With an
+Idempotency-Key a request finds the job of its first copy for as long as results are kept, cut or not.
 """
 
 from __future__ import annotations
@@ -23,17 +24,25 @@ logger = logging.getLogger(__name__)
 
 
 class Claim(NamedTuple):
-    """By what a request finds a job: a digest of what it asks for, and its Idempotency-Key, or an empty text."""
+    """By what a request finds a job.
+
+    Attributes:
+        digest: of what it asks for.
+        key: its Idempotency-Key, or an empty text.
+        settled: whether it names a seed, so that an equal one asks for the very same result.
+    """
 
     digest: str
     key: str
+    settled: bool
 
 
 def claim_of(path: str, headers: Mapping[str, str], body: BaseModel) -> Claim:
     """The claim of a request."""
     digest = hashlib.sha256(path.encode())
     _add(digest, body)
-    return Claim(digest.hexdigest(), headers.get("idempotency-key", "").strip())
+    key = headers.get("idempotency-key", "").strip()
+    return Claim(digest.hexdigest(), key, getattr(body, "seed", None) is not None)
 
 
 class Repeats:
@@ -61,7 +70,7 @@ class Repeats:
             equal = job.claim.digest == claim.digest
             if claim.key and not equal:
                 raise ApiError("invalid_request", "this Idempotency-Key came with another request; give each its own")
-            if equal and not job.cancelling and (claim.key or job in self._left):
+            if equal and not job.cancelling and (claim.key or claim.settled or job in self._left):
                 logger.info("a repeated request found its job: %s", job.task)
                 return job
         return None

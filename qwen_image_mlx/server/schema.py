@@ -24,9 +24,10 @@ from pydantic import (
 )
 from pydantic_core import from_json as parsed_json
 
+from .. import options as kinds
 from ..images.layers import MAX_NAME, MAX_OFFSET
-from ..pipeline.parameters import MAX_LAYERS, MAX_SEED, MAX_STEPS, RNGS, SIZE_STEP
-from ..variants import ASPECT_SIZES, CAPTION_TEMPLATES
+from ..pipeline.parameters import TASKS
+from ..runtime.options import of_task
 from .answers import ApiError
 from .pictures import DATA_URL, picture_bytes
 
@@ -56,17 +57,58 @@ def _writable(text: str) -> str:
 
 Picture = Annotated[bytes, PlainValidator(_picture), WithJsonSchema({"type": "string", "pattern": DATA_URL})]
 Text = Annotated[str, StringConstraints(max_length=_MAX_PROMPT), AfterValidator(_writable)]
-Aspect = Literal[tuple(ASPECT_SIZES)]
-Rng = Literal[RNGS]
-Language = Literal[tuple(CAPTION_TEMPLATES)]
-Side = Annotated[int, Field(ge=SIZE_STEP, le=_MAX_SIDE, multiple_of=SIZE_STEP)]
-Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
-Guidance = Annotated[float, Field(ge=1, le=100)]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Count = Annotated[int, Field(ge=1, le=MAX_NUM_IMAGES)]
-Strength = Annotated[float, Field(gt=0, le=1)]
-Resolution = Annotated[int, Field(ge=32, le=4096)]
-ResultSize = Annotated[str, StringConstraints(pattern=r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$")]
+# Ends that a server sets where the option has none, or a wider one.
+_HIGHEST = {
+    "width": _MAX_SIDE, "height": _MAX_SIDE, "mask_padding": _MAX_SIDE, "reference_pixels": 1 << 25,
+    "num_images": MAX_NUM_IMAGES, "images": MAX_PICTURES,
+}  # fmt: skip
+
+
+def field_of(row: kinds.Option) -> tuple[Any, Any]:
+    """A body's field for an option: (type, default), as `create_model` takes it."""
+    kind, highest = row.kind, _HIGHEST.get(row.name)
+    match kind:
+        case kinds.Integer():
+            high = kind.high if highest is None else highest
+            said: Any = Annotated[int, Field(ge=kind.low, le=high, multiple_of=kind.step if kind.step > 1 else None)]
+        case kinds.Number():
+            low = {"gt": kind.low} if kind.above else {"ge": kind.low}
+            said = Annotated[float, Field(le=kind.high, **low)]
+        case kinds.Choice():
+            said = Literal[kind.values]
+        case kinds.Switch():
+            said = bool
+        case kinds.Picture():
+            said = Picture
+        case kinds.Several(kind=kinds.Picture()):
+            said = Annotated[list[Picture], Field(min_length=1, max_length=highest)]
+        case kinds.Text(pattern=""):
+            said = Text
+        case kinds.Text():
+            said = Annotated[str, StringConstraints(pattern=kind.pattern)]
+        case _:
+            raise AssertionError(f"{row.name} is of a kind that no request can have")
+    return (said | None if row.default is None else said), row.default
+
+
+def form_of(task: str) -> dict[str, dict[str, Any]]:
+    """What the page's form offers of sampling for a task: by the names of fields, their types, ends and help."""
+    form = {}
+    for row in of_task(task):
+        if row.group == "sampling" and row.page:
+            match row.kind:
+                case kinds.Integer(low, high):
+                    said: dict[str, Any] = {"type": "integer", "min": low, "max": _HIGHEST.get(row.name, high)}
+                case kinds.Number(low, high):
+                    said = {"type": "number", "min": low, "max": high}
+                case kinds.Choice(values):
+                    said = {"type": "choice", "choices": list(values)}
+                case kinds.Switch():
+                    said = {"type": "switch"}
+                case _:
+                    said = {"type": "text"}
+            form[row.name] = said | {"help": row.help}
+    return form
 
 
 class Body(BaseModel):
@@ -89,69 +131,18 @@ class Body(BaseModel):
         return sum(len(part) for part in parts if isinstance(part, bytes))
 
 
-class GenerateBody(Body):
-    """A picture from words, or a picture painted over."""
-
-    prompt: Text
-    negative_prompt: Text | None = None
-    aspect: Aspect | None = None
-    width: Side | None = None
-    height: Side | None = None
-    steps: Steps | None = None
-    cfg_scale: Guidance | None = None
-    seed: Seed | None = None
-    num_images: Count = 1
-    image: Picture | None = None
-    mask: Picture | None = None
-    strength: Strength | None = None
-    rng: Rng | None = None
+def _body_of(task: str, said: str) -> type[Body]:
+    """The body of a task: a field for each of its options."""
+    fields = {row.name: field_of(row) for row in of_task(task)}
+    body = create_model(f"{task.title()}Body", __base__=Body, __doc__=said, **fields)
+    body.lists = tuple(row.name for row in of_task(task) if isinstance(row.kind, kinds.Several))
+    return body
 
 
-class EditBody(Body):
-    """Pictures changed by instruction."""
-
-    lists = ("images",)
-    prompt: Text
-    images: Annotated[list[Picture], Field(min_length=1, max_length=MAX_PICTURES)] | None = None
-    image: Picture | None = None
-    mask: Picture | None = None
-    size: ResultSize | None = None
-    strength: Strength | None = None
-    mask_padding: Annotated[int, Field(ge=0, le=_MAX_SIDE)] | None = None
-    keep_alpha: bool = False
-    reference_pixels: Annotated[int, Field(ge=1024, le=1 << 25)] | None = None
-    negative_prompt: Text | None = None
-    steps: Steps | None = None
-    cfg_scale: Guidance | None = None
-    seed: Seed | None = None
-    num_images: Count = 1
-    rng: Rng | None = None
-
-
-class DecomposeBody(Body):
-    """A picture taken apart into layers."""
-
-    image: Picture
-    prompt: Text = ""
-    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] | None = None
-    cfg_scale: Guidance | None = None
-    resolution: Resolution | None = None
-    steps: Steps | None = None
-    seed: Seed | None = None
-    negative_prompt: Text | None = None
-    cfg_normalize: bool | None = None
-    caption_language: Language | None = None
-    size: Literal["source", "bucket"] | None = None
-    rng: Rng | None = None
-
-
-class CaptionBody(Body):
-    """A picture described in words."""
-
-    image: Picture
-    language: Language = "en"
-    resolution: Resolution | None = None
-    seed: Seed = 0
+GenerateBody = _body_of("generate", "A picture from words, or a picture painted over.")
+EditBody = _body_of("edit", "Pictures changed by instruction.")
+DecomposeBody = _body_of("decompose", "A picture taken apart into layers.")
+CaptionBody = _body_of("caption", "A picture described in words.")
 
 
 class LayerBody(Body):
@@ -183,13 +174,13 @@ class ComposeBody(Body):
 class LoadBody(Body):
     """Which model is to be loaded."""
 
-    task: Literal["generate", "edit", "decompose"]
+    task: Literal[TASKS]
 
 
 class UnloadBody(Body):
     """Which model is to be released; all of them without a task."""
 
-    task: Literal["generate", "edit", "decompose"] | None = None
+    task: Literal[TASKS] | None = None
 
 
 def _job_of(task: str, body: type[Body]) -> type[Body]:

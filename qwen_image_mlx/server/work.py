@@ -10,7 +10,7 @@ import base64
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,27 +24,22 @@ from ..images.layer_archives import LAYER_FILE, folder_files
 from ..images.layer_files import FORMATS, check_formats
 from ..images.layers import Layer, LayerStack, composite
 from ..images.sources import open_image, open_mask, open_rgba
-from ..pipeline.decomposition import layers_request
+from ..options import Option, Picture, Several
 from ..pipeline.request import build_request, parsed_size
-from ..runtime.asking import painting_request
+from ..runtime.options import of_task, recorded
 from ..runtime.preview import Preview
-from ..runtime.session import decompose, paint
+from ..runtime.session import Session, decompose, layers_of, paint
 from ..unfinished import temporary_folder
 from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
 from .pictures import data_url, decoded
 
 if TYPE_CHECKING:
-    from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import ProgressCallback
     from ..pipeline.request import Request
     from .jobs import Feed, Work
     from .models import Models
     from .schema import CaptionBody, ComposeBody, DecomposeBody, EditBody, GenerateBody
 
-_SAMPLING = ("prompt", "negative_prompt", "steps", "cfg_scale", "strength", "rng", "num_images")
-_RECORDED = ("size", "mask_padding", "reference_pixels", "keep_alpha")  # as the command line records them
-_TAKEN_APART = ("prompt", "negative_prompt", "num_layers", "resolution", "size", "cfg_normalize", "caption_language",
-                "rng")  # fmt: skip
 _BETWEEN_PREVIEWS = 0.25  # seconds
 _COMPOSED_PIXELS = 1 << 26  # of all layers, scaled
 
@@ -106,8 +101,7 @@ class Tasks:
         """The work that fetches a task's model, and loads what stays in memory beside a usual request's work."""
 
         def work(feed: Feed) -> dict[str, Any]:
-            pipeline = self._models.open(task)
-            self._models.load(task, self._usual(task, pipeline))
+            self._models.load(task, self._usual(task, self._models.open(task)))
             return {"task": task, "model": self._models.name(task), "loaded": self._models.is_loaded(task)}
 
         return self._told(work)
@@ -119,23 +113,22 @@ class Tasks:
 
         return told
 
-    def _usual(self, task: str, pipeline: QwenImagePipeline) -> Request:
+    def _usual(self, task: str, session: Session) -> Request:
         """What is asked of a task's model by a request that says nothing."""
         wanted = self._wanted(task) | {"prompt": "a picture"}
-        picture = new_image("RGB", (1024, 1024))
-        if task == "decompose":
-            return _layers(pipeline, picture.convert("RGBA"), wanted)
-        edits = task == "edit"
-        return painting_request(pipeline, wanted, None if edits else self._aspect, [picture] if edits else [])
+        variant = session.pipeline.variant
+        picture = new_image("RGB", (1024, 1024)).convert("RGBA" if variant.layered else "RGB")
+        pictures = [picture] if variant.takes_images or variant.layered else []
+        return session.request(wanted, None if pictures else self._aspect, pictures)
 
     @property
     def _aspect(self) -> str:
         return self._defaults["generate"].get("aspect", next(iter(ASPECT_SIZES)))
 
     def _generate(self, body: GenerateBody) -> Work:
-        for name in ("mask", "strength"):
-            if getattr(body, name) is not None and body.image is None:
-                raise RequestError(f"{name} needs an image to be painted over")
+        for row in of_task("generate"):
+            if "images" in row.needs and getattr(body, row.name) is not None and body.image is None:
+                raise RequestError(f"{row.name} needs an image to be painted over")
         if (body.width is None) != (body.height is None):
             raise RequestError("give both width and height, or an aspect")
         if body.width and body.aspect:
@@ -148,34 +141,34 @@ class Tasks:
     def _edit(self, body: EditBody) -> Work:
         if (body.image is None) == (body.images is None):
             raise RequestError("give the pictures to edit, as images or one image")
-        for name in ("mask_padding", "strength"):
-            if getattr(body, name) is not None and body.mask is None:
-                raise RequestError(f"{name} needs a mask")
+        for row in of_task("edit"):
+            if "mask" in row.of("edit").needs and getattr(body, row.name) is not None and body.mask is None:
+                raise RequestError(f"{row.name} needs a mask")
         files = body.images or [body.image]
         return self._paint("edit", body, files, None if body.size is None else parsed_size(body.size))
 
     def _paint(self, task: str, body: Any, files: list[bytes], size: Any) -> Work:
         wanted = self._wanted(task, body)
-        said = {name: getattr(body, name, None) for name in _RECORDED}
-        recorded = {name: value for name, value in said.items() if value is not None and value is not False}
-        build_request(wanted | recorded, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
+        asked = [row for row in recorded("asked") if task in row.tasks and not _is_picture(row)]
+        said = {row.name: value for row in asked if (value := getattr(body, row.name)) != row.default}
+        build_request(wanted | said, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
         self._check_early(task, wanted, size)
         if files:
             decoded([*files, *([body.mask] if body.mask else [])])
             if size is not None:
-                recorded["size"] = size if isinstance(size, str) else "x".join(map(str, size))
+                said["size"] = size if isinstance(size, str) else "x".join(map(str, size))
 
         def work(feed: Feed) -> dict[str, Any]:
             sources = decoded([*files, *([body.mask] if body.mask else [])])
             mask = open_mask(sources.pop()) if body.mask else None
             pictures = [open_image(source) for source in sources]
-            straight = [open_rgba(source) for source in sources] if recorded.get("keep_alpha") else None
-            pipeline = self._models.open(task)
-            request = painting_request(pipeline, wanted | recorded, size, pictures, mask, straight)
+            straight = [open_rgba(source) for source in sources] if said.get("keep_alpha") else None
+            session = self._models.open(task)
+            request = session.request(wanted | said, size, pictures, mask, straight)
             images = []
-            with self._ready(task, pipeline, request, feed) as (residency, progress):
-                for painting in paint(pipeline, request, progress, self._models.encodings, residency):
-                    metadata = {**painting.metadata, **recorded}
+            with self._ready(task, session, request, feed) as ready:
+                for painting in paint(session.pipeline, request, *ready):
+                    metadata = {**painting.metadata, **said}
                     url = data_url(encode_png(painting.image, metadata))
                     index = metadata["image_index"]
                     images.append({"image": url, "seed": metadata["seed"], "index": index, "metadata": metadata})
@@ -187,17 +180,15 @@ class Tasks:
         wanted = self._wanted("decompose", body)
         (picture,) = decoded([body.image])
         known = self._models.facts("decompose").get("resolutions")
-        draft = _asked_layers(
-            open_rgba(picture), wanted, known or [wanted.get("resolution", LAYERED_RESOLUTIONS[0])], _sampling(wanted)
-        )
+        draft = layers_of(open_rgba(picture), wanted, known or [wanted.get("resolution", LAYERED_RESOLUTIONS[0])])
         self._check_early("decompose", wanted, draft.canvas.size if known else None)
 
         def work(feed: Feed) -> dict[str, Any]:
             (picture,) = decoded([body.image])
-            pipeline = self._models.open("decompose")
-            request = _layers(pipeline, open_rgba(picture), wanted)
-            with self._ready("decompose", pipeline, request, feed) as (residency, progress):
-                result = decompose(pipeline, request, progress, self._models.encodings, residency)
+            session = self._models.open("decompose")
+            request = session.request(wanted, pictures=[open_rgba(picture)])
+            with self._ready("decompose", session, request, feed) as ready:
+                result = decompose(session.pipeline, request, *ready)
             pngs = [data for name, data in folder_files(result.stack) if LAYER_FILE.fullmatch(name)]
             psnr = result.psnr
             return {
@@ -214,14 +205,14 @@ class Tasks:
 
         def work(feed: Feed) -> dict[str, Any]:
             (picture,) = decoded([body.image])
-            pipeline = self._models.open("decompose")
-            if not pipeline.variant.captions:
+            session = self._models.open("decompose")
+            if not session.pipeline.variant.captions:
                 raise RequestError(f"{self._models.name('decompose')} writes no captions")
             wanted = {**self._wanted("decompose"), "prompt": "", "resolution": body.resolution}
-            request = _layers(pipeline, open_rgba(picture), wanted)  # which would begin with this caption
+            request = session.request(wanted, pictures=[open_rgba(picture)])  # which would begin with this caption
             self._limits.check_size(*request.canvas.size)
             with self._models.planned("decompose", request):
-                caption = pipeline.caption_image(
+                caption = session.pipeline.caption_image(
                     request.images[0], language=body.language, resolution=math.isqrt(request.reference_pixels),
                     seed=body.seed, progress=feed,
                 )  # fmt: skip
@@ -231,7 +222,7 @@ class Tasks:
 
     def _wanted(self, task: str, body: Any = None) -> dict[str, Any]:
         """What is asked for, by the names of the command line's flags; a seed is drawn where none is given."""
-        names = (*_SAMPLING, "seed", *(_TAKEN_APART if task == "decompose" else ()))
+        names = [row.name for row in of_task(task) if not _is_picture(row)]
         given = {name: value for name in names if (value := getattr(body, name, None)) is not None}
         wanted = {**{name: value for name, value in self._defaults[task].items() if name in names}, **given}
         seed = wanted.get("seed")
@@ -248,33 +239,20 @@ class Tasks:
             self._limits.check_size(*size)
 
     @contextmanager
-    def _ready(self, task: str, pipeline: QwenImagePipeline, request: Request, feed: Feed) -> Any:
-        """(residency, progress callback) for a request that is within the limits."""
+    def _ready(self, task: str, session: Session, request: Request, feed: Feed) -> Any:
+        """(progress callback, cache, residency) for a request that is within the limits."""
         self._limits.check(request)
         feed.pictures = len(request.seeds) * len(request.image_indices)
         with self._models.planned(task, request) as plan:
             progress: ProgressCallback = feed
             if feed.followed:
-                progress = Preview(_Previews(feed), feed, pipeline, request)
-            yield plan.residency, progress
+                progress = Preview(_Previews(feed), feed, session.pipeline, request)
+            yield progress, self._models.encodings, plan.residency
 
 
-def _layers(pipeline: QwenImagePipeline, picture: Image, wanted: Mapping[str, Any]) -> Request:
-    """The request that an opened model is to take a picture apart for."""
-    sampling = pipeline.recommended.unless(**_sampling(wanted))
-    return _asked_layers(picture, wanted, pipeline.variant.resolutions, sampling)
-
-
-def _asked_layers(
-    picture: Image, wanted: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, float | None]
-) -> Request:
-    said = {name: wanted[name] for name in _TAKEN_APART if name in wanted}
-    return layers_request(picture, resolutions=resolutions, seed=wanted["seed"][0], sampling=sampling, **said)
-
-
-def _sampling(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"num_inference_steps": "steps", "cfg_scale": "cfg_scale"}
-    return {field: wanted[name] for field, name in names.items() if name in wanted}
+def _is_picture(row: Option) -> bool:
+    """Whether an option is one picture, or several."""
+    return isinstance(row.kind, Picture) or (isinstance(row.kind, Several) and isinstance(row.kind.kind, Picture))
 
 
 class _Previews:

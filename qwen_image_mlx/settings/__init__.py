@@ -1,24 +1,19 @@
-"""config.toml: what may stand in it, where it is found, and what it says; knows nothing of models.
+"""config.toml: what may stand in it, where it is found, and what it says.
 
-Importable without MLX, numpy or PIL. The command line, the server and the documentation read the one table `SCHEMA`.
+Importable without MLX, numpy or PIL. Its table `SCHEMA` is made from the options (`runtime/options.py`).
 """
 
 from .files import Settings, UnknownProfile, default_place, find_config, load_settings
 from .schema import (
     DEFAULT_PROFILE,
-    LEAST_MEMORY,
-    MOST_MEMORY,
     SCHEMA,
     TABLE,
     Setting,
     example_config,
-    memory_figure,
 )
 
 __all__ = [
     "DEFAULT_PROFILE",
-    "LEAST_MEMORY",
-    "MOST_MEMORY",
     "SCHEMA",
     "TABLE",
     "Setting",
@@ -28,5 +23,4 @@ __all__ = [
     "example_config",
     "find_config",
     "load_settings",
-    "memory_figure",
 ]

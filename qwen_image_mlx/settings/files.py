@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..pipeline.parameters import GENERATION
+from ..variants import DEMOS, full_name
 from .lines import Names, parse_toml
-from .schema import DEFAULT_PROFILE, GENERATION, SCHEMA, TABLE, table_name
+from .schema import DEFAULT_PROFILE, SCHEMA, TABLE, table_name
 
 VARIABLE = "QWEN_IMAGE_CONFIG"
 NAME = "config.toml"
 BUILT_IN = "built-in"
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 100_000
 _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # those that a shell or a parent writes to
-DEMOS = ("demo", "demo-edit", "demo-layered")  # these names are never folders
 
 _ROWS = {(row.table, row.key): row for row in SCHEMA}
 _HOMES = {row.key: row.table for row in SCHEMA} | {GENERATION: ""}
@@ -60,7 +61,8 @@ class Settings:
         """
         rows = {row.feeds[command]: row for row in SCHEMA if command in row.feeds}
         said = {flag: self.values[row.key] for flag, row in rows.items() if self.values[row.key] is not None}
-        if model is not None and "loras" in said and model != said.get("model", rows["model"].usual):
+        own = said.get("model", rows["model"].usual) if "loras" in said else None
+        if model is not None and own is not None and full_name(model) != full_name(own):
             del said["loras"]
         return said
 
@@ -132,7 +134,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise RequestError(f"the config {path} cannot be read: {error.strerror}") from None
     if len(data) > _MAX_BYTES:
-        raise RequestError(f"the config {path} has more than {_MAX_BYTES // 10**6} MB, which is too much for settings")
+        raise RequestError(f"the config {path} has more than {_MAX_BYTES // 1000} KB, which is too much for settings")
     return data
 
 

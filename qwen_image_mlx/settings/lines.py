@@ -21,8 +21,10 @@ DEPTH = 4  # names of the innermost key that a setting has: PROFILE.qwen_image.g
 _TOKEN = re.compile(
     r'''"""(?:\\[\s\S]|[^\\])*?(?:"""(?:"{0,2})|\Z)'''
     r"""|'''[\s\S]*?(?:''''{0,2}|\Z)"""
-    r"""|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*|[\[\]{}\n]"""
+    r"""|"(?:\\.|[^"\\\n])*"?|'[^'\n]*'?|\#[^\n]*|[\[\]{}\n]"""
 )
+_MOST_NAMES = 32  # of a key: the parser's time grows with their square
+_BETWEEN = re.compile(r"[^\w. \t-]")
 
 
 def parse_toml(data: bytes, where: str) -> tuple[dict[str, Any], dict[Names, int]]:
@@ -42,6 +44,9 @@ def parse_toml(data: bytes, where: str) -> tuple[dict[str, Any], dict[Names, int
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
         raise RequestError(f"{where}, line {line}: this is not UTF-8") from None
+    for number, line in enumerate(_TOKEN.sub(_bare, text).split("\n"), 1):
+        if any(part.count(".") >= _MOST_NAMES for part in _BETWEEN.split(line)):
+            raise RequestError(f"{where}, line {number}: a key has more than {_MOST_NAMES} names, as no setting has")
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -61,6 +66,11 @@ def parse_toml(data: bytes, where: str) -> tuple[dict[str, Any], dict[Names, int
             if len(outer + path) <= DEPTH:
                 found.setdefault(outer + path, line)
     return values, found
+
+
+def _bare(token: re.Match[str]) -> str:
+    """A string as a name, a comment as nothing, all else as it is; with the lines that it takes."""
+    return token[0] if token[0][0] in "[]{}\n" else ("_" if token[0][0] != "#" else "") + "\n" * token[0].count("\n")
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:

@@ -6,13 +6,15 @@ Knows nothing of templates or models. Special tokens inside a text are parsed as
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import CheckpointError, RequestError
+from ..outside import MAX_CHARACTERS, why_not_read
 
 # Qwen2's split of a text before BPE; stands in every Qwen2.5 tokenizer.json.
 _SPLIT = (
@@ -20,7 +22,7 @@ _SPLIT = (
 )
 _BYTES = 256
 _PANICS = "pyo3_runtime"  # where the class of its panics says that it is
-MAX_CHARACTERS = 1_000_000  # of a prompt and what stands around it; models read some thousands
+_MOST_BYTES = 64_000_000  # of a file; Qwen2.5's own have 11 MB
 _FIRST_SPECIAL = 151643
 _SPECIAL = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
             "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")  # fmt: skip
@@ -52,14 +54,17 @@ class QwenTokenizer:
         Raises:
             CheckpointError: neither `tokenizer.json` nor both of `vocab.json` and `merges.txt` are there and sound.
         """
-        try:
+        for path in files.values():
+            try:
+                why = why_not_read(path, _MOST_BYTES)
+            except OSError as error:
+                why = error.strerror
+            if why:
+                raise CheckpointError(f"the tokenizer's file {path} cannot be read: {why}")
+        with _library("the tokenizer's files cannot be read: {}"):
             if "tokenizer.json" in files:
-                return cls(Tokenizer.from_file(str(files["tokenizer.json"])))
+                return cls(_as_qwen_splits(Tokenizer.from_file(str(files["tokenizer.json"]))))
             return cls(_from_vocabulary(files))
-        except CheckpointError:
-            raise
-        except Exception as error:  # the library raises bare Exception for any fault in a file
-            raise CheckpointError(f"the tokenizer's files cannot be read: {error}") from error
 
     def encode(self, text: str) -> Tokens:
         """Ids of the whole text, nothing added.
@@ -70,12 +75,8 @@ class QwenTokenizer:
         """
         if len(text) > MAX_CHARACTERS:
             raise RequestError(f"the prompt has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
-        try:
+        with _library("the tokenizer cannot read a prompt ({}): download its files again"):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        except BaseException as error:  # the library panics, which is not an Exception
-            if type(error).__module__ != _PANICS and not isinstance(error, Exception):
-                raise
-            raise CheckpointError(f"the tokenizer cannot read a prompt ({error}): download its files again") from error
         return Tokens(encoding.ids, encoding.offsets)
 
     def token_id(self, token: str) -> int:
@@ -87,7 +88,43 @@ class QwenTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens skipped."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        with _library("the tokenizer cannot write what a model said ({}): download its files again"):
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@contextmanager
+def _library(sentence: str) -> Iterator[None]:
+    """Makes whatever the library raises a CheckpointError: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        if type(error).__module__ != _PANICS and not isinstance(error, Exception):
+            raise
+        raise CheckpointError(sentence.format(error)) from error
+
+
+def _as_qwen_splits(tokenizer: Tokenizer) -> Tokenizer:
+    """The same without padding or truncation; raises CheckpointError if it changes or splits texts as Qwen2's does not.
+
+    A file may ask for patterns that take forever, texts put before each other, a prompt padded to gigabytes.
+    """
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    normalizer, splitter = (_said(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
+    if normalizer not in (None, {"type": "NFC"}):
+        raise CheckpointError(
+            f"the tokenizer normalizes texts by {normalizer['type']}, as no Qwen2.5-VL tokenizer does"
+        )
+    for part in splitter.get("pretokenizers", [splitter]) if splitter else []:
+        if part["type"] != "ByteLevel" and part.get("pattern") != {"Regex": _SPLIT}:
+            raise CheckpointError(f"the tokenizer splits texts by {part['type']}, as none of Qwen2.5-VL does")
+    return tokenizer
+
+
+def _said(part: Any) -> dict[str, Any] | None:
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _from_vocabulary(files: Mapping[str, Path]) -> Tokenizer:

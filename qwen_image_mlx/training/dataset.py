@@ -19,6 +19,7 @@ from ..errors import CheckpointError, OutputError, QwenImageError, RequestError,
 from ..gpu import all_finite
 from ..images.colour import profiles_are_ignored
 from ..images.files import reason
+from ..images.formats import check_file
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
 from ..images.sources import open_image, open_rgba
@@ -167,9 +168,10 @@ def encode_examples(
     """
     report = progress or (lambda _: None)
     made_by = (_FORMAT, task, resolution, with_dropped, pipeline.fingerprint, str(pipeline.dtype),
-               str(pipeline.components.quantization), profiles_are_ignored())  # fmt: skip
+               str(pipeline.quantization), profiles_are_ignored())  # fmt: skip
     paths = [folder / f"{_digest(example, made_by)}.safetensors" for example in examples]
-    entries = [_read_entry(path) for path in paths]
+    widths = pipeline.components.transformer_config.in_channels, pipeline.components.text_encoder_config.hidden_size
+    entries = [_read_entry(path, widths) for path in paths]
     new = [n for n, entry in enumerate(entries) if entry is None]
     if new:
         check_pictures([examples[n] for n in new], task, resolution, report)
@@ -185,7 +187,7 @@ def encode_examples(
             _encode(pipeline, examples[n], task, resolution, with_dropped, shared, paths[n])
             report(Progress("encode", done, len(new), "examples"))
         pipeline.release_encoders()
-        entries = [_read_entry(path) for path in paths]
+        entries = [_read_entry(path, widths) for path in paths]
         if lost := [path for path, entry in zip(paths, entries, strict=True) if entry is None]:
             raise OutputError(f"{some(lost)} could not be read after it was written: check the disk")
     return entries
@@ -233,16 +235,22 @@ def _say_nothing(progress: Progress) -> None:
     """For many short calls, which are told of together."""
 
 
-def _read_entry(path: Path) -> _Entry | None:
-    """An entry by its header; None if there is none or it is damaged."""
+def _read_entry(path: Path, widths: tuple[int, int]) -> _Entry | None:
+    """An entry by its header; None if there is none, it is damaged, or has not the model's widths (latents, text)."""
     try:
         tensors, metadata = read_header(path) if path.is_file() else ({}, {})
         if metadata.get("format") != _FORMAT:
             return None
         segments = tuple(Segment(*segment) for segment in json.loads(metadata["segments"]))
-        tokens = [tensors[name].shape[1] if name in tensors else 0 for name in ("text", "dropped")]
-        return _Entry(path, segments, *tokens)
-    except (CheckpointError, KeyError, TypeError, ValueError):
+        lengths = {name: tensors[name].shape[1] for name in ("text", "dropped", "references") if name in tensors}
+        own = sum(segment.height * segment.width for segment in segments) - lengths.get("references", 0)
+        wanted = {"latents": (1, own, widths[0]), "text": (1, lengths["text"], widths[1])}
+        wanted |= {"dropped": (1, lengths["dropped"], widths[1])} if "dropped" in lengths else {}
+        wanted |= {"references": (1, lengths["references"], widths[0])} if "references" in lengths else {}
+        if own <= 0 or {name: tensor.shape for name, tensor in tensors.items()} != wanted:
+            return None
+        return _Entry(path, segments, lengths["text"], lengths.get("dropped", 0))
+    except (CheckpointError, IndexError, KeyError, TypeError, ValueError, RecursionError):
         return None
 
 
@@ -255,6 +263,7 @@ def _digest(example: Example, made_by: tuple) -> str:
     digest = hashlib.sha256(repr((made_by, example.caption, [len(example.sources), len(example.layers)])).encode())
     for file in example.files:
         try:
+            check_file(file, str(file))
             digest.update(hashlib.sha256(file.read_bytes()).digest())
         except OSError as error:
             raise RequestError(f"{file} cannot be read: {reason(error)}") from error

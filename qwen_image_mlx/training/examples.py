@@ -19,7 +19,8 @@ from typing import Any
 
 from ..errors import RequestError, some
 from ..images.files import named_path, reason
-from ..images.formats import OTHER_SUFFIXES, SUFFIXES, formats
+from ..images.formats import OTHER_SUFFIXES, SUFFIXES, unread_suffixes
+from ..outside import MAX_CHARACTERS, why_not_read
 from .settings import is_text
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     ),
     "layered": (("image", "file_name"), ("layers",), ("caption", "text", "prompt")),
 }  # fmt: skip
+_MOST_BYTES = 64_000_000  # of a manifest or a caption
 _FIELDS = {"edit": "sources", "layered": "layers"}
 _REPEATED = re.compile(r"([0-9]{1,3})_.")  # a folder's name in kohya's layout: how often each of its images counts
 
@@ -96,6 +98,8 @@ def read_examples(data: str | Path, task: str) -> list[Example]:
         raise RequestError(f"{path} holds nothing to train on: {_elsewhere(path)}")
     if missing := [file for example in examples for file in example.files if not os.path.isfile(file)]:
         raise RequestError(f"{len(missing)} pictures are missing: {some(f'{file!s:.300}' for file in missing)}")
+    if long := [example.image for example in examples if len(example.caption) > MAX_CHARACTERS]:
+        raise RequestError(f"{len(long)} captions have more than {MAX_CHARACTERS:,} characters: {some(long)}")
     if silent := [example.image for example in examples if not example.caption.strip()]:
         raise RequestError(f"{len(silent)} of {len(examples)} captions are missing or empty: {some(silent)}")
     if manifests and path.is_dir():
@@ -165,7 +169,7 @@ def _from_folder(folder: Path) -> list[Example]:
 def _captioned(folder: Path) -> list[Example]:
     """The images that lie in a folder, with their captions."""
     files = [file for file in _listed(folder) if file.is_file()]
-    unread = OTHER_SUFFIXES if "HEIF" in formats() else OTHER_SUFFIXES | {".heic", ".heif", ".hif"}
+    unread = unread_suffixes()
     if unreadable := [file.name for file in files if file.suffix.lower() in unread]:
         raise RequestError(
             f"{len(unreadable)} files in {folder} have formats that are not read: {some(unreadable)}; convert them "
@@ -176,7 +180,7 @@ def _captioned(folder: Path) -> list[Example]:
     stems = [file.stem for file in pictures]
     if twice := [file.name for file in pictures if stems.count(file.stem) > 1]:
         raise RequestError(f"pictures share a caption, because only their endings differ: {some(twice)}")
-    captions = {file: [c for c in map(file.with_suffix, CAPTIONS) if c.is_file()] for file in pictures}
+    captions = {file: [c for c in map(file.with_suffix, CAPTIONS) if os.path.isfile(c)] for file in pictures}
     if missing := [file.name for file, found in captions.items() if not found]:
         raise RequestError(
             f"{len(missing)} of {len(pictures)} pictures in {folder} have no caption in a .txt file of the same name: "
@@ -238,6 +242,8 @@ def _spelled(spellings: tuple[str, ...]) -> str:
 
 def _read(path: Path) -> str:
     try:
+        if why := why_not_read(path, _MOST_BYTES):
+            raise RequestError(f"{path} cannot be read as text: {why}")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read as text: {error}") from error

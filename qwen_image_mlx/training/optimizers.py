@@ -133,7 +133,10 @@ class Optimizer:
         self.init(parameters)
         for rule, names in self._names.items():
             mine = self._rules[rule].state
-            mine["step"] = state[f"{rule}/step"]
+            step = state[f"{rule}/step"]
+            if (step.shape, step.dtype) != ((), mine["step"].dtype):
+                raise KeyError(f"{rule}/step is not one whole number")
+            mine["step"] = step
             for name in names:
                 found = {part: state[f"{rule}/{name}/{part}"] for part in mine[name]}
                 if any(found[part].shape != mine[name][part].shape for part in found):

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
+from ..images.colour import profiles_are_ignored
 from ..images.files import check_writable, is_from_macos, reason, replace_file
 from ..models.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
@@ -189,17 +191,20 @@ def _check(
     """What can be wrong without reading a weight."""
     if not examples:
         raise RequestError("there is nothing to train on: give at least one example")
-    quantization = pipeline.components.quantization
-    if settings.full and "transformer" in quantization.components:
+    if settings.full and "transformer" in pipeline.quantization.components:
         raise RequestError("packed weights cannot be trained: leave --quantize away, or train a LoRA")
     if not settings.full:
-        check_lora(matrices(pipeline.components.transformer_config), settings.targets, settings.rank)
+        check_lora(matrices(pipeline.transformer_config), settings.targets, settings.rank)
     for place in (folder, *(folder / name for name in (CHECKPOINTS, CACHE, SAMPLES))):
         sweep(place)
     try:
         there = folder.is_dir() and any(not is_from_macos(file.name) for file in folder.iterdir())
     except OSError as error:
         raise RequestError(f"{folder} cannot be read: {reason(error)}") from error
+    folders, files = (CHECKPOINTS, CACHE, SAMPLES, "model"), (LOG, PLOT, "lora.safetensors")
+    odd = [name for name in folders if os.path.lexists(folder / name) and not os.path.isdir(folder / name)]
+    if odd := odd + [name for name in files if os.path.isdir(folder / name)]:
+        raise RequestError(f"{folder} has a {odd[0]} that is not a run's own: move it away, or name a new folder")
     if resume and not there:
         raise RequestError(f"{folder} holds no run to go on with: leave --resume away")
     if there and not resume:
@@ -221,12 +226,13 @@ def _record(pipeline: QwenImagePipeline, examples: Sequence[Example], settings: 
         "dtype": str(pipeline.dtype),
         "quantize": str(parts.quantization),
         "data": digest_of(examples),
+        **({"ignore_profile": True} if profiles_are_ignored() else {}),
     }
 
 
 def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSettings, cache: Path) -> Trainer:
     """The network, in memory from here on, and what trains it."""
-    parts, config = pipeline.components, pipeline.components.transformer_config
+    parts, config = pipeline.components, pipeline.transformer_config
     shift = training_shift(parts.scheduler_config) if settings.shift is None else settings.shift
     flow = FlowMatching(
         settings.timesteps, settings.logit_mean, settings.logit_std, shift=shift, weighting=settings.weighting,

@@ -17,7 +17,8 @@ from ..gpu import finish
 from ..variants import LORA_MODES
 from .lora import LoRA, Update
 from .packed import Packed
-from .quantize import Scheme, quantize_matrix
+from .quantize import quantize_matrix
+from .schemes import Scheme
 
 logger: logging.Logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..names import StrPath
+from ..outside import why_not_read
 from .packed import Packed
 from .shards import Tensor
 
@@ -44,6 +45,7 @@ _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # where the metadata has no general.alignment
 # The largest headers hold a vocabulary of 260,000 tokens, their scores and types, and 520,000 merges.
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_FILE_BYTES = 1 << 44
 _MAX_VALUES = 1 << 22
 _MAX_TENSORS = 1 << 17
 _MAX_RANK = 16  # ggml has 4
@@ -69,10 +71,12 @@ class GgufTensor(Tensor):
 def is_gguf(path: Path) -> bool:
     """Whether a file is GGUF, by its first bytes, or by its name where these cannot be read."""
     try:
-        with path.open("rb") as file:
-            return file.read(len(_MAGIC)) == _MAGIC or path.suffix.lower() == ".gguf"
+        if why_not_read(path, _MAX_FILE_BYTES) is None:
+            with path.open("rb") as file:
+                return file.read(len(_MAGIC)) == _MAGIC or path.suffix.lower() == ".gguf"
     except OSError:
-        return path.suffix.lower() == ".gguf"
+        pass
+    return path.suffix.lower() == ".gguf"
 
 
 def read_gguf(path: StrPath) -> tuple[dict[str, GgufTensor], dict[str, Any]]:
@@ -91,6 +95,8 @@ def read_gguf(path: StrPath) -> tuple[dict[str, GgufTensor], dict[str, Any]]:
     """
     path = Path(path)
     try:
+        if why := why_not_read(path, _MAX_FILE_BYTES):
+            raise CheckpointError(f"{path} cannot be read, {why}: give a GGUF file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             _check_kind(path, file.read(len(_LFS_POINTER)))

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..config import TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
+from ..outside import one_line
 from .gguf import is_gguf, read_gguf
 from .loader import RESIDENT, ComponentWeights
 from .lora import LoRA, read_lora
@@ -128,7 +129,7 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
 def _architecture(path: Path) -> str:
     """What a GGUF file says its model is, as " of qwen2vl"; "" if nothing."""
     said = read_gguf(path)[1].get("general.architecture")
-    return f" of {' '.join(said.split())[:80]}" if isinstance(said, str) and said.isprintable() else ""
+    return f" of {one_line(said, 80)}" if isinstance(said, str) else ""
 
 
 def _resident_bytes(kind: str, tensors: Mapping[str, Tensor]) -> int | None:

@@ -30,8 +30,9 @@ from .mapping import (
     weights_map,
 )
 from .packed import Packed
-from .quantize import Scheme, quantize_matrix
+from .quantize import quantize_matrix
 from .recognize import check_kind, shard_of
+from .schemes import Scheme
 from .shards import Tensor
 from .stored import FLOATS, FP8, PACKED, Reader, Stored, joined, stored_weights
 

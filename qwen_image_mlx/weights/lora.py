@@ -362,8 +362,8 @@ def _scale(path: Path, update: Update, peft: PeftConfig | None, arrays: _Arrays)
         rank = peft.rank_of(update.target)
         if update.kind and update.rank not in (None, rank):
             raise CheckpointError(
-                f"{path} does not fit its own settings: they give {update.target} rank {rank} and its tensors have "
-                f"{update.rank}; download it again"
+                f"{path} contradicts itself: its settings give {update.target} the rank {rank} and its tensors have "
+                f"{update.rank}; correct r or rank_pattern in the settings, or save it again"
             )
         if peft.decomposed and update.kind == "LoRA" and not update.is_dora:
             raise CheckpointError(

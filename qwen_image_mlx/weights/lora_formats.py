@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, some
+from ..outside import why_not_read
 from .mapping import weights_map
 from .shards import Tensor
 
 _PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_MOST_SETTINGS = 4_000_000  # bytes
 _DTYPES = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 _ALPHA_DTYPES = (*_DTYPES, "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 
@@ -245,7 +247,7 @@ def _check_model(path: Path, names: list[str], unmatched: list[str], targets: in
             )
         return
     if not names:
-        raise CheckpointError(f"{path} holds no tensors: download it again")
+        raise CheckpointError(f"{path} holds no tensors: give a LoRA that was saved with some")
     shown = f"none of its {len(names)} tensors belongs to one of the {targets} modules ({some(names)})"
     if model:
         raise CheckpointError(f"{path} was made for {model}: {shown}; use a LoRA made for Qwen-Image")
@@ -347,7 +349,7 @@ def factored_kind(path: Path, target: str, shape: Shape, tensors: Mapping[str, T
                 present = next(tensor.name for role, tensor in tensors.items() if role in kind.known)
                 raise CheckpointError(
                     f"{path} has half a {kind.name} for {target}: {present} without its {' and '.join(absent)}; "
-                    "download it again or save it again with both"
+                    "save it again with both"
                 )
         if len(shape) != 2:
             raise CheckpointError(
@@ -360,7 +362,8 @@ def factored_kind(path: Path, target: str, shape: Shape, tensors: Mapping[str, T
         raise CheckpointError(f"{path} gives {target} twice, as {' and as '.join(found)}: split it into two files")
     if "magnitude" in shapes and not found:
         raise CheckpointError(
-            f"{path} has half a DoRA for {target}: {tensors['magnitude'].name} without its factors; download it again"
+            f"{path} has half a DoRA for {target}: {tensors['magnitude'].name} without its factors; save it again with "
+            "both"
         )
     out = shape[0]
     single = "one number"
@@ -412,6 +415,8 @@ def peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig | None:
         where = f"the {_PEFT_METADATA} of {path}"
     elif path.name == _PEFT_WEIGHTS and (beside := path.with_name(_PEFT_CONFIG)).is_file():
         try:
+            if why := why_not_read(beside, _MOST_SETTINGS):
+                raise CheckpointError(f"{beside} cannot be read, {why}: remove it, or save the LoRA again")
             settings = _json_object(str(beside), beside.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{beside} cannot be read ({error}): download it again") from error
@@ -429,9 +434,9 @@ def _json_object(where: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON ({error}): download the LoRA again") from error
+        raise CheckpointError(f"{where} is not JSON ({error}): save the LoRA again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is not a JSON object: download the LoRA again")
+        raise CheckpointError(f"{where} is not a JSON object: save the LoRA again")
     return value
 
 
@@ -439,9 +444,9 @@ def _config(where: str, settings: Mapping[str, Any]) -> PeftConfig:
     rank = settings.get("r")
     alpha = settings.get("lora_alpha", settings.get("alpha"))  # LoHa's and LoKr's word is alpha
     if not _is_positive_int(rank):
-        raise CheckpointError(f"{where} gives the rank r as {rank!r}, not a whole number above 0: correct it")
+        raise CheckpointError(f"{where} gives the rank r as {rank!r:.80}, not a whole number above 0: correct it")
     if not _is_number(alpha):
-        raise CheckpointError(f"{where} gives lora_alpha as {alpha!r}, not a number: correct it")
+        raise CheckpointError(f"{where} gives lora_alpha as {alpha!r:.80}, not a number: correct it")
     return PeftConfig(
         rank,
         alpha,

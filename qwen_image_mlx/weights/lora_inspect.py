@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import some
+from ..outside import one_line
 from .lora import SUFFIX, LoRA, Update
 
 _METADATA_SHOWN = (
@@ -128,8 +129,9 @@ def describe(lora: LoRA) -> list[tuple[str, str]]:
         ("dtype", _counted(dtypes)),
         ("unmatched", f"{len(lora.unmatched)}: {some(lora.unmatched)}" if lora.unmatched else ""),
         ("profile", f"{profile.steps} steps, cfg {profile.cfg_scale:g}, by {profile.evidence}" if profile else ""),
-        *((f"metadata {key}", _line(lora.metadata[key])) for key in _METADATA_SHOWN if key in lora.metadata),
     ]
+    said = ((key, lora.metadata[key]) for key in _METADATA_SHOWN if key in lora.metadata)
+    rows += [(f"metadata {key}", one_line(text, _MOST_CHARACTERS)) for key, text in said]
     return [(label, text) for label, text in rows if text]
 
 
@@ -151,12 +153,6 @@ def _has_alphas(lora: LoRA) -> bool:
 def _group(target: str) -> str:
     """The target with its block's number taken out."""
     return ".".join("*" if part.isdigit() and i == 1 else part for i, part in enumerate(target.split(".")))
-
-
-def _line(text: str) -> str:
-    """A file's own words, fit for a terminal: one line, short, without control characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " …"
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 if TYPE_CHECKING:
-    from .quantize import Scheme
+    from .schemes import Scheme
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Installed, the map lies inside the package; in a checkout, beside it.

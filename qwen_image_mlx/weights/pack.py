@@ -18,7 +18,8 @@ from ..errors import CheckpointError
 from .loader import ComponentWeights, repacked
 from .mapping import TensorSpec, weights_map
 from .packed import Packed
-from .quantize import Scheme, relative_error
+from .quantize import relative_error
+from .schemes import Scheme
 from .shards import read_header, save_tensors
 from .stored import FLOATS, Reader
 

@@ -44,7 +44,8 @@ _MLX_TYPES = {
     "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8", "C64": "<c8",
 }  # fmt: skip
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 25_000_000  # the largest known, of trainers' notes in LoRAs, have some megabytes
+_MAX_TENSORS = 1 << 17
 _MAX_FILE_BYTES = 1 << 44
 _MAX_RANK = 16  # far above any model's; bounds the product of a made-up shape
 _MAX_DIM = 2**63
@@ -110,7 +111,8 @@ def read_header(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     except ValueError as error:
         if kind := _other_kind(path):
             raise CheckpointError(f"{path} is {kind}") from error
-        raise CheckpointError(f"{path} is not a whole safetensors file, {error}: download it again") from error
+        cure = "whoever wrote it has to write it anew" if isinstance(error, _Contradiction) else "download it again"
+        raise CheckpointError(f"{path} is not a whole safetensors file, {error}: {cure}") from error
     tensors = {
         name: Tensor(name, dtype, shape, path, end - begin, _LENGTH_BYTES + length + begin)
         for name, (dtype, shape, begin, end) in entries.items()
@@ -218,6 +220,8 @@ def load_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         OSError, RuntimeError, ValueError: it cannot be read.
         GPUError: there is too little memory for them.
     """
+    if why := why_not_read(path, _MAX_FILE_BYTES):
+        raise ValueError(why)
     arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     with gpu_faults():
         mx.eval(arrays)
@@ -253,6 +257,10 @@ def _other_kind(path: Path) -> str | None:
 # The helpers below say what is wrong by ValueError; read_header makes it a sentence with the path and the cure.
 
 
+class _Contradiction(ValueError):
+    """A header that can be read and cannot be true: no copy of the file will be better."""
+
+
 def _header_length(prefix: bytes, size: int) -> int:
     if len(prefix) < _LENGTH_BYTES:
         raise ValueError(f"it has only {size} bytes")
@@ -275,6 +283,8 @@ def _parse(header: bytes) -> dict[str, Any]:
         raise ValueError("its header is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("its header is not a JSON object")
+    if len(value) > _MAX_TENSORS:
+        raise _Contradiction(f"its header has {len(value):,} tensors, more than any checkpoint")
     return value
 
 
@@ -282,31 +292,33 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for name, item in pairs:
         if name in value:
-            raise ValueError(f"its header has {name!r} twice")
+            raise _Contradiction(f"its header has {name!r:.80} twice")
         value[name] = item
     return value
 
 
 def _metadata(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise ValueError("its __metadata__ does not map strings to strings")
+        raise _Contradiction("its __metadata__ does not map strings to strings")
     return value
 
 
 def _entry(name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Check one tensor by itself: (dtype, shape, first byte, byte after the last), counted from the header's end."""
     if not isinstance(value, dict):
-        raise ValueError(f"its header describes the tensor {name!r} by something other than an object")
+        raise _Contradiction(f"its header describes the tensor {name!r:.80} by something other than an object")
     dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"the tensor {name!r} has the unknown dtype {dtype!r}")
+        raise _Contradiction(f"the tensor {name!r:.80} has the unknown dtype {dtype!r:.80}")
     if not _are_sizes(shape) or len(shape) > _MAX_RANK:
-        raise ValueError(f"the tensor {name!r} has the impossible shape {str(shape)[:80]}")
+        raise _Contradiction(f"the tensor {name!r:.80} has the impossible shape {str(shape)[:80]}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"the tensor {name!r} has the impossible data_offsets {str(offsets)[:80]}")
+        raise _Contradiction(f"the tensor {name!r:.80} has the impossible data_offsets {str(offsets)[:80]}")
     begin, end = offsets
     if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
-        raise ValueError(f"the tensor {name!r} has {end - begin} bytes, which is not what {dtype} {shape} takes")
+        raise _Contradiction(
+            f"the tensor {name!r:.80} has {end - begin} bytes, which is not what {dtype} {shape} takes"
+        )
     return dtype, tuple(shape), begin, end
 
 
@@ -319,9 +331,9 @@ def _check_layout(ranges: Mapping[str, tuple[int, int]], present: int) -> None:
     end, last = 0, None
     for name, (begin, after) in sorted(ranges.items(), key=lambda item: item[1]):
         if begin < end:
-            raise ValueError(f"the tensors {last!r} and {name!r} overlap")
+            raise _Contradiction(f"the tensors {last!r:.80} and {name!r:.80} overlap")
         if begin > end:
-            raise ValueError(f"{begin - end} bytes before the tensor {name!r} belong to no tensor")
+            raise _Contradiction(f"{begin - end} bytes before the tensor {name!r:.80} belong to no tensor")
         end, last = after, name
     if present < end:
         raise ValueError(f"{end - present} bytes are missing at its end")

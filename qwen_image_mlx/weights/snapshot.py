@@ -12,6 +12,7 @@ import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from typing import Any, cast
 from ..errors import CheckpointError, RequestError
 from ..names import StrPath
 from ..outside import why_not_read
+from ..variants import DEMOS, MODEL_ALIASES, full_name
 from .gguf import is_gguf, read_gguf
 from .hub import Folder, Progress, Repo, cached_folder, open_model
 from .shards import PICKLES, Tensor, component_tensors
@@ -29,7 +31,6 @@ _MAX_JSON = 256 << 20  # the largest index of a model has some MB
 _NUMBERED = re.compile(r"\d+\.safetensors")  # shards that say by their names that they belong together
 
 
-DEMOS = ("demo", "demo-edit", "demo-layered")  # the models inside this package
 DEMO_ROOT = Path(__file__).parents[1] / "demo"
 
 _NO_PICKLES = (
@@ -63,16 +64,17 @@ class HubSnapshot:
     When the hub cannot be reached, what the cache holds of the revision is used, with a warning.
 
     Args:
-        model: A directory, a model's id on the hub such as "Qwen/Qwen-Image", or one of `DEMOS`. An existing directory
-            wins over an id, but not over a demo: "./demo" is a directory. A model's folder in the hub's cache
-            (`models--OWNER--NAME`, or its `snapshots`) means the snapshot that its refs/main names.
+        model: A directory, a model's id on the hub such as "Qwen/Qwen-Image", or one of `DEMOS` or
+            `MODEL_ALIASES`. An existing directory wins over an id, but not over a demo: "./demo" is a directory. A
+            model's folder in the hub's cache (`models--OWNER--NAME`, or its `snapshots`) means the snapshot that its
+            refs/main names.
         revision: Branch, tag or commit on the hub; its main branch if None.
         offline: Use the cache only. HF_HUB_OFFLINE=1 does the same.
         progress: Called with (component or file name, bytes done, bytes in all) while a download runs, possibly from
             a thread of the downloader. Nothing is shown otherwise.
 
     Attributes:
-        model: The model as it was given.
+        model: The model as it was given; of a short name, what it means.
         is_local: Whether nothing of it is ever downloaded.
         offline: Whether only the cache is used.
 
@@ -90,6 +92,7 @@ class HubSnapshot:
         offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        model = full_name(model) if isinstance(model, str) else model
         local = _local_folder(model, revision)
         if local and revision is not None and not local.revision:
             raise RequestError(f"revision {revision!r} means nothing for the directory {model}: leave it out")
@@ -276,8 +279,10 @@ def _local_folder(model: StrPath, revision: str | None) -> Folder | None:
     if os.path.exists(path):
         raise CheckpointError(f"{model} is a file: give the directory of a checkpoint, the one with model_index.json")
     if "/" not in str(model) or not _is_repo_id(model):  # ids without an owner are not those of checkpoints
+        near = get_close_matches(str(model).lower(), MODEL_ALIASES, 1)
+        hint = f"; did you mean {near[0]}?" if near and "/" not in str(model) else ""
         raise CheckpointError(
-            f"there is no directory {str(model)!r}: give one that exists, or a model's id such as Qwen/Qwen-Image"
+            f"there is no directory {str(model)!r}: give one that exists, or a model's id such as Qwen/Qwen-Image{hint}"
         )
     return None
 

@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..gpu import gpu_error
 from . import gguf
 from .packed import Packed
-from .quantize import Scheme
+from .schemes import Scheme
 from .shards import LazyTensors, Tensor
 
 FLOATS = ("F32", "F16", "BF16", "F64")

@@ -19,7 +19,7 @@ from ..models import nn
 from .adapters import Adapters, Placement
 from .loader import ComponentWeights, fill, place_of, specs_of
 from .mapping import TensorSpec
-from .quantize import Scheme
+from .schemes import Scheme
 from .shards import Tensor
 from .stored import Reader
 

@@ -18,6 +18,8 @@ from qwen_image_mlx.settings import SCHEMA, load_settings
 from qwen_image_mlx.weights.mapping import expected_tensors
 from qwen_image_mlx.weights.synthetic import FULL
 
+pytestmark = pytest.mark.process
+
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
@@ -26,8 +28,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
+    from checkpoints import write_edit, write_layered
     from lora_files import TARGETS, write_lora
-    from reference_edit import write_edit, write_layered
 
     from qwen_image_mlx import variants
 

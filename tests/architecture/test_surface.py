@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import qwen_image_mlx
 from qwen_image_mlx.cli.main import build_parser
 
@@ -20,29 +22,31 @@ PUBLIC = {
     "Cancelled",
 }  # fmt: skip
 MODEL = {
-    "--help", "--model", "--revision", "--dtype", "--quantize", "--group-size", "--text-encoder", "-h", "-m",
+    "--help", "--model", "--revision", "--dtype", "--quantize", "--group-size", "--text-encoder", "-h", "-m", "-q",
 }  # fmt: skip
 PAINTER = MODEL | {
     "--lora", "--lora-mode", "--lightning", "--transformer", "--vae", "--memory", "--force", "--config", "--profile",
-    "--preview", "--wire",
+    "--preview", "--wire", "--timings", "--quiet", "--verbose", "--json",
 }  # fmt: skip
-SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--seed", "--rng", "-n", "-g", "-s"}
+SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--guidance", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
-    "--no-composite", "--cache", "--from-image", "--ignore-profile", "-W", "-H", "-o",
+    "--no-composite", "--cache", "--from-image", "--ignore-profile", "-W", "-H", "-o", "--prompt", "-p",
+    "--image-path",
 }  # fmt: skip
 FLAGS = {
     "generate": PAINTING | {"--aspect", "--prompts-file", "--seeds"},
     "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
     "decompose": PAINTER | SAMPLING | {
-        "--layer", "--prompt", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
+        "--layer", "--prompt", "-p", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
         "--format", "--output", "--cache", "--ignore-profile", "-o",
     },
     "compose": PAINTER | SAMPLING | {
         "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "--ignore-profile", "-o",
     },
     "caption": MODEL | {
-        "--config", "--profile", "--language", "--resolution", "--seed", "--ignore-profile", "-s",
+        "--config", "--profile", "--language", "--resolution", "--seed", "--ignore-profile", "-s", "--quiet",
+        "--verbose", "--json",
     },
     "train": MODEL | {
         "--config", "--profile", "--ignore-profile",
@@ -51,14 +55,15 @@ FLAGS = {
         "--logit-std", "--shift", "--weighting", "--resolution", "--caption-dropout", "--checkpointing", "--ema",
         "--seed", "--save-every", "--sample-every", "--sample-prompt", "--resume", "-o", "-s",
     },
-    "quantize": {"-h", "--help", "--bits", "--group-size", "--revision"},
+    "quantize": {"-h", "--help", "--bits", "-q", "--group-size", "--revision"},
     "plan": {
-        "-h", "--help", "--memory", "--revision", "--dtype", "--quantize", "--group-size", "--size", "--references",
-        "--layers", "--steps", "--json", "--config", "--profile",
+        "-h", "--help", "--memory", "--revision", "--dtype", "--quantize", "-q", "--group-size", "--size",
+        "--references", "--layers", "--steps", "--json", "--config", "--profile",
     },
     "lora": {"-h", "--help"},
     "lora inspect": {"-h", "--help", "--model", "-m"},
     "info": {"-h", "--help", "--json"},
+    "completion": {"-h", "--help"},
     "doctor": {"-h", "--help", "--only", "--json", "--compare", "--golden", "--model", "-m", "--env"},
     "config": {"-h", "--help"},
     "config show": {"-h", "--help", "--json", "--config", "--profile"},
@@ -66,7 +71,7 @@ FLAGS = {
     "config path": {"-h", "--help", "--config"},
     "serve": {
         "-h", "--help", "--host", "--port", "--config", "--profile", "--model", "-m", "--edit-model", "--layered-model",
-        "--quantize", "--memory", "--token-file", "--alias", "--allow-host", "--allow-origin", "--idle-unload",
+        "--quantize", "-q", "--memory", "--token-file", "--alias", "--allow-host", "--allow-origin", "--idle-unload",
         "--job-limit", "--grace", "--queue", "--max-pixels", "--max-steps", "--ignore-profile",
     },
 }  # fmt: skip
@@ -106,6 +111,7 @@ def heavy_modules(*command: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.process
 def test_importing_and_asking_for_help_load_nothing_heavy():
     assert heavy_modules() == "loaded: []"
     for command in ([], *(name.split() for name in FLAGS)):

@@ -55,6 +55,7 @@ def said(path) -> tuple:
 # --- what it paints ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lines_of_text_times_seeds(run):
     Path("p.txt").write_text("# animals\na fox\n\n  a wolf  \r\n一只狐狸\n", encoding="utf-8-sig")
     code, out, _ = run("--prompts-file", "p.txt", "--seeds", "3,7-8", *SMALL)
@@ -66,6 +67,7 @@ def test_lines_of_text_times_seeds(run):
     assert Path(out[-1]).name.startswith("一只狐狸-seed8-")
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_single_command(run):
     Path("p.jsonl").write_text(
         json.dumps({"prompt": "a fox", "seed": 4, "negative_prompt": "blurry", "cfg_scale": 2.5, "num_images": 2})
@@ -83,6 +85,7 @@ def test_pictures_are_those_of_the_single_command(run):
         assert Path(many).read_bytes() == Path(single).read_bytes()
 
 
+@pytest.mark.slow
 def test_everything_is_loaded_once_and_the_encoders_before_the_painter(run, stages):
     Path("p.txt").write_text("a fox\na wolf\na bear\na fox\n")
     code, out, _ = run("--prompts-file", "p.txt", "--seeds", "1-2", *SMALL)
@@ -97,6 +100,7 @@ def test_everything_is_loaded_once_and_the_encoders_before_the_painter(run, stag
     assert last < stages.index("load modulation")
 
 
+@pytest.mark.slow
 def test_a_schedule_s_table_is_made_once_whatever_the_order(run, stages):
     lines = [{"prompt": f"fox {n}", "steps": 2 + n % 2} for n in range(6)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -104,6 +108,7 @@ def test_a_schedule_s_table_is_made_once_whatever_the_order(run, stages):
     assert stages.count("load modulation") == 2
 
 
+@pytest.mark.slow
 def test_seeds_alone_make_a_folder_of_one_prompt(run):
     _, out, _ = run("a fox", "--seeds", "5-7", *SMALL, "-o", "foxes")
     assert [said(path) for path in out] == [("a fox", seed, 0) for seed in (5, 6, 7)]
@@ -118,11 +123,11 @@ def test_without_a_seed_every_prompt_has_seed_0(run):
 def test_the_plan_is_made_for_the_largest_picture(run, monkeypatch):
     planned = []
 
-    def settled(pipeline, request, memory, *, force, wire):
-        planned.append((request, memory, force))
+    def refuse(session, request):
+        planned.append((request, session.memory, session.force))
         raise RequestError("too large")
 
-    monkeypatch.setattr("qwen_image_mlx.runtime.asking.settled", settled)
+    monkeypatch.setattr("qwen_image_mlx.runtime.session.Session.planned", refuse)
     lines = [
         {"prompt": "a", "width": 2048, "height": 1024, "cfg_scale": 1},
         {"prompt": "b", "negative_prompt": "dull"},
@@ -135,7 +140,7 @@ def test_the_plan_is_made_for_the_largest_picture(run, monkeypatch):
     assert (parameters.width, parameters.height, parameters.num_inference_steps) == (2048, 1024, 9)
     assert parameters.cfg_scale > 1
     assert request.negative_prompt == "dull"
-    assert (len(request.image_indices), memory, force) == (3, "1GB", True)
+    assert (len(request.image_indices), memory.budget, force) == (3, 10**9, True)
 
 
 def test_a_preview_follows_the_picture_that_is_painted(run, monkeypatch):
@@ -160,6 +165,7 @@ def test_a_preview_follows_the_picture_that_is_painted(run, monkeypatch):
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_paints_what_is_missing(run, stages):
     Path("p.txt").write_text("a fox\na wolf\n")
     _, first, _ = run("--prompts-file", "p.txt", "--seeds", "1-2", *SMALL)
@@ -175,6 +181,7 @@ def test_a_second_run_paints_what_is_missing(run, stages):
     assert "6 of 6 pictures" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     ["--steps", "3"], ["-g", "2"], ["-n", "dull"], ["--rng", "mlx"], ["--dtype", "bfloat16"], ["--quantize", "4"],
     ["--lora-mode", "side"],
@@ -185,6 +192,7 @@ def test_what_is_asked_for_otherwise_is_painted_anew(run, change):
     assert len(os.listdir("qwen-images")) == 2
 
 
+@pytest.mark.slow
 def test_only_a_whole_picture_that_says_so_counts(run):
     _, (path,), _ = run("a fox", "--seeds", "1", *SMALL)
     whole = Path(path).read_bytes()
@@ -200,6 +208,7 @@ def test_only_a_whole_picture_that_says_so_counts(run):
     assert len(run("a fox", "--seeds", "1", *SMALL)[1]) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_loses_nothing_that_is_finished(run, monkeypatch):
     from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
 
@@ -232,7 +241,7 @@ def test_ctrl_c_loses_nothing_that_is_finished(run, monkeypatch):
     ("[" * 100_000, "line 1: this is not JSON"),
     ('{"seed": 1}', "line 1: the prompt is missing"),
     ('{"prompt": 3}', "line 1: prompt is 3"),
-    ('{"prompt": null}', "line 1: prompt is None"),
+    ('{"prompt": null, "seed": 1}', "line 1: the prompt is missing"),
     ('{"prompt": "\\ud800"}', "line 1: prompt is '\\ud800'"),
     ('{"prompt": "a", "negative_prompt": 1}', "line 1: negative_prompt is 1"),
     ('{"prompt": "a", "negative_promt": "b"}', "line 1: 'negative_promt' is no key: did you mean negative_prompt?"),

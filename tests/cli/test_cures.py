@@ -11,7 +11,7 @@ from qwen_image_mlx.cli.cures import CURES
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.pipeline import request
-from qwen_image_mlx.runtime import asking
+from qwen_image_mlx.runtime import session
 
 
 @pytest.mark.parametrize(("cause", "flags"), [
@@ -36,7 +36,7 @@ def test_a_size_is_called_by_its_flag(capsys):
         request.parsed_size("big")
 
 
-@pytest.mark.parametrize("module", [asking, request])
+@pytest.mark.parametrize("module", [session, request])
 def test_the_rooms_that_all_front_ends_share_speak_of_no_flag(module):
     texts = [node.value for node in ast.walk(ast.parse(inspect.getsource(module)))
              if isinstance(node, ast.Constant) and isinstance(node.value, str)]  # fmt: skip

@@ -31,6 +31,7 @@ def whole(tmp_path_factory):
     return main(["doctor", "--json", str(path)]), json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.process
 def test_this_machine_is_sound(whole):
     code, report = whole
     verdicts = {name: group["verdict"] for name, group in report["groups"].items()}
@@ -38,6 +39,7 @@ def test_this_machine_is_sound(whole):
     assert (code, report["exit"], report["verdict"], report["version"]) == (0, 0, "sound", 1)
 
 
+@pytest.mark.process
 def test_the_report_has_every_group_s_figures(whole):
     groups = whole[1]["groups"]
     for name, figure in {
@@ -50,6 +52,7 @@ def test_the_report_has_every_group_s_figures(whole):
     assert all(group["peak_bytes"] < 2.5e9 for group in groups.values())
 
 
+@pytest.mark.process
 def test_the_report_names_nobody(whole):
     text = json.dumps(whole[1])
     for secret in (str(Path.cwd()), str(Path.home()) + "/", socket.gethostname(), "/tmp/"):
@@ -58,6 +61,7 @@ def test_the_report_names_nobody(whole):
         assert getpass.getuser() not in text
 
 
+@pytest.mark.process
 def test_a_report_is_compared_with_itself_and_an_earlier_one(whole, run, tmp_path):
     old = whole[1]
     old["groups"]["env"]["verdict"] = "slow"
@@ -68,6 +72,7 @@ def test_a_report_is_compared_with_itself_and_an_earlier_one(whole, run, tmp_pat
     assert next(line for line in out if line.startswith("env: slow -> ok: "))
 
 
+@pytest.mark.process
 def test_a_falsified_operation_is_named(run, tmp_path):
     path = tmp_path / "report.json"
     code, out, _ = run("--only", "probe,env", "--env", "QWEN_IMAGE_DOCTOR_FALSIFY=gemm-bf16-12288", "--json", path)
@@ -81,6 +86,7 @@ def test_a_falsified_operation_is_named(run, tmp_path):
     assert "gemm-bf16-12288" in "\n".join(out[issue:])
 
 
+@pytest.mark.process
 def test_a_killed_group_loses_itself_alone(run):
     code, out, _ = run("--only", "env,limits,errors", "--env", "QWEN_IMAGE_DOCTOR_CRASH=limits")
     assert code == 1
@@ -90,6 +96,17 @@ def test_a_killed_group_loses_itself_alone(run):
     assert "slow or odd" in out
 
 
+@pytest.mark.process
+def test_an_earlier_report_stays(run, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("earlier")
+    _, out, _ = run("--only", "env", "--json", path)
+    assert path.read_text() == "earlier"
+    assert json.loads((tmp_path / "report-1.json").read_text())["exit"] == 0
+    assert out[-1] == str(tmp_path / "report-1.json")
+
+
+@pytest.mark.process
 def test_variables_reach_the_groups(run, tmp_path):
     path = tmp_path / "report.json"
     assert run("--only", "env", "--env", "MLX_CONV_WINOGRAD=0", "--json", path)[0] == 0
@@ -97,6 +114,7 @@ def test_variables_reach_the_groups(run, tmp_path):
     assert figures["mlx"]["in_force"]["MLX_CONV_WINOGRAD"] == "0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--only", "env,speed"], "--only has 'speed', but the groups are env, limits"),
     (["--only", ""], "--only has ''"),

@@ -21,7 +21,7 @@ QUICK = ["--steps", "2", "--dtype", "float32", "--seed", "3", "--cfg-scale", "1"
 
 @pytest.fixture(scope="module")
 def edit_model(tmp_path_factory):
-    from reference_edit import write_edit
+    from checkpoints import write_edit
 
     return write_edit(tmp_path_factory.mktemp("edit_cli") / "model", "edit_plus", transformer={"zero_cond_t": True})
 
@@ -32,7 +32,7 @@ def small_pictures(monkeypatch):
     from qwen_image_mlx import variants
 
     for name, row in variants.VARIANTS.items():
-        small = replace(row, encoder_area=row.encoder_area and 96**2, reference_area=128**2, target_area=128**2)
+        small = replace(row, encoder_area=row.encoder_area and 96**2, reference_area=64**2, target_area=128**2)
         monkeypatch.setitem(variants.VARIANTS, name, small)
 
 
@@ -69,6 +69,7 @@ def opened(result) -> Image.Image:
     return Image.open(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "size"), [
     ([], (160, 96)),  # about the model's area at the picture's aspect, in steps of 32
     (["--size", "source"], (150, 90)),
@@ -80,6 +81,7 @@ def test_sizes_of_an_edit(run, flags, size):
     assert opened(run("edit", "make it blue", "--image", "photo.png", *QUICK, *flags)).size == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["edit", "generate"])
 @pytest.mark.parametrize("extra", [[], ["--mask-padding", "8"], ["--strength", "1"]])
 def test_every_pixel_outside_the_mask_comes_back(run, command, extra):
@@ -92,12 +94,14 @@ def test_every_pixel_outside_the_mask_comes_back(run, command, extra):
     assert np.abs(result[~kept].astype(int) - source[~kept]).mean() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["edit", "generate"])
 def test_no_composite_gives_the_model_s_own_picture(run, command):
     result = opened(run(command, "a hat", "--image", "photo.png", "--mask", "mask.png", "--no-composite", *QUICK))
     assert result.size == (160, 96)
 
 
+@pytest.mark.reference
 def test_generate_paints_over_a_picture(run, reference):
     from reference_edit import TEXT_CLASSES, run_edit_reference
 
@@ -111,6 +115,7 @@ def test_generate_paints_over_a_picture(run, reference):
     assert np.abs(np.asarray(result).astype(int) - np.asarray(images[0]).astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_an_edit_is_painted_again_from_its_metadata(run):
     opened(
         run("edit", "a hat", "--image", "photo.png", "--image", "tall.png", "--size", "source", "-o", "a.png", *QUICK)
@@ -121,6 +126,7 @@ def test_an_edit_is_painted_again_from_its_metadata(run):
     assert (metadata["images"], metadata["size"]) == (["photo.png", "tall.png"], "source")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "flags"), [
     ("edit", ["--size", "80x48"]),
     ("edit", ["--width", "48", "--height", "80"]),
@@ -134,6 +140,7 @@ def test_every_way_of_painting_over_is_painted_again(run, command, flags):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folder_that_has_moved_is_painted_from_again(run, here, edit_model, monkeypatch):
     work = here / "work"
     work.mkdir()
@@ -150,6 +157,7 @@ def test_a_folder_that_has_moved_is_painted_from_again(run, here, edit_model, mo
     assert pixels[0] == pixels[1]
 
 
+@pytest.mark.slow
 def test_a_seed_nobody_chose_is_said(run):
     chosen = [*QUICK[:4], "--cfg-scale", "1", "--width", "64", "--height", "64"]
     code, (path,), err = run("generate", "a hat", *chosen)
@@ -165,12 +173,14 @@ def test_several_seeds_are_numbered_without_a_warning(run):
     assert "exists" not in err
 
 
+@pytest.mark.slow
 def test_painting_over_says_that_it_stretches(run):
     stretched = run("generate", "a hat", "--image", "photo.png", "--width", "64", "--height", "96", *QUICK)
     assert "stretched" in stretched[2]
     assert "stretched" not in run("generate", "a hat", "--image", "photo.png", *QUICK)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_of_a_photograph_is_applied(run, orientation):
     exif = Image.Exif()
@@ -181,6 +191,7 @@ def test_orientation_of_a_photograph_is_applied(run, orientation):
     assert result.size == ((90, 150) if turned else (150, 90))
 
 
+@pytest.mark.slow
 def test_transparency_is_laid_on_white_or_kept(run):
     image = Image.open("photo.png").convert("RGBA")
     alpha = Image.open("mask.png")
@@ -197,6 +208,7 @@ def test_transparency_is_laid_on_white_or_kept(run):
     np.testing.assert_array_equal(np.asarray(kept.getchannel("A")), np.asarray(alpha))
 
 
+@pytest.mark.slow
 def test_zero_cond_t_can_be_overridden(run):
     by_flag = {
         flag: np.asarray(opened(run("edit", "a hat", "--image", "photo.png", *flag, *QUICK)))
@@ -206,6 +218,7 @@ def test_zero_cond_t_can_be_overridden(run):
     assert not np.array_equal(by_flag[()], by_flag["--zero-cond-t", "off"])
 
 
+@pytest.mark.slow
 def test_a_cached_encoding_loads_no_encoder(run):
     first = run("edit", "a hat", "--image", "photo.png", "--cache", "-o", "a.png", *QUICK)
     second = run("edit", "a hat", "--image", "photo.png", "--cache", "-o", "b.png", *QUICK)
@@ -218,6 +231,7 @@ def test_a_cached_encoding_loads_no_encoder(run):
         assert "load text_encoder" in other[2], change
 
 
+@pytest.mark.slow
 def test_a_cache_knows_a_checkpoint_that_changed(run, here, edit_model):
     shutil.copytree(edit_model, "model")
     given = ["a hat", "--image", "photo.png", "--cache", "--model", "model", *QUICK]
@@ -228,6 +242,7 @@ def test_a_cache_knows_a_checkpoint_that_changed(run, here, edit_model):
     assert "load text_encoder" in run("edit", *given)[2]
 
 
+@pytest.mark.slow
 def test_a_cache_knows_how_the_encoder_was_packed(run):
     given = ["a hat", "--image", "photo.png", "--cache", *QUICK]
     run("edit", *given)
@@ -235,6 +250,7 @@ def test_a_cache_knows_how_the_encoder_was_packed(run):
     assert "load text_encoder" not in run("edit", *given, "--quantize", "transformer=8/32")[2]
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_entry_is_made_anew(run, here):
     run("generate", "a hat", "--width", 64, "--height", 64, "--cache", *QUICK)
     (entry,) = here.glob("cache/qwen-image-mlx/encodings/*.safetensors")
@@ -268,17 +284,26 @@ def test_the_cache_is_bounded(tmp_path, edit_model):
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def bomb(tmp_path_factory):
+    """A small file of very many pixels; made once, as that takes a second."""
+    path = tmp_path_factory.mktemp("bomb") / "bomb.png"
+    Image.new("1", (20000, 20000)).save(path)
+    return path
+
+
 @pytest.fixture
-def odd_files(here):
+def odd_files(here, bomb):
     Path("text.png").write_text("not a picture")
     Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:2000])
     Image.new("L", (150, 90), 0).save("black.png")
     Image.new("L", (150, 90), 255).save("white.png")
     Image.new("L", (75, 45), 128).save("small.png")
     Image.new("RGB", (3000, 10)).save("long.png")
-    Image.new("1", (20000, 20000)).save("bomb.png")
+    Path("bomb.png").symlink_to(bomb)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "says"), [
     (["--image", "none.png"], "none.png"),
     (["--image", "text.png"], "text.png"),
@@ -310,6 +335,7 @@ def test_bad_pictures(run, odd_files, here, flags, says):
     assert sorted(here.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_one_pixel_and_animated_pictures_are_edited(run):
     Image.new("RGB", (1, 1), "red").save("dot.png")
     assert opened(run("edit", "a hat", "--image", "dot.png", *QUICK)).size == (128, 128)
@@ -325,6 +351,7 @@ def test_models_and_commands_must_match(run, tiny, edit_model):
     assert "use edit" in error_line(run("generate", "a hat", "--model", edit_model, *QUICK))
 
 
+@pytest.mark.slow
 def test_many_pictures_are_said_to_be_costly(run):
     given = [flag for _ in range(3) for flag in ("--image", "photo.png")]
     assert "3 pictures are shown" in run("edit", "a hat", *given, *QUICK, "--steps", "1")[2]
@@ -365,6 +392,7 @@ def test_names_that_are_no_text_are_refused_before_any_work(run):
     assert "load" not in result[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"images": [1]}, {"images": [None]}, {"image_index": -1}, {"image_index": 10**30}, {"sigmas": ["a"]},
     {"sigmas": [[1]]},
@@ -392,6 +420,7 @@ def test_metadata_that_is_no_json_is_refused(run, text):
     assert "carries no parameters" in error_line(run("edit", "--from-image", "odd.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--mask", "mask.png"], ["--size", "source"]])
 def test_a_profile_of_srgb_changes_nothing(run, flags):
     from PIL import ImageCms
@@ -405,6 +434,7 @@ def test_a_profile_of_srgb_changes_nothing(run, flags):
     assert "icc_profile" not in result.info
 
 
+@pytest.mark.slow
 def test_the_model_sees_what_a_profile_means(run):
     from qwen_image_mlx.images.colour import _matrix_profile
     from qwen_image_mlx.images.sources import open_image

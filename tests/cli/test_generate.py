@@ -42,6 +42,7 @@ def run(here, tiny, capsys):
 # --- what it paints ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("size", "flags", "request_"), [
     ((64, 48), ["--negative-prompt", "blurry"], {"negative_prompt": "blurry", "cfg_scale": 4.0}),
     ((80, 112), ["--cfg-scale", "1"], {"cfg_scale": 1.0}),
@@ -74,6 +75,7 @@ def test_the_png_is_the_reference_s_within_one_level(run, reference, prompt, siz
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
+@pytest.mark.reference
 def test_num_images_are_the_reference_s_num_images_per_prompt(run, reference):
     from reference import run_reference
 
@@ -106,6 +108,7 @@ def test_default_size_is_the_first_bucket(monkeypatch, run):
 # --- files and metadata ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_picture_carries_its_parameters_and_can_be_painted_again(run, tiny):
     code, out, _ = run("generate", "a fox 🦊", *SMALL, "-n", "blurry", "--seed", 9, 10, "--num-images", 2, "-g", 2.5)
     assert (code, out) == (0, ["qwen-image.png", "qwen-image-1.png", "qwen-image-2.png", "qwen-image-3.png"])
@@ -124,6 +127,7 @@ def test_a_picture_carries_its_parameters_and_can_be_painted_again(run, tiny):
     assert Path("again.png").read_bytes() == Path("qwen-image-3.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_flags_win_over_a_picture_s_parameters(run):
     run("generate", "a fox", *SMALL, "--seed", 1, "-o", "one.png")
     _, (path,), _ = run("generate", "a wolf", "--from-image", "one.png", "--seed", 2, "--steps", 3, "-o", "two.png")
@@ -141,6 +145,7 @@ def test_an_existing_file_is_never_replaced(run):
     assert sorted(os.listdir()) == ["fox-1.png", "fox.png"]
 
 
+@pytest.mark.slow
 def test_output_may_be_a_directory_or_need_one(run):
     Path("pictures").mkdir()
     assert run("generate", "a fox", *SMALL, "-o", "pictures")[1] == ["pictures/qwen-image.png"]
@@ -168,6 +173,7 @@ def test_an_empty_prompt_is_painted_and_said(run):
     assert "prompt is empty" in err
 
 
+@pytest.mark.slow
 def test_a_prompt_over_the_limit_is_cut_and_said(run):
     code, _, err = run("generate", "one two three four " * 200, *SMALL, "--cfg-scale", 1)
     assert code == 0
@@ -193,7 +199,7 @@ def test_a_prompt_over_the_limit_is_cut_and_said(run):
     (["--num-images", "0"], "pictures"),
     (["--dtype", "int8"], "bfloat16"),
     (["--rng", "numpy"], "torch"),
-    (["--output", "fox.jpg"], "PNG"),
+    (["--output", "fox.bmp"], ".png"),
     (["--nonsense"], "--nonsense"),
     (["--from-image", "none.png"], "none.png"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
@@ -213,7 +219,7 @@ def test_info_of_what_is_no_picture_of_ours(run, content):
     assert "file.png" in error_line(run("info", "file.png"))
     Image.new("RGB", (8, 8)).save("foreign.png")
     assert "carries no parameters" in error_line(run("info", "foreign.png"))
-    assert "no file" in error_line(run("info", "none.png"))
+    assert "there is no picture none.png" in error_line(run("info", "none.png"))
 
 
 @pytest.mark.parametrize("metadata", ["[]", "{broken", '{"prompt": 3}', '{"prompt": "x", "steps": "a"}'])
@@ -331,6 +337,7 @@ def test_a_folder_that_is_not_there(run, model):
     assert model in error_line(run("generate", "a fox", *SMALL, model=model))
 
 
+@pytest.mark.process
 def test_no_network_and_nothing_cached(here, tiny):
     environment = {
         **os.environ,
@@ -377,6 +384,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_nothing_behind(run, here, monk
     assert not list(here.iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_is_ended_leaves_nothing(here, tiny, sent, code):
     process = subprocess.Popen(

@@ -11,6 +11,8 @@ from gpu_texts import BUSY, FAULTS, MEMORY, REFUSED, TIMEOUT, FailingGPU
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.cli.main import main
 
+pytestmark = pytest.mark.process
+
 GENERATE = ("generate", "a red circle on a blue background", "--model", "demo", "--steps", "2")
 EDIT = ("edit", "make the circle green", "--image", "circle.png", "--model", "demo-edit", "--steps", "2")
 DECOMPOSE = ("decompose", "circle.png", "--model", "demo-layered", "--layers", "2", "--prompt", "x", "--steps", "2")
@@ -88,7 +90,7 @@ def test_a_checkpoint_is_not_blamed(run, monkeypatch, place):
 
 
 def test_a_caption_meets_it_too(run, monkeypatch, tmp_path_factory):
-    from reference_edit import write_layered
+    from checkpoints import write_layered
 
     model = write_layered(tmp_path_factory.mktemp("captions") / "layered")
     gpu = FailingGPU(monkeypatch, REFUSED)

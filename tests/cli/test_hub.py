@@ -15,9 +15,9 @@ COMMAND = ["generate", "a fox", "--model", "someone/tiny", "--width", "64", "--h
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    from reference import write_text_to_image
+    from checkpoints import write_text_to_image
 
-    return write_text_to_image(tmp_path_factory.mktemp("hub") / "tiny", max_shard_size="300KB")
+    return write_text_to_image(tmp_path_factory.mktemp("hub") / "tiny", max_shard_size=300_000)
 
 
 def run(folder, endpoint, *flags):
@@ -28,6 +28,7 @@ def run(folder, endpoint, *flags):
     )  # fmt: skip
 
 
+@pytest.mark.process
 def test_only_what_painting_needs_is_fetched_and_then_never_again(tmp_path, sharded):
     (sharded / "README.md").write_text("a model card")
     with HubServer() as hub:
@@ -57,6 +58,7 @@ def test_only_what_painting_needs_is_fetched_and_then_never_again(tmp_path, shar
     assert commit in info.stdout
 
 
+@pytest.mark.slow
 def test_an_unknown_model_or_revision(tmp_path, sharded):
     with HubServer() as hub:
         assert "someone/tiny" in one_error(run(tmp_path, hub.url))
@@ -71,6 +73,7 @@ def one_error(done) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_loras_are_fetched_from_the_hub(tmp_path, sharded):
     from lora_files import TARGETS, write_lora
 
@@ -110,6 +113,7 @@ def test_loras_are_fetched_from_the_hub(tmp_path, sharded):
     assert (tmp_path / "offline.png").read_bytes()[-2000:] == pictures["someone/one"]
 
 
+@pytest.mark.process
 def test_a_plan_downloads_no_weights(tmp_path, sharded):
     with HubServer() as hub:
         hub.add("someone/tiny", sharded)
@@ -123,9 +127,10 @@ def test_a_plan_downloads_no_weights(tmp_path, sharded):
         assert not [path for path in hub.paths() if path.endswith(".safetensors")]
 
 
+@pytest.mark.process
 def test_a_plan_for_a_pack_on_the_hub_is_that_of_the_pack_on_disk(tmp_path):
     from qwen_image_mlx.pipeline.packing import quantize_checkpoint
-    from qwen_image_mlx.weights.quantize import Quantization
+    from qwen_image_mlx.weights.schemes import Quantization
     from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
     source = write_checkpoint(tmp_path / "source", TINY)

@@ -6,19 +6,17 @@ import json
 import math
 import re
 
-import foreign
 import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import matrix_shapes
-from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.shards import read_header
 from qwen_image_mlx.weights.snapshot import DEMO_ROOT
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
@@ -123,8 +121,12 @@ def test_an_all_in_one_file_is_described_by_its_parts(tiny, tmp_path, run):
     assert said["taken by"] == "--transformer, --text-encoder, --vae"
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("vision", [False, True])
 def test_text_encoders_of_llama_cpp_are_described(tiny, tmp_path, run, vision):
+    import foreign
+    import torch
+
     tensors = foreign.read(tiny / "text_encoder")
     tensors = {n: t for n, t in tensors.items() if n.startswith("visual.") == vision}
     if vision and not tensors:
@@ -201,6 +203,7 @@ def test_lora_inspect_takes_another_model_s_shapes(tiny, tmp_path, run):
     assert run("lora", "inspect", file)[0] == 2
 
 
+@pytest.mark.slow
 def test_a_single_file_s_memory_is_announced(tmp_path, run):
     """A file of the real width with holes for data: only its header is read."""
     from qwen_image_mlx.weights.mapping import expected_tensors

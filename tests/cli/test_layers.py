@@ -20,7 +20,7 @@ APART = [*QUICK, "--resolution", "96", "--seed", "3", "--prompt", "a fox"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    from reference_edit import write_edit, write_layered
+    from checkpoints import write_edit, write_layered
 
     folder = tmp_path_factory.mktemp("layers_cli")
     return {
@@ -91,6 +91,7 @@ def stacked(images) -> Image.Image:
     return result
 
 
+@pytest.mark.slow
 def test_a_picture_is_taken_apart(run):
     code, out, err = run("decompose", "photo.png", *APART)
     assert code == 0, err
@@ -112,6 +113,7 @@ def test_a_picture_is_taken_apart(run):
     assert float(psnr.split()[1]) == pytest.approx(10 * np.log10(255**2 / error), abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_second_run_gets_a_folder_of_its_own(run, layers):
     before = {path: path.read_bytes() for path in layers.iterdir()}
     code, (folder, _), err = run("decompose", "photo.png", "--layers", "1", "-o", layers, *APART)
@@ -120,6 +122,7 @@ def test_a_second_run_gets_a_folder_of_its_own(run, layers):
     assert "apart exists already" in err
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_both_keep_their_layers(run, layers, monkeypatch):
     from qwen_image_mlx.images import layer_files
 
@@ -139,6 +142,7 @@ def test_two_runs_at_once_both_keep_their_layers(run, layers, monkeypatch):
     assert [path.name for path in Path("raced").iterdir()] == ["other.txt"]
 
 
+@pytest.mark.slow
 def test_formats_are_chosen(run):
     code, (folder, _), err = run("decompose", "photo.png", "--format", "png,psd,ora,zip,pptx", *APART)
     assert code == 0, err
@@ -149,11 +153,13 @@ def test_formats_are_chosen(run):
         np.testing.assert_array_equal(pixels(composed), from_folder)
 
 
+@pytest.mark.slow
 def test_the_bucket_s_size_can_be_kept(run):
     _, (folder, _), _ = run("decompose", "photo.png", "--size", "bucket", *APART)
     assert Image.open(Path(folder, "layer_0.png")).size == size_of_area(96**2, (150, 100))
 
 
+@pytest.mark.slow
 def test_without_a_prompt_the_caption_is_recorded_and_cached(run):
     told = [*QUICK, "--resolution", "96", "--seed", "3", "--layers", "1", "--cache"]
     (_, (caption,), _) = run("caption", "photo.png", "--dtype", "float32")
@@ -168,6 +174,7 @@ def test_without_a_prompt_the_caption_is_recorded_and_cached(run):
     assert caption
 
 
+@pytest.mark.slow
 def test_captions_are_not_written_with_a_text_encoder_that_is_read_for_every_word(run):
     told = ["photo.png", *QUICK, "--resolution", "96", "--layers", "1", "--memory", "streamed"]
     assert "--prompt" in error_line(run("decompose", *told))
@@ -177,6 +184,7 @@ def test_captions_are_not_written_with_a_text_encoder_that_is_read_for_every_wor
         assert psnr.startswith("PSNR")
 
 
+@pytest.mark.slow
 def test_layers_are_laid_together_hidden_moved_and_scaled(run, layers):
     images = [Image.open(layers / f"layer_{n}.png") for n in range(3)]
     whole = opened(run("compose", layers))
@@ -195,6 +203,7 @@ def test_layers_are_laid_together_hidden_moved_and_scaled(run, layers):
     assert alpha[40:60, 60:90].max() > 0
 
 
+@pytest.mark.slow
 def test_edited_layers_keep_their_alpha_and_their_place(run, layers):
     before = {path: path.read_bytes() for path in layers.glob("layer_*.png")}
     edited = opened(run("edit", "make it red", "--layer", f"{layers}:2", *QUICK, "--seed", "1"))
@@ -207,12 +216,14 @@ def test_edited_layers_keep_their_alpha_and_their_place(run, layers):
     assert np.abs(pixels(opened(run("compose", layers))) - pixels(stacked(images))).max() <= 1
 
 
+@pytest.mark.slow
 def test_an_edited_layer_is_painted_again_from_what_it_was(run, layers):
     edited = opened(run("edit", "make it red", "--layer", f"{layers}:2", *QUICK, "--seed", "1"))
     again = opened(run("edit", "--from-image", edited.filename, "-o", "again.png"))
     np.testing.assert_array_equal(pixels(again), pixels(edited))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--size", "96x48"], ["--seed", "6", "7"], ["--num-images", "2"], ["--size", "1mp"]])
 def test_what_cannot_take_a_layer_s_place_needs_an_output(run, layers, flags):
     before = {path: path.read_bytes() for path in layers.iterdir()}
@@ -221,12 +232,14 @@ def test_what_cannot_take_a_layer_s_place_needs_an_output(run, layers, flags):
     assert run("edit", "make it red", "--layer", f"{layers}:2", "-o", "red.png", *QUICK, *flags)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_composition_that_cannot_be_blended_leaves_nothing(run, layers, here):
     before = sorted(here.rglob("*"))
     assert "num_inference_steps" in error_line(run("compose", layers, "--harmonize", "blend", "--steps", "0"))
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_an_edited_layer_can_go_elsewhere_and_is_painted_again(run, layers):
     manifest = (layers / "manifest.json").read_bytes()
     opened(run("edit", "make it red", "--layer", f"{layers}:1", "-o", "red.png", *QUICK, "--seed", "1"))
@@ -235,6 +248,7 @@ def test_an_edited_layer_can_go_elsewhere_and_is_painted_again(run, layers):
     assert Path("red.png").read_bytes() == Path("again.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_layer_is_taken_apart_again(run, layers):
     code, (folder, _), err = run("decompose", "--layer", f"{layers}:1", "--layers", "2", *APART)
     assert code == 0, err
@@ -242,6 +256,7 @@ def test_a_layer_is_taken_apart_again(run, layers):
     assert Image.open(Path(folder, "layer_1.png")).size == (150, 100)
 
 
+@pytest.mark.slow
 def test_a_composition_is_harmonized(run, layers):
     blend = ["--harmonize", "match light and seams", *QUICK, "--seed", "5"]
     result = opened(run("compose", layers, "--hide", "2", "-o", "all.png", *blend))
@@ -254,6 +269,7 @@ def test_a_composition_is_harmonized(run, layers):
     assert composed.size == (150, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "says"), [
     ((), "PHOTO"),
     (("photo.png", "--layer", "apart:1"), "one picture"),
@@ -278,6 +294,7 @@ def test_bad_requests(run, layers, here, arguments, says):
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "says"), [
     (("nowhere",), "nowhere"),
     (("photo.png",), "photo.png"),
@@ -296,12 +313,14 @@ def test_bad_compositions(run, layers, here, arguments, says):
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_models_must_be_layered(run, models, tiny):
     assert "use edit" in error_line(run("decompose", "photo.png", *APART, model=models["edit"]))
     assert "use generate" in error_line(run("decompose", "photo.png", *APART, model=tiny))
     assert "use decompose" in error_line(run("edit", "red", "--image", "photo.png", model=models["decompose"]))
 
 
+@pytest.mark.slow
 def test_a_manifest_never_leaves_its_folder(run, layers):
     manifest = json.loads((layers / "manifest.json").read_text())
     for file in ("../photo.png", str(Path("photo.png").resolve()), "gone.png"):
@@ -310,6 +329,7 @@ def test_a_manifest_never_leaves_its_folder(run, layers):
         assert "no such file" in error_line(run("compose", layers))
 
 
+@pytest.mark.slow
 def test_a_manifest_that_changed_meanwhile_keeps_the_edit(run, layers, monkeypatch):
     from qwen_image_mlx.images import recompose
 
@@ -325,6 +345,7 @@ def test_a_manifest_that_changed_meanwhile_keeps_the_edit(run, layers, monkeypat
     assert (layers / "layer_2-edited.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_distilled_lora_sets_how_pictures_are_taken_apart(run, models, here):
     from lora_files import write_lora
 
@@ -344,6 +365,7 @@ def test_a_distilled_lora_sets_how_pictures_are_taken_apart(run, models, here):
     assert parameters("--steps", "2", "--cfg-scale", "1.5") == (2, 1.5, 3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "layers.psd", "layers.ora", "layers.zip"])
 def test_info_describes_layers(run, here, capsys, name):
     code, (folder, _), err = run("decompose", "photo.png", "--layers", "2", "--format", "png,psd,ora,zip", *APART)
@@ -358,6 +380,7 @@ def test_a_picture_that_shows_nothing_has_no_caption(run, here):
     assert "transparent everywhere" in error_line(run("caption", "empty.png"))
 
 
+@pytest.mark.slow
 def test_a_picture_with_a_profile_is_one_picture_in_every_file(run, here):
     """Of a wide picture all that is made is as of the same picture in sRGB, and carries no profile."""
     from qwen_image_mlx.images.colour import _matrix_profile
@@ -381,6 +404,7 @@ def test_a_picture_with_a_profile_is_one_picture_in_every_file(run, here):
     assert made["ignored"] == made["plain"] != made["wide"]
 
 
+@pytest.mark.slow
 def test_layers_of_several_profiles_are_laid_together_in_srgb(run, layers):
     from qwen_image_mlx.images.colour import _matrix_profile
     from qwen_image_mlx.images.sources import open_rgba

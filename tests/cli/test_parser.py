@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from commands import error_line
 
+from qwen_image_mlx.cli.foreign import FOREIGN, answer
 from qwen_image_mlx.cli.main import build_parser, main
-from qwen_image_mlx.cli.parser import FOREIGN
 
 
 def parsed(*words):
@@ -54,7 +54,7 @@ def test_a_prompt_that_begins_with_a_dash_is_told_where_to_stand(capsys, words):
     (("generate", "x", "--stepz", "4"), "did you mean --steps? (see qwen-image-mlx generate --help)"),
     (("config", "shwo"), "did you mean show? (see qwen-image-mlx config --help)"),
     (("genrate", "x"), "did you mean generate?"),
-    (("generate", "x", "--negative", "3"), "did you mean --negative-prompt"),
+    (("generate", "x", "--negative", "3"), "give --negative-prompt"),
     (("serve", "--low-ram"), "give --memory auto"),
     (("quantize", "-q", "4"), "the following arguments are required"),
 ])  # fmt: skip
@@ -64,7 +64,7 @@ def test_what_is_meant_is_said(capsys, words, said):
 
 @pytest.mark.parametrize("flag", FOREIGN)
 def test_a_flag_of_another_program_is_answered_with_ours(capsys, flag):
-    assert f"; give {FOREIGN[flag]} (see" in refused(capsys, "generate", "x", flag, "1")
+    assert f"; {answer(flag)} (see" in refused(capsys, "generate", "x", flag, "1")
 
 
 def test_what_stands_in_for_them_is_a_flag_of_ours():

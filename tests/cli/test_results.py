@@ -46,6 +46,7 @@ def test_nobody_reading_is_no_fault(tmp_path, arguments):
         assert ended(tmp_path, *arguments, stdout=unread) == (141, "")
 
 
+@pytest.mark.process
 def test_a_closed_stdout_is_no_fault(tmp_path):
     closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *COMMAND, "config", "show"], capture_output=True, text=True,
                             cwd=tmp_path, check=False)  # fmt: skip
@@ -61,6 +62,7 @@ def test_ctrl_c_while_commands_are_imported(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.process
 def test_no_command_is_imported_before_ctrl_c_is_understood():
     names = "{name for name in sys.modules if name.startswith('qwen_image_mlx.cli.')}"
     said = subprocess.run([sys.executable, "-c", f"import sys, qwen_image_mlx.cli.main; print(*sorted({names}))"],
@@ -85,6 +87,7 @@ def encoded(folder, encoding, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "name", "said"), [
     ("ascii", "狐.png", rb"\u72d0.png"), ("latin-1", "Füchsin 🦊.png", b"F\xfcchsin \\U0001f98a.png"),
     ("ascii:strict", "é.png", rb"\xe9.png"), ("utf-8", os.fsdecode(b"\xff.png"), b"\xff.png"),
@@ -97,6 +100,7 @@ def test_a_name_that_cannot_be_printed_is_escaped(tmp_path, encoding, name, said
     assert code == 0, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["info", "a.png", "--json"], ["config", "show", "--json", "--config", "ü.toml"]],
                          ids=lambda value: value[0])  # fmt: skip
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -108,6 +112,7 @@ def test_json_stays_json(tmp_path, arguments, encoding):
     assert "ü🦊" in str(json.loads(out.decode(encoding)))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arguments", [PAINT, ["plan", "none"]], ids=["done", "refused"])
 @pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full"])
 def test_messages_that_cannot_be_written_undo_nothing(tmp_path, arguments, closed):

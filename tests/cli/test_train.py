@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import write_edit
 from commands import error_line, heeding
 from PIL import Image
-from reference_edit import write_edit
 
 from qwen_image_mlx.cli.main import main
 
@@ -55,6 +55,7 @@ def steps_of(folder="run"):
     return [json.loads(line)["step"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_lora_log_plot_samples_and_checkpoints(run):
     code, out, err = run(
         "--sample-every", 2, "--sample-prompt", "a fox", "--sample-prompt", "a hare", "--batch-size", 2,
@@ -73,6 +74,7 @@ def test_a_run_leaves_its_lora_log_plot_samples_and_checkpoints(run):
     assert Image.open("run/samples/step-000002.png").size == (2 * 64 + 8, 64)
 
 
+@pytest.mark.slow
 def test_the_result_paints_and_says_how_it_was_trained(run, capsys, tiny):
     run()
     code = main(["generate", "a fox", "--model", str(tiny), "--lora", "run/lora.safetensors", "--width", "64",
@@ -85,6 +87,7 @@ def test_the_result_paints_and_says_how_it_was_trained(run, capsys, tiny):
     assert "4" in said
 
 
+@pytest.mark.slow
 def test_full_training_leaves_a_model(run, capsys):
     code, out, _ = run("--full", "--ema", "0.5", "--learning-rate", "1e-3")
     assert (code, out) == (0, ["run/model"])
@@ -92,6 +95,7 @@ def test_full_training_leaves_a_model(run, capsys):
     assert (code, capsys.readouterr().out.splitlines()) == (0, ["qwen-image.png"])
 
 
+@pytest.mark.slow
 def test_resume_goes_on(run):
     run()
     assert "is not empty" in error_line(run())
@@ -100,6 +104,7 @@ def test_resume_goes_on(run):
     assert steps_of() == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_damaged_log_is_passed_over_where_it_is_damaged(run):
     run()
     log = Path("run/log.jsonl")
@@ -145,6 +150,7 @@ def test_every_fault_is_one_line(run, arguments, said):
     assert not Path("run").exists(), "found before any work"
 
 
+@pytest.mark.slow
 def test_a_model_of_another_task_is_refused(run, edit_model, tmp_path, data):
     assert "is trained for edit, not for t2i" in error_line(run("--task", "t2i", model=edit_model))
     assert "training edit needs one" in error_line(run(model=edit_model))
@@ -167,6 +173,7 @@ def test_a_loss_that_is_no_number_is_one_line(run):
     assert "last good checkpoint is run/checkpoints/step-" in line
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_is_ended_saves_and_a_second_run_goes_on(tmp_path, tiny, data, sent, code):
     command = [sys.executable, "-m", "qwen_image_mlx", "train", "--model", tiny, "--data", data, "--output", "run"]

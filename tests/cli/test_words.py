@@ -41,6 +41,7 @@ def test_a_dash_is_the_prompt_on_stdin(run, stdin, prompt):
     assert read_metadata("qwen-image.png")["prompt"] == prompt
 
 
+@pytest.mark.slow
 def test_many_pictures_and_layers_read_it_too(run):
     code, out, err = run("generate", "-", *DEMO, "--seeds", "1-2", stdin="a red circle")
     assert (code, len(out)) == (0, 2), err
@@ -63,6 +64,7 @@ def test_a_negative_prompt_is_not_read_from_stdin(run):
     assert "only a prompt is read from stdin" in error_line(run("generate", "x", "-n", "-", *DEMO, stdin="x"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [[-1], [7, -1]])
 def test_a_random_seed_is_said_and_recorded(run, seeds):
     code, out, err = run("generate", "a red circle", *DEMO, "--seed", *seeds)
@@ -72,6 +74,7 @@ def test_a_random_seed_is_said_and_recorded(run, seeds):
     assert ", ".join(map(str, seeds[:-1])) in line
 
 
+@pytest.mark.slow
 def test_random_seeds_of_other_commands(run):
     Image.new("RGB", (64, 64), "red").save("a.png")
     code, _, err = run("decompose", "a.png", "--prompt", "x", "--model", "demo-layered", "--steps", 2, "--seed", -1)
@@ -83,6 +86,7 @@ def test_random_seeds_of_other_commands(run):
         assert "seed is -1, a random one" in error_line(run("generate", *flags, *DEMO))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("output", "names"), [
     ("out-{seed}.png", ["out-3.png", "out-3-1.png", "out-9.png", "out-9-1.png"]),
     ("{seed}/a.png", ["3/a.png", "3/a-1.png", "9/a.png", "9/a-1.png"]),
@@ -97,6 +101,7 @@ def test_a_name_may_hold_the_seed(run, output, names):
     assert Image.open("again.png").tobytes() == Image.open(names[3]).tobytes()
 
 
+@pytest.mark.slow
 def test_a_folder_of_layers_may_hold_the_seed(run):
     Image.new("RGB", (64, 64), "red").save("a.png")
     code, out, _ = run("decompose", "a.png", "--prompt", "x", "--model", "demo-layered", "--steps", 2, "--seed", 5,
@@ -105,8 +110,10 @@ def test_a_folder_of_layers_may_hold_the_seed(run):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["generate", "x", *DEMO, "--output", "{prompt}.png"], "--output has {prompt}, but only {seed} is filled in"),
-    (["generate", "x", *DEMO, "--output", "{}.png"], "--output has {}, but only {seed} is filled in"),
+    (["generate", "x", *DEMO, "--output", "{date}.png"],
+     "--output has {date}, but only {seed}, {index}, {prompt} are filled in"),
+    (["generate", "x", *DEMO, "--output", "{}.png"],
+     "--output has {}, but only {seed}, {index}, {prompt} are filled in"),
     (["generate", "x", *DEMO, "--seeds", "1-2", "--output", "{seed}"], "--output has {seed}, but there"),
     (["compose", "a", "--output", "{seed}.png"], "--output has {seed}, but there is not one seed"),
 ])  # fmt: skip
@@ -114,6 +121,7 @@ def test_other_placeholders_are_refused(run, arguments, said):
     assert said in error_line(run(*arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "warned"), [
     (["-n", "blue", "--cfg-scale", "1"], True), (["-n", "blue", "--cfg-scale", "2"], False),
     (["--cfg-scale", "1"], False), (["-n", " ", "--cfg-scale", "1"], False),
@@ -133,6 +141,7 @@ def test_a_model_without_a_captioner_says_so(run, model):
     assert "download" not in said
 
 
+@pytest.mark.slow
 def test_a_generated_image_is_not_an_edit(run):
     run("generate", "a red circle", *DEMO)
     said = error_line(run("edit", "--from-image", "qwen-image.png", "--model", "demo-edit"))

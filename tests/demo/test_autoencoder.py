@@ -9,17 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import torch
 from demo import autoencoder, fast
 from demo.autoencoder import Autoencoder, Trainer, held_out_pictures, module_weights, to_signed, training_pictures
 from demo.checkpoint import write_component
-from diffusers import AutoencoderKLQwenImage
 from mlx.utils import tree_flatten
 
 from qwen_image_mlx.config import VAEConfig
 from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors
+
+pytestmark = pytest.mark.demo
 
 TINY = VAEConfig(base_dim=4)
 
@@ -115,8 +115,12 @@ def test_training_pictures_are_repeatable_and_layers_are_among_them():
     assert 2 < opaque.sum() < 14
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("channels", [3, 4])
 def test_diffusers_and_our_pipeline_decode_the_files_alike(tmp_path, channels):
+    import torch
+    from diffusers import AutoencoderKLQwenImage
+
     config = replace(TINY, input_channels=channels)
     model = Autoencoder(config)
     config = autoencoder.with_statistics(model, config, count=50)

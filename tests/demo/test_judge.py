@@ -9,6 +9,8 @@ import pytest
 from demo.judge import judge_edits, judge_layers, judge_paintings
 from demo.scenes import COLOURS, Scene, Thing, draw_scene, recolour
 
+pytestmark = pytest.mark.demo
+
 SCENES = [draw_scene(np.random.default_rng(n), held_out=True) for n in range(30)]
 
 

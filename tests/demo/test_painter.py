@@ -5,16 +5,16 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from demo import painter
 from demo.autoencoder import Autoencoder, module_weights
 from demo.checkpoint import pack, transformer_config, write_component, write_frame
 from demo.samples import EMPTY, Frame, Samples, decompositions, draw_edits, draw_scenes, edits, paintings, rendered
-from diffusers import QwenImageTransformer2DModel
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.config import VAEConfig
 from qwen_image_mlx.weights import snapshot
+
+pytestmark = pytest.mark.demo
 
 MODELS = ("demo", "demo-edit", "demo-layered")
 VAES = {model: VAEConfig(base_dim=4, input_channels=4 if model == "demo-layered" else 3) for model in MODELS}
@@ -113,8 +113,12 @@ def test_training_lowers_the_loss_of_what_it_sees(samples, monkeypatch):
     assert np.mean(losses[-4:]) < 0.85 * np.mean(losses[:4])
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("model", MODELS)
 def test_diffusers_reads_the_written_transformer(model, samples, tmp_path):
+    import torch
+    from diffusers import QwenImageTransformer2DModel
+
     network, config = moved(model), transformer_config(model)
     trainer = painter.new_trainer(network, lambda step: [], 1000)
     write_component(tmp_path, "transformer", config, painter.file_weights(trainer), mx.float32)

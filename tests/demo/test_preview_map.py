@@ -12,6 +12,8 @@ from demo.samples import Frame
 from qwen_image_mlx.pipeline.components import Components
 from qwen_image_mlx.weights.snapshot import HubSnapshot
 
+pytestmark = pytest.mark.demo
+
 
 @pytest.mark.parametrize(("model", "channels", "likeness"), [("demo", 3, 0.98), ("demo-layered", 4, 0.75)])
 def test_the_package_s_map_is_the_fit(model, channels, likeness, monkeypatch):

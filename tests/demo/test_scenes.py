@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from demo.scenes import COLOURS, SHAPES, Thing, analyse, coverage, draw_scene, flatten, is_held_out, recolour
 
+pytestmark = pytest.mark.demo
+
 
 def scenes(count: int, **options):
     rng = np.random.default_rng(1)

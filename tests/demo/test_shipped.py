@@ -15,6 +15,8 @@ from PIL import Image
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.cli.main import main
 
+pytestmark = pytest.mark.demo
+
 JUDGED = 100
 SEED = 12  # not that of the pictures which the training was watched with
 

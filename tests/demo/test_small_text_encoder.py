@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from demo.autoencoder import Autoencoder, module_weights
 from demo.checkpoint import write_frame
 from demo.samples import Frame
 from demo.scenes import COLOURS, PLACES, SHAPES, draw_scene
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.config import VAEConfig
+
+pytestmark = pytest.mark.demo
 
 TINY = VAEConfig(base_dim=4)
 
@@ -26,7 +26,11 @@ def frames(tmp_path_factory):
     return folder
 
 
+@pytest.mark.reference
 def test_transformers_reads_the_same_language_model(frames):
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(frames / "demo" / "text_encoder", dtype=torch.float32)
     tokenizer = Qwen2Tokenizer.from_pretrained(frames / "demo" / "tokenizer")
     frame = Frame(frames / "demo")

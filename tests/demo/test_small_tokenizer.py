@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import checkpoints
 import numpy as np
 import pytest
-import reference
-import transformers
 from demo.scenes import draw_scene, recolour
 from demo.tokenizer import WORDS, demo_tokens, write_tokenizer
 
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
 from qwen_image_mlx.variants import VARIANTS
+
+pytestmark = pytest.mark.demo
 
 
 def opened(folder) -> QwenTokenizer:
@@ -26,7 +27,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return opened(reference.write_tokenizer(tmp_path_factory.mktemp("whole"), tokenizer_json=True))
+    return opened(checkpoints.write_tokenizer(tmp_path_factory.mktemp("whole"), tokenizer_json=True))
 
 
 def test_templates_drop_as_many_tokens_as_they_really_have(small):
@@ -51,14 +52,18 @@ def test_any_text_comes_back(small):
     assert opened(small).decode(opened(small).encode(text).ids) == text
 
 
+@pytest.mark.reference
 def test_it_is_small_and_numbered_without_gaps(small):
     added = write_tokenizer(small)
     assert len(demo_tokens()) < 1000
     assert sorted(added.values()) == [*range(len(demo_tokens()), len(demo_tokens()) + len(added))]
-    assert demo_tokens()[:256] == list(reference._ranks())[:256]
+    assert demo_tokens()[:256] == list(checkpoints.ranks())[:256]
 
 
+@pytest.mark.reference
 def test_transformers_reads_it_to_the_same_ids(small):
+    import transformers
+
     tokenizer = transformers.Qwen2Tokenizer.from_pretrained(small)
     text = VARIANTS["QwenImageEditPlusPipeline"].template.text.format(prompt="make the circle green, please: Ünicode")
     assert tokenizer(text)["input_ids"] == opened(small).encode(text).ids

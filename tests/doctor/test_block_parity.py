@@ -11,6 +11,8 @@ from qwen_image_mlx.doctor.outcome import FALSIFY, Outcome
 from qwen_image_mlx.doctor.parts import PARTS
 from qwen_image_mlx.weights.synthetic import FULL
 
+pytestmark = pytest.mark.slow
+
 NAMES = [part.cases[0].name for part in PARTS]
 SMALL = [part for part in PARTS if part.cases[0].name.startswith(("vision", "vae"))]
 every_part = pytest.mark.parametrize("part", PARTS, ids=NAMES)
@@ -92,7 +94,7 @@ def test_widths_are_real():
     }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @every_part
 def test_parts_are_right_at_the_shapes_of_a_gpu(part):
     assert checked(part, large=True).findings == []

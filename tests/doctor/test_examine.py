@@ -13,6 +13,8 @@ from qwen_image_mlx.doctor.groups import GOLDEN, GROUPS, Group, group_named
 from qwen_image_mlx.doctor.outcome import CRASH, HANG
 from qwen_image_mlx.errors import CheckpointError
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
@@ -50,7 +52,7 @@ def test_an_unforeseen_error_is_told(temporary):
 
 
 def test_what_a_group_refuses_is_an_error(temporary):
-    with pytest.raises(CheckpointError, match="the golden file .* cannot be read, it is not there"):
+    with pytest.raises(CheckpointError, match=r"the golden file .* cannot be read, it is not there"):
         examine.examine([GOLDEN], {}, {"golden": str(temporary / "none"), "model": "demo"}, lambda *_: None)
 
 

@@ -14,6 +14,8 @@ import pytest
 from qwen_image_mlx.doctor.golden import FORMAT, PARTS, THUMBNAIL, VALUES, read_golden, run
 from qwen_image_mlx.errors import CheckpointError
 
+pytestmark = pytest.mark.reference
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_golden.py"
 STAGES = ["text", "text-negative", "noise", "latents-1", "latents-2", "latents-3", "picture"]
 
@@ -83,7 +85,7 @@ def test_a_falsified_tensor_is_found_at_its_stage(golden, tiny, tmp_path, part, 
     outcome = compared(golden, model)
     found = outcome.as_dict()
     assert found["verdict"] == "wrong"
-    assert found["sentence"].startswith(f"first departure: {stage} departs from the reference by ")
+    assert found["sentence"].startswith(f"{model}: first departure: {stage} departs from the reference by ")
 
 
 def test_another_seed_is_found_in_the_noise(golden, tiny, tmp_path):

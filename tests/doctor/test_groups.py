@@ -63,6 +63,7 @@ def test_free_memory_is_what_plans_are_made_with(tmp_path, monkeypatch):
     assert env.run({"folder": str(tmp_path)}).figures["machine"]["free_memory_bytes"] == 123
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gib", "recommended", "forms"), [
     (8, 5.73, ("streamed", "streamed once saved quantized", "streamed once saved quantized")),
     (16, 11.45, ("streamed", "streamed once saved quantized", "staged")),
@@ -83,6 +84,7 @@ def test_what_fits_a_mac_is_what_can_run_there(tmp_path, monkeypatch, gib, recom
     assert outcome.summary.endswith(f"as planned: bf16 {forms[0]}; 8 bits {forms[1]}; 4 bits {forms[2]}")
 
 
+@pytest.mark.slow
 def test_what_fits_nowhere_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "usable_memory", lambda: 1 << 30)
     assert {plan["fits"] for plan in fits.run({"folder": str(tmp_path)}).figures["plans"].values()} == {"too large"}
@@ -198,6 +200,7 @@ def test_streamed_bytes_are_those_of_the_readme():
     assert disk.streamed_bytes() / 1e9 == pytest.approx(27.0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_cancelling_takes_a_few_blocks():
     block_s, latency = faults.cancelled_chain()
     assert 0 < latency < faults._MOST_BLOCKS * block_s + 0.5
@@ -235,6 +238,7 @@ def test_plans_of_other_widths(tmp_path):
     assert narrow < measure.planned(tmp_path / "wide", "denoise", work)
 
 
+@pytest.mark.slow
 def test_the_decoder_runs_with_winograd_and_without(tmp_path, monkeypatch):
     said = []
     decode = vae.decode

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.images.canvas import crop_region, feathered, fill, plan_canvas
@@ -24,8 +21,11 @@ def picture(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
+@pytest.mark.reference
 @given(width=SIDES, height=SIDES, area=st.sampled_from([384**2, 640**2, 1024**2]))
 def test_areas_are_the_reference_s(width, height, area):
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+
     if max(width, height) > 200 * min(width, height):
         with pytest.raises(RequestError, match="too long"):
             size_of_area(area, (width, height))
@@ -42,16 +42,22 @@ def test_area_goldens(size, area, golden):
     assert size_of_area(area, size) == golden
 
 
+@pytest.mark.reference
 @given(width=SIDES, height=SIDES, limit=st.sampled_from([1003520, 12845056]))
 def test_vision_sizes_are_the_reference_s(width, height, limit):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
     if max(width, height) > 200 * min(width, height):
         return
     h, w = smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=limit)
     assert vision_size((width, height), 28, 3136, limit) == (w, h)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("size", [(56, 56), (100, 300), (513, 77)])
 def test_patches_are_the_processor_s(size):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
     image = picture(*size)
     prepared = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 12845056})(
         images=[image], return_tensors="np"
@@ -64,7 +70,10 @@ def test_patches_are_the_processor_s(size):
         np.testing.assert_allclose(ours, theirs[:, :, tap].reshape(len(ours), -1), atol=1e-5)
 
 
+@pytest.mark.reference
 def test_pixels_and_masks_are_the_vae_processor_s():
+    from diffusers.image_processor import VaeImageProcessor
+
     image, mask = picture(150, 90), picture(150, 90, 1).convert("L")
     pixels = VaeImageProcessor(vae_scale_factor=16).preprocess(image, height=64, width=96).numpy()
     np.testing.assert_allclose(np.array(to_pixels(image, (96, 64))), pixels.transpose(0, 2, 3, 1), atol=1e-6)
@@ -74,12 +83,15 @@ def test_pixels_and_masks_are_the_vae_processor_s():
     np.testing.assert_array_equal(to_mask(mask, (96, 64)), masks[0, 0].numpy())
 
 
+@pytest.mark.reference
 @given(
     box=st.tuples(st.integers(0, 140), st.integers(0, 80), st.integers(1, 60), st.integers(1, 40)),
     size=st.sampled_from([(64, 64), (128, 64), (64, 160)]),
     padding=st.integers(0, 40),
 )
 def test_crops_are_the_reference_s(box, size, padding):
+    from diffusers.image_processor import VaeImageProcessor
+
     mask = np.zeros((90, 150), np.uint8)
     mask[box[1] : box[1] + box[3], box[0] : box[0] + box[2]] = 255
     image = Image.fromarray(mask)
@@ -87,8 +99,11 @@ def test_crops_are_the_reference_s(box, size, padding):
     assert crop_region(image, size, padding) == expected
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("size", [(64, 64), (128, 48), (48, 128), (150, 90)])
 def test_filling_is_the_reference_s(size):
+    from diffusers.image_processor import VaeImageProcessor
+
     image = picture(150, 90)
     expected = VaeImageProcessor()._resize_and_fill(image, *size)
     np.testing.assert_array_equal(np.asarray(fill(image, size)), np.asarray(expected))

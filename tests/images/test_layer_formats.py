@@ -169,6 +169,7 @@ def test_the_slide_has_every_layer_on_its_place(saved):
         assert amounts == ([] if layer.opacity == 1 else [str(round(layer.opacity * 100_000))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "unit"), [
     ((1000, 500), 9525), ((1, 1), 914_400), ((20, 1000), 914_400 / 20), ((30_000, 600), 51_206_400 / 30_000),
 ])  # fmt: skip

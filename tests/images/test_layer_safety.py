@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from contextlib import suppress
@@ -23,7 +25,7 @@ from test_layer_formats import as_is, ora, psd
 from test_layer_stacks import noise, plain
 
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.images import layer_archives, layer_documents
+from qwen_image_mlx.images import layer_archives, layer_documents, layer_files
 from qwen_image_mlx.images.layer_files import FORMATS, load_layers, save_layers
 from qwen_image_mlx.images.layers import MAX_SIDE
 
@@ -70,8 +72,8 @@ def rewrite(folder: Path, **changes) -> None:
     ({"layers": [{"file": "layer_0.png\0"}]}, "no such file"),
     ({"layers": [{"file": "\ud83d"}]}, "no such file"),
     ({"layers": [{"file": "x" * 100_000}]}, "no such file"),
-    ({"layers": [{"file": "manifest.json"}]}, "manifest.json in .* is no PNG"),
-    ({"layers": [{"file": "photo.jpg"}]}, "is no PNG"),
+    ({"layers": [{"file": "manifest.json"}]}, "manifest.json in .* is not an image"),
+    ({"layers": [{"file": "photo.jpg"}]}, r"is not an image in a format that can be read \(PNG\)"),
     ({"layers": [{"file": "layer_0.png"}] * 1001}, "from 1 to 1000"),
     ({"layers": [{"file": "layer_0.png", "size": [9, 6]}]}, r"is \[8, 6\] px, but manifest.json says \[9, 6\]"),
     ({"layers": [{"file": "layer_0.png", "size": "big"}]}, "manifest.json says"),
@@ -88,6 +90,7 @@ def rewrite(folder: Path, **changes) -> None:
     ({"size": [8]}, "size"),
     ({"size": [MAX_SIDE + 1, 8]}, "size"),
     ({"size": [8.0, 6]}, "size"),
+    ({"size": [MAX_SIDE, MAX_SIDE]}, "at most 150,000,000 pixels"),
     ({"size": None}, "size"),
     ({"order": "front to back"}, "'back to front'"),
     ({"manifest_version": 2}, "update this program"),
@@ -139,9 +142,11 @@ BAD_PNGS = {
     "without pixels": png(0, 0),
     "a text that grows": png(8, 6, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100 << 20)))),
     "wrong data": png(8, 6),
+    "texts that grow": png(8, 6, *[chunk(b"tEXt", b"a\0" + bytes(1 << 20))] * 65),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", BAD_PNGS.values(), ids=BAD_PNGS)
 def test_bad_pngs_are_refused(folder, tmp_path, data):
     (folder / "layer_1.png").write_bytes(data)
@@ -165,6 +170,7 @@ OUTSIDE = """<?xml version="1.0"?><!DOCTYPE image [<!ENTITY a SYSTEM "file:///et
 <image w="8" h="6"><stack><layer src="a.png" name="&a;"/></stack></image>"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("xml", "says"), [
     (LAUGHS, "document type"),
     (OUTSIDE, "document type"),
@@ -176,6 +182,7 @@ OUTSIDE = """<?xml version="1.0"?><!DOCTYPE image [<!ENTITY a SYSTEM "file:///et
     ("<?xml version='1.0' encoding='wrong'?><image/>", "cannot be read"),
     ("<?xml version='1.0'?><image w='8'><stack><layer src='a.png'/></stack></image>", "h=None"),
     ("<?xml version='1.0'?><image w='8' h='0'><stack><layer src='a.png'/></stack></image>", "canvas"),
+    ("<?xml version='1.0'?><image w='30000' h='30000'><stack><layer src='a.png'/></stack></image>", "at most 150"),
     ("<?xml version='1.0'?><image w='8' h='1e9'><stack><layer src='a.png'/></stack></image>", "h='1e9'"),
     (ONE.format('opacity="nan"'), "a.png in .*x.ora: .*opacity"),
     (ONE.format('opacity="inf"'), "opacity"),
@@ -231,6 +238,7 @@ def test_a_zip_may_name_a_file_nothing(tmp_path):
     assert [layer.name for layer in load_layers(path).layers] == ["layer_0"]
 
 
+@pytest.mark.slow
 def test_zip_bombs_are_refused(tmp_path):
     assert "longer than" in refusal(zipped(tmp_path / "x.zip", {"manifest.json": bytes(5 << 20)}))
     many = {f"layer_{n}.png": b"" for n in range(10_001)}
@@ -241,10 +249,53 @@ def test_zip_bombs_are_refused(tmp_path):
         assert says in refusal(path)
 
 
-def test_a_zip_gives_no_more_than_it_claims(tmp_path):
-    path = zipped(tmp_path / "x.zip", {"layer_0.png": bytes(50 << 20)})
-    path.write_bytes(path.read_bytes().replace(struct.pack("<I", 50 << 20), struct.pack("<I", 1000)))
-    assert "cannot be read" in refusal(path)
+def test_layers_have_a_bound_and_other_files_none(tmp_path):
+    for name, begins in (("x.psd", b"8BPS"), ("x.safetensors", b"")):
+        with open(tmp_path / name, "wb") as file:
+            file.write(begins)
+            file.truncate((2 << 30) + 1)
+    assert "more than the 2,147 MB" in refusal(tmp_path / "x.psd")
+    assert not layer_files.is_layers(tmp_path / "x.safetensors")
+
+
+PACKINGS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+GROWTH = """
+import resource, sys
+from qwen_image_mlx.images.layer_files import load_layers
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (10 if sys.platform == "darwin" else 0)
+before = peak()
+try:
+    load_layers(sys.argv[1])
+except Exception as error:
+    print(f"{error} {peak() - before}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compression", PACKINGS[1:])
+def test_a_zip_gives_no_more_than_it_claims(tmp_path, compression):
+    size = 300_000_001
+    path = zipped(tmp_path / "x.zip", {"layer_0.png": bytes(size)}, compression)
+    path.write_bytes(path.read_bytes().replace(struct.pack("<I", size), struct.pack("<I", 1000)))
+    done = subprocess.run([sys.executable, "-c", GROWTH, path], capture_output=True, text=True, timeout=60)
+    message, _, kilobytes = done.stdout.strip().rpartition(" ")
+    assert "cannot be read" in message or "not an image" in message, done.stderr
+    assert int(kilobytes) < 200_000
+
+
+@pytest.mark.parametrize("damage", ["many files", "a list by zip64"])
+def test_a_zip_s_list_of_files_is_bounded_before_it_is_read(tmp_path, monkeypatch, damage):
+    path = zipped(tmp_path / "x.zip", {"layer_0.png": WHOLE.getvalue()})
+    data = bytearray(path.read_bytes())
+    end = data.rindex(b"PK\5\6")
+    if damage == "many files":
+        data[end + 12 : end + 16] = struct.pack("<I", 5 << 20)
+    else:
+        data[end:end] = b"PK\6\7" + bytes(16)
+    path.write_bytes(data)
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(RequestError, match="holds more than 10,000 files"):
+        layer_archives.read_zip(path)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -258,7 +309,7 @@ def test_duplicates_in_a_zip_are_one_file(tmp_path):
     assert layer.image == plain("blue")
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("compression", PACKINGS)
 def test_damaged_zips_are_refused(tmp_path, compression):
     path = zipped(tmp_path / "x.zip", {"layer_0.png": WHOLE.getvalue()}, compression)
     load_layers(path)
@@ -299,7 +350,7 @@ def test_what_may_not_be_read_is_refused(folder):
 @pytest.mark.parametrize(("data", "says"), [
     (b"8BPS", "cannot be read as a PSD"),
     (b"8BPS" + bytes(500), "cannot be read as a PSD"),
-    (b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 4, 30_000, 30_000, 8, 3) + bytes(14), "more than"),
+    (b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 4, 30_000, 30_000, 8, 3) + bytes(14), "at most"),
 ])  # fmt: skip
 def test_psds_that_are_none_are_refused(tmp_path, data, says):
     (tmp_path / "x.psd").write_bytes(data)
@@ -321,6 +372,7 @@ def test_cut_psds_are_refused(saved, tmp_path):
         assert "cannot be read as a PSD" in refusal(tmp_path / "x.psd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READABLE)
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None, derandomize=True)

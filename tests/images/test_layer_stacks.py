@@ -75,6 +75,7 @@ def oracle(stack: LayerStack) -> np.ndarray:
     return result
 
 
+@pytest.mark.slow
 @given(stacks())
 @settings(max_examples=150, deadline=None)
 def test_layers_lie_over_each_other_as_the_formula_says(stack):
@@ -111,6 +112,7 @@ def test_one_layer_keeps_its_pixels(stack):
     assert not result[image[..., 3] == 0].any()
 
 
+@pytest.mark.slow
 @given(stacks(), st.integers(1, 40))
 def test_bands_leave_no_trace(stack, size):
     whole = composite(stack)
@@ -134,6 +136,7 @@ def test_layers_can_be_hidden():
     assert all(layer.visible for layer in stack.layers), "a stack never changes"
 
 
+@pytest.mark.slow
 @given(stacks(), st.integers(-20, 20), st.integers(-20, 20))
 def test_moving_there_and_back_changes_nothing(stack, dx, dy):
     last = len(stack.layers) - 1
@@ -263,6 +266,7 @@ def test_the_contact_sheet_shows_clear_parts_as_a_checkerboard():
     assert colours == {(204, 204, 204), (255, 255, 255)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 40])
 @pytest.mark.parametrize("size", [(30, 20), (1500, 1000), (29_000, 3), (3, 29_000)])
 def test_the_contact_sheet_is_never_too_large(count, size):

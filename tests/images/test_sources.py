@@ -86,6 +86,17 @@ def test_what_is_no_picture_is_said(source, says):
         open_image(source)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, OverflowError, EOFError, IndexError, MemoryError])
+def test_whatever_a_decoder_raises_is_one_sentence(tmp_path, monkeypatch, error):
+    def fails(*_, **__):
+        raise error("not implemented")
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", fails)
+    with pytest.raises(RequestError, match=r"a.png cannot be read as a picture: not implemented"):
+        open_image(tmp_path / "a.png")
+
+
 def test_a_picture_that_breaks_off_when_it_is_loaded(tmp_path):
     (tmp_path / "cut.png").write_bytes(encoded(Image.fromarray(COLOURS))[:200])
     with pytest.raises(RequestError, match="cannot be read"):

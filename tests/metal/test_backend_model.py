@@ -241,6 +241,7 @@ def test_no_kernel_holds_the_gpu_for_seconds(image, text, references):
     assert seconds <= 0.7
 
 
+@pytest.mark.slow
 def test_the_autoencoder_takes_what_it_took():
     """1.41 GB to decode 1024x1024, because few bands are under way at once: 2.6 if all were."""
     for limit in (None, 1.5e9):

@@ -52,6 +52,7 @@ def modelled(graph, *arguments):
     return max(replay(made, Machine(ops=count, elements=count << 20)).peak for count in (40, 50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residency", RESIDENCIES, ids=lambda residency: residency.name)
 @pytest.mark.parametrize(
     ("side", "guided"),
@@ -84,6 +85,7 @@ def test_an_edit_s_plan_covers_the_model_of_metal(opened, references):
     assert encode.resident + modelled("encode", 1024, 1024) <= encode.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [512, 1024, 1328, 2048])
 def test_one_strip_is_planned_as_the_model_says(opened, side):
     plan = make_plan(opened("QwenImagePipeline"), Work(width=side, height=side), strip_pixels=side * side)
@@ -130,6 +132,7 @@ def plan_on(components, work, budget):
     return memory._first_that_fits(planners, budget)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gib", MACS)
 def test_what_fits_a_mac(opened, mac, gib):
     budget = mac(gib)
@@ -143,6 +146,7 @@ def test_what_fits_a_mac(opened, mac, gib):
         assert chosen.fits(budget) == (not plan.needs_pack), bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gib", MACS)
 @pytest.mark.parametrize("title", MODELS)
 def test_everything_fits_every_mac(opened, mac, title, gib):
@@ -150,6 +154,7 @@ def test_everything_fits_every_mac(opened, mac, title, gib):
     assert all(plan_on(opened(pipeline, bits), work, budget).peak <= budget for bits in QUANTIZATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gib", MACS)
 def test_readme_s_table_follows_from_the_plans(opened, mac, gib):
     budget = mac(gib)

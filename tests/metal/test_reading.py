@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-import foreign
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from lora_files import MODULATION, TARGETS, write_lora
 from qwen_image_mlx import Cancelled, GenerationParameters, GuidanceEncoding, QwenImagePipeline
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
 from qwen_image_mlx.training.table import LevelTable
-from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.shards import load_tensors, save_tensors
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
@@ -68,6 +67,7 @@ def stop_after(tokens):
     return watch
 
 
+@pytest.mark.slow
 def test_captions_read_layers_by_themselves(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "layered", TINY, pipeline="QwenImageLayeredPipeline")
     with evaluations(monkeypatch) as seen, pytest.raises(Cancelled):
@@ -76,6 +76,7 @@ def test_captions_read_layers_by_themselves(tmp_path, monkeypatch):
     assert not mixed(seen)
 
 
+@pytest.mark.slow
 def test_a_caption_holds_few_streamed_layers(tmp_path):
     """Eighteen more layers take no more memory than the keys and values that they keep."""
     peaks, layer = [], 0
@@ -95,8 +96,11 @@ def test_a_caption_holds_few_streamed_layers(tmp_path):
     assert peaks[1] - peaks[0] < 4 * layer
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("form", ["fp8", "gguf"])
 def test_other_forms_are_read_by_themselves(model, tmp_path, monkeypatch, form):
+    import foreign
+
     tensors = foreign.read(model / "transformer")
     file = tmp_path / f"transformer.{'gguf' if form == 'gguf' else 'safetensors'}"
     if form == "gguf":
@@ -121,6 +125,7 @@ def test_training_reads_examples_levels_and_checkpoints_by_themselves(model, tmp
     assert not mixed(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_evaluation_mixes_a_file_with_other_work(model, tmp_path, monkeypatch, case):
     with evaluations(monkeypatch) as seen:

@@ -111,6 +111,7 @@ def test_the_api_s_own_calls_keep_to_limits_and_put_them_back(model):
     assert cache <= memory / 2
 
 
+@pytest.mark.slow
 def test_an_app_s_own_tighter_limits_stay(model):
     outside = mx.set_cache_limit(64 << 20), mx.set_memory_limit(3 << 30)
     try:
@@ -189,6 +190,7 @@ def test_no_more_layers_are_queued_than_allowed(calls, unfinished):
     assert x.tolist() == [6] * 4
 
 
+@pytest.mark.slow
 def test_each_layer_is_waited_for_by_something_that_it_made(tmp_path, monkeypatch):
     """The last block hands its text on as it is: finished long ago, it would stand for nothing."""
     configs = {**TINY, "transformer": replace(TINY["transformer"], num_layers=4)}
@@ -209,6 +211,7 @@ def test_each_layer_is_waited_for_by_something_that_it_made(tmp_path, monkeypatc
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_layers_are_told_in_their_order_and_a_step_can_be_cancelled_between_two(model):
     pipeline = QwenImagePipeline.from_pretrained(model)
     encoding, seen = pipeline.encode_guidance_prompts("a fox", "blurry"), []

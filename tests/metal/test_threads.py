@@ -51,6 +51,7 @@ def pixels(pipeline, cancel_at=None, steps=STEPS):
     return np.array(pipeline.generate_pixels(parameters, encoding, seed=1, progress=watch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [(), ("transformer", "text_encoder")], ids=["resident", "streamed"])
 @pytest.mark.parametrize("cancel_at", [("denoise", 0), ("denoise", 2), ("layer", 1)], ids=str)
 def test_cancelled_in_one_thread_and_repeated_in_another(model, cancel_at, streamed):
@@ -62,6 +63,7 @@ def test_cancelled_in_one_thread_and_repeated_in_another(model, cancel_at, strea
     np.testing.assert_array_equal(pixels(pipeline), expected)
 
 
+@pytest.mark.slow
 def test_what_a_call_returns_belongs_to_no_thread(model):
     pipeline = QwenImagePipeline.from_pretrained(model)
     picture = np.zeros((48, 64, 3), np.uint8)
@@ -80,6 +82,7 @@ def test_what_a_call_returns_belongs_to_no_thread(model):
         array.tolist()
 
 
+@pytest.mark.slow
 def test_one_thread_s_table_serves_the_others(model):
     pipeline = QwenImagePipeline.from_pretrained(model)
     first = in_thread(lambda: pixels(pipeline))
@@ -87,6 +90,7 @@ def test_one_thread_s_table_serves_the_others(model):
     np.testing.assert_array_equal(in_thread(lambda: pixels(pipeline)), first)
 
 
+@pytest.mark.slow
 def test_loras_put_beside_in_one_thread_run_in_another(model, tmp_path):
     pipeline = QwenImagePipeline.from_pretrained(model, lora_mode="side")
     pixels(pipeline)

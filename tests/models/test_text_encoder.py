@@ -6,13 +6,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints import TINY
 from mlx.utils import tree_flatten
-from reference import TINY, make_text_encoder, to_numpy
+from reference import make_text_encoder, to_numpy
 
 from qwen_image_mlx.config import TextEncoderConfig
 from qwen_image_mlx.models.text_encoder import TextEncoder, mrope_tables
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors, read_header
+
+pytestmark = pytest.mark.reference
 
 SMALL = {**TINY["text_encoder"], "vocab_size": 300}
 

@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints import TINY
 from mlx.utils import tree_flatten, tree_map
-from reference import TINY, make_transformer, to_numpy
+from reference import make_transformer, to_numpy
 
 from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.models.rope import Segment, rotary_tables, text_start
@@ -15,6 +16,8 @@ from qwen_image_mlx.models.transformer import Modulation, Transformer
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.modulation import modulation_table
 from qwen_image_mlx.weights.shards import component_tensors, read_header
+
+pytestmark = pytest.mark.reference
 
 TOLERANCE = 2e-5
 GRIDS = [(4, 6), (7, 5), (1, 1), (16, 9)]  # height and width in patches, odd ones included

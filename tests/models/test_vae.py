@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints import TINY
 from mlx.utils import tree_flatten
-from reference import TINY, make_vae, to_numpy
+from reference import make_vae, to_numpy
 
 from qwen_image_mlx.config import VAEConfig
 from qwen_image_mlx.models import vae
@@ -16,6 +17,8 @@ from qwen_image_mlx.pipeline import autoencode
 from qwen_image_mlx.pipeline.autoencode import decode, decode_tail, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors, read_header
+
+pytestmark = pytest.mark.reference
 
 CONFIGS = {
     "tiny": {},

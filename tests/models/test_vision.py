@@ -6,13 +6,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints import TINY
 from mlx.utils import tree_flatten
-from reference import TINY, make_text_encoder, to_numpy
+from reference import make_text_encoder, to_numpy
 
 from qwen_image_mlx.config import VisionConfig
 from qwen_image_mlx.models.vision import VisionTower, window_index
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors, read_header
+
+pytestmark = pytest.mark.reference
 
 # Height and width in patches: one window, border windows on either side, a single cell, exact multiples of a window.
 GRIDS = [(8, 8), (10, 6), (2, 2), (16, 24), (18, 34), (2, 40)]

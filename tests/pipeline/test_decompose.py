@@ -8,8 +8,8 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_edit, write_layered
 from PIL import Image
-from reference_edit import load_edit_reference, run_edit_reference, write_edit, write_layered
 
 from qwen_image_mlx import (
     GenerationParameters,
@@ -58,9 +58,11 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("resolution", "num_layers", "cfg_normalize"), [(96, 2, True), (160, 4, False)])
 def test_layers_are_the_reference_s(layered, pipeline, monkeypatch, resolution, num_layers, cfg_normalize):
     import diffusers.pipelines.qwenimage.pipeline_qwenimage_layered as module
+    from reference_edit import load_edit_reference, run_edit_reference
 
     calculate = module.calculate_dimensions
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: calculate(resolution**2, ratio))
@@ -78,6 +80,7 @@ def test_layers_are_the_reference_s(layered, pipeline, monkeypatch, resolution, 
         assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1
 
 
+@pytest.mark.slow
 def test_layers_come_back_at_the_picture_s_size(pipeline):
     result = pipeline.decompose(picture(151, 99), "a fox", **QUICK)
     bucket = pipeline.decompose(picture(151, 99), "a fox", size="bucket", **QUICK)
@@ -86,6 +89,7 @@ def test_layers_come_back_at_the_picture_s_size(pipeline):
     assert bucket.layers[0].resize((151, 99), Image.Resampling.LANCZOS) == result.layers[0]
 
 
+@pytest.mark.slow
 def test_saved_layers_laid_together_are_the_layers_laid_over_each_other(pipeline, tmp_path):
     result = pipeline.decompose(picture(), "a fox", num_layers=3, **QUICK)
     expected = result.layers[0]
@@ -98,6 +102,7 @@ def test_saved_layers_laid_together_are_the_layers_laid_over_each_other(pipeline
     assert result.psnr < 60
 
 
+@pytest.mark.slow
 def test_what_made_the_layers_is_recorded(pipeline):
     result = pipeline.decompose(picture(), "a fox", negative_prompt="blurry", cfg_scale=2.0, **QUICK)
     recorded = result.stack.metadata
@@ -106,6 +111,7 @@ def test_what_made_the_layers_is_recorded(pipeline):
     assert (recorded["num_layers"], recorded["caption_language"]) == (4, None)
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_is_answered_with_a_caption(pipeline):
     written = {
         language: pipeline.caption_image(picture(), language=language, resolution=96) for language in ("en", "zh")
@@ -119,6 +125,7 @@ def test_an_empty_prompt_is_answered_with_a_caption(pipeline):
         assert result.stack.metadata["caption_language"] == language
 
 
+@pytest.mark.slow
 def test_captions_of_a_checkpoint_that_transformers_5_saved_again(layered, tmp_path):
     """The same limits, other than the usual ones, under both spellings."""
     limits = {"min_pixels": 56 * 56, "max_pixels": 84 * 84, "image_mean": [0.1, 0.2, 0.3]}
@@ -141,6 +148,7 @@ def test_the_usual_values_are_those_that_all_front_ends_leave_to_the_request():
     assert row.usual == str(usual["num_layers"].default)
 
 
+@pytest.mark.slow
 def test_a_cached_caption_loads_no_language_model(layered, tmp_path):
     stages = []
 
@@ -168,6 +176,7 @@ def test_a_cached_caption_loads_no_language_model(layered, tmp_path):
     assert ("load", "language_head") in stages
 
 
+@pytest.mark.slow
 def test_decoding_takes_no_more_memory_for_more_layers(pipeline):
     encoding = pipeline.encode_guidance_prompts("a fox", None, images=[picture()], reference_pixels=96**2)
     pipeline.release_encoders()
@@ -193,6 +202,7 @@ def test_packing_is_undone():
     assert mx.array_equal(unpack_multi_layer_latents(tokens, 3, 4, 6), latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "says"), [
     ({"num_layers": 0}, "num_layers"),
     ({"num_layers": 9}, "from 1 to 8"),
@@ -212,6 +222,7 @@ def test_impossible_requests_are_refused_before_any_work(pipeline, arguments, sa
     assert not pipeline.is_vae_loaded
 
 
+@pytest.mark.slow
 def test_models_do_what_they_are_made_for(pipeline, tiny, tmp_path):
     painter = QwenImagePipeline.from_pretrained(tiny, dtype="float32")
     with pytest.raises(RequestError, match="use generate"):

@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from checkpoints import write_edit
 from PIL import Image
-from reference_edit import load_edit_reference, run_edit_reference, write_edit
+from reference_edit import load_edit_reference, run_edit_reference
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.images.canvas import feathered, plan_canvas
 from qwen_image_mlx.images.pixels import to_images
+
+pytestmark = pytest.mark.reference
 
 PROMPT = "make the fox blue, 让它变蓝 🦊"
 NEGATIVE = "blurry"
@@ -124,7 +127,7 @@ def test_edit(edit, monkeypatch, size, cfg_scale):
     assert_same(run_ours(edit, images=[image], size=size_of_area(area, size), **request), theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_edit_at_the_real_area(edit):
     image = picture(300, 280)
     request = {"steps": 1, "cfg_scale": 1.0, "seed": 5}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import foreign
+import foreign_names
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from qwen_image_mlx.pipeline.packing import quantize_checkpoint
 from qwen_image_mlx.weights.gguf import decode, read_gguf
 from qwen_image_mlx.weights.snapshot import HubSnapshot
 from qwen_image_mlx.weights.synthetic import FULL, PROCESSOR, SCHEDULER, TINY, write_checkpoint
+
+pytestmark = pytest.mark.reference
 
 PARAMETERS = GenerationParameters(width=64, height=48, num_inference_steps=2)
 PHOTO = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
@@ -84,7 +87,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray, *, packed: bool = False
 # --- single files beside a model ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", foreign.PREFIXES)
+@pytest.mark.parametrize("prefix", foreign_names.PREFIXES)
 @pytest.mark.parametrize("form", foreign.COMFY)
 def test_comfy_transformers(models, copied, tmp_path, form, prefix):
     written, numbers = foreign.COMFY[form](foreign.read(models["generate"] / "transformer"))
@@ -117,7 +120,7 @@ def test_wan_named_autoencoders(models, copied, tmp_path, task, form):
     """Three channels, and the four of layered models."""
     tensors = foreign.read(models[task] / "vae")
     written, numbers = foreign.comfy_bf16(tensors) if form == "bf16" else (tensors, tensors)
-    file = foreign.save(tmp_path / "vae.safetensors", {foreign.wan_name(n): t for n, t in written.items()})
+    file = foreign.save(tmp_path / "vae.safetensors", {foreign_names.wan_name(n): t for n, t in written.items()})
     channels = {"generate": 3, "edit": 3, "decompose": 4}[task]
     assert written["encoder.conv_in.weight"].shape[1] == channels
     assert_same(paint(models[task], vae=file), paint(copied(task, vae=numbers)))
@@ -271,7 +274,7 @@ def test_each_flag_takes_its_part_of_an_all_in_one_file(models, copied, tmp_path
     file = foreign.save(tmp_path / "Rapid-AIO.safetensors", {
         **foreign.prefixed(written["transformer"], f"model.diffusion_model.{wrapper}"),
         **foreign.prefixed(written["text_encoder"], "text_encoders.qwen25_7b.transformer."),
-        **{f"vae.{foreign.wan_name(name)}": tensor for name, tensor in written["vae"].items()},
+        **{f"vae.{foreign_names.wan_name(name)}": tensor for name, tensor in written["vae"].items()},
         "text_encoders.qwen25_7b.logit_scale": mx_like(()),
     })  # fmt: skip
     for part in STEMS:
@@ -436,7 +439,9 @@ def test_flags_metadata_and_painting_again(models, tmp_path, monkeypatch, capsys
     for part in STEMS:
         tensors = foreign.read(models["generate"] / part)
         written = (
-            {foreign.wan_name(n): t for n, t in tensors.items()} if part == "vae" else foreign.comfy_fp8(tensors)[0]
+            {foreign_names.wan_name(n): t for n, t in tensors.items()}
+            if part == "vae"
+            else foreign.comfy_fp8(tensors)[0]
         )
         files[part] = foreign.save(tmp_path / f"{part}.safetensors", written)
     flags = [x for part in files for x in (f"--{part.replace('_', '-')}", f"{part}.safetensors")]

@@ -6,8 +6,9 @@ import diffusers.pipelines.qwenimage.pipeline_qwenimage_layered as module
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_layered
 from PIL import Image
-from reference_edit import load_edit_reference, run_edit_reference, write_layered
+from reference_edit import load_edit_reference, run_edit_reference
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.config import GenerationConfig
@@ -15,6 +16,8 @@ from qwen_image_mlx.images.geometry import size_of_area
 from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.pipeline import caption
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
+
+pytestmark = pytest.mark.reference
 
 PROMPT = "a fox in front of trees, 狐狸 🦊"
 SMALL = {640: 96, 1024: 160}
@@ -99,7 +102,7 @@ def test_latents_and_layers(layered, small_areas, resolution, layers, size, hole
     assert_same(ours, theirs, layers)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("resolution", [640, 1024])
 def test_the_real_areas(layered, resolution):
     image, call = picture(320, 240, holes=True), {"steps": 1, "cfg_scale": 1.0, "seed": 7}

@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from lora_files import DIALECTS, MODULATION, TARGETS, write_lora
-from reference import load_reference, run_reference
 
 from qwen_image_mlx import CheckpointError, GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.cli.main import main
@@ -17,7 +16,7 @@ from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.models.layers import QuantizedLinear, SideBranch
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import expected_tensors
-from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 REQUEST = {"prompt": "a fox", "negative_prompt": "blurry", "width": 64, "height": 48, "steps": 3, "cfg_scale": 3.0,
@@ -45,8 +44,11 @@ def repaint(pipeline):
     return np.asarray(to_images(pipeline.generate_pixels(parameters, encoding, seed=5))[0]).astype(int)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("strength", [1.0, -0.5])
 def test_pixels_are_the_reference_s(tiny, shapes, tmp_path, strength):
+    from reference import load_reference, run_reference
+
     file = write_lora(tmp_path / "lora.safetensors", shapes, targets=[*TARGETS, *MODULATION])
     reference = load_reference(tiny)
     reference.load_lora_weights(file, adapter_name="one")
@@ -59,13 +61,17 @@ def test_pixels_are_the_reference_s(tiny, shapes, tmp_path, strength):
     assert np.abs(plain - expected).max() > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_gives_the_same_pixels(tiny, shapes, tmp_path, dialect):
     one, other = (write_lora(tmp_path / f"{name}.safetensors", shapes, name) for name in ("peft", dialect))
     np.testing.assert_array_equal(paint(tiny, loras=[str(one)])[0], paint(tiny, loras=[str(other)])[0])
 
 
+@pytest.mark.reference
 def test_several_loras_add_up(tiny, shapes, tmp_path):
+    from reference import load_reference, run_reference
+
     files = [write_lora(tmp_path / f"{n}.safetensors", shapes, seed=n, targets=TARGETS[n:]) for n in range(2)]
     references = [f"{files[0]}@0.7", f"{files[1]}@-0.4"]
     reference = load_reference(tiny)
@@ -99,6 +105,7 @@ def kinds(pipeline):
     return {name: type(m) for name, m in pipeline.components.transformer.named_modules() if name in TARGETS}
 
 
+@pytest.mark.slow
 def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
     caplog.set_level("INFO")
     file = write_lora(tmp_path / "lora.safetensors", WIDE_SHAPES)
@@ -130,12 +137,14 @@ def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
             pipeline.set_loras(odd)
 
 
+@pytest.mark.slow
 def test_a_lora_at_strength_nothing_changes_nothing(tiny, shapes, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", shapes)
     for mode in ("auto", "merge", "side"):
         np.testing.assert_array_equal(paint(tiny, loras=[f"{file}@0"], lora_mode=mode)[0], paint(tiny)[0])
 
 
+@pytest.mark.slow
 def test_changes_too_small_for_bf16_run_beside_it(wide, tmp_path, caplog):
     """As Lightning's, which are below half a unit in the last place of most weights."""
     caplog.set_level("INFO")
@@ -153,6 +162,7 @@ def test_changes_too_small_for_bf16_run_beside_it(wide, tmp_path, caplog):
     assert next(r for r in caplog.records if "merged into" in r.getMessage()).levelname == "WARNING"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "mode", "kept"), [("pack", "auto", True), ("wide", "side", True), ("wide", "auto", False)]
 )
@@ -178,6 +188,7 @@ def test_loras_are_swapped(request, base, mode, kept, tmp_path):
     np.testing.assert_array_equal(repaint(pipeline), plain)
 
 
+@pytest.mark.slow
 def test_loras_are_taken_away_when_their_files_are_gone(pack, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", WIDE_SHAPES)
     plain, pipeline = paint(pack)
@@ -189,6 +200,7 @@ def test_loras_are_taken_away_when_their_files_are_gone(pack, tmp_path):
     np.testing.assert_array_equal(repaint(pipeline), plain)
 
 
+@pytest.mark.reference
 def test_strengths_are_recorded_to_the_last_digit(tiny, shapes, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", shapes)
     _, pipeline = paint(tiny, loras=[(file, 0.123456789012345)])
@@ -234,6 +246,7 @@ def recorded(path):
     return json.loads(Image.open(path).text["qwen_image_mlx"])
 
 
+@pytest.mark.slow
 def test_lightning_sets_the_schedule_and_yields_to_flags(run, shapes, tmp_path):
     write_lora(tmp_path / "Fox-Lightning-4steps-V1.0.safetensors", shapes)
     code, (path,), err = run("--lora", "Fox-Lightning-4steps-V1.0.safetensors")

@@ -28,7 +28,7 @@ from qwen_image_mlx.runtime.memory import (
     make_plan,
     parse_memory,
 )
-from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 WORK = Work(64, 48, steps=2)
@@ -75,6 +75,7 @@ def nbytes(*modules):
     return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "4/32"])
 @pytest.mark.parametrize("residency", RESIDENCIES, ids=lambda residency: residency.name)
 def test_weights_are_counted_to_the_byte(model, packed, residency, quantize):
@@ -106,6 +107,7 @@ def test_an_edit_counts_its_towers(tmp_path):
     assert two.stages[2].peak > one.stages[2].peak
 
 
+@pytest.mark.slow
 def test_the_first_that_fits_is_chosen(model):
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
     plans = [make_plan(components, WORK, residency) for residency in RESIDENCIES]
@@ -117,6 +119,7 @@ def test_the_first_that_fits_is_chosen(model):
     assert fitting_plan(components, WORK, Memory(1, RESIDENCIES)).peak == least
 
 
+@pytest.mark.slow
 def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(model, monkeypatch):
     costs = replace(memory.COSTS["cpu"], scores=0.0, image=0.0, prompt=0.0)  # decoding is what takes most
     monkeypatch.setattr(memory, "COSTS", {"cpu": costs})
@@ -173,6 +176,7 @@ def test_limits_are_as_they_were_afterwards():
         mx.set_memory_limit(before[1])
 
 
+@pytest.mark.slow
 def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
     monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     code, _, err = run("-o", "plain.png")
@@ -190,6 +194,7 @@ def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
         np.testing.assert_array_equal(np.asarray(Image.open(f"{number}.png")), pixels)
 
 
+@pytest.mark.slow
 def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run, monkeypatch):
     monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     components = QwenImagePipeline.from_pretrained(packed, dtype="float32").components
@@ -202,6 +207,7 @@ def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run,
     assert run("--model", packed, "--memory", budget, "-o", "yes.png")[0] == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model, run, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     code, out, err = run("--memory", "2MB", "-o", "no.png")
@@ -217,8 +223,9 @@ def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model,
     assert "--memory auto" in err
 
 
+@pytest.mark.slow
 def test_a_profile_is_printed_and_recorded(run):
-    code, _, err = run("--profile", "-o", "fox.png")
+    code, _, err = run("--timings", "-o", "fox.png")
     assert code == 0, err
     assert "seconds" in err
     record = json.loads(Image.open("fox.png").text["qwen_image_mlx"])["profile"]
@@ -232,6 +239,7 @@ def test_a_profile_is_printed_and_recorded(run):
     assert costs["decode"]["resident"] < costs["denoise"]["resident"], "the transformer is gone before the decoder"
 
 
+@pytest.mark.slow
 def test_plan_prints_every_way_and_its_alternatives(model, run):
     code, out, err = run(model, "--memory", "1GB", "--size", "64x64", command="plan")
     assert code == 0, err
@@ -246,6 +254,7 @@ def test_plan_prints_every_way_and_its_alternatives(model, run):
     assert files * 0.9 < facts["disk"] < files, "all but the headers and what no picture needs"
 
 
+@pytest.mark.slow
 def test_a_folder_of_configs_is_planned_like_the_checkpoint(model, tmp_path, run):
     whole = write_checkpoint(tmp_path / "whole", CONFIGS)
     shutil.copytree(whole, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))

@@ -49,6 +49,7 @@ def paint(folder, quantize=None, dtype="float32"):
     return np.array(pipeline.generate_pixels(PARAMETERS, encoding, seed=1)), pipeline.components
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bits", ["4", "8/32", "mxfp4", "nvfp4", "transformer=5,text_encoder=mxfp8"])
 def test_a_pack_paints_what_a_run_that_quantizes_paints(source, tmp_path, bits, dtype):
@@ -115,6 +116,7 @@ def test_modulation_is_as_exact_as_in_the_source(source, tmp_path):
     assert mx.array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_pack_in_several_files_is_the_same(source, tmp_path):
     whole = quantize_checkpoint(source, tmp_path / "whole", Quantization.parse("4"))
     parts = quantize_checkpoint(source, tmp_path / "parts", Quantization.parse("4"), shard_bytes=200_000)
@@ -125,6 +127,7 @@ def test_a_pack_in_several_files_is_the_same(source, tmp_path):
     np.testing.assert_array_equal(paint(whole)[0], paint(parts)[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_goes_on(source, tmp_path, monkeypatch):
     out, done, save = tmp_path / "pack", [], pack.save_tensors
 
@@ -154,6 +157,7 @@ def test_a_run_that_was_cut_goes_on(source, tmp_path, monkeypatch):
     np.testing.assert_array_equal(paint(out)[0], paint(source, "4")[0])
 
 
+@pytest.mark.slow
 def test_other_bits_do_not_go_on_from_what_lies_there(source, tmp_path, monkeypatch):
     out = tmp_path / "pack"
     monkeypatch.setattr(packing, "_card", lambda *_: 1 / 0)
@@ -164,6 +168,7 @@ def test_other_bits_do_not_go_on_from_what_lies_there(source, tmp_path, monkeypa
     np.testing.assert_array_equal(paint(out)[0], paint(source, "8")[0])
 
 
+@pytest.mark.slow
 def test_another_model_does_not_go_on_from_what_lies_there(source, tmp_path, monkeypatch):
     out = tmp_path / "pack"
     other = write_checkpoint(tmp_path / "other", WIDE, dtype=mx.float32, seed=9)
@@ -208,6 +213,7 @@ def test_impossible_quantizations_are_refused(source, quantize):
         QwenImagePipeline.from_pretrained(source, quantize=quantize)
 
 
+@pytest.mark.slow
 def test_a_pack_is_packed_again(source, tmp_path):
     eight = quantize_checkpoint(source, tmp_path / "eight", Quantization.parse("8"))
     four = quantize_checkpoint(eight, tmp_path / "four", Quantization.parse("4"))
@@ -227,6 +233,7 @@ def test_a_processor_that_transformers_5_saved_again_is_kept(tmp_path, name):
     assert processor.image_std == (0.5, 0.25, 0.125)
 
 
+@pytest.mark.slow
 def test_pictures_models_keep_their_vision_tower(tmp_path):
     configs = {**WIDE, "vision": replace(TINY["vision"], out_hidden_size=128)}
     folder = write_checkpoint(tmp_path / "edit", configs, pipeline="QwenImageEditPlusPipeline")
@@ -315,6 +322,7 @@ def test_two_bits_are_read_though_not_made(small, tmp_path, capsys):
     paint(folder)
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder_are_kept_apart(source, tmp_path, monkeypatch):
     out, refused = tmp_path / "pack", []
     write = packing.write_component
@@ -352,6 +360,7 @@ def test_nothing_is_left_where_there_is_no_space(source, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_packing_a_pack_is_done_and_said(small, tmp_path, caplog):
     folder = quantize_checkpoint(small, tmp_path / "pack", Quantization.parse("4/32"))
     assert "is packed 8/32 already" in caplog.text

@@ -6,10 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from reference import load_reference, run_reference, write_text_to_image
+from checkpoints import write_text_to_image
+from reference import load_reference, run_reference
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.images.pixels import to_images
+
+pytestmark = pytest.mark.reference
 
 PROMPTS = {
     "ascii": "A red fox in the snow, photographed at dawn",
@@ -48,6 +51,17 @@ def assert_same(pipeline, reference, **request):
     expected = np.asarray(theirs.image).astype(int)
     assert picture.shape == expected.shape
     assert np.abs(picture - expected).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """With the real tokenizer."""
+    return write_text_to_image(tmp_path_factory.mktemp("checkpoints") / "tiny", tokenizer="qwen")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    return load_reference(tiny)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +144,7 @@ def test_schedulers(tmp_path, scheduler):
     {"transformer": {"num_layers": 4, "num_attention_heads": 2}},
     {"transformer": {"zero_cond_t": True}},
     {"vae": {"base_dim": 12}},
-    {"max_shard_size": "300KB", "tokenizer_json": False},
+    {"max_shard_size": 300_000, "tokenizer": "vocab"},
 ], ids=["deeper", "zero_cond_t", "wider vae", "sharded, bare vocabulary"])  # fmt: skip
 def test_other_checkpoints(tmp_path, changes):
     folder = write_text_to_image(tmp_path / "model", seed=3, **changes)

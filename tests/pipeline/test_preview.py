@@ -146,6 +146,7 @@ def painted(pipeline, wanted, encoding, initial=None):
     return found, pictures
 
 
+@pytest.mark.slow
 def test_the_demo_s_previews_come_to_resemble_the_picture():
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
     wanted = request(64, 64, cfg_scale=3.0)
@@ -160,6 +161,7 @@ def test_the_demo_s_previews_come_to_resemble_the_picture():
     assert psnr(small(other[-1][0]), small(picture)) < 16, "another model's map shows something else"
 
 
+@pytest.mark.slow
 def test_what_a_mask_keeps_is_there_from_the_first_step():
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
     picture = Image.new("RGB", (64, 64), (40, 90, 200))
@@ -173,6 +175,7 @@ def test_what_a_mask_keeps_is_there_from_the_first_step():
     assert psnr(first, kept) > 20
 
 
+@pytest.mark.slow
 def test_an_edit_shows_its_target_alone():
     pipeline = QwenImagePipeline.from_pretrained("demo-edit", dtype="float32")
     picture = Image.new("RGB", (64, 64), (40, 90, 200))
@@ -183,6 +186,7 @@ def test_an_edit_shows_its_target_alone():
     assert psnr(small(found[-1]), small(image)) > 20
 
 
+@pytest.mark.slow
 def test_a_decomposition_shows_its_layers():
     pipeline = QwenImagePipeline.from_pretrained("demo-layered", dtype="float32")
     picture = Image.new("RGBA", (64, 64), (40, 90, 200, 255))
@@ -223,6 +227,7 @@ def test_a_map_of_another_shape_is_refused(said):
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_file_is_there_while_it_paints_and_gone_afterwards(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen = []
@@ -242,6 +247,7 @@ def test_the_file_is_there_while_it_paints_and_gone_afterwards(tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["fox.png"]
 
 
+@pytest.mark.slow
 def test_previews_change_no_pixel_and_no_metadata(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, flags in (("plain.png", []), ("shown.png", ["--preview"])):
@@ -249,6 +255,7 @@ def test_previews_change_no_pixel_and_no_metadata(tmp_path, monkeypatch):
     assert Path("plain.png").read_bytes() == Path("shown.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_edit_and_decompose_show_previews_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64), (40, 90, 200)).save("x.png")

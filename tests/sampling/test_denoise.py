@@ -6,13 +6,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints import REAL_CONFIGS
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import REAL_CONFIGS, to_numpy
+from reference import to_numpy
 
 from qwen_image_mlx.sampling.denoise import Guidance, denoise, euler_step, guide
 from qwen_image_mlx.sampling.schedule import Schedule
+
+pytestmark = pytest.mark.reference
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 SHAPE = (2, 40, 64)

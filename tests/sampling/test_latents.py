@@ -5,8 +5,6 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
-from diffusers import QwenImagePipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +18,12 @@ def numbered(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packing_is_the_reference_s(shape):
+    import torch
+    from diffusers import QwenImagePipeline
+
     b, h, w, c = shape
     images = numbered(shape)
     # The reference's images are (B, 1, C, h, w).
@@ -30,8 +32,12 @@ def test_packing_is_the_reference_s(shape):
     np.testing.assert_array_equal(np.array(pack_latents(mx.array(images))), expected)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_unpacking_is_the_reference_s(shape):
+    import torch
+    from diffusers import QwenImagePipeline
+
     b, h, w, c = shape
     tokens = numbered((b, h // 2 * (w // 2), 4 * c))
     expected = QwenImagePipeline._unpack_latents(torch.from_numpy(tokens), 8 * h, 8 * w, vae_scale_factor=8).numpy()

@@ -7,11 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageImg2ImgPipeline
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from checkpoints import REAL_CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import REAL_CONFIGS
 
 from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.sampling.schedule import Schedule, exponential_mu, make_schedule, static_shift, uniform_sigmas
@@ -40,7 +38,10 @@ def ours(config: dict, sigmas: list[float], tokens: int) -> Schedule:
     return make_schedule(read(config), sigmas, exponential_mu(read(config), tokens))
 
 
-def theirs(config: dict, sigmas: list[float] | np.ndarray, tokens: int) -> FlowMatchEulerDiscreteScheduler:
+def theirs(config: dict, sigmas: list[float] | np.ndarray, tokens: int):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
     lengths = (config["base_image_seq_len"], config["max_image_seq_len"])
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     mu = calculate_shift(tokens, *lengths, config["base_shift"], config["max_shift"])
@@ -48,6 +49,7 @@ def theirs(config: dict, sigmas: list[float] | np.ndarray, tokens: int) -> FlowM
     return scheduler
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("steps", STEPS)
 def test_sigmas_are_the_reference_s_to_the_last_bit(name, steps):
@@ -58,6 +60,7 @@ def test_sigmas_are_the_reference_s_to_the_last_bit(name, steps):
         np.testing.assert_array_equal(schedule.sigmas, expected)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sigmas", [[1.0, 0.6, 0.3], [0.9, 0.5, 0.25, 0.01], [1.0, 0.978453, 0.95418, 0.414568], [0.7]])
 def test_custom_sigmas(name, sigmas):
@@ -65,6 +68,7 @@ def test_custom_sigmas(name, sigmas):
     np.testing.assert_array_equal(ours(CONFIGS[name], sigmas, 4096).sigmas, expected)
 
 
+@pytest.mark.reference
 def test_timesteps_and_steps_are_those_of_the_reference():
     scheduler = theirs(REAL, np.linspace(1.0, 1 / 9, 9), 4096)
     schedule = ours(REAL, uniform_sigmas(9), 4096)
@@ -74,7 +78,10 @@ def test_timesteps_and_steps_are_those_of_the_reference():
     assert [schedule.dt(step) for step in range(9)] == deltas
 
 
+@pytest.mark.reference
 def test_mu_is_a_line_through_the_config_s_two_points():
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
     goldens = {(512, 512): 0.538710, (1024, 1024): 0.693548, (1664, 928): 0.791129, (1328, 1328): 0.834325,
                (2048, 2048): 1.312903}  # fmt: skip
     for (width, height), mu in goldens.items():
@@ -105,6 +112,7 @@ def test_goldens_of_the_linear_shift(mu, steps, begins, ends):
     np.testing.assert_allclose(sigmas[len(sigmas) - len(ends) :], ends, atol=1e-6)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("steps", "golden"), [
     (4, [1, 0.9, 0.75, 0.5, 0]),
     (8, [1, 0.9545455, 0.9, 0.8333334, 0.75, 0.6428571, 0.5, 0.3, 0]),
@@ -123,9 +131,12 @@ def test_one_step_goes_from_one_to_zero(name):
     assert ours(CONFIGS[name], uniform_sigmas(1), 4096).sigmas.tolist() == [1, 0]
 
 
+@pytest.mark.reference
 @settings(deadline=None, max_examples=200)
 @given(steps=st.integers(1, 100), strength=st.one_of(st.floats(0.001, 1), st.integers(1, 100).map(lambda n: n / 100)))
 def test_a_part_of_the_schedule_is_the_one_image_to_image_takes(steps, strength):
+    from diffusers import QwenImageImg2ImgPipeline
+
     config = REAL | {"shift_terminal": None}
     scheduler = theirs(config, uniform_sigmas(steps), 1024)
     pipeline = SimpleNamespace(scheduler=scheduler)

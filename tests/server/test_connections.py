@@ -16,6 +16,8 @@ from qwen_image_mlx.server.answers import ApiError
 from qwen_image_mlx.server.connections import Connection
 from qwen_image_mlx.server.guard import Guard
 
+pytestmark = pytest.mark.process
+
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 
 

@@ -15,6 +15,8 @@ from qwen_image_mlx.errors import GPUError
 from qwen_image_mlx.server.health import Health
 from qwen_image_mlx.server.jobs import Jobs
 
+pytestmark = pytest.mark.process
+
 WORDS = {"prompt": "a red circle", "seed": 3, "steps": 2}
 
 

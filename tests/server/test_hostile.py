@@ -26,6 +26,8 @@ from qwen_image_mlx.server.answers import ApiError
 from qwen_image_mlx.server.bodies import read_body
 from qwen_image_mlx.server.schema import GenerateBody, parsed
 
+pytestmark = pytest.mark.process
+
 TOKEN = "a-token-of-some-length"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
 GENERATE, EDIT, DECOMPOSE = (f"/api/qwen-image/{task}" for task in ("generate", "edit", "decompose"))

@@ -22,6 +22,7 @@ from qwen_image_mlx.images.colour import ignore_profiles, profiles_are_ignored
 from qwen_image_mlx.pipeline.progress import Progress
 from qwen_image_mlx.server.answers import ApiError
 from qwen_image_mlx.server.app import Service, Setup, create_app
+from qwen_image_mlx.server.job import Job
 from qwen_image_mlx.server.jobs import Jobs
 from qwen_image_mlx.server.repeats import Repeats, claim_of
 
@@ -305,10 +306,23 @@ class Words(BaseModel):
 
     prompt: str
     images: list[bytes] = []
+    seed: int | None = None
 
 
 def claim(prompt="a fox", key="", **more):
     return claim_of("/paint", {"idempotency-key": key}, Words(prompt=prompt, **more))
+
+
+def test_a_listener_that_heard_everything_hears_nothing_twice():
+    job = Job(task="generate", work=None, followed=True)
+    for step in range(3):
+        job.tell("step", {"step": step})
+    assert [number for *_, number in job.since(2)] == [3]
+    assert job.since(3) == []
+    job.status = "done"
+    job.tell("done", {})
+    assert [name for name, *_ in job.since(3)] == ["done"]
+    assert [name for name, *_ in job.since(4)] == ["done"]
 
 
 def test_a_cut_request_keeps_its_job_for_the_grace_and_an_equal_one_finds_it():
@@ -332,6 +346,25 @@ def test_a_cut_request_keeps_its_job_for_the_grace_and_an_equal_one_finds_it():
             assert not job.is_over
         await asyncio.wait_for(job.finished.wait(), 5)
         assert (job.status, jobs.all(), repeats.awaited) == ("cancelled", [], False)
+
+    run(scenario)
+
+
+def test_two_equal_requests_that_both_wait_are_one_job_if_they_name_a_seed():
+    async def scenario(jobs):
+        repeats = Repeats(jobs, grace=0.6)
+        job = jobs.submit("x", stepping)
+        job.claim = claim(seed=1)
+        with repeats.waiting(job):
+            for other in (claim(), claim(seed=2), claim("a wolf", seed=1), claim(seed=1, key="1")):
+                assert repeats.find(other) is None
+            assert repeats.find(claim(seed=1)) is job
+            with repeats.waiting(job):
+                pass
+            assert job.waiting == 1  # the first still waits, so it goes on
+            await asyncio.sleep(1.0)
+            assert not job.is_over
+        await asyncio.wait_for(job.finished.wait(), 5)
 
     run(scenario)
 

@@ -14,6 +14,8 @@ from served import serving
 
 from qwen_image_mlx import QwenImagePipeline
 
+pytestmark = pytest.mark.process
+
 TOKEN = "a-token-of-some-length"
 PROMPT = "a red circle on a blue background"
 

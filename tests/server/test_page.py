@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra [test]")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra [browser]")
 Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"),
+]
 
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 PATIENCE = 60_000  # milliseconds that a machine under load may take

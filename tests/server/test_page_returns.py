@@ -15,11 +15,14 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 
-pytest.importorskip("playwright.sync_api", reason="needs the extra [test]")
+pytest.importorskip("playwright.sync_api", reason="needs the extra [browser]")
 
 from test_page import CHROMIUM, DESK, PROMPT, browser, expect, fill, panel, pixels, png, scene  # noqa: F401
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"),
+]
 
 PATIENCE = 150_000  # milliseconds that a machine under load may take
 LONG = 300  # steps: more seconds than a cut
@@ -138,7 +141,7 @@ def reload(page) -> None:
     page.wait_for_selector("html[data-ready]")
 
 
-@pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.nightly)])
 def test_a_cut_costs_nothing(context, line, seconds):
     page, generate = opened(context, line)
     begin(generate, steps=LONG if seconds < 10 else 1000)
@@ -268,6 +271,41 @@ def test_layers_and_what_was_done_to_them_outlive_a_reload(context, line):
     assert np.array_equal(pixels(page, canvas), edited)
     layers.locator(".layers .name").nth(1).click()
     layers.get_by_text("Undo edit").locator("visible=true").click()
+    assert np.array_equal(pixels(page, canvas), moved)
+
+
+@pytest.mark.parametrize("way", ["reload", "close"])
+def test_layer_work_is_there_when_the_page_goes_while_a_layer_is_edited(context, line, way):
+    page, layers = opened(context, line, "decompose")
+    layers.locator("input[type=file]").set_input_files(png(scene()))
+    fill(layers, prompt=PROMPT, steps=4)
+    layers.locator("[data-go]").click()
+    canvas = "#panel-decompose canvas"
+    layers.locator(".layers li").first.wait_for()
+    layers.locator(canvas.split()[1]).focus()
+    for _ in range(3):
+        page.keyboard.press("Shift+ArrowRight")
+    moved = pixels(page, canvas)
+    page.wait_for_timeout(1000)
+    layers.locator(".layers .name").nth(1).click()
+    words = layers.locator(".words input").locator("visible=true")
+    words.fill("make it blue")
+    with page.expect_request("**/jobs/*/events"):
+        words.press("Enter")
+    if way == "reload":
+        reload(page)
+    else:
+        page.close()
+        page, layers = opened(context, line, "decompose")
+        if not layers.locator(".layers li").count():
+            page.get_by_text("Use these settings again").click()
+    layers.locator(".layers li").first.wait_for()
+    assert layers.locator(".layers li").count() > 1
+    page.wait_for_timeout(3000)  # in which an edit that went on comes back
+    undo = layers.get_by_text("Undo edit").locator("visible=true")
+    layers.locator(".layers .name").nth(1).click()
+    if undo.count():
+        undo.click()
     assert np.array_equal(pixels(page, canvas), moved)
 
 

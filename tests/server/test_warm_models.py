@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkpoints import write_layered
 from PIL import Image
-from reference_edit import write_layered
 from served import serving
 
 from qwen_image_mlx import variants
@@ -26,6 +26,8 @@ from qwen_image_mlx.server.models import Models
 from qwen_image_mlx.server.schema import CaptionBody, DecomposeBody, EditBody, GenerateBody
 from qwen_image_mlx.server.work import Limits, Tasks
 from qwen_image_mlx.weights.snapshot import HubSnapshot
+
+pytestmark = pytest.mark.process
 
 DEMOS = {"generate": "demo", "edit": "demo-edit", "decompose": "demo-layered"}
 PARTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
@@ -54,7 +56,7 @@ def models_of(memory: str | None, **named: object) -> tuple[Models, Tasks]:
 
 
 def parts_of(models: Models, task: str) -> set[str]:
-    return set(models.open(task).components._loaded)
+    return set(models.open(task).pipeline.components.loaded)
 
 
 def png(size: tuple[int, int] = (64, 64), colour: str = "blue", kind: str = "png") -> bytes:
@@ -94,8 +96,9 @@ def test_a_picture_that_is_staged_finds_no_rest_of_one_that_was_resident(encodin
     models, tasks = models_of(None)
     tasks.work("generate", GenerateBody(prompt="a", steps=1))(Told())
     assert parts_of(models, "generate") >= HEAVY
-    models._memory = models_of("staged")[0]._memory
-    models._warm["generate"].plans.clear()
+    session = models._warm["generate"].session
+    session.memory = models_of("staged")[0]._memory
+    session.plans.clear()
     tasks.work("generate", GenerateBody(prompt="b", steps=1))(Told())
     assert encoding[-1] & HEAVY == {"text_encoder"}
 
@@ -130,7 +133,7 @@ def test_a_model_makes_room_for_another_and_the_longest_unused_goes_first():
         tasks.load(task)(Told())
     assert all(status["loaded"] for status in models.status())
     models.unload("edit")
-    (plan,) = models._warm["edit"].plans.values()
+    (plan,) = models._warm["edit"].session.plans.values()
     models._memory = replace(models._memory, budget=plan.peak + models._warm["decompose"].held)
     tasks.load("edit")(Told())
     assert [status["loaded"] for status in models.status()] == [False, True, True]
@@ -155,9 +158,9 @@ def captioning(layered, monkeypatch) -> Path:
 def test_a_caption_has_a_plan_with_all_that_it_loads(captioning):
     models, tasks = models_of(None, decompose=captioning)
     assert isinstance(tasks.work("caption", CaptionBody(image=png()))(Told())["caption"], str)
-    ((work, plan),) = models._warm["decompose"].plans.items()
+    ((work, plan),) = models._warm["decompose"].session.plans.items()
     assert work.captioned == 96**2
-    parts = models.open("decompose").components
+    parts = models.open("decompose").pipeline.components
     silent = make_plan(parts, replace(work, captioned=0), plan.residency)
     seen = sum(parts.weights(name).bytes_of(parts.weights(name).specs("main"), parts.dtype, None)
                for name in ("language_head", "vision"))  # fmt: skip
@@ -183,7 +186,7 @@ def test_a_caption_has_room_made_for_it(captioning):
     tasks.load("generate")(Told())
     body = CaptionBody(image=png())
     tasks.work("caption", body)(Told())
-    ((_, plan),) = models._warm["decompose"].plans.items()
+    ((_, plan),) = models._warm["decompose"].session.plans.items()
     models._memory = replace(models._memory, budget=plan.peak + 1000)
     assert models.is_loaded("generate")
     tasks.work("caption", body)(Told())

@@ -8,8 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
-from reference import TINY, make_text_encoder, write_tokenizer
+from checkpoints import TINY, write_tokenizer
 
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.text.prompt import replace_vision_tokens, tokenize_prompt
@@ -31,6 +30,7 @@ def kept(tokens):
     return tokens.ids[tokens.first :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "drop"), [(TEXT, 34), (EDIT, 64), (PLUS, 64)])
 def test_the_template_s_start_is_dropped(tokenizer, variant, drop):
     tokens = tokenize_prompt(tokenizer, variant, "fox")
@@ -39,6 +39,7 @@ def test_the_template_s_start_is_dropped(tokenizer, variant, drop):
     assert kept(tokens) == [*tokenizer.encode("fox").ids, *SUFFIX]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "ids"), [("", SUFFIX), (" ", [220, *SUFFIX])])
 def test_empty_prompts_keep_the_suffix(tokenizer, prompt, ids):
     assert kept(tokenize_prompt(tokenizer, TEXT, prompt)) == ids
@@ -110,8 +111,12 @@ def test_a_single_picture_has_no_number(tokenizer):
     assert kept(tokens) == [151652, *[IMAGE_PAD] * 6, 151653, *tokenizer.encode("x").ids, *SUFFIX]
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("grids", [[], [(3, 5)], [(4, 4), (2, 9)], [(1, 1), (7, 2), (5, 6)]], ids=len)
 def test_positions_are_the_reference_s(tokenizer, grids):
+    import torch
+    from reference import make_text_encoder
+
     model = make_text_encoder({**TINY["text_encoder"], "vocab_size": 300})
     tokens = tokenize_prompt(tokenizer, PLUS if grids else TEXT, "a fox", grids)
     ids = torch.from_numpy(tokens.ids.astype(np.int64))[None]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import unicodedata
 
 import pytest
+from checkpoints import ADDED_TOKENS, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ADDED_TOKENS, write_tokenizer
-from transformers import Qwen2Tokenizer
 
 from qwen_image_mlx.errors import CheckpointError
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
@@ -44,6 +44,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
+    from transformers import Qwen2Tokenizer
+
     return Qwen2Tokenizer.from_pretrained(folder)
 
 
@@ -52,11 +54,13 @@ def ours(request, folder):
     return QwenTokenizer.from_files({name: folder / name for name in request.param})
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:20]))
 def test_ids_are_the_reference_s(ours, theirs, text):
     assert ours.encode(text).ids == theirs(text)["input_ids"]
 
 
+@pytest.mark.reference
 @settings(deadline=None, max_examples=25)
 @given(text=STRINGS)
 def test_any_text_is_encoded_and_decoded_like_the_reference(ours, theirs, text):
@@ -65,17 +69,20 @@ def test_any_text_is_encoded_and_decoded_like_the_reference(ours, theirs, text):
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(text=st.text().filter(lambda text: "<" not in text))
 def test_decoding_leads_back_to_the_composed_text(ours, text):
     assert ours.decode(ours.encode(text).ids) == unicodedata.normalize("NFC", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", ADDED_TOKENS)
 def test_added_tokens_are_one_id_each(ours, token):
     assert ours.encode(f"a{token}b").ids[1:-1] == [ADDED_TOKENS[token]] == [ours.token_id(token)]
 
 
+@pytest.mark.slow
 def test_offsets_say_which_characters_a_token_covers(ours):
     text = "A red fox, 你好 🦊 e\u0301!"
     ids, offsets = ours.encode(text)
@@ -89,6 +96,7 @@ def test_a_token_that_is_not_there(ours):
         ours.token_id("<|nothing|>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"{broken", b"[]", b"\xff\xfe\x00"], ids=repr)
 @pytest.mark.parametrize("harm", ["vocab.json", "tokenizer.json", "tokenizer_config.json"])
 def test_damaged_files_are_a_clear_error(folder, tmp_path, harm, content):
@@ -96,6 +104,49 @@ def test_damaged_files_are_a_clear_error(folder, tmp_path, harm, content):
     files = {name: folder / name for name in names} | {harm: tmp_path / harm}
     files[harm].write_bytes(content)
     with pytest.raises(CheckpointError, match="tokenizer"):
+        QwenTokenizer.from_files(files)
+
+
+HARMS = {
+    "prepends": ("normalizer", {"type": "Prepend", "prepend": "a" * 1_000_000}, "normalizes texts by Prepend"),
+    "grows": ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "aaaa"}, "by Replace"),
+    "forever": ("normalizer", {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "a"}, "by Replace"),
+    "several": ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}]}, "by Sequence"),
+    "splits forever": ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
+                                         "invert": False}, "splits texts by Split"),
+    "another": ("pre_tokenizer", {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True},
+                "by Metaspace"),
+}  # fmt: skip
+
+
+def changed(folder, place, **changes):
+    path = place / "tokenizer.json"
+    path.write_text(json.dumps(json.loads((folder / "tokenizer.json").read_bytes()) | changes))
+    return {"tokenizer.json": path}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_file_that_changes_texts_as_qwen_does_not_is_refused(folder, tmp_path, harm):
+    key, value, says = HARMS[harm]
+    with pytest.raises(CheckpointError, match=says):
+        QwenTokenizer.from_files(changed(folder, tmp_path, **{key: value}))
+
+
+@pytest.mark.slow
+def test_padding_and_truncation_of_a_file_do_not_count(folder, tmp_path, ours):
+    padding = {"strategy": {"Fixed": 100_000_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+               "pad_type_id": 0, "pad_token": "a"}  # fmt: skip
+    truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    read = QwenTokenizer.from_files(changed(folder, tmp_path, padding=padding, truncation=truncation))
+    assert read.encode("a red fox").ids == ours.encode("a red fox").ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "added_tokens.json"])
+def test_files_without_an_end_are_not_read(folder, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    files = {n: folder / n for n in ("vocab.json", "merges.txt")} | {name: tmp_path / name}
+    with pytest.raises(CheckpointError, match="not a regular file"):
         QwenTokenizer.from_files(files)
 
 
@@ -107,6 +158,7 @@ def test_damaged_merges_are_a_clear_error(folder, tmp_path, content):
         QwenTokenizer.from_files(files)
 
 
+@pytest.mark.slow
 def test_an_added_token_that_cannot_have_its_id_is_a_clear_error(folder, tmp_path):
     files = {name: folder / name for name in ("vocab.json", "merges.txt")}
     files["added_tokens.json"] = tmp_path / "added_tokens.json"
@@ -121,6 +173,7 @@ def test_missing_files_are_named(folder, names):
         QwenTokenizer.from_files({name: folder / name for name in names})
 
 
+@pytest.mark.slow
 def test_merges_cut_at_the_end_of_a_line_are_noticed(folder, tmp_path):
     shutil.copy(folder / "vocab.json", tmp_path / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)

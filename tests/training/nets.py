@@ -7,8 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import torch
+from checkpoints import TINY
 from mlx.utils import tree_flatten
-from reference import TINY, make_transformer
+from reference import make_transformer
 
 from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.models.modulation import TimeModulation

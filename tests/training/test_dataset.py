@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_edit, write_layered
 from PIL import Image
-from reference_edit import write_edit, write_layered
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RequestError
@@ -17,6 +18,7 @@ from qwen_image_mlx.pipeline.core import PipelineCore
 from qwen_image_mlx.sampling.latents import pack_latents
 from qwen_image_mlx.training.dataset import Dataset, digest_of, encode_examples
 from qwen_image_mlx.training.examples import Example
+from qwen_image_mlx.weights.shards import load_tensors, save_tensors
 
 SIZES = {"wide": (150, 60), "square": (100, 100), "tall": (70, 140)}
 
@@ -46,6 +48,7 @@ def encode(pipeline, examples, task, folder, resolution=64, with_dropped=False, 
     return Dataset(entries, seed=0, batch_size=4)
 
 
+@pytest.mark.slow
 def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, pictures, tmp_path):
     pipeline = open_model(models, "t2i")
     examples = [Example(f"a {name} fox", pictures / f"{name}-rgb.png") for name in SIZES]
@@ -64,6 +67,7 @@ def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, 
     assert mx.allclose(batch.latents, pack_latents(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_edits_are_encoded_as_the_pipeline_encodes_its_requests(models, pictures, tmp_path):
     pipeline = open_model(models, "edit")
     sources = (pictures / "square-rgb.png", pictures / "wide-rgb.png")
@@ -76,6 +80,7 @@ def test_edits_are_encoded_as_the_pipeline_encodes_its_requests(models, pictures
     assert mx.array_equal(batch.latents[:1], own.references[0].latents), "source and target are one picture here"
 
 
+@pytest.mark.slow
 def test_layers_follow_the_whole_picture_and_it_is_shown_at_frame_minus_one(models, pictures, tmp_path):
     pipeline = open_model(models, "layered")
     whole, layers = pictures / "wide.png", (pictures / "wide-rgb.png", pictures / "wide.png")
@@ -116,6 +121,24 @@ def test_what_is_encoded_once_is_kept_and_no_encoder_is_loaded(models, pictures,
     assert len(calls) in (3, 4), "the damaged one, unless it was the changed one's, and two of another resolution"
 
 
+@pytest.mark.parametrize("harm", ["latents", "text", "segments", "deep", "cut"])
+def test_a_kept_entry_of_another_shape_is_made_anew(models, pictures, tmp_path, harm):
+    examples = [Example("a fox", pictures / "square.png")]
+    (whole,) = encode(open_model(models, "t2i"), examples, "t2i", tmp_path).batches(0)
+    (path,) = tmp_path.glob("*.safetensors")
+    arrays, metadata = load_tensors(path)
+    if harm in arrays:
+        arrays[harm] = arrays[harm][..., :-1]
+    elif harm == "cut":
+        arrays["latents"] = arrays["latents"][0]
+    else:
+        metadata["segments"] = json.dumps([[0, 1, 1]]) if harm == "segments" else "[" * 100_000
+    save_tensors(path, arrays, metadata)
+    (batch,) = encode(open_model(models, "t2i"), examples, "t2i", tmp_path).batches(0)
+    assert mx.array_equal(batch.latents, whole.latents)
+    assert mx.array_equal(batch.text, whole.text)
+
+
 def test_dropped_captions_are_those_of_an_empty_prompt(models, pictures, tmp_path):
     pipeline = open_model(models, "t2i")
     entries = encode_examples(pipeline, [Example("a fox", pictures / "square.png")], "t2i", 64, True, tmp_path)
@@ -128,6 +151,7 @@ def test_dropped_captions_are_those_of_an_empty_prompt(models, pictures, tmp_pat
     assert 0.4 < share < 0.6
 
 
+@pytest.mark.slow
 def test_every_epoch_has_each_example_once_in_an_order_of_its_own(models, pictures, tmp_path):
     examples = [Example(f"fox {n}", pictures / "square.png") for n in range(10)]
     entries = encode_examples(open_model(models, "t2i"), examples, "t2i", 64, False, tmp_path)

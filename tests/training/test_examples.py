@@ -113,6 +113,34 @@ def test_a_line_of_a_manifest_ends_with_a_line_feed_alone(tmp_path):
         assert read_examples(tmp_path, "t2i") == [Example(f"a{space}fox", tmp_path / "a.png")]
 
 
+@pytest.mark.parametrize("row", [
+    {"image": "a.png", "caption": None}, {"image": None, "caption": "a"}, {"image": "x" * 5000, "caption": "a"},
+    {"image": "a\0b", "caption": "a"}, {"image": "a.png", "caption": "a" * 1_000_001}, {"image": ["a.png"]}, [], None,
+])  # fmt: skip
+def test_a_line_that_means_nothing_is_one_sentence(tmp_path, row):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(RequestError) as caught:
+        read_examples(tmp_path, "t2i")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".png", "狐" * 83 + ".png"])
+def test_names_too_long_for_a_caption_are_said(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(RequestError, match=r"1 of 1 pictures .* have no caption"):
+        read_examples(tmp_path, "t2i")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
+def test_captions_and_manifests_have_a_bound(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(1 << 31)
+    with pytest.raises(RequestError, match=r"more than the 64 MB that are read"):
+        read_examples(tmp_path, "t2i")
+
+
 def test_long_lists_are_cut_short(tmp_path):
     for n in range(9):
         picture(tmp_path / f"{n}.png")
@@ -137,7 +165,7 @@ def test_every_format_that_is_read_is_trained_on_and_told(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["b.heic", "b.HEIF", "b.jxl", "b.dng", "b.svg", "b.psd"])
 def test_formats_that_are_not_read_are_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("qwen_image_mlx.training.examples.formats", lambda: ["PNG"])
+    monkeypatch.setattr("qwen_image_mlx.images.formats.formats", lambda: ["PNG"])
     captioned(tmp_path / "a.png")
     (tmp_path / name).write_bytes(b"\0")
     with pytest.raises(RequestError, match=rf"1 files in .* not read: {name}; convert them to JPEG .*sips"):

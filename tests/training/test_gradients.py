@@ -20,6 +20,8 @@ from qwen_image_mlx.training.optimizers import Optimizer, Rate
 from qwen_image_mlx.training.settings import ATTENTION, TARGETS
 from qwen_image_mlx.training.table import LevelTable
 
+pytestmark = pytest.mark.reference
+
 TOLERANCE = 1e-4
 
 

@@ -16,6 +16,8 @@ from qwen_image_mlx.training.loss import FlowMatching
 from qwen_image_mlx.training.network import Batch
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
 
+pytestmark = pytest.mark.reference
+
 RECORD = {"model": "twins", "rank": 4}
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
-from reference import REAL_CONFIGS
+from checkpoints import REAL_CONFIGS
 
 from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.errors import RequestError
@@ -16,22 +13,29 @@ from qwen_image_mlx.training.loss import FlowMatching, key_of, training_shift
 from qwen_image_mlx.training.settings import TIMESTEPS, WEIGHTINGS
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("config", [
     {}, {"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": None},
 ], ids=["dynamic", "static"])  # fmt: skip
 def test_noise_levels_are_the_scheduler_s_before_a_size_is_known(config):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     config = {**REAL_CONFIGS["scheduler"], **config}
     theirs = FlowMatchEulerDiscreteScheduler.from_config(config)
     shift = training_shift(SchedulerConfig.from_dict(config))
     np.testing.assert_allclose(np.array(FlowMatching(shift=shift).sigmas), theirs.sigmas.numpy(), rtol=1e-6)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("options", [
     {"timesteps": "uniform"}, {"timesteps": "logit_normal"},
     {"timesteps": "logit_normal", "logit_mean": 0.8, "logit_std": 0.4}, {"timesteps": "mode"},
     {"timesteps": "mode", "mode_scale": 0.5},
 ], ids=str)  # fmt: skip
 def test_levels_are_drawn_with_the_reference_s_density(options):
+    import torch
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
     flow = FlowMatching(**options)
     ours = np.array(flow.levels_drawn(key_of(0, "density"), 40000))
     assert (ours.min() >= 0, ours.max() < 1000, ours.dtype) == (True, True, np.uint32)
@@ -43,8 +47,12 @@ def test_levels_are_drawn_with_the_reference_s_density(options):
     np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(theirs, quantiles), atol=15)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_loss_is_the_reference_s(weighting):
+    import torch
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
     rng = np.random.default_rng(0)
     latents, noise, velocity = (rng.standard_normal((3, 5, 8), np.float32) for _ in range(3))
     sigmas = np.float32([1.0, 0.5, 0.03])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
@@ -23,12 +22,15 @@ def arrays(values):
     return {name: mx.array(value) for name, value in values.items()}
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("schedule", "theirs"), [
     ("constant", lambda s: min(1, (s + 1) / 3)),
     ("linear", lambda s: min((s + 1) / 3, (10 - s) / 7)),
     ("cosine", lambda s: min((s + 1) / 3, 0.5 * (1 + np.cos(np.pi * max(0, s - 3) / 7)))),
 ])  # fmt: skip
 def test_adamw_with_clipping_and_a_schedule_is_torch_s(schedule, theirs):
+    import torch
+
     start = random(0)
     tensors = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in start.items()}
     reference = torch.optim.AdamW(tensors.values(), lr=1e-2, betas=(0.8, 0.99), weight_decay=0.1)
@@ -101,6 +103,24 @@ def test_a_state_goes_on_where_it_was():
         assert mx.array_equal(array, expected[name])
     with pytest.raises(KeyError):
         make().restore(middle, {})
+
+
+@pytest.mark.parametrize("harm", ["step", "v", "m", "absent", "dtype"])
+def test_a_state_of_another_shape_is_refused(harm):
+    parameters = {"a": mx.zeros((2, 3))}
+    optimizer = Optimizer(Rate(1e-3))
+    optimizer.init(parameters)
+    optimizer.update(0, parameters, {"a": mx.ones((2, 3))})
+    state = dict(optimizer.state)
+    optimizer.restore(parameters, state)
+    if harm == "absent":
+        del state["adamw/a/v"]
+    elif harm == "dtype":
+        state["adamw/step"] = mx.array(1.5)
+    else:
+        state["adamw/step" if harm == "step" else f"adamw/a/{harm}"] = mx.zeros((3, 2))
+    with pytest.raises(KeyError, match="adamw"):
+        optimizer.restore(parameters, state)
 
 
 def test_impossible_rates_are_refused():

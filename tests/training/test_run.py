@@ -9,14 +9,12 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
-from diffusers.utils import logging as diffusers_logging
+from checkpoints import write_edit, write_layered
 from PIL import Image
-from reference import load_reference, run_reference
-from reference_edit import load_edit_reference, run_edit_reference, write_edit, write_layered
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.errors import CheckpointError, GPUError, OutputError, QwenImageError, RequestError
+from qwen_image_mlx.images.colour import ignore_profiles
 from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.models.layers import QuantizedLinear
 from qwen_image_mlx.training import checkpoints, loop, run, samples
@@ -98,8 +96,12 @@ def paint(folder, images=(), **options):
 # --- results -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("targets", ["attention", "all", "attn.to_q, img_mlp.net.2,txt_in"])
 def test_a_trained_lora_gives_the_reference_s_pixels(models, examples, tmp_path, targets, caplog):
+    from diffusers.utils import logging as diffusers_logging
+    from reference import load_reference, run_reference
+
     outcome = train(open_model(models), examples["t2i"], settings(targets=targets, rank=3), tmp_path / "run")
     assert outcome.result == tmp_path / "run" / "lora.safetensors"
     reference = load_reference(models["t2i"])
@@ -125,7 +127,11 @@ def test_a_trained_lora_gives_the_reference_s_pixels(models, examples, tmp_path,
     assert np.abs(plain - expected).max() > 8
 
 
+@pytest.mark.reference
 def test_an_edit_lora_gives_the_reference_s_pixels(models, examples, tmp_path, monkeypatch):
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+    from reference_edit import load_edit_reference, run_edit_reference
+
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 96**2)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 128**2)
     name = "QwenImageEditPlusPipeline"
@@ -142,8 +148,11 @@ def test_an_edit_lora_gives_the_reference_s_pixels(models, examples, tmp_path, m
     assert np.abs(ours - paint(models["edit"], [source])).max() > 8
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_a_fully_trained_model_gives_the_reference_s_pixels(models, examples, tmp_path, ema):
+    from reference import load_reference, run_reference
+
     wanted = settings(full=True, learning_rate=0.01, ema=ema, targets="attention")
     outcome = train(open_model(models), examples["t2i"], wanted, tmp_path / "run")
     assert outcome.result == tmp_path / "run" / "model"
@@ -159,6 +168,7 @@ def test_a_fully_trained_model_gives_the_reference_s_pixels(models, examples, tm
         assert mx.array_equal(saved[name.partition(".")[2]], state[f"{part}/{name}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2i", "edit", "layered"])
 def test_losses_fall_and_samples_are_those_of_the_result(models, examples, tmp_path, task):
     pipeline = open_model(models, task)
@@ -180,6 +190,7 @@ def test_losses_fall_and_samples_are_those_of_the_result(models, examples, tmp_p
     assert Image.open(tmp_path / "run" / "plot.png").size[0] == 960
 
 
+@pytest.mark.slow
 def test_samples_of_a_full_run_use_the_trained_modulation(models, examples, tmp_path):
     wanted = settings(full=True, learning_rate=0.01, sample_every=4, sample_prompts=("a fox",))
     outcome = train(open_model(models), examples["t2i"], wanted, tmp_path / "run")
@@ -191,6 +202,7 @@ def test_samples_of_a_full_run_use_the_trained_modulation(models, examples, tmp_
     assert np.abs(ours - theirs).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["transformer=8", "transformer=4"])
 def test_a_packed_base_is_trained_beside(wide, examples, tmp_path, bits):
     pipeline = QwenImagePipeline.from_pretrained(wide, dtype="float32", quantize=bits)
@@ -203,6 +215,7 @@ def test_a_packed_base_is_trained_beside(wide, examples, tmp_path, bits):
     assert {tensor.dtype for tensor in read_header(outcome.result)[0].values()} == {"F32"}
 
 
+@pytest.mark.slow
 def test_bf16_computes_in_bf16_and_keeps_fp32(models, examples, tmp_path, monkeypatch):
     pipeline = QwenImagePipeline.from_pretrained(models["t2i"], dtype="bfloat16")
     seen = set()
@@ -223,6 +236,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32(models, examples, tmp_path, monkey
 # --- going on ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(models, examples, tmp_path, full):
     wanted = settings(steps=6, full=full, schedule="cosine", warmup=2, accumulate=2, timesteps="logit_normal",
@@ -244,6 +258,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(models, examples, tm
     assert again == finished
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_right_after_a_checkpoint_loses_none_of_its_files(models, examples, tmp_path, monkeypatch):
     class Cut(BaseException):
         """As a kill: nothing is written after it."""
@@ -267,6 +282,7 @@ def test_a_run_that_was_cut_right_after_a_checkpoint_loses_none_of_its_files(mod
     assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_constant_rate_can_go_on_for_longer(models, examples, tmp_path):
     train(open_model(models), examples["t2i"], settings(steps=2), tmp_path / "run")
     longer = train(open_model(models), examples["t2i"], settings(steps=4), tmp_path / "run", resume=True)
@@ -275,6 +291,7 @@ def test_a_constant_rate_can_go_on_for_longer(models, examples, tmp_path):
         train(open_model(models), examples["t2i"], settings(steps=2), tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_other_settings_models_and_data_are_not_gone_on_with(models, examples, tmp_path):
     folder = tmp_path / "run"
     train(open_model(models), examples["t2i"], settings(steps=2), folder)
@@ -293,6 +310,7 @@ def test_other_settings_models_and_data_are_not_gone_on_with(models, examples, t
     train(open_model(models), examples["t2i"], settings(save_every=1, steps=3), folder, resume=True)
 
 
+@pytest.mark.slow
 def test_folders_are_not_mixed_up(models, examples, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("")
@@ -313,6 +331,7 @@ def test_folders_are_not_mixed_up(models, examples, tmp_path):
 # --- accidents -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(models, examples, tmp_path, monkeypatch):
     real = loop.Trainer.gradients
     monkeypatch.setattr(
@@ -345,6 +364,26 @@ def test_weights_that_are_not_numbers_are_not_saved(models, examples, tmp_path, 
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001.safetensors"]
 
 
+@pytest.mark.parametrize(("name", "resume"), [
+    ("samples", True), ("checkpoints", True), ("cache", True), ("log.jsonl/", True), ("plot.png/", True),
+])  # fmt: skip
+def test_what_a_run_would_write_over_is_found_first(models, examples, tmp_path, name, resume):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("mine")
+    with pytest.raises(RequestError, match=f"has a {name.strip('/')} that is not a run's own"):
+        train(open_model(models), examples["t2i"], settings(), folder, resume=resume)
+    assert [path.name for path in folder.iterdir()] == [name.strip("/")]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_only_with_the_colours_it_began_with(models, examples, tmp_path):
+    with ignore_profiles():
+        train(open_model(models), examples["t2i"], settings(steps=1, save_every=1), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="ignore_profile True and not None"):
+        train(open_model(models), examples["t2i"], settings(steps=2), tmp_path / "run", resume=True)
+
+
 @pytest.mark.parametrize("record", ["[]", "1", "null", '"a"', "[" * 100_000])
 def test_a_checkpoint_with_an_odd_record_is_refused(tmp_path, record):
     metadata = {"format": checkpoints._FORMAT, "step": "1", "record": record}
@@ -353,6 +392,7 @@ def test_a_checkpoint_with_an_odd_record_is_refused(tmp_path, record):
         checkpoints.load_checkpoint(tmp_path / "step-000001.safetensors", None, {})
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(models, examples, tmp_path, monkeypatch):
     real, calls = checkpoints.save_tensors, []
 
@@ -384,6 +424,7 @@ def test_a_disk_without_room_for_checkpoints_is_found_before_training(models, ex
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_painted_does_not_stop_a_run(models, examples, tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise QwenImageError("the painted latents are not finite")
@@ -394,6 +435,7 @@ def test_a_sample_that_cannot_be_painted_does_not_stop_a_run(models, examples, t
     assert "no samples after step 2: the painted latents are not finite" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_gpu_that_refuses_its_process_in_a_sample_stops_a_run(models, examples, tmp_path, monkeypatch):
     def fail(*_):
         raise GPUError("the GPU refuses this process", fault="refused", fatal=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import foreign
+import foreign_names
 import mlx.core as mx
 import pytest
 
@@ -28,16 +28,16 @@ from qwen_image_mlx.weights.synthetic import FULL, TINY, random_values
 
 NAMES = {component: list(expected_tensors(component, FULL[component])) for component in FULL}
 SPELLINGS = {
-    ("vae", "Wan"): foreign.wan_name,
-    ("transformer", "mflux"): foreign.mflux_transformer_name,
-    ("text_encoder", "mflux"): foreign.mflux_text_name,
-    ("vision", "mflux"): foreign.mflux_text_name,
+    ("vae", "Wan"): foreign_names.wan_name,
+    ("transformer", "mflux"): foreign_names.mflux_transformer_name,
+    ("text_encoder", "mflux"): foreign_names.mflux_text_name,
+    ("vision", "mflux"): foreign_names.mflux_text_name,
     ("transformer", "ComfyUI"): lambda name: f"model.diffusion_model.{name}",
     ("transformer", "Swift single file"): lambda name: (
         re.sub(r"_mod\.1\.", "_mod.", name).replace("net.0.proj.", "proj_in.").replace("_mlp.net.2.", "_mlp.proj_out.")
     ),
     ("vision", "mlx-vlm"): lambda name: name.replace("visual.", "vision_tower.", 1),
-    ("text_encoder", "llama.cpp"): foreign.llama_name,
+    ("text_encoder", "llama.cpp"): foreign_names.llama_name,
     ("text_encoder", "bare"): lambda name: f"language_model.{name}",
 }
 
@@ -51,7 +51,9 @@ def test_full_size_names_lead_back(component, dialect):
     assert known_share(component, spelled) == 1
 
 
+@pytest.mark.reference
 def test_full_size_names_of_mflux_s_autoencoder_lead_back():
+    import foreign
     import torch
 
     shapes = {spec.name: spec.shape for spec in expected_tensors("vae", FULL["vae"]).values()}
@@ -64,10 +66,12 @@ def test_full_size_names_of_mflux_s_autoencoder_lead_back():
         assert sorted(written[stored].shape) == sorted(d for d in shapes[name] if not name.endswith("gamma") or d > 1)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("form", ["released", "Wan", "mflux"])
 @pytest.mark.parametrize("channels", [3, 4])
 def test_the_smallest_convolutions_are_not_mistaken_for_each_other(tmp_path, form, channels):
     """With 3 channels, the first convolution looks the same in both layouts."""
+    import foreign
     import numpy as np
     import torch
     from mlx.utils import tree_flatten
@@ -78,7 +82,7 @@ def test_the_smallest_convolutions_are_not_mistaken_for_each_other(tmp_path, for
     specs = expected_tensors("vae", config)
     keys = mx.random.split(mx.random.key(0), len(specs))
     tensors = {n: torch.from_numpy(np.array(random_values(s, keys[i]))) for i, (n, s) in enumerate(specs.items())}
-    spelled = {"released": lambda t: t, "Wan": lambda t: {foreign.wan_name(n): v for n, v in t.items()},
+    spelled = {"released": lambda t: t, "Wan": lambda t: {foreign_names.wan_name(n): v for n, v in t.items()},
                "mflux": foreign.mflux_vae}[form](tensors)  # fmt: skip
     modules = []
     for written in (tensors, spelled):
@@ -90,7 +94,7 @@ def test_the_smallest_convolutions_are_not_mistaken_for_each_other(tmp_path, for
         assert all(name == twin and mx.array_equal(a, b) for (name, a), (twin, b) in pairs)
 
 
-@pytest.mark.parametrize("prefix", foreign.PREFIXES)
+@pytest.mark.parametrize("prefix", foreign_names.PREFIXES)
 def test_the_marker_of_2511_is_seen_under_every_prefix(prefix):
     names = [prefix + name for name in (*NAMES["transformer"], "__index_timestep_zero__")]
     assert shown_settings("transformer", names) == {"zero_cond_t": True}
@@ -121,7 +125,7 @@ BUNDLES = {
 @pytest.mark.parametrize("wan", [True, False])
 def test_each_part_of_an_all_in_one_file_is_found(prefixes, wan):
     names = {
-        part: [foreign.wan_name(name) for name in NAMES[part]] if part == "vae" and wan else NAMES[part]
+        part: [foreign_names.wan_name(name) for name in NAMES[part]] if part == "vae" and wan else NAMES[part]
         for part in ("transformer", "text_encoder", "vae")
     }
     bundle = entries(prefix + name for prefix, part in zip(prefixes, names, strict=True) for name in names[part])
@@ -170,6 +174,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
 def test_quantizations_that_are_not_read_are_called_by_name(name, component):
@@ -215,6 +220,7 @@ def test_files_of_other_kinds_are_not_called_damaged(tmp_path, start, says):
     assert "download it again" not in str(caught.value)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("names", "says"), [
     (["single_transformer_blocks.0.proj_out.weight"], "FLUX"),
     (["transformer_blocks.0.attn.to_q.lora_A.weight"], "a LoRA, .*--lora"),
@@ -224,6 +230,7 @@ def test_files_of_other_kinds_are_not_called_damaged(tmp_path, start, says):
     (["blocks.0.cross_attn.q.weight"], "Wan"),
 ])  # fmt: skip
 def test_other_models_are_named(tmp_path, names, says):
+    import foreign
     import torch
 
     file = foreign.save(tmp_path / "other.safetensors", {name: torch.ones(2, 2) for name in names})

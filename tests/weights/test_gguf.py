@@ -337,6 +337,7 @@ def test_every_truncation_is_caught(tmp_path: Path, good: bytes) -> None:
             assert [*read_whole(path)] == [*whole]
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bytes_give_a_checkpoint_error_or_a_file_that_holds_together(

@@ -38,6 +38,7 @@ def weights(headers, config=CONFIG, parts=("main", "modulation")):
     return ComponentWeights("transformer", config, headers, parts)
 
 
+@pytest.mark.slow
 def test_all_that_is_wrong_is_said_at_once(tmp_path):
     def change(tensors):
         del tensors["img_in.weight"]
@@ -52,6 +53,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         assert said in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_no_picture_needs_is_neither_read_nor_missed(tmp_path):
     unused = [spec.name for spec in expected_tensors("transformer", CONFIG).values() if spec.part == UNUSED]
     assert any("txt_mlp" in name for name in unused)
@@ -64,6 +66,7 @@ def test_what_no_picture_needs_is_neither_read_nor_missed(tmp_path):
         assert all(mx.isfinite(array).all().item() for _, array in tree_flatten(model.parameters()))
 
 
+@pytest.mark.slow
 def test_a_part_can_be_had_without_the_others(tmp_path):
     headers, _ = write(tmp_path, lambda tensors: tensors.pop("norm_out.linear.weight"))
     load_module(Transformer(CONFIG), weights(headers, parts=["main"]), "main", mx.float32)
@@ -71,6 +74,7 @@ def test_a_part_can_be_had_without_the_others(tmp_path):
         weights(headers)
 
 
+@pytest.mark.slow
 def test_files_of_other_parts_are_never_opened(tmp_path):
     """What is not asked for lies in a file that is gone once the headers are read."""
     _, tensors = write(tmp_path)
@@ -127,6 +131,7 @@ def nbytes(tree):
     return sum(array.nbytes for _, array in tree_flatten(tree))
 
 
+@pytest.mark.slow
 def test_the_peak_of_loading_is_the_result_and_one_layer(tmp_path):
     source = weights(write(tmp_path)[0])
     memory = Memory()
@@ -137,6 +142,7 @@ def test_the_peak_of_loading_is_the_result_and_one_layer(tmp_path):
     assert peak < resident + 2.2 * block + 1e5 < 1.5 * resident
 
 
+@pytest.mark.slow
 def test_the_modulation_is_streamed(tmp_path):
     headers, tensors = write(tmp_path)
     source = weights(headers)
@@ -152,6 +158,7 @@ def test_the_modulation_is_streamed(tmp_path):
     assert memory.peak < 2.2 * largest + 3 * evaluated < 0.4 * total
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_weights_say(tmp_path):
     """temb through one weight, in numpy."""
     headers, tensors = write(tmp_path)
@@ -176,6 +183,7 @@ def test_the_table_is_what_the_weights_say(tmp_path):
     np.testing.assert_array_equal(np.array(step.blocks[3].references), np.array(step.blocks[3].target))
 
 
+@pytest.mark.slow
 def test_a_file_that_vanishes_while_loading_is_a_clear_error(tmp_path):
     headers, _ = write(tmp_path)
     source = weights(headers)
@@ -184,6 +192,7 @@ def test_a_file_that_vanishes_while_loading_is_a_clear_error(tmp_path):
         load_module(Transformer(CONFIG), source, "main", mx.float32)
 
 
+@pytest.mark.slow
 def test_loading_leaves_the_application_s_random_numbers_alone(tmp_path):
     headers, _ = write(tmp_path)
     mx.random.seed(9)

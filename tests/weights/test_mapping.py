@@ -8,11 +8,12 @@ import shutil
 import mlx.core as mx
 import pytest
 import torch
+from checkpoints import REAL_CONFIGS, TINY
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from reference import REAL_CONFIGS, TINY, full_size_meta, rename_text_encoder_keys
+from reference import full_size_meta, rename_text_encoder_keys
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from qwen_image_mlx import QwenImagePipeline
@@ -30,6 +31,8 @@ from qwen_image_mlx.weights.mapping import (
     weights_map,
 )
 from qwen_image_mlx.weights.shards import read_header
+
+pytestmark = pytest.mark.reference
 
 
 def plain(name):

@@ -16,7 +16,8 @@ from qwen_image_mlx.models.layers import Linear, QuantizedEmbedding, QuantizedLi
 from qwen_image_mlx.models.transformer import Transformer
 from qwen_image_mlx.weights.loader import load_module
 from qwen_image_mlx.weights.packed import Packed
-from qwen_image_mlx.weights.quantize import SCHEMES, Scheme, quantize_matrix, relative_error
+from qwen_image_mlx.weights.quantize import quantize_matrix, relative_error
+from qwen_image_mlx.weights.schemes import SCHEMES, Scheme
 
 EVERY = [Scheme(mode, bits, group) for mode, bits, groups in SCHEMES.values() for group in groups]
 W = mx.random.normal((96, 512), key=mx.random.key(0))
@@ -104,6 +105,7 @@ def quantized(module) -> set[str]:
     return {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
+@pytest.mark.slow
 def test_the_policy_and_what_does_not_fit(tmp_path, caplog):
     headers, _ = write(tmp_path)
     model = load_module(Transformer(CONFIG), weights(headers), "main", mx.float32, Scheme.parse(4))
@@ -123,6 +125,7 @@ def test_the_policy_and_what_does_not_fit(tmp_path, caplog):
     }
 
 
+@pytest.mark.slow
 def test_the_peak_of_quantizing_is_the_result_and_one_layer(tmp_path):
     source = weights(write(tmp_path)[0])
     memory = Memory()

@@ -699,6 +699,7 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_environment_is_honoured(hub: HubServer, tmp_path: Path) -> None:
     code = (
         "from qwen_image_mlx.weights.snapshot import HubSnapshot\n"

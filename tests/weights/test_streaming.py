@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from qwen_image_mlx import CheckpointError, GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
-from qwen_image_mlx.weights.quantize import Quantization
+from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 ALL = ("transformer", "text_encoder", "vision")
@@ -42,6 +42,7 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pixels_do_not_depend_on_streaming(model, dtype, cfg_scale):
@@ -50,6 +51,7 @@ def test_pixels_do_not_depend_on_streaming(model, dtype, cfg_scale):
     assert_same(painted(other, cfg_scale), painted(other, cfg_scale))
 
 
+@pytest.mark.slow
 def test_packs_are_streamed(model, tmp_path):
     pack = quantize_checkpoint(model, tmp_path / "pack", Quantization.parse("4/32"))
     assert_same(painted(opened(pack)), painted(opened(pack, ALL)))
@@ -64,6 +66,7 @@ def test_nothing_is_quantized_while_it_streams(model, component, monkeypatch):
         painted(pipeline)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "merge", "side"])
 def test_loras_are_streamed(model, tmp_path, mode):
     shapes = opened(model).components.lora_targets()
@@ -76,6 +79,7 @@ def test_loras_are_streamed(model, tmp_path, mode):
     np.testing.assert_array_equal(painted(other)[-1], plain)
 
 
+@pytest.mark.slow
 def test_pictures_are_shown_through_streamed_towers(tmp_path):
     folder = write_checkpoint(tmp_path / "edit", TINY, dtype=mx.float32, pipeline="QwenImageEditPlusPipeline")
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -97,6 +101,7 @@ def deep(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("deep") / "model", configs, dtype=mx.float32)
 
 
+@pytest.mark.slow
 def test_a_pass_takes_the_memory_of_a_few_layers(deep):
     pipeline = opened(deep, ALL)
     weights = pipeline.components.weights("transformer")
@@ -114,6 +119,7 @@ def test_a_pass_takes_the_memory_of_a_few_layers(deep):
     assert mx.get_active_memory() - before < layer
 
 
+@pytest.mark.slow
 def test_the_embedding_is_read_by_the_row(deep):
     streamed, held = opened(deep, ALL).components.text_encoder, opened(deep).components.text_encoder
     ids = mx.array([[3, 0, 3999, 3]])

@@ -12,6 +12,8 @@ import pytest
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
+pytestmark = pytest.mark.reference
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "random_checkpoint.py"
 
 

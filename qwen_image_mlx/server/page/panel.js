@@ -79,7 +79,7 @@ export class Panel {
   }
 
   /** Fits the form to what the server offers. */
-  configure({ tasks, defaults = {}, limits = {} }) {
+  configure({ tasks, defaults = {}, fields = {}, limits = {} }) {
     const offer = tasks[this.task];
     this.offered = Boolean(offer);
     this.button.disabled = !offer;
@@ -90,6 +90,7 @@ export class Panel {
     }
     this.notice.hidden = true;
     const form = this.form.elements;
+    for (const [name, field] of Object.entries(fields[this.task] ?? {})) this.offer(name, field);
     form.steps.placeholder = offer.steps ?? defaults.steps ?? "";
     form.cfg_scale.placeholder = offer.cfg_scale ?? defaults.cfg_scale ?? "";
     form.negative_prompt.placeholder = defaults.negative_prompt ?? "";
@@ -118,6 +119,22 @@ export class Panel {
       if (chips.children.length < 2) chips.parentNode.remove();
     }
     this.follow();
+  }
+
+  /** Gives an input the ends that the server says, or makes one for what the page has no input of its own for. */
+  offer(name, { type, min, max, choices = [], help }) {
+    let input = this.form.elements[name];
+    if (!input) {
+      const step = type === "number" ? "any" : "1";
+      const words = name.replaceAll("_", " ");
+      input = type === "choice"
+        ? el("select", { name }, el("option", { value: "" }, "As usual"), ...choices.map((value) => el("option", { value }, value)))
+        : el("input", { name, type: { switch: "checkbox", text: "text" }[type] ?? "number", ...(type === "number" || type === "integer" ? { step } : {}) });
+      one("[data-common]", this.form).append(el("label", { class: type === "switch" ? "check" : "field", title: help },
+        ...(type === "switch" ? [input, " ", el("span", {}, words)] : [el("span", {}, words), input])));
+    }
+    if (input.type === "number" && Number.isSafeInteger(min)) input.min = min;
+    if (input.type === "number" && Number.isSafeInteger(max)) input.max = max;
   }
 
   /** Notes what the form says, for when the page is opened again. */

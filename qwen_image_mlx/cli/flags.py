@@ -1,0 +1,207 @@
+"""Flags, made from the table of options and from what only a command line has."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from ..options import Choice, Option, Several, Switch, Text, by_name
+from ..pipeline.parameters import PAINTERS
+from ..runtime.options import OPTIONS
+from .parser import EXAMPLES
+
+FOLDER = "qwen-images"  # of many pictures
+COMPOSITION = "composition.png"
+# Headings of help, by `Option.group`, in their order.
+_HEADINGS = {
+    "picture": "picture",
+    "size": "size",
+    "sampling": "sampling",
+    "painting over": "painting over a picture",
+    "layers": "layers",
+    "many": "many pictures",
+    "model": "model",
+    "memory": "speed and memory",
+    "output": "output",
+    "settings": "settings",
+    "shown": "what is shown",
+}
+_CANVAS = ("generate", "edit")
+_SHOWS = (*PAINTERS, "caption")
+_SETTLED = (*PAINTERS, "caption", "train", "plan", "serve")
+_LINES = ", ".join(row.name for row in OPTIONS.values() if row.line and row.name != "prompt")
+
+_OWN = (
+    Option(
+        name="prompts_file", kind=Text(), group="many", commands=("generate",), flags=("--prompts-file",),
+        metavar="FILE",
+        help="paint every prompt of a .txt file (one a line; empty lines and those with # are skipped) or a .jsonl "
+        f"file (objects with prompt and any of {_LINES}, which win over the flags; seed 0 unless told otherwise) into "
+        f"the folder --output (default: ./{FOLDER}); a second run paints what is missing",
+    ),
+    Option(
+        name="seeds", kind=Text(), group="many", commands=("generate",), flags=("--seeds",), metavar="A-B,C",
+        help="paint a prompt, or all of them, with each of these seeds, as in 1-20 or 1,5,9-12, into such a folder",
+    ),
+    Option(
+        name="force", kind=Switch(), group="memory", commands=PAINTERS, flags=("--force",),
+        help="paint although the plan does not fit the memory",
+    ),
+    Option(
+        name="wire", kind=Switch(), group="memory", commands=PAINTERS, flags=("--wire",),
+        help="keep macOS from paging out what is in use; may help with 64 GB and more, and makes macOS panic on some "
+        "machines",
+    ),
+    Option(
+        name="cache", kind=Switch(), group="memory", commands=PAINTERS, flags=("--cache",),
+        help="keep encoded prompts and pictures for next time, at most 2 GB, in ~/.cache/qwen-image-mlx; removing that "
+        "folder is safe",
+    ),
+    Option(
+        name="output", kind=Text(), group="output", commands=PAINTERS, flags=("--output", "-o"), metavar="PATH",
+        help="PNG file or directory", usual="./qwen-image.png",
+        but={"decompose": {"metavar": "DIR", "help": "folder for the layers", "usual": "named after the picture"},
+             "compose": {"usual": f"./{COMPOSITION}"}},
+    ),
+    Option(
+        name="format", kind=Text(), group="output", commands=("decompose",), flags=("--format",), metavar="F,F",
+        help="png, psd, ora, zip, pptx", usual="png",
+    ),
+    Option(
+        name="preview", kind=Switch(), group="output", commands=PAINTERS, flags=("--preview",),
+        help="while it paints, keep a small picture of what it is heading for beside the output",
+    ),
+    Option(
+        name="from_image", kind=Text(), group="settings", commands=_CANVAS, flags=("--from-image",), metavar="IMAGE",
+        help="paint a picture again from its own metadata; flags win",
+    ),
+    Option(
+        name="config", kind=Text(), group="settings", commands=_SETTLED, flags=("--config",), metavar="PATH",
+        help="a config.toml (default: see qwen-image-mlx config --help)",
+    ),
+    Option(
+        name="profile", kind=Text(), group="settings", commands=_SETTLED, flags=("--profile",), metavar="NAME",
+        help="take the config's profile NAME", usual="default",
+    ),
+    Option(
+        name="quiet", kind=Switch(), group="shown", commands=_SHOWS, flags=("--quiet",),
+        help="show no progress and no messages but warnings; results go to stdout as ever",
+    ),
+    Option(
+        name="verbose", kind=Switch(), group="shown", commands=_SHOWS, flags=("--verbose",),
+        help="show also what was asked for, all told, and what each stage takes",
+    ),
+    Option(
+        name="json", kind=Switch(), group="shown", commands=_SHOWS, flags=("--json",),
+        help="for an app that runs this: progress, messages and results on stdout, as JSON, one event a line",
+    ),
+    Option(
+        name="timings", kind=Switch(), group="shown", commands=PAINTERS, flags=("--timings",),
+        help="print what each stage takes, and record it",
+    ),
+)  # fmt: skip
+
+
+_EXAMPLES = {
+    "generate": (
+        'generate "A red fox in fresh snow" --aspect 16:9 --seed 42',
+        'generate "A red fox" --model 2512 --lightning 8 --output fox.webp',
+        'generate "An oil painting" --image sketch.png --strength 0.7',
+        "generate --from-image qwen-image.png --steps 20",
+    ),
+    "edit": (
+        'edit "Make the coat green" --image portrait.jpg --size source --output green.png',
+        'edit "Put the cat on the sofa" --image sofa.jpg --image cat.png',
+        'edit "A straw hat" --image portrait.jpg --mask hat-mask.png',
+    ),
+    "decompose": (
+        "decompose lake.png --layers 4 --format png,ora",
+        "decompose --layer lake-layers:2 --layers 2",
+        'decompose lake.png --prompt "A boat on a lake" --resolution 1024',
+    ),
+    "compose": (
+        "compose lake-layers --move 3:+40,-10 --output moved.png",
+        'compose lake-layers --hide 2 --harmonize "match light and shadows"',
+    ),
+    "caption": ("caption lake.png", "caption lake.png --language zh"),
+}
+
+
+@cache
+def rows() -> dict[str, Option]:
+    """All options that any command has, by their names."""
+    return by_name([*OPTIONS.values(), *_OWN])
+
+
+def rows_of(command: str) -> list[Option]:
+    """The options of a command, as it has them."""
+    return [row.of(command) for row in rows().values() if command in row.commands]
+
+
+def flag_of(name: str) -> str:
+    """How an option is called on the command line: --mask-padding."""
+    return rows()[name].flag
+
+
+def add_options(parser: argparse.ArgumentParser, command: str, heading: str = "", beside: Iterable[str] = ()) -> None:
+    """Adds the flags of a command, under headings; every default is None, so that a flag given is a flag meant.
+
+    Args:
+        parser: the command's.
+        command: its name.
+        heading: one for all of them.
+        beside: names of options that stand under no heading.
+    """
+    found = rows_of(command)
+    if command in _EXAMPLES:
+        parser.epilog = "\n".join([EXAMPLES, *(f"  qwen-image-mlx {line}" for line in _EXAMPLES[command])])
+    titles = dict.fromkeys(_HEADINGS[row.group] for row in sorted(found, key=lambda row: [*_HEADINGS].index(row.group)))
+    groups = {title: parser.add_argument_group(title) for title in ([heading] if heading else titles)}
+    for row in found:
+        bare = not row.flags or row.name in beside
+        add_option(parser if bare else groups[heading or _HEADINGS[row.group]], row)
+
+
+def add_option(place: argparse._ActionsContainer, row: Option) -> None:
+    """Adds one flag, or place on the line."""
+    said: dict[str, Any] = {"help": _help(row), "default": None}
+    kind = row.kind.kind if isinstance(row.kind, Several) else row.kind
+    if isinstance(kind, Switch):
+        said["action"] = "store_true"
+    else:
+        if row.nargs == "append":
+            said["action"] = "append"
+        elif row.nargs:
+            said["nargs"] = row.nargs
+        if row.metavar:
+            said["metavar"] = row.metavar
+        if isinstance(kind, Choice):
+            said["choices"] = kind.values
+            said["type"] = type(kind.values[0])
+        elif kind.read:
+            said["type"] = kind.read
+    if said.get("type") is str:
+        del said["type"]
+    if row.flags:
+        place.add_argument(*row.flags, dest=row.name, **said)
+    elif row.instead:  # a place on the line, or a flag
+        place.add_argument(row.name, **said | {"action": _Once, "default": argparse.SUPPRESS})
+        place.add_argument(*row.instead, dest=row.name, action=_Once, metavar=row.metavar, help="the same as a flag")
+    else:
+        place.add_argument(row.name, **said)
+
+
+class _Once(argparse._StoreAction):
+    """Stores what is said once, at its place or by its flag."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest, None) is not None:
+            parser.error(f"the {self.dest} is given twice: {getattr(namespace, self.dest)!r:.40} and {values!r:.40}")
+        setattr(namespace, self.dest, values)
+
+
+def _help(row: Option) -> str:
+    text = row.help + (f" (default: {row.usual})" if row.usual else "")
+    return text.strip().replace("%", "%%")

@@ -1,0 +1,48 @@
+"""Flags that do nothing: what was asked for, and why it has no effect here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .flags import rows_of
+
+if TYPE_CHECKING:
+    from ..pipeline.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+def _without_metal(given: Mapping[str, Any], request: Request) -> bool:
+    import mlx.core as mx
+
+    return not mx.metal.is_available()
+
+
+# By the names of options: when they have no effect, and why.
+_IDLE: dict[str, tuple[Callable[[Mapping[str, Any], Request], bool], str]] = {
+    "lora_mode": (lambda given, request: not {"loras", "lightning"} & given.keys(), "no LoRA is given"),
+    "caption_language": (lambda given, request: bool(request.prompt.strip()), "a prompt is given, so none is written"),
+    "cfg_normalize": (lambda given, request: request.guiding_prompt is None, "guidance is off"),
+    "ignore_profile": (lambda given, request: request.canvas is None, "no picture is read"),
+    "keep_alpha": (
+        lambda given, request: request.canvas is not None and request.canvas.straight is None,
+        "the picture has no transparency",
+    ),
+    "wire": (_without_metal, "there is no Metal on this machine"),
+}
+
+
+def say_idle(command: str, given: Mapping[str, Any], request: Request) -> None:
+    """Warns of flags that have no effect on a request.
+
+    Args:
+        command: which was typed; what it has no flag for was not asked for by anybody.
+        given: options that the command line gives, by their names.
+        request: what is painted.
+    """
+    for row in rows_of(command):
+        is_idle, why = _IDLE.get(row.name, (None, ""))
+        if is_idle is not None and row.name in given and is_idle(given, request):
+            logger.warning("%s has no effect: %s", row.flag, why)

@@ -1,0 +1,306 @@
+"""The one table of options: what can be asked for when pictures are painted. Importable without MLX.
+
+The command line, config.toml, the server's bodies, files of prompts, records in PNGs and the page's form are made from
+it. An option of sampling is a field of `GenerationParameters`, one of the model a field of `OpenOptions`; the rest
+stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RequestError
+from ..names import Dtype, LoRAMode
+from ..options import (
+    Choice,
+    Config,
+    Integer,
+    Option,
+    Parsed,
+    Picture,
+    Several,
+    Switch,
+    Text,
+    by_name,
+    option,
+    options_of,
+)
+from ..pipeline.parameters import (
+    DTYPES,
+    GENERATION,
+    IMAGE_INDEX,
+    NUM_IMAGES,
+    PAINTERS,
+    REFERENCE_PIXELS,
+    SEED,
+    SIDE,
+    TASKS,
+    GenerationParameters,
+)
+from ..variants import (
+    ASPECT_SIZES,
+    CAPTION_TEMPLATES,
+    DEFAULT_EDIT_MODEL,
+    DEFAULT_LAYERED_MODEL,
+    DEFAULT_MODEL,
+    LAYERED_RESOLUTIONS,
+    LORA_MODES,
+    full_name,
+)
+from ..weights.schemes import NONE, SCHEMES, Quantization
+from .residency import read_memory
+
+_CANVAS = ("generate", "edit")
+_WORDS = (*_CANVAS, "compose")
+_READS = (*PAINTERS, "caption", "train")  # commands that open a model
+LAYER_SIZES = ("source", "bucket")
+
+
+def _name(text: str) -> None:
+    if not text.strip():
+        raise RequestError("a name is empty")
+
+
+def _model(key: str, usual: str, help: str, *commands: str) -> Config:
+    return Config(key=key, commands=commands, help=help, usual=usual, example=usual)
+
+
+_QUANTIZATION = Parsed(
+    f"one of {', '.join(SCHEMES)}, {NONE}, or in quotes as transformer=4,text_encoder=8", Quantization.parse, (str, int)
+)
+_FILE = {"kind": Text(), "group": "model", "flags": (), "metavar": "FILE", "record": "always", "place": True,
+         "of_model": True}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenOptions:
+    """How a model is opened; each field carries its `Option`.
+
+    Attributes:
+        model: a directory or a Hugging Face id.
+        revision: branch, tag or commit on the hub.
+        dtype: of the text encoder and the transformer.
+        quantize: as in `Quantization.parse`; None leaves weights as they are stored.
+        group_size: columns that share a scale; None is the usual.
+        loras: references with their strengths.
+        lora_mode: one of `LORA_MODES`.
+        lightning: steps of the model's official distilled LoRA, which is added.
+        text_encoder, transformer, vae: files that stand in for the model's own.
+        zero_cond_t: "on" or "off" instead of what the checkpoint says.
+    """
+
+    model: str = option(
+        kind=Parsed("a directory or a Hugging Face id, in quotes", _name), group="model", record="always", place=True,
+        help="a local directory or a Hugging Face id", commands=(*_READS, "plan"), flags=("--model", "-m"),
+        config=(
+            _model("model_path", DEFAULT_MODEL, "what paints a prompt: a directory or a Hugging Face id",
+                   "generate", "plan", "train --task t2i"),
+            _model("edit_model_path", DEFAULT_EDIT_MODEL, "the same, of the model that edits",
+                   "edit", "train --task edit"),
+            _model("layered_model_path", DEFAULT_LAYERED_MODEL, "the same, of the model that takes pictures apart",
+                   "decompose", "caption", "train --task layered"),
+        ), usual=DEFAULT_MODEL,
+        but={"edit": {"usual": DEFAULT_EDIT_MODEL}, "compose": {"usual": DEFAULT_EDIT_MODEL},
+             "decompose": {"usual": DEFAULT_LAYERED_MODEL}, "caption": {"usual": DEFAULT_LAYERED_MODEL},
+             "plan": {"flags": (), "nargs": "?", "metavar": "MODEL"}},
+    )  # fmt: skip
+    revision: str | None = option(
+        None, kind=Text(), help="branch, tag or commit of a Hugging Face model", group="model", record="always",
+        commands=(*_READS, "plan"), flags=("--revision",), of_model=True,
+    )  # fmt: skip
+    dtype: Dtype = option(
+        DTYPES[0], kind=Choice(DTYPES), help="of the text encoder and the transformer", usual=DTYPES[0], group="model",
+        commands=(*_READS, "plan"), flags=("--dtype",), record="always",
+    )  # fmt: skip
+    quantize: str | None = option(
+        None, kind=_QUANTIZATION, group="model", commands=(*_READS, "plan", "serve"), flags=("--quantize", "-q"),
+        help="pack weights while they are loaded: 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the transformer's; the text "
+        "encoder's take 8), or transformer=4,text_encoder=8,vision=8", metavar="Q", record="always",
+        config=(Config(commands=(*TASKS, "caption", "plan"), help="pack weights while they are loaded",
+                       usual="as they are stored", example=4),),
+        but={"plan": {"help": "pack weights while they are loaded, as in generate"},
+             "serve": {"help": "pack weights while they are loaded, as in generate"}},
+    )  # fmt: skip
+    group_size: int | None = option(
+        None, kind=Integer(1), group="model", commands=(*_READS, "plan"), flags=("--group-size",), metavar="G",
+        help="columns that share a scale: 32, 64 or 128 (default: 64); the microscaling formats have their own",
+    )  # fmt: skip
+    text_encoder: str | None = option(
+        None, **_FILE | {"flags": ("--text-encoder",)}, commands=_READS, help="a .safetensors file (or a folder) to "
+        "take instead of the model's own text encoder with its vision tower, as other programs use them",
+    )  # fmt: skip
+    loras: tuple[str, ...] = option(
+        (), kind=Several(Parsed("a reference", _name), 'a list of strings such as ["style.safetensors@0.8"]'),
+        group="model", commands=PAINTERS, flags=("--lora",), nargs="append", metavar="REF[@S]", record="always",
+        place=True, help="a LoRA and its strength: a file, a folder, owner/repo, owner/repo:file or a file's address "
+        "on the hub; repeat for more",
+        config=(Config(commands=TASKS, help="LoRAs of the models named here, with their strengths; another --model "
+                       "goes without", usual="none", example=["fox-style.safetensors@0.8"]),),
+    )  # fmt: skip
+    lora_mode: LoRAMode = option(
+        LORA_MODES[0], kind=Choice(LORA_MODES), group="model", commands=PAINTERS, flags=("--lora-mode",),
+        help="merge LoRAs into the weights, or run them beside", record="asked",
+        usual="auto, which merges unless the weights are packed or too coarse",
+    )  # fmt: skip
+    transformer: str | None = option(
+        None, **_FILE | {"flags": ("--transformer",)}, commands=PAINTERS,
+        help="a .safetensors or .gguf file (or a folder) to take instead of the model's own",
+    )  # fmt: skip
+    vae: str | None = option(
+        None, **_FILE | {"flags": ("--vae",)}, commands=PAINTERS, help="the same for the autoencoder"
+    )
+    lightning: int | None = option(
+        None, kind=Choice((4, 8)), group="model", commands=PAINTERS, flags=("--lightning",),
+        help="the official LoRA of the model that paints in so many steps",
+    )  # fmt: skip
+    zero_cond_t: str | None = option(
+        None, kind=Choice(("on", "off")), group="model", commands=("edit",), flags=("--zero-cond-t",), record="asked",
+        help="override the transformer's flag, for files that lost it",
+    )  # fmt: skip
+
+    @classmethod
+    def asked(cls, asked: Mapping[str, Any], default_model: str) -> OpenOptions:
+        """What a request's options, by their names, say of opening a model; raises RequestError."""
+        said = {row.field: asked[row.name] for row in options_of(cls) if asked.get(row.name) is not None}
+        model = full_name(said.get("model", default_model))
+        return cls(**said | {"model": model, "loras": tuple(said.get("loras", ()))})
+
+
+# What is neither of the model nor of sampling. The order is that of help and of messages.
+_OTHERS = (
+    Option(
+        name="prompt", kind=Text(), help="what to paint; may be empty", group="picture",
+        commands=(*_CANVAS, "decompose"), nargs="?", metavar="PROMPT", tasks=TASKS, default=..., line=True,
+        instead=("--prompt", "-p"), record="always",
+        but={"edit": {"metavar": "INSTRUCTION", "help": "what to change; may be empty"},
+             "decompose": {"flags": ("--prompt", "-p"), "nargs": None, "metavar": None,
+                           "usual": "the model's own caption", "help": "what the whole picture shows"},
+             "/decompose": {"default": ""}},
+    ),
+    Option(
+        name="images", kind=Several(Picture()), help="a picture to start from", group="picture", commands=_CANVAS,
+        flags=("--image", "--image-path"), nargs="append", metavar="IMAGE", tasks=("edit",), record="asked", place=True,
+        but={"edit": {"flags": ("--image", "-i", "--image-path"),
+                      "help": "a picture to work on; repeat for more, the order counts"}},
+    ),
+    Option(
+        name="image", kind=Picture(), group="picture", commands=("decompose", "caption"), nargs="?", metavar="PHOTO",
+        help="the picture to take apart", tasks=(*TASKS, "caption"),
+        but={"caption": {"nargs": None, "metavar": "IMAGE", "help": "the picture to describe"},
+             "/decompose": {"default": ...}, "/caption": {"default": ...}},
+    ),
+    Option(
+        name="layer", kind=Text(), group="picture", commands=("edit", "decompose"), flags=("--layer",), metavar="DIR:N",
+        help="instead, layer N of a folder that decompose wrote (which takes the result in its place, unless --output "
+        "is given), PSD or ORA", record="asked", place=True,
+        but={"decompose": {"help": "instead, layer N of a folder, PSD or ORA"}},
+    ),
+    Option(
+        name="negative_prompt", kind=Text(), help="what to avoid", usual="as the model's card says", group="sampling",
+        commands=PAINTERS, flags=("--negative-prompt", "-n"), metavar="N", tasks=TASKS, line=True, record="always",
+        config=(Config(commands=TASKS, table=GENERATION, example="blurry"),), but={"decompose": {"usual": '" "'}},
+    ),
+    Option(
+        name="seed", kind=SEED, help="one picture per seed; -1 is a random one", usual="random", group="sampling",
+        commands=(*PAINTERS, "caption"), flags=("--seed", "-s"), nargs="+", metavar="N", tasks=(*TASKS, "caption"),
+        line=True, record="always",
+        config=(Config(commands=TASKS, table=GENERATION, help="of the noise", example=42),),
+        but={"decompose": {"nargs": None, "help": "of the noise; -1 is a random one"},
+             "caption": {"nargs": None, "help": "of the draws, where the checkpoint asks for sampling", "usual": "0"},
+             "/caption": {"default": 0}},
+    ),
+    Option(
+        name="num_images", kind=NUM_IMAGES, help="pictures per seed", usual="1", group="sampling", commands=_WORDS,
+        flags=("--num-images",), metavar="N", tasks=_CANVAS, default=1, line=True,
+    ),
+    Option(name="image_index", kind=IMAGE_INDEX, record="always"),
+    Option(
+        name="aspect", kind=Choice(tuple(ASPECT_SIZES)), group="size", commands=("generate",), flags=("--aspect",),
+        help="an official size instead: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items()),
+        usual=next(iter(ASPECT_SIZES)), tasks=("generate",), line=True,
+        config=(Config(commands=("generate",), table=GENERATION, help="of a picture painted from a prompt alone",
+                       example="16:9"),),
+    ),
+    Option(
+        name="mask", kind=Picture(), group="painting over", commands=_CANVAS, flags=("--mask",), metavar="IMAGE",
+        help="white where the picture is painted anew; the rest comes back bit by bit", tasks=_CANVAS, record="asked",
+        place=True, needs=("images",),
+    ),
+    Option(
+        name="size", kind=Text(r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$"), group="size",
+        commands=(*_CANVAS, "decompose", "plan"), flags=("--size",), metavar="1mp|source|WxH",
+        help="with --image, size of the result: about 1 MP at its aspect, the same resized to its size, or an explicit "
+        "one", usual="1mp; source with a mask", tasks=("edit", "decompose"), record="asked", needs=("images",),
+        but={"decompose": {"metavar": "|".join(LAYER_SIZES), "needs": (), "usual": LAYER_SIZES[0],
+                           "help": "of the layers: the picture's or the model's"},
+             "/decompose": {"kind": Choice(LAYER_SIZES)},
+             "plan": {"metavar": "WxH", "needs": (), "help": "of the picture", "usual": "the model's own"}},
+    ),
+    Option(
+        name="mask_padding", kind=Integer(0), group="painting over", commands=_CANVAS, flags=("--mask-padding",),
+        metavar="N", help="paint only the mask's surroundings, N pixels around it", tasks=("edit",), record="asked",
+        needs=("images", "mask"),
+    ),
+    Option(
+        name="no_composite", kind=Switch(), group="painting over", commands=_CANVAS, flags=("--no-composite",),
+        help="with a mask, give the model's own picture", record="asked", needs=("mask",),
+    ),
+    Option(
+        name="reference_pixels", kind=REFERENCE_PIXELS, group="picture", commands=("edit",),
+        flags=("--reference-pixels",), metavar="N", usual="about 1 MP", tasks=("edit",),
+        help="show at most N pixels of each picture to the model",
+        record="asked",
+    ),
+    Option(
+        name="keep_alpha", kind=Switch(), group="picture", commands=("edit",), flags=("--keep-alpha",), tasks=("edit",),
+        help="give the result the picture's transparency", default=False, record="asked",
+    ),
+    Option(
+        name="ignore_profile", kind=Switch(), group="picture", commands=(*_READS, "serve"), flags=("--ignore-profile",),
+        help="ignore the colour profiles of images and take their numbers as sRGB, as diffusers does", record="asked",
+    ),
+    Option(
+        name="resolution", kind=SIDE, group="layers", commands=("decompose", "caption"), flags=("--resolution",),
+        metavar="|".join(map(str, LAYERED_RESOLUTIONS)), usual=str(LAYERED_RESOLUTIONS[0]),
+        help="the model works at so many pixels squared, at the picture's aspect", tasks=("decompose", "caption"),
+        config=(Config(commands=("decompose",), usual="the model's own", example=640,
+                       help="pictures are taken apart at so many pixels squared, at their aspect"),),
+        but={"caption": {"kind": Choice(LAYERED_RESOLUTIONS), "metavar": None,
+                         "help": "show it at about this side squared, in pixels"}},
+    ),
+    Option(
+        name="caption_language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="layers", commands=("decompose",),
+        flags=("--caption-language",), help="of the model's own caption", usual=next(iter(CAPTION_TEMPLATES)),
+        tasks=("decompose",),
+    ),
+    Option(
+        name="language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="picture", commands=("caption",),
+        flags=("--language",), usual=next(iter(CAPTION_TEMPLATES)), tasks=("caption",),
+        default=next(iter(CAPTION_TEMPLATES)),
+    ),
+    Option(
+        name="memory", kind=Parsed(
+            'like "16GB" (256MiB to 1 PB), "auto", "resident", "staged" or "streamed"', read_memory, (str, int)
+        ), group="memory", commands=(*PAINTERS, "plan", "serve"), flags=("--memory",), metavar="M", usual="staged",
+        help="keep to it: 16GB, or auto for what this machine has; weights stay loaded, take turns or are streamed "
+        "from the files as it demands; or say how: resident, staged, streamed",
+        config=(Config(commands=(*TASKS, "plan"), help="keep to it, or say how weights are kept", example="16GB"),),
+        but={"plan": {"help": "what may be used, as 16GB; auto is this machine's", "usual": "auto"},
+             "serve": {"help": "keep to it, as in generate",
+                       "usual": "auto, which keeps a model loaded where it fits"}},
+    ),
+)  # fmt: skip
+
+OPTIONS = by_name([*options_of(OpenOptions), *_OTHERS, *options_of(GenerationParameters)])
+
+
+def of_task(task: str) -> list[Option]:
+    """The options that a task of the server has as fields of its body, as it has them."""
+    return [row.of(f"/{task}") for row in OPTIONS.values() if task in row.tasks]
+
+
+def recorded(*kinds: str) -> list[Option]:
+    """The options that a PNG's record has, of some kinds of `Option.record`."""
+    return [row for row in OPTIONS.values() if row.record in kinds]

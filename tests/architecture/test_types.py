@@ -1,0 +1,52 @@
+"""What a type checker sees of the package, as an app's author has it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import qwen_image_mlx
+from qwen_image_mlx import names
+from qwen_image_mlx.pipeline.parameters import DTYPES, RNGS, TASKS
+from qwen_image_mlx.variants import ASPECT_SIZES, CAPTION_TEMPLATES
+
+ROOT = Path(__file__).parents[2]
+
+
+def strict(tmp_path: Path, text: str) -> str:
+    """What mypy says of a script."""
+    script = tmp_path / "app.py"
+    script.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", "--config-file", "", str(script)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+@pytest.mark.process
+def test_the_readme_s_scripts_are_strict(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 4
+    everything = f"from qwen_image_mlx import {', '.join(qwen_image_mlx.__all__)}\n"
+    assert "Success" in strict(tmp_path, "\n".join([everything, *blocks]))
+
+
+@pytest.mark.process
+def test_a_wrong_word_is_seen(tmp_path):
+    text = "from qwen_image_mlx import QwenImagePipeline\nQwenImagePipeline.from_pretrained('model', dtype='int8')\n"
+    assert "incompatible type \"Literal['int8']\"" in strict(tmp_path, text)
+
+
+def test_the_public_names_are_the_table_s():
+    assert sorted(qwen_image_mlx.__all__) == sorted(["__version__", *qwen_image_mlx._PUBLIC])
+
+
+@pytest.mark.parametrize(("words", "table"), [
+    (names.Dtype, DTYPES), (names.Rng, RNGS), (names.Task, TASKS), (names.Aspect, ASPECT_SIZES),
+    (names.CaptionLanguage, CAPTION_TEMPLATES),
+], ids=["dtype", "rng", "task", "aspect", "language"])  # fmt: skip
+def test_words_are_those_of_the_tables(words, table):
+    assert set(get_args(words)) == set(table)
