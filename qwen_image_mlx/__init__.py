@@ -36,6 +36,8 @@ _PUBLIC = {
     "HubError": "errors",
     "OutputError": "errors",
     "Cancelled": "errors",
+    "Preview": "runtime.preview",
+    "to_images": "images.pixels",
 }
 
 # A literal, for type checkers; a test keeps it equal to the table.
@@ -50,6 +52,7 @@ __all__ = [
     "InitialImage",
     "LayeredResult",
     "OutputError",
+    "Preview",
     "Progress",
     "Quantization",
     "QwenImageError",
@@ -59,18 +62,21 @@ __all__ = [
     "compose",
     "ignore_profiles",
     "pack_multi_layer_latents",
+    "to_images",
     "unpack_multi_layer_latents",
 ]
 
 if TYPE_CHECKING:
     from .errors import Cancelled, CheckpointError, GPUError, HubError, OutputError, QwenImageError, RequestError
     from .images.colour import ignore_profiles
+    from .images.pixels import to_images
     from .images.recompose import compose
     from .pipeline.conditioning import GuidanceEncoding, InitialImage
     from .pipeline.decomposition import LayeredResult
     from .pipeline.parameters import GenerationParameters
     from .pipeline.pipeline import QwenImagePipeline
     from .pipeline.progress import Progress
+    from .runtime.preview import Preview
     from .sampling.latents import pack_multi_layer_latents, unpack_multi_layer_latents
     from .weights.schemes import Quantization
     from .weights.snapshot import HubSnapshot

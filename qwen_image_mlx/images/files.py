@@ -122,6 +122,13 @@ def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> by
     return file.getvalue()
 
 
+def _exif(metadata: dict[str, Any]) -> bytes:
+    exif = Image.Exif()
+    comment = _COMMENT + json.dumps({METADATA_KEY: metadata}).encode()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    return exif.tobytes()
+
+
 def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> bytes:
     """A picture as the bytes of a file of that name, with its metadata.
 
@@ -136,19 +143,43 @@ def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> by
     form, settings = _WRITERS[path.suffix.lower()]
     if form == "PNG":
         return encode_png(image, metadata)
-    exif, file = Image.Exif(), io.BytesIO()
-    comment = _COMMENT + json.dumps({METADATA_KEY: metadata}).encode()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    exif, file = _exif(metadata), io.BytesIO()
     if form == "JPEG" and image.mode == "RGBA" and alpha_range(image)[0] == 255:
         image = image.convert("RGB")
     if form == "JPEG" and image.has_transparency_data:
         raise OutputError(
             f"cannot write {path}: JPEG has no transparency, which this picture has; end in .png or .webp"
         )
-    if form == "JPEG" and len(comment) > _JPEG_COMMENT:
+    if form == "JPEG" and len(exif) > _JPEG_COMMENT:
         raise OutputError(f"cannot write {path}: its record is too long for a JPEG; end the name in .png or .webp")
     image.save(file, form, exif=exif, **settings)
     return file.getvalue()
+
+
+class RecordedImage(Image.Image):
+    """A picture that keeps its record, JSON in `info["qwen_image_mlx"]`, when it is saved as PNG, JPEG or WebP."""
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As Pillow's, but that the record goes along unless `pnginfo` or `exif` is given."""
+        name = str(getattr(fp, "name", fp)) if format is None else f"x.{format}"
+        form, _ = _WRITERS.get(Path(name).suffix.lower(), ("", {}))
+        text = self.info.get(METADATA_KEY)
+        if isinstance(text, str) and form == "PNG" and "pnginfo" not in params:
+            params["pnginfo"] = PngImagePlugin.PngInfo()
+            params["pnginfo"].add_itxt(METADATA_KEY, text)
+        elif isinstance(text, str) and form and "exif" not in params:
+            exif = _exif(json.loads(text))
+            if form != "JPEG" or len(exif) <= _JPEG_COMMENT:
+                params["exif"] = exif
+        super().save(fp, format, **params)
+
+
+def recorded(image: Image.Image, metadata: dict[str, Any]) -> RecordedImage:
+    """The picture, with its record."""
+    carrier = RecordedImage()
+    carrier.__setstate__(image.__getstate__())
+    carrier.info[METADATA_KEY] = json.dumps(metadata, ensure_ascii=False)
+    return carrier
 
 
 def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:

@@ -495,9 +495,8 @@ class PipelineCore:
             self._table = None
             weights = self.components.weights("transformer")
             zero_cond_t = self.components.transformer_config.zero_cond_t
+            adapters = self.components.adapters
             with self._report.stage("load", "modulation"):
-                self._table = (
-                    schedule,
-                    modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t, self.components.adapters),
-                )
+                table = modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t, adapters)
+                self._table = schedule, table
         return self._table[1]

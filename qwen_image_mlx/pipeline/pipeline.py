@@ -19,6 +19,7 @@ import mlx.core as mx
 from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
 from ..images.colour import alpha_range
+from ..images.files import recorded
 from ..images.geometry import Size
 from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
@@ -30,11 +31,12 @@ from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .conditioning import Encodings, GuidanceEncoding, InitialImage
 from .decomposition import LayeredResult, layers_request
+from .foreign_names import Answering, answering
 from .limits import limits
 from .loras import LoRAReference, read_adapters
 from .metadata import describe
 from .parameters import DTYPES, GenerationParameters, check_num_images, explicit_size
-from .progress import Progress, ProgressCallback, Reporter
+from .progress import Progress, ProgressCallback, Reporter, Shown
 from .releasable import ReleasablePipeline
 from .request import Request
 
@@ -45,10 +47,11 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger(__name__)
 
 
-class QwenImagePipeline(ReleasablePipeline):
+class QwenImagePipeline(Answering, ReleasablePipeline):
     """Pictures from text and from pictures, with a Qwen-Image checkpoint. Make one with `from_pretrained`."""
 
     @classmethod
+    @answering
     def from_pretrained(
         cls,
         model: StrPath = DEFAULT_MODEL,
@@ -117,6 +120,7 @@ class QwenImagePipeline(ReleasablePipeline):
 
     # Painting in one call -----------------------------------------------------------------------------------------
 
+    @answering
     def generate(
         self,
         prompt: str,
@@ -136,7 +140,7 @@ class QwenImagePipeline(ReleasablePipeline):
         rng: Rng = "torch",
         composite: bool = True,
         staged: bool = True,
-        progress: ProgressCallback | None = None,
+        progress: Shown = None,
     ) -> list[PILImage]:
         """Paints from text, or paints a picture over with a text-to-image model.
 
@@ -158,10 +162,12 @@ class QwenImagePipeline(ReleasablePipeline):
             rng: "torch" or "mlx".
             composite: with a mask, put the picture back where the mask is black; False returns the model's own pixels.
             staged: release the encoders before painting, so that they and the transformer never share the memory.
-            progress: told of every stage and step, and can cancel.
+            progress: told of every stage and step, and can cancel; False shows nothing. None shows progress bars on
+                stderr, unless the pipeline was opened with a callback.
 
         Returns:
-            PIL images.
+            PIL images. Each carries how it was made, as JSON in `info["qwen_image_mlx"]`, and keeps it when it is
+            saved as PNG, JPEG or WebP.
 
         Raises:
             RequestError: a parameter is out of range, or a picture cannot be read.
@@ -194,6 +200,7 @@ class QwenImagePipeline(ReleasablePipeline):
         )
         return self._paint(request, staged, progress)
 
+    @answering
     def edit(
         self,
         prompt: str,
@@ -213,7 +220,7 @@ class QwenImagePipeline(ReleasablePipeline):
         composite: bool = True,
         keep_alpha: bool = False,
         staged: bool = True,
-        progress: ProgressCallback | None = None,
+        progress: Shown = None,
     ) -> list[PILImage]:
         """Edits pictures with an editing model.
 
@@ -263,6 +270,7 @@ class QwenImagePipeline(ReleasablePipeline):
         )
         return self._paint(request, staged, progress)
 
+    @answering
     def decompose(
         self,
         image: ImageSource,
@@ -279,7 +287,7 @@ class QwenImagePipeline(ReleasablePipeline):
         seed: int = 0,
         rng: Rng = "torch",
         staged: bool = True,
-        progress: ProgressCallback | None = None,
+        progress: Shown = None,
     ) -> LayeredResult:
         """Takes a picture apart into layers, with a layered model.
 
@@ -307,11 +315,11 @@ class QwenImagePipeline(ReleasablePipeline):
             caption_language=caption_language, seed=seed, rng=rng,
             sampling=self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale),
         )  # fmt: skip
-        with limits():
-            encoding = self.encoded(request, progress)
+        with limits(), self._report.shown(progress):
+            encoding = self.encoded(request)
             if staged:
                 self.release_encoders()
-            return self.decompose_request(request, encoding, progress)
+            return self.decompose_request(request, encoding)
 
     def check_task(self, task: Task) -> None:
         """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
@@ -475,10 +483,13 @@ class QwenImagePipeline(ReleasablePipeline):
         metadata = describe(self, request, encoding, request.seeds[0])
         return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, tuple(layers), metadata))
 
-    def _paint(self, request: Request, staged: bool, progress: ProgressCallback | None) -> list[PILImage]:
-        with limits():
-            encoding = self.encoded(request, progress)
-            return [image for image, _, _ in self.paint_encoded(request, encoding, progress, release_encoders=staged)]
+    def _paint(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
+        with limits(), self._report.shown(progress):
+            encoding = self.encoded(request)
+            return [
+                recorded(image, describe(self, request, encoding, seed, index))
+                for image, seed, index in self.paint_encoded(request, encoding, release_encoders=staged)
+            ]
 
     def _parameters(
         self, size: Size, steps: int | None, cfg_scale: float | None, rng: Rng, strength: float

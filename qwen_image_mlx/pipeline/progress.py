@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import Cancelled
 from ..names import Stage
@@ -43,6 +43,8 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+Shown = ProgressCallback | Literal[False] | None
+"""A callback; False for nothing; None for progress bars on stderr, unless the pipeline has a callback of its own."""
 
 
 class Reporter:
@@ -54,6 +56,23 @@ class Reporter:
 
     def __init__(self, callback: ProgressCallback | None = None):
         self._callback = callback
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether there is a callback."""
+        return self._callback is not None
+
+    @contextmanager
+    def shown(self, progress: Shown) -> Iterator[None]:
+        """What is told meanwhile goes to `progress`."""
+        if progress is None and not self.is_heard:
+            from .bars import ProgressBars
+
+            with ProgressBars() as bars, self.using(bars):
+                yield
+        else:
+            with self.using(progress or None):
+                yield
 
     @contextmanager
     def using(self, callback: ProgressCallback | None) -> Iterator[None]:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "qwen_image_mlx"
 # Each room may import from itself and from rooms of lower levels.
 LEVELS = {
+    "names": -1,
     "errors": 0,
     "options": 0.5,
     "gpu": 0.5,

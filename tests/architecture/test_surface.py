@@ -17,7 +17,8 @@ HEAVY = ("mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "torch", "trans
 
 PUBLIC = {
     "__version__", "QwenImagePipeline", "GenerationParameters", "GuidanceEncoding", "InitialImage", "Progress",
-    "LayeredResult", "Quantization", "compose", "pack_multi_layer_latents", "unpack_multi_layer_latents", "HubSnapshot",
+    "LayeredResult", "Quantization", "compose", "Preview", "to_images", "pack_multi_layer_latents",
+    "unpack_multi_layer_latents", "HubSnapshot",
     "ignore_profiles", "QwenImageError", "RequestError", "CheckpointError", "GPUError", "HubError", "OutputError",
     "Cancelled",
 }  # fmt: skip

@@ -67,7 +67,8 @@ def test_no_command_is_imported_before_ctrl_c_is_understood():
     names = "{name for name in sys.modules if name.startswith('qwen_image_mlx.cli.')}"
     said = subprocess.run([sys.executable, "-c", f"import sys, qwen_image_mlx.cli.main; print(*sorted({names}))"],
                           capture_output=True, text=True, check=True).stdout  # fmt: skip
-    assert said.split() == [f"qwen_image_mlx.cli.{name}" for name in ("cures", "ending", "main", "parser", "results")]
+    names = ("cures", "ending", "foreign", "main", "parser", "results")
+    assert said.split() == [f"qwen_image_mlx.cli.{name}" for name in names]
 
 
 # --- what a terminal cannot show --------------------------------------------------------------------------------------

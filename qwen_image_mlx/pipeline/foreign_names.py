@@ -1,0 +1,67 @@
+"""What users of diffusers would type, answered with what it is called here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ARGUMENTS = {
+    "true_cfg_scale": "cfg_scale",
+    "guidance_scale": "cfg_scale",
+    "guidance": "cfg_scale",
+    "steps": "num_inference_steps",
+    "generator": "seed",
+    "num_images_per_prompt": "num_images",
+    "callback_on_step_end": "progress",
+    "callback": "progress",
+    "mask_image": "mask",
+    "padding_mask_crop": "mask_padding",
+    "layers": "num_layers",
+    "torch_dtype": "dtype",
+}
+METHODS = {
+    "__call__": "call generate, edit or decompose",
+    "load_lora_weights": "give loras=[…] to from_pretrained, or call set_loras([…])",
+    "set_adapters": "call set_loras([…])",
+    "unload_lora_weights": "call set_loras([])",
+    "fuse_lora": "give lora_mode='merge' to from_pretrained",
+    "enable_model_cpu_offload": "nothing is needed: generate releases the encoders before it paints (staged=True)",
+    "enable_sequential_cpu_offload": "give streamed=[…] to from_pretrained",
+    "enable_vae_tiling": "nothing is needed: large images are decoded in strips, bit for bit the same",
+    "enable_vae_slicing": "nothing is needed: images are decoded one by one",
+    "set_progress_bar_config": "give progress=False to the call",
+    "save_pretrained": "use `qwen-image-mlx quantize`",
+    "to": "nothing is needed: MLX uses the GPU by itself",
+}
+
+
+def answering(method: Callable[P, T]) -> Callable[P, T]:
+    """Makes a method answer another library's argument with its own; raises TypeError that names it."""
+    known = inspect.signature(method).parameters
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in known and ARGUMENTS.get(name) in known:
+                raise TypeError(f"{method.__name__}() has no argument {name}: give {ARGUMENTS[name]}")
+        return method(*args, **kwargs)
+
+    return call
+
+
+class Answering:
+    """Answers a pipeline's call, and methods that it has elsewhere."""
+
+    if not TYPE_CHECKING:  # a checker knows better that there are none
+
+        def __call__(self, *_args, **_kwargs):
+            """Raises TypeError, which says how it is done here."""
+            raise TypeError(f"a pipeline is not called: {METHODS['__call__']}")
+
+        def __getattr__(self, name):
+            raise AttributeError(f"a pipeline has no {name}" + (f": {METHODS[name]}" if name in METHODS else ""))
