@@ -48,7 +48,7 @@ C = TypeVar("C", TransformerConfig, TextEncoderConfig, VisionConfig, ImageProces
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
 # The parts of each component that are read (see the weights map).
-PARTS = {
+PARTS: dict[str, tuple[str, ...]] = {
     "transformer": ("main", "modulation"),
     "text_encoder": ("main",),
     "vision": ("main",),

@@ -86,7 +86,7 @@ class PipelineCore:
     def __init__(self, components: Components, report: Reporter):
         self.components = components
         self._report = report
-        self.strip_pixels = STRIP_PIXELS
+        self.strip_pixels: int = STRIP_PIXELS
         self._table: tuple[Schedule, list[Modulation]] | None = None
 
     # What it is -------------------------------------------------------------------------------------------------

@@ -446,7 +446,7 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             yield
         finally:
             self.components.stream(before[0])
-            self.strip_pixels = before[1]
+            self.strip_pixels: int = before[1]
 
     def paint_request(
         self,

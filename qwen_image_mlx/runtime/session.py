@@ -74,8 +74,9 @@ class Session:
         self.progress = progress
         self.plans: dict[Work, MemoryPlan] = {}
         self._said_memory = memory is not None
-        self.memory = memory if isinstance(memory, Memory) else parse_memory(memory)
-        self.force, self._wire = bool(asked.get("force")), bool(asked.get("wire"))
+        self.memory: Memory = memory if isinstance(memory, Memory) else parse_memory(memory)
+        self.force: bool = bool(asked.get("force"))
+        self._wire = bool(asked.get("wire"))
         self._cache = EncodingCache() if asked.get("cache") else None
         self._warned = False
 
