@@ -49,7 +49,6 @@ from .start import Start, draw_start
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-
 logger: logging.Logger = logging.getLogger(__name__)
 
 
@@ -340,8 +339,7 @@ class PipelineCore:
         grids = [(height, width)] * frames + [(r.height, r.width) for r in references]
         segments = place_images(grids, config.use_layer3d_rope)
         negative = encoding.negative if parameters.cfg_scale > 1 else None
-        guided = negative is not None
-        if parameters.cfg_scale > 1 and not guided:
+        if parameters.cfg_scale > 1 and negative is None:
             logger.warning("guidance %g has no effect: the encoding has no negative prompt", parameters.cfg_scale)
         branches = [encoding.positive] if negative is None else [encoding.positive, negative]
         for states in branches:
@@ -365,7 +363,7 @@ class PipelineCore:
                     lambda x, step: transformer.velocities(x, text, table[step], rotary, shown, on_layer=pace),
                     start.latents,
                     start.schedule,
-                    Guidance(parameters.cfg_scale, renormalize) if guided else None,
+                    None if negative is None else Guidance(parameters.cfg_scale, renormalize),
                     lambda n, x: self._report(Progress("denoise", n, steps, sigma=float(sigmas[n]), latents=x)),
                     start.blend if start.blended else None,
                 )

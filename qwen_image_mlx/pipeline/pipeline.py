@@ -43,7 +43,6 @@ from .request import Request
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-
 logger: logging.Logger = logging.getLogger(__name__)
 
 
@@ -365,11 +364,9 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             assert request.caption_language is not None
             assert request.reference_pixels is not None
             prompt = self.caption_image(
-                request.images[0],
-                language=request.caption_language,
-                resolution=math.isqrt(request.reference_pixels),
-                progress=progress,
-            )
+                request.images[0], language=request.caption_language,
+                resolution=math.isqrt(request.reference_pixels), progress=progress,
+            )  # fmt: skip
             logger.info("caption: %s", prompt)
         return self.encode_guidance_prompts(
             prompt,
