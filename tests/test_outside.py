@@ -189,9 +189,9 @@ def test_patterns_that_could_take_forever_are_refused(tmp_path, field, pattern):
 def test_usual_patterns_are_read_and_fast(tmp_path, pattern):
     settings = json.dumps({"r": 4, "lora_alpha": 4, "rank_pattern": {pattern: 2}})
     config = peft_config(tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
-    since = time.perf_counter()
+    since = time.process_time()
     config.rank_of("blocks.1." + "a.1" * 60)
-    assert time.perf_counter() - since < 1
+    assert time.process_time() - since < 1
 
 
 @pytest.mark.parametrize(
