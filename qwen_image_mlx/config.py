@@ -11,16 +11,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 # What quantizers write into a config.json; the files themselves say how each tensor lies.
 _PACKS = ("quantization", "quantization_config", "mlx_format")
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def _is_number(value: Any) -> bool:
@@ -41,7 +44,7 @@ _HIGHEST = {"num_layers": 1000, "num_hidden_layers": 1000, "depth": 1000, "num_r
 _LONGEST = 1000  # entries of a list
 
 # What each annotation used below accepts from JSON, and how it is stored.
-_READERS = {
+_READERS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     "int": (lambda v: _is_integer(v) and v > 0, int, "a positive integer"),
     "float": (_is_number, float, "a number"),
     "bool": (lambda v: isinstance(v, bool), bool, "true or false"),
@@ -58,7 +61,7 @@ def _read(cls: type[T], data: Mapping[str, Any], where: str, ignored: frozenset[
     values = {}
     for key, value in data.items():
         if key in known:
-            accepts, convert, expected = _READERS[known[key].type]
+            accepts, convert, expected = _READERS[str(known[key].type)]
             if not accepts(value):
                 raise CheckpointError(f"{where}: {key} is {value!r:.80}, but must be {expected}")
             if key in _HIGHEST and value > _HIGHEST[key]:
@@ -306,7 +309,8 @@ class VAEConfig:
     @property
     def spatial_factor(self) -> int:
         """Pixels per latent, along one side."""
-        return 2 ** (len(self.dim_mult) - 1)
+        factor: int = 2 ** (len(self.dim_mult) - 1)
+        return factor
 
     @property
     def top_dim(self) -> int:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from functools import wraps
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
 from .errors import GPUError
 from .names import Fault
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _LONGEST = 160  # characters of MLX's own text that a message keeps
 
@@ -97,6 +99,11 @@ def finish(*arrays: Any) -> None:
     mx.synchronize()
 
 
+def number(array: mx.array) -> float:
+    """What an array of one real element holds; MLX's stubs say that it may be complex."""
+    return cast(float, array.item())
+
+
 def all_finite(*arrays: mx.array) -> bool:
     """Whether arrays hold neither infinity nor NaN; finished, so that a failed GPU is not taken for a no.
 
@@ -133,11 +140,13 @@ class _Faults(ContextDecorator):
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, RuntimeError) and (fault := gpu_error(error)) is not None:
             raise fault from error
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, function: F) -> F:
         if not inspect.isgeneratorfunction(function):
             return super().__call__(function)
 
@@ -146,7 +155,7 @@ class _Faults(ContextDecorator):
             with self:
                 return (yield from function(*arguments, **named))
 
-        return converted
+        return cast(F, converted)
 
 
 def gpu_faults() -> _Faults:
@@ -176,7 +185,7 @@ class Pace:
 
     def __call__(self, arrays: Sequence[mx.array]) -> None:
         """Queues a layer's arrays, and waits for the layers before to be few enough."""
-        mx.async_eval(arrays)
+        mx.async_eval(arrays)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
         # All arrays of one call are done at the same time, so that one of them, the smallest, may stand for all.
         self._queued.append(min(arrays, key=lambda array: array.nbytes))
         if len(self._queued) > self._unfinished:

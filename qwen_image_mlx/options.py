@@ -23,7 +23,7 @@ class Kind(ABC):
 
     Attributes:
         allowed: in words, to stand after "must be".
-        read: from a word of the command line; None keeps the word.
+        read: what reads a word of the command line; None keeps the word.
     """
 
     @property
@@ -31,13 +31,16 @@ class Kind(ABC):
     def allowed(self) -> str:
         """What is allowed, in words."""
 
-    read = None
+    @property
+    def read(self) -> Callable[[str], Any] | None:
+        """What reads a word of the command line; None keeps the word."""
+        return None
 
     @abstractmethod
     def accepts(self, value: Any) -> bool:
         """Whether a value, as JSON or TOML gives it, is allowed."""
 
-    def store(self, value: Any) -> Any:
+    def store(self, value: Any, /) -> Any:
         """What is kept of an allowed value."""
         return value
 
@@ -87,7 +90,10 @@ class Number(Kind):
     above: bool = False
 
     read = float
-    store = staticmethod(float)
+
+    def store(self, value: Any, /) -> float:
+        """It as a float."""
+        return float(value)
 
     @property
     def allowed(self) -> str:
@@ -168,7 +174,9 @@ class Parsed(Kind):
     parse: Callable[[str], Any]
     types: tuple[type, ...] = (str,)
 
-    store = staticmethod(str)
+    def store(self, value: Any, /) -> str:
+        """It as a text."""
+        return str(value)
 
     @property
     def allowed(self) -> str:
@@ -197,7 +205,9 @@ class Several(Kind):
     kind: Kind
     words: str = ""
 
-    store = staticmethod(list)
+    def store(self, value: Any, /) -> list[Any]:
+        """A list of its own."""
+        return list(value)
 
     @property
     def allowed(self) -> str:

@@ -349,7 +349,7 @@ def _in_range(value: Any, usual: object, low: float, high: float) -> bool:
     """Whether a number, or each of several, lies within its ends; what is usual always does."""
     if isinstance(usual, tuple):
         return bool(value) == bool(usual) and all(type(item) is int and low <= item <= high for item in value)
-    return value == usual or low <= value <= high
+    return bool(value == usual or low <= value <= high)
 
 
 def _checked_map(rows: tuple[Any, ...], model: str) -> tuple[tuple[float, ...], ...]:

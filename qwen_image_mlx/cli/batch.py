@@ -23,7 +23,7 @@ from .flags import FOLDER, rows, rows_of
 from .idle import say_idle
 from .words import RANDOM, filled, read_prompt
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 64_000_000
 _KEYS = [row.name for row in rows().values() if row.line]

@@ -13,7 +13,7 @@ from .config import configured
 from .flags import add_options
 from .words import RANDOM, draw_seed
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the script."""
     from .main import build_parser
 
-    (commands,) = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
-    parsers = dict(commands.choices)  # type: ignore[arg-type]
+    (commands,) = build_parser()._subparsers._group_actions  # type: ignore[union-attr]  # there are commands
+    parsers = dict(commands.choices)  # type: ignore[arg-type]  # a mapping, of commands
     print(_fish(parsers) if arguments.shell == "fish" else _bash(parsers, zsh=arguments.shell == "zsh"), end="")
 
 

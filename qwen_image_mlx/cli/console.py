@@ -36,7 +36,7 @@ class Console:
     def __init__(self, arguments: argparse.Namespace):
         self._json = bool(getattr(arguments, "json", None))
         self._quiet = bool(getattr(arguments, "quiet", None))
-        self.verbose = bool(getattr(arguments, "verbose", None))
+        self.verbose: bool = bool(getattr(arguments, "verbose", None))
         self._bars = ProgressBars()
         self._stack = ExitStack()
 

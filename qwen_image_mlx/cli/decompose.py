@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..pipeline.decomposition import LayeredResult
 
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -24,7 +24,11 @@ class GaveUp(Exception):
     """A command ends itself, so that a supervisor starts it again: a sentence for people, and exit code 1."""
 
 
-ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated, signal.SIGHUP: HungUp}
+ENDS: dict[int, type[BaseException]] = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+    signal.SIGHUP: HungUp,
+}
 
 
 @contextmanager

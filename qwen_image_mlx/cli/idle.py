@@ -11,7 +11,7 @@ from .flags import rows_of
 if TYPE_CHECKING:
     from ..pipeline.request import Request
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def _without_metal(given: Mapping[str, Any], request: Request) -> bool:

@@ -20,7 +20,7 @@ from .idle import say_idle
 from .replay import replayed
 from .words import RANDOM, draw_seed, filled, read_prompt
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # What only a front end knows of a picture, added to its metadata.
 _PROVENANCE = [row.name for row in recorded("asked")]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.memory import MemoryPlan, Work
     from ..runtime.session import Session
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Say what each stage of painting will take in memory, in GB, for every way to keep weights there, and which fits.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..runtime.preview import Show
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @contextmanager

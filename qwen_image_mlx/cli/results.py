@@ -100,7 +100,7 @@ def messages_kept() -> Iterator[None]:
     """For a while, no message on stderr can end a command."""
     stream = sys.stderr
     closed = open(os.devnull, "w", encoding="utf-8") if stream is None else None  # noqa: SIM115
-    sys.stderr = _Messages(closed or stream)  # type: ignore[assignment]
+    sys.stderr = _Messages(closed or stream)  # type: ignore[assignment]  # as much of one as is used
     try:
         with _escaping(closed or stream):
             try:
@@ -145,7 +145,7 @@ def results() -> Iterator[None]:
     if stream is None:  # closed before we began; print says nothing then
         yield
         return
-    sys.stdout = _Results(stream)  # type: ignore[assignment]
+    sys.stdout = _Results(stream)  # type: ignore[assignment]  # as much of one as is used
     try:
         with _escaping(stream):
             try:

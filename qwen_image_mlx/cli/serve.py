@@ -14,7 +14,7 @@ from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL,
 from .ending import GaveUp
 from .flags import add_options
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MODELS = {
     "generate": ("model", DEFAULT_MODEL),

@@ -50,6 +50,7 @@ class Canvas:
         """The picture and the mask as the model is given them: cropped to the box, if there is one."""
         if self.box is None:
             return self.source, self.mask
+        assert self.mask is not None
         return fill(self.source.crop(self.box), self.size), fill(self.mask.crop(self.box), self.size)
 
     @property
@@ -113,7 +114,7 @@ def plan_canvas(
     if size is None:
         size = "source" if mask is not None and composite else "1mp"
     painted = size_of_area(area, source.size) if isinstance(size, str) else size
-    box = None if crop_padding is None else crop_region(mask, painted, crop_padding)
+    box = None if crop_padding is None or mask is None else crop_region(mask, painted, crop_padding)
     # A crop goes back into the whole picture.
     result = source.size if size == "source" or box is not None else painted
     return Canvas(source, mask, painted, result, composite, box, straight)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -143,6 +144,7 @@ def _converted(image: Image.Image, profile: bytes, name: str, reading: _Reading)
     elif mode != image.mode:
         raise _Unusable(f"it is for {mode}, and the image is {image.mode}")
     result = ImageCms.applyTransform(colours, transform)
+    assert result is not None  # None stands for "changed in place"
     if alpha is not None:
         result.putalpha(alpha)
     result.info = {key: value for key, value in image.info.items() if key != "transparency"}
@@ -218,3 +220,9 @@ def _xyz(values: np.ndarray) -> bytes:
 
 def _fixed(value: float) -> bytes:
     return struct.pack(">i", round(value * 65536))
+
+
+def alpha_range(image: Image.Image) -> tuple[int, int]:
+    """The least and the greatest alpha of an RGBA picture; Pillow's stubs know `getextrema` of one channel alone."""
+    least, greatest = cast("tuple[tuple[int, int], ...]", image.getextrema())[3]
+    return least, greatest

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from ..errors import OutputError, RequestError
 from ..names import StrPath
 from ..unfinished import hidden, publish
+from .colour import alpha_range
 from .formats import check_file
 from .sources import readable
 
@@ -151,7 +152,7 @@ def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> by
     if form == "PNG":
         return encode_png(image, metadata)
     comment, file = _comment(metadata), io.BytesIO()
-    if form == "JPEG" and image.mode == "RGBA" and image.getextrema()[3][0] == 255:
+    if form == "JPEG" and image.mode == "RGBA" and alpha_range(image)[0] == 255:
         image = image.convert("RGB")
     if form == "JPEG" and image.has_transparency_data:
         raise OutputError(
@@ -245,7 +246,7 @@ def _commented(image: Image.Image) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def record_of(texts: Mapping[str, Any]) -> dict[str, Any] | None:
+def record_of(texts: Mapping[Any, Any]) -> dict[str, Any] | None:
     """What `encode_png` stored among a picture's texts; None if it is not there, is damaged, or too long to be ours."""
     text = texts.get(METADATA_KEY)
     if not isinstance(text, str) or len(text) > _MOST_RECORD:

@@ -24,7 +24,7 @@ def size_of_area(area: int, size: Size) -> Size:
     check_aspect(size)
     ratio = size[0] / size[1]
     width = math.sqrt(area * ratio)
-    return tuple(max(1, round(side / 32)) * 32 for side in (width, width / ratio))
+    return max(1, round(width / 32)) * 32, max(1, round(width / ratio / 32)) * 32
 
 
 def vision_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:

@@ -412,7 +412,7 @@ def _ora_layers(
         if element.tag == "layer" and len(element):
             logger.warning("%s: %s has <%s>, which is left out", files.label, name, element[0].tag)
         own = _attribute(element, "opacity", 1.0, float, files)
-        place = tuple(_attribute(element, key, 0, int, files) + base for key, base in (("x", x), ("y", y)))
+        place = _attribute(element, "x", 0, int, files) + x, _attribute(element, "y", 0, int, files) + y
         visible = shown and element.get("visibility", "visible") != "hidden"
         if element.tag == "layer":
             file = element.get("src", "")

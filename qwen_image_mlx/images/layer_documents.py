@@ -209,7 +209,7 @@ def _psd_layers(
 
 def _psd_opacity(layer: Any) -> float:
     """Opacity and Fill together: they differ for effects alone, which are left out."""
-    return layer.opacity / 255 * (layer.fill_opacity / 255)
+    return float(layer.opacity / 255 * (layer.fill_opacity / 255))
 
 
 def _psd_mask(layer: Any) -> Image.Image:
@@ -294,4 +294,4 @@ def _in_srgb(image: Image.Image, document: Any, path: Path) -> Image.Image:
 
 
 def _blending(layer: Any) -> str:
-    return layer.blend_mode.name.lower()
+    return str(layer.blend_mode.name).lower()

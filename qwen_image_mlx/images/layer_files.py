@@ -87,8 +87,8 @@ def check_formats(names: Iterable[str]) -> tuple[str, ...]:
             f"{', '.join(unknown) or 'nothing'} is no format of layers; give some of {', '.join(FORMATS)}"
         )
     for name in names:
-        if FORMATS[name].library:
-            documents.library(FORMATS[name].library, f"writing {name}")
+        if library := FORMATS[name].library:
+            documents.library(library, f"writing {name}")
     return names
 
 
@@ -107,7 +107,7 @@ def save_layers(stack: LayerStack, folder: StrPath, formats: Iterable[LayersForm
         RequestError: a format is unknown, or its library is not installed.
         OutputError: the folder is not empty or cannot be written; nothing is left behind.
     """
-    formats = check_formats(formats)
+    chosen = check_formats(formats)
     if not isinstance(folder, str | os.PathLike) or "\0" in os.fspath(folder):
         raise RequestError(f"the folder is {folder!r:.80}, but must be a path")
     folder = Path(os.path.expanduser(folder))
@@ -118,7 +118,7 @@ def save_layers(stack: LayerStack, folder: StrPath, formats: Iterable[LayersForm
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = hidden(folder)
         partial.mkdir(mode=0o700)
-        for name in formats:
+        for name in chosen:
             FORMATS[name].write(stack, partial / FORMATS[name].file)
         composite(stack).save(partial / "composite.png")
         contact_sheet(stack).save(partial / "contact_sheet.png")
@@ -163,7 +163,7 @@ def load_layers(path: StrPath) -> LayerStack:
     if not os.path.exists(path):
         raise RequestError(f"there is no {path}; give {READABLE}")
     found = _format_of(path)
-    if found is None:
+    if found is None or found.read is None:
         raise RequestError(f"{path} holds no layers that can be read; give {READABLE}")
     if not path.is_dir() and (why := why_not_read(path, _MAX_FILE)):
         raise RequestError(f"{path} cannot be read: {why}")

@@ -125,7 +125,8 @@ class LayerStack:
         if box is None or factor == 1:
             return self
         sides = box[2] - box[0], box[3] - box[1]
-        size = tuple(max(1, round(side * factor)) if side * factor < math.inf else MAX_SIDE + 1 for side in sides)
+        wide, high = (max(1, round(side * factor)) if side * factor < math.inf else MAX_SIDE + 1 for side in sides)
+        size = wide, high
         if max(size) > MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
             raise RequestError(f"layer {index} scaled by {factor} would be larger than {MAX_SIDE} px; scale it by less")
         offset = tuple(

@@ -53,7 +53,9 @@ def to_patches(
         Source: Qwen2VLImageProcessor.
     """
     resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-    values = (np.asarray(resized, dtype=np.float32) / 255.0 - np.float32(mean)) / np.float32(std)
+    values = (np.asarray(resized, dtype=np.float32) / 255.0 - np.asarray(mean, np.float32)) / np.asarray(
+        std, np.float32
+    )
     h, w = size[1] // patch, size[0] // patch
     blocks = values.reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
     return mx.array(blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, -1))

@@ -69,11 +69,15 @@ def edited_layer_path(reference: str) -> Path | None:
 def layer_file(reference: str) -> Path | None:
     """The PNG that a layer of a folder lies in; None for all other layers."""
     path, index = split_reference(reference)
-    return path / layer_names(path)[index] if path.is_dir() else None
+    if not path.is_dir():
+        return None
+    assert index is not None
+    return path / layer_names(path)[index]
 
 
 def adopt_layer(reference: str, file: Path) -> None:
     """Makes a picture in a layer's folder take that layer's place; the old file stays, the manifest forgets it."""
     path, index = split_reference(reference)
+    assert index is not None
     with Image.open(file) as image:
         adopt_file(path, index, file.name, image.size)

@@ -9,7 +9,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..errors import RequestError
 from ..names import StrPath
-from .colour import ignore_profiles, in_srgb
+from .colour import alpha_range, ignore_profiles, in_srgb
 from .formats import READABLE, check_file, formats, unreadable
 from .pixels import on_white
 
@@ -55,7 +55,7 @@ def open_image(source: ImageSource) -> Image.Image:
         RequestError: it cannot be read, is too large to be decoded safely, or has values that are no 8 or 16 bits.
     """
     image = open_rgba(source)
-    if image.getextrema()[3][0] < 255:
+    if alpha_range(image)[0] < 255:
         logger.warning("%s has transparent parts; they are laid on white", _name(source))
     return on_white(image)
 
@@ -67,7 +67,7 @@ def open_rgba(source: ImageSource) -> Image.Image:
 
 def check_visible(picture: Image.Image) -> None:
     """Raises RequestError if an RGBA picture shows nothing."""
-    if picture.getextrema()[3][1] == 0:
+    if alpha_range(picture)[1] == 0:
         raise RequestError("the picture is transparent everywhere, so there is nothing to see in it")
 
 
@@ -127,7 +127,7 @@ def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[
         limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
         raise RequestError(f"{name} is too large to be opened safely ({limit}); make it smaller") from error
     except UnidentifiedImageError as error:
-        raise RequestError(unreadable(source, name, taken)) from error
+        raise RequestError(unreadable(cast("StrPath | bytes", source), name, taken)) from error
     except RequestError:
         raise
     except _DECODERS_RAISE as error:
@@ -157,6 +157,7 @@ def in_8_bits(image: Image.Image, name: str) -> Image.Image:
 def _from_lab(image: Image.Image) -> Image.Image:
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     result = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    assert result is not None  # None stands for "changed in place"
     result.info = {}
     return result
 

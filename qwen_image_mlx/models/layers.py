@@ -29,9 +29,9 @@ class Linear(nn.Linear):
 
     def __init__(self, input_dims: int, output_dims: int, bias: bool = True):
         nn.Module.__init__(self)
-        self.weight = mx.zeros((output_dims, input_dims))
+        self.weight: mx.array = mx.zeros((output_dims, input_dims))
         if bias:
-            self.bias = mx.zeros((output_dims,))
+            self.bias: mx.array = mx.zeros((output_dims,))
 
     def terms(self, x: mx.array) -> tuple[mx.array, ...]:
         """What the next kernel has to add up to the layer's output: here the output itself."""
@@ -43,7 +43,7 @@ class Embedding(nn.Embedding):
 
     def __init__(self, num_embeddings: int, dims: int):
         nn.Module.__init__(self)
-        self.weight = mx.zeros((num_embeddings, dims))
+        self.weight: mx.array = mx.zeros((num_embeddings, dims))
 
 
 class Conv2d(nn.Conv2d):
@@ -51,9 +51,12 @@ class Conv2d(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, padding: int = 1):
         nn.Module.__init__(self)
-        self.weight = mx.zeros((out_channels, 3, 3, in_channels))
-        self.bias = mx.zeros((out_channels,))
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, 1, 1
+        self.weight: mx.array = mx.zeros((out_channels, 3, 3, in_channels))
+        self.bias: mx.array = mx.zeros((out_channels,))
+        self.stride: int = stride
+        self.padding: int = padding
+        self.dilation: int = 1
+        self.groups: int = 1
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -76,12 +79,15 @@ class QuantizedLinear(nn.QuantizedLinear):
         bias: mx.array | None = None,
     ):
         nn.Module.__init__(self)
-        self.weight, self.scales = weight, scales
+        self.weight: mx.array = weight
+        self.scales: mx.array = scales
         if biases is not None:
             self.biases = biases
         if bias is not None:
             self.bias = bias
-        self.group_size, self.bits, self.mode = group_size, bits, mode
+        self.group_size: int = group_size
+        self.bits: int = bits
+        self.mode: str = mode
 
     def terms(self, x: mx.array) -> tuple[mx.array, ...]:
         """The product, and the bias: to add it here would take a kernel of its own."""
@@ -102,7 +108,9 @@ class SideBranch(nn.Module):
 
     def __init__(self, layer: nn.Module, a: mx.array, b: mx.array):
         super().__init__()
-        self.layer, self.a, self.b = layer, a, b
+        self.layer: nn.Module = layer
+        self.a: mx.array = a
+        self.b: mx.array = b
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.layer(x) + (x @ self.a.T) @ self.b.T
@@ -142,9 +150,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, dim: int, inner: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = Linear(dim, inner, bias)
-        self.up_proj = Linear(dim, inner, bias)
-        self.down_proj = Linear(inner, dim, bias)
+        self.gate_proj: Linear = Linear(dim, inner, bias)
+        self.up_proj: Linear = Linear(dim, inner, bias)
+        self.down_proj: Linear = Linear(inner, dim, bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))

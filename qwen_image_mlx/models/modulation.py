@@ -52,9 +52,9 @@ class TimeModulation(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.time_text_embed = _TimeEmbedding(config.dim, config.use_additional_t_cond)
-        self.transformer_blocks = [_BlockModulation(config.dim) for _ in config.blocks]
-        self.norm_out = _NormOut(config.dim)
+        self.time_text_embed: _TimeEmbedding = _TimeEmbedding(config.dim, config.use_additional_t_cond)
+        self.transformer_blocks: list[_BlockModulation] = [_BlockModulation(config.dim) for _ in config.blocks]
+        self.norm_out: _NormOut = _NormOut(config.dim)
         self._dim, self._zero_cond_t = config.dim, config.zero_cond_t
 
     def __call__(self, timesteps: mx.array, dtype: mx.Dtype) -> Modulation:
@@ -84,9 +84,9 @@ class TimeModulation(nn.Module):
 class _TimeEmbedding(nn.Module):
     def __init__(self, dim: int, addition: bool):
         super().__init__()
-        self.timestep_embedder = _TimestepEmbedder(dim)
+        self.timestep_embedder: _TimestepEmbedder = _TimestepEmbedder(dim)
         if addition:
-            self.addition_t_embedding = Embedding(2, dim)
+            self.addition_t_embedding: Embedding = Embedding(2, dim)
 
     def __call__(self, timesteps: mx.array, dtype: mx.Dtype) -> mx.array:
         addition = self.addition_t_embedding.weight if "addition_t_embedding" in self else None
@@ -97,8 +97,8 @@ class _TimeEmbedding(nn.Module):
 class _TimestepEmbedder(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.linear_1 = Linear(TIME_CHANNELS, dim)
-        self.linear_2 = Linear(dim, dim)
+        self.linear_1: Linear = Linear(TIME_CHANNELS, dim)
+        self.linear_2: Linear = Linear(dim, dim)
 
 
 class _BlockModulation(nn.Module):
@@ -113,4 +113,4 @@ class _BlockModulation(nn.Module):
 class _NormOut(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.linear = Linear(dim, 2 * dim)
+        self.linear: Linear = Linear(dim, 2 * dim)

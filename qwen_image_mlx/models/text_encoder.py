@@ -31,7 +31,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.model = LanguageModel(config)
+        self.model: LanguageModel = LanguageModel(config)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Embeddings (B, L, C) of token ids (B, L)."""
@@ -63,7 +63,7 @@ class LanguageHead(nn.Module):
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, states: mx.array) -> mx.array:
         """(…, C) to (…, vocab_size)."""
@@ -75,9 +75,9 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in config.layers]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embed_tokens: Embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.layers: list[DecoderLayer] = [DecoderLayer(config) for _ in config.layers]
+        self.norm: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rope = (config.mrope_section, config.head_dim, config.rope_theta)
 
     def __call__(
@@ -107,10 +107,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn: Attention = Attention(config)
+        self.post_attention_layernorm: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: GatedMLP = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def __call__(self, hidden: mx.array, tables: Turns, cache: KeyValueCache | None) -> mx.array:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), tables, cache)
@@ -122,10 +122,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.q_proj = Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = Linear(config.hidden_size, config.kv_dim)
-        self.v_proj = Linear(config.hidden_size, config.kv_dim)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj: Linear = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj: Linear = Linear(config.hidden_size, config.kv_dim)
+        self.v_proj: Linear = Linear(config.hidden_size, config.kv_dim)
+        self.o_proj: Linear = Linear(config.hidden_size, config.hidden_size, bias=False)
         self._head_dim = config.head_dim
 
     def __call__(self, x: mx.array, tables: Turns, cache: KeyValueCache | None) -> mx.array:

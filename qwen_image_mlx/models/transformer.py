@@ -63,11 +63,13 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.img_in = Linear(config.in_channels, config.dim)
-        self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
-        self.txt_in = Linear(config.joint_attention_dim, config.dim)
-        self.transformer_blocks = [TransformerBlock(config, row["last"]) for row in config.blocks]
-        self.proj_out = Linear(config.dim, config.patch_channels)
+        self.img_in: Linear = Linear(config.in_channels, config.dim)
+        self.txt_norm: nn.RMSNorm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
+        self.txt_in: Linear = Linear(config.joint_attention_dim, config.dim)
+        self.transformer_blocks: list[TransformerBlock] = [
+            TransformerBlock(config, row["last"]) for row in config.blocks
+        ]
+        self.proj_out: Linear = Linear(config.dim, config.patch_channels)
 
     def project_text(self, embeddings: mx.array) -> mx.array:
         """Encoder states (B, L, joint_attention_dim) to text tokens (B, L, D); the same in every step."""
@@ -134,10 +136,10 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig, last: bool):
         super().__init__()
-        self.attn = JointAttention(config, last)
-        self.img_mlp = FeedForward(config.dim)
+        self.attn: JointAttention = JointAttention(config, last)
+        self.img_mlp: FeedForward = FeedForward(config.dim)
         if not last:
-            self.txt_mlp = FeedForward(config.dim)
+            self.txt_mlp: FeedForward = FeedForward(config.dim)
         self._last = last
 
     def __call__(
@@ -168,19 +170,19 @@ class JointAttention(nn.Module):
     def __init__(self, config: TransformerConfig, last: bool):
         super().__init__()
         dim, head_dim = config.dim, config.attention_head_dim
-        self.to_q = Linear(dim, dim)
-        self.to_k = Linear(dim, dim)
-        self.to_v = Linear(dim, dim)
-        self.to_out = [Linear(dim, dim)]
-        self.norm_q = nn.RMSNorm(head_dim, eps=EPS)
-        self.norm_k = nn.RMSNorm(head_dim, eps=EPS)
-        self.add_k_proj = Linear(dim, dim)
-        self.add_v_proj = Linear(dim, dim)
-        self.norm_added_k = nn.RMSNorm(head_dim, eps=EPS)
+        self.to_q: Linear = Linear(dim, dim)
+        self.to_k: Linear = Linear(dim, dim)
+        self.to_v: Linear = Linear(dim, dim)
+        self.to_out: list[Linear] = [Linear(dim, dim)]
+        self.norm_q: nn.RMSNorm = nn.RMSNorm(head_dim, eps=EPS)
+        self.norm_k: nn.RMSNorm = nn.RMSNorm(head_dim, eps=EPS)
+        self.add_k_proj: Linear = Linear(dim, dim)
+        self.add_v_proj: Linear = Linear(dim, dim)
+        self.norm_added_k: nn.RMSNorm = nn.RMSNorm(head_dim, eps=EPS)
         if not last:
-            self.add_q_proj = Linear(dim, dim)
-            self.to_add_out = Linear(dim, dim)
-            self.norm_added_q = nn.RMSNorm(head_dim, eps=EPS)
+            self.add_q_proj: Linear = Linear(dim, dim)
+            self.to_add_out: Linear = Linear(dim, dim)
+            self.norm_added_q: nn.RMSNorm = nn.RMSNorm(head_dim, eps=EPS)
         self._last = last
         self._heads = (config.num_attention_heads, head_dim)
 
@@ -215,7 +217,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.net = [_GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)]
+        self.net: list[nn.Module] = [_GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)]
 
     def terms(self, x: mx.array) -> tuple[mx.array, ...]:
         """What adds up to the output (…, D)."""

@@ -33,8 +33,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.encoder = _EncoderBody(config)
-        self.quant_conv = Linear(2 * config.z_dim, 2 * config.z_dim)
+        self.encoder: _EncoderBody = _EncoderBody(config)
+        self.quant_conv: Linear = Linear(2 * config.z_dim, 2 * config.z_dim)
 
     @property
     def stages(self) -> list[Stage]:
@@ -49,8 +49,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.post_quant_conv = Linear(config.z_dim, config.z_dim)
-        self.decoder = _DecoderBody(config)
+        self.post_quant_conv: Linear = Linear(config.z_dim, config.z_dim)
+        self.decoder: _DecoderBody = _DecoderBody(config)
 
     @property
     def stages(self) -> list[Stage]:
@@ -85,7 +85,7 @@ class _EncoderBody(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         dims = config.encoder_dims
-        self.conv_in = Conv2d(config.input_channels, dims[0])
+        self.conv_in: Conv2d = Conv2d(config.input_channels, dims[0])
         self.down_blocks: list[nn.Module] = []
         for level, (cin, cout) in enumerate(pairwise(dims)):
             for _ in range(config.num_res_blocks):
@@ -93,9 +93,9 @@ class _EncoderBody(nn.Module):
                 cin = cout
             if level < len(dims) - 2:
                 self.down_blocks.append(Downsample(cout))
-        self.mid_block = MidBlock(dims[-1])
-        self.norm_out = ChannelNorm(dims[-1])
-        self.conv_out = Conv2d(dims[-1], 2 * config.z_dim)
+        self.mid_block: MidBlock = MidBlock(dims[-1])
+        self.norm_out: ChannelNorm = ChannelNorm(dims[-1])
+        self.conv_out: Conv2d = Conv2d(dims[-1], 2 * config.z_dim)
 
     def head(self, x: mx.array) -> mx.array:
         return self.conv_out(nn.silu(self.norm_out(x)))
@@ -106,14 +106,14 @@ class _DecoderBody(nn.Module):
         super().__init__()
         levels = config.decoder_levels
         bands = [None] * (len(levels) - 2) + [BAND, 2 * BAND]
-        self.conv_in = Conv2d(config.z_dim, config.top_dim)
-        self.mid_block = MidBlock(config.top_dim)
-        self.up_blocks = [
+        self.conv_in: Conv2d = Conv2d(config.z_dim, config.top_dim)
+        self.mid_block: MidBlock = MidBlock(config.top_dim)
+        self.up_blocks: list[UpBlock] = [
             UpBlock(cin, cout, config.num_res_blocks + 1, level < len(levels) - 1, *bands[level : level + 2])
             for level, (cin, cout) in enumerate(levels)
         ]
-        self.norm_out = ChannelNorm(levels[-1][1])
-        self.conv_out = BandedConv2d(levels[-1][1], config.input_channels, bands[-1])
+        self.norm_out: ChannelNorm = ChannelNorm(levels[-1][1])
+        self.conv_out: BandedConv2d = BandedConv2d(levels[-1][1], config.input_channels, bands[-1])
 
     def head(self, x: mx.array, on_band: OnLayer | None = None) -> mx.array:
         return self.conv_out(nn.silu(self.norm_out(x)), on_band)
@@ -126,9 +126,11 @@ class UpBlock(nn.Module):
         self, cin: int, cout: int, num_resnets: int, upsample: bool, band: int | None, doubled: int | None = None
     ):
         super().__init__()
-        self.resnets = [ResidualBlock(cin if n == 0 else cout, cout, band) for n in range(num_resnets)]
+        self.resnets: list[ResidualBlock] = [
+            ResidualBlock(cin if n == 0 else cout, cout, band) for n in range(num_resnets)
+        ]
         if upsample:
-            self.upsamplers = [Upsample(cout, cout // 2, doubled)]
+            self.upsamplers: list[Upsample] = [Upsample(cout, cout // 2, doubled)]
 
     @property
     def stages(self) -> list[Stage]:
@@ -141,8 +143,8 @@ class MidBlock(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.resnets = [ResidualBlock(dim, dim), ResidualBlock(dim, dim)]
-        self.attentions = [SelfAttention(dim)]
+        self.resnets: list[ResidualBlock] = [ResidualBlock(dim, dim), ResidualBlock(dim, dim)]
+        self.attentions: list[SelfAttention] = [SelfAttention(dim)]
 
     @property
     def stages(self) -> list[Stage]:
@@ -155,13 +157,13 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, cin: int, cout: int, band: int | None = None):
         super().__init__()
-        self.norm1 = ChannelNorm(cin)
-        self.conv1 = BandedConv2d(cin, cout, band)
-        self.norm2 = ChannelNorm(cout)
-        self.conv2 = BandedConv2d(cout, cout, band)
+        self.norm1: ChannelNorm = ChannelNorm(cin)
+        self.conv1: BandedConv2d = BandedConv2d(cin, cout, band)
+        self.norm2: ChannelNorm = ChannelNorm(cout)
+        self.conv2: BandedConv2d = BandedConv2d(cout, cout, band)
         self._band = band
         if cin != cout:
-            self.conv_shortcut = Linear(cin, cout)
+            self.conv_shortcut: Linear = Linear(cin, cout)
 
     def __call__(self, x: mx.array, on_band: OnLayer | None = None) -> mx.array:
         shortcut = in_bands(self.conv_shortcut, x, self._band) if "conv_shortcut" in self else x
@@ -174,9 +176,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = ChannelNorm(dim)
-        self.to_qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.norm: ChannelNorm = ChannelNorm(dim)
+        self.to_qkv: Linear = Linear(dim, 3 * dim)
+        self.proj: Linear = Linear(dim, dim)
 
     def __call__(self, x: mx.array) -> Iterator[mx.array]:
         """Yields the result some rows at a time; evaluated one by one, they never need all scores at once."""
@@ -194,7 +196,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.resample = [nn.Identity(), Conv2d(dim, dim, stride=2, padding=0)]
+        self.resample: list[nn.Module] = [nn.Identity(), Conv2d(dim, dim, stride=2, padding=0)]
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.resample[1](mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
@@ -205,7 +207,7 @@ class Upsample(nn.Module):
 
     def __init__(self, cin: int, cout: int, band: int | None):
         super().__init__()
-        self.resample = [nn.Identity(), BandedConv2d(cin, cout, band)]
+        self.resample: list[nn.Module] = [nn.Identity(), BandedConv2d(cin, cout, band)]
 
     def __call__(self, x: mx.array, on_band: OnLayer | None = None) -> mx.array:
         b, h, w, c = x.shape
@@ -268,7 +270,7 @@ class ChannelNorm(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.gamma = mx.ones((dim,))
+        self.gamma: mx.array = mx.ones((dim,))
 
     def __call__(self, x: mx.array) -> mx.array:
         return channel_norm(x, self.gamma)

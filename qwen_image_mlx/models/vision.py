@@ -39,7 +39,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.visual = _Visual(config)
+        self.visual: _Visual = _Visual(config)
 
     def __call__(self, patches: mx.array, height: int, width: int, on_layer: OnLayer | None = None) -> mx.array:
         """Features (N / 4, out_hidden_size) of the patches (N, 3 * 14 * 14) of a grid of height x width patches.
@@ -52,9 +52,9 @@ class VisionTower(nn.Module):
 class _Visual(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.patch_embed = _PatchEmbed(config)
-        self.blocks = [VisionBlock(config) for _ in range(config.depth)]
-        self.merger = PatchMerger(config)
+        self.patch_embed: _PatchEmbed = _PatchEmbed(config)
+        self.blocks: list[VisionBlock] = [VisionBlock(config) for _ in range(config.depth)]
+        self.merger: PatchMerger = PatchMerger(config)
         self._config = config
 
     def __call__(self, patches: mx.array, height: int, width: int, on_layer: OnLayer | None) -> mx.array:
@@ -73,7 +73,7 @@ class _Visual(nn.Module):
 class _PatchEmbed(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.proj = Linear(config.patch_pixels, config.hidden_size, bias=False)
+        self.proj: Linear = Linear(config.patch_pixels, config.hidden_size, bias=False)
 
 
 class VisionBlock(nn.Module):
@@ -81,10 +81,10 @@ class VisionBlock(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.hidden_size, eps=EPS)
-        self.norm2 = nn.RMSNorm(config.hidden_size, eps=EPS)
-        self.attn = VisionAttention(config)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
+        self.norm1: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=EPS)
+        self.norm2: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=EPS)
+        self.attn: VisionAttention = VisionAttention(config)
+        self.mlp: GatedMLP = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def __call__(self, hidden: mx.array, tables: Turns, windows: Windows | None) -> mx.array:
         hidden = hidden + self.attn(self.norm1(hidden), tables, windows)
@@ -96,8 +96,8 @@ class VisionAttention(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = Linear(config.hidden_size, config.hidden_size)
+        self.qkv: Linear = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj: Linear = Linear(config.hidden_size, config.hidden_size)
         self._head_dim = config.head_dim
 
     def __call__(self, x: mx.array, tables: Turns, windows: Windows | None) -> mx.array:
@@ -121,8 +121,8 @@ class PatchMerger(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         merged = config.merged_size
-        self.ln_q = nn.RMSNorm(config.hidden_size, eps=EPS)
-        self.mlp = [Linear(merged, merged), nn.GELU(), Linear(merged, config.out_hidden_size)]
+        self.ln_q: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=EPS)
+        self.mlp: list[nn.Module] = [Linear(merged, merged), nn.GELU(), Linear(merged, config.out_hidden_size)]
         self._merged = merged
 
     def __call__(self, hidden: mx.array) -> mx.array:

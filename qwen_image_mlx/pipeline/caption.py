@@ -7,11 +7,13 @@ mlx-lm's, imported only here; the random draws have a key of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 from PIL import Image
 
 from ..config import GenerationConfig
+from ..gpu import number
 from ..names import CaptionLanguage
 from ..text.prompt import replace_vision_tokens, tokenize_prompt
 from ..variants import CAPTION_TEMPLATES
@@ -65,8 +67,9 @@ def _continue(
     from mlx_lm.models.cache import KVCache
 
     encoder, head = components.text_encoder, components.language_head
-    caches = [KVCache() for _ in components.text_encoder_config.layers]
-    position = int(positions.max().item())
+    new_cache: Callable[[], Any] = KVCache  # mlx-lm has no types
+    caches = [new_cache() for _ in components.text_encoder_config.layers]
+    position = int(number(positions.max()))
     while True:
         with components.passing("text_encoder") as pace:
             states = encoder(embeddings, positions, caches, pace)
@@ -89,13 +92,13 @@ def _chooser(config: GenerationConfig, seed: int) -> Callable[[list[int], mx.arr
         if config.repetition_penalty != 1:
             scores = penalize(mx.array(ids), scores)
         if not config.do_sample:
-            return int(mx.argmax(scores).item())
+            return int(number(mx.argmax(scores)))
         scores = scores / config.temperature
         if 0 < config.top_k < scores.shape[-1]:
             scores = apply_top_k(scores, config.top_k)
         if config.top_p < 1:
             scores = apply_top_p(scores - mx.logsumexp(scores, axis=-1, keepdims=True), config.top_p)
         key, draw = mx.random.split(key)
-        return int(mx.random.categorical(scores, key=draw).item())
+        return int(number(mx.random.categorical(scores, key=draw)))
 
     return choose

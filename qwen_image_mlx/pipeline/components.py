@@ -43,10 +43,12 @@ from .sources import Sources
 logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", TransformerConfig, TextEncoderConfig, VisionConfig, ImageProcessorConfig, VAEConfig, SchedulerConfig)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
 # The parts of each component that are read (see the weights map).
-PARTS = {
+PARTS: dict[str, tuple[str, ...]] = {
     "transformer": ("main", "modulation"),
     "text_encoder": ("main",),
     "vision": ("main",),
@@ -85,7 +87,7 @@ class Components:
         self,
         snapshot: HubSnapshot,
         dtype: mx.Dtype,
-        loading: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        loading: Callable[[str], AbstractContextManager[object]] = nullcontext,
         *,
         zero_cond_t: bool | None = None,
         quantization: Quantization | None = None,
@@ -98,15 +100,15 @@ class Components:
         self.dtype = dtype
         self._loading, self._on_layer = loading, on_layer
         self._zero_cond_t = zero_cond_t
-        self.quantization = quantization or Quantization()
-        self.streamed = frozenset(streamed)
+        self.quantization: Quantization = quantization or Quantization()
+        self.streamed: frozenset[str] = frozenset(streamed)
         if odd := sorted(map(str, self.streamed - STREAMABLE)):
             raise RequestError(f"{', '.join(odd)} cannot be streamed; {', '.join(sorted(STREAMABLE))} can")
         self._read_loras = read_loras
         self.placement: Placement | None = None
         self._loaded: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
-        self.sources = Sources(snapshot, replaced)
+        self.sources: Sources = Sources(snapshot, replaced)
         self.variant: Variant = variant_of(self.sources.index, snapshot.model)
         for name in self.quantization.components:
             if name not in ("transformer", *self.encoders):
@@ -161,7 +163,7 @@ class Components:
         if transformer is not None and not streams and not (self.placement and self.placement.altered):
             branches = self._branches(adapters)
         self.adapters = adapters
-        if branches is None:
+        if branches is None or transformer is None:
             self.release("transformer")
             return
         there = {path for path, module in transformer.named_modules() if isinstance(module, SideBranch)}
@@ -179,7 +181,8 @@ class Components:
         beside = adapters.mode == "side" or (adapters.mode == "auto" and all(resident[path] for path in paths))
         if not beside or not all(map(adapters.can_run_beside, paths)):
             return None
-        return {path: adapters.branch(path, self.dtype) for path in paths}
+        branches = {path: adapters.branch(path, self.dtype) for path in paths}
+        return {path: branch for path, branch in branches.items() if branch is not None}
 
     @cached_property
     def text_encoder_config(self) -> TextEncoderConfig:
@@ -254,7 +257,7 @@ class Components:
         """The transformer without its modulation, resident."""
         config = self.transformer_config
 
-        def load() -> nn.Module:
+        def load() -> Transformer:
             self._check_adapters(self.adapters)
             return self._load("transformer", "main", Transformer(config), self.dtype, self.adapters)
 
@@ -371,15 +374,14 @@ class Components:
     def _files(self, component: str) -> WeightFiles:
         return self.sources.weights(component, keep=lambda name: needs_tensor(component, name, PARTS[component]))
 
-    def _ensure(self, name: str, load: Callable[[], Any]) -> Any:
+    def _ensure(self, name: str, load: Callable[[], T]) -> T:
         if name not in self._loaded:
             with self._loading(name):
                 self._loaded[name] = load()
-        return self._loaded[name]
+        loaded: T = self._loaded[name]
+        return loaded
 
-    def _load(
-        self, component: str, part: str, module: nn.Module, dtype: mx.Dtype, adapters: Adapters | None = None
-    ) -> nn.Module:
+    def _load(self, component: str, part: str, module: M, dtype: mx.Dtype, adapters: Adapters | None = None) -> M:
         scheme, weights = getattr(self.quantization, component, None), self.weights(component)
         if component in self.streamed:
             return stream_module(module, weights, part, dtype, scheme, adapters)
@@ -392,7 +394,7 @@ class Components:
         names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]
         return {name: self.snapshot.file(f"tokenizer/{name}") for name in names}
 
-    def _parsed(self, cls: type[T], component: str, name: str = "config.json") -> T:
+    def _parsed(self, cls: type[C], component: str, name: str = "config.json") -> C:
         """A component's config; whatever is impossible in it is a CheckpointError."""
         try:
             return cls.from_dict(self._config(component, name))

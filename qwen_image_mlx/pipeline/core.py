@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -49,7 +49,6 @@ from .start import Start, draw_start
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
-
 logger: logging.Logger = logging.getLogger(__name__)
 
 
@@ -66,7 +65,7 @@ class Recommended(NamedTuple):
     cfg_scale: float
     shift: float | None
 
-    def unless(self, **given: float | None) -> dict[str, float | None]:
+    def unless(self, **given: float | None) -> dict[str, Any]:
         """The fields by name; those given, and not None, instead of the recommended ones."""
         return self._asdict() | {name: value for name, value in given.items() if value is not None}
 
@@ -86,7 +85,7 @@ class PipelineCore:
     def __init__(self, components: Components, report: Reporter):
         self.components = components
         self._report = report
-        self.strip_pixels = STRIP_PIXELS
+        self.strip_pixels: int = STRIP_PIXELS
         self._table: tuple[Schedule, list[Modulation]] | None = None
 
     # What it is -------------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ class PipelineCore:
             _ = parts.text_encoder
             with self._report.stage("encode", "prompts"):
                 states = encode_prompts(parts, tokens, features)
-            references = ()
+            references: tuple[Reference, ...] = ()
             if pictures:
                 _ = parts.vae_encoder
                 with self._report.stage("encode", "references"):
@@ -335,13 +334,14 @@ class PipelineCore:
             initial,
         )
         if start.blended and variant.samples_references:
+            assert start.image is not None
             references = (Reference(start.image, height, width),)
         grids = [(height, width)] * frames + [(r.height, r.width) for r in references]
         segments = place_images(grids, config.use_layer3d_rope)
-        guided = parameters.cfg_scale > 1 and encoding.negative is not None
-        if parameters.cfg_scale > 1 and not guided:
+        negative = encoding.negative if parameters.cfg_scale > 1 else None
+        if parameters.cfg_scale > 1 and negative is None:
             logger.warning("guidance %g has no effect: the encoding has no negative prompt", parameters.cfg_scale)
-        branches = [encoding.positive, encoding.negative] if guided else [encoding.positive]
+        branches = [encoding.positive] if negative is None else [encoding.positive, negative]
         for states in branches:
             self._check_states(states, segments)
 
@@ -363,7 +363,7 @@ class PipelineCore:
                     lambda x, step: transformer.velocities(x, text, table[step], rotary, shown, on_layer=pace),
                     start.latents,
                     start.schedule,
-                    Guidance(parameters.cfg_scale, renormalize) if guided else None,
+                    None if negative is None else Guidance(parameters.cfg_scale, renormalize),
                     lambda n, x: self._report(Progress("denoise", n, steps, sigma=float(sigmas[n]), latents=x)),
                     start.blend if start.blended else None,
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..images.canvas import plan_canvas
@@ -44,7 +44,8 @@ class LayeredResult:
     @property
     def prompt(self) -> str:
         """What the model was told the picture shows; the caption it wrote itself if it was told nothing."""
-        return self.stack.metadata["prompt"]
+        prompt: str = self.stack.metadata["prompt"]
+        return prompt
 
     @property
     def psnr(self) -> float:
@@ -75,7 +76,7 @@ def layers_request(
     *,
     resolutions: Sequence[int],
     seed: int,
-    sampling: Mapping[str, float | None] = {},
+    sampling: Mapping[str, Any] = {},
     negative_prompt: str | None = " ",
     num_layers: int = GenerationParameters.num_layers,
     resolution: int | None = None,

@@ -86,6 +86,7 @@ def fetch_lora(reference: str, offline: bool, report: Reporter) -> Path:
     source = kind_of(reference)
     if source.path is not None:
         return source.path
+    assert source.repo is not None
     snapshot = HubSnapshot(
         source.repo,
         revision=source.revision,

@@ -43,6 +43,7 @@ def describe(
         "version": __version__,
     }
     if pipeline.variant.layered:
+        assert request.reference_pixels is not None
         metadata |= parameters.recorded("layered") | {
             "resolution": math.isqrt(request.reference_pixels),
             "caption_language": None if request.prompt.strip() else request.caption_language,

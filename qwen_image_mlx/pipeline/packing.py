@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -133,9 +133,8 @@ def _write(
     for folder, parts in folders.items():
         (partial / folder).mkdir(exist_ok=True)
         errors[folder] = write_component(
-            partial / folder, parts, shard_bytes=shard_bytes,
-            progress=lambda done, total, folder=folder: report(Progress("quantize", done, total, folder)),
-        )  # fmt: skip
+            partial / folder, parts, shard_bytes=shard_bytes, progress=_telling(report, folder)
+        )
         config = components.sources.config(folder)
         config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
         if said := quantization_config(parts):
@@ -143,6 +142,10 @@ def _write(
         (partial / folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
     (partial / REPORT).write_text(json.dumps(errors, indent=2))
     (partial / _CARD).write_text(_card(components, name, errors), encoding="utf-8")
+
+
+def _telling(report: Reporter, folder: str) -> Callable[[int, int], None]:
+    return lambda done, total: report(Progress("quantize", done, total, folder))
 
 
 @contextmanager

@@ -159,17 +159,20 @@ def explicit_size(width: int | None, height: int | None) -> tuple[int, int] | No
 
 def check_seed(seed: int) -> int:
     """Returns the seed; raises RequestError unless it is an integer from 0 to 2**64 - 1."""
-    return SEED.check("seed", seed)
+    checked: int = SEED.check("seed", seed)
+    return checked
 
 
 def check_image_index(index: int) -> int:
     """Returns the index; raises RequestError unless it is an integer from 0 to 9999."""
-    return IMAGE_INDEX.check("image_index", index)
+    checked: int = IMAGE_INDEX.check("image_index", index)
+    return checked
 
 
 def check_num_images(count: int) -> int:
     """Returns the number of pictures; raises RequestError unless it is an integer from 1 to 10000."""
-    return NUM_IMAGES.check("num_images", count)
+    checked: int = NUM_IMAGES.check("num_images", count)
+    return checked
 
 
 def check_side(resolution: int) -> None:

@@ -12,12 +12,13 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
 from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
+from ..images.colour import alpha_range
 from ..images.files import recorded
 from ..images.geometry import Size
 from ..images.layers import Layer, LayerStack
@@ -41,7 +42,6 @@ from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
-
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
         elif mask is not None or mask_padding is not None or isinstance(size, str):
             raise RequestError("a mask, a padding around it, and a size by name need an image to be painted over")
         parameters = self._parameters(
-            canvas.size if canvas else size or self.variant.size_of("1:1"),
+            canvas.size if canvas else cast("Size | None", size) or self.variant.size_of("1:1"),
             num_inference_steps, 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale, rng, strength,
         )  # fmt: skip
         request = Request(
@@ -349,7 +349,7 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             size=size,
             composite=composite,
             crop_padding=crop_padding,
-            straight=None if straight is None or straight[index].getextrema()[3][0] == 255 else straight[index],
+            straight=None if straight is None or alpha_range(straight[index])[0] == 255 else straight[index],
             area=self.variant.target_area,
         )
 
@@ -361,12 +361,12 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
         """
         prompt = request.prompt
         if self.writes_caption(request):
+            assert request.caption_language is not None
+            assert request.reference_pixels is not None
             prompt = self.caption_image(
-                request.images[0],
-                language=request.caption_language,
-                resolution=math.isqrt(request.reference_pixels),
-                progress=progress,
-            )
+                request.images[0], language=request.caption_language,
+                resolution=math.isqrt(request.reference_pixels), progress=progress,
+            )  # fmt: skip
             logger.info("caption: %s", prompt)
         return self.encode_guidance_prompts(
             prompt,
@@ -399,6 +399,7 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
         if not self.starts_from_canvas(request):
             return None
         canvas = request.canvas
+        assert canvas is not None
         picture, mask = canvas.initial
         if not math.isclose(picture.width / picture.height, canvas.size[0] / canvas.size[1], rel_tol=0.05):
             logger.warning(
@@ -442,7 +443,7 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             yield
         finally:
             self.components.stream(before[0])
-            self.strip_pixels = before[1]
+            self.strip_pixels: int = before[1]
 
     def paint_request(
         self,
@@ -474,9 +475,10 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
         """Paints a request's layers, each decoded, resized and turned into 8 bits before the next."""
         pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress, release)]
         layers = (Layer(image, f"layer {n}") for n, image in enumerate(pictures))
-        size = request.canvas.result_size
+        canvas = request.canvas
+        assert canvas is not None
         metadata = describe(self, request, encoding, request.seeds[0])
-        return LayeredResult(request.canvas.resized_source, LayerStack(size, tuple(layers), metadata))
+        return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, tuple(layers), metadata))
 
     def _paint(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
         with limits(), self._report.shown(progress):

@@ -62,7 +62,9 @@ class Sources:
         if folder in self._folders and self._folders[folder].exists(name):
             return self._folders[folder].read_json(name)
         if self._pack and path in weights_map("packs")["usual"] and not self.snapshot.exists(path):
-            return weights_map("packs")["usual"][path] | self._pack.get("configs", {}).get(path, {})
+            usual: dict[str, Any] = weights_map("packs")["usual"][path]
+            given: dict[str, Any] = self._pack.get("configs", {}).get(path, {})
+            return usual | given
         return self.snapshot.read_json(path)
 
     def image_processor(self) -> dict[str, Any]:
@@ -157,10 +159,12 @@ class Sources:
             for key in field:
                 value = value.get(key) if isinstance(value, dict) else None
             if isinstance(value, str) and value in table["recorded"]:
-                return table["recorded"][value]
+                recorded: dict[str, Any] = table["recorded"][value]
+                return recorded
         return None
 
     def _guessed(self) -> dict[str, Any] | None:
+        guess: dict[str, Any]
         for guess in weights_map("packs")["guessed"]:
             if guess["holds"] in canonical_names(guess["component"], self.names(guess["component"])).values():
                 return guess

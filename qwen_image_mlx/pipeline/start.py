@@ -44,6 +44,8 @@ class Start:
 
     def blend(self, done: int, latents: mx.array) -> mx.array:
         """Puts the initial image, as noisy as the latents are after `done` steps, back where the mask is 0."""
+        assert self.image is not None
+        assert self.mask is not None
         kept = add_noise(self.image, self.noise, float(self.schedule.sigmas[done]))
         return (1 - self.mask) * kept + self.mask * latents
 
@@ -75,7 +77,7 @@ def draw_start(
             drawn = draws.normal(shape)
         noise = pack_multi_layer_latents(drawn.transpose(0, 2, 3, 1)[None])
     noise = noise.astype(dtype)
-    if image is None:
+    if image is None or initial is None:
         return Start(noise, schedule, noise)
     mask = None
     if initial.mask is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
+from ..names import Dtype, LoRAMode
 from ..options import (
     Choice,
     Config,
@@ -109,7 +110,7 @@ class OpenOptions:
         None, kind=Text(), help="branch, tag or commit of a Hugging Face model", group="model", record="always",
         commands=(*_READS, "plan"), flags=("--revision",), of_model=True,
     )  # fmt: skip
-    dtype: str = option(
+    dtype: Dtype = option(
         DTYPES[0], kind=Choice(DTYPES), help="of the text encoder and the transformer", usual=DTYPES[0], group="model",
         commands=(*_READS, "plan"), flags=("--dtype",), record="always",
     )  # fmt: skip
@@ -138,7 +139,7 @@ class OpenOptions:
         config=(Config(commands=TASKS, help="LoRAs of the models named here, with their strengths; another --model "
                        "goes without", usual="none", example=["fox-style.safetensors@0.8"]),),
     )  # fmt: skip
-    lora_mode: str = option(
+    lora_mode: LoRAMode = option(
         LORA_MODES[0], kind=Choice(LORA_MODES), group="model", commands=PAINTERS, flags=("--lora-mode",),
         help="merge LoRAs into the weights, or run them beside", record="asked",
         usual="auto, which merges unless the weights are packed or too coarse",

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from ..errors import RequestError
+from ..names import Aspect, NamedSize, Task
 from ..options import options_of
 from ..pipeline.decomposition import layers_request
 from ..pipeline.limits import free_memory, limits
@@ -73,8 +74,9 @@ class Session:
         self.progress = progress
         self.plans: dict[Work, MemoryPlan] = {}
         self._said_memory = memory is not None
-        self.memory = memory if isinstance(memory, Memory) else parse_memory(memory)
-        self.force, self._wire = bool(asked.get("force")), bool(asked.get("wire"))
+        self.memory: Memory = memory if isinstance(memory, Memory) else parse_memory(memory)
+        self.force: bool = bool(asked.get("force"))
+        self._wire = bool(asked.get("wire"))
         self._cache = EncodingCache() if asked.get("cache") else None
         self._warned = False
 
@@ -85,7 +87,7 @@ class Session:
         default_model: str,
         progress: ProgressCallback | None = None,
         *,
-        task: str | None = None,
+        task: Task | None = None,
     ) -> Session:
         """The model that is asked for.
 
@@ -109,7 +111,7 @@ class Session:
     def request(
         self,
         asked: Mapping[str, Any],
-        size: Size | str | None = None,
+        size: Size | Aspect | NamedSize | None = None,
         pictures: Sequence[Image] = (),
         mask: Image | None = None,
         straight: Sequence[Image] | None = None,
@@ -131,16 +133,18 @@ class Session:
         if variant.layered:
             request = layers_of(pictures[0], asked, variant.resolutions, sampling)
         else:
-            size, canvas = variant.size_of(size) if size in ASPECT_SIZES else size, None
+            canvas = None
+            # By now without aspects, and without pictures a pair: what a checker cannot tell.
+            named = cast("Size | NamedSize | None", variant.size_of(size) if size in ASPECT_SIZES else size)
             if pictures:
                 canvas = self.pipeline.plan_canvas(
-                    pictures, mask=mask, size=size, composite=not asked.get("no_composite"),
+                    pictures, mask=mask, size=named, composite=not asked.get("no_composite"),
                     crop_padding=asked.get("mask_padding"), straight=straight,
                 )  # fmt: skip
             recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
             request = replace(
-                build_request({**recommended, **asked}, canvas.size if canvas else size),
+                build_request({**recommended, **asked}, canvas.size if canvas else cast("Size", named)),
                 images=tuple(pictures) if variant.takes_images else (),
                 canvas=canvas,
                 reference_pixels=asked.get("reference_pixels"),

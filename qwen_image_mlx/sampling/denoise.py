@@ -51,14 +51,14 @@ def denoise(
     """
     for step in range(schedule.num_steps):
         predictions = velocities(latents, step)
-        prediction = predictions[0] if guidance is None else guide(*predictions, guidance)
+        prediction = predictions[0] if guidance is None else guide(predictions[0], predictions[1], guidance)
         latents = euler_step(latents, prediction, schedule.dt(step))
         if blend is not None:
             latents = blend(step + 1, latents)
         if step + 1 == schedule.num_steps:
             finish(latents)
         else:
-            mx.async_eval(latents)
+            mx.async_eval(latents)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
         if on_step is not None:
             on_step(step + 1, latents)
     return latents

@@ -49,8 +49,8 @@ class ApiError(Exception):
     def __init__(self, code: str, message: str, headers: Mapping[str, str] | None = None, param: str | None = None):
         super().__init__(message)
         self.code = code
-        self.message = one_line(message, _LONGEST)
-        self.headers = dict(headers or {})
+        self.message: str = one_line(message, _LONGEST)
+        self.headers: dict[str, str] = dict(headers or {})
         self.param = param
 
     def status(self, path: str) -> int:

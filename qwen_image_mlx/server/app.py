@@ -31,7 +31,7 @@ from .repeats import Repeats, claim_of
 from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody, form_of
 from .work import Limits, Tasks, compose
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
 # Options that a server has a default for; and those that its models have.
@@ -86,14 +86,14 @@ class Service:
 
     def __init__(self, setup: Setup, give_up: Callable[[], None] = lambda: None):
         self.setup = setup
-        self.models = Models(setup.offers, setup.memory, setup.idle_seconds)
-        self.tasks = Tasks(self.models, setup.defaults, setup.limits)
-        self.jobs = Jobs(
+        self.models: Models = Models(setup.offers, setup.memory, setup.idle_seconds)
+        self.tasks: Tasks = Tasks(self.models, setup.defaults, setup.limits)
+        self.jobs: Jobs = Jobs(
             queue=setup.queue, seconds=setup.job_seconds, idle=self.models.tick,
             begin=self.models.read_facts, distrust=self.models.distrust, give_up=give_up,
             held_bytes=4 * setup.max_body_bytes,
         )  # fmt: skip
-        self.repeats = Repeats(self.jobs, setup.grace)
+        self.repeats: Repeats = Repeats(self.jobs, setup.grace)
         self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
     async def prepare(self, task: str, body: Any) -> Work:

@@ -31,7 +31,7 @@ class Connection(H11Protocol):
         """Whether no request is being worked at."""
         return self.cycle is None or self.cycle.response_complete
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a server has these
         """Makes room: of those that ask for nothing the oldest goes, and where there are none this one."""
         if len(self.connections) >= _CONNECTIONS:
             idle = (other for other in self.connections if isinstance(other, Connection) and other.is_idle)

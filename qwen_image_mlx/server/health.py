@@ -22,8 +22,8 @@ class Health:
     """
 
     def __init__(self) -> None:
-        self.fault = ""
-        self.over = False
+        self.fault: str = ""
+        self.over: bool = False
         self._lasting = 0
 
     def failed(self, error: GPUError) -> None:

@@ -28,7 +28,7 @@ from .job import ENDS, Event, Job, Listener
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _COUNTED = ("denoise", "caption", "download")  # stages whose steps are told
 _PAUSE = 0.2  # seconds between what is told of a download or a caption
@@ -53,7 +53,7 @@ class Feed:
 
     def __init__(self, job: Job, post: Callable[..., None], seconds: float):
         self.pictures = 1
-        self.followed = job.followed
+        self.followed: bool = job.followed
         self._job = job
         # Nobody listens to a job that is not followed: its state is written where it is, and wakes no loop.
         self._post = post if job.followed else lambda function, *arguments: function(*arguments)
@@ -154,7 +154,7 @@ class Jobs:
     ):
         self.queue = queue
         self.running: Job | None = None
-        self.health = Health()
+        self.health: Health = Health()
         self._held_bytes = held_bytes
         self._seconds = seconds
         self._kept, self._kept_seconds, self._kept_bytes = kept, kept_seconds, kept_bytes

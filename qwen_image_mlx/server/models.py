@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..pipeline.request import Request
     from ..runtime.memory import MemoryPlan
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _PLANS = 256  # that are kept of a model
 
@@ -75,7 +75,7 @@ class Models:
     """
 
     def __init__(self, offers: Mapping[str, Mapping[str, Any]], memory: str | None, idle_seconds: float | None):
-        self.encodings = RecentEncodings()
+        self.encodings: RecentEncodings = RecentEncodings()
         self._offers = offers
         self._memory = parse_memory(memory or "auto")
         for offer in offers.values():

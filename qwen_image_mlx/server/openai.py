@@ -103,7 +103,7 @@ class Generation(_Sampled):
 class Edit(_Sampled):
     """OpenAI's request for edited pictures; the mask is transparent where the first is painted anew."""
 
-    lists = ("image",)
+    lists: ClassVar[tuple[str, ...]] = ("image",)
     aliases: ClassVar[Mapping[str, str]] = {"image[]": "image"}
     image: Annotated[list[Picture], Field(min_length=1, max_length=MAX_PICTURES)]
     mask: Picture | None = None

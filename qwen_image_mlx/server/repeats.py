@@ -20,7 +20,7 @@ from .answers import ApiError
 from .job import Job
 from .jobs import Jobs
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Claim(NamedTuple):

@@ -121,7 +121,7 @@ class Body(BaseModel):
 
     lists: ClassVar[tuple[str, ...]] = ()
     aliases: ClassVar[Mapping[str, str]] = {}
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     @property
     def nbytes(self) -> int:
@@ -139,10 +139,10 @@ def _body_of(task: str, said: str) -> type[Body]:
     return body
 
 
-GenerateBody = _body_of("generate", "A picture from words, or a picture painted over.")
-EditBody = _body_of("edit", "Pictures changed by instruction.")
-DecomposeBody = _body_of("decompose", "A picture taken apart into layers.")
-CaptionBody = _body_of("caption", "A picture described in words.")
+GenerateBody: type[Body] = _body_of("generate", "A picture from words, or a picture painted over.")
+EditBody: type[Body] = _body_of("edit", "Pictures changed by instruction.")
+DecomposeBody: type[Body] = _body_of("decompose", "A picture taken apart into layers.")
+CaptionBody: type[Body] = _body_of("caption", "A picture described in words.")
 
 
 class LayerBody(Body):
@@ -164,7 +164,7 @@ def _bare_layer(value: Any) -> Any:
 class ComposeBody(Body):
     """Layers laid together, from back to front, on a canvas as wide and high as the largest."""
 
-    lists = ("layers",)
+    lists: ClassVar[tuple[str, ...]] = ("layers",)
     layers: Annotated[
         list[Annotated[LayerBody, BeforeValidator(_bare_layer)]], Field(min_length=1, max_length=MAX_STACK)
     ]
@@ -201,7 +201,7 @@ JOBS: dict[str, type[Body]] = {task: _job_of(task, body) for task, body in BODIE
 class TaskOnly(BaseModel):
     """The field that says which others there may be."""
 
-    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", hide_input_in_errors=True)
 
     task: Literal[tuple(BODIES)]
 

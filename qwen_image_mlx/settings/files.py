@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..names import StrPath
 from ..pipeline.parameters import GENERATION
 from ..variants import DEMOS, full_name
 from .lines import Names, parse_toml
@@ -77,7 +78,7 @@ def default_place() -> Path:
     return Path(os.path.expanduser(folder), "qwen-image-mlx", NAME)
 
 
-def find_config(explicit: str | os.PathLike | None = None) -> Path | None:
+def find_config(explicit: StrPath | None = None) -> Path | None:
     """The file in force: the named one, QWEN_IMAGE_CONFIG's, the working directory's, the platform's; None without any.
 
     A config.toml in the working directory counts only if it is ours: if a profile in it has a table `qwen_image`.

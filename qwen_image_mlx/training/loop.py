@@ -79,8 +79,10 @@ class Trainer:
         table: Table | None = None,
     ):
         assert (table is None) == ("modulation" in network), "the modulation is either trained or in a table"
-        self.network, self.flow, self.settings = network, flow, settings or LoopSettings()
-        self.step = 0
+        self.network: Network = network
+        self.flow: FlowMatching = flow
+        self.settings: LoopSettings = settings or LoopSettings()
+        self.step: int = 0
         self.parameters: Parameters = {
             name: array.astype(mx.float32) for name, array in tree_flatten(network.trainable_parameters())
         }
@@ -219,6 +221,6 @@ class Trainer:
         self.parameters = {name: parts["parameters"][name] for name in self.parameters}
         if self.average is not None:
             self.average = {name: parts["average"][name] for name in self.average}
-        self.step = step
+        self.step: int = step
         mx.eval(self.parameters, self.average, self._optimizer.state)
         self._put(self.parameters)

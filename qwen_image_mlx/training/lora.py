@@ -29,7 +29,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, layer: nn.Module, a: mx.array, b: mx.array, scale: float):
         super().__init__()
-        self.layer, self.lora_A, self.lora_B = layer, a, b
+        self.layer: nn.Module = layer
+        self.lora_A: mx.array = a
+        self.lora_B: mx.array = b
         self.scale = scale
 
     def __call__(self, x: mx.array) -> mx.array:

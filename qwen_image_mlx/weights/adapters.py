@@ -43,9 +43,9 @@ class Adapters:
     def __init__(self, loras: Sequence[LoRA], mode: str = "auto", references: Sequence[str] = ()):
         if mode not in LORA_MODES:
             raise RequestError(f"the LoRA mode is {mode!r}, but must be one of {', '.join(LORA_MODES)}")
-        self.loras = tuple(loras)
+        self.loras: tuple[LoRA, ...] = tuple(loras)
         self.mode = mode
-        self.references = tuple(references)
+        self.references: tuple[str, ...] = tuple(references)
         for lora in loras:
             biases = f" and {lora.biases} biases" if lora.biases else ""
             logger.info(
@@ -140,8 +140,9 @@ class Placement:
 
     def __init__(self, adapters: Adapters):
         self.adapters = adapters
-        self.merged = self.beside = 0
-        self.altered = False
+        self.merged: int = 0
+        self.beside: int = 0
+        self.altered: bool = False
         self._kept = self._asked = 0.0
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ..models.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
 from ..models.transformer import BlockRows, Modulation, Rows
@@ -23,7 +24,7 @@ _TIME = "time_text_embed"
 
 def modulation_table(
     weights: ComponentWeights,
-    timesteps: Sequence[float],
+    timesteps: Sequence[float] | np.ndarray,
     dtype: mx.Dtype,
     zero_cond_t: bool = False,
     adapters: Adapters | None = None,

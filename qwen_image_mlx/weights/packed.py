@@ -36,6 +36,7 @@ class Packed:
         """The matrix (rows, columns), lazily, computed in `dtype`."""
         scales, biases = self.scales, self.biases
         if self.mode == "affine":
+            assert biases is not None
             scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(self.weight, scales, biases, self.group_size, self.bits, self.mode, dtype=dtype)
 
@@ -48,4 +49,5 @@ class Packed:
         """With scales and biases in another dtype; the microscaling modes have none that could change."""
         if self.mode != "affine":
             return self
+        assert self.biases is not None
         return replace(self, scales=self.scales.astype(dtype), biases=self.biases.astype(dtype))

@@ -14,11 +14,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..gpu import number
 from .packed import Packed
 from .schemes import Scheme
 
 REFITS = 6
-SCALES = mx.bfloat16
+SCALES: mx.Dtype = mx.bfloat16
 _BAND = 1 << 21  # elements quantized at once: 8 MiB in fp32, of which a refit takes some fifteen
 
 
@@ -43,7 +44,7 @@ def quantize_matrix(w: mx.array, scheme: Scheme, refits: int = REFITS) -> Packed
             parts = mx.quantize(band, scheme.group_size, scheme.bits, scheme.mode)
         mx.eval(parts)
         bands.append(parts)
-    weight, scales, *biases = (mx.concatenate(parts) for parts in zip(*bands, strict=True))
+    weight, scales, *biases = (mx.concatenate(list(parts)) for parts in zip(*bands, strict=True))
     mx.eval(weight, scales, biases)
     return Packed(weight, scales, biases[0] if biases else None, scheme.group_size, scheme.bits, scheme.mode)
 
@@ -51,7 +52,7 @@ def quantize_matrix(w: mx.array, scheme: Scheme, refits: int = REFITS) -> Packed
 def relative_error(w: mx.array, packed: Packed) -> float:
     """|w - w'| / |w| in the Frobenius norm, of a matrix and its quantized form."""
     w = w.astype(mx.float32)
-    return float((mx.linalg.norm(w - packed.dequantize()) / mx.maximum(mx.linalg.norm(w), 1e-30)).item())
+    return float(number(mx.linalg.norm(w - packed.dequantize()) / mx.maximum(mx.linalg.norm(w), 1e-30)))
 
 
 def _affine(w: mx.array, scheme: Scheme, refits: int) -> tuple[mx.array, mx.array, mx.array]:

@@ -111,12 +111,12 @@ class Quantization:
         known = [field.name for field in fields(cls)]
         schemes: dict[str, Scheme | None] = {}
         for part in given.split(","):
-            component, _, scheme = (word.strip() for word in part.partition("="))
+            component, _, wanted = (word.strip() for word in part.partition("="))
             if component not in known or component in schemes:
                 raise RequestError(
                     f"quantization has {part!r}, but wants each once of {', '.join(known)}: {known[0]}=4"
                 )
-            schemes[component] = None if scheme == NONE else Scheme.parse(scheme, group_size)
+            schemes[component] = None if wanted == NONE else Scheme.parse(wanted, group_size)
         return cls(**schemes)
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import CheckpointError, RequestError
 from ..names import StrPath
@@ -236,7 +236,7 @@ def vision_beside(files: Sequence[Path]) -> Path | None:
     found = [file for file in sorted(files[0].parent.glob(f"[!.]*{_GGUF}")) if _MMPROJ in file.name.lower()]
     pairs = ((file, zip(file.name, files[0].name, strict=False)) for file in found if file != files[0])
     same = {file: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for file, pair in pairs}
-    return max(same, key=same.get, default=None)
+    return max(same, key=lambda file: same[file], default=None)
 
 
 def read_tensors(files: Sequence[Path], index: Mapping[str, str] | None = None) -> dict[str, Tensor]:
@@ -288,10 +288,11 @@ def _local_folder(model: StrPath, revision: str | None) -> Folder | None:
 
 
 def _is_repo_id(model: StrPath) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it imports it without "as"
 
     try:
-        validate_repo_id(model)  # refuses a Path, too
+        validate_repo_id(cast(str, model))  # refuses a Path, too
     except HFValidationError:
         return False
     return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -12,8 +14,13 @@ import pytest
 
 import qwen_image_mlx
 from qwen_image_mlx import names
+from qwen_image_mlx.gpu import _FAULTS
+from qwen_image_mlx.images.layer_files import FORMATS
+from qwen_image_mlx.models import nn
+from qwen_image_mlx.pipeline.decomposition import SIZES
 from qwen_image_mlx.pipeline.parameters import DTYPES, RNGS, TASKS
-from qwen_image_mlx.variants import ASPECT_SIZES, CAPTION_TEMPLATES
+from qwen_image_mlx.variants import ASPECT_SIZES, CAPTION_TEMPLATES, LORA_MODES, NAMED_SIZES
+from qwen_image_mlx.weights.streaming import STREAMABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +53,31 @@ def test_the_public_names_are_the_table_s():
 
 @pytest.mark.parametrize(("words", "table"), [
     (names.Dtype, DTYPES), (names.Rng, RNGS), (names.Task, TASKS), (names.Aspect, ASPECT_SIZES),
-    (names.CaptionLanguage, CAPTION_TEMPLATES),
-], ids=["dtype", "rng", "task", "aspect", "language"])  # fmt: skip
+    (names.CaptionLanguage, CAPTION_TEMPLATES), (names.NamedSize, NAMED_SIZES), (names.LayersSize, SIZES),
+    (names.LayersFormat, FORMATS), (names.LoRAMode, LORA_MODES), (names.Streamable, STREAMABLE),
+    (names.Fault, {row.fault for row in _FAULTS}),
+], ids=[
+    "dtype", "rng", "task", "aspect", "language", "size", "layers", "format", "lora", "streamable", "fault",
+])  # fmt: skip
 def test_words_are_those_of_the_tables(words, table):
     assert set(get_args(words)) == set(table)
+
+
+def test_the_stub_of_mlx_s_networks_has_the_names_there_are():
+    stub = ast.parse((ROOT / "qwen_image_mlx" / "models" / "nn.pyi").read_text(encoding="utf-8"))
+    parts = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    assert parts.keys() == {name for name in vars(nn) if not name.startswith("_")}
+    for name, part in parts.items():
+        for method in getattr(part, "body", ()):
+            if isinstance(part, ast.ClassDef) and isinstance(method, ast.FunctionDef):
+                there = inspect.signature(getattr(getattr(nn, name), method.name)).parameters
+                assert [a.arg for a in (*method.args.args, *method.args.kwonlyargs)] == [
+                    n for n, p in there.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+                ], (name, method.name)
+
+
+def test_what_is_ignored_says_which_error_and_why():
+    ignored = [line for path in (ROOT / "qwen_image_mlx").rglob("*.py") for line in path.read_text().splitlines()]
+    assert [
+        line for line in ignored if "type: ignore" in line and not re.search(r"type: ignore\[[a-z-]+\]  # \w+", line)
+    ] == []
