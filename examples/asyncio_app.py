@@ -4,6 +4,7 @@
 
 MLX blocks the thread that computes, so the event loop must not call the pipeline itself. A pool of one thread runs it.
 When the awaiting task is cancelled, or its timeout has passed, a flag tells the progress callback to stop the work.
+`close` calls `mx.clear_streams()` in that thread: with MLX 0.32 a process may otherwise abort at exit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import mlx.core as mx
 from PIL.Image import Image
 
 from qwen_image_mlx import Cancelled, Progress, QwenImagePipeline
@@ -52,6 +54,11 @@ class Generator:
                 print(f"stopped: {prompt}")
             raise
 
+    def close(self) -> None:
+        """Ends the thread."""
+        self._pool.submit(mx.clear_streams)
+        self._pool.shutdown()
+
 
 async def run(model: str) -> None:
     generator = Generator(model)
@@ -64,6 +71,7 @@ async def run(model: str) -> None:
         await asyncio.wait_for(generator.image("a blue star on a black background", steps=1000), timeout=0.5)
     except asyncio.TimeoutError:
         print("the third image took longer than 0.5 s")
+    generator.close()
 
 
 if __name__ == "__main__":

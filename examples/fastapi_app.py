@@ -14,7 +14,11 @@ import argparse
 import asyncio
 import io
 import sys
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import mlx.core as mx
 
 from qwen_image_mlx import GPUError, QwenImagePipeline, RequestError
 
@@ -36,7 +40,15 @@ class Wish(BaseModel):
 
 def create_app(model: str) -> FastAPI:
     """The service for one model."""
-    app, pipeline, pool = FastAPI(), QwenImagePipeline.from_pretrained(model), ThreadPoolExecutor(max_workers=1)
+    pipeline, pool = QwenImagePipeline.from_pretrained(model), ThreadPoolExecutor(max_workers=1)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        pool.submit(mx.clear_streams)  # with MLX 0.32 the process may otherwise abort at exit
+        pool.shutdown()
+
+    app = FastAPI(lifespan=lifespan)
 
     def generate(wish: Wish) -> bytes:
         (image,) = pipeline.generate(
@@ -56,7 +68,6 @@ def create_app(model: str) -> FastAPI:
             raise HTTPException(503, str(error)) from error
         return Response(png, media_type="image/png")
 
-    # The annotations above are strings, and `Wish` is found by its name in this module.
     return app
 
 

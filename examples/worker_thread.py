@@ -4,7 +4,8 @@
 
 An app with a user interface needs this shape. The interface thread puts prompts into a queue and stays free. One worker
 thread owns the pipeline, because the GPU works on one image at a time. A progress callback runs in the worker thread;
-it tells the interface where the work is and cancels it when the interface has asked for that.
+it tells the interface where the work is and cancels it when the interface has asked for that. Before the thread ends it
+calls `mx.clear_streams()`: with MLX 0.32 a process may otherwise abort at exit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import queue
 import threading
 
+import mlx.core as mx
 from PIL.Image import Image
 
 from qwen_image_mlx import Cancelled, Progress, QwenImagePipeline
@@ -42,6 +44,7 @@ class Worker(threading.Thread):
                 self.results.put((prompt, image))
             except Exception as error:  # Cancelled, GPUError, ...: the pipeline stays usable after each of them
                 self.results.put((prompt, error))
+        mx.clear_streams()
 
     def watch(self, progress: Progress) -> None:
         if progress.stage == "denoise":
