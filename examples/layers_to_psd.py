@@ -34,11 +34,11 @@ def main() -> None:
     pipeline = QwenImagePipeline.from_pretrained(arguments.model)
     prompt = arguments.prompt or ("" if arguments.image else "a red circle on a blue background")
     result = pipeline.decompose(arguments.image or drawn(), prompt, num_layers=arguments.layers)
-    result.save(arguments.output, formats=["png", "ora"])
     if find_spec("psd_tools"):
-        result.save(arguments.output, formats=["psd"])
+        result.save(arguments.output, formats=["png", "ora", "psd"])
     else:
         print('no PSD: it needs psd-tools, pip install ".[psd]" in the checkout')
+        result.save(arguments.output, formats=["png", "ora"])
     print(f"{arguments.output}: {len(result.layers)} layers, {result.psnr:.1f} dB PSNR against the image")
 
     # The layers as they came back, and with the front one moved 8 pixels to the right.

@@ -3,7 +3,7 @@
     python examples/train_demo_lora.py --output pink
 
 The demo model knows red, green, blue and a few more colours, but not pink. The data set is a folder of PNG files with
-captions in .txt files of the same names, as for a real model. Takes about a minute with 200 steps. Prints how far each
+captions in .txt files of the same names, as for a real model. Takes about a minute. Prints how far each
 image is from pink; both images are saved side by side.
 """
 
@@ -54,7 +54,7 @@ def generated(model: str, loras: list[Path]) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("pink"), help="a new folder")
     arguments = parser.parse_args()
 
