@@ -1,7 +1,7 @@
 """Decomposes an image into layers and saves them for an image editor: PSD (needs psd-tools) and OpenRaster.
 
-    python examples/layers_to_psd.py photo.png --model Qwen/Qwen-Image-Layered --layers 4
-    python examples/layers_to_psd.py                   # draws an image and uses the model inside the package
+python examples/layers_to_psd.py photo.png --model Qwen/Qwen-Image-Layered --layers 4
+python examples/layers_to_psd.py                   # draws an image and uses the model inside the package
 """
 
 from __future__ import annotations

@@ -238,9 +238,7 @@ def prose(doc: str) -> str:
 def _list(lines: list[str]) -> str:
     items: list[str] = []
     for line in lines:
-        if items and line.startswith(" "):
-            items[-1] += f" {line.strip()}"
-        elif items and not re.match(r"[\w*, ]+: ", line):
+        if items and not re.match(r"[\w*][\w*, ]*: ", line):
             items[-1] += f" {line.strip()}"
         else:
             name, colon, rest = line.partition(": ")
