@@ -1,7 +1,7 @@
 """A web service of your own: POST /image with a prompt, get a PNG.
 
-    python examples/fastapi_app.py --model demo        # then: curl -d '{"prompt": "a red circle"}' \\
-                                                       #   -H 'content-type: application/json' localhost:8002/image -o a.png
+    python examples/fastapi_app.py --model demo
+    curl localhost:8002/image -H 'content-type: application/json' -d '{"prompt": "a red circle"}' -o a.png
 
 `qwen-image-mlx serve` is the complete server, with jobs, previews, limits and a token. This shows what a service of
 your own needs: one worker thread for the pipeline, and errors as HTTP answers. Needs FastAPI and uvicorn:

@@ -28,7 +28,7 @@ def run(folder: Path, name: str, *arguments: str) -> list[str]:
 def test_every_example_is_listed_and_tested():
     programs = {path.name for path in EXAMPLES.glob("*.py")}
     assert set(re.findall(r"\]\((\w+\.py)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8"))) == programs
-    assert programs == set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text(encoding="utf-8")))
+    assert programs <= set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text(encoding="utf-8")))
 
 
 def test_a_sweep_is_one_sheet(tmp_path):
@@ -89,7 +89,7 @@ def test_layers_are_saved_and_moved(tmp_path):
 
 
 def test_the_lesson_teaches_a_colour(tmp_path):
-    lines = run(tmp_path, "train_demo_lora.py", "--steps", "30")
+    lines = run(tmp_path, "train_demo_lora.py", "--steps", "20")
     before, after = map(int, re.findall(r"\d+", lines[-2]))
     assert after < before / 2
     assert Image.open(tmp_path / "pink" / "without-and-with.png").size == (128, 64)
