@@ -1,7 +1,7 @@
 """Qwen-Image-2.1 by the reference libraries: tiny models of the real classes, and runs of the pipeline.
 
-Like `reference.py`, made with torch, diffusers and transformers alone. Qwen3VLProcessor wants torchvision, so a stand-in
-does its work with transformers' own PIL image processor and tokenizer.
+Like `reference.py`, made with torch, diffusers and transformers alone. Qwen3VLProcessor wants torchvision, so
+a stand-in does its work with transformers' own PIL image processor and tokenizer.
 """
 
 from __future__ import annotations

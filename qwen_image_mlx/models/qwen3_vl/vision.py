@@ -199,7 +199,7 @@ def position_weights(height: int, width: int, merge: int, side: int) -> tuple[mx
 
 
 def _axis(length: int, side: int) -> tuple[mx.array, mx.array]:
-    """The two points of a line of `side` that each of `length` positions lies between, and their shares; (length, 2)."""
+    """The two of `side` points that each of `length` positions lies between, and their shares: (length, 2) each."""
     place = mx.arange(length, dtype=mx.float32) * (side - 1) / max(length - 1, 1)
     below = mx.floor(place)
     share = place - below
