@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import PROCESSOR, REAL_CONFIGS, Config, merged, write_tokenizer
+from checkpoints import REAL_CONFIGS, Config, write_tokenizer
+from checkpoints_21 import REAL_TEXT_ENCODER, TINY_PROCESSOR
 from diffusers import (
     AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
@@ -27,88 +28,6 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, Qwen3VLConfig, Q
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 IMAGE_TOKEN = "<|image_pad|>"
-
-# The class's own defaults are the released values of the transformer and of the autoencoder.
-REAL_TEXT_ENCODER: Config = {
-    "model_type": "qwen3_vl",
-    "image_token_id": 151655,
-    "text_config": {
-        "attention_bias": False,
-        "head_dim": 128,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "max_position_embeddings": 262144,
-        "model_type": "qwen3_vl_text",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 36,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
-        "rope_theta": 5000000,
-        "vocab_size": 151936,
-    },
-    "tie_word_embeddings": False,
-    "video_token_id": 151656,
-    "vision_config": {
-        "deepstack_visual_indexes": [8, 16, 24],
-        "depth": 27,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": 1152,
-        "in_channels": 3,
-        "intermediate_size": 4304,
-        "model_type": "qwen3_vl",
-        "num_heads": 16,
-        "num_position_embeddings": 2304,
-        "out_hidden_size": 4096,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    },
-    "vision_end_token_id": 151653,
-    "vision_start_token_id": 151652,
-}
-
-TINY_TRANSFORMER: Config = {
-    "attention_head_dim": 32,
-    "axes_dims_rope": [8, 12, 12],
-    "causal_condition": True,
-    "context_in_dim": 64,
-    "eps": 1e-6,
-    "in_channels": 64,
-    "mlp_ratio": 3,
-    "num_attention_heads": 3,
-    "num_layers": 3,
-    "out_channels": 64,
-    "patch_size": 1,
-}
-TINY_VAE: Config = {"base_dim": 4, "decoder_base_dim": 6}
-TINY_TEXT_ENCODER = merged(
-    REAL_TEXT_ENCODER,
-    {
-        "text_config": {
-            "head_dim": 16,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_attention_heads": 6,
-            "num_hidden_layers": 4,
-            "num_key_value_heads": 2,
-            "rope_scaling": {"mrope_section": [4, 2, 2]},
-        },
-        "vision_config": {
-            "deepstack_visual_indexes": [0, 2],
-            "depth": 4,
-            "hidden_size": 144,
-            "intermediate_size": 80,
-            "num_heads": 2,
-            "num_position_embeddings": 36,
-            "out_hidden_size": 64,
-        },
-    },
-)
-# Reference images are small in tests; the real limits begin at 256x256.
-TINY_PROCESSOR = PROCESSOR | {
-    "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "max_pixels": 4096**2, "min_pixels": 32**2, "patch_size": 16,
-}  # fmt: skip
 
 
 def make_transformer_21(config: Config, *, seed: int = 0) -> QwenImage21Transformer2DModel:

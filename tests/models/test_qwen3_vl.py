@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import merged
+from checkpoints_21 import REAL_TEXT_ENCODER, SMALL_TEXT_ENCODER
 from mlx.utils import tree_flatten
 from reference import to_numpy
-from reference_21 import REAL_TEXT_ENCODER, TINY_TEXT_ENCODER, full_size_meta_21, make_text_encoder_21
+from reference_21 import full_size_meta_21, make_text_encoder_21
 
 from qwen_image_mlx.errors import CheckpointError
 from qwen_image_mlx.models.qwen3_vl.config import TextEncoderConfig, VisionConfig
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.reference
 
 LANGUAGE = "Qwen3VLForConditionalGeneration"
 HEAD, VISION = f"{LANGUAGE}.language_head", f"{LANGUAGE}.vision"
-SMALL = merged(TINY_TEXT_ENCODER, {"text_config": {"vocab_size": 300}})
+SMALL = SMALL_TEXT_ENCODER
 
 
 class Both:

@@ -6,9 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from checkpoints_21 import TINY_TRANSFORMER, TINY_VAE
 from mlx.utils import tree_flatten
 from reference import to_numpy
-from reference_21 import TINY_TRANSFORMER, TINY_VAE, full_size_meta_21, make_transformer_21, make_vae_21
+from reference_21 import full_size_meta_21, make_transformer_21, make_vae_21
 
 from qwen_image_mlx.models import vae as first_vae
 from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig, VAEConfig

@@ -6,12 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import REAL_CONFIGS
+from checkpoints_21 import TINY_PROCESSOR, TINY_TEXT_ENCODER, TINY_TRANSFORMER, TINY_VAE
 from goldens import image
 from reference_21 import (
-    TINY_PROCESSOR,
-    TINY_TEXT_ENCODER,
-    TINY_TRANSFORMER,
-    TINY_VAE,
     make_pipeline_21,
     make_text_encoder_21,
     make_transformer_21,
@@ -167,7 +164,6 @@ def test_latents_of_every_step_and_the_image_equal_the_reference(both, name):
     latents, made = ours.generate(prompts, run["size"], **request)
     assert len(latents) == len(expected) == (len(sigmas) if sigmas else 3)
     errors = [float(np.abs(a - b).max()) for a, b in zip(latents, expected, strict=True)]
-    print("ERR", name, max(errors), np.abs(expected[-1]).max())
     assert max(errors) <= 1e-4, errors
     assert (made.mode, made.size) == (picture.mode, picture.size) == ("RGBA", run["size"])
     assert np.abs(np.asarray(made, int) - np.asarray(picture, int)).max() <= 1
