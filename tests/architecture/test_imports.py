@@ -36,7 +36,7 @@ EVALUATES = {"gpu", "sampling", "weights", "pipeline", "runtime", "training", "d
 EVALUATION = {"mx.eval", "mx.async_eval", "mx.synchronize"}
 OUTPUT = {"print", "exit", "sys.exit", "SystemExit", "sys.stdout", "sys.stderr"}
 REFERENCE_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "safetensors"}
-# What `models` may import beside itself and `config`.
+# What `models` may import in addition to itself, `config` and `errors`.
 PURE = {"mlx", "__future__", "array", "collections", "dataclasses", "functools", "itertools", "math", "typing"}
 LONGEST = 500  # lines of a file
 COMPONENTS_ARE_SEEN_BY = ("runtime/session.py",)
@@ -102,7 +102,7 @@ def reference_imports(source: Source) -> Iterator[str]:
 
 
 def impure_models(source: Source) -> Iterator[str]:
-    ours = (f"{PACKAGE}.config", f"{PACKAGE}.models")
+    ours = (f"{PACKAGE}.config", f"{PACKAGE}.errors", f"{PACKAGE}.models")
     if source.room == "models":
         yield from (n for n in source.imports if n.split(".")[0] not in PURE and not n.startswith(ours))
 

@@ -7,7 +7,6 @@ Shapes: B batch, L tokens, C hidden size.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -142,10 +141,10 @@ def mrope_tables(positions: mx.array, sections: Sequence[int], head_dim: int, th
     Of the frequencies 0, 1, 2, … every third from 1 on follows the row and every third from 2 on the column, as many as
     their sections say; all others follow time. Made in fp32 and rounded to `dtype`, as the reference does.
     """
-    axes = array("i", [0] * (head_dim // 2))
+    axes = [0] * (head_dim // 2)
     for axis in (1, 2):
         for place in range(axis, 3 * sections[axis], 3):
             axes[place] = axis
-    chosen = mx.take(positions.astype(mx.float32), mx.array(axes.tolist()), axis=0)
+    chosen = mx.take(positions.astype(mx.float32), mx.array(axes), axis=0)
     angles = chosen.T * (1 / periods(theta, head_dim))
     return turns(angles[:, None], axis=-2, dtype=dtype)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..layers import OnLayer
+from ..rope import Rotary
 from .config import TransformerConfig
 from .rope import MAX_HALF_SIDE, MAX_POSITION, Run, last_position, lay_out, rotary_tables
 from .transformer import Branch, Prefix, Rows, Transformer
@@ -85,7 +86,7 @@ class Denoiser:
             tables = rotary_tables([*runs, Run.image(*grid)], config.axes_dims_rope)
             length = sum(run.length for run in runs)
             hidden = _interleave(text, shown, runs)
-            before, after = (type(tables)(*(t[part] for t in tables)) for part in (slice(length), slice(length, None)))
+            before, after = (Rotary(*(t[part] for t in tables)) for part in (slice(length), slice(length, None)))
             self._branches.append(Branch(Prefix(hidden, runs, before), after))
 
     @property

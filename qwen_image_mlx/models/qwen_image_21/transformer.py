@@ -117,17 +117,16 @@ class Transformer(nn.Module):
         """
         target = self.img_in(latents)
         targets = [target for _ in branches]
-        prefixes = [branch.prefix.hidden if isinstance(branch.prefix, Prefix) else None for branch in branches]
+        hidden = {n: b.prefix.hidden for n, b in enumerate(branches) if isinstance(b.prefix, Prefix)}
         kept: list[list[KeysValues]] = [[] for _ in branches]
         for number, block in enumerate(self.transformer_blocks):
             made: list[mx.array] = []
             for n, (prefix, rotary) in enumerate(branches):
                 if isinstance(prefix, Prefix):
-                    seen, after = block.prefix(prefixes[n], prefix.runs, still, prefix.rotary)
+                    seen, hidden[n] = block.prefix(hidden[n], prefix.runs, still, prefix.rotary)
                     made += seen
                     if number + 1 < self._depth:  # after the last block nobody reads it
-                        made.append(after)
-                    prefixes[n] = after
+                        made.append(hidden[n])
                 else:
                     seen = prefix[number]
                 if keep:
@@ -150,7 +149,7 @@ class TransformerBlock(nn.Module):
     def __call__(self, x: mx.array, rows: Rows, rotary: Rotary, before: KeysValues) -> mx.array:
         """The target (B, N, D) after the block; `before` is what it sees besides itself."""
         q, own = self.attn.project(_scaled_norm(x, rows.scale1, self._eps), rotary)
-        keys, values = (mx.concatenate(pair, axis=1) for pair in zip(before, own, strict=True))
+        keys, values = (mx.concatenate([*pair], axis=1) for pair in zip(before, own, strict=True))
         return self._finish(x, attention(q, keys, values), rows)
 
     def prefix(self, x: mx.array, runs: Sequence[Run], rows: Rows, rotary: Rotary) -> tuple[KeysValues, mx.array]:

@@ -20,7 +20,8 @@ from ..layers import Conv2d, Linear, OnLayer
 from ..vae import BAND, BandedConv2d, ChannelNorm, Downsample, MidBlock, ResidualBlock, Stage, Upsample
 from .config import VAEConfig
 
-TAIL = 3  # levels of the decoder that work on strips: up to their input, memory is a sixteenth of the pixels'
+Layer = Callable[[mx.array], Any]
+TAIL = 3  # levels of the decoder that work on strips; what they are given is a quarter of the largest they make
 
 
 class Encoder(nn.Module):
@@ -35,8 +36,8 @@ class Encoder(nn.Module):
     def stages(self) -> list[Stage]:
         """The network as consecutive functions."""
         body = self.encoder
-        layers = [*body.mid_block.stages, body.head, self.quant_conv]
-        return [_unbanded(body.conv_in), *body.down_blocks, *map(_unbanded, layers)]
+        last: list[Layer] = [*body.mid_block.stages, body.head, self.quant_conv]
+        return [_unbanded(body.conv_in), *body.down_blocks, *map(_unbanded, last)]
 
 
 class Decoder(nn.Module):
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
     def stages(self) -> list[Stage]:
         """Everything that needs the whole image: up to and with all up-blocks but the tail's."""
         body = self.decoder
-        layers = [self.post_quant_conv, body.conv_in, *body.mid_block.stages]
+        layers: list[Layer] = [self.post_quant_conv, body.conv_in, *body.mid_block.stages]
         return [*map(_unbanded, layers), *body.up_blocks[:-TAIL]]
 
     @property
@@ -209,6 +210,6 @@ def _run(layers: list[Any], x: mx.array, on_band: OnLayer | None) -> mx.array:
     return x
 
 
-def _unbanded(layer: Callable[[mx.array], Any]) -> Stage:
+def _unbanded(layer: Layer) -> Stage:
     """A layer that works on whole images, as a stage."""
     return lambda x, on_band=None: layer(x)
