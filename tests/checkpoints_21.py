@@ -122,7 +122,8 @@ def values_21(network: str) -> dict[str, np.ndarray]:
     """A network's tensors, fp32, by name in the released files; each has its own stream of them."""
     component, config_class, config = NETWORKS[network]
     random = np.random.RandomState(zlib.crc32(component.encode()) % 0x10000)
-    shapes = {name: spec.shape for name, spec in expected_tensors(component, config_class.from_dict(config)).items()}
+    specs = expected_tensors(component, config_class.from_dict(config))
+    shapes = {name: spec.shape for name, spec in specs.items()}
     values = {name: spread(name, (random.random_sample(shape) - 0.5) * 12**0.5) for name, shape in shapes.items()}
     dimmed = {name: _DIM_PIXELS * value for name, value in values.items() if name.startswith("decoder.conv_out.")}
     return values | dimmed

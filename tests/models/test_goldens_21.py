@@ -16,7 +16,7 @@ from qwen_image_mlx.models.qwen3_vl.text import LanguageHead, Prompt, TextEncode
 from qwen_image_mlx.models.qwen3_vl.vision import VisionTower, position_weights
 from qwen_image_mlx.models.qwen_image_21 import facts
 from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig, VAEConfig
-from qwen_image_mlx.models.qwen_image_21.denoiser import Condition, Denoiser, Reference, check_positions, prefix_bytes
+from qwen_image_mlx.models.qwen_image_21.denoiser import Condition, Denoiser, Reference, check_positions, kept_values
 from qwen_image_mlx.models.qwen_image_21.modulation import TimeModulation
 from qwen_image_mlx.models.qwen_image_21.rope import Run, last_position, lay_out, rotary_tables
 from qwen_image_mlx.models.qwen_image_21.transformer import Transformer
@@ -36,7 +36,8 @@ def load(tmp_path_factory):
         component, config_class, config = NETWORKS[name]
         typed = config_class.from_dict(config)
         tensors = component_tensors([write_network_21(folder, name)], None)
-        return load_module(build(typed), ComponentWeights(component, typed, tensors, [part]), part, mx.float32), typed
+        weights = ComponentWeights(component, typed, tensors, [part])
+        return load_module(build(typed), weights, part, mx.float32), typed
 
     return network
 
@@ -176,7 +177,7 @@ def test_shortcuts_of_the_autoencoder():
 
 def test_bytes_of_a_kept_prefix():
     """Of the released model in bf16: half a MiB for each token, so 2 GiB for a reference of 1024x1024."""
-    assert prefix_bytes(TransformerConfig(), 4096, mx.bfloat16) == 2 * 1024**3
+    assert 2 * kept_values(TransformerConfig(), 4096, 1) == 2 * 1024**3
 
 
 def test_heads_of_the_vision_tower_fill_up_to_what_is_fused(load):

@@ -13,7 +13,7 @@ from reference_21 import full_size_meta_21, make_transformer_21, make_vae_21
 
 from qwen_image_mlx.models import vae as first_vae
 from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig, VAEConfig
-from qwen_image_mlx.models.qwen_image_21.denoiser import Condition, Denoiser, Reference, prefix_bytes
+from qwen_image_mlx.models.qwen_image_21.denoiser import Condition, Denoiser, Reference, kept_values
 from qwen_image_mlx.models.qwen_image_21.modulation import TimeModulation
 from qwen_image_mlx.models.qwen_image_21.transformer import Transformer
 from qwen_image_mlx.models.qwen_image_21.vae import Decoder, Encoder
@@ -40,7 +40,8 @@ class Pair:
         config = {**TINY_TRANSFORMER, **overrides}
         self.theirs = make_transformer_21(config)
         self.config, self.dtype = TransformerConfig.from_dict(config), dtype
-        weights = ComponentWeights(TRANSFORMER, self.config, stored(folder, self.theirs), ["main", "modulation"])
+        tensors = stored(folder, self.theirs)
+        weights = ComponentWeights(TRANSFORMER, self.config, tensors, ["main", "modulation"])
         self.ours = load_module(Transformer(self.config), weights, "main", dtype)
         self.modulation = load_module(TimeModulation(self.config), weights, "modulation", dtype)
 
@@ -140,7 +141,7 @@ def test_a_kept_prefix_runs_the_target_alone(pair, monkeypatch):
     assert [[array.shape for array in arrays] for arrays in made] == [[(1, 24, both.config.dim)]] * 3
     tokens = 30 - sum(h * w // 4 for _, h, w in places) + sum(h * w for _, h, w in places)
     kept = sum(a.nbytes for branch in denoiser._branches for seen in branch.prefix for a in seen)
-    assert kept == prefix_bytes(both.config, tokens, mx.float32)
+    assert kept == 4 * kept_values(both.config, tokens, 1)
 
 
 @pytest.mark.parametrize("timestep", [1.0, 0.5, 0.02, 0.0])

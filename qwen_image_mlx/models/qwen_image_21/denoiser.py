@@ -129,9 +129,15 @@ def check_positions(runs: Sequence[Run], grid: tuple[int, int]) -> None:
         raise ValueError(f"the prompt and its images take {last_position(whole) + 1} positions of {MAX_POSITION}")
 
 
-def prefix_bytes(config: TransformerConfig, tokens: int, dtype: mx.Dtype) -> int:
-    """Bytes that the keys and values of a prefix of that many tokens take while they are kept."""
-    return 2 * config.num_layers * tokens * config.dim * dtype.size
+def kept_values(config: TransformerConfig, prefix_tokens: int, branches: int) -> int:
+    """How many numbers, of the model's dtype, are kept from step to step: the keys and values of prefixes.
+
+    Args:
+        config: of the transformer.
+        prefix_tokens: tokens of prompt and references.
+        branches: 1, or 2 with guidance.
+    """
+    return 2 * config.num_layers * config.dim * prefix_tokens * branches
 
 
 def _interleave(text: mx.array, shown: Sequence[mx.array], runs: Sequence[Run], per_slot: int = 4) -> mx.array:
