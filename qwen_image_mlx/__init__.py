@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from .errors import Cancelled, CheckpointError, GPUError, HubError, OutputError, QwenImageError, RequestError
     from .images.colour import ignore_profiles
     from .images.pixels import to_images
-    from .images.recompose import compose
+    from .layers.recompose import compose
     from .pipeline.conditioning import GuidanceEncoding, InitialImage
     from .pipeline.decomposition import LayeredResult
     from .pipeline.parameters import GenerationParameters

@@ -9,10 +9,10 @@ from gpu_texts import FAULTS, MEMORY, REFUSED, TIMEOUT, FailingGPU
 from qwen_image_mlx import GPUError, QwenImagePipeline
 from qwen_image_mlx.errors import CheckpointError, OutputError
 from qwen_image_mlx.gpu import finish, gpu_error, gpu_faults
+from qwen_image_mlx.lora import file as lora
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
-from qwen_image_mlx.weights import lora
-from qwen_image_mlx.weights.shards import read_header, save_tensors
-from qwen_image_mlx.weights.stored import reading
+from qwen_image_mlx.weights.safetensors_files import read_header, save_tensors
+from qwen_image_mlx.weights.tensor_formats import reading
 
 
 @pytest.mark.parametrize("told", FAULTS, ids=[told.text[:60] for told in FAULTS])

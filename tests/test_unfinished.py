@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwen_image_mlx import unfinished
+from qwen_image_mlx import files as unfinished
 from qwen_image_mlx.cli.preview import preview_file
 from qwen_image_mlx.images.files import new_file, replace_file
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.process
 WRITES = """
 import sys
 from pathlib import Path
-from qwen_image_mlx.unfinished import hidden
+from qwen_image_mlx.files import hidden
 for name in ("fox.png", "a.safetensors"):
     hidden(Path(name)).write_bytes(b"half")
 hidden(Path("layers")).mkdir()

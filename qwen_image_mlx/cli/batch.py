@@ -63,10 +63,10 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     folder = _folder(given.get("output"))
     check_writable(folder / "picture.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
 
+    from ..files import sweep_results
     from ..runtime.batch import asked_pictures, missing_pictures, paint_all
     from ..runtime.profile import Profile
     from ..runtime.session import Session
-    from ..unfinished import sweep_results
     from .console import Console
     from .preview import preview_file
 

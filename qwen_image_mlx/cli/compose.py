@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..variants import DEFAULT_EDIT_MODEL
 from .flags import COMPOSITION, add_options, rows_of
-from .painting import run_painting
+from .images import run_painting
 from .words import filled
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Lays the layers together, and has the result edited if that is asked for."""
     from ..images.files import OPAQUE, output_path, save_image
-    from ..images.recompose import compose
+    from ..layers.recompose import compose
 
     blending = {
         row.flag for row in rows_of("compose") if row.name not in _BARE and getattr(arguments, row.name) is not None

@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
     """Saves into the first free folder, which another run may have taken meanwhile."""
-    from ..images.layer_files import free_folder, is_free
+    from ..layers.formats import free_folder, is_free
 
     while True:
         folder = free_folder(wanted)
@@ -54,9 +54,9 @@ def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
 def run(arguments: argparse.Namespace) -> None:
     """Takes one picture apart and saves its layers."""
     from ..images.files import check_writable, named_path
-    from ..images.layer_files import check_formats
-    from ..images.recompose import open_layer
     from ..images.sources import open_rgba
+    from ..layers.formats import check_formats
+    from ..layers.recompose import open_layer
     from .console import Console, messages
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..variants import DEFAULT_EDIT_MODEL
 from .flags import add_options
-from .painting import run_painting
+from .images import run_painting
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from typing import Any
 from ..variants import DEFAULT_MODEL
 from .batch import is_batch, run_batch
 from .flags import add_options
-from .painting import run_painting
+from .images import run_painting
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

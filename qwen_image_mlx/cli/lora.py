@@ -25,12 +25,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line."""
-    from ..pipeline.loras import fetch_lora, split_reference
+    from ..lora.description import describe
+    from ..lora.fetch import fetch_lora, split_reference
+    from ..lora.file import read_lora
+    from ..pipeline.identify import read_known_lora
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.progress import Reporter
-    from ..weights.identify import read_known_lora
-    from ..weights.lora import read_lora
-    from ..weights.lora_inspect import describe
     from .console import ProgressBars, messages
     from .results import print_table
 

@@ -16,10 +16,10 @@ from importlib import import_module
 from .. import __version__
 from ..errors import QwenImageError
 from ..outside import one_line
-from .cures import sentence
-from .ending import GaveUp, HungUp, Terminated, terminable
+from .hints import sentence
 from .parser import Parser
 from .results import Unread, messages_kept, results
+from .signals import GaveUp, HungUp, Terminated, terminable
 
 # Modules beside this one; they are imported where Ctrl-C is understood.
 COMMANDS = (

@@ -26,8 +26,8 @@ def preview_file(output: Path) -> Iterator[Show]:
     """
     from PIL import PngImagePlugin
 
+    from ..files import PREVIEW_KEY, owner, sweep
     from ..images.files import new_file, replace_file
-    from ..unfinished import PREVIEW_KEY, owner, sweep
 
     wanted = output.with_name(f"{output.stem}-preview.png")
     path, failed = None, False

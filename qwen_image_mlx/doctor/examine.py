@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import CheckpointError
-from ..unfinished import temporary_folder
+from ..files import temporary_folder
 from .groups import Group
 from .outcome import Outcome
 from .report import VERSION, scrubbed, summed_up

@@ -17,8 +17,8 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
+from ..files import hidden, publish
 from ..names import StrPath
-from ..unfinished import hidden, publish
 from .colour import alpha_range
 from .formats import check_file
 from .sources import readable

@@ -23,6 +23,7 @@ from ..config import (
 )
 from ..errors import CheckpointError, RequestError
 from ..gpu import Pace
+from ..lora.adapters import Adapters, Branch, Placement
 from ..models import nn
 from ..models.layers import SideBranch
 from ..models.text_encoder import LanguageHead, TextEncoder
@@ -32,7 +33,6 @@ from ..models.vision import VisionTower
 from ..names import StrPath
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
-from ..weights.adapters import Adapters, Branch, Placement
 from ..weights.loader import ComponentWeights, load_module, put_beside
 from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
 from ..weights.schemes import Quantization

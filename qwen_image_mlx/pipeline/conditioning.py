@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..names import StrPath
-from ..weights.shards import load_tensors, save_tensors
+from ..weights.safetensors_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from .pipeline import QwenImagePipeline

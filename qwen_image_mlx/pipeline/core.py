@@ -19,6 +19,7 @@ from ..errors import GPUError, QwenImageError, RequestError
 from ..gpu import all_finite, finish, gpu_faults
 from ..images.geometry import Size, size_of_area
 from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
+from ..lora.fetch import profile_of
 from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
 from ..models.transformer import Modulation
 from ..names import CaptionLanguage
@@ -34,7 +35,6 @@ from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
 from .encode import encode_initial_image, encode_prompts, encode_references, encode_vision, feature_grid
 from .limits import limits
-from .loras import profile_of
 from .parameters import (
     GenerationParameters,
     check_image_index,

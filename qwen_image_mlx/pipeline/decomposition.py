@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..images.canvas import plan_canvas
-from ..images.layer_files import save_layers
-from ..images.layers import LayerStack, composite, psnr
 from ..images.pixels import on_white
 from ..images.sources import check_visible
+from ..layers.formats import save_layers
+from ..layers.stack import LayerStack, composite, psnr
 from ..names import CaptionLanguage, LayersFormat, LayersSize, Rng, StrPath
 from ..variants import CAPTION_TEMPLATES
 from .parameters import RNGS, GenerationParameters

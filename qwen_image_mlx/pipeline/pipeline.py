@@ -21,9 +21,10 @@ from ..images.canvas import Canvas, plan_canvas
 from ..images.colour import alpha_range
 from ..images.files import recorded
 from ..images.geometry import Size
-from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
+from ..layers.stack import Layer, LayerStack
+from ..lora.fetch import LoRAReference, read_adapters
 from ..names import CaptionLanguage, Dtype, LayersSize, LoRAMode, NamedSize, Rng, Streamable, StrPath, Task
 from ..variants import DEFAULT_MODEL
 from ..weights.schemes import Quantization
@@ -33,7 +34,6 @@ from .conditioning import Encodings, GuidanceEncoding, InitialImage
 from .decomposition import LayeredResult, layers_request
 from .foreign_names import Answering, answering
 from .limits import limits
-from .loras import LoRAReference, read_adapters
 from .metadata import describe
 from .parameters import DTYPES, GenerationParameters, check_num_images, explicit_size
 from .progress import Progress, ProgressCallback, Reporter, Shown

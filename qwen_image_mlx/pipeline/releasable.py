@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..config import TransformerConfig
+from ..lora.fetch import LoRAReference, read_adapters
 from ..names import LoRAMode
 from ..weights.schemes import Quantization
 from .core import PipelineCore
-from .loras import LoRAReference, read_adapters
 from .request import Request
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import CheckpointError, OutputError
+from ..files import sweep
 from ..pipeline.conditioning import GuidanceEncoding
-from ..unfinished import sweep
 
 if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline

@@ -21,8 +21,8 @@ from ..pipeline.components import Components
 from ..pipeline.limits import usable_memory
 from ..weights.mapping import TensorSpec, expected_tensors, weights_map
 from ..weights.schemes import Scheme
-from ..weights.stored import PACKED
 from ..weights.streaming import held_specs, layer_specs
+from ..weights.tensor_formats import PACKED
 from .costs import COSTS, HALO, backend
 from .residency import DEFAULT, LEAST_MEMORY, RESIDENCIES, Residency, read_memory
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from ..errors import RequestError
+from ..lora.description import LIGHTNING
 from ..names import Aspect, NamedSize, Task
 from ..options import options_of
 from ..pipeline.decomposition import layers_request
@@ -24,7 +25,6 @@ from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.request import Request, build_request
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
-from ..weights.lora_inspect import LIGHTNING
 from ..weights.schemes import NONE, Quantization
 from .cache import EncodingCache
 from .memory import Memory, MemoryPlan, Work, alternatives, fitting_plan, parse_memory, table_of, work_of

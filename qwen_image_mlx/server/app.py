@@ -20,7 +20,7 @@ from ..errors import RequestError
 from ..pipeline.parameters import TASKS, GenerationParameters
 from ..runtime.options import OPTIONS
 from . import openai
-from .answers import INTERNAL, ApiError, dumps
+from .api_errors import INTERNAL, ApiError, dumps
 from .bodies import JSON, read_body
 from .document import describe, takes
 from .guard import Guard, hand_over
@@ -29,7 +29,7 @@ from .jobs import Feed, Jobs, Work
 from .models import Models
 from .repeats import Repeats, claim_of
 from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody, form_of
-from .work import Limits, Tasks, compose
+from .tasks import Limits, Tasks, compose
 
 logger: logging.Logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .answers import ApiError, dumps
+from .api_errors import ApiError, dumps
 
 if TYPE_CHECKING:
     from .repeats import Claim

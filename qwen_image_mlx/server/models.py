@@ -23,7 +23,7 @@ from ..runtime.memory import parse_memory
 from ..runtime.session import Session
 from ..variants import ASPECT_SIZES
 from ..weights.schemes import NONE, Quantization
-from .answers import ApiError
+from .api_errors import ApiError
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress, ProgressCallback

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from .answers import ApiError
+from .api_errors import ApiError
 from .job import Job
 from .jobs import Jobs
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import CheckpointError, OutputError
 from ..gpu import gpu_faults
 from ..images.files import reason
-from ..weights.shards import load_tensors, save_tensors
+from ..weights.safetensors_files import load_tensors, save_tensors
 from .loop import Trainer
 
 _FORMAT = "qwen_image_mlx.training.1"

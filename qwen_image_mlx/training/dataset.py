@@ -28,7 +28,7 @@ from ..pipeline.autoencode import encode_mode
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback
 from ..sampling.latents import pack_multi_layer_latents
-from ..weights.shards import load_tensors, read_header, save_tensors
+from ..weights.safetensors_files import load_tensors, read_header, save_tensors
 from .examples import Example, bucket_of, buckets_of
 from .loss import key_of
 from .network import Batch

@@ -12,14 +12,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import OutputError
+from ..files import hidden
 from ..images.files import reason
 from ..pipeline.components import Components
-from ..pipeline.packing import copy_unwritten
-from ..unfinished import hidden
+from ..pipeline.quantize_checkpoint import copy_unwritten
 from ..weights.mapping import TensorSpec, weights_map
 from ..weights.packed import Packed
-from ..weights.shards import save_tensors
-from ..weights.stored import Reader
+from ..weights.safetensors_files import save_tensors
+from ..weights.tensor_formats import Reader
 
 SHARD_BYTES = 5_000_000_000
 

@@ -28,12 +28,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
+from ..files import sweep
 from ..images.colour import profiles_are_ignored
 from ..images.files import check_writable, is_from_macos, reason, replace_file
 from ..models.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
-from ..unfinished import sweep
 from ..weights.loader import load_module
 from .checkpoints import KEPT, last_checkpoint, load_checkpoint, save_checkpoint
 from .dataset import Dataset, digest_of, encode_examples

@@ -15,11 +15,11 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..gpu import gpu_faults
 from ..images.files import check_writable
+from ..lora.adapters import Adapters
 from ..models.transformer import BlockRows, Modulation
-from ..weights.adapters import Adapters
 from ..weights.loader import ComponentWeights
 from ..weights.modulation import modulation_table
-from ..weights.shards import read_header, save_tensors
+from ..weights.safetensors_files import read_header, save_tensors
 
 _LEVELS_PER_FILE = 50
 _KEY = "qwen_image_mlx.table"

@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..names import StrPath
 from ..outside import why_not_read
 from .packed import Packed
-from .shards import Tensor
+from .safetensors_files import Tensor
 
 # ggml's number of a type -> (its word, elements of a block, bytes of a block); the gaps are types ggml has removed.
 _TYPES = {

@@ -17,9 +17,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, some
+from ..lora.adapters import Placement
 from ..models import nn
 from ..models.layers import QuantizedEmbedding, QuantizedLinear, SideBranch
-from .adapters import Placement
 from .mapping import (
     LAYOUTS,
     TensorSpec,
@@ -32,9 +32,9 @@ from .mapping import (
 from .packed import Packed
 from .quantize import quantize_matrix
 from .recognize import check_kind, shard_of
+from .safetensors_files import Tensor
 from .schemes import Scheme
-from .shards import Tensor
-from .stored import FLOATS, FP8, PACKED, Reader, Stored, joined, stored_weights
+from .tensor_formats import FLOATS, FP8, PACKED, Reader, Stored, joined, stored_weights
 
 logger: logging.Logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..lora.adapters import Adapters
 from ..models.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
 from ..models.transformer import BlockRows, Modulation, Rows
-from .adapters import Adapters
 from .loader import ComponentWeights
 from .packed import Packed
-from .stored import Reader
+from .tensor_formats import Reader
 
 _TIME = "time_text_embed"
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, some
 from . import gguf
 from .mapping import canonical_names, known_share, other_part, weights_map
-from .shards import Tensor
+from .safetensors_files import Tensor
 
 LABELS = {"transformer": "a transformer", "text_encoder": "a text encoder", "vae": "an autoencoder"}
 _KNOWN = 0.5  # the share of known names above which a file is a component's

@@ -23,7 +23,7 @@ from ..outside import why_not_read
 from ..variants import DEMOS, MODEL_ALIASES, full_name
 from .gguf import is_gguf, read_gguf
 from .hub import Folder, Progress, Repo, cached_folder, open_model
-from .shards import PICKLES, Tensor, component_tensors
+from .safetensors_files import PICKLES, Tensor, component_tensors
 
 _SAFETENSORS, _GGUF, _INDEX = ".safetensors", ".gguf", ".safetensors.index.json"
 _MMPROJ = "mmproj"  # what llama.cpp's files of vision towers have in their names

@@ -15,13 +15,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, RequestError
+from ..lora.adapters import Adapters, Placement
 from ..models import nn
-from .adapters import Adapters, Placement
 from .loader import ComponentWeights, fill, place_of, specs_of
 from .mapping import TensorSpec
+from .safetensors_files import Tensor
 from .schemes import Scheme
-from .shards import Tensor
-from .stored import Reader
+from .tensor_formats import Reader
 
 M = TypeVar("M", bound=nn.Module)
 

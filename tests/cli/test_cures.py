@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from qwen_image_mlx.cli.cures import CURES
+from qwen_image_mlx.cli.hints import CURES
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.pipeline import request

@@ -20,8 +20,8 @@ from psd_tools.psd.vector import Path as Outline
 from test_layer_stacks import plain
 
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.images.layer_files import load_layers
-from qwen_image_mlx.images.layers import composite
+from qwen_image_mlx.layers.formats import load_layers
+from qwen_image_mlx.layers.stack import composite
 
 CORPUS = os.environ.get("PSD_CORPUS")  # a folder of PSDs, such as tests/psd_files of psd-tools' repository
 

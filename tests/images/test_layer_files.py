@@ -18,16 +18,10 @@ from PIL import Image
 from test_layer_stacks import noise, plain, stacks
 
 from qwen_image_mlx.errors import OutputError, RequestError
-from qwen_image_mlx.images import layer_archives, layer_files
-from qwen_image_mlx.images.layer_files import (
-    FORMATS,
-    check_formats,
-    free_folder,
-    load_layers,
-    save_layers,
-    split_reference,
-)
-from qwen_image_mlx.images.layers import Layer, LayerStack, clean_name, composite, contact_sheet
+from qwen_image_mlx.layers import folder as layer_archives
+from qwen_image_mlx.layers import formats as layer_files
+from qwen_image_mlx.layers.formats import FORMATS, check_formats, free_folder, load_layers, save_layers, split_reference
+from qwen_image_mlx.layers.stack import Layer, LayerStack, clean_name, composite, contact_sheet
 
 STACK = LayerStack(
     (60, 40),

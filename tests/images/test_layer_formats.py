@@ -19,8 +19,8 @@ from psd_tools.psd.layer_and_mask import ChannelData, ChannelInfo
 from test_layer_files import STACK, described, is_same, refusal
 from test_layer_stacks import pixels, plain
 
-from qwen_image_mlx.images.layer_files import FORMATS, load_layers, save_layers
-from qwen_image_mlx.images.layers import Layer, LayerStack, composite
+from qwen_image_mlx.layers.formats import FORMATS, load_layers, save_layers
+from qwen_image_mlx.layers.stack import Layer, LayerStack, composite
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,11 @@ from test_layer_formats import as_is, ora, psd
 from test_layer_stacks import noise, plain
 
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.images import layer_archives, layer_documents, layer_files
-from qwen_image_mlx.images.layer_files import FORMATS, load_layers, save_layers
-from qwen_image_mlx.images.layers import MAX_SIDE
+from qwen_image_mlx.layers import folder as layer_archives
+from qwen_image_mlx.layers import formats as layer_files
+from qwen_image_mlx.layers import psd as layer_documents
+from qwen_image_mlx.layers.formats import FORMATS, load_layers, save_layers
+from qwen_image_mlx.layers.stack import MAX_SIDE
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +263,7 @@ def test_layers_have_a_bound_and_other_files_none(tmp_path):
 PACKINGS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
 GROWTH = """
 import resource, sys
-from qwen_image_mlx.images.layer_files import load_layers
+from qwen_image_mlx.layers.formats import load_layers
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (10 if sys.platform == "darwin" else 0)
 before = peak()
 try:

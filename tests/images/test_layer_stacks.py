@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.images import layers as module
-from qwen_image_mlx.images.layers import (
+from qwen_image_mlx.layers import stack as module
+from qwen_image_mlx.layers.stack import (
     MAX_LAYERS,
     MAX_OFFSET,
     MAX_SIDE,

@@ -14,7 +14,7 @@ from qwen_image_mlx import CheckpointError, GenerationParameters, QwenImagePipel
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.models.layers import QuantizedLinear, SideBranch
-from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import expected_tensors
 from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint

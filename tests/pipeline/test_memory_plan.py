@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
-from qwen_image_mlx.cli.cures import CURES
+from qwen_image_mlx.cli.hints import CURES
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.pipeline.limits import limits
-from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.runtime import memory
 from qwen_image_mlx.runtime.memory import (
     DEFAULT,

@@ -21,10 +21,10 @@ from qwen_image_mlx import (
 )
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.models.layers import QuantizedEmbedding, QuantizedLinear
-from qwen_image_mlx.pipeline import packing
-from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.pipeline import quantize_checkpoint as packing
+from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.weights import pack
-from qwen_image_mlx.weights.shards import read_header
+from qwen_image_mlx.weights.safetensors_files import read_header
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 PARAMETERS = GenerationParameters(width=64, height=48, num_inference_steps=2)

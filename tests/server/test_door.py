@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.server.door import read_token
+from qwen_image_mlx.server.listen import read_token
 
 
 @pytest.fixture

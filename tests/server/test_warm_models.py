@@ -24,7 +24,7 @@ from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
 from qwen_image_mlx.runtime.memory import make_plan
 from qwen_image_mlx.server.models import Models
 from qwen_image_mlx.server.schema import CaptionBody, DecomposeBody, EditBody, GenerateBody
-from qwen_image_mlx.server.work import Limits, Tasks
+from qwen_image_mlx.server.tasks import Limits, Tasks
 from qwen_image_mlx.weights.snapshot import HubSnapshot
 
 pytestmark = pytest.mark.process

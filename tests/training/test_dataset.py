@@ -18,7 +18,7 @@ from qwen_image_mlx.pipeline.core import PipelineCore
 from qwen_image_mlx.sampling.latents import pack_latents
 from qwen_image_mlx.training.dataset import Dataset, digest_of, encode_examples
 from qwen_image_mlx.training.examples import Example
-from qwen_image_mlx.weights.shards import load_tensors, save_tensors
+from qwen_image_mlx.weights.safetensors_files import load_tensors, save_tensors
 
 SIZES = {"wide": (150, 60), "square": (100, 100), "tall": (70, 140)}
 

@@ -23,7 +23,7 @@ from qwen_image_mlx.training.lora import LoRALinear
 from qwen_image_mlx.training.run import train
 from qwen_image_mlx.training.settings import TrainingSettings
 from qwen_image_mlx.variants import VARIANTS
-from qwen_image_mlx.weights.shards import read_header
+from qwen_image_mlx.weights.safetensors_files import read_header
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 PAINTED = {"prompt": "a fox", "negative_prompt": "blurry", "width": 64, "height": 48, "steps": 3, "cfg_scale": 3.0,

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.errors import CheckpointError, RequestError
+from qwen_image_mlx.lora.description import LIGHTNING, describe, distilled_profile
+from qwen_image_mlx.lora.file import LoRA, read_lora, weights_file
+from qwen_image_mlx.lora.references import Source, kind_of, parse_reference
 from qwen_image_mlx.sampling.schedule import make_schedule, static_shift, uniform_sigmas
-from qwen_image_mlx.weights.lora import LoRA, read_lora, weights_file
-from qwen_image_mlx.weights.lora_inspect import LIGHTNING, describe, distilled_profile
-from qwen_image_mlx.weights.lora_references import Source, kind_of, parse_reference
 
 pytestmark = pytest.mark.reference
 

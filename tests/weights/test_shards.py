@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
 from qwen_image_mlx.errors import CheckpointError
-from qwen_image_mlx.weights.shards import Tensor, component_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import Tensor, component_tensors, read_header
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 

@@ -18,13 +18,13 @@ from itertools import count
 from pathlib import Path
 
 from ..errors import OutputError, RequestError
+from ..files import hidden
+from ..images.files import reason, umask
 from ..names import LayersFormat, StrPath
 from ..outside import why_not_read
-from ..unfinished import hidden
-from . import layer_archives as archives
-from . import layer_documents as documents
-from .files import reason, umask
-from .layers import LayerStack, composite, contact_sheet
+from . import folder as archives
+from . import psd as documents
+from .stack import LayerStack, composite, contact_sheet
 
 logger: logging.Logger = logging.getLogger(__name__)
 

@@ -28,11 +28,11 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError, some
-from .files import METADATA_KEY, is_from_macos, record_of, replace_file
-from .formats import OTHER_SUFFIXES, SUFFIXES
-from .geometry import Size
-from .layers import MAX_LAYERS, MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
-from .sources import in_8_bits, readable
+from ..images.files import METADATA_KEY, is_from_macos, record_of, replace_file
+from ..images.formats import OTHER_SUFFIXES, SUFFIXES
+from ..images.geometry import Size
+from ..images.sources import in_8_bits, readable
+from .stack import MAX_LAYERS, MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
 
 logger: logging.Logger = logging.getLogger(__name__)
 

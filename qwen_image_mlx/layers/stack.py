@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import RequestError
-from .colour import in_srgb
-from .geometry import Size
+from ..images.colour import in_srgb
+from ..images.geometry import Size
 
 MAX_SIDE = 30_000  # Photoshop's own limit for a PSD, canvas and layers alike
 MAX_OFFSET = 300_000

@@ -18,8 +18,8 @@ from ..errors import CheckpointError
 from ..gpu import gpu_error
 from . import gguf
 from .packed import Packed
+from .safetensors_files import LazyTensors, Tensor
 from .schemes import Scheme
-from .shards import LazyTensors, Tensor
 
 FLOATS = ("F32", "F16", "BF16", "F64")
 FP8 = ("F8_E4M3", "F8_E5M2")

@@ -10,9 +10,9 @@ from PIL import Image
 
 from ..errors import RequestError
 from ..names import StrPath
-from .layer_archives import MANIFEST, adopt_file, layer_names
-from .layer_files import load_layers, split_reference
-from .layers import Layer, LayerStack, composite
+from .folder import MANIFEST, adopt_file, layer_names
+from .formats import load_layers, split_reference
+from .stack import Layer, LayerStack, composite
 
 
 def compose(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import some
 from ..outside import one_line
-from .lora import SUFFIX, LoRA, Update
+from .file import SUFFIX, LoRA, Update
 
 _METADATA_SHOWN = (
     "modelspec.title", "modelspec.author", "modelspec.license", "modelspec.architecture", "modelspec.trigger_phrase",

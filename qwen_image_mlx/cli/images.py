@@ -37,8 +37,8 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str, c
     """
     from ..images.colour import ignore_profiles
     from ..images.files import OPAQUE, check_text, check_writable, output_path, read_metadata, save_image
-    from ..images.recompose import adopt_layer, edited_layer_path
     from ..images.sources import open_image, open_mask, open_rgba
+    from ..layers.recompose import adopt_layer, edited_layer_path
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
@@ -131,7 +131,7 @@ def _sources(given: Mapping[str, Any], wanted: dict[str, Any]) -> list[Any]:
     if "images" in given:
         raise RequestError("give --image or --layer, not both")
     from ..images.colour import ignore_profiles
-    from ..images.recompose import layer_file, open_layer
+    from ..layers.recompose import layer_file, open_layer
 
     wanted.pop("images", None)
     wanted["keep_alpha"] = True

@@ -11,15 +11,15 @@ import mlx.core as mx
 
 from ..config import TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
+from ..lora.description import describe
+from ..lora.file import LoRA, read_lora
 from ..outside import one_line
-from .gguf import is_gguf, read_gguf
-from .loader import RESIDENT, ComponentWeights
-from .lora import LoRA, read_lora
-from .lora_inspect import describe
-from .mapping import canonical_names, matrix_shapes, shown_settings, weights_map
-from .recognize import foreign_format, holds, kinds_of, shard_of, unreadable
-from .shards import Tensor
-from .snapshot import DEMO_ROOT, weight_file
+from ..weights.gguf import is_gguf, read_gguf
+from ..weights.loader import RESIDENT, ComponentWeights
+from ..weights.mapping import canonical_names, matrix_shapes, shown_settings, weights_map
+from ..weights.recognize import foreign_format, holds, kinds_of, shard_of, unreadable
+from ..weights.safetensors_files import Tensor
+from ..weights.snapshot import DEMO_ROOT, weight_file
 
 # The released models' configs.
 _CONFIGS = {"transformer": TransformerConfig(), "text_encoder": TextEncoderConfig(), "vae": VAEConfig()}

@@ -21,15 +21,15 @@ import mlx.core as mx
 
 from .. import __version__
 from ..errors import OutputError, QwenImageError, RequestError, some
+from ..files import sweep
 from ..images.files import is_from_macos
 from ..names import StrPath
-from ..unfinished import sweep
 from ..weights.loader import say_what_does_not_fit
 from ..weights.mapping import weights_map
 from ..weights.pack import Part, quantization_config, write_component
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
-from ..weights.stored import FLOATS
+from ..weights.tensor_formats import FLOATS
 from .components import Components
 from .progress import Progress, ProgressCallback, Reporter
 from .sources import INDEX

@@ -18,8 +18,8 @@ from typing import Any
 
 from ..errors import CheckpointError, some
 from ..outside import why_not_read
-from .mapping import weights_map
-from .shards import Tensor
+from ..weights.mapping import weights_map
+from ..weights.safetensors_files import Tensor
 
 _PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..names import LoRAMode, StrPath
-from ..weights.adapters import Adapters
-from ..weights.lora import SUFFIX, LoRA, read_lora
-from ..weights.lora_inspect import Profile, distilled_profile
-from ..weights.lora_references import kind_of, parse_reference
+from ..pipeline.progress import Progress, Reporter
 from ..weights.snapshot import HubSnapshot
-from .progress import Progress, Reporter
+from .adapters import Adapters
+from .description import Profile, distilled_profile
+from .file import SUFFIX, LoRA, read_lora
+from .references import kind_of, parse_reference
 
 logger: logging.Logger = logging.getLogger(__name__)
 

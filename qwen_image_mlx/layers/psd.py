@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from ..errors import QwenImageError, RequestError
-from .colour import in_srgb
-from .layers import MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
+from ..images.colour import in_srgb
+from .stack import MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
 
 logger: logging.Logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, OutputError
+from ..files import hidden
 from ..gpu import finish, gpu_faults
 from ..names import StrPath
 from ..outside import why_not_read
-from ..unfinished import hidden
 
 _BITS = {
     "F4": 4,

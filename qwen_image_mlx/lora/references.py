@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from ..errors import RequestError
-from .lora import SUFFIX
+from .file import SUFFIX
 
 _FORMS = "a file, a folder, owner/repo, owner/repo:file.safetensors, or the address of a file on huggingface.co"
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"

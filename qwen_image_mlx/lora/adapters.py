@@ -15,10 +15,10 @@ import mlx.core as mx
 from ..errors import CheckpointError, RequestError, some
 from ..gpu import finish
 from ..variants import LORA_MODES
-from .lora import LoRA, Update
-from .packed import Packed
-from .quantize import quantize_matrix
-from .schemes import Scheme
+from ..weights.packed import Packed
+from ..weights.quantize import quantize_matrix
+from ..weights.schemes import Scheme
+from .file import LoRA, Update
 
 logger: logging.Logger = logging.getLogger(__name__)
 

@@ -19,17 +19,17 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 
 from ..errors import RequestError
+from ..files import temporary_folder
 from ..images.files import encode_png
-from ..images.layer_archives import LAYER_FILE, folder_files
-from ..images.layer_files import FORMATS, check_formats
-from ..images.layers import Layer, LayerStack, composite
 from ..images.sources import open_image, open_mask, open_rgba
+from ..layers.folder import LAYER_FILE, folder_files
+from ..layers.formats import FORMATS, check_formats
+from ..layers.stack import Layer, LayerStack, composite
 from ..options import Option, Picture, Several
 from ..pipeline.request import build_request, parsed_size
 from ..runtime.options import of_task, recorded
 from ..runtime.preview import Preview
 from ..runtime.session import Session, decompose, layers_of, paint
-from ..unfinished import temporary_folder
 from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
 from .pictures import data_url, decoded
 

@@ -17,8 +17,8 @@ import mlx.core as mx
 from ..errors import CheckpointError, RequestError
 from ..gpu import all_finite, gpu_faults
 from ..names import StrPath
-from .lora_formats import KINDS, PeftConfig, Rows, Shape, bind, check_dtypes, factored_kind, peft_config
-from .shards import PICKLES, LazyTensors, Tensor, read_header
+from ..weights.safetensors_files import PICKLES, LazyTensors, Tensor, read_header
+from .dialects import KINDS, PeftConfig, Rows, Shape, bind, check_dtypes, factored_kind, peft_config
 
 SUFFIX = ".safetensors"
 
