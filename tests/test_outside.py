@@ -21,7 +21,7 @@ from qwen_image_mlx.errors import CheckpointError, RequestError
 from qwen_image_mlx.images.files import output_path, read_metadata, save_png
 from qwen_image_mlx.images.sources import open_image
 from qwen_image_mlx.layers.formats import load_layers
-from qwen_image_mlx.lora.dialects import peft_config
+from qwen_image_mlx.lora.peft import peft_config
 from qwen_image_mlx.outside import escaped, printable, why_not_read
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
 from qwen_image_mlx.pipeline.progress import Progress

@@ -10,8 +10,8 @@ from typing import Any
 from ..options import Choice, Option, Several, Switch, Text, by_name
 from ..pipeline.parameters import CANVAS, PAINTERS
 from ..runtime.options import OPTIONS
-from .parser import EXAMPLES
 
+EXAMPLES = "examples:"  # what an epilog of examples begins with; it keeps its lines
 FOLDER = "qwen-images"  # of many pictures
 COMPOSITION = "composition.png"
 # Headings of help, by `Option.group`, in their order.

@@ -30,13 +30,13 @@ def run(arguments: argparse.Namespace) -> None:
     from ..lora.file import read_lora
     from ..pipeline.identify import read_known_lora
     from ..pipeline.pipeline import QwenImagePipeline
-    from ..pipeline.progress import Reporter
+    from ..pipeline.reporter import Reporter
     from .console import ProgressBars, messages
     from .results import print_table
 
     with messages(), ProgressBars() as bars:
         reference, strength = split_reference(arguments.file)
-        path = fetch_lora(reference, False, Reporter(bars))
+        path = fetch_lora(reference, download=Reporter(bars).download)
         if arguments.model is None:
             lora, _ = read_known_lora(path, strength)
         else:

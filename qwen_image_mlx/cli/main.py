@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
 
-from .. import __version__
+from .._version import __version__
 from ..errors import QwenImageError
 from ..outside import one_line
 from .hints import sentence

@@ -9,9 +9,9 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from ..errors import RequestError
+from .flags import EXAMPLES, rows
 from .foreign import answer
 
-EXAMPLES = "examples:"
 _FEW_FLAGS = 12  # that a usage can list
 _INTEGERS = r"-?\d+(,-?\d+)*"
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
@@ -135,7 +135,5 @@ class Parser(argparse.ArgumentParser):
 
 def _owners(flag: str) -> list[str]:
     """The commands that have a flag."""
-    from .flags import rows  # which are made with what stands above
-
     found = [command for row in rows().values() for command in row.commands if flag in row.of(command).flags]
     return list(dict.fromkeys(found))

@@ -99,8 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
     for task, offer in setup["offers"].items():
         _check_local(task, offer["model"])
     with listen(arguments.host, arguments.port) as listener:
-        from ..server.app import Setup
         from ..server.run import serve
+        from ..server.service import Setup
         from ..server.tasks import Limits
         from .console import messages
 

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from functools import cached_property
 
 import mlx.core as mx
 
 from ..errors import CheckpointError, RequestError, some
 from ..gpu import finish
+from ..models import nn
 from ..variants import LORA_MODES
+from ..weights.changes import Branch
 from ..weights.packed import Packed
 from ..weights.quantize import quantize_matrix
 from ..weights.schemes import Scheme
-from .file import LoRA, Update
+from .branch import put_beside
+from .distillations import Distillation, distillation_of
+from .file import LoRA
+from .update import Update
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 _ENOUGH = 0.9  # of a change must survive in the stored weights, or "auto" runs it beside them
-
-Branch = tuple[mx.array, mx.array]
 
 
 class Adapters:
@@ -66,6 +70,15 @@ class Adapters:
     def updates(self, path: str) -> list[Update]:
         """What the LoRAs do to a module, by its canonical name."""
         return [lora.updates[path] for lora in self.loras if path in lora.updates]
+
+    @cached_property
+    def distillation(self) -> Distillation | None:
+        """How the first distilled one is sampled; None if none is."""
+        return next(filter(None, map(distillation_of, self.loras)), None)
+
+    def placement(self) -> Placement:
+        """What takes them into one module that is loaded."""
+        return Placement(self)
 
     def changes(self, name: str) -> bool:
         """Whether a parameter is changed by any of them."""
@@ -179,6 +192,14 @@ class Placement:
         self.altered = True
         self._kept, self._asked = self._kept + kept, self._asked + asked
         return stored, None
+
+    def changes(self, name: str) -> bool:
+        """Whether a parameter is changed by any of them."""
+        return self.adapters.changes(name)
+
+    def attach(self, module: nn.Module, path: str, branch: Branch) -> None:
+        """Makes a branch run with the layer at a path of a module."""
+        put_beside(module, path, branch)
 
     def vector(self, name: str, value: mx.array) -> mx.array:
         """A bias or a norm's weight, changed; fp32, evaluated."""

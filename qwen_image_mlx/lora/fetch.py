@@ -9,11 +9,10 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..names import LoRAMode, StrPath
-from ..pipeline.progress import Progress, Reporter
+from ..weights.checkpoint_folder import Progress
 from ..weights.snapshot import HubSnapshot
 from .adapters import Adapters
-from .description import Profile, distilled_profile
-from .file import SUFFIX, LoRA, read_lora
+from .file import SUFFIX, read_lora
 from .references import kind_of, parse_reference
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ def read_adapters(
     targets: Mapping[str, tuple[int, ...]],
     *,
     offline: bool,
-    report: Reporter,
+    download: Progress | None = None,
 ) -> Adapters:
     """Reads what LoRAs change; their weights once, to find them whole and finite, and drops them.
 
@@ -37,7 +36,7 @@ def read_adapters(
         mode: one of `variants.LORA_MODES`.
         targets: the modules they may change, with their weights' shapes.
         offline: never ask the network.
-        report: told of downloads.
+        download: told of downloads: file, bytes done, bytes in all.
 
     Raises:
         RequestError: a reference leads nowhere, a strength is no finite number, or the mode is another.
@@ -49,17 +48,18 @@ def read_adapters(
     if not isinstance(references, Iterable):
         raise RequestError(f"loras are {references!r:.80}, but must be a list of references")
     split = [split_reference(reference) for reference in references]
-    loras = [read_lora(fetch_lora(reference, offline, report), targets, strength) for reference, strength in split]
+    loras = [read_lora(fetch_lora(reference, offline, download), targets, strength) for reference, strength in split]
     for lora in loras:
         lora.check()
-    if profile := profile_of(loras):
-        logger.info(
-            "a distilled LoRA (by %s): %d steps, guidance %g and a static shift of %g unless told otherwise",
-            profile.evidence, profile.steps, profile.cfg_scale, profile.shift,
-        )  # fmt: skip
-    return Adapters(
+    adapters = Adapters(
         loras, mode, [f"{reference}@{float(strength)!r}".removesuffix(".0") for reference, strength in split]
     )
+    if distilled := adapters.distillation:
+        logger.info(
+            "a distilled LoRA (by %s): %d steps, guidance %g and a static shift of %g unless told otherwise",
+            distilled.evidence, distilled.steps, distilled.cfg_scale, distilled.shift,
+        )  # fmt: skip
+    return adapters
 
 
 def split_reference(reference: LoRAReference) -> tuple[str, float]:
@@ -73,26 +73,13 @@ def split_reference(reference: LoRAReference) -> tuple[str, float]:
     raise RequestError(f"a LoRA is {reference!r:.80}, but must be a reference, or (reference, strength)")
 
 
-def profile_of(loras: Iterable[LoRA]) -> Profile | None:
-    """How the first distilled one is sampled; None if none is."""
-    for lora in loras:
-        if profile := distilled_profile(lora):
-            return profile
-    return None
-
-
-def fetch_lora(reference: str, offline: bool, report: Reporter) -> Path:
-    """The file or folder a reference leads to, downloaded if need be."""
+def fetch_lora(reference: str, offline: bool = False, download: Progress | None = None) -> Path:
+    """The file or folder a reference leads to, downloaded if need be; the arguments are those of `read_adapters`."""
     source = kind_of(reference)
     if source.path is not None:
         return source.path
     assert source.repo is not None
-    snapshot = HubSnapshot(
-        source.repo,
-        revision=source.revision,
-        offline=offline,
-        progress=lambda name, done, total: report(Progress("download", done, total, name)),
-    )
+    snapshot = HubSnapshot(source.repo, revision=source.revision, offline=offline, progress=download)
     name = source.file or _only_file(snapshot, source.repo)
     folder, _, file = name.rpartition("/")
     settings = f"{folder}/adapter_config.json".lstrip("/")

@@ -19,7 +19,6 @@ from ..errors import GPUError, QwenImageError, RequestError
 from ..gpu import all_finite, finish, gpu_faults
 from ..images.geometry import Size, size_of_area
 from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
-from ..lora.fetch import profile_of
 from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
 from ..models.transformer import Modulation
 from ..names import CaptionLanguage
@@ -30,7 +29,6 @@ from ..text.prompt import tokenize_prompt
 from ..variants import CAPTION_TEMPLATES, Variant
 from ..weights.modulation import modulation_table
 from .autoencode import STRIP_PIXELS, decode, strips_of
-from .caption import MAX_TOKENS, write_caption
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
 from .encode import encode_initial_image, encode_prompts, encode_references, encode_vision, feature_grid
@@ -43,7 +41,8 @@ from .parameters import (
     check_side,
     check_size,
 )
-from .progress import Progress, ProgressCallback, Reporter
+from .progress import Progress, ProgressCallback
+from .reporter import Reporter
 from .start import Start, draw_start
 
 if TYPE_CHECKING:
@@ -114,10 +113,10 @@ class PipelineCore:
     def recommended(self) -> Recommended:
         """How it wants to be sampled: as its card says, or as a distilled LoRA was trained."""
         adapters = self.components.adapters
-        profile = profile_of(adapters.loras) if adapters else None
-        if profile is None:
+        distilled = adapters.distillation if adapters else None
+        if distilled is None:
             return Recommended(self.variant.steps, self.variant.cfg_scale, None)
-        return Recommended(profile.steps, profile.cfg_scale, profile.shift)
+        return Recommended(distilled.steps, distilled.cfg_scale, distilled.shift)
 
     @property
     def fingerprint(self) -> str:
@@ -244,6 +243,8 @@ class PipelineCore:
             RequestError: the picture cannot be read or shows nothing, or the language is another.
             CheckpointError: the checkpoint has no language head or no vision tower.
         """
+        from .caption import MAX_TOKENS, write_caption  # here: most runs write no caption
+
         check_side(resolution)
         if not isinstance(language, str) or language not in CAPTION_TEMPLATES:
             raise RequestError(f"language is {language!r}, but must be one of {', '.join(CAPTION_TEMPLATES)}")

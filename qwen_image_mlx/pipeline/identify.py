@@ -14,11 +14,11 @@ from ..errors import CheckpointError
 from ..lora.description import describe
 from ..lora.file import LoRA, read_lora
 from ..outside import one_line
-from ..weights.gguf import is_gguf, read_gguf
+from ..weights.gguf import read_gguf
 from ..weights.loader import RESIDENT, ComponentWeights
 from ..weights.mapping import canonical_names, matrix_shapes, shown_settings, weights_map
 from ..weights.recognize import foreign_format, holds, kinds_of, shard_of, unreadable
-from ..weights.safetensors_files import Tensor
+from ..weights.safetensors_files import Tensor, is_gguf
 from ..weights.snapshot import DEMO_ROOT, weight_file
 
 # The released models' configs.

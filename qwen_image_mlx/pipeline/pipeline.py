@@ -23,25 +23,26 @@ from ..images.files import recorded
 from ..images.geometry import Size
 from ..images.pixels import to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
-from ..layers.stack import Layer, LayerStack
-from ..lora.fetch import LoRAReference, read_adapters
 from ..names import CaptionLanguage, Dtype, LayersSize, LoRAMode, NamedSize, Rng, Streamable, StrPath, Task
 from ..variants import DEFAULT_MODEL
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .conditioning import Encodings, GuidanceEncoding, InitialImage
-from .decomposition import LayeredResult, layers_request
 from .foreign_names import Answering, answering
 from .limits import limits
 from .metadata import describe
 from .parameters import DTYPES, GenerationParameters, check_num_images, explicit_size
-from .progress import Progress, ProgressCallback, Reporter, Shown
+from .progress import Progress, ProgressCallback, Shown
 from .releasable import ReleasablePipeline
+from .reporter import Reporter
 from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+
+    from ..lora.fetch import LoRAReference
+    from .decomposition import LayeredResult
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -105,13 +106,18 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             model,
             revision=revision,
             offline=offline,
-            progress=lambda name, done, total: report(Progress("download", done, total, name)),
+            progress=report.download,
         )
+        read_loras = None
+        if loras:
+            from ..lora.fetch import read_adapters  # here: most runs have no LoRA
+
+            read_loras = partial(read_adapters, loras, lora_mode, offline=offline, download=report.download)
         replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         components = Components(
             snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t,
             quantization=quantize,
-            read_loras=partial(read_adapters, loras, lora_mode, offline=offline, report=report) if loras else None,
+            read_loras=read_loras,
             replaced={name: path for name, path in replaced.items() if path is not None}, streamed=streamed,
             on_layer=lambda name, layer, layers: report(Progress("layer", layer, layers, name)),
         )  # fmt: skip
@@ -307,6 +313,8 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             RequestError: a parameter is out of range, the picture cannot be read or is transparent everywhere, or the
                 model is not layered.
         """
+        from .decomposition import layers_request  # here: most runs make no layers
+
         self.check_task("decompose")
         request = layers_request(
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
@@ -473,6 +481,9 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
         release: bool = False,
     ) -> LayeredResult:
         """Paints a request's layers, each decoded, resized and turned into 8 bits before the next."""
+        from ..layers.stack import Layer, LayerStack  # here: most runs make no layers
+        from .decomposition import LayeredResult
+
         pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress, release)]
         layers = (Layer(image, f"layer {n}") for n, image in enumerate(pictures))
         canvas = request.canvas

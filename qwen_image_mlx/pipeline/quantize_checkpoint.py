@@ -19,7 +19,7 @@ from statistics import median
 
 import mlx.core as mx
 
-from .. import __version__
+from .._version import __version__
 from ..errors import OutputError, QwenImageError, RequestError, some
 from ..files import sweep
 from ..images.files import is_from_macos
@@ -31,7 +31,8 @@ from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from ..weights.tensor_formats import FLOATS
 from .components import Components
-from .progress import Progress, ProgressCallback, Reporter
+from .progress import Progress, ProgressCallback
+from .reporter import Reporter
 from .sources import INDEX
 
 logger: logging.Logger = logging.getLogger(__name__)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ..config import TransformerConfig
-from ..lora.fetch import LoRAReference, read_adapters
 from ..names import LoRAMode
 from ..weights.schemes import Quantization
 from .core import PipelineCore
 from .request import Request
+
+if TYPE_CHECKING:
+    from ..lora.fetch import LoRAReference
 
 
 class ReleasablePipeline(PipelineCore):
@@ -87,8 +90,10 @@ class ReleasablePipeline(PipelineCore):
         parts = self.components
         adapters = None
         if loras:
+            from ..lora.fetch import read_adapters  # here: most runs have no LoRA
+
             targets, offline = parts.lora_targets(), parts.snapshot.offline
-            adapters = read_adapters(loras, mode, targets, offline=offline, report=self._report)
+            adapters = read_adapters(loras, mode, targets, offline=offline, download=self._report.download)
         self._table = None
         parts.replace_adapters(adapters)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from ..errors import RequestError
-from ..lora.description import LIGHTNING
+from ..lora.distillations import LIGHTNING
 from ..names import Aspect, NamedSize, Task
 from ..options import options_of
 from ..pipeline.decomposition import layers_request

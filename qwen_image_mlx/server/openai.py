@@ -37,8 +37,8 @@ from .schema import (
 )
 
 if TYPE_CHECKING:
-    from .app import Service
     from .jobs import Work
+    from .service import Service
 
 _OWNER = "qwen-image-mlx"
 # Names that OpenAI's clients have fixed: the model that does what is asked, unless `--alias` says which.

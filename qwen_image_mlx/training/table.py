@@ -15,8 +15,8 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..gpu import gpu_faults
 from ..images.files import check_writable
-from ..lora.adapters import Adapters
 from ..models.transformer import BlockRows, Modulation
+from ..weights.changes import WeightChanges
 from ..weights.loader import ComponentWeights
 from ..weights.modulation import modulation_table
 from ..weights.safetensors_files import read_header, save_tensors
@@ -51,7 +51,7 @@ class LevelTable:
         levels: Sequence[int],
         dtype: mx.Dtype,
         zero_cond_t: bool,
-        adapters: Adapters | None,
+        adapters: WeightChanges | None,
         fingerprint: str,
     ):
         drawn = sorted({*levels})

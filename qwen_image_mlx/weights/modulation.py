@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..lora.adapters import Adapters
 from ..models.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
 from ..models.transformer import BlockRows, Modulation, Rows
+from .changes import WeightChanges
 from .loader import ComponentWeights
 from .packed import Packed
 from .tensor_formats import Reader
@@ -27,7 +27,7 @@ def modulation_table(
     timesteps: Sequence[float] | np.ndarray,
     dtype: mx.Dtype,
     zero_cond_t: bool = False,
-    adapters: Adapters | None = None,
+    adapters: WeightChanges | None = None,
 ) -> list[Modulation]:
     """The modulation of every step of a schedule.
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, some
-from . import gguf
 from .mapping import canonical_names, known_share, other_part, weights_map
 from .safetensors_files import Tensor
 
@@ -99,8 +98,12 @@ def foreign_format(tensors: Mapping[str, Tensor]) -> str | None:
         matches = [next(filter(None, hits), None) for hits in found]
         if all(matches):
             return rule["format"].format(*matches[0].groups())
-    odd = {t.dtype for t in tensors.values() if isinstance(t, gguf.GgufTensor) and t.dtype not in gguf.DECODED}
-    return f"GGUF's {some(sorted(odd))}" if odd else None
+    if packed := {tensor.dtype for tensor in tensors.values() if tensor.container == "gguf"}:
+        from .gguf_blocks import DECODED  # here: most checkpoints have no GGUF file
+
+        if odd := packed - DECODED:
+            return f"GGUF's {some(sorted(odd))}"
+    return None
 
 
 def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
@@ -108,9 +111,11 @@ def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
     form = foreign_format(tensors)
     if form is None:
         return None
+    from .gguf_blocks import DECODED  # for this sentence alone
+
     return (
         f"{_file(tensors)} is quantized as {form}, which is not read here: use a bf16, an fp8 (e4m3 or e5m2) or a GGUF "
-        f"file ({', '.join(sorted(gguf.DECODED))}) of the same model; --quantize makes a bf16 one as small"
+        f"file ({', '.join(sorted(DECODED))}) of the same model; --quantize makes a bf16 one as small"
     )
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -49,6 +49,7 @@ _MAX_TENSORS = 1 << 17
 _MAX_FILE_BYTES = 1 << 44
 _MAX_RANK = 16  # far above any model's; bounds the product of a made-up shape
 _MAX_DIM = 2**63
+GGUF_MAGIC = b"GGUF"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # endings of files that run code when they are read
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -64,6 +65,7 @@ class Tensor:
         file: The file that holds it.
         nbytes: Bytes of its data.
         offset: Where its data begins in the file, in bytes.
+        container: The format of that file: "safetensors", or "gguf" in a GgufTensor.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Tensor:
     file: Path
     nbytes: int
     offset: int
+    container: ClassVar[str] = "safetensors"
 
 
 def read_header(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -228,9 +231,20 @@ def load_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     return arrays, metadata
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF, by its first bytes, or by its name where these cannot be read."""
+    try:
+        if why_not_read(path, _MAX_FILE_BYTES) is None:
+            with path.open("rb") as file:
+                return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC or path.suffix.lower() == ".gguf"
+    except OSError:
+        pass
+    return path.suffix.lower() == ".gguf"
+
+
 # What other files begin with, and what is said of them.
 _OTHER_KINDS = {
-    b"GGUF": "a GGUF file: let its name end in .gguf",
+    GGUF_MAGIC: "a GGUF file: let its name end in .gguf",
     b"PK\x03\x04": "a zip file, as PyTorch's pickles are, not a safetensors file: use its .safetensors version",
     b"\x80": "a pickle, not a safetensors file: use its .safetensors version",
     b"\x89HDF": "an HDF5 file, not a safetensors file: use its .safetensors version",

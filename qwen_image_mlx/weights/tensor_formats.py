@@ -16,7 +16,6 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..gpu import gpu_error
-from . import gguf
 from .packed import Packed
 from .safetensors_files import LazyTensors, Tensor
 from .schemes import Scheme
@@ -121,9 +120,11 @@ def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, .
     if isinstance(tensor, Joined):
         problems = [found.problem for piece in tensor.pieces if (found := _stored(piece, {}, piece.shape)).problem]
         return Stored(tensor, {}, tensor.shape, problem=next(iter(problems), None))
-    if isinstance(tensor, gguf.GgufTensor):
+    if tensor.container == "gguf":
+        from .gguf_blocks import DECODED  # here: most checkpoints have no GGUF file
+
         scheme = _GGUF_SCHEMES.get(tensor.dtype) if len(tensor.shape) == 2 else None
-        return Stored(tensor, {}, tensor.shape, scheme, None if tensor.dtype in gguf.DECODED else tensor.dtype)
+        return Stored(tensor, {}, tensor.shape, scheme, None if tensor.dtype in DECODED else tensor.dtype)
     if tensor.dtype in FLOATS:
         return Stored(tensor, {}, tensor.shape)
     if tensor.dtype in FP8:
@@ -160,6 +161,11 @@ def _scheme(bits: int, group: int, scales: Tensor, biases: Tensor | None = None)
     return Scheme("affine", bits, group), None
 
 
+def _is_computed(tensor: Tensor) -> bool:
+    """Whether a weight does not lie in its file as MLX reads it."""
+    return isinstance(tensor, Joined) or tensor.container == "gguf"
+
+
 @contextmanager
 def reading(component: str) -> Iterator[None]:
     """Makes MLX's error while a component's files are read a CheckpointError."""
@@ -193,7 +199,7 @@ class Reader:
         Raises:
             CheckpointError: a file cannot be read.
         """
-        wanted = [stored for stored in weights if not isinstance(stored.tensor, gguf.GgufTensor | Joined)]
+        wanted = [stored for stored in weights if not _is_computed(stored.tensor)]
         tensors = {(t.file, t.name): t for stored in wanted for t in (stored.tensor, *stored.beside.values())}
         found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
         with reading(self._component):
@@ -213,8 +219,10 @@ class Reader:
             pieces = [piece.dequantize() if isinstance(piece, Packed) else piece for piece in pieces]
             join = mx.stack if stored.tensor.stacked else mx.concatenate
             return join(pieces, axis=stored.tensor.axis)
-        if isinstance(stored.tensor, gguf.GgufTensor):
-            return gguf.packed(stored.tensor) or gguf.decode(stored.tensor)
+        if stored.tensor.container == "gguf":
+            from . import gguf_blocks  # here: most checkpoints have no GGUF file
+
+            return gguf_blocks.packed(stored.tensor) or gguf_blocks.decode(stored.tensor)
         self.read([stored])
         beside = {word: self._read.pop((tensor.file, tensor.name)) for word, tensor in stored.beside.items()}
         array = self._read.pop((stored.tensor.file, stored.tensor.name))

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.errors import CheckpointError, RequestError
-from qwen_image_mlx.lora.description import LIGHTNING, describe, distilled_profile
+from qwen_image_mlx.lora.description import describe, distillation_of
+from qwen_image_mlx.lora.distillations import LIGHTNING
 from qwen_image_mlx.lora.file import LoRA, read_lora, weights_file
 from qwen_image_mlx.lora.references import Source, kind_of, parse_reference
 from qwen_image_mlx.sampling.schedule import make_schedule, static_shift, uniform_sigmas
@@ -838,18 +839,18 @@ def test_other_references_are_refused(reference) -> None:
 )
 def test_lightning_is_known_by_its_name(tmp_path, targets, name, steps) -> None:
     lora = read_lora(write(tmp_path / f"{name}.safetensors", spell("kohya", "", False, targets)), targets)
-    profile = distilled_profile(lora)
-    assert (profile and profile.steps) == steps
-    if profile:
-        assert dict(describe(lora))["profile"] == f"{steps} steps, cfg 1, by its name"
-        assert (profile.cfg_scale, profile.shift, profile.evidence) == (1.0, 3.0, "its name")
+    distilled = distillation_of(lora)
+    assert (distilled and distilled.steps) == steps
+    if distilled:
+        assert dict(describe(lora))["distilled"] == f"{steps} steps, cfg 1, by its name"
+        assert (distilled.cfg_scale, distilled.shift, distilled.evidence) == (1.0, 3.0, "its name")
 
 
 def test_lightning_is_known_by_its_metadata(tmp_path, targets) -> None:
     metadata = {"modelspec.title": "Qwen-Image Lightning 4 steps"}
     lora = lora_of(tmp_path, spell("kohya", "", False, targets), targets, metadata=metadata)
-    assert distilled_profile(lora).steps == 4
-    assert distilled_profile(lora).evidence == "its metadata"
+    assert distillation_of(lora).steps == 4
+    assert distillation_of(lora).evidence == "its metadata"
 
 
 def lightning_shaped(targets, rank: int = 64, alpha: float = 8) -> dict[str, np.ndarray]:
@@ -863,18 +864,18 @@ def lightning_shaped(targets, rank: int = 64, alpha: float = 8) -> dict[str, np.
 def test_lightning_is_known_by_rank_alpha_and_targets(tmp_path, targets) -> None:
     tensors = lightning_shaped(targets)
     assert len(tensors) == 2 * 12 * 3
-    profile = distilled_profile(lora_of(tmp_path, tensors, targets))
-    assert (profile.steps, profile.evidence) == (8, "its rank and alpha")
-    assert distilled_profile(lora_of(tmp_path, lightning_shaped(targets, alpha=64), targets)) is None
-    assert distilled_profile(lora_of(tmp_path, lightning_shaped(targets, rank=32, alpha=4), targets)) is None
+    distilled = distillation_of(lora_of(tmp_path, tensors, targets))
+    assert (distilled.steps, distilled.evidence) == (8, "its rank and alpha")
+    assert distillation_of(lora_of(tmp_path, lightning_shaped(targets, alpha=64), targets)) is None
+    assert distillation_of(lora_of(tmp_path, lightning_shaped(targets, rank=32, alpha=4), targets)) is None
     more = tensors | pair(MOD, (64, 96), (576, 64), alpha=np.float32(8))
-    assert distilled_profile(lora_of(tmp_path, more, targets)) is None
+    assert distillation_of(lora_of(tmp_path, more, targets)) is None
     fewer = {name: value for name, value in tensors.items() if Q not in name}
-    assert distilled_profile(lora_of(tmp_path, fewer, targets)) is None
+    assert distillation_of(lora_of(tmp_path, fewer, targets)) is None
 
 
 @pytest.mark.parametrize("steps", [4, 8])
-def test_a_profiles_shift_gives_the_sigmas_of_the_official_scheduler(tmp_path, targets, steps) -> None:
+def test_a_distillations_shift_gives_the_sigmas_of_the_official_scheduler(tmp_path, targets, steps) -> None:
     # scheduler_config of generate_with_diffusers.py in ModelTC/Qwen-Image-Lightning
     official = {
         "base_image_seq_len": 256,
@@ -893,7 +894,7 @@ def test_a_profiles_shift_gives_the_sigmas_of_the_official_scheduler(tmp_path, t
     lora = read_lora(write(tmp_path / name, spell("kohya", "", False, targets)), targets)
     for released in ("scheduler", "scheduler-layered"):
         config = SchedulerConfig.from_dict({k: v for k, v in REAL_CONFIGS[released].items() if k[0] != "_"})
-        ours = make_schedule(static_shift(config, distilled_profile(lora).shift), uniform_sigmas(steps), mu=1.0)
+        ours = make_schedule(static_shift(config, distillation_of(lora).shift), uniform_sigmas(steps), mu=1.0)
         np.testing.assert_allclose(ours.sigmas, scheduler.sigmas.numpy(), rtol=1e-6)
 
 
@@ -926,7 +927,7 @@ def test_description_says_what_a_file_is(tmp_path, targets) -> None:
     assert rows["metadata name"].startswith(r"x y\x1b[2Jzzz")
     assert len(rows["metadata name"]) < 220
     assert "metadata ss_tag_frequency" not in rows
-    assert "profile" not in rows
+    assert "distilled" not in rows
     assert "unmatched" not in rows
 
 

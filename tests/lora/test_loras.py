@@ -13,7 +13,8 @@ from lora_files import DIALECTS, MODULATION, TARGETS, write_lora
 from qwen_image_mlx import CheckpointError, GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.images.pixels import to_images
-from qwen_image_mlx.models.layers import QuantizedLinear, SideBranch
+from qwen_image_mlx.lora.branch import SideBranch
+from qwen_image_mlx.models.layers import QuantizedLinear
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import expected_tensors
 from qwen_image_mlx.weights.schemes import Quantization
