@@ -119,7 +119,7 @@ def test_no_file_is_blamed(monkeypatch, tmp_path):
     path = tmp_path / "lora.safetensors"
     mx.save_safetensors(str(path), {"x": mx.array([1.0])})
     tensor = read_header(path)[0]["x"]
-    assert lora._Arrays(path).take(tensor).tolist() == [1]
+    assert lora.Arrays(path).take(tensor).tolist() == [1]
 
     for broken, expected in ((MEMORY, GPUError), ("[read] Unable to read 8 bytes from file.", CheckpointError)):
         with pytest.raises(expected), reading("vae"):
@@ -128,7 +128,7 @@ def test_no_file_is_blamed(monkeypatch, tmp_path):
     with pytest.raises(GPUError):
         GuidanceEncoding.load(tmp_path / "encoding.safetensors")
     with pytest.raises(GPUError):
-        lora._Arrays(path).take(tensor)
+        lora.Arrays(path).take(tensor)
     monkeypatch.setattr(mx, "save_safetensors", not_now)
     with pytest.raises(GPUError):
         save_tensors(tmp_path / "new.safetensors", {"x": mx.array(1)}, {})

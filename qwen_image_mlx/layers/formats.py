@@ -1,6 +1,6 @@
 """Layers on disk: the table of formats, saving them together or not at all, loading by what a file is.
 
-A format is a row of `FORMATS`; how each is written and read stands in layer_archives.py and layer_documents.py. A
+A format is a row of `FORMATS`; how each is written and read stands in layer_own.py and layer_psd.py. A
 folder of layers is written once and never over anything.
 """
 
@@ -22,8 +22,10 @@ from ..files import hidden
 from ..images.files import reason, umask
 from ..names import LayersFormat, StrPath
 from ..outside import why_not_read
-from . import folder as archives
-from . import psd as documents
+from . import folder as own
+from . import openraster, pptx, psd
+from .archive import write_zip
+from .libraries import library
 from .stack import LayerStack, composite, contact_sheet
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -54,24 +56,24 @@ class Format:
 FORMATS: dict[str, Format] = {
     "png": Format(
         "",
-        lambda stack, path: archives.write_folder(archives.folder_files(stack), path),
-        archives.read_folder,
+        lambda stack, path: own.write_folder(own.folder_files(stack), path),
+        own.read_folder,
         Path.is_dir,
     ),
-    "psd": Format("layers.psd", documents.write_psd, documents.read_psd, documents.is_psd, "psd_tools"),
+    "psd": Format("layers.psd", psd.write_psd, psd.read_psd, psd.is_psd, "psd_tools"),
     "ora": Format(
         "layers.ora",
-        lambda stack, path: archives.write_zip(archives.ora_files(stack), path),
-        archives.read_ora,
-        archives.is_ora,
+        lambda stack, path: write_zip(openraster.ora_files(stack), path),
+        openraster.read_ora,
+        openraster.is_ora,
     ),
     "zip": Format(
         "layers.zip",
-        lambda stack, path: archives.write_zip(archives.folder_files(stack), path),
-        archives.read_zip,
+        lambda stack, path: write_zip(own.folder_files(stack), path),
+        own.read_zip,
         zipfile.is_zipfile,
     ),
-    "pptx": Format("layers.pptx", documents.write_pptx, library="pptx"),
+    "pptx": Format("layers.pptx", pptx.write_pptx, library="pptx"),
 }
 READABLE = "a folder that decompose wrote, its zip, a PSD or an OpenRaster file"
 
@@ -87,8 +89,8 @@ def check_formats(names: Iterable[str]) -> tuple[str, ...]:
             f"{', '.join(unknown) or 'nothing'} is no format of layers; give some of {', '.join(FORMATS)}"
         )
     for name in names:
-        if library := FORMATS[name].library:
-            documents.library(library, f"writing {name}")
+        if needed := FORMATS[name].library:
+            library(needed, f"writing {name}")
     return names
 
 
@@ -150,7 +152,7 @@ def is_free(folder: Path) -> bool:
 
 def is_layers(path: Path) -> bool:
     """Whether an existing path looks like one that `load_layers` reads."""
-    return archives.is_folder_of_layers(path) if path.is_dir() else _format_of(path) is not None
+    return own.is_folder_of_layers(path) if path.is_dir() else _format_of(path) is not None
 
 
 def load_layers(path: StrPath) -> LayerStack:

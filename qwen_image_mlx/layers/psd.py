@@ -1,17 +1,14 @@
-"""Layers as documents of Photoshop (PSD, both ways) and PowerPoint (PPTX, written), through optional libraries.
+"""Layers as Photoshop documents (PSD, both ways), through psd-tools, which is imported when it is used.
 
-psd-tools and python-pptx are imported when they are used. PSD by Adobe's Photoshop File Formats Specification.
+By Adobe's Photoshop File Formats Specification.
 """
 
 from __future__ import annotations
 
-import importlib
-import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,12 +16,10 @@ from PIL import Image, ImageChops
 
 from ..errors import QwenImageError, RequestError
 from ..images.colour import in_srgb
+from .libraries import library
 from .stack import MAX_PIXELS, Layer, LayerStack, check_size, clean_name, composite
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-# module -> (package, our extra)
-_LIBRARIES = {"psd_tools": "psd-tools", "pptx": "python-pptx"}
 
 _GROUPS = ("group", "artboard")
 _PIXELS = ("pixel", "type", "shape", "smartobject")
@@ -53,17 +48,6 @@ _FAR, _MANY = 16, 0.01  # levels and share of pixels: beyond both a stack is ano
 _PSD_PROFILE = 1039  # the image resource that holds an ICC profile
 _PSD_ALPHA = -1  # the channel's number in the file
 _PSD_MODES = ("RGB", "GRAYSCALE", "DUOTONE", "INDEXED", "CMYK")
-
-_EMU_PER_PIXEL = 9525  # at 96 pixels an inch
-_MIN_SLIDE, _MAX_SLIDE = 914_400, 51_206_400  # PowerPoint's limits, 1 and 56 inches
-
-
-def library(module: str, purpose: str) -> ModuleType:
-    """An optional library; raises RequestError, which says how to install it, if it is absent."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RequestError(f"{purpose} needs {_LIBRARIES[module]}: pip install {_LIBRARIES[module]}") from error
 
 
 def write_psd(stack: LayerStack, path: Path) -> None:
@@ -136,37 +120,6 @@ def read_psd(path: Path) -> LayerStack:
         raise
     except Exception as error:  # a parser of a thousand structures fails in as many ways on a damaged file
         raise RequestError(f"{path} cannot be read as a PSD: {str(error) or type(error).__name__}") from error
-
-
-def write_pptx(stack: LayerStack, path: Path) -> None:
-    """Writes one slide of the canvas's shape, every layer a named picture on its place, hidden ones hidden.
-
-    Raises:
-        RequestError: python-pptx is absent, or the canvas is longer than a slide may be.
-        OSError: it could not be written.
-    """
-    pptx = library("pptx", "writing pptx")
-    unit = min(_EMU_PER_PIXEL, _MAX_SLIDE / max(stack.size))
-    unit = max(unit, _MIN_SLIDE / min(stack.size))
-    if unit * max(stack.size) > _MAX_SLIDE:
-        raise RequestError(
-            f"a canvas of {stack.size} px is longer than a slide may be; no side may be 56 times the other"
-        )
-    show = pptx.Presentation()
-    show.slide_width, show.slide_height = (round(side * unit) for side in stack.size)
-    slide = show.slides.add_slide(show.slide_layouts[6])  # the blank one
-    for layer in stack.layers:
-        buffer = io.BytesIO()
-        layer.image.save(buffer, "PNG")
-        shape = slide.shapes.add_picture(buffer, *(round(n * unit) for n in (*layer.offset, *layer.image.size)))
-        shape.name = layer.name
-        if not layer.visible:
-            shape._element.nvPicPr.cNvPr.set("hidden", "1")
-        if layer.opacity < 1:
-            blip = shape._element.blipFill.find(pptx.oxml.ns.qn("a:blip"))
-            effect = blip.makeelement(pptx.oxml.ns.qn("a:alphaModFix"), {"amt": str(round(layer.opacity * 100_000))})
-            blip.insert(0, effect)
-    show.save(str(path))
 
 
 def _matted(merged: Image.Image) -> Image.Image:

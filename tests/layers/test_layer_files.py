@@ -18,7 +18,7 @@ from PIL import Image
 from test_layer_stacks import noise, plain, stacks
 
 from qwen_image_mlx.errors import OutputError, RequestError
-from qwen_image_mlx.layers import folder as layer_archives
+from qwen_image_mlx.layers import folder as own_format
 from qwen_image_mlx.layers import formats as layer_files
 from qwen_image_mlx.layers.formats import FORMATS, check_formats, free_folder, load_layers, save_layers, split_reference
 from qwen_image_mlx.layers.stack import Layer, LayerStack, clean_name, composite, contact_sheet
@@ -224,7 +224,7 @@ def test_unknown_formats_are_refused(tmp_path, formats, says):
 ])  # fmt: skip
 def test_missing_libraries_are_noticed_before_anything_is_written(tmp_path, saved, monkeypatch, name, module, package):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(layer_archives, "write_folder", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(own_format, "write_folder", lambda *_: pytest.fail("written"))
     with pytest.raises(RequestError, match=rf"writing {name} needs {package}: pip install {package}$"):
         save_layers(small, tmp_path / "x", ["png", name])
     assert os.listdir(tmp_path) == []

@@ -25,9 +25,10 @@ from test_layer_formats import as_is, ora, psd
 from test_layer_stacks import noise, plain
 
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.layers import folder as layer_archives
+from qwen_image_mlx.layers import archive
 from qwen_image_mlx.layers import formats as layer_files
-from qwen_image_mlx.layers import psd as layer_documents
+from qwen_image_mlx.layers import psd as psd_files
+from qwen_image_mlx.layers.folder import read_zip
 from qwen_image_mlx.layers.formats import FORMATS, load_layers, save_layers
 from qwen_image_mlx.layers.stack import MAX_SIDE
 
@@ -158,9 +159,9 @@ def test_bad_pngs_are_refused(folder, tmp_path, data):
 
 
 def test_the_sum_of_all_pixels_is_limited(folder, monkeypatch):
-    monkeypatch.setattr(layer_archives, "MAX_PIXELS", 95)  # one layer has 48
+    monkeypatch.setattr(archive, "MAX_PIXELS", 95)  # one layer has 48
     assert "more than 95 pixels" in refusal(folder)
-    monkeypatch.setattr(layer_archives, "MAX_PIXELS", 96)
+    monkeypatch.setattr(archive, "MAX_PIXELS", 96)
     load_layers(folder)
 
 
@@ -297,7 +298,7 @@ def test_a_zip_s_list_of_files_is_bounded_before_it_is_read(tmp_path, monkeypatc
     path.write_bytes(data)
     monkeypatch.setattr(zipfile, "ZipFile", None)
     with pytest.raises(RequestError, match="holds more than 10,000 files"):
-        layer_archives.read_zip(path)
+        read_zip(path)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -361,9 +362,9 @@ def test_psds_that_are_none_are_refused(tmp_path, data, says):
 
 def test_psds_that_claim_too_much_are_refused(tmp_path, monkeypatch):
     path = psd(tmp_path / "x.psd", ({"name": "a"}, as_is), ({"name": "b"}, as_is))
-    monkeypatch.setattr(layer_documents, "MAX_PIXELS", 95)  # one layer has 48
+    monkeypatch.setattr(psd_files, "MAX_PIXELS", 95)  # one layer has 48
     assert "more than 95 pixels" in refusal(path)
-    monkeypatch.setattr(layer_documents, "MAX_PIXELS", 96)
+    monkeypatch.setattr(psd_files, "MAX_PIXELS", 96)
     load_layers(path)
 
 
