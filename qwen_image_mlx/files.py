@@ -1,4 +1,4 @@
-"""Files and folders while they are being written: under hidden names that tell who writes them, and for how long.
+"""Files and folders, written whole or not at all; hidden names while they are written; names that people give.
 
 A result gets its own name when it is whole, in one step, and never over anything. A process that is killed leaves
 hidden files behind; each name tells the program, the machine and the process, so the next run in that folder removes
@@ -8,6 +8,7 @@ those of processes that have ended, and no others.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -19,6 +20,9 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from .errors import OutputError, RequestError
+from .names import StrPath
+
 PREVIEW = b"tEXtqwen_image_mlx preview\0"  # begins what a preview's PNG says of whoever shows it
 PREVIEW_KEY = PREVIEW[4:-1].decode()
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
@@ -28,6 +32,8 @@ _PREVIEW_NAME = re.compile(r".*-preview(-\d+)?\.png", re.DOTALL)
 _HEAD = 300  # bytes of a PNG in which a preview says what it is
 _NAME_SHOWN = 30  # characters; a name takes up to four bytes for each, of the 255 there are
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+_FREE_MARGIN = 1 << 20  # bytes of a disk that stay free
+_NAME_BYTES = 200  # most file systems take 255; a number may be added
 _run = os.urandom(4).hex()  # a later process may have the same number
 _numbers = count()
 _swept: set[str] = set()
@@ -45,6 +51,97 @@ def hidden(path: Path) -> Path:
         sweep(path.parent)
     ending = path.suffix if re.fullmatch(r"\.[a-z0-9]{1,20}", path.suffix) else ""
     return path.with_name(f".{path.name[:_NAME_SHOWN]}.{owner()}-{next(_numbers)}.qwen-image-mlx{ending}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A hidden name to write a file under; it takes the place of `path` when the `with` ends, whole or not at all.
+
+    Raises:
+        OSError: it could not be written; what lay at `path` stays, and nothing is left behind.
+    """
+    partial = hidden(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        _forget(partial)
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replacing: bool = False) -> Iterator[Path]:
+    """A hidden folder to fill; it becomes `folder` when the `with` ends, whole or not at all.
+
+    Args:
+        folder: its parents are made.
+        replacing: whether it takes the place of a folder that has something in it; otherwise of an empty one only.
+
+    Raises:
+        OSError: it could not be written; what lay at `folder` stays, and nothing is left behind.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = hidden(folder), hidden(folder)
+    try:
+        partial.mkdir(mode=0o700)
+        yield partial
+        partial.chmod(0o777 & ~umask())
+        if replacing and folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keeps an existing folder for this process alone while the `with` lasts.
+
+    Raises:
+        BlockingIOError: another process has claimed it.
+        OSError: it cannot be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def new_file(path: Path, data: bytes) -> Path:
+    """Writes a file, whole or not at all, under `path` or the first free `-1`, `-2`, … beside it.
+
+    Missing folders are made. Returns the path written; raises OutputError, and nothing is left behind.
+    """
+    partial = hidden(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        return publish(partial, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+    finally:
+        _forget(partial)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file in place of an old one, atomically; raises OutputError, and the old one stays."""
+    try:
+        with atomic_file(path) as partial:
+            partial.write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+
+
+def _forget(partial: Path) -> None:
+    with suppress(OSError):  # a folder that is gone or not ours was said already
+        partial.unlink()
 
 
 def publish(partial: Path, path: Path) -> Path:
@@ -141,3 +238,62 @@ def temporary_folder(place: Path | None = None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def named_path(name: StrPath, what: str) -> Path:
+    """The path that a person's words mean, whether something is there or not, with ~ expanded.
+
+    Args:
+        name: as it was given.
+        what: how the message calls it.
+
+    Raises:
+        RequestError: it is empty, or nothing can ever have this name.
+    """
+    if not os.fspath(name):
+        raise RequestError(f"{what} is empty: name a place")
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise RequestError(f"{what} is {str(name)!r:.80}, which leads nowhere: {why}") from error
+    return path
+
+
+def check_writable(path: Path, nbytes: int) -> None:
+    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now."""
+    folder = path.parent
+    try:
+        path.exists()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if len(os.fsencode(path.name)) > _NAME_BYTES:
+            raise OutputError(f"cannot write {path.name[:40]}…: the name is too long")
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"cannot write to {path.parent}: {reason(error)}") from error
+    if free < nbytes + _FREE_MARGIN:
+        raise OutputError(f"cannot write {path}: the disk has {free / 1e6:.1f} MB left; free some space")
+
+
+def is_from_macos(name: str) -> bool:
+    """Whether a file is one that macOS puts beside others: attributes of a file (`._NAME`) or of a folder's window."""
+    return name == ".DS_Store" or name.startswith("._")
+
+
+def umask() -> int:
+    """Permissions that new files are not given; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def reason(error: OSError) -> str:
+    """Why, in lower case, for the end of a sentence."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full"
+    return (error.strerror or str(error)).lower()

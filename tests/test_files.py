@@ -13,7 +13,7 @@ from PIL import Image
 
 from qwen_image_mlx import files as unfinished
 from qwen_image_mlx.cli.preview import preview_file
-from qwen_image_mlx.images.files import new_file, replace_file
+from qwen_image_mlx.files import new_file, replace_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import kills

@@ -36,7 +36,8 @@ def is_batch(arguments: argparse.Namespace) -> bool:
 
 def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     """Paints and saves every picture that the folder does not hold; all that is asked for is checked before."""
-    from ..images.files import check_writable, named_path, save_png
+    from ..files import check_writable, named_path
+    from ..images.files import save_png
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     for row in rows_of("generate"):
@@ -161,7 +162,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _folder(output: str | None) -> Path:
-    from ..images.files import named_path
+    from ..files import named_path
 
     folder = named_path(FOLDER if output is None else output, "--output")
     if folder.suffix.lower() == ".png" or (folder.exists() and not folder.is_dir()):

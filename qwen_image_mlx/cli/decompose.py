@@ -53,7 +53,7 @@ def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
 
 def run(arguments: argparse.Namespace) -> None:
     """Takes one picture apart and saves its layers."""
-    from ..images.files import check_writable, named_path
+    from ..files import check_writable, named_path
     from ..images.sources import open_rgba
     from ..layers.formats import check_formats
     from ..layers.recompose import open_layer

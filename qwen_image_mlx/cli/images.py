@@ -35,8 +35,9 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str, c
         task: what the model must be made for.
         command: whose flags these are; None is that of the task's name.
     """
+    from ..files import check_writable
     from ..images.colour import ignore_profiles
-    from ..images.files import OPAQUE, check_text, check_writable, output_path, read_metadata, save_image
+    from ..images.files import OPAQUE, check_text, output_path, read_metadata, save_image
     from ..images.sources import open_image, open_mask, open_rgba
     from ..layers.recompose import adopt_layer, edited_layer_path
 

@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line, or JSON."""
-    from ..images.files import named_path
+    from ..files import named_path
     from ..layers.formats import is_layers
     from ..weights.safetensors_files import PICKLES
     from ..weights.snapshot import DEMOS

@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     kind = given.get("task", "t2i")
     wanted = {**configured(arguments, f"train --task {kind}"), **given}
 
-    from ..images.files import named_path
+    from ..files import named_path
 
     data, folder = named_path(arguments.data, "--data"), named_path(arguments.output, "--output")
     if given.get("task"):

@@ -22,7 +22,8 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ..errors import RequestError
-from ..images.files import METADATA_KEY, is_from_macos
+from ..files import is_from_macos
+from ..images.files import METADATA_KEY
 from ..images.sources import in_8_bits, readable
 from .stack import MAX_PIXELS, Layer, check_size
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, RequestError, some
-from ..images.files import replace_file
+from ..files import replace_file
 from ..images.formats import OTHER_SUFFIXES, SUFFIXES
 from ..images.geometry import Size
 from .archive import MAX_INDEX, Files, json_bytes, png_bytes, zip_files

@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from itertools import count
 from pathlib import Path
 
 from ..errors import OutputError, RequestError
-from ..files import hidden
-from ..images.files import reason, umask
+from ..files import atomic_folder, reason
 from ..names import LayersFormat, StrPath
 from ..outside import why_not_read
 from . import folder as own
@@ -113,24 +111,16 @@ def save_layers(stack: LayerStack, folder: StrPath, formats: Iterable[LayersForm
     if not isinstance(folder, str | os.PathLike) or "\0" in os.fspath(folder):
         raise RequestError(f"the folder is {folder!r:.80}, but must be a path")
     folder = Path(os.path.expanduser(folder))
-    partial = None
     try:
         if not is_free(folder):
             raise FileExistsError(errno.EEXIST, "it holds something already; layers get a folder of their own")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = hidden(folder)
-        partial.mkdir(mode=0o700)
-        for name in chosen:
-            FORMATS[name].write(stack, partial / FORMATS[name].file)
-        composite(stack).save(partial / "composite.png")
-        contact_sheet(stack).save(partial / "contact_sheet.png")
-        partial.chmod(0o777 & ~umask())
-        os.replace(partial, folder)
+        with atomic_folder(folder) as partial:
+            for name in chosen:
+                FORMATS[name].write(stack, partial / FORMATS[name].file)
+            composite(stack).save(partial / "composite.png")
+            contact_sheet(stack).save(partial / "contact_sheet.png")
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {reason(error)}") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     return sorted(folder.iterdir())
 
 

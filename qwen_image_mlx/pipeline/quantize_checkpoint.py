@@ -6,7 +6,6 @@ goes on where it stopped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -21,8 +20,7 @@ import mlx.core as mx
 
 from .._version import __version__
 from ..errors import OutputError, QwenImageError, RequestError, some
-from ..files import sweep
-from ..images.files import is_from_macos
+from ..files import claim, is_from_macos, sweep
 from ..names import StrPath
 from ..weights.loader import say_what_does_not_fit
 from ..weights.mapping import weights_map
@@ -153,25 +151,27 @@ def _telling(report: Reporter, folder: str) -> Callable[[int, int], None]:
 def _begun(partial: Path, plan: str) -> Iterator[None]:
     """The folder, new or with what an earlier run of the same plan left in it, for this run alone."""
     partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = partial / _PLAN
-        there = {path.name for path in partial.iterdir() if not is_from_macos(path.name)}
-        strangers = there - {_PLAN, INDEX, REPORT, _CARD, *_COPIED}
-        if strangers or (there and not found.is_file()):
-            raise RequestError(f"{partial} is not what an earlier run left there; remove it or name another folder")
-        if found.is_file() and found.read_text() != plan:
-            for path in partial.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        found.write_text(plan)
-        for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-            sweep(folder, alone=True)
-        yield
+        with claim(partial):
+            _take_over(partial, plan)
+            yield
     except BlockingIOError:
         raise RequestError(f"{partial} is being written by another run; wait for it or name another folder") from None
-    finally:
-        os.close(handle)
+
+
+def _take_over(partial: Path, plan: str) -> None:
+    """Keeps what an earlier run of the same plan left in a folder, and removes another plan's."""
+    found = partial / _PLAN
+    there = {path.name for path in partial.iterdir() if not is_from_macos(path.name)}
+    strangers = there - {_PLAN, INDEX, REPORT, _CARD, *_COPIED}
+    if strangers or (there and not found.is_file()):
+        raise RequestError(f"{partial} is not what an earlier run left there; remove it or name another folder")
+    if found.is_file() and found.read_text() != plan:
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    found.write_text(plan)
+    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        sweep(folder, alone=True)
 
 
 def _folders(components: Components) -> Folders:

@@ -27,7 +27,8 @@ from ..pipeline.request import Request, build_request
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.schemes import NONE, Quantization
 from .cache import EncodingCache
-from .memory import Memory, MemoryPlan, Work, alternatives, fitting_plan, parse_memory, table_of, work_of
+from .memory import Memory, alternatives, fitting_plan, parse_memory
+from .memory_plan import MemoryPlan, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
 from .preview import Preview
 from .residency import DEFAULT, Residency

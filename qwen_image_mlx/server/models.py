@@ -28,7 +28,7 @@ from .api_errors import ApiError
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress, ProgressCallback
     from ..pipeline.request import Request
-    from ..runtime.memory import MemoryPlan
+    from ..runtime.memory_plan import MemoryPlan
 
 logger: logging.Logger = logging.getLogger(__name__)
 

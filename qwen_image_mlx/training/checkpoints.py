@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OutputError
+from ..files import reason
 from ..gpu import gpu_faults
-from ..images.files import reason
 from ..weights.safetensors_files import load_tensors, save_tensors
 from .loop import Trainer
 

@@ -16,9 +16,9 @@ import mlx.core as mx
 from PIL import Image, ImageOps
 
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError, some
+from ..files import reason
 from ..gpu import all_finite
 from ..images.colour import profiles_are_ignored
-from ..images.files import reason
 from ..images.formats import check_file
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels

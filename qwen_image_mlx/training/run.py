@@ -28,9 +28,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
-from ..files import sweep
+from ..files import check_writable, is_from_macos, reason, replace_file, sweep
 from ..images.colour import profiles_are_ignored
-from ..images.files import check_writable, is_from_macos, reason, replace_file
 from ..models.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback

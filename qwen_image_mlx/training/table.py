@@ -13,8 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..files import check_writable
 from ..gpu import gpu_faults
-from ..images.files import check_writable
 from ..models.transformer import BlockRows, Modulation
 from ..weights.changes import WeightChanges
 from ..weights.loader import ComponentWeights

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, HubError, some
-from ..images.files import is_from_macos
+from ..files import is_from_macos
 
 Progress = Callable[[str, int, int], None]
 

@@ -7,7 +7,6 @@ raises becomes one sentence with a cure.
 from __future__ import annotations
 
 import logging
-import os
 import posixpath
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import HubError
+from ..files import atomic_file
 from .checkpoint_folder import COMMIT, Folder, Progress, require_files
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -213,11 +213,10 @@ def _remember(repo: str, revision: str, commit: str) -> None:
     if revision == commit:
         return
     ref = _cache_folder(repo) / "refs" / revision
-    new = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
     try:
         ref.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(commit)
-        new.replace(ref)
+        with atomic_file(ref) as new:
+            new.write_text(commit)
     except OSError as error:
         logger.debug("%s cannot be written (%s)", ref, error)  # a read-only cache still serves what it has
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, OutputError
-from ..files import hidden
+from ..files import atomic_file
 from ..gpu import finish, gpu_faults
 from ..names import StrPath
 from ..outside import why_not_read
@@ -164,16 +164,13 @@ def save_tensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[s
     Raises:
         OutputError: it could not be written; what lay there stays.
     """
-    partial = hidden(path)  # it ends in .safetensors too, as MLX wishes
     try:
         with gpu_faults():
             finish(arrays)
-        mx.save_safetensors(str(partial), dict(arrays), dict(metadata))
-        partial.replace(path)
+        with atomic_file(path) as partial:  # it ends in .safetensors too, as MLX wishes
+            mx.save_safetensors(str(partial), dict(arrays), dict(metadata))
     except (OSError, RuntimeError) as error:
         raise OutputError(f"{path} could not be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class LazyTensors:

@@ -21,7 +21,7 @@ from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import Cancelled, HubError, RequestError
 from qwen_image_mlx.pipeline import caption
 from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
-from qwen_image_mlx.runtime.memory import make_plan
+from qwen_image_mlx.runtime.memory_plan import make_plan
 from qwen_image_mlx.server.models import Models
 from qwen_image_mlx.server.schema import CaptionBody, DecomposeBody, EditBody, GenerateBody
 from qwen_image_mlx.server.tasks import Limits, Tasks
