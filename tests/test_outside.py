@@ -17,8 +17,9 @@ from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.cli import results
 from qwen_image_mlx.cli.console import ProgressBars
 from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.cli.output import output_path
 from qwen_image_mlx.errors import CheckpointError, RequestError
-from qwen_image_mlx.images.files import output_path, read_metadata, save_png
+from qwen_image_mlx.images.files import read_metadata, save_png
 from qwen_image_mlx.images.sources import open_image
 from qwen_image_mlx.layers.formats import load_layers
 from qwen_image_mlx.lora.peft import peft_config

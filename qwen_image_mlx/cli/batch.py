@@ -66,13 +66,12 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
 
     from ..files import sweep_results
     from ..runtime.batch import asked_pictures, missing_pictures, paint_all
-    from ..runtime.profile import Profile
     from ..runtime.session import Session
     from .console import Console
     from .preview import preview_file
 
     with Console(arguments) as console, ExitStack() as stack:
-        timings = Profile(console) if "timings" in given or console.verbose else None
+        timings = console.timings("timings" in given)
         session = Session.open({**usual, **given}, default_model, timings or console, task="generate")
         requests = []
         for one in wanted:

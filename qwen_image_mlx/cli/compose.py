@@ -11,6 +11,7 @@ from ..errors import RequestError
 from ..variants import DEFAULT_EDIT_MODEL
 from .flags import COMPOSITION, add_options, rows_of
 from .images import run_painting
+from .output import output_path
 from .words import filled
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Lays the layers together, and has the result edited if that is asked for."""
-    from ..images.files import OPAQUE, output_path, save_image
+    from ..images.files import OPAQUE, save_image
     from ..layers.recompose import compose
 
     blending = {

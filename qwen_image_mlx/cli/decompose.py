@@ -71,7 +71,6 @@ def run(arguments: argparse.Namespace) -> None:
         picture = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
     formats = check_formats((arguments.format or "png").split(","))
 
-    from ..runtime.profile import Profile
     from ..runtime.session import Session, layers_of
     from .preview import preview_file
 
@@ -82,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(folder / "layer_0.png", nbytes=4 * width * height * (draft.parameters.num_layers + 2) * len(formats))
 
     with Console(arguments) as console, ExitStack() as stack:
-        timings = Profile(console) if arguments.timings or console.verbose else None
+        timings = console.timings(bool(arguments.timings))
         session = Session.open(wanted, DEFAULT_LAYERED_MODEL, timings or console, task="decompose")
         request = session.request(wanted, pictures=[picture])
         say_idle("decompose", given, request)

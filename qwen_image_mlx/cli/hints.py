@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..errors import QwenImageError
 from ..outside import one_line
 
-# By `RequestError.cause`.
-CURES = {
+# By `QwenImageError.cause`.
+HINTS = {
     "budget": "try a smaller picture or --quantize 4, or paint all the same with --force",
     "residency": "try --memory auto or --quantize 4, or paint all the same with --force",
     "streamed quantization": "save the model quantized once (qwen-image-mlx quantize MODEL FOLDER --bits 4) and give "
@@ -15,10 +15,15 @@ CURES = {
     "prompt": "give one in quotes, or --from-image; one that begins with a dash comes last, as in -- -portrait",
     "group size": "--group-size needs --quantize",
     "lightning": "give one with --lora",
+    "fault: memory": "--memory auto and --quantize 4 take less",
+    "ema": "give --full with it",
+    "cut run": "--resume goes on",
+    "no run": "leave --resume away",
+    "earlier run": "--resume goes on with it",
 }
 
 
 def sentence(error: QwenImageError) -> str:
     """What an error says, on one line, with its cure where there is one."""
-    cure = CURES.get(getattr(error, "cause", ""))
+    cure = HINTS.get(error.cause)
     return one_line(error) + (f"; {cure}" if cure else "")

@@ -17,6 +17,7 @@ from ..variants import ASPECT_SIZES
 from .config import configured
 from .flags import flag_of, rows_of
 from .idle import say_idle
+from .output import output_path
 from .replay import replayed
 from .words import RANDOM, draw_seed, filled, read_prompt
 
@@ -37,9 +38,8 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str, c
     """
     from ..files import check_writable
     from ..images.colour import ignore_profiles
-    from ..images.files import OPAQUE, check_text, output_path, read_metadata, save_image
+    from ..images.files import OPAQUE, check_text, read_metadata, save_image
     from ..images.sources import open_image, open_mask, open_rgba
-    from ..layers.recompose import adopt_layer, edited_layer_path
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
@@ -65,7 +65,11 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str, c
         wanted["size"] = size if isinstance(size, str) else "x".join(map(str, size))
     check_text([wanted.get(name) for name in _PROVENANCE])
     draft = build_request(wanted, size if isinstance(size, tuple) else ASPECT_SIZES.get(size, (1024, 1024)))
-    adopted = edited_layer_path(given["layer"]) if "layer" in given and "output" not in given else None
+    adopted = None
+    if "layer" in given and "output" not in given:
+        from ..layers.recompose import adopt_layer, edited_layer_path
+
+        adopted = edited_layer_path(given["layer"])
     if adopted and (wanted["size"] != "source" or len(draft.seeds) * len(draft.image_indices) > 1):
         raise RequestError("one picture of the layer's own size takes its place: give --output for others")
     path = adopted or output_path(filled(given.get("output"), seed=draft.seeds[0], index=1, prompt=draft.prompt))
@@ -73,13 +77,11 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str, c
         raise RequestError(f"--output is {path}, but JPEG has no transparency to keep; end the name in .png or .webp")
     check_writable(path, nbytes=3 * draft.parameters.width * draft.parameters.height)
 
-    from ..runtime.profile import Profile
     from ..runtime.session import Session
     from .console import Console
-    from .preview import preview_file
 
     with Console(arguments) as console, ExitStack() as stack:
-        timings = Profile(console) if "timings" in given or console.verbose else None
+        timings = console.timings("timings" in given)
         stack.enter_context(ignore_profiles(bool(wanted.get("ignore_profile"))))  # flag, or what a picture recorded
         pictures = [open_image(source) for source in sources]
         mask = open_mask(wanted["mask"]) if "mask" in wanted else None
@@ -90,7 +92,11 @@ def run_painting(arguments: argparse.Namespace, default_model: str, task: str, c
         provenance = {name: wanted[name] for name in _PROVENANCE if name in wanted}
         if drawn:
             logger.info("seed %s", ", ".join(map(str, request.seeds)))
-        show = stack.enter_context(preview_file(path)) if "preview" in given else None
+        show = None
+        if "preview" in given:
+            from .preview import preview_file
+
+            show = stack.enter_context(preview_file(path))
         saved: Counter[Path] = Counter()
         for index, painting in enumerate(session.paint(request, show), 1):
             if "timings" in given:

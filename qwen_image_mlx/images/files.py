@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from PIL import ExifTags, Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
-from ..files import named_path, new_file
+from ..files import new_file
 from ..names import StrPath
 from .colour import alpha_range
 from .formats import check_file
@@ -22,10 +21,9 @@ from .sources import readable
 logger: logging.Logger = logging.getLogger(__name__)
 
 METADATA_KEY = "qwen_image_mlx"
-DEFAULT_NAME = "qwen-image.png"
 # By the ends of names: the form of a picture, and how it is written.
 _LOSSY = {"quality": 95, "subsampling": 0}
-_WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", _LOSSY),
     ".jpeg": ("JPEG", _LOSSY),
@@ -35,26 +33,6 @@ OPAQUE = (".jpg", ".jpeg")  # without transparency
 _COMMENT = b"ASCII\0\0\0"  # which code EXIF's UserComment is in
 _JPEG_COMMENT = 60_000  # bytes; EXIF is one segment of a JPEG
 _MOST_RECORD = 8_000_000  # characters: some of the longest prompts there may be
-
-
-def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
-    """The picture a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
-    if output is None:
-        return Path(default_name)
-    path = named_path(output, "--output")
-    if path.is_dir():
-        return path / default_name
-    if output.endswith(("/", os.sep)):
-        return path / default_name
-    if path.name.lower() in _WRITERS:
-        raise RequestError(f"--output is {output}, which has no name before {path.name}; name it, as in fox.png")
-    if not path.suffix:
-        return path.with_name(path.name + ".png")
-    if path.suffix.lower() not in _WRITERS:
-        raise RequestError(
-            f"--output is {output}, but pictures are written as PNG, JPEG or WebP; end the name in .png, .jpg or .webp"
-        )
-    return path
 
 
 def check_text(metadata: Any) -> None:
@@ -102,7 +80,7 @@ def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> by
     Raises:
         OutputError: it has transparency or a record that a JPEG cannot hold.
     """
-    form, settings = _WRITERS[path.suffix.lower()]
+    form, settings = WRITERS[path.suffix.lower()]
     if form == "PNG":
         return encode_png(image, metadata)
     comment, file = _comment(metadata), io.BytesIO()
@@ -130,7 +108,7 @@ class RecordedImage(Image.Image):
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """As Pillow's, but that the record goes along unless `pnginfo` or `exif` is given."""
         name = str(getattr(fp, "name", fp)) if format is None else f"x.{format}"
-        form, _ = _WRITERS.get(Path(name).suffix.lower(), ("", {}))
+        form, _ = WRITERS.get(Path(name).suffix.lower(), ("", {}))
         text = self.info.get(METADATA_KEY)
         if isinstance(text, str) and form == "PNG" and "pnginfo" not in params:
             params["pnginfo"] = _png_info(text)

@@ -113,12 +113,12 @@ class Adapters:
                 if self.mode == "merge":
                     raise CheckpointError(
                         f"a LoRA cannot be merged into the packed weights of {path}: packing them again would lose it; "
-                        "let it run beside them (--lora-mode side), or merge it into the model they were packed from"
+                        'let it run unmerged (LoRA mode "side"), or merge it into the model they were packed from'
                     )
                 if not update.has_factors:
                     raise CheckpointError(
                         f"the change of {path} by {lora.path.name} cannot run beside packed weights, as a plain LoRA's "
-                        "could: use the model they were packed from, with --quantize"
+                        "could: use the model they were packed from, quantized while it loads"
                     )
 
     def can_run_beside(self, path: str) -> bool:

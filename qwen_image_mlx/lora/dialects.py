@@ -200,7 +200,7 @@ def _check_model(path: Path, names: list[str], unmatched: list[str], targets: in
             f"{path} changes only a text encoder: {shown}; Qwen-Image takes LoRAs of its transformer alone"
         )
     if not any(re.search(r"lora|lokr|hada|\.diff|\.alpha$|dora_scale", name) for name in names):
-        raise CheckpointError(f"{path} is not a LoRA: {shown}; a whole model is loaded with --model")
+        raise CheckpointError(f"{path} is not a LoRA: {shown}; a whole model is given as the model")
     raise CheckpointError(f"{path} was made for another model: {shown}; use a LoRA made for Qwen-Image")
 
 

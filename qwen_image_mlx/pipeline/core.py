@@ -369,7 +369,7 @@ class PipelineCore:
                     start.blend if start.blended else None,
                 )
         if not all_finite(result):
-            raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
+            raise QwenImageError("the painted latents are not finite: try the dtype bfloat16, or check the weights")
         return result
 
     def decode_frames(

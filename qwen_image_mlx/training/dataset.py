@@ -126,7 +126,7 @@ def check_pictures(examples: Sequence[Example], task: str, resolution: int, repo
     if small:
         raise RequestError(
             f"{len(small)} of {len(examples)} pictures are smaller than the {resolution}x{resolution} pixels that "
-            f"--resolution {resolution} trains on: {some(small)}; lower it, or take them out"
+            f"the resolution {resolution} trains on: {some(small)}; lower it, or take them out"
         )
     if unequal:
         raise RequestError(f"{len(unequal)} layers have not the size of their picture: {some(unequal)}")

@@ -173,9 +173,9 @@ def _train(
         raise NotFinite(f"{error}; {where}") from error
     except OutputError as error:
         where = f"the last checkpoint, {checkpoint}, is whole" if checkpoint else "there is no checkpoint yet"
-        raise OutputError(f"{error}; {where}, and --resume goes on") from error
+        raise OutputError(f"{error}; {where}, and the run can be resumed", cause="cut run") from error
     if checkpoint is None or trainer.step > settings.steps:
-        raise RequestError(f"{folder} has {trainer.step} steps already: ask for more with --steps")
+        raise RequestError(f"{folder} has {trainer.step} steps already: ask for more steps")
     result = files.finish() if trainer.step == settings.steps else None
     return Outcome(result, checkpoint, trainer.step)
 
@@ -191,7 +191,7 @@ def _check(
     if not examples:
         raise RequestError("there is nothing to train on: give at least one example")
     if settings.full and "transformer" in pipeline.quantization.components:
-        raise RequestError("packed weights cannot be trained: leave --quantize away, or train a LoRA")
+        raise RequestError("packed weights cannot be trained: quantize nothing, or train a LoRA")
     if not settings.full:
         check_lora(matrices(pipeline.transformer_config), settings.targets, settings.rank)
     for place in (folder, *(folder / name for name in (CHECKPOINTS, CACHE, SAMPLES))):
@@ -205,9 +205,9 @@ def _check(
     if odd := odd + [name for name in files if os.path.isdir(folder / name)]:
         raise RequestError(f"{folder} has a {odd[0]} that is not a run's own: move it away, or name a new folder")
     if resume and not there:
-        raise RequestError(f"{folder} holds no run to go on with: leave --resume away")
+        raise RequestError(f"{folder} holds no run to go on with: begin a new one", cause="no run")
     if there and not resume:
-        raise RequestError(f"{folder} is not empty: name a new folder, or go on with --resume")
+        raise RequestError(f"{folder} is not empty: name a new folder, or resume the run in it", cause="earlier run")
     check_writable(folder / LOG, nbytes=1 << 20)
 
 

@@ -115,7 +115,7 @@ def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
 
     return (
         f"{_file(tensors)} is quantized as {form}, which is not read here: use a bf16, an fp8 (e4m3 or e5m2) or a GGUF "
-        f"file ({', '.join(sorted(DECODED))}) of the same model; --quantize makes a bf16 one as small"
+        f"file ({', '.join(sorted(DECODED))}) of the same model; a bf16 one can be quantized as small"
     )
 
 
@@ -132,7 +132,7 @@ def check_kind(component: str, tensors: Mapping[str, Tensor]) -> None:
     elif sentence := unreadable(tensors):
         raise CheckpointError(sentence)
     elif share < _KNOWN and any(_LORA.search(name) for name in tensors):
-        what, cure = "a LoRA", "give it with --lora"
+        what, cure = "a LoRA", "give it as one"
     elif share < _KNOWN:
         what = f"something else ({some(list(tensors))})"
     elif component in _TEXT_PARTS and not holds(component, tensors):

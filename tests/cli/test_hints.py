@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from qwen_image_mlx.cli.hints import CURES
+from qwen_image_mlx.cli.hints import HINTS
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.pipeline import request
@@ -26,7 +26,7 @@ def test_a_fault_has_its_cure_in_flags(cause, flags, capsys, monkeypatch, tmp_pa
     monkeypatch.setattr("qwen_image_mlx.runtime.memory.usable_memory", lambda: 1000)
     assert main(flags) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.endswith(f"; {CURES[cause]}")
+    assert line.endswith(f"; {HINTS[cause]}")
 
 
 def test_a_size_is_called_by_its_flag(capsys):
