@@ -22,7 +22,7 @@ _PUBLIC = {
     "GuidanceEncoding": "pipeline.conditioning",
     "InitialImage": "pipeline.conditioning",
     "LayeredResult": "pipeline.decomposition",
-    "compose": "images.recompose",
+    "compose": "layers.recompose",
     "ignore_profiles": "images.colour",
     "pack_multi_layer_latents": "sampling.latents",
     "unpack_multi_layer_latents": "sampling.latents",

@@ -1,4 +1,4 @@
-"""Writes the tree of every file, each with the first line of its docstring, into ARCHITECTURE.md.
+"""Writes the tree of every file, each with the summary of its docstring, into ARCHITECTURE.md.
 
 `python scripts/tree.py`; a test compares what it would write with what stands there.
 """
@@ -15,9 +15,10 @@ DOCUMENT = ROOT / "ARCHITECTURE.md"
 BEGIN, END = "<!-- tree: written by scripts/tree.py -->\n", "<!-- end of the tree -->\n"
 
 
-def first_line(path: Path) -> str:
-    """The first line of a module's docstring; empty without one."""
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+def summary(path: Path) -> str:
+    """The first paragraph of a module's docstring, on one line; empty without one."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split())
 
 
 def tree(package: Path = PACKAGE) -> str:
@@ -25,12 +26,12 @@ def tree(package: Path = PACKAGE) -> str:
 
     def rows(folder: Path, depth: int) -> Iterator[tuple[str, str]]:
         files = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
-        yield from (("  " * depth + path.name, first_line(path)) for path in files)
+        yield from (("  " * depth + path.name, summary(path)) for path in files)
         for inner in sorted(path.parent for path in folder.glob("*/__init__.py")):
-            yield "  " * depth + f"{inner.name}/", first_line(inner / "__init__.py")
+            yield "  " * depth + f"{inner.name}/", summary(inner / "__init__.py")
             yield from rows(inner, depth + 1)
 
-    lines = [(f"{package.name}/", first_line(package / "__init__.py")), *rows(package, 1)]
+    lines = [(f"{package.name}/", summary(package / "__init__.py")), *rows(package, 1)]
     width = max(len(name) for name, _ in lines) + 2
     return "```\n" + "".join(f"{name:{width}}{what}".rstrip() + "\n" for name, what in lines) + "```\n"
 

@@ -97,6 +97,7 @@ def write_zip(files: Iterator[tuple[str, bytes]], path: Path) -> None:
 
 @contextmanager
 def zip_files(path: Path) -> Iterator[Files]:
+    """The files of a zip; raises RequestError if it is damaged, or unpacks to too much."""
     try:
         _check_directory(path)
         with zipfile.ZipFile(path) as archive:
@@ -145,6 +146,7 @@ def _unwrapped(members: dict[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
+    """A value as JSON; raises RequestError if it has none."""
     try:
         return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -152,6 +154,7 @@ def json_bytes(value: dict[str, Any]) -> bytes:
 
 
 def png_bytes(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
+    """An image as the bytes of a PNG, with metadata as in `images.files`; raises RequestError if it has no JSON."""
     info = PngImagePlugin.PngInfo()
     if metadata:
         info.add_itxt(METADATA_KEY, json_bytes(metadata).decode())

@@ -243,7 +243,7 @@ class PipelineCore:
             RequestError: the picture cannot be read or shows nothing, or the language is another.
             CheckpointError: the checkpoint has no language head or no vision tower.
         """
-        from .caption import MAX_TOKENS, write_caption  # here: most runs write no caption
+        from .caption import write_caption  # here: most runs write no caption
 
         check_side(resolution)
         if not isinstance(language, str) or language not in CAPTION_TEMPLATES:
@@ -253,10 +253,7 @@ class PipelineCore:
         with self._working(progress):
             parts.prepare_captions()
             _ = parts.vision, parts.text_encoder, parts.language_head
-            return write_caption(
-                parts, picture, resolution**2, language, check_seed(seed),
-                lambda count: self._report(Progress("caption", count, MAX_TOKENS)),
-            )  # fmt: skip
+            return write_caption(parts, picture, resolution**2, language, check_seed(seed), self._report)
 
     def output_size(self, images: Sequence[ImageSource]) -> Size:
         """(width, height) that an edit of these pictures has unless another is asked for: about 1 MP."""

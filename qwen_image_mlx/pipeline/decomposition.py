@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..images.canvas import plan_canvas
+from ..images.canvas import Canvas, plan_canvas
 from ..images.pixels import on_white
 from ..images.sources import check_visible
 from ..layers.formats import save_layers
-from ..layers.stack import LayerStack, composite, psnr
+from ..layers.stack import Layer, LayerStack, composite, psnr
 from ..names import CaptionLanguage, LayersFormat, LayersSize, Rng, StrPath
 from ..variants import CAPTION_TEMPLATES
 from .parameters import RNGS, GenerationParameters
@@ -68,6 +68,12 @@ class LayeredResult:
             OutputError: it could not be written.
         """
         return save_layers(self.stack, folder, formats)
+
+
+def layered_result(images: Iterable[Image], canvas: Canvas, metadata: Mapping[str, Any]) -> LayeredResult:
+    """Layers' images, back to front, each of the canvas's result size, as a result with a record."""
+    layers = tuple(Layer(image, f"layer {n}") for n, image in enumerate(images))
+    return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, layers, metadata))
 
 
 def layers_request(

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, cast
 
@@ -34,7 +33,7 @@ from .limits import limits
 from .metadata import describe
 from .parameters import DTYPES, GenerationParameters, check_num_images, explicit_size
 from .progress import Progress, ProgressCallback, Shown
-from .releasable import ReleasablePipeline
+from .releasable import ReleasablePipeline, lora_reader
 from .reporter import Reporter
 from .request import Request
 
@@ -108,16 +107,11 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             offline=offline,
             progress=report.download,
         )
-        read_loras = None
-        if loras:
-            from ..lora.fetch import read_adapters  # here: most runs have no LoRA
-
-            read_loras = partial(read_adapters, loras, lora_mode, offline=offline, download=report.download)
         replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         components = Components(
             snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t,
             quantization=quantize,
-            read_loras=read_loras,
+            read_loras=lora_reader(loras, lora_mode, offline, report) if loras else None,
             replaced={name: path for name, path in replaced.items() if path is not None}, streamed=streamed,
             on_layer=lambda name, layer, layers: report(Progress("layer", layer, layers, name)),
         )  # fmt: skip
@@ -481,15 +475,11 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
         release: bool = False,
     ) -> LayeredResult:
         """Paints a request's layers, each decoded, resized and turned into 8 bits before the next."""
-        from ..layers.stack import Layer, LayerStack  # here: most runs make no layers
-        from .decomposition import LayeredResult
+        from .decomposition import layered_result  # here: most runs make no layers
 
         pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress, release)]
-        layers = (Layer(image, f"layer {n}") for n, image in enumerate(pictures))
-        canvas = request.canvas
-        assert canvas is not None
-        metadata = describe(self, request, encoding, request.seeds[0])
-        return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, tuple(layers), metadata))
+        assert request.canvas is not None
+        return layered_result(pictures, request.canvas, describe(self, request, encoding, request.seeds[0]))
 
     def _paint(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
         with limits(), self._report.shown(progress):

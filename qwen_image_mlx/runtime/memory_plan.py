@@ -154,6 +154,7 @@ class Planner:
         self.transformer_config = components.declared_transformer_config
 
     def plan(self, strip_pixels: int) -> MemoryPlan:
+        """The plan, with at most so many pixels decoded at once."""
         before, stages = self.before_decode
         decode = self.decode(before, strip_pixels)
         return MemoryPlan(self.residency, (*stages, decode), self.disk, strip_pixels, self.needs_pack)
