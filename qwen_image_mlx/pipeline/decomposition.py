@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..images.canvas import Canvas, plan_canvas
+from ..images.canvas import plan_canvas
 from ..images.pixels import on_white
 from ..images.sources import check_visible
 from ..layers.formats import save_layers
@@ -70,8 +70,10 @@ class LayeredResult:
         return save_layers(self.stack, folder, formats)
 
 
-def layered_result(images: Iterable[Image], canvas: Canvas, metadata: Mapping[str, Any]) -> LayeredResult:
-    """Layers' images, back to front, each of the canvas's result size, as a result with a record."""
+def layered_result(images: Iterable[Image], request: Request, metadata: Mapping[str, Any]) -> LayeredResult:
+    """What came of a request: its layers' images, back to front, each of the result's size, with their record."""
+    canvas = request.canvas
+    assert canvas is not None
     layers = tuple(Layer(image, f"layer {n}") for n, image in enumerate(images))
     return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, layers, metadata))
 

@@ -478,8 +478,7 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
         from .decomposition import layered_result  # here: most runs make no layers
 
         pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress, release)]
-        assert request.canvas is not None
-        return layered_result(pictures, request.canvas, describe(self, request, encoding, request.seeds[0]))
+        return layered_result(pictures, request, describe(self, request, encoding, request.seeds[0]))
 
     def _paint(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
         with limits(), self._report.shown(progress):
