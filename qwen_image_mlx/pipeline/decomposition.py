@@ -75,7 +75,7 @@ def layered_result(images: Iterable[Image], request: Request, metadata: Mapping[
     canvas = request.canvas
     assert canvas is not None
     layers = tuple(Layer(image, f"layer {n}") for n, image in enumerate(images))
-    return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, layers, metadata))
+    return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, layers, dict(metadata)))
 
 
 def layers_request(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -22,7 +23,7 @@ from ..weights.safetensors_files import Tensor, is_gguf
 from ..weights.snapshot import DEMO_ROOT, weight_file
 
 # The released models' configs.
-_CONFIGS = {"transformer": TransformerConfig(), "text_encoder": TextEncoderConfig(), "vae": VAEConfig()}
+_CONFIGS: dict[str, Any] = {"transformer": TransformerConfig(), "text_encoder": TextEncoderConfig(), "vae": VAEConfig()}
 # Tensors that say more, by canonical name: (label, what is said).
 _MARKS = {
     "__index_timestep_zero__": ("zero_cond_t", "on, as editing models of 2511 want it"),
@@ -70,7 +71,8 @@ def identify(path: Path) -> FileReport:
     if parts := kinds_of(tensors):
         facts, kind = _facts(path, parts), ", ".join(parts)
         sizes = [_resident_bytes(part, own) for part, own in parts.items()]
-        resident = None if "cannot be used" in facts or None in sizes else sum(sizes)
+        known = [size for size in sizes if size is not None]
+        resident = sum(known) if len(known) == len(sizes) and "cannot be used" not in facts else None
         return FileReport(str(path), kind, len(tensors), total, forms, facts, resident)
     if sentence := unreadable(tensors):
         raise CheckpointError(sentence)
@@ -107,7 +109,8 @@ def read_known_lora(path: Path, strength: float = 1.0) -> tuple[LoRA, str]:
 
 def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
     """What is to be said of a file with components in it."""
-    flags, facts = weights_map("files")["flags"], {}
+    flags = weights_map("files")["flags"]
+    facts: dict[str, str] = {}
     for kind, tensors in parts.items():
         names = set(canonical_names(kind, tensors).values())
         facts |= dict(said for name, said in _MARKS.items() if name in names)
@@ -116,7 +119,7 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
             if not holds(kind, tensors):
                 facts["language model"] = "no: this file only has to lie beside the text encoder's"
         if form := foreign_format(tensors):
-            facts |= {"format": form, "cannot be used": unreadable(tensors)}
+            facts |= {"format": form, "cannot be used": unreadable(tensors) or ""}
     if is_gguf(path):
         facts["architecture"] = _architecture(path).removeprefix(" of ") or "not said"
     if len(parts) == 1 and (shard := shard_of(next(iter(parts.values())))):

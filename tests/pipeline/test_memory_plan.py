@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
-from qwen_image_mlx.cli.hints import CURES
+from qwen_image_mlx.cli.hints import HINTS
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.pipeline.limits import limits
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
@@ -195,7 +195,7 @@ def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run,
     for wanted in (budget, "streamed"):
         code, out, err = run("--memory", wanted, "--quantize", "4/32", "-o", "no.png")
         assert (code, out) == (2, "")
-        assert err.rstrip().endswith(CURES["streamed quantization"])
+        assert err.rstrip().endswith(HINTS["streamed quantization"])
     assert "saved quantized" in err or wanted == "streamed"
     assert run("--model", packed, "--memory", budget, "-o", "yes.png")[0] == 0
 
