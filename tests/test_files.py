@@ -6,14 +6,15 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from qwen_image_mlx import files as unfinished
+from qwen_image_mlx import files
 from qwen_image_mlx.cli.preview import preview_file
-from qwen_image_mlx.files import new_file, replace_file
+from qwen_image_mlx.files import atomic_file, atomic_folder, claim, new_file, replace_file, umask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import kills
@@ -67,7 +68,7 @@ def test_what_a_dead_process_left_goes_and_what_a_living_one_writes_stays(tmp_pa
     assert len(names(tmp_path)) == 3
     writer()
     living = names(tmp_path)
-    unfinished.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert len(living) == 3
     assert names(tmp_path) == living
     assert {Path(name).suffix for name in living} == {".png", ".safetensors", ".qwen-image-mlx"}
@@ -75,12 +76,12 @@ def test_what_a_dead_process_left_goes_and_what_a_living_one_writes_stays(tmp_pa
 
 def test_a_preview_goes_with_its_process(tmp_path, writer):
     process = writer("preview")
-    unfinished.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert "fox-preview.png" in names(tmp_path)
     process.kill()
     process.communicate()
     Image.new("RGB", (8, 8)).save(tmp_path / "hare-preview.png")  # somebody's own
-    unfinished.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert names(tmp_path) == ["hare-preview.png"]
 
 
@@ -89,20 +90,20 @@ def test_a_preview_goes_with_its_process(tmp_path, writer):
     [
         ".fox.png.partial",
         ".fox.png.00000000-1-00000000-0.qwen-image-mlx.png",  # another machine's
-        pytest.param(f".fox.png.{unfinished.owner()}-0.qwen-image-mlx.png", id="this process's"),
+        pytest.param(f".fox.png.{files.owner()}-0.qwen-image-mlx.png", id="this process's"),
         "fox.qwen-image-mlx.png",
     ],
 )
 def test_files_of_others_stay(tmp_path, name):
     (tmp_path / name).write_text("mine")
-    unfinished.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert names(tmp_path) == [name]
 
 
 def test_a_later_process_of_the_same_number_is_another_one(tmp_path):
-    host, pid, _ = unfinished.owner().split("-")
+    host, pid, _ = files.owner().split("-")
     (tmp_path / f".fox.png.{host}-{pid}-00000000-0.qwen-image-mlx.png").write_text("")
-    unfinished.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -148,3 +149,54 @@ def test_the_kills_see_what_is_not_whole(tmp_path):
     (tmp_path / "half.safetensors").write_bytes(b"\x10\0\0\0")
     (tmp_path / "half.json").write_text("{")
     assert len(list(kills.broken(tmp_path))) == 3
+
+
+def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(TypeError), atomic_file(path) as partial:
+        partial.write_text("half") + path.read_text()
+    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["a.txt"])
+    with atomic_file(path) as partial:
+        partial.write_text("new")
+    assert (path.read_text(), os.listdir(tmp_path)) == ("new", ["a.txt"])
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, replacing):
+    folder = tmp_path / "new" / "a"
+    with atomic_folder(folder) as partial:
+        assert partial.stat().st_mode & 0o777 == 0o700
+        (partial / "x").write_text("old")
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask()
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder, replacing=replacing) as partial:
+        raise ZeroDivisionError
+    assert ((folder / "x").read_text(), os.listdir(folder.parent)) == ("old", ["a"])
+    refused = nullcontext() if replacing else pytest.raises(OSError, match="not empty")
+    with refused, atomic_folder(folder, replacing=replacing) as partial:
+        (partial / "y").write_text("new")
+    assert (os.listdir(folder), os.listdir(folder.parent)) == (["y"] if replacing else ["x"], ["a"])
+
+
+def test_what_a_folder_could_not_replace_comes_back(tmp_path, monkeypatch):
+    folder, replace, moved = tmp_path / "a", os.replace, []
+    folder.mkdir()
+    (folder / "x").write_text("old")
+
+    def fails_second(source, target):
+        moved.append(source)
+        if len(moved) == 2:
+            raise OSError("disk")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_second)
+    with pytest.raises(OSError, match="disk"), atomic_folder(folder, replacing=True):
+        pass
+    assert ((folder / "x").read_text(), os.listdir(tmp_path)) == ("old", ["a"])
+
+
+def test_a_folder_is_claimed_by_one(tmp_path):
+    with claim(tmp_path), pytest.raises(BlockingIOError), claim(tmp_path):
+        pytest.fail("claimed twice")
+    with claim(tmp_path):
+        pass

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import ast
 import inspect
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
+import qwen_image_mlx
 from qwen_image_mlx.cli.hints import HINTS
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import RequestError
+from qwen_image_mlx.names import Fault
 from qwen_image_mlx.pipeline import request
 from qwen_image_mlx.runtime import session
+
+PACKAGE = Path(qwen_image_mlx.__file__).parent
 
 
 @pytest.mark.parametrize(("cause", "flags"), [
@@ -34,6 +40,20 @@ def test_a_size_is_called_by_its_flag(capsys):
     assert "--size is 'big'" in capsys.readouterr().err
     with pytest.raises(RequestError, match=r"^size is 'big'"):
         request.parsed_size("big")
+
+
+def test_every_cause_has_its_hint():
+    """The causes that the package's errors name, read from their calls."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "cause":
+                found |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)}
+    assert len(found) > 8
+    assert {cause for cause in found if not cause.startswith("fault: ")} == {
+        cause for cause in HINTS if not cause.startswith("fault: ")
+    }
+    assert {f"fault: {fault}" for fault in get_args(Fault)} >= {c for c in HINTS if c.startswith("fault: ")}
 
 
 @pytest.mark.parametrize("module", [session, request])
