@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..variants import DEFAULT_EDIT_MODEL
 from .flags import COMPOSITION, add_options, rows_of
-from .images import run_painting
+from .images import run_images
 from .output import output_path
 from .words import filled
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         "output": str(path),
     }
     try:
-        run_painting(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, "edit", command="compose")
+        run_images(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, "edit", command="compose")
     except BaseException:
         if not there:
             composed.unlink()
