@@ -251,7 +251,7 @@ def test_facts_are_read_from_disk_alone(monkeypatch):
         asked.append(offline)
         raise HubError("not here yet")
 
-    monkeypatch.setattr("qwen_image_mlx.pipeline.pipeline.read_adapters", read)
+    monkeypatch.setattr("qwen_image_mlx.lora.fetch.read_adapters", read)
     offers = {"generate": {"model": "demo", "quantize": None, "loras": ["owner/style"]}}
     models = Models(offers, None, None)
     models.read_facts()
