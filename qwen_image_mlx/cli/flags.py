@@ -11,7 +11,6 @@ from ..options import Choice, Option, Several, Switch, Text, by_name
 from ..pipeline.parameters import CANVAS, PAINTERS
 from ..runtime.options import OPTIONS
 
-EXAMPLES = "examples:"  # what an epilog of examples begins with; it keeps its lines
 FOLDER = "qwen-images"  # of many pictures
 COMPOSITION = "composition.png"
 # Headings of help, by `Option.group`, in their order.
@@ -155,7 +154,7 @@ def add_options(parser: argparse.ArgumentParser, command: str, heading: str = ""
     """
     found = rows_of(command)
     if command in _EXAMPLES:
-        parser.epilog = "\n".join([EXAMPLES, *(f"  qwen-image-mlx {line}" for line in _EXAMPLES[command])])
+        parser.epilog = "\n".join(["examples:", *(f"  qwen-image-mlx {line}" for line in _EXAMPLES[command])])
     titles = dict.fromkeys(_HEADINGS[row.group] for row in sorted(found, key=lambda row: [*_HEADINGS].index(row.group)))
     groups = {title: parser.add_argument_group(title) for title in ([heading] if heading else titles)}
     for row in found:

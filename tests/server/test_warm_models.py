@@ -247,11 +247,11 @@ def test_a_model_that_cannot_be_used_is_said_without_its_place(broken, tmp_path)
 def test_facts_are_read_from_disk_alone(monkeypatch):
     asked = []
 
-    def read(references, mode, targets, *, offline, report):
+    def read(references, mode, targets, *, offline, download):
         asked.append(offline)
         raise HubError("not here yet")
 
-    monkeypatch.setattr("qwen_image_mlx.pipeline.pipeline.read_adapters", read)
+    monkeypatch.setattr("qwen_image_mlx.lora.fetch.read_adapters", read)
     offers = {"generate": {"model": "demo", "quantize": None, "loras": ["owner/style"]}}
     models = Models(offers, None, None)
     models.read_facts()
