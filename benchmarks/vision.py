@@ -121,7 +121,7 @@ class Ours(Side):
 
         from qwen_image_mlx.models.vision import VisionTower
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-        from qwen_image_mlx.weights.shards import component_tensors
+        from qwen_image_mlx.weights.safetensors_files import component_tensors
 
         tensors = ComponentWeights("vision", config, component_tensors((weights,), None), ("main",))
         self.tower = load_module(VisionTower(config), tensors, "main", mx.float32)

@@ -97,30 +97,6 @@ class QuantizedLinear(nn.QuantizedLinear):
         return (product, self.bias) if "bias" in self else (product,)
 
 
-class SideBranch(nn.Module):
-    """A linear layer with a low-rank branch beside it: y = layer(x) + (x A^T) B^T.
-
-    Args:
-        layer: dense or quantized.
-        a: (r, in).
-        b: (out, r).
-    """
-
-    def __init__(self, layer: nn.Module, a: mx.array, b: mx.array):
-        super().__init__()
-        self.layer: nn.Module = layer
-        self.a: mx.array = a
-        self.b: mx.array = b
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.layer(x) + (x @ self.a.T) @ self.b.T
-
-    def terms(self, x: mx.array) -> tuple[mx.array, ...]:
-        """Those of the layer, the branch added to the first."""
-        first, *bias = self.layer.terms(x)
-        return (first + (x @ self.a.T) @ self.b.T, *bias)
-
-
 class QuantizedEmbedding(QuantizedLinear):
     """`nn.QuantizedEmbedding` around weights that are there already; rows come out in `dtype`."""
 

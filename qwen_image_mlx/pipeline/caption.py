@@ -19,6 +19,8 @@ from ..text.prompt import replace_vision_tokens, tokenize_prompt
 from ..variants import CAPTION_TEMPLATES
 from .components import Components
 from .encode import encode_vision, feature_grid
+from .progress import Progress
+from .reporter import Reporter
 
 MAX_TOKENS = 512
 
@@ -29,7 +31,7 @@ def write_caption(
     area: int,
     language: CaptionLanguage,
     seed: int,
-    on_token: Callable[[int], None],
+    report: Reporter,
 ) -> str:
     """The caption of a picture, shown at about `area` pixels.
 
@@ -39,7 +41,7 @@ def write_caption(
         area: in pixels.
         language: a key of `CAPTION_TEMPLATES`.
         seed: of the draws, where generation_config.json asks for sampling.
-        on_token: told the number of tokens written.
+        report: told of every token.
     """
     grid = feature_grid(components, image, area)
     tokens = tokenize_prompt(components.tokenizer, CAPTION_TEMPLATES[language], "", [grid])
@@ -54,7 +56,7 @@ def write_caption(
             break
         ids.append(token)
         written.append(token)
-        on_token(len(written))
+        report(Progress("caption", len(written), MAX_TOKENS))
         if len(written) == MAX_TOKENS:
             break
     return components.tokenizer.decode(written).strip()

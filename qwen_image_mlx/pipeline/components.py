@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
@@ -24,7 +24,6 @@ from ..config import (
 from ..errors import CheckpointError, RequestError
 from ..gpu import Pace
 from ..models import nn
-from ..models.layers import SideBranch
 from ..models.text_encoder import LanguageHead, TextEncoder
 from ..models.transformer import Transformer
 from ..models.vae import Decoder, Encoder
@@ -32,13 +31,15 @@ from ..models.vision import VisionTower
 from ..names import StrPath
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
-from ..weights.adapters import Adapters, Branch, Placement
-from ..weights.loader import ComponentWeights, load_module, put_beside
+from ..weights.loader import ComponentWeights, load_module
 from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
-from ..weights.streaming import STREAMABLE, stream_module
 from .sources import Sources
+
+if TYPE_CHECKING:
+    from ..lora.adapters import Adapters, Placement
+    from ..weights.changes import Branch
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -102,8 +103,11 @@ class Components:
         self._zero_cond_t = zero_cond_t
         self.quantization: Quantization = quantization or Quantization()
         self.streamed: frozenset[str] = frozenset(streamed)
-        if odd := sorted(map(str, self.streamed - STREAMABLE)):
-            raise RequestError(f"{', '.join(odd)} cannot be streamed; {', '.join(sorted(STREAMABLE))} can")
+        if self.streamed:
+            from ..weights.streaming import STREAMABLE  # here: most runs stream nothing
+
+            if odd := sorted(map(str, self.streamed - STREAMABLE)):
+                raise RequestError(f"{', '.join(odd)} cannot be streamed; {', '.join(sorted(STREAMABLE))} can")
         self._read_loras = read_loras
         self.placement: Placement | None = None
         self._loaded: dict[str, Any] = {}
@@ -166,6 +170,8 @@ class Components:
         if branches is None or transformer is None:
             self.release("transformer")
             return
+        from ..lora.branch import SideBranch, put_beside  # here: most runs have no LoRA
+
         there = {path for path, module in transformer.named_modules() if isinstance(module, SideBranch)}
         for path in there | branches.keys():
             put_beside(transformer, path, branches.get(path))
@@ -384,8 +390,10 @@ class Components:
     def _load(self, component: str, part: str, module: M, dtype: mx.Dtype, adapters: Adapters | None = None) -> M:
         scheme, weights = getattr(self.quantization, component, None), self.weights(component)
         if component in self.streamed:
+            from ..weights.streaming import stream_module  # here: most runs stream nothing
+
             return stream_module(module, weights, part, dtype, scheme, adapters)
-        placement = Placement(adapters) if adapters else None
+        placement = adapters.placement() if adapters else None
         if component == "transformer":
             self.placement = placement
         return load_module(module, weights, part, dtype, scheme, placement)

@@ -29,12 +29,10 @@ from ..text.prompt import tokenize_prompt
 from ..variants import CAPTION_TEMPLATES, Variant
 from ..weights.modulation import modulation_table
 from .autoencode import STRIP_PIXELS, decode, strips_of
-from .caption import MAX_TOKENS, write_caption
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
 from .encode import encode_initial_image, encode_prompts, encode_references, encode_vision, feature_grid
 from .limits import limits
-from .loras import profile_of
 from .parameters import (
     GenerationParameters,
     check_image_index,
@@ -43,7 +41,8 @@ from .parameters import (
     check_side,
     check_size,
 )
-from .progress import Progress, ProgressCallback, Reporter
+from .progress import Progress, ProgressCallback
+from .reporter import Reporter
 from .start import Start, draw_start
 
 if TYPE_CHECKING:
@@ -114,10 +113,10 @@ class PipelineCore:
     def recommended(self) -> Recommended:
         """How it wants to be sampled: as its card says, or as a distilled LoRA was trained."""
         adapters = self.components.adapters
-        profile = profile_of(adapters.loras) if adapters else None
-        if profile is None:
+        distilled = adapters.distillation if adapters else None
+        if distilled is None:
             return Recommended(self.variant.steps, self.variant.cfg_scale, None)
-        return Recommended(profile.steps, profile.cfg_scale, profile.shift)
+        return Recommended(distilled.steps, distilled.cfg_scale, distilled.shift)
 
     @property
     def fingerprint(self) -> str:
@@ -244,6 +243,8 @@ class PipelineCore:
             RequestError: the picture cannot be read or shows nothing, or the language is another.
             CheckpointError: the checkpoint has no language head or no vision tower.
         """
+        from .caption import write_caption  # here: most runs write no caption
+
         check_side(resolution)
         if not isinstance(language, str) or language not in CAPTION_TEMPLATES:
             raise RequestError(f"language is {language!r}, but must be one of {', '.join(CAPTION_TEMPLATES)}")
@@ -252,10 +253,7 @@ class PipelineCore:
         with self._working(progress):
             parts.prepare_captions()
             _ = parts.vision, parts.text_encoder, parts.language_head
-            return write_caption(
-                parts, picture, resolution**2, language, check_seed(seed),
-                lambda count: self._report(Progress("caption", count, MAX_TOKENS)),
-            )  # fmt: skip
+            return write_caption(parts, picture, resolution**2, language, check_seed(seed), self._report)
 
     def output_size(self, images: Sequence[ImageSource]) -> Size:
         """(width, height) that an edit of these pictures has unless another is asked for: about 1 MP."""
@@ -368,7 +366,7 @@ class PipelineCore:
                     start.blend if start.blended else None,
                 )
         if not all_finite(result):
-            raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
+            raise QwenImageError("the painted latents are not finite: try the dtype bfloat16, or check the weights")
         return result
 
     def decode_frames(

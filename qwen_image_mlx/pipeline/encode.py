@@ -73,7 +73,7 @@ def encode_prompts(
         states = [rows[:, tokens.first :] for rows, tokens in zip(whole, prompts, strict=True)]
         finish(states)
     if not all_finite(*states):
-        raise QwenImageError("the encoded prompt is not finite: try --dtype bfloat16, or check the weights")
+        raise QwenImageError("the encoded prompt is not finite: try the dtype bfloat16, or check the weights")
     return states
 
 

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, cast
 
@@ -21,7 +20,6 @@ from ..images.canvas import Canvas, plan_canvas
 from ..images.colour import alpha_range
 from ..images.files import recorded
 from ..images.geometry import Size
-from ..images.layers import Layer, LayerStack
 from ..images.pixels import to_images
 from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
 from ..names import CaptionLanguage, Dtype, LayersSize, LoRAMode, NamedSize, Rng, Streamable, StrPath, Task
@@ -30,18 +28,20 @@ from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
 from .conditioning import Encodings, GuidanceEncoding, InitialImage
-from .decomposition import LayeredResult, layers_request
 from .foreign_names import Answering, answering
 from .limits import limits
-from .loras import LoRAReference, read_adapters
 from .metadata import describe
 from .parameters import DTYPES, GenerationParameters, check_num_images, explicit_size
-from .progress import Progress, ProgressCallback, Reporter, Shown
-from .releasable import ReleasablePipeline
+from .progress import Progress, ProgressCallback, Shown
+from .releasable import ReleasablePipeline, lora_reader
+from .reporter import Reporter
 from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+
+    from ..lora.fetch import LoRAReference
+    from .decomposition import LayeredResult
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -105,13 +105,13 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             model,
             revision=revision,
             offline=offline,
-            progress=lambda name, done, total: report(Progress("download", done, total, name)),
+            progress=report.download,
         )
         replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         components = Components(
             snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t,
             quantization=quantize,
-            read_loras=partial(read_adapters, loras, lora_mode, offline=offline, report=report) if loras else None,
+            read_loras=lora_reader(loras, lora_mode, offline, report) if loras else None,
             replaced={name: path for name, path in replaced.items() if path is not None}, streamed=streamed,
             on_layer=lambda name, layer, layers: report(Progress("layer", layer, layers, name)),
         )  # fmt: skip
@@ -307,6 +307,8 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             RequestError: a parameter is out of range, the picture cannot be read or is transparent everywhere, or the
                 model is not layered.
         """
+        from .decomposition import layers_request  # here: most runs make no layers
+
         self.check_task("decompose")
         request = layers_request(
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
@@ -473,12 +475,10 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
         release: bool = False,
     ) -> LayeredResult:
         """Paints a request's layers, each decoded, resized and turned into 8 bits before the next."""
+        from .decomposition import layered_result  # here: most runs make no layers
+
         pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress, release)]
-        layers = (Layer(image, f"layer {n}") for n, image in enumerate(pictures))
-        canvas = request.canvas
-        assert canvas is not None
-        metadata = describe(self, request, encoding, request.seeds[0])
-        return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, tuple(layers), metadata))
+        return layered_result(pictures, request, describe(self, request, encoding, request.seeds[0]))
 
     def _paint(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
         with limits(), self._report.shown(progress):

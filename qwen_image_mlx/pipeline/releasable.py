@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ..config import TransformerConfig
 from ..names import LoRAMode
 from ..weights.schemes import Quantization
 from .core import PipelineCore
-from .loras import LoRAReference, read_adapters
+from .reporter import Reporter
 from .request import Request
+
+if TYPE_CHECKING:
+    from ..lora.adapters import Adapters
+    from ..lora.fetch import LoRAReference
+
+
+def lora_reader(
+    loras: Sequence[LoRAReference], mode: LoRAMode, offline: bool, report: Reporter
+) -> Callable[[Mapping[str, tuple[int, ...]]], Adapters]:
+    """What reads LoRAs, given the modules they may change and their weights' shapes; see `lora.fetch.read_adapters`."""
+    from ..lora.fetch import read_adapters  # here: most runs have no LoRA
+
+    return partial(read_adapters, loras, mode, offline=offline, download=report.download)
 
 
 class ReleasablePipeline(PipelineCore):
@@ -87,8 +102,7 @@ class ReleasablePipeline(PipelineCore):
         parts = self.components
         adapters = None
         if loras:
-            targets, offline = parts.lora_targets(), parts.snapshot.offline
-            adapters = read_adapters(loras, mode, targets, offline=offline, report=self._report)
+            adapters = lora_reader(loras, mode, parts.snapshot.offline, self._report)(parts.lora_targets())
         self._table = None
         parts.replace_adapters(adapters)
 

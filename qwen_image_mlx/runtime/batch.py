@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from ..files import temporary_folder
 from ..images.files import read_metadata
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
-from ..unfinished import temporary_folder
 from .session import Painting, Session
 
 if TYPE_CHECKING:

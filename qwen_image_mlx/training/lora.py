@@ -17,7 +17,7 @@ from ..errors import RequestError
 from ..models import nn
 from ..models.transformer import Transformer
 from ..weights.mapping import expected_tensors
-from ..weights.shards import save_tensors
+from ..weights.safetensors_files import save_tensors
 from .loss import key_of
 from .settings import TARGETS
 

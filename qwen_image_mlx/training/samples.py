@@ -22,7 +22,8 @@ from ..pipeline.components import Components
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
-from ..pipeline.progress import ProgressCallback, Reporter
+from ..pipeline.progress import ProgressCallback
+from ..pipeline.reporter import Reporter
 from ..sampling.schedule import Schedule
 from ..variants import recommended_negative_prompt
 from .examples import Example

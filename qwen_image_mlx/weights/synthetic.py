@@ -25,7 +25,7 @@ from ..config import (
 )
 from ..variants import VARIANTS
 from .mapping import TensorSpec, expected_tensors, weights_map
-from .shards import save_tensors
+from .safetensors_files import save_tensors
 
 TINY = {
     "transformer": TransformerConfig(

@@ -14,7 +14,7 @@ import mlx.core as mx
 from qwen_image_mlx.config import SchedulerConfig, TransformerConfig, VAEConfig
 from qwen_image_mlx.variants import OWN, VARIANTS
 from qwen_image_mlx.weights.mapping import TensorSpec, expected_tensors
-from qwen_image_mlx.weights.shards import save_tensors
+from qwen_image_mlx.weights.safetensors_files import save_tensors
 
 from .scenes import SIDE
 from .text_encoder import write_text_encoder

@@ -11,8 +11,9 @@ from graphs import kernels, primitives
 from mlx.utils import tree_map
 
 from qwen_image_mlx.config import TransformerConfig
+from qwen_image_mlx.lora.branch import SideBranch
 from qwen_image_mlx.models import layers
-from qwen_image_mlx.models.layers import Linear, QuantizedLinear, SideBranch, attention, periods, rotate_half, turns
+from qwen_image_mlx.models.layers import Linear, QuantizedLinear, attention, periods, rotate_half, turns
 from qwen_image_mlx.models.rope import Rotary, Segment, rotary_tables, rotate
 from qwen_image_mlx.models.transformer import (
     BlockRows,

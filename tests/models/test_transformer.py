@@ -15,7 +15,7 @@ from qwen_image_mlx.models.rope import Segment, rotary_tables, text_start
 from qwen_image_mlx.models.transformer import Modulation, Transformer
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.modulation import modulation_table
-from qwen_image_mlx.weights.shards import component_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
 
 pytestmark = pytest.mark.reference
 

@@ -21,10 +21,10 @@ from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import Cancelled, HubError, RequestError
 from qwen_image_mlx.pipeline import caption
 from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
-from qwen_image_mlx.runtime.memory import make_plan
+from qwen_image_mlx.runtime.memory_plan import make_plan
 from qwen_image_mlx.server.models import Models
 from qwen_image_mlx.server.schema import CaptionBody, DecomposeBody, EditBody, GenerateBody
-from qwen_image_mlx.server.work import Limits, Tasks
+from qwen_image_mlx.server.tasks import Limits, Tasks
 from qwen_image_mlx.weights.snapshot import HubSnapshot
 
 pytestmark = pytest.mark.process
@@ -247,11 +247,11 @@ def test_a_model_that_cannot_be_used_is_said_without_its_place(broken, tmp_path)
 def test_facts_are_read_from_disk_alone(monkeypatch):
     asked = []
 
-    def read(references, mode, targets, *, offline, report):
+    def read(references, mode, targets, *, offline, download):
         asked.append(offline)
         raise HubError("not here yet")
 
-    monkeypatch.setattr("qwen_image_mlx.pipeline.pipeline.read_adapters", read)
+    monkeypatch.setattr("qwen_image_mlx.lora.fetch.read_adapters", read)
     offers = {"generate": {"model": "demo", "quantize": None, "loras": ["owner/style"]}}
     models = Models(offers, None, None)
     models.read_facts()
