@@ -255,14 +255,14 @@ def on(mac: Mac) -> Iterator[int]:
     import mlx.core as mx
 
     from qwen_image_mlx.pipeline.limits import usable_memory
-    from qwen_image_mlx.runtime import memory
+    from qwen_image_mlx.runtime import memory_plan
 
     facts = {"memory_size": mac.gib << 30, "max_recommended_working_set_size": int(mac.working_set * GB)}
     with ExitStack() as patched:
         enter = patched.enter_context
         enter(patch.object(mx.metal, "is_available", lambda: True))
         enter(patch.object(mx, "device_info", lambda device=None: facts if device == mx.gpu else {}))
-        enter(patch.object(memory, "backend", lambda: "gpu"))
+        enter(patch.object(memory_plan, "backend", lambda: "gpu"))
         yield usable_memory()
 
 
@@ -280,7 +280,8 @@ def _components(bits: str) -> Any:
 @cache
 def _plans(mac: Mac, bits: str, side: int = SIDE, steps: int = STEPS) -> tuple[int, Any, float]:
     """(bytes that may be used, the plan that --memory auto takes, GB read again in each step)."""
-    from qwen_image_mlx.runtime.memory import Work, alternatives
+    from qwen_image_mlx.runtime.memory import alternatives
+    from qwen_image_mlx.runtime.memory_plan import Work
 
     with on(mac) as budget:
         plans = alternatives(_components(bits), Work(width=side, height=side, steps=steps), budget)
