@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -99,6 +100,9 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     assert Image.open("moved.png").mode == "RGBA"
 
 
+parser = cache(build_parser)
+
+
 def commands() -> Iterator[tuple[str, str]]:
     """(page, line) of each of our commands in a block of shell lines."""
     for page in (*PAGES, "CONTRIBUTING.md"):
@@ -116,7 +120,7 @@ def test_there_are_as_many_commands_as_before():
 
 @pytest.mark.parametrize(("page", "line"), list(commands()))
 def test_commands_parse(page, line):
-    build_parser().parse_args(shlex.split(line)[1:])
+    parser().parse_args(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("page", PAGES)
