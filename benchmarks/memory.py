@@ -98,7 +98,7 @@ def paint(folder: str, sizes: dict[str, int]) -> Recorder:
 
 def share_of_main() -> float:
     """Elements of the released transformer that stay loaded, of all."""
-    from qwen_image_mlx.config import TransformerConfig
+    from qwen_image_mlx.models.qwen_image.config import TransformerConfig
     from qwen_image_mlx.weights.mapping import expected_tensors
 
     specs = expected_tensors("transformer", TransformerConfig()).values()

@@ -41,9 +41,9 @@ def accuracy(blocks: int) -> Table:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from qwen_image_mlx.models.rope import place_images, rotary_tables
-    from qwen_image_mlx.models.text_encoder import TextEncoder
-    from qwen_image_mlx.models.transformer import Transformer
+    from qwen_image_mlx.models.qwen2_5_vl.text import TextEncoder
+    from qwen_image_mlx.models.qwen_image.rope import place_images, rotary_tables
+    from qwen_image_mlx.models.qwen_image.transformer import Transformer
     from qwen_image_mlx.weights.loader import ComponentWeights, load_module
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.modulation import modulation_table

@@ -117,7 +117,7 @@ def write_weights(file: str, layers: int) -> None:
     """A transformer of this many blocks, under the checkpoint's names."""
     import mlx.core as mx
 
-    from qwen_image_mlx.config import TransformerConfig
+    from qwen_image_mlx.models.qwen_image.config import TransformerConfig
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.synthetic import random_values
 
@@ -145,8 +145,8 @@ class Ours:
     def __init__(self, weights: str, layers: int):
         import mlx.core as mx
 
-        from qwen_image_mlx.config import TransformerConfig
-        from qwen_image_mlx.models.transformer import Transformer
+        from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+        from qwen_image_mlx.models.qwen_image.transformer import Transformer
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
         from qwen_image_mlx.weights.shards import component_tensors
 
@@ -159,7 +159,7 @@ class Ours:
         import mlx.core as mx
         import numpy as np
 
-        from qwen_image_mlx.models.rope import Segment, rotary_tables
+        from qwen_image_mlx.models.qwen_image.rope import Segment, rotary_tables
         from qwen_image_mlx.sampling.schedule import Schedule
         from qwen_image_mlx.weights.modulation import modulation_table
 

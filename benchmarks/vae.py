@@ -144,7 +144,7 @@ def write_weights(file: Path) -> None:
     """A whole VAE under the checkpoint's names and in its shapes."""
     import mlx.core as mx
 
-    from qwen_image_mlx.config import VAEConfig
+    from qwen_image_mlx.models.qwen_image.config import VAEConfig
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.synthetic import random_values
 
@@ -167,8 +167,8 @@ def ours(weights: str, what: str, inputs: str, warm_up: str, output: str, strips
     """One run of this package in this process; writes pixels in [0, 1] or normalised latents, channels first."""
     import mlx.core as mx
 
-    from qwen_image_mlx.config import VAEConfig
-    from qwen_image_mlx.models.vae import Decoder, Encoder
+    from qwen_image_mlx.models.qwen_image.config import VAEConfig
+    from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
     from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
     from qwen_image_mlx.weights.loader import ComponentWeights, load_module
     from qwen_image_mlx.weights.shards import component_tensors

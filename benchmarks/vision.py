@@ -33,7 +33,7 @@ from common import (
 from mflux_env import add_option, mflux_python
 
 if TYPE_CHECKING:
-    from qwen_image_mlx.config import VisionConfig
+    from qwen_image_mlx.models.qwen2_5_vl.config import VisionConfig
 
 GRIDS = ((28, 28), (22, 34))  # patches: 392x392 pixels, which 384x384 is rounded to, and 308x476
 
@@ -45,7 +45,7 @@ def main() -> None:
     add_option(options)
     arguments = options.parse_args()
     preload_blas()
-    from qwen_image_mlx.config import VisionConfig
+    from qwen_image_mlx.models.qwen2_5_vl.config import VisionConfig
 
     depth = arguments.depth
     config = replace(VisionConfig(), depth=depth, fullatt_block_indexes=tuple(range(7, depth, 8)))
@@ -119,7 +119,7 @@ class Ours(Side):
     def __init__(self, weights: Path, config: VisionConfig):
         import mlx.core as mx
 
-        from qwen_image_mlx.models.vision import VisionTower
+        from qwen_image_mlx.models.qwen2_5_vl.vision import VisionTower
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
         from qwen_image_mlx.weights.shards import component_tensors
 

@@ -23,8 +23,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 import qwen_image_mlx
-from qwen_image_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
-from qwen_image_mlx.models.vae import Decoder
+from qwen_image_mlx.models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
+from qwen_image_mlx.models.qwen_image.vae import Decoder
 from qwen_image_mlx.pipeline.autoencode import decode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import expected_tensors

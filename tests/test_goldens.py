@@ -11,11 +11,12 @@ import pytest
 from checkpoints import write_tokenizer
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline, variants
-from qwen_image_mlx.config import SchedulerConfig, TransformerConfig
+from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.images.pixels import to_images
-from qwen_image_mlx.models.modulation import TimeModulation
-from qwen_image_mlx.models.rope import place_images
-from qwen_image_mlx.models.transformer import Transformer
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.modulation import TimeModulation
+from qwen_image_mlx.models.qwen_image.rope import place_images
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
 from qwen_image_mlx.sampling.noise import generator
 from qwen_image_mlx.sampling.schedule import exponential_mu, make_schedule, uniform_sigmas
 from qwen_image_mlx.text.tokenizer import QwenTokenizer

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.layers import rotate_half, turns
-from ..models.rope import THETA, Segment, rotary_tables, rotate
-from ..models.transformer import EPS, gated_add, gelu_tanh
+from ..models.qwen_image.rope import THETA, Segment, rotary_tables, rotate
+from ..models.qwen_image.transformer import EPS, gated_add, gelu_tanh
 from ..weights.quantize import quantize_matrix
 from ..weights.schemes import Scheme
 from .measure import numbers, tolerance_of

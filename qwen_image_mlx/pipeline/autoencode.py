@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from ..config import VAEConfig
 from ..gpu import Pace, finish
-from ..models.vae import BAND, Decoder, Encoder, Stage
+from ..models.qwen_image.config import VAEConfig
+from ..models.qwen_image.vae import BAND, Decoder, Encoder, Stage
 
 # Output pixels per strip: about 0.4 GB of activations, and at most a fifth more work for the halos at 1 MP.
 STRIP_PIXELS = 512 * 512

@@ -12,23 +12,17 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from ..config import (
-    GenerationConfig,
-    ImageProcessorConfig,
-    SchedulerConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-    VAEConfig,
-    VisionConfig,
-)
+from ..config import GenerationConfig, ImageProcessorConfig, SchedulerConfig
 from ..errors import CheckpointError, RequestError
 from ..gpu import Pace
 from ..models import nn
 from ..models.layers import SideBranch
-from ..models.text_encoder import LanguageHead, TextEncoder
-from ..models.transformer import Transformer
-from ..models.vae import Decoder, Encoder
-from ..models.vision import VisionTower
+from ..models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+from ..models.qwen2_5_vl.text import LanguageHead, TextEncoder
+from ..models.qwen2_5_vl.vision import VisionTower
+from ..models.qwen_image.config import TransformerConfig, VAEConfig
+from ..models.qwen_image.transformer import Transformer
+from ..models.qwen_image.vae import Decoder, Encoder
 from ..names import StrPath
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of

@@ -19,8 +19,8 @@ from ..errors import GPUError, QwenImageError, RequestError
 from ..gpu import all_finite, finish, gpu_faults
 from ..images.geometry import Size, size_of_area
 from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
-from ..models.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
-from ..models.transformer import Modulation
+from ..models.qwen_image.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
+from ..models.qwen_image.transformer import Modulation
 from ..names import CaptionLanguage
 from ..sampling.denoise import Guidance, denoise
 from ..sampling.latents import unpack_multi_layer_latents

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..config import TransformerConfig
+from ..models.qwen_image.config import TransformerConfig
 from ..names import LoRAMode
 from ..weights.schemes import Quantization
 from .core import PipelineCore

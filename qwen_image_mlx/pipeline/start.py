@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..config import VAEConfig
+from ..models.qwen_image.config import VAEConfig
 from ..sampling.latents import pack_latents, pack_multi_layer_latents
 from ..sampling.noise import generator
 from ..sampling.schedule import Schedule

@@ -27,7 +27,7 @@ from .costs import COSTS, HALO, backend
 from .residency import DEFAULT, LEAST_MEMORY, RESIDENCIES, Residency, read_memory
 
 if TYPE_CHECKING:
-    from ..config import TextEncoderConfig, VisionConfig
+    from ..models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
 

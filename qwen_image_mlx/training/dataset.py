@@ -23,7 +23,7 @@ from ..images.formats import check_file
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
 from ..images.sources import open_image, open_rgba
-from ..models.rope import Segment, place_images
+from ..models.qwen_image.rope import Segment, place_images
 from ..pipeline.autoencode import encode_mode
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback

@@ -12,10 +12,10 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from ..config import TransformerConfig
 from ..errors import RequestError
 from ..models import nn
-from ..models.transformer import Transformer
+from ..models.qwen_image.config import TransformerConfig
+from ..models.qwen_image.transformer import Transformer
 from ..weights.mapping import expected_tensors
 from ..weights.shards import save_tensors
 from .loss import key_of

@@ -30,7 +30,7 @@ import mlx.core as mx
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
 from ..images.colour import profiles_are_ignored
 from ..images.files import check_writable, is_from_macos, reason, replace_file
-from ..models.modulation import TimeModulation
+from ..models.qwen_image.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
 from ..unfinished import sweep

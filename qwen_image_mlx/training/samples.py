@@ -16,8 +16,8 @@ from ..images.files import save_png
 from ..images.geometry import size_of_area
 from ..images.pixels import to_images
 from ..images.sources import open_rgba
-from ..models.modulation import TimeModulation
-from ..models.transformer import Modulation
+from ..models.qwen_image.modulation import TimeModulation
+from ..models.qwen_image.transformer import Modulation
 from ..pipeline.components import Components
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.parameters import GenerationParameters

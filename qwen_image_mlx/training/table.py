@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..gpu import gpu_faults
 from ..images.files import check_writable
-from ..models.transformer import BlockRows, Modulation
+from ..models.qwen_image.transformer import BlockRows, Modulation
 from ..weights.adapters import Adapters
 from ..weights.loader import ComponentWeights
 from ..weights.modulation import modulation_table

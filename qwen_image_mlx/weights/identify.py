@@ -9,8 +9,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
+from ..models.qwen2_5_vl.config import TextEncoderConfig
+from ..models.qwen_image.config import TransformerConfig, VAEConfig
 from ..outside import one_line
 from .gguf import is_gguf, read_gguf
 from .loader import RESIDENT, ComponentWeights

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..models.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
-from ..models.transformer import BlockRows, Modulation, Rows
+from ..models.qwen_image.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
+from ..models.qwen_image.transformer import BlockRows, Modulation, Rows
 from .adapters import Adapters
 from .loader import ComponentWeights
 from .packed import Packed

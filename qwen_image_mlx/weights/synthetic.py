@@ -15,14 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import (
-    ImageProcessorConfig,
-    SchedulerConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-    VAEConfig,
-    VisionConfig,
-)
+from ..config import ImageProcessorConfig, SchedulerConfig
+from ..models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+from ..models.qwen_image.config import TransformerConfig, VAEConfig
 from ..variants import VARIANTS
 from .mapping import TensorSpec, expected_tensors, weights_map
 from .shards import save_tensors

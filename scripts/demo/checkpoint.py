@@ -11,7 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen_image_mlx.config import SchedulerConfig, TransformerConfig, VAEConfig
+from qwen_image_mlx.config import SchedulerConfig
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
 from qwen_image_mlx.variants import OWN, VARIANTS
 from qwen_image_mlx.weights.mapping import TensorSpec, expected_tensors
 from qwen_image_mlx.weights.shards import save_tensors

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from qwen_image_mlx.images.pixels import to_patches
-from qwen_image_mlx.models.rope import Segment, place_images
+from qwen_image_mlx.models.qwen_image.rope import Segment, place_images
 from qwen_image_mlx.pipeline.components import Components
 from qwen_image_mlx.sampling.latents import pack_latents, unpack_latents
 from qwen_image_mlx.text.prompt import TokenizedPrompt, replace_vision_tokens, tokenize_prompt

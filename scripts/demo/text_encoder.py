@@ -14,7 +14,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from qwen_image_mlx.config import ImageProcessorConfig, TextEncoderConfig, VisionConfig
+from qwen_image_mlx.config import ImageProcessorConfig
+from qwen_image_mlx.models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
 from qwen_image_mlx.weights.mapping import TensorSpec, expected_tensors
 
 LANGUAGE = TextEncoderConfig(

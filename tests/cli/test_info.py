@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qwen_image_mlx.cli.main import main
-from qwen_image_mlx.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import matrix_shapes

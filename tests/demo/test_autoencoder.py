@@ -14,7 +14,7 @@ from demo.autoencoder import Autoencoder, Trainer, held_out_pictures, module_wei
 from demo.checkpoint import write_component
 from mlx.utils import tree_flatten
 
-from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors

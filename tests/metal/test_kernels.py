@@ -10,11 +10,11 @@ import pytest
 from graphs import kernels, primitives
 from mlx.utils import tree_map
 
-from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.models import layers
 from qwen_image_mlx.models.layers import Linear, QuantizedLinear, SideBranch, attention, periods, rotate_half, turns
-from qwen_image_mlx.models.rope import Rotary, Segment, rotary_tables, rotate
-from qwen_image_mlx.models.transformer import (
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.rope import Rotary, Segment, rotary_tables, rotate
+from qwen_image_mlx.models.qwen_image.transformer import (
     BlockRows,
     Modulation,
     Transformer,

@@ -10,8 +10,8 @@ from checkpoints import TINY
 from mlx.utils import tree_flatten
 from reference import make_text_encoder, to_numpy
 
-from qwen_image_mlx.config import TextEncoderConfig
-from qwen_image_mlx.models.text_encoder import TextEncoder, mrope_tables
+from qwen_image_mlx.models.qwen2_5_vl.config import TextEncoderConfig
+from qwen_image_mlx.models.qwen2_5_vl.text import TextEncoder, mrope_tables
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors, read_header
 

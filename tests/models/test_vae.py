@@ -10,9 +10,9 @@ from checkpoints import TINY
 from mlx.utils import tree_flatten
 from reference import make_vae, to_numpy
 
-from qwen_image_mlx.config import VAEConfig
-from qwen_image_mlx.models import vae
-from qwen_image_mlx.models.vae import Decoder, Encoder
+from qwen_image_mlx.models.qwen_image import vae
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.pipeline import autoencode
 from qwen_image_mlx.pipeline.autoencode import decode, decode_tail, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
@@ -140,7 +140,7 @@ def test_attention_in_chunks_is_exact(pair, monkeypatch):
     both = pair()
     latents = mx.array(both.random_latents(12, 10))
     whole = decode(both.decoder, both.config, latents)
-    monkeypatch.setattr("qwen_image_mlx.models.vae.ATTENTION_CHUNK", 7)
+    monkeypatch.setattr("qwen_image_mlx.models.qwen_image.vae.ATTENTION_CHUNK", 7)
     np.testing.assert_allclose(np.array(decode(both.decoder, both.config, latents)), np.array(whole), atol=1e-5)
 
 

@@ -11,10 +11,10 @@ from checkpoints import TINY
 from mlx.utils import tree_flatten
 from reference import make_transformer
 
-from qwen_image_mlx.config import TransformerConfig
-from qwen_image_mlx.models.modulation import TimeModulation
-from qwen_image_mlx.models.rope import Segment, place_images
-from qwen_image_mlx.models.transformer import Transformer
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.modulation import TimeModulation
+from qwen_image_mlx.models.qwen_image.rope import Segment, place_images
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
 from qwen_image_mlx.training.network import Batch, Network
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors, read_header

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.models.rope import Segment
+from qwen_image_mlx.models.qwen_image.rope import Segment
 from qwen_image_mlx.pipeline.core import PipelineCore
 from qwen_image_mlx.sampling.latents import pack_latents
 from qwen_image_mlx.training.dataset import Dataset, digest_of, encode_examples

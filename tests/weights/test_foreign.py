@@ -9,8 +9,8 @@ import foreign_names
 import mlx.core as mx
 import pytest
 
-from qwen_image_mlx.config import VAEConfig
 from qwen_image_mlx.errors import CheckpointError
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.weights.gguf import GgufTensor
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import (
@@ -76,7 +76,7 @@ def test_the_smallest_convolutions_are_not_mistaken_for_each_other(tmp_path, for
     import torch
     from mlx.utils import tree_flatten
 
-    from qwen_image_mlx.models.vae import Decoder, Encoder
+    from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 
     config = VAEConfig(base_dim=TINY["vae"].base_dim, input_channels=channels)
     specs = expected_tensors("vae", config)

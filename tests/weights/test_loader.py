@@ -10,8 +10,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from qwen_image_mlx.errors import CheckpointError
-from qwen_image_mlx.models.transformer import Transformer
-from qwen_image_mlx.models.vae import Decoder, Encoder
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
+from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import LAYOUTS, UNUSED, expected_tensors
 from qwen_image_mlx.weights.modulation import modulation_table

@@ -17,11 +17,12 @@ from reference import full_size_meta, rename_text_encoder_keys
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from qwen_image_mlx import QwenImagePipeline
-from qwen_image_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
-from qwen_image_mlx.models.text_encoder import TextEncoder
-from qwen_image_mlx.models.transformer import Transformer
-from qwen_image_mlx.models.vae import Decoder, Encoder
-from qwen_image_mlx.models.vision import VisionTower
+from qwen_image_mlx.models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+from qwen_image_mlx.models.qwen2_5_vl.text import TextEncoder
+from qwen_image_mlx.models.qwen2_5_vl.vision import VisionTower
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
+from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.weights.mapping import (
     LAYOUTS,
     canonical_names,

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..config import VisionConfig
-from . import nn
-from .layers import GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
+from .. import nn
+from ..layers import GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
+from .config import VisionConfig
 
 EPS = 1e-6
 THETA = 10000.0

@@ -10,21 +10,18 @@ Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, 
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..config import TransformerConfig
-from . import nn
-from .layers import Linear, OnLayer, attention
+from .. import nn
+from ..layers import Linear, OnLayer, attention
+from .config import TransformerConfig
 from .rope import Rotary, rotate
 
 EPS = 1e-6
-TIME_CHANNELS = 256
-
 
 Rows = Sequence[mx.array]
 
@@ -262,14 +259,3 @@ def gelu_tanh(*terms: mx.array) -> mx.array:
     wide = x.astype(mx.float32)
     exponent = -2 * math.sqrt(2 / math.pi) * (wide + (0.044715 * wide) * (wide * wide))
     return (wide / (1 + mx.exp(mx.minimum(exponent, 80)))).astype(x.dtype)
-
-
-def timestep_features(timesteps: mx.array) -> mx.array:
-    """Sinusoids (S, 256), cosines first, of timesteps in [0, 1] (S,); in fp32 whatever the model's dtype.
-
-    The reference multiplies by 1000 after the frequencies and in fp32 (`Timesteps` with scale 1000).
-    """
-    half = TIME_CHANNELS // 2
-    exponents = array("f", (-math.log(10000) * n / half for n in range(half)))
-    angles = 1000 * (timesteps.astype(mx.float32)[:, None] * mx.array([math.exp(n) for n in exponents]))
-    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)

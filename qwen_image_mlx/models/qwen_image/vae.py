@@ -17,9 +17,9 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from ..config import VAEConfig
-from . import nn
-from .layers import Conv2d, Linear, OnLayer
+from .. import nn
+from ..layers import Conv2d, Linear, OnLayer
+from .config import VAEConfig
 
 # Given rows, and optionally whom to tell of each band of them made. Most stages return an array; those that would
 # need much memory at once yield it in pieces, to be joined as rows.

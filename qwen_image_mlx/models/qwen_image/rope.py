@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .layers import periods, turn, turns
+from ..layers import periods, turn, turns
 
 THETA = 10000.0
 MAX_POSITION = 4096  # the reference's tables end here, for text and for either half of an image side
