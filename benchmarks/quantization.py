@@ -50,7 +50,7 @@ def accuracy(blocks: int) -> Table:
     from qwen_image_mlx.weights.quantize import quantize_matrix
     from qwen_image_mlx.weights.schemes import Scheme
     from qwen_image_mlx.weights.shards import component_tensors
-    from qwen_image_mlx.weights.synthetic import FULL, random_values
+    from qwen_image_mlx.weights.synthetic import FULL, ROWS, random_values
 
     configs = {
         "transformer": replace(FULL["transformer"], num_layers=blocks),
@@ -73,14 +73,14 @@ def accuracy(blocks: int) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         for component, build in (("transformer", Transformer), ("text_encoder", TextEncoder)):
             config = configs[component]
-            specs = expected_tensors(component, config)
+            specs = expected_tensors(ROWS[component], config)
             keys = mx.random.split(mx.random.key(0), len(specs))
             file = Path(folder) / f"{component}.safetensors"
             mx.save_safetensors(
                 str(file), {s.name: random_values(s, k) for s, k in zip(specs.values(), keys, strict=True)}
             )
             parts = ("main", "modulation") if component == "transformer" else ("main",)
-            weights = ComponentWeights(component, config, component_tensors([file], None), parts)
+            weights = ComponentWeights(ROWS[component], config, component_tensors([file], None), parts)
             if component == "transformer":
                 x = mx.random.normal((1, TOKENS[0] * TOKENS[1], 64), key=mx.random.key(1))
                 text = mx.random.normal((1, TEXT_TOKENS, config.joint_attention_dim), key=mx.random.key(2))
@@ -166,7 +166,7 @@ def cost(blocks: int) -> tuple[Table, Targets]:
 
         def load(model, quantize=None):
             pipeline = QwenImagePipeline.from_pretrained(model, quantize=quantize)
-            result = measured(lambda: pipeline.components.transformer)
+            result = measured(lambda: pipeline.components.network("transformer"))
             pipeline.release_transformer()
             return result
 

@@ -80,9 +80,9 @@ def write_weights(file: Path, config: VisionConfig) -> None:
     import mlx.core as mx
 
     from qwen_image_mlx.weights.mapping import expected_tensors
-    from qwen_image_mlx.weights.synthetic import random_values
+    from qwen_image_mlx.weights.synthetic import ROWS, random_values
 
-    specs = list(expected_tensors("vision", config).values())
+    specs = list(expected_tensors(ROWS["vision"], config).values())
     keys = mx.random.split(mx.random.key(0), len(specs))
     mx.save_safetensors(str(file), {spec.name: random_values(spec, keys[n]) for n, spec in enumerate(specs)})
 
@@ -122,8 +122,9 @@ class Ours(Side):
         from qwen_image_mlx.models.qwen2_5_vl.vision import VisionTower
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
         from qwen_image_mlx.weights.shards import component_tensors
+        from qwen_image_mlx.weights.synthetic import ROWS
 
-        tensors = ComponentWeights("vision", config, component_tensors((weights,), None), ("main",))
+        tensors = ComponentWeights(ROWS["vision"], config, component_tensors((weights,), None), ("main",))
         self.tower = load_module(VisionTower(config), tensors, "main", mx.float32)
 
     def run(self, inputs: Path, grid: tuple[int, int]) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import CheckpointError
@@ -74,6 +74,12 @@ def read_config(cls: type[T], data: Mapping[str, Any], where: str, ignored: froz
     if missing:
         raise CheckpointError(f"{where} lacks {', '.join(missing)}; the file is not that of a Qwen-Image model")
     return cls(**values)
+
+
+def config_json(config: DataclassInstance) -> dict[str, Any]:
+    """What a config.json of it holds: its fields, or what its own `to_dict` lays out."""
+    laid_out: Callable[[], dict[str, Any]] | None = getattr(config, "to_dict", None)
+    return laid_out() if laid_out else asdict(config)
 
 
 @dataclass(frozen=True)

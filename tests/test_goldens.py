@@ -26,6 +26,7 @@ from qwen_image_mlx.training.network import Batch, Network
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.shards import component_tensors
+from qwen_image_mlx.weights.synthetic import ROWS
 
 
 def test_noise():
@@ -102,7 +103,7 @@ def test_training(tiny, monkeypatch):
     folder = tiny / "transformer"
     config = TransformerConfig.from_dict(goldens.read_json(folder / "config.json"))
     weights = ComponentWeights(
-        "transformer", config, component_tensors(list(folder.glob("*.safetensors")), None), ["main", "modulation"]
+        ROWS["transformer"], config, component_tensors(list(folder.glob("*.safetensors")), None), ["main", "modulation"]
     )
     transformer = load_module(Transformer(config), weights, "main", mx.float32)
     network = Network(transformer, config, load_module(TimeModulation(config), weights, "modulation", mx.float32))

@@ -22,6 +22,7 @@ from ..images.sources import ImageSource, check_visible, listed, open_image, ope
 from ..models.qwen_image.rope import MAX_POSITION, Segment, place_images, rotary_tables, text_start
 from ..models.qwen_image.transformer import Modulation
 from ..names import CaptionLanguage
+from ..registry import LANGUAGE_HEAD, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
 from ..sampling.denoise import Guidance, denoise
 from ..sampling.latents import unpack_multi_layer_latents
 from ..sampling.schedule import Schedule, exponential_mu, make_schedule, root_mu, static_shift, uniform_sigmas
@@ -178,15 +179,15 @@ class PipelineCore:
             self._check_length(max(len(prompt_tokens.ids) - prompt_tokens.first for prompt_tokens in tokens))
             features = None
             if shown:
-                _ = parts.vision
+                parts.load(VISION)
                 with self._report.stage("encode", "pictures"):
                     features = encode_vision(parts, shown, self.variant.encoder_area)
-            _ = parts.text_encoder
+            parts.load(TEXT_ENCODER)
             with self._report.stage("encode", "prompts"):
                 states = encode_prompts(parts, tokens, features)
             references: tuple[Reference, ...] = ()
             if pictures:
-                _ = parts.vae_encoder
+                parts.load(VAE_ENCODER)
                 with self._report.stage("encode", "references"):
                     references = encode_references(parts, pictures, reference_pixels)
         return GuidanceEncoding(
@@ -218,7 +219,7 @@ class PipelineCore:
         check_size(*size)
         picture, opened = open_image(image), None if mask is None else open_mask(mask)
         with self._working(progress):
-            _ = self.components.vae_encoder
+            self.components.load(VAE_ENCODER)
             with self._report.stage("encode", "picture"):
                 return encode_initial_image(self.components, picture, size, opened)
 
@@ -251,7 +252,7 @@ class PipelineCore:
         check_visible(picture)
         with self._working(progress):
             parts.prepare_captions()
-            _ = parts.vision, parts.text_encoder, parts.language_head
+            parts.load(VISION, TEXT_ENCODER, LANGUAGE_HEAD)
             return write_caption(
                 parts, picture, resolution**2, language, check_seed(seed),
                 lambda count: self._report(Progress("caption", count, MAX_TOKENS)),
@@ -312,7 +313,7 @@ class PipelineCore:
         progress: ProgressCallback | None = None,
     ) -> mx.array:
         """The first half of `generate_pixels`: packed clean latents (1, N, 64) in the model's dtype, evaluated."""
-        config, variant, references = self.components.transformer_config, self.variant, encoding.references
+        config, variant, references = self.components.config(TRANSFORMER), self.variant, encoding.references
         if variant.takes_images != bool(references):
             kinds = ("works on pictures", "none") if variant.takes_images else ("paints from text", "pictures")
             raise RequestError("{} {}; the encoding holds {}".format(self.model, *kinds))
@@ -348,7 +349,7 @@ class PipelineCore:
         renormalize = variant.renormalize if parameters.cfg_normalize is None else parameters.cfg_normalize
         with self._working(progress):
             table = self._modulation(start.schedule)
-            transformer = self.components.transformer
+            transformer = self.components.network(TRANSFORMER)
             text = [transformer.project_text(states.astype(self.dtype)) for states in branches]
             rotary = [rotary_tables(segments, states.shape[1], config.axes_dims_rope) for states in branches]
             shown = None
@@ -358,7 +359,7 @@ class PipelineCore:
             mx.eval(text, rotary, [] if shown is None else shown)
             steps, sigmas = start.schedule.num_steps, start.schedule.sigmas
             self._report(Progress("denoise", 0, steps, sigma=float(sigmas[0]), latents=start.latents))
-            with self.components.passing("transformer") as pace:
+            with self.components.passing(TRANSFORMER) as pace:
                 result = denoise(
                     lambda x, step: transformer.velocities(x, text, table[step], rotary, shown, on_layer=pace),
                     start.latents,
@@ -391,9 +392,9 @@ class PipelineCore:
         strips = strips_of(parameters.width * parameters.height, self.strip_pixels)
         for n in range(first, frames):
             with self._working(progress):
-                decoder = self.components.vae_decoder
+                decoder = self.components.network(VAE_DECODER)
                 with self._report.stage("decode", f"layer {n}" if first else ""):
-                    pixels = decode(decoder, self.components.vae_config, unpacked[n : n + 1], strips)[0]
+                    pixels = decode(decoder, self.components.config(VAE), unpacked[n : n + 1], strips)[0]
             if not all_finite(pixels):
                 raise QwenImageError("the decoded picture is not finite: check the autoencoder's weights")
             yield pixels
@@ -426,7 +427,7 @@ class PipelineCore:
 
     def _grid(self, parameters: GenerationParameters) -> tuple[int, int, int]:
         """Frames, and rows and columns of each frame's tokens."""
-        side = 2 * self.components.vae_config.spatial_factor
+        side = 2 * self.components.config(VAE).spatial_factor
         frames = parameters.num_layers + 1 if self.variant.layered else 1
         return frames, parameters.height // side, parameters.width // side
 
@@ -441,7 +442,7 @@ class PipelineCore:
         initial: InitialImage | None,
     ) -> Start:
         if latents is not None:
-            shape = (1, math.prod(grid), self.components.transformer_config.in_channels)
+            shape = (1, math.prod(grid), self.components.config(TRANSFORMER).in_channels)
             if tuple(latents.shape) != shape:
                 raise RequestError(
                     f"latents have the shape {tuple(latents.shape)}, but "
@@ -449,17 +450,17 @@ class PipelineCore:
                 )
             latents = mx.array(latents)
         if initial is not None and initial.mean.shape[1:3] != (2 * grid[1], 2 * grid[2]):
-            factor = self.components.vae_config.spatial_factor
+            factor = self.components.config(VAE).spatial_factor
             height, width = (factor * side for side in initial.mean.shape[1:3])
             raise RequestError(
                 f"the initial image was encoded at {width}x{height}, not at {parameters.width}x{parameters.height}"
             )
         return draw_start(
-            self.components.vae_config, schedule, parameters, grid, seed, image_index, latents, initial, self.dtype
+            self.components.config(VAE), schedule, parameters, grid, seed, image_index, latents, initial, self.dtype
         )
 
     def _check_states(self, states: mx.array, segments: Sequence[Segment]) -> None:
-        dim = self.components.transformer_config.joint_attention_dim
+        dim = self.components.config(TRANSFORMER).joint_attention_dim
         if states.ndim != 3 or states.shape[0] != 1 or states.shape[2] != dim:
             raise RequestError(
                 f"the encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})"
@@ -491,8 +492,8 @@ class PipelineCore:
         """The table for a schedule; the last one is kept, so a sweep over seeds makes it once."""
         if self._table is None or not np.array_equal(self._table[0].sigmas, schedule.sigmas):
             self._table = None
-            weights = self.components.weights("transformer")
-            zero_cond_t = self.components.transformer_config.zero_cond_t
+            weights = self.components.weights(TRANSFORMER)
+            zero_cond_t = self.components.config(TRANSFORMER).zero_cond_t
             adapters = self.components.adapters
             with self._report.stage("load", "modulation"):
                 table = modulation_table(weights, schedule.timesteps, self.dtype, zero_cond_t, adapters)

@@ -15,6 +15,7 @@ from ..errors import CheckpointError, QwenImageError
 from ..gpu import all_finite, finish
 from ..images.geometry import Size, size_of_area, vision_size
 from ..images.pixels import on_white, to_mask, to_patches, to_pixels
+from ..registry import TEXT_ENCODER, VAE, VAE_ENCODER, VISION
 from ..sampling.latents import pack_latents
 from ..text.prompt import TokenizedPrompt, replace_vision_tokens
 from .autoencode import encode_mode, encode_moments
@@ -24,7 +25,7 @@ from .conditioning import InitialImage, Reference
 
 def feature_grid(components: Components, image: Image.Image, area: int) -> tuple[int, int]:
     """Rows and columns of the features that a picture, shown at about `area` pixels, turns into."""
-    config = components.vision_config
+    config = components.config(VISION)
     cell = config.patch_size * config.spatial_merge_size
     width, height = _vision_size(components, image, area)
     return height // cell, width // cell
@@ -32,7 +33,7 @@ def feature_grid(components: Components, image: Image.Image, area: int) -> tuple
 
 def encode_vision(components: Components, images: Sequence[Image.Image], area: int) -> mx.array:
     """Features (tokens, C) of all pictures, in order, each shown at about `area` pixels."""
-    config, processor, tower = components.vision_config, components.image_processor, components.vision
+    config, processor, tower = components.config(VISION), components.image_processor, components.network(VISION)
     features = []
     for image in images:
         size = _vision_size(components, image, area)
@@ -43,7 +44,7 @@ def encode_vision(components: Components, images: Sequence[Image.Image], area: i
             mean=processor.image_mean, std=processor.image_std,
         )  # fmt: skip
         rows, columns = size[1] // config.patch_size, size[0] // config.patch_size
-        with components.passing("vision") as pace:
+        with components.passing(VISION) as pace:
             features.append(tower(patches.astype(components.dtype), rows, columns, pace))
             finish(features[-1])
     return mx.concatenate(features)
@@ -57,8 +58,8 @@ def encode_prompts(
     Raises:
         QwenImageError: they are not finite, which float16 can cause.
     """
-    encoder, embedded = components.text_encoder, []
-    size = components.text_encoder_config.vocab_size
+    encoder, embedded = components.network(TEXT_ENCODER), []
+    size = components.config(TEXT_ENCODER).vocab_size
     for tokens in prompts:
         if (largest := int(max(tokens.ids, default=0))) >= size:  # MLX does not look before it reads
             raise CheckpointError(
@@ -68,7 +69,7 @@ def encode_prompts(
         if features is not None:
             embeddings = replace_vision_tokens(embeddings, tokens.is_image, features)
         embedded.append((embeddings, mx.array(tokens.positions)))
-    with components.passing("text_encoder") as pace:
+    with components.passing(TEXT_ENCODER) as pace:
         whole = encoder.together(embedded, pace)
         states = [rows[:, tokens.first :] for rows, tokens in zip(whole, prompts, strict=True)]
         finish(states)
@@ -86,7 +87,7 @@ def encode_references(
     references = []
     for image in images:
         latents = encode_mode(
-            components.vae_encoder, components.vae_config, to_pixels(image, size_of_area(area, image.size))
+            components.network(VAE_ENCODER), components.config(VAE), to_pixels(image, size_of_area(area, image.size))
         )
         references.append(Reference(pack_latents(latents), latents.shape[1] // 2, latents.shape[2] // 2))
         finish(references[-1].latents)
@@ -97,17 +98,17 @@ def encode_initial_image(
     components: Components, image: Image.Image, size: Size, mask: Image.Image | None
 ) -> InitialImage:
     """Latent statistics of a picture resized to `size`, and its mask by nearest latent."""
-    mean, std = encode_moments(components.vae_encoder, components.vae_config, to_pixels(image, size))
+    mean, std = encode_moments(components.network(VAE_ENCODER), components.config(VAE), to_pixels(image, size))
     if mask is None:
         return InitialImage(mean, std)
-    factor = components.vae_config.spatial_factor
+    factor = components.config(VAE).spatial_factor
     latent_mask = mx.array(np.ascontiguousarray(to_mask(mask, size)[::factor, ::factor])[None, :, :, None])
     finish(latent_mask)
     return InitialImage(mean, std, latent_mask)
 
 
 def _vision_size(components: Components, image: Image.Image, area: int) -> Size:
-    config, processor = components.vision_config, components.image_processor
+    config, processor = components.config(VISION), components.image_processor
     return vision_size(
         size_of_area(area, image.size),
         config.patch_size * config.spatial_merge_size,

@@ -6,10 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..registry import FOLDERS
 from ..weights.schemes import NONE
 from .conditioning import GuidanceEncoding
 from .request import Request
-from .sources import REPLACEABLE
 
 if TYPE_CHECKING:
     from .pipeline import QwenImagePipeline
@@ -39,7 +39,7 @@ def describe(
         "dtype": str(pipeline.dtype).rpartition(".")[2],
         "quantize": None if str(parts.quantization) == NONE else str(parts.quantization),
         "loras": list(parts.adapters.references) if parts.adapters else None,
-        **{name: str(parts.sources.replaced.get(name, "")) or None for name in REPLACEABLE},
+        **{name: str(parts.sources.replaced.get(name, "")) or None for name in FOLDERS},
         "version": __version__,
     }
     if pipeline.variant.layered:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..models.qwen_image.config import TransformerConfig
 from ..names import LoRAMode
+from ..registry import LANGUAGE_HEAD, TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE_DECODER, VAE_ENCODER, VISION
 from ..weights.schemes import Quantization
 from .core import PipelineCore
 from .loras import LoRAReference, read_adapters
@@ -23,7 +24,7 @@ class ReleasablePipeline(PipelineCore):
     @property
     def transformer_config(self) -> TransformerConfig:
         """What the checkpoint says of its transformer, corrected by what its files show."""
-        return self.components.transformer_config
+        return self.components.config(TRANSFORMER)
 
     @property
     def quantization(self) -> Quantization:
@@ -42,35 +43,35 @@ class ReleasablePipeline(PipelineCore):
     def release(self, *parts: str) -> None:
         """Gives back the memory of parts by their names, as `Components` has them; of all, with no name."""
         names = parts or self.components.loaded
-        if "transformer" in names:
+        if TRANSFORMER in names:
             self._table = None
         self.components.release(*names)
 
     def load(self, request: Request) -> None:
         """Loads now what a request needs, unless it is loaded."""
         parts = self.components
-        _ = parts.tokenizer, parts.text_encoder, parts.transformer, parts.vae_decoder
+        parts.load(TOKENIZER, TEXT_ENCODER, TRANSFORMER, VAE_DECODER)
         if request.images:
-            _ = parts.vae_encoder
+            parts.load(VAE_ENCODER)
         if request.images and self.variant.encoder_area:
-            _ = parts.vision
+            parts.load(VISION)
 
     def release_encoders(self) -> None:
         """Gives back the memory of all that encodes: text encoder, vision tower, tokenizer, the VAE's encoder."""
-        self.components.release("text_encoder", "language_head", "vision", "tokenizer", "vae_encoder")
+        self.components.release(TEXT_ENCODER, LANGUAGE_HEAD, VISION, TOKENIZER, VAE_ENCODER)
 
     def release_text_encoder(self) -> None:
         """Gives back the memory of the text encoder, its vision tower and its head."""
-        self.components.release("text_encoder", "language_head", "vision")
+        self.components.release(TEXT_ENCODER, LANGUAGE_HEAD, VISION)
 
     def release_tokenizer(self) -> None:
         """Gives back the tokenizer's memory."""
-        self.components.release("tokenizer")
+        self.components.release(TOKENIZER)
 
     def release_transformer(self) -> None:
         """Gives back the memory of the transformer and of its modulation table."""
         self._table = None
-        self.components.release("transformer")
+        self.components.release(TRANSFORMER)
 
     def set_loras(self, loras: Sequence[LoRAReference], mode: LoRAMode = "auto") -> None:
         """Other LoRAs from now on, instead of all that were there.
@@ -94,32 +95,32 @@ class ReleasablePipeline(PipelineCore):
 
     def release_vae(self) -> None:
         """Gives back the autoencoder's memory."""
-        self.components.release("vae_encoder", "vae_decoder")
+        self.components.release(VAE_ENCODER, VAE_DECODER)
 
     def reload_text_encoder(self) -> None:
         """Loads the text encoder now, unless it is loaded."""
-        _ = self.components.text_encoder
+        self.components.load(TEXT_ENCODER)
 
     def reload_tokenizer(self) -> None:
         """Loads the tokenizer now, unless it is loaded."""
-        _ = self.components.tokenizer
+        self.components.load(TOKENIZER)
 
     @property
     def is_text_encoder_loaded(self) -> bool:
         """Whether the text encoder is in memory."""
-        return self.components.is_loaded("text_encoder")
+        return self.components.is_loaded(TEXT_ENCODER)
 
     @property
     def is_tokenizer_loaded(self) -> bool:
         """Whether the tokenizer is in memory."""
-        return self.components.is_loaded("tokenizer")
+        return self.components.is_loaded(TOKENIZER)
 
     @property
     def is_transformer_loaded(self) -> bool:
         """Whether the transformer is in memory."""
-        return self.components.is_loaded("transformer")
+        return self.components.is_loaded(TRANSFORMER)
 
     @property
     def is_vae_loaded(self) -> bool:
         """Whether any half of the autoencoder is in memory."""
-        return self.components.is_loaded("vae_encoder") or self.components.is_loaded("vae_decoder")
+        return self.components.is_loaded(VAE_ENCODER) or self.components.is_loaded(VAE_DECODER)

@@ -19,7 +19,8 @@ from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
 from ..pipeline.limits import usable_memory
-from ..weights.mapping import TensorSpec, expected_tensors, weights_map
+from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VISION
+from ..weights.mapping import TensorSpec, expected_tensors
 from ..weights.schemes import Scheme
 from ..weights.stored import PACKED
 from ..weights.streaming import held_specs, layer_specs
@@ -150,11 +151,11 @@ class _Planner:
     def __init__(self, components: Components, work: Work, residency: Residency):
         self.components, self.work, self.residency = components, work, residency
         self.tensors = cache(self._tensors)
-        self.said_config = cache(lambda name: components.sources.config(weights_map(name).get("folder", name)))
+        self.said_config = cache(lambda name: components.sources.config(components.rows[name].home))
         self.costs = COSTS[backend()]
         self.itemsize = components.dtype.size
         # What only the weights' names tell of the transformer changes nothing here.
-        self.transformer_config = components.declared_transformer_config
+        self.transformer_config = components.declared(TRANSFORMER)
 
     def plan(self, strip_pixels: int) -> MemoryPlan:
         before, stages = self.before_decode
@@ -165,15 +166,15 @@ class _Planner:
     def before_decode(self) -> tuple[int, tuple[Stage, ...]]:
         """What is there when a picture is decoded, and the stages before."""
         shows = self.work.shown and self.components.variant.encoder_area
-        vision = self.held("vision") if shows or self.work.captioned else 0
-        head = self.held("language_head") if self.work.captioned else 0
-        vae = self.count("vae", self.specs("vae", "encoder"), mx.float32) if self.work.encoded else 0
-        encode = self.encode(vision, self.held("text_encoder") + head, vae)
+        vision = self.held(VISION) if shows or self.work.captioned else 0
+        head = self.held(LANGUAGE_HEAD) if self.work.captioned else 0
+        vae = self.count(VAE, self.specs(VAE, "encoder"), mx.float32) if self.work.encoded else 0
+        encode = self.encode(vision, self.held(TEXT_ENCODER) + head, vae)
         kept = 0 if self.residency.staged else encode.resident
-        painting = kept + self.table() + self.held("transformer")
-        streams = "transformer" in self.residency.streamed
-        loading = painting + (0 if streams else self.largest("transformer", "main"))
-        folding = kept + self.table() + int(self.costs.read * self.largest("transformer", "modulation"))
+        painting = kept + self.table() + self.held(TRANSFORMER)
+        streams = TRANSFORMER in self.residency.streamed
+        loading = painting + (0 if streams else self.largest(TRANSFORMER, MAIN))
+        folding = kept + self.table() + int(self.costs.read * self.largest(TRANSFORMER, "modulation"))
         load = Stage("load", painting, max(loading, folding))
         denoise = Stage("denoise", painting, painting + self.moving())
         before = kept if self.residency.staged and self.work.pictures == 1 else painting
@@ -181,12 +182,12 @@ class _Planner:
 
     def encode(self, vision: int, text: int, vae: int) -> Stage:
         """Pictures through the vision tower, prompts through the text encoder, pictures through the VAE; all stay."""
-        config, work = self.components.text_encoder_config, self.work
+        config, work = self.components.config(TEXT_ENCODER), self.work
         prompts = 2 if work.guided else 1
         thinking = int(self.costs.text(prompts * self.prompt_tokens) * _width(config) * self.itemsize)
-        thinking += self.passing("text_encoder")
+        thinking += self.passing(TEXT_ENCODER)
         looking = self.looking() if vision else 0
-        reading = int(self.costs.pixel_in * self.components.vae_config.base_dim * work.encoded)
+        reading = int(self.costs.pixel_in * self.components.config(VAE).base_dim * work.encoded)
         peaks = (vision + looking, vision + text + thinking, vision + text + vae + reading)
         return Stage("encode", vision + text + vae, max(peaks) + self.costs.base)
 
@@ -198,9 +199,9 @@ class _Planner:
 
     def looking(self) -> int:
         """What the vision tower takes for a picture, beside its weights."""
-        config = self.components.vision_config
+        config = self.components.config(VISION)
         patches = max(self.components.variant.encoder_area, self.work.captioned) // config.patch_size**2
-        return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing("vision")
+        return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing(VISION)
 
     def moving(self) -> int:
         """What a step takes beside the transformer."""
@@ -211,12 +212,12 @@ class _Planner:
         units += costs.queued(max(work.target_tokens, work.reference_tokens))
         scores = costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
-        return int(states + scores) + self.passing("transformer") + costs.base + costs.step
+        return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
         """One picture, in strips."""
-        config, pixels = self.components.vae_config, self.work.width * self.work.height
-        held = before + self.count("vae", self.specs("vae", "decoder"), mx.float32)
+        config, pixels = self.components.config(VAE), self.work.width * self.work.height
+        held = before + self.count(VAE, self.specs(VAE, "decoder"), mx.float32)
         strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
         strip = self.costs.pixel_out * min(pixels, strip)
         working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
@@ -224,9 +225,9 @@ class _Planner:
 
     def held(self, name: str) -> int:
         """A component's weights that stay."""
-        specs = self.specs(name, "main")
+        specs = self.specs(name, MAIN)
         if name in self.residency.streamed:
-            specs = held_specs(name, specs, lambda tensor: self.stored_dtype(name, tensor))
+            specs = held_specs(self.components.rows[name], specs, lambda tensor: self.stored_dtype(name, tensor))
         return self.count(name, specs)
 
     @property
@@ -238,7 +239,7 @@ class _Planner:
         """Whether a component's matrices are packed while they are loaded."""
         scheme = getattr(self.components.quantization, name)
         return any(
-            spec.is_packed_by(scheme) and self.stored_scheme(name, spec) != scheme for spec in self.specs(name, "main")
+            spec.is_packed_by(scheme) and self.stored_scheme(name, spec) != scheme for spec in self.specs(name, MAIN)
         )
 
     def stored_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
@@ -249,7 +250,7 @@ class _Planner:
         """What of a streamed component's layers is there at once: one as it runs, and the next as it is read."""
         if name not in self.residency.streamed:
             return 0
-        layers = layer_specs(name, self.specs(name, "main"))
+        layers = layer_specs(self.components.rows[name], self.specs(name, MAIN))
         return max(self.moved(name, layer) + self.read(name, layer) for layer in layers)
 
     def table(self) -> int:
@@ -308,13 +309,13 @@ class _Planner:
 
     def _tensors(self, name: str) -> Mapping[str, TensorSpec]:
         """All of a component's tensors by name."""
-        config = self.transformer_config if name == "transformer" else getattr(self.components, f"{name}_config")
-        return expected_tensors(name, config)
+        config = self.transformer_config if name == TRANSFORMER else self.components.config(name)
+        return expected_tensors(self.components.rows[name], config)
 
     @cached_property
     def disk(self) -> int:
         """The files of all components."""
-        names = ("transformer", *self.components.encoders, "vae")
+        names = (TRANSFORMER, *self.components.encoders, VAE)
         if self.is_here:
             return sum(self.components.weights(name).nbytes for name in names)
         return sum(self.read(name, list(self.tensors(name).values())) for name in names)
@@ -325,7 +326,7 @@ class _Planner:
         snapshot = self.components.snapshot
         return snapshot.is_local and any(
             name.endswith((".safetensors", ".gguf"))
-            for folder in ("transformer", "text_encoder", "vae") for name in snapshot.names(folder)
+            for folder in FOLDERS for name in snapshot.names(folder)
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import RequestError
+from ..registry import TEXT_ENCODER, TRANSFORMER, VISION
 
 LEAST_MEMORY = 1 << 28  # bytes that anything runs in
 MOST_MEMORY = 10**15  # more than any machine has
@@ -27,13 +28,13 @@ class Residency:
     streamed: frozenset[str] = frozenset()
 
 
-_ENCODERS = frozenset({"text_encoder", "vision"})
+_ENCODERS = frozenset({TEXT_ENCODER, VISION})
 # From the fastest to the most frugal.
 RESIDENCIES = (
     Residency("resident", staged=False),
     Residency("staged"),
     Residency("staged, encoders streamed", streamed=_ENCODERS),
-    Residency("streamed", streamed=_ENCODERS | {"transformer"}),
+    Residency("streamed", streamed=_ENCODERS | {TRANSFORMER}),
 )
 DEFAULT = RESIDENCIES[1]
 

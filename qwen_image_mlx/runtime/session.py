@@ -23,6 +23,7 @@ from ..pipeline.metadata import describe
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.request import Request, build_request
+from ..registry import TEXT_ENCODER
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.lora_inspect import LIGHTNING
 from ..weights.schemes import NONE, Quantization
@@ -185,7 +186,7 @@ class Session:
                 plan.peak / 1e9, free / 1e9,
             )  # fmt: skip
         streamed = plan.residency.streamed
-        if pipeline.writes_caption(request) and "text_encoder" in streamed and not self.force:
+        if pipeline.writes_caption(request) and TEXT_ENCODER in streamed and not self.force:
             raise RequestError(
                 "streamed, the text encoder would be read from its files again for every word of a caption",
                 cause="caption",

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError, HubError, QwenImageError, RequestError
 from ..pipeline.pipeline import QwenImagePipeline
+from ..registry import LANGUAGE_HEAD, VISION
 from ..runtime.cache import RecentEncodings
 from ..runtime.memory import parse_memory
 from ..runtime.session import Session
@@ -159,7 +160,7 @@ class Models:
                 if plan.residency.staged:
                     warm.release()  # whatever an earlier job left: the first stage has the memory for itself
                 elif pipeline.variant.captions and not pipeline.writes_caption(request):
-                    pipeline.release("language_head", "vision")
+                    pipeline.release(LANGUAGE_HEAD, VISION)
                 self._make_room(task, plan.peak)
                 with _usable(RequestError):
                     pipeline.prepare()

@@ -15,6 +15,7 @@ from ..errors import OutputError
 from ..images.files import reason
 from ..pipeline.components import Components
 from ..pipeline.packing import copy_unwritten
+from ..registry import TRANSFORMER
 from ..unfinished import hidden
 from ..weights.mapping import TensorSpec, weights_map
 from ..weights.packed import Packed
@@ -44,8 +45,8 @@ def save_model(
     partial, old = hidden(folder), hidden(folder)
     try:
         partial.mkdir(parents=True)
-        copy_unwritten(components, partial, {"transformer"})
-        _write_transformer(partial / "transformer", components, trained, shard_bytes)
+        copy_unwritten(components, partial, {TRANSFORMER})
+        _write_transformer(partial / TRANSFORMER, components, trained, shard_bytes)
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
@@ -59,8 +60,8 @@ def save_model(
 
 
 def _write_transformer(folder: Path, components: Components, trained: Mapping[str, mx.array], shard_bytes: int) -> None:
-    weights, reader = components.weights("transformer"), Reader("transformer")
-    stem, index = weights_map("transformer")["stem"], {}
+    weights, reader = components.weights(TRANSFORMER), Reader(TRANSFORMER)
+    stem, index = weights_map(weights.component.map)["stem"], {}
     folder.mkdir(exist_ok=True)
     shards = list(_shards(weights.layers(), components.dtype, shard_bytes))
     for number, specs in enumerate(shards, start=1):

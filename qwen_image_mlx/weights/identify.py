@@ -10,25 +10,16 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..models.qwen2_5_vl.config import TextEncoderConfig
-from ..models.qwen_image.config import TransformerConfig, VAEConfig
 from ..outside import one_line
+from ..registry import TEXT_ENCODER, TRANSFORMER, VISION, Component, all_components
 from .gguf import is_gguf, read_gguf
-from .loader import RESIDENT, ComponentWeights
+from .loader import ComponentWeights
 from .lora import LoRA, read_lora
 from .lora_inspect import describe
 from .mapping import canonical_names, matrix_shapes, shown_settings, weights_map
-from .recognize import foreign_format, holds, kinds_of, shard_of, unreadable
+from .recognize import component_of_names, foreign_format, holds, kinds_of, shard_of, unreadable
 from .shards import Tensor
 from .snapshot import DEMO_ROOT, weight_file
-
-# The released models' configs.
-_CONFIGS = {"transformer": TransformerConfig(), "text_encoder": TextEncoderConfig(), "vae": VAEConfig()}
-# Tensors that say more, by canonical name: (label, what is said).
-_MARKS = {
-    "__index_timestep_zero__": ("zero_cond_t", "on, as editing models of 2511 want it"),
-    "time_text_embed.addition_t_embedding.weight": ("layered", "yes"),
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,7 @@ class FileReport:
 
     Attributes:
         path: where it is.
-        kind: "transformer", "text_encoder", "vae", several of these, or "LoRA".
+        kind: one of `FOLDERS`, several of these, or "LoRA".
         tensors: how many it holds.
         file_bytes: of their data.
         forms: how they lie in it, and how many bytes so.
@@ -70,7 +61,7 @@ def identify(path: Path) -> FileReport:
     total, flags = sum(forms.values()), weights_map("files")["flags"]
     if parts := kinds_of(tensors):
         facts, kind = _facts(path, parts), ", ".join(parts)
-        sizes = [_resident_bytes(part, own) for part, own in parts.items()]
+        sizes = [_resident_bytes(own) for own in parts.values()]
         resident = None if "cannot be used" in facts or None in sizes else sum(sizes)
         return FileReport(str(path), kind, len(tensors), total, forms, facts, resident)
     if sentence := unreadable(tensors):
@@ -94,13 +85,14 @@ def read_known_lora(path: Path, strength: float = 1.0) -> tuple[LoRA, str]:
     Raises:
         RequestError, CheckpointError: as `read_lora`, for the released models.
     """
+    transformer = next(all_components(TRANSFORMER))
     try:
-        return read_lora(path, matrix_shapes("transformer", TransformerConfig()), strength), "the released models"
+        return read_lora(path, matrix_shapes(transformer, transformer.released), strength), "the released models"
     except CheckpointError:
         config = json.loads((DEMO_ROOT / "shared/transformer/config.json").read_bytes())
         try:
-            demo = TransformerConfig.from_dict(config)
-            return read_lora(path, matrix_shapes("transformer", demo), strength), "the demo models"
+            demo = transformer.config.from_dict(config)
+            return read_lora(path, matrix_shapes(transformer, demo), strength), "the demo models"
         except CheckpointError:
             pass
         raise
@@ -110,11 +102,12 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
     """What is to be said of a file with components in it."""
     flags, facts = weights_map("files")["flags"], {}
     for kind, tensors in parts.items():
-        names = set(canonical_names(kind, tensors).values())
-        facts |= dict(said for name, said in _MARKS.items() if name in names)
-        if kind == "text_encoder":
-            facts["vision tower"] = "yes" if holds("vision", tensors) else "no"
-            if not holds(kind, tensors):
+        component = component_of_names(tensors)
+        names = set(canonical_names(component, tensors).values())
+        facts |= dict(said for name, said in weights_map(component.map).get("facts", {}).items() if name in names)
+        if kind == TEXT_ENCODER:
+            facts["vision tower"] = "yes" if any(holds(row, tensors) for row in all_components(VISION)) else "no"
+            if not holds(component, tensors):
                 facts["language model"] = "no: this file only has to lie beside the text encoder's"
         if form := foreign_format(tensors):
             facts |= {"format": form, "cannot be used": unreadable(tensors)}
@@ -133,11 +126,12 @@ def _architecture(path: Path) -> str:
     return f" of {one_line(said, 80)}" if isinstance(said, str) else ""
 
 
-def _resident_bytes(kind: str, tensors: Mapping[str, Tensor]) -> int | None:
-    parts, own_dtype = RESIDENT[kind]
+def _resident_bytes(tensors: Mapping[str, Tensor]) -> int | None:
+    component: Component = component_of_names(tensors)
     try:
-        config = replace(_CONFIGS[kind], **shown_settings(kind, tensors))
-        weights = ComponentWeights(kind, config, tensors, parts)
+        config = replace(component.released, **shown_settings(component, tensors))
+        weights = ComponentWeights(component, config, tensors, component.resident)
     except CheckpointError:
         return None
-    return sum(weights.resident_bytes(part, own_dtype or mx.bfloat16) for part in parts)
+    dtype = mx.float32 if component.full_precision else mx.bfloat16
+    return sum(weights.resident_bytes(part, dtype) for part in component.resident)

@@ -43,7 +43,7 @@ def modulation_table(
         and stream.
     """
     specs = {spec.name: spec for spec in weights.specs("modulation")}
-    reader = Reader(weights.component)
+    reader = Reader(weights.component.role)
 
     def array(name: str) -> mx.array:
         value = weights.open(specs[name], reader)

@@ -23,6 +23,7 @@ LEVELS = {
     "unfinished": 0.5,
     "outside": 0.5,
     "config": 1, "variants": 1,
+    "registry": 2.5,
     "models": 2, "sampling": 2, "images": 2, "text": 2,
     "weights": 3,
     "pipeline": 4,

@@ -16,7 +16,7 @@ from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.cli.main import build_parser
 from qwen_image_mlx.settings import SCHEMA, load_settings
 from qwen_image_mlx.weights.mapping import expected_tensors
-from qwen_image_mlx.weights.synthetic import FULL
+from qwen_image_mlx.weights.synthetic import FULL, ROWS
 
 pytestmark = pytest.mark.process
 
@@ -95,7 +95,7 @@ def test_settings_are_those_of_the_schema(tmp_path):
 
 def test_figures_of_the_memory_table_are_those_of_the_weights_map():
     def gigabytes(component: str, *parts: str) -> float:
-        specs = expected_tensors(component, FULL[component]).values()
+        specs = expected_tensors(ROWS[component], FULL[component]).values()
         return 2 * sum(prod(s.shape) for s in specs if not parts or s.part in parts) / 1e9
 
     for figure in (

@@ -86,7 +86,7 @@ def test_a_caption_holds_few_streamed_layers(tmp_path):
         write_checkpoint(folder, {**TINY, "text_encoder": encoder}, pipeline="QwenImageLayeredPipeline")
         pipeline = QwenImagePipeline.from_pretrained(folder, streamed=["text_encoder"])
         parts = pipeline.components
-        _ = parts.vision, parts.text_encoder, parts.language_head
+        _ = parts.network("vision"), parts.network("text_encoder"), parts.network("language_head")
         specs = parts.weights("text_encoder").specs("main")
         layer = sum(2 * prod(spec.shape) for spec in specs if ".layers.0." in spec.name)
         mx.reset_peak_memory()
@@ -109,7 +109,7 @@ def test_other_forms_are_read_by_themselves(model, tmp_path, monkeypatch, form):
         foreign.save(file, foreign.comfy_fp8(tensors)[0])
     with evaluations(monkeypatch) as seen:
         pipeline = QwenImagePipeline.from_pretrained(model, transformer=file)
-        _ = pipeline.components.transformer
+        _ = pipeline.components.network("transformer")
     assert seen
     assert not mixed(seen)
 

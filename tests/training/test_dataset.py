@@ -62,7 +62,7 @@ def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, 
     picture = Image.open(pictures / "wide-rgb.png")
     cropped = picture.resize((96, 48), Image.Resampling.LANCZOS, box=(15, 0, 135, 60))
     initial = pipeline.encode_initial_image(cropped, (96, 48))
-    config = pipeline.components.vae_config
+    config = pipeline.components.config("vae")
     expected = (initial.mean - mx.array(config.latents_mean)) / mx.array(config.latents_std)
     assert mx.allclose(batch.latents, pack_latents(expected), atol=1e-5)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...config import read_config
@@ -40,6 +40,12 @@ class TextEncoderConfig:
                 f"{config.head_dim // 2}"
             )
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat layout of the released files, which `from_dict` reads."""
+        said = asdict(self)
+        section = said.pop("mrope_section")
+        return {"model_type": "qwen2_5_vl", **said, "rope_scaling": {"type": "mrope", "mrope_section": section}}
 
     @property
     def head_dim(self) -> int:
