@@ -44,9 +44,9 @@ def accuracy(blocks: int) -> Table:
     from qwen_image_mlx.models.qwen2_5_vl.text import TextEncoder
     from qwen_image_mlx.models.qwen_image.rope import place_images, rotary_tables
     from qwen_image_mlx.models.qwen_image.transformer import Transformer
+    from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
     from qwen_image_mlx.weights.loader import ComponentWeights, load_module
     from qwen_image_mlx.weights.mapping import expected_tensors
-    from qwen_image_mlx.weights.modulation import modulation_table
     from qwen_image_mlx.weights.quantize import quantize_matrix
     from qwen_image_mlx.weights.schemes import Scheme
     from qwen_image_mlx.weights.shards import component_tensors
@@ -123,7 +123,7 @@ def run_modulated(module, weights, specs, scheme, run):
     """The output if the modulation alone were quantized, as it would be without the table."""
     import mlx.core as mx
 
-    from qwen_image_mlx.weights.modulation import modulation_table
+    from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
     from qwen_image_mlx.weights.quantize import quantize_matrix
 
     class Rounding:

@@ -161,8 +161,8 @@ class Ours:
         import numpy as np
 
         from qwen_image_mlx.models.qwen_image.rope import Segment, rotary_tables
+        from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
         from qwen_image_mlx.sampling.schedule import Schedule
-        from qwen_image_mlx.weights.modulation import modulation_table
 
         arrays = mx.load(inputs)
         self.latents = arrays["latents"]

@@ -18,6 +18,7 @@ from ..gpu import Pace
 from ..models.layers import SideBranch
 from ..names import StrPath
 from ..registry import (
+    CLASSES,
     ENCODING,
     LANGUAGE_HEAD,
     MAIN,
@@ -32,7 +33,9 @@ from ..registry import (
     Component,
     Network,
     components_of,
+    resolve,
 )
+from ..sampling.latents import LatentSpace
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.adapters import Adapters, Branch, Placement
@@ -68,6 +71,7 @@ class Components:
     Attributes:
         variant: what its pipeline class implies.
         rows: what its classes lead to, by role.
+        kept: what a denoiser made that another image of the same conditions may use; it goes with the transformer.
         placement: what became of the LoRAs when the transformer was loaded last; None without any.
     """
 
@@ -95,6 +99,7 @@ class Components:
         self._read_loras = read_loras
         self.placement: Placement | None = None
         self._loaded: dict[str, Any] = {}
+        self.kept: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
         self.sources: Sources = Sources(snapshot, replaced)
         self.variant: Variant = variant_of(self.sources.index, snapshot.model)
@@ -149,10 +154,22 @@ class Components:
                 config = config if found is None else replace(config, **{name: found.shape[0]})
         return config
 
+    def use_of(self, folder: str) -> Any:
+        """What works with the class of a folder: `registry.Class.use`."""
+        return resolve(CLASSES[self.variant.classes[folder]].use)
+
     def depth(self, role: str) -> int:
         """How many layers a component has."""
         depth: int = getattr(self.config(role), self.rows[role].depth)
         return depth
+
+    @cached_property
+    def latent_space(self) -> LatentSpace:
+        """The space of its latents, from the configs alone."""
+        vae, transformer = self.config(VAE), self.declared(TRANSFORMER)
+        return LatentSpace(
+            vae.z_dim, vae.spatial_factor, transformer.patch_size, self.variant.size_multiple, vae.input_channels
+        )
 
     @cached_property
     def image_processor(self) -> ImageProcessorConfig:
@@ -195,6 +212,7 @@ class Components:
     def replace_adapters(self, adapters: Adapters | None) -> None:
         """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
         self._check_adapters(adapters)
+        self.kept.clear()
         transformer, branches = self._loaded.get(TRANSFORMER), None
         streams = TRANSFORMER in self.streamed
         if transformer is not None and not streams and not (self.placement and self.placement.altered):
@@ -265,6 +283,8 @@ class Components:
 
     def release(self, *names: str) -> None:
         """Gives the memory of components back; those not loaded are passed over."""
+        if TRANSFORMER in names:
+            self.kept.clear()
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
 
@@ -275,7 +295,7 @@ class Components:
 
     def release_all(self) -> None:
         """Gives the memory of all components back."""
-        self.release(*self.loaded)
+        self.release(TRANSFORMER, *self.loaded)
 
     @property
     def encoders(self) -> tuple[str, ...]:

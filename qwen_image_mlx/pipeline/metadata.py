@@ -24,7 +24,7 @@ def describe(
     """
     parameters, parts = request.parameters, pipeline.components
     sampled = parameters.recorded("always", "painted over", "set")
-    if not pipeline.starts_from_canvas(request):
+    if not request.starts_from_canvas(pipeline.variant):
         sampled |= dict.fromkeys(parameters.recorded("painted over"))
     metadata = {
         "model": pipeline.model,

@@ -19,7 +19,8 @@ from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
 from ..pipeline.limits import usable_memory
-from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VISION
+from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
+from ..sampling.solvers import EULER
 from ..weights.mapping import TensorSpec, expected_tensors
 from ..weights.schemes import Scheme
 from ..weights.stored import PACKED
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ..models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
+    from ..pipeline.seams import DenoiserClass
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,6 @@ class Work:
     guided: bool = True
     steps: int = 50
     pictures: int = 1
-
-    @property
-    def target_tokens(self) -> int:
-        """Image tokens of what is generated."""
-        return self.frames * self.width * self.height // 256
-
-    @property
-    def reference_tokens(self) -> int:
-        """Image tokens of the pictures that the transformer is shown."""
-        return sum(w * h // 256 for w, h in self.shown)
 
 
 @dataclass(frozen=True)
@@ -168,13 +160,14 @@ class _Planner:
         shows = self.work.shown and self.components.variant.encoder_area
         vision = self.held(VISION) if shows or self.work.captioned else 0
         head = self.held(LANGUAGE_HEAD) if self.work.captioned else 0
-        vae = self.count(VAE, self.specs(VAE, "encoder"), mx.float32) if self.work.encoded else 0
+        vae = self.count(VAE, self.network(VAE_ENCODER), mx.float32) if self.work.encoded else 0
         encode = self.encode(vision, self.held(TEXT_ENCODER) + head, vae)
         kept = 0 if self.residency.staged else encode.resident
         painting = kept + self.table() + self.held(TRANSFORMER)
         streams = TRANSFORMER in self.residency.streamed
         loading = painting + (0 if streams else self.largest(TRANSFORMER, MAIN))
-        folding = kept + self.table() + int(self.costs.read * self.largest(TRANSFORMER, "modulation"))
+        beside = (self.largest(TRANSFORMER, part) for part in self.components.rows[TRANSFORMER].beside)
+        folding = kept + self.table() + int(self.costs.read * max(beside, default=0))
         load = Stage("load", painting, max(loading, folding))
         denoise = Stage("denoise", painting, painting + self.moving())
         before = kept if self.residency.staged and self.work.pictures == 1 else painting
@@ -195,7 +188,10 @@ class _Planner:
     def prompt_tokens(self) -> int:
         """Tokens of a prompt with the pictures that stand in it."""
         seen = len(self.work.shown) * self.components.variant.encoder_area + self.work.captioned
-        return self.work.text_tokens + seen // 28**2
+        if not seen:
+            return self.work.text_tokens
+        config = self.components.config(VISION)
+        return self.work.text_tokens + seen // (config.patch_size * config.spatial_merge_size) ** 2
 
     def looking(self) -> int:
         """What the vision tower takes for a picture, beside its weights."""
@@ -206,10 +202,10 @@ class _Planner:
     def moving(self) -> int:
         """What a step takes beside the transformer."""
         costs, work, config = self.costs, self.work, self.transformer_config
-        tokens = work.target_tokens + work.reference_tokens + self.prompt_tokens
-        units = costs.image * work.target_tokens + costs.reference * work.reference_tokens
+        tokens = self.target_tokens + self.reference_tokens + self.prompt_tokens
+        units = costs.image * self.target_tokens + costs.reference * self.reference_tokens
         units += costs.prompt * self.prompt_tokens + costs.guided * tokens * work.guided
-        units += costs.queued(max(work.target_tokens, work.reference_tokens))
+        units += costs.queued(max(self.target_tokens, self.reference_tokens))
         scores = costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
         return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step
@@ -217,7 +213,7 @@ class _Planner:
     def decode(self, before: int, strip_pixels: int) -> Stage:
         """One picture, in strips."""
         config, pixels = self.components.config(VAE), self.work.width * self.work.height
-        held = before + self.count(VAE, self.specs(VAE, "decoder"), mx.float32)
+        held = before + self.count(VAE, self.network(VAE_DECODER), mx.float32)
         strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
         strip = self.costs.pixel_out * min(pixels, strip)
         working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
@@ -254,9 +250,21 @@ class _Planner:
         return max(self.moved(name, layer) + self.read(name, layer) for layer in layers)
 
     def table(self) -> int:
-        """The modulation of all steps."""
-        config = self.transformer_config
-        return self.work.steps * config.modulation_size * self.itemsize
+        """What the denoiser keeps from step to step."""
+        prefix, branches = self.prompt_tokens + self.reference_tokens, 2 if self.work.guided else 1
+        denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
+        values = denoiser.kept_values(self.transformer_config, EULER.count(self.work.steps), prefix, branches)
+        return values * self.itemsize
+
+    @property
+    def target_tokens(self) -> int:
+        """Image tokens of what is generated."""
+        return self.work.frames * self.components.latent_space.tokens(self.work.width, self.work.height)
+
+    @property
+    def reference_tokens(self) -> int:
+        """Image tokens of the pictures that the transformer is shown."""
+        return sum(self.components.latent_space.tokens(*size) for size in self.work.shown)
 
     def largest(self, name: str, part: str) -> int:
         """The largest tensor, as `moved`."""
@@ -306,6 +314,11 @@ class _Planner:
     def specs(self, name: str, part: str) -> list[TensorSpec]:
         """A component's tensors, of one part of the weights map."""
         return [spec for spec in self.tensors(name).values() if spec.part == part]
+
+    def network(self, name: str) -> list[TensorSpec]:
+        """The tensors of one of the autoencoder's networks."""
+        (part,) = (network.part for network in self.components.rows[VAE].networks if network.name == name)
+        return self.specs(VAE, part)
 
     def _tensors(self, name: str) -> Mapping[str, TensorSpec]:
         """All of a component's tensors by name."""
@@ -400,7 +413,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     parameters, variant = request.parameters, pipeline.variant
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
     shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
-    begun = pipeline.starts_from_canvas(request)
+    begun = request.starts_from_canvas(variant)
     encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * begun
     return Work(
         width=parameters.width,
@@ -408,7 +421,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         frames=parameters.num_layers + 1 if variant.layered else 1,
         shown=shown,
         encoded=max(encoded, default=0),
-        captioned=(request.reference_pixels or 0) if pipeline.writes_caption(request) else 0,
+        captioned=(request.reference_pixels or 0) if request.writes_caption(variant) else 0,
         guided=request.guiding_prompt is not None,
         steps=parameters.num_inference_steps,
         pictures=len(request.seeds) * len(request.image_indices),

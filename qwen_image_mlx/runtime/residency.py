@@ -27,6 +27,11 @@ class Residency:
     staged: bool = True
     streamed: frozenset[str] = frozenset()
 
+    @property
+    def releases(self) -> dict[str, bool]:
+        """What `pipeline.conductor.paint` is to release, and `decompose`, by the names of their arguments."""
+        return {"release_encoders": self.staged, "release_transformer": self.staged}
+
 
 _ENCODERS = frozenset({TEXT_ENCODER, VISION})
 # From the fastest to the most frugal.

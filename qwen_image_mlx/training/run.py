@@ -46,7 +46,7 @@ from .loss import FlowMatching, training_shift
 from .network import Network
 from .optimizers import Optimizer, Rate
 from .plot import plot_run
-from .samples import Painter, Samples
+from .samples import Samples, painter_of
 from .settings import TASKS, TrainingSettings
 from .table import LevelTable
 
@@ -153,7 +153,7 @@ def _train(
     files.begin()
     if done is not None and trainer.step <= settings.steps:
         files.show()  # the run may have been cut right after its checkpoint
-    painter = Painter(parts, trainer.network, progress) if samples else None
+    painter = painter_of(parts, trainer.network, progress) if samples else None
     checkpoint = done
 
     def after(result: StepResult) -> bool:
@@ -333,7 +333,7 @@ class _Files:
         except OSError as error:
             raise OutputError(f"cannot write {self._folder / LOG}: {reason(error)}") from error
 
-    def sample(self, samples: Samples, painter: Painter) -> None:
+    def sample(self, samples: Samples, painter: QwenImagePipeline) -> None:
         """Paints with the weights as they are."""
         path = self._folder / SAMPLES / f"step-{self._trainer.step:06}.png"
         path.unlink(missing_ok=True)  # of a run that was cut and went on

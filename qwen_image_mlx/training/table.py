@@ -1,6 +1,6 @@
 """The frozen modulation of a run: the rows of every noise level it draws, on disk, read a few at a time.
 
-Its matrices, a third of the model, are read once at the start (`weights/modulation.py`) and never stay in memory. The
+Its matrices, a third of the model, are read once at the start (`modulation_table`) and never stay in memory. The
 rows of 1000 levels of the released models are 4.4 GB; a batch needs 4.4 MB of them for each sample.
 """
 
@@ -16,9 +16,9 @@ from ..errors import CheckpointError
 from ..gpu import gpu_faults
 from ..images.files import check_writable
 from ..models.qwen_image.transformer import BlockRows, Modulation
+from ..pipeline.qwen_image.table import modulation_table
 from ..weights.adapters import Adapters
 from ..weights.loader import ComponentWeights
-from ..weights.modulation import modulation_table
 from ..weights.shards import read_header, save_tensors
 
 _LEVELS_PER_FILE = 50

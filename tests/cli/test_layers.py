@@ -33,14 +33,14 @@ def models(tmp_path_factory):
 def small_areas(monkeypatch):
     """The real areas are of 640 pixels squared and more; nothing but time depends on them."""
     from qwen_image_mlx import variants
-    from qwen_image_mlx.pipeline import caption
+    from qwen_image_mlx.pipeline.qwen_image import caption
 
     name = "QwenImageEditPlusPipeline"
     small = replace(variants.VARIANTS[name], encoder_area=96**2, reference_area=128**2, target_area=128**2)
     monkeypatch.setitem(variants.VARIANTS, name, small)
     name = "QwenImageLayeredPipeline"
     monkeypatch.setitem(variants.VARIANTS, name, replace(variants.VARIANTS[name], resolutions=(96, 160)))
-    monkeypatch.setattr(caption, "MAX_TOKENS", 4)
+    monkeypatch.setattr(caption, "MAX_CAPTION_TOKENS", 4)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from lora_files import MODULATION, TARGETS, write_lora
 
 from qwen_image_mlx import Cancelled, GenerationParameters, GuidanceEncoding, QwenImagePipeline
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.training.table import LevelTable
 from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.shards import load_tensors, save_tensors
@@ -138,7 +139,7 @@ def test_no_evaluation_mixes_a_file_with_other_work(model, tmp_path, monkeypatch
 def test_the_modulation_is_made_of_weights_that_are_there(model, monkeypatch):
     pipeline = QwenImagePipeline.from_pretrained(model)
     with evaluations(monkeypatch) as seen:
-        pipeline._modulation(pipeline._schedule(PARAMETERS, 12, ()))
+        modulation_table(pipeline.components.weights("transformer"), [1.0, 0.5], pipeline.dtype)
     assert any(names & READS for names in seen)
     assert not mixed(seen)
 

@@ -86,7 +86,7 @@ def test_what_a_call_returns_belongs_to_no_thread(model):
 def test_one_thread_s_table_serves_the_others(model):
     pipeline = QwenImagePipeline.from_pretrained(model)
     first = in_thread(lambda: pixels(pipeline))
-    assert not [name for name in primitives(pipeline._table[1]) if name]
+    assert not [name for name in primitives(pipeline.components.kept["modulation table"][1]) if name]
     np.testing.assert_array_equal(in_thread(lambda: pixels(pipeline)), first)
 
 

@@ -13,8 +13,8 @@ from reference import make_transformer, to_numpy
 from qwen_image_mlx.models.qwen_image.config import TransformerConfig
 from qwen_image_mlx.models.qwen_image.rope import Segment, rotary_tables, text_start
 from qwen_image_mlx.models.qwen_image.transformer import Modulation, Transformer
+from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.modulation import modulation_table
 from qwen_image_mlx.weights.shards import component_tensors, read_header
 from qwen_image_mlx.weights.synthetic import ROWS
 

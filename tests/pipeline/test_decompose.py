@@ -21,9 +21,10 @@ from qwen_image_mlx import (
     variants,
 )
 from qwen_image_mlx.images.geometry import size_of_area
-from qwen_image_mlx.pipeline import caption, decomposition
+from qwen_image_mlx.pipeline import decomposition
+from qwen_image_mlx.pipeline.conductor import decompose
+from qwen_image_mlx.pipeline.qwen_image import caption
 from qwen_image_mlx.runtime.cache import EncodingCache
-from qwen_image_mlx.runtime.session import decompose
 from qwen_image_mlx.settings import SCHEMA
 
 QUICK = {"num_inference_steps": 2, "seed": 3, "resolution": 96}
@@ -39,7 +40,7 @@ def small_areas(monkeypatch):
     """The real buckets are of 640 and 1024 pixels squared; nothing but time depends on them."""
     name = "QwenImageLayeredPipeline"
     monkeypatch.setitem(variants.VARIANTS, name, replace(variants.VARIANTS[name], resolutions=(96, 160)))
-    monkeypatch.setattr(caption, "MAX_TOKENS", 5)
+    monkeypatch.setattr(caption, "MAX_CAPTION_TOKENS", 5)
 
 
 @pytest.fixture

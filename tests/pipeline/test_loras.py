@@ -332,7 +332,7 @@ def test_what_cannot_run_beside_packed_weights_is_refused_before_any_work(pack, 
     }
     mx.save_safetensors(str(tmp_path / "dora.safetensors"), tensors)
     pipeline = QwenImagePipeline.from_pretrained(pack, loras=[tmp_path / "dora.safetensors"])
-    monkeypatch.setattr(pipeline, "encode_request", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(pipeline, "encode_guidance_prompts", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(CheckpointError, match="cannot run beside packed weights"):
         pipeline.generate("a fox", width=64, height=48, num_inference_steps=1)
 

@@ -12,11 +12,12 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
+from qwen_image_mlx import QwenImagePipeline, RequestError
 from qwen_image_mlx.cli.cures import CURES
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.pipeline.limits import limits
 from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.runtime import memory
 from qwen_image_mlx.runtime.memory import (
     DEFAULT,
@@ -86,10 +87,10 @@ def test_weights_are_counted_to_the_byte(model, packed, residency, quantize):
     encode, load, denoise, decode = make_plan(components, WORK, residency).stages
     encoders = nbytes(components.network("text_encoder"))
     assert encode.resident == encoders
-    schedule = pipeline._schedule(GenerationParameters(width=64, height=48, num_inference_steps=2), 12, ())
+    weights = components.weights("transformer")
     table = sum(
         array.nbytes
-        for m in pipeline._modulation(schedule)
+        for m in modulation_table(weights, [1.0, 0.5], pipeline.dtype)
         for _, array in tree_flatten([m.out, [b[:2] for b in m.blocks]])
     )
     kept = 0 if residency.staged else encoders

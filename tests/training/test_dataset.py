@@ -14,7 +14,6 @@ from PIL import Image
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.models.qwen_image.rope import Segment
-from qwen_image_mlx.pipeline.core import PipelineCore
 from qwen_image_mlx.sampling.latents import pack_latents
 from qwen_image_mlx.training.dataset import Dataset, digest_of, encode_examples
 from qwen_image_mlx.training.examples import Example
@@ -102,9 +101,9 @@ def test_what_is_encoded_once_is_kept_and_no_encoder_is_loaded(models, pictures,
     assert not pipeline.is_text_encoder_loaded
     assert not pipeline.is_vae_loaded
     calls = []
-    real = PipelineCore.encode_guidance_prompts
+    real = QwenImagePipeline.encode_guidance_prompts
     monkeypatch.setattr(
-        PipelineCore, "encode_guidance_prompts", lambda self, prompt, *a, **k: calls.append(prompt) or real(
+        QwenImagePipeline, "encode_guidance_prompts", lambda self, prompt, *a, **k: calls.append(prompt) or real(
             self, prompt, *a, **k)
     )  # fmt: skip
     again = open_model(models, "t2i")

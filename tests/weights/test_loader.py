@@ -12,9 +12,9 @@ from mlx.utils import tree_flatten
 from qwen_image_mlx.errors import CheckpointError
 from qwen_image_mlx.models.qwen_image.transformer import Transformer
 from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
+from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import LAYOUTS, UNUSED, expected_tensors
-from qwen_image_mlx.weights.modulation import modulation_table
 from qwen_image_mlx.weights.shards import component_tensors, read_header
 from qwen_image_mlx.weights.synthetic import ROWS, TINY, random_values
 

@@ -1,7 +1,7 @@
 """From a timestep to the shifts, scales and gates of every block: the formula, and the network that learns it.
 
-To paint, the rows of all steps are computed once, one weight in memory at a time (`weights/modulation.py`), and this
-network never exists; to train all weights it does. Source: diffusers' transformer_qwenimage.py.
+To paint, the rows of all steps are computed once, one weight in memory at a time (`pipeline/qwen_image/table.py`), and
+this network never exists; to train all weights it does. Source: diffusers' transformer_qwenimage.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Takes packed latents, projected text, one step's modulation and rotary tables; knows nothing of timesteps, schedules
 or guidance. A third of the checkpoint's weights only turn the timestep into modulation: they are not part of this
-module, see `Modulation`, `modulation.py` and `weights/modulation.py`.
+module, see `Modulation`, `modulation.py` and `pipeline/qwen_image/table.py`.
 
 Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, L text tokens, D width.
 """

@@ -53,6 +53,11 @@ class Decoder(nn.Module):
         self.decoder: _DecoderBody = _DecoderBody(config)
 
     @property
+    def band(self) -> int:
+        """Rows of the tail's input on whose multiples strips begin."""
+        return BAND
+
+    @property
     def stages(self) -> list[Stage]:
         """Everything that needs the whole image: up to and with all up-blocks but the last two."""
         body = self.decoder

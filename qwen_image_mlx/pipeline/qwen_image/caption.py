@@ -12,16 +12,15 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image
 
-from ..config import GenerationConfig
-from ..gpu import number
-from ..names import CaptionLanguage
-from ..registry import LANGUAGE_HEAD, TEXT_ENCODER
-from ..text.prompt import replace_vision_tokens, tokenize_prompt
-from ..variants import CAPTION_TEMPLATES
-from .components import Components
-from .encode import encode_vision, feature_grid
-
-MAX_TOKENS = 512
+from ...config import GenerationConfig
+from ...gpu import number
+from ...names import CaptionLanguage
+from ...registry import LANGUAGE_HEAD, TEXT_ENCODER, VISION
+from ...text.prompt import replace_vision_tokens, tokenize_prompt
+from ...variants import CAPTION_TEMPLATES
+from ..components import Components
+from ..parameters import MAX_CAPTION_TOKENS
+from .encoder import encode_vision, feature_grid
 
 
 def write_caption(
@@ -42,6 +41,7 @@ def write_caption(
         seed: of the draws, where generation_config.json asks for sampling.
         on_token: told the number of tokens written.
     """
+    components.load(VISION, TEXT_ENCODER, LANGUAGE_HEAD)
     grid = feature_grid(components, image, area)
     tokens = tokenize_prompt(components.tokenizer, CAPTION_TEMPLATES[language], "", [grid])
     features = encode_vision(components, [image], area)
@@ -56,7 +56,7 @@ def write_caption(
         ids.append(token)
         written.append(token)
         on_token(len(written))
-        if len(written) == MAX_TOKENS:
+        if len(written) == MAX_CAPTION_TOKENS:
             break
     return components.tokenizer.decode(written).strip()
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..models.qwen_image.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
-from ..models.qwen_image.transformer import BlockRows, Modulation, Rows
-from .adapters import Adapters
-from .loader import ComponentWeights
-from .packed import Packed
-from .stored import Reader
+from ...models.qwen_image.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
+from ...models.qwen_image.transformer import BlockRows, Modulation, Rows
+from ...weights.adapters import Adapters
+from ...weights.loader import ComponentWeights
+from ...weights.packed import Packed
+from ...weights.stored import Reader
 
 _TIME = "time_text_embed"
 
