@@ -28,7 +28,6 @@ from ..pipeline.autoencode import encode_mode
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE, VAE_ENCODER
-from ..sampling.latents import pack_multi_layer_latents
 from ..weights.shards import load_tensors, read_header, save_tensors
 from .examples import Example, bucket_of, buckets_of
 from .loss import key_of
@@ -210,7 +209,7 @@ def _encode(
     fit = partial(ImageOps.fit, size=size, method=Image.Resampling.LANCZOS) if task == "t2i" else (lambda image: image)
     encode = partial(encode_mode, parts.network(VAE_ENCODER), parts.config(VAE))
     latents = mx.stack([encode(to_pixels(fit(frame), size))[0] for frame in frames])[None]
-    grid = latents.shape[2] // 2, latents.shape[3] // 2
+    space = pipeline.latent_space
     shown = (frames[0],) if layered else example.sources
     encoding = pipeline.encode_guidance_prompts(
         example.caption,
@@ -219,14 +218,14 @@ def _encode(
         reference_pixels=resolution**2 if shown else None,
         progress=_say_nothing,
     )
-    arrays, references = {"latents": pack_multi_layer_latents(latents), "text": encoding.positive}, encoding.references
+    arrays, references = {"latents": space.pack_frames(latents), "text": encoding.positive}, encoding.references
     if with_dropped:
         arrays["dropped"] = encoding.negative if shared is None else shared
     if references:
         arrays["references"] = mx.concatenate([reference.latents for reference in references], axis=1)
     if not all_finite(arrays["latents"]):
         raise QwenImageError(f"the latents of {example.image} are not finite: check the autoencoder's weights")
-    grids = [grid] * len(frames) + [(reference.height, reference.width) for reference in references]
+    grids = [space.grid(*size)] * len(frames) + [(reference.height, reference.width) for reference in references]
     segments = place_images(grids, parts.config(TRANSFORMER).use_layer3d_rope)
     metadata = {"format": _FORMAT, "segments": json.dumps(segments)}
     save_tensors(path, arrays, metadata)
