@@ -108,7 +108,7 @@ def test_what_the_server_answers_is_printable_and_short():
 
 def test_progress_bars_are_printable(capsys):
     with ProgressBars() as bars:
-        bars(Progress("download", 1, 2, HOSTILE + "x" * 1000))
+        bars(Progress("download", 2, 2, HOSTILE + "x" * 1000))
     err = capsys.readouterr().err
     assert SHOWN in err
     assert "\u202e" not in err

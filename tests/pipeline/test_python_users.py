@@ -56,8 +56,8 @@ def test_saving_elsewhere_or_with_words_of_ones_own_works(image, tmp_path):
 
 
 def test_bars_are_shown_unless_told_otherwise(pipeline, tiny, capfd):
-    pipeline.generate("a fox", **SMALL)
-    assert "steps: 100%" in capfd.readouterr().err
+    pipeline.generate("a fox", **SMALL | {"num_inference_steps": 2})
+    assert "denoising 2/2, 00:00 left" in capfd.readouterr().err
     pipeline.generate("a fox", progress=False, **SMALL)
     assert capfd.readouterr().err == ""
     told: list[Progress] = []
