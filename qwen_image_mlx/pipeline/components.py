@@ -174,7 +174,8 @@ class Components:
     @cached_property
     def image_processor(self) -> ImageProcessorConfig:
         """How pictures are prepared for the vision tower."""
-        return self._parsed(ImageProcessorConfig, PROCESSOR, "preprocessor_config.json")
+        config: ImageProcessorConfig = self._parsed(ImageProcessorConfig, PROCESSOR, "preprocessor_config.json")
+        return config
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
@@ -186,7 +187,8 @@ class Components:
     def scheduler_config(self) -> SchedulerConfig:
         """scheduler/scheduler_config.json."""
         expected = self.variant.classes[SCHEDULER]
-        return self._parsed(SchedulerConfig, SCHEDULER, "scheduler_config.json", expected)
+        config: SchedulerConfig = self._parsed(SchedulerConfig, SCHEDULER, "scheduler_config.json", expected)
+        return config
 
     # LoRAs ----------------------------------------------------------------------------------------------------------
 

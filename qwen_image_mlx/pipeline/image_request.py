@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
@@ -117,7 +117,7 @@ def canvas_or_size(
         return canvas, None
     if mask is not None or mask_padding is not None or isinstance(size, str):
         raise RequestError("a mask, a padding around it, and a size by name need an image to be painted over")
-    return None, cast("Size | None", size)
+    return None, size
 
 
 def edit_canvas(

@@ -68,7 +68,7 @@ def modulation_table(
         """The rows (D,) of each step, with 1 added to those that scale; the last are of timestep 0."""
         out = split_rows(linear(name, embedding), embedding.shape[-1], scales)
         mx.eval(out)
-        views = [[step[row] for row in range(out.shape[1])] for step in (out[n] for n in range(steps + 1))]
+        views: list[Rows] = [[step[row] for row in range(out.shape[1])] for step in (out[n] for n in range(steps + 1))]
         mx.eval(views)
         return views
 
