@@ -19,6 +19,7 @@ from ..registry import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE_DECODER, VAE_EN
 from .conditioning import Encodings, GuidanceEncoding, InitialImage
 from .decomposition import LayeredResult
 from .metadata import describe
+from .parameters import check_size
 from .progress import ProgressCallback
 from .request import Request
 
@@ -107,7 +108,12 @@ def encoded(
         request: what is to be generated.
         progress: told of every stage, and can cancel.
         cache: of earlier runs; what is encoded now is put there.
+
+    Raises:
+        RequestError: the model generates no image of that size.
     """
+    parameters = request.parameters
+    check_size(parameters.width, parameters.height, pipeline.variant.size_multiple)
     pipeline.prepare()
     encoding = cache.get(pipeline, request) if cache else None
     if encoding is None:

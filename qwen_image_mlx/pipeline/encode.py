@@ -109,7 +109,8 @@ def opened_images(components: Components, images: Sequence[ImageSource]) -> list
         raise RequestError(f"{model} paints from text; only an editing model takes pictures to work on")
     if variant.max_images is not None and len(images) > variant.max_images:
         raise RequestError(f"{model} works on {variant.max_images} picture at a time, but {len(images)} are given")
-    return [open_rgba(image) if variant.layered else open_image(image) for image in images]
+    opens = open_rgba if components.latent_space.pixel_channels == 4 else open_image
+    return [opens(image) for image in images]
 
 
 def _references(components: Components, images: Sequence[Image.Image], max_pixels: int | None) -> tuple[Reference, ...]:
