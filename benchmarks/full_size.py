@@ -66,7 +66,7 @@ def main() -> None:
 
 def write(folder: Path, blocks: int, encoder_layers: int, bits: str) -> None:
     """Writes the checkpoint under another name and renames it; asks the disk first."""
-    from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+    from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.schemes import Quantization
     from qwen_image_mlx.weights.synthetic import FULL, ROWS, write_checkpoint

@@ -173,12 +173,12 @@ def encoders() -> Table:
 
 def plans() -> Table:
     """What memory plans for a GPU count beside the weights, against the model; least and largest ratio last."""
-    from qwen_image_mlx.runtime import memory
+    from qwen_image_mlx.runtime import memory_plan
 
     table = Table(
         "Plan and model, bf16: memory beside the weights (modelled)", ["", "model GB", "plan GB", "plan / model"]
     )
-    with TemporaryDirectory() as folder, patch.object(memory, "backend", lambda: "gpu"):
+    with TemporaryDirectory() as folder, patch.object(memory_plan, "backend", lambda: "gpu"):
         for name, stage, graph in _planned(Path(folder)):
             model, plan = _peak(graph), stage.peak - stage.resident
             table.rows.append((name, model / GB, plan / GB, plan / model))
@@ -193,7 +193,7 @@ def _planned(folder: Path) -> Iterator[tuple[str, Any, Any]]:
     from metal_backend import work
 
     from qwen_image_mlx.pipeline.autoencode import STRIP_PIXELS, strips_of
-    from qwen_image_mlx.runtime.memory import Work, make_plan
+    from qwen_image_mlx.runtime.memory_plan import Work, make_plan
 
     components = _components("QwenImagePipeline", folder / "image")
     for side in PLANNED:

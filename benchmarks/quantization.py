@@ -48,8 +48,8 @@ def accuracy(blocks: int) -> Table:
     from qwen_image_mlx.weights.loader import ComponentWeights, load_module
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.quantize import quantize_matrix
+    from qwen_image_mlx.weights.safetensors_files import component_tensors
     from qwen_image_mlx.weights.schemes import Scheme
-    from qwen_image_mlx.weights.shards import component_tensors
     from qwen_image_mlx.weights.synthetic import FULL, ROWS, random_values
 
     configs = {
@@ -141,7 +141,7 @@ def cost(blocks: int) -> tuple[Table, Targets]:
     import mlx.core as mx
 
     from qwen_image_mlx import Quantization, QwenImagePipeline
-    from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+    from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
     from qwen_image_mlx.weights.synthetic import FULL, TINY, write_checkpoint
 
     rows, targets = [], Targets()

@@ -148,7 +148,7 @@ class Ours:
         from qwen_image_mlx.models.qwen_image.config import TransformerConfig
         from qwen_image_mlx.models.qwen_image.transformer import Transformer
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-        from qwen_image_mlx.weights.shards import component_tensors
+        from qwen_image_mlx.weights.safetensors_files import component_tensors
         from qwen_image_mlx.weights.synthetic import ROWS
 
         self.config = TransformerConfig(num_layers=layers)

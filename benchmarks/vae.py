@@ -171,7 +171,7 @@ def ours(weights: str, what: str, inputs: str, warm_up: str, output: str, strips
     from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
     from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
     from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-    from qwen_image_mlx.weights.shards import component_tensors
+    from qwen_image_mlx.weights.safetensors_files import component_tensors
     from qwen_image_mlx.weights.synthetic import ROWS
 
     before = resident()

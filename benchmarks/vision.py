@@ -121,7 +121,7 @@ class Ours(Side):
 
         from qwen_image_mlx.models.qwen2_5_vl.vision import VisionTower
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-        from qwen_image_mlx.weights.shards import component_tensors
+        from qwen_image_mlx.weights.safetensors_files import component_tensors
         from qwen_image_mlx.weights.synthetic import ROWS
 
         tensors = ComponentWeights(ROWS["vision"], config, component_tensors((weights,), None), ("main",))

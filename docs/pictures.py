@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from qwen_image_mlx import compose
-from qwen_image_mlx.images.layer_files import FORMATS, load_layers, save_layers
-from qwen_image_mlx.images.layers import Layer, LayerStack, contact_sheet
+from qwen_image_mlx.layers.formats import FORMATS, load_layers, save_layers
+from qwen_image_mlx.layers.stack import Layer, LayerStack, contact_sheet
 
 FOLDER = Path(__file__).parent
 SIZE = (480, 300)

@@ -12,7 +12,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from ._version import __version__
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
@@ -22,7 +22,7 @@ _PUBLIC = {
     "GuidanceEncoding": "pipeline.conditioning",
     "InitialImage": "pipeline.conditioning",
     "LayeredResult": "pipeline.decomposition",
-    "compose": "images.recompose",
+    "compose": "layers.recompose",
     "ignore_profiles": "images.colour",
     "pack_multi_layer_latents": "sampling.latents",
     "unpack_multi_layer_latents": "sampling.latents",
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from .errors import Cancelled, CheckpointError, GPUError, HubError, OutputError, QwenImageError, RequestError
     from .images.colour import ignore_profiles
     from .images.pixels import to_images
-    from .images.recompose import compose
+    from .layers.recompose import compose
     from .pipeline.conditioning import GuidanceEncoding, InitialImage
     from .pipeline.decomposition import LayeredResult
     from .pipeline.parameters import GenerationParameters

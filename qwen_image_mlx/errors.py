@@ -14,11 +14,7 @@ _NAMES_SHOWN = 5
 
 
 class QwenImageError(Exception):
-    """Base of all errors raised on purpose."""
-
-
-class RequestError(QwenImageError, ValueError):
-    """A parameter is out of range, of the wrong type, or does not fit the model.
+    """Base of all errors raised on purpose.
 
     Args:
         message: the sentence.
@@ -28,6 +24,10 @@ class RequestError(QwenImageError, ValueError):
     def __init__(self, message: str = "", *, cause: str = ""):
         super().__init__(message)
         self.cause = cause
+
+
+class RequestError(QwenImageError, ValueError):
+    """A parameter is out of range, of the wrong type, or does not fit the model."""
 
 
 class CheckpointError(QwenImageError):
@@ -44,7 +44,7 @@ class GPUError(QwenImageError):
     """
 
     def __init__(self, message: str = "", *, fault: Fault = "unknown", fatal: bool = False):
-        super().__init__(message)
+        super().__init__(message, cause=f"fault: {fault}")
         self.fault = fault
         self.fatal = fatal
 

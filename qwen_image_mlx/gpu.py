@@ -34,8 +34,7 @@ _COMMAND = r"\[METAL\] Command buffer execution failed: .*"
 _CUDA = r"(cu[a-z]*[A-Z]\w*|nvrtc\w*).* failed"
 _RELAX = "or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, which lets macOS wait longer"
 _TOO_LITTLE = (
-    "the GPU has too little memory for this: choose a smaller size, say --memory auto or --quantize 4, "
-    "or close other programs"
+    "the GPU has too little memory for this: choose a smaller size, quantize the weights, or close other programs"
 )
 _TOO_LONG = (
     "macOS stopped the GPU's work because it took too long: choose a smaller size, keep the weights on the internal "

@@ -79,6 +79,7 @@ class Template:
         max_tokens: tokens kept of the whole, the template's own included (None: all).
         max_embeddings: rows kept of the encoded whole after the drop (None: all).
         picture: what stands before the prompt for each picture, with its number `{n}` from 1.
+        between: what stands between two of these.
     """
 
     text: str
@@ -86,6 +87,7 @@ class Template:
     max_tokens: int | None = None
     max_embeddings: int | None = None
     picture: str = ""
+    between: str = ""
 
 
 _DESCRIBE = (

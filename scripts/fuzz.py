@@ -87,7 +87,7 @@ def _image(folder: Path, file: Path) -> object:
 
 
 def _layers(folder: Path, file: Path) -> object:
-    from qwen_image_mlx.images.layer_files import load_layers
+    from qwen_image_mlx.layers.formats import load_layers
 
     return load_layers(file)
 
@@ -111,7 +111,7 @@ def _examples(folder: Path, file: Path) -> object:
 def _lora(folder: Path, file: Path) -> object:
     """Every number of it, and both ways of applying it."""
     from qwen_image_mlx import QwenImagePipeline
-    from qwen_image_mlx.weights.lora import read_lora
+    from qwen_image_mlx.lora.file import read_lora
 
     targets = QwenImagePipeline.from_pretrained(folder / "tiny").components.lora_targets()
     lora = read_lora(file, targets)
@@ -209,8 +209,8 @@ def prepare(folder: Path) -> None:
 
     from qwen_image_mlx import QwenImagePipeline
     from qwen_image_mlx.images.files import save_image
-    from qwen_image_mlx.images.layer_files import save_layers
-    from qwen_image_mlx.images.layers import Layer, LayerStack
+    from qwen_image_mlx.layers.formats import save_layers
+    from qwen_image_mlx.layers.stack import Layer, LayerStack
     from qwen_image_mlx.pipeline.conditioning import EncodingSource, GuidanceEncoding
     from qwen_image_mlx.settings.schema import SCHEMA
     from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint

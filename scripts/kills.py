@@ -88,8 +88,8 @@ def prepare(folder: Path) -> None:
     """Makes what all commands need."""
     from PIL import Image
 
-    from qwen_image_mlx.images.layer_files import save_layers
-    from qwen_image_mlx.images.layers import Layer, LayerStack
+    from qwen_image_mlx.layers.formats import save_layers
+    from qwen_image_mlx.layers.stack import Layer, LayerStack
     from qwen_image_mlx.variants import OWN
     from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 

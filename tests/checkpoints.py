@@ -29,7 +29,7 @@ from qwen_image_mlx.models.qwen_image.vae import Decoder
 from qwen_image_mlx.pipeline.autoencode import decode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import expected_tensors
-from qwen_image_mlx.weights.shards import component_tensors
+from qwen_image_mlx.weights.safetensors_files import component_tensors
 from qwen_image_mlx.weights.synthetic import ROWS
 
 Config = dict[str, Any]

@@ -26,7 +26,7 @@ class Told(NamedTuple):
 
 
 FAULTS = (
-    Told(MEMORY, "memory", ("smaller size", "--memory", "--quantize", "close other programs")),
+    Told(MEMORY, "memory", ("smaller size", "quantize", "close other programs")),
     Told(TIMEOUT, "timeout", ("smaller size", "internal disk", "swap", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1")),
     Told(_COMMAND.format("Caused GPU Hang Error", "00000003", "Hang"), "timeout", ("smaller size", "AGX_RELAX")),
     Told(BUSY, "busy display", ("smaller size", "screen", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1")),
@@ -38,10 +38,10 @@ FAULTS = (
     Told(_COMMAND.format("Something New", "000000ff", "New"), "unknown", ("try again",)),
     Told("[metal::malloc] Attempting to allocate 48736917632 bytes which is greater than the maximum allowed buffer "
          "size of 30150672384 bytes.", "memory", ("one array", "smaller size")),
-    Told("[metal::malloc] Resource limit (499000) exceeded.", "memory", ("smaller size", "--memory")),
+    Told("[metal::malloc] Resource limit (499000) exceeded.", "memory", ("smaller size", "quantize")),
     Told("[conv] A single unfolding row needs 9 bytes, which exceeds the maximum Metal buffer size of 8 bytes.",
          "memory", ("smaller size",)),
-    Told("[malloc] Unable to allocate 1073741824 bytes.", "memory", ("smaller size", "--memory")),
+    Told("[malloc] Unable to allocate 1073741824 bytes.", "memory", ("smaller size", "quantize")),
     Told("[malloc_async] Unable to allocate 8 bytes.", "memory", ("smaller size",)),
     Told("[METAL] Failed to do something.", "unknown", ("try again",)),
     Told("[metal::CommandEncoder] Failed to make new command queue.", "unknown", ("try again",)),

@@ -25,7 +25,7 @@ from qwen_image_mlx.training.loss import FlowMatching
 from qwen_image_mlx.training.network import Batch, Network
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.shards import component_tensors
+from qwen_image_mlx.weights.safetensors_files import component_tensors
 from qwen_image_mlx.weights.synthetic import ROWS
 
 

@@ -9,10 +9,10 @@ from gpu_texts import FAULTS, MEMORY, REFUSED, TIMEOUT, FailingGPU
 from qwen_image_mlx import GPUError, QwenImagePipeline
 from qwen_image_mlx.errors import CheckpointError, OutputError
 from qwen_image_mlx.gpu import finish, gpu_error, gpu_faults
+from qwen_image_mlx.lora import file as lora
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
-from qwen_image_mlx.weights import lora
-from qwen_image_mlx.weights.shards import read_header, save_tensors
-from qwen_image_mlx.weights.stored import reading
+from qwen_image_mlx.weights.safetensors_files import read_header, save_tensors
+from qwen_image_mlx.weights.tensor_formats import reading
 
 
 @pytest.mark.parametrize("told", FAULTS, ids=[told.text[:60] for told in FAULTS])
@@ -119,7 +119,7 @@ def test_no_file_is_blamed(monkeypatch, tmp_path):
     path = tmp_path / "lora.safetensors"
     mx.save_safetensors(str(path), {"x": mx.array([1.0])})
     tensor = read_header(path)[0]["x"]
-    assert lora._Arrays(path).take(tensor).tolist() == [1]
+    assert lora.Arrays(path).take(tensor).tolist() == [1]
 
     for broken, expected in ((MEMORY, GPUError), ("[read] Unable to read 8 bytes from file.", CheckpointError)):
         with pytest.raises(expected), reading("vae"):
@@ -128,7 +128,7 @@ def test_no_file_is_blamed(monkeypatch, tmp_path):
     with pytest.raises(GPUError):
         GuidanceEncoding.load(tmp_path / "encoding.safetensors")
     with pytest.raises(GPUError):
-        lora._Arrays(path).take(tensor)
+        lora.Arrays(path).take(tensor)
     monkeypatch.setattr(mx, "save_safetensors", not_now)
     with pytest.raises(GPUError):
         save_tensors(tmp_path / "new.safetensors", {"x": mx.array(1)}, {})

@@ -17,19 +17,20 @@ from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.cli import results
 from qwen_image_mlx.cli.console import ProgressBars
 from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.cli.output import output_path
 from qwen_image_mlx.errors import CheckpointError, RequestError
-from qwen_image_mlx.images.files import output_path, read_metadata, save_png
-from qwen_image_mlx.images.layer_files import load_layers
+from qwen_image_mlx.images.files import read_metadata, save_png
 from qwen_image_mlx.images.sources import open_image
+from qwen_image_mlx.layers.formats import load_layers
+from qwen_image_mlx.lora.peft import peft_config
 from qwen_image_mlx.outside import escaped, printable, why_not_read
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
 from qwen_image_mlx.pipeline.progress import Progress
-from qwen_image_mlx.server.answers import ApiError
+from qwen_image_mlx.server.api_errors import ApiError
 from qwen_image_mlx.text.tokenizer import MAX_CHARACTERS, QwenTokenizer, Tokens
 from qwen_image_mlx.variants import OWN, variant_of
 from qwen_image_mlx.weights.gguf import read_gguf
-from qwen_image_mlx.weights.lora_formats import peft_config
-from qwen_image_mlx.weights.shards import load_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import load_tensors, read_header
 
 
 @pytest.mark.parametrize("text", ["\x1b[2Jgone", "\x9b31m", "a\u202eb", "\ud800", "\x07", "\r", "\u2028", "\x7f"])

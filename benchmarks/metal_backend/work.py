@@ -14,7 +14,7 @@ from qwen_image_mlx.models.qwen2_5_vl import text as text_encoder
 from qwen_image_mlx.models.qwen2_5_vl import vision
 from qwen_image_mlx.models.qwen_image import transformer, vae
 from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
-from qwen_image_mlx.models.qwen_image.rope import Rotary
+from qwen_image_mlx.models.rotary import Rotary
 from qwen_image_mlx.pipeline import autoencode
 from qwen_image_mlx.sampling.denoise import Guidance, denoise
 from qwen_image_mlx.sampling.schedule import Schedule

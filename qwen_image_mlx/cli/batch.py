@@ -36,7 +36,8 @@ def is_batch(arguments: argparse.Namespace) -> bool:
 
 def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     """Paints and saves every picture that the folder does not hold; all that is asked for is checked before."""
-    from ..images.files import check_writable, named_path, save_png
+    from ..files import check_writable, named_path
+    from ..images.files import save_png
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     for row in rows_of("generate"):
@@ -63,15 +64,14 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     folder = _folder(given.get("output"))
     check_writable(folder / "picture.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
 
+    from ..files import sweep_results
     from ..runtime.batch import asked_pictures, missing_pictures, paint_all
-    from ..runtime.profile import Profile
     from ..runtime.session import Session
-    from ..unfinished import sweep_results
     from .console import Console
     from .preview import preview_file
 
     with Console(arguments) as console, ExitStack() as stack:
-        timings = Profile(console) if "timings" in given or console.verbose else None
+        timings = console.timings("timings" in given)
         session = Session.open({**usual, **given}, default_model, timings or console, task="generate")
         requests = []
         for one in wanted:
@@ -161,7 +161,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _folder(output: str | None) -> Path:
-    from ..images.files import named_path
+    from ..files import named_path
 
     folder = named_path(FOLDER if output is None else output, "--output")
     if folder.suffix.lower() == ".png" or (folder.exists() and not folder.is_dir()):

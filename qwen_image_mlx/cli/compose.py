@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..variants import DEFAULT_EDIT_MODEL
 from .flags import COMPOSITION, add_options, rows_of
-from .painting import run_painting
+from .images import run_images
+from .output import output_path
 from .words import filled
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Lays the layers together, and has the result edited if that is asked for."""
-    from ..images.files import OPAQUE, output_path, save_image
-    from ..images.recompose import compose
+    from ..images.files import OPAQUE, save_image
+    from ..layers.recompose import compose
 
     blending = {
         row.flag for row in rows_of("compose") if row.name not in _BARE and getattr(arguments, row.name) is not None
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         "output": str(path),
     }
     try:
-        run_painting(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, "edit", command="compose")
+        run_images(argparse.Namespace(**{**vars(arguments), **edit}), DEFAULT_EDIT_MODEL, "edit", command="compose")
     except BaseException:
         if not there:
             composed.unlink()

@@ -68,7 +68,7 @@ def _written(value: Any) -> str:
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    from ..images.files import named_path, new_file
+    from ..files import named_path, new_file
 
     path = default_place() if arguments.path is None else named_path(arguments.path, "PATH")
     if os.path.lexists(path):

@@ -19,6 +19,7 @@ from ..pipeline.bars import ProgressBars
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
+    from ..runtime.profile import Profile
 
 _MOST = 20_000  # characters of a message; tables are long
 
@@ -47,6 +48,14 @@ class Console:
                 event("progress", **said)
         elif not self._quiet:
             self._bars(progress)
+
+    def timings(self, asked: bool) -> Profile | None:
+        """What measures every stage, between a call and this; None unless it is asked for, or with verbose."""
+        if not asked and not self.verbose:
+            return None
+        from ..runtime.profile import Profile
+
+        return Profile(self)
 
     def result(self, path: Path | str, *lines: str, **facts: Any) -> None:
         """Says what was made: its path and further lines, or an event with the facts."""

@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
     """Saves into the first free folder, which another run may have taken meanwhile."""
-    from ..images.layer_files import free_folder, is_free
+    from ..layers.formats import free_folder, is_free
 
     while True:
         folder = free_folder(wanted)
@@ -53,10 +53,10 @@ def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
 
 def run(arguments: argparse.Namespace) -> None:
     """Takes one picture apart and saves its layers."""
-    from ..images.files import check_writable, named_path
-    from ..images.layer_files import check_formats
-    from ..images.recompose import open_layer
+    from ..files import check_writable, named_path
     from ..images.sources import open_rgba
+    from ..layers.formats import check_formats
+    from ..layers.recompose import open_layer
     from .console import Console, messages
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
@@ -71,7 +71,6 @@ def run(arguments: argparse.Namespace) -> None:
         picture = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
     formats = check_formats((arguments.format or "png").split(","))
 
-    from ..runtime.profile import Profile
     from ..runtime.session import Session, layers_of
     from .preview import preview_file
 
@@ -82,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(folder / "layer_0.png", nbytes=4 * width * height * (draft.parameters.num_layers + 2) * len(formats))
 
     with Console(arguments) as console, ExitStack() as stack:
-        timings = Profile(console) if arguments.timings or console.verbose else None
+        timings = console.timings(bool(arguments.timings))
         session = Session.open(wanted, DEFAULT_LAYERED_MODEL, timings or console, task="decompose")
         request = session.request(wanted, pictures=[picture])
         say_idle("decompose", given, request)

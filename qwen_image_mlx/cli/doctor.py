@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print_section("Changes since the earlier report", differences(earlier, report) or ["none"])
     _print_section("Body of a GitHub issue", [report["issue"]])
     if arguments.json:
-        from ..images.files import new_file
+        from ..files import new_file
 
         text = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
         print(f"\n{new_file(Path(arguments.json), text.encode())}")
@@ -84,7 +84,7 @@ def _check_json(path: str) -> None:
         raise OutputError(f"--json is {path!r}, but must be a file, such as doctor.json")
     if not Path(path).absolute().parent.is_dir():
         raise OutputError(f"{path} cannot be written: its folder does not exist")
-    from ..images.files import check_writable
+    from ..files import check_writable
 
     check_writable(Path(path).absolute(), nbytes=1 << 20)
 

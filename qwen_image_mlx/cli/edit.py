@@ -7,7 +7,7 @@ from typing import Any
 
 from ..variants import DEFAULT_EDIT_MODEL
 from .flags import add_options
-from .painting import run_painting
+from .images import run_images
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -23,4 +23,4 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Edits and saves every picture asked for."""
-    run_painting(arguments, DEFAULT_EDIT_MODEL, task="edit")
+    run_images(arguments, DEFAULT_EDIT_MODEL, task="edit")

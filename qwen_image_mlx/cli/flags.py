@@ -10,7 +10,6 @@ from typing import Any
 from ..options import Choice, Option, Several, Switch, Text, by_name
 from ..pipeline.parameters import CANVAS, PAINTERS
 from ..runtime.options import OPTIONS
-from .parser import EXAMPLES
 
 FOLDER = "qwen-images"  # of many pictures
 COMPOSITION = "composition.png"
@@ -155,7 +154,7 @@ def add_options(parser: argparse.ArgumentParser, command: str, heading: str = ""
     """
     found = rows_of(command)
     if command in _EXAMPLES:
-        parser.epilog = "\n".join([EXAMPLES, *(f"  qwen-image-mlx {line}" for line in _EXAMPLES[command])])
+        parser.epilog = "\n".join(["examples:", *(f"  qwen-image-mlx {line}" for line in _EXAMPLES[command])])
     titles = dict.fromkeys(_HEADINGS[row.group] for row in sorted(found, key=lambda row: [*_HEADINGS].index(row.group)))
     groups = {title: parser.add_argument_group(title) for title in ([heading] if heading else titles)}
     for row in found:

@@ -8,7 +8,7 @@ from typing import Any
 from ..variants import DEFAULT_MODEL
 from .batch import is_batch, run_batch
 from .flags import add_options
-from .painting import run_painting
+from .images import run_images
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -27,4 +27,4 @@ def run(arguments: argparse.Namespace) -> None:
     if is_batch(arguments):
         run_batch(arguments, DEFAULT_MODEL)
     else:
-        run_painting(arguments, DEFAULT_MODEL, task="generate")
+        run_images(arguments, DEFAULT_MODEL, task="generate")

@@ -28,9 +28,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line, or JSON."""
-    from ..images.files import named_path
-    from ..images.layer_files import is_layers
-    from ..weights.shards import PICKLES
+    from ..files import named_path
+    from ..layers.formats import is_layers
+    from ..weights.safetensors_files import PICKLES
     from ..weights.snapshot import DEMOS
 
     path = named_path(arguments.path, "PATH")
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _layers(path: Path) -> dict[str, Any]:
-    from ..images.layer_files import load_layers
+    from ..layers.formats import load_layers
 
     stack = load_layers(path)
     facts: dict[str, Any] = {"layers": len(stack.layers), "size": "x".join(map(str, stack.size))}
@@ -77,7 +77,7 @@ def _checkpoint(path: str) -> dict[str, Any]:
 
 
 def _weights(path: Path) -> dict[str, Any]:
-    from ..weights.identify import identify
+    from ..pipeline.identify import identify
 
     report = identify(path)
     forms = ", ".join(f"{form} {_size(nbytes)}" for form, nbytes in report.forms.items())

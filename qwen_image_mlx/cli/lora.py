@@ -25,18 +25,18 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line."""
-    from ..pipeline.loras import fetch_lora, split_reference
+    from ..lora.description import describe
+    from ..lora.fetch import fetch_lora, split_reference
+    from ..lora.file import read_lora
+    from ..pipeline.identify import read_known_lora
     from ..pipeline.pipeline import QwenImagePipeline
-    from ..pipeline.progress import Reporter
-    from ..weights.identify import read_known_lora
-    from ..weights.lora import read_lora
-    from ..weights.lora_inspect import describe
+    from ..pipeline.reporter import Reporter
     from .console import ProgressBars, messages
     from .results import print_table
 
     with messages(), ProgressBars() as bars:
         reference, strength = split_reference(arguments.file)
-        path = fetch_lora(reference, False, Reporter(bars))
+        path = fetch_lora(reference, download=Reporter(bars).download)
         if arguments.model is None:
             lora, _ = read_known_lora(path, strength)
         else:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
 
-from .. import __version__
+from .._version import __version__
 from ..errors import QwenImageError
 from ..outside import one_line
-from .cures import sentence
-from .ending import GaveUp, HungUp, Terminated, terminable
+from .hints import sentence
 from .parser import Parser
 from .results import Unread, messages_kept, results
+from .signals import GaveUp, HungUp, Terminated, terminable
 
 # Modules beside this one; they are imported where Ctrl-C is understood.
 COMMANDS = (
@@ -28,8 +28,8 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The command line with some of its commands; what none of them needs is not imported."""
     parser = Parser(
         prog="qwen-image-mlx",
         description="Run the Qwen-Image family on a Mac.",
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qwen-image-mlx {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in COMMANDS:
+    for name in names:
         module = import_module(f".{name}", __package__)
         module.add_parser(commands).set_defaults(run=module.run)
     return parser
@@ -53,7 +53,9 @@ def _main(argv: Sequence[str] | None) -> int:
     arguments = argparse.Namespace()
     try:
         with terminable(), results():
-            arguments = build_parser().parse_args(argv)
+            words = sys.argv[1:] if argv is None else list(argv)
+            named = [name for name in words[:1] if name in COMMANDS]
+            arguments = build_parser(named or COMMANDS).parse_args(words)
             code = _run(arguments)
     except QwenImageError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from ..errors import RequestError
 from .foreign import answer
 
-EXAMPLES = "examples:"
 _FEW_FLAGS = 12  # that a usage can list
 _INTEGERS = r"-?\d+(,-?\d+)*"
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
@@ -21,7 +20,7 @@ _JOINED = "a value that begins with a dash is joined to its flag with =, as in {
 
 
 class Help(argparse.HelpFormatter):
-    """Help with a short usage, however many flags there are, and examples as they are written."""
+    """Help with a short usage, however many flags there are, and texts of several lines as they are written."""
 
     def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
         flags = [action for action in actions if action.option_strings]
@@ -31,7 +30,7 @@ class Help(argparse.HelpFormatter):
         return super()._format_usage(usage, actions, groups, prefix)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if text.startswith(EXAMPLES) else super()._fill_text(text, width, indent)
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,7 +134,7 @@ class Parser(argparse.ArgumentParser):
 
 def _owners(flag: str) -> list[str]:
     """The commands that have a flag."""
-    from .flags import rows  # which are made with what stands above
+    from .flags import rows  # here, because it is much, and a slip of the pen is rare
 
     found = [command for row in rows().values() for command in row.commands if flag in row.of(command).flags]
     return list(dict.fromkeys(found))

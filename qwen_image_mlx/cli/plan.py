@@ -17,7 +17,7 @@ from .results import json_text
 
 if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
-    from ..runtime.memory import MemoryPlan, Work
+    from ..runtime.memory_plan import MemoryPlan, Work
     from ..runtime.session import Session
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the tables."""
-    from ..runtime.memory import table_of
+    from ..runtime.memory_plan import table_of
     from ..runtime.session import Session
     from .console import messages
 
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:
     from ..images.geometry import size_of_area
-    from ..runtime.memory import Work
+    from ..runtime.memory_plan import Work
 
     variant = pipeline.variant
     references = arguments.references

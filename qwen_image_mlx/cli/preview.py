@@ -26,8 +26,7 @@ def preview_file(output: Path) -> Iterator[Show]:
     """
     from PIL import PngImagePlugin
 
-    from ..images.files import new_file, replace_file
-    from ..unfinished import PREVIEW_KEY, owner, sweep
+    from ..files import PREVIEW_KEY, new_file, owner, replace_file, sweep
 
     wanted = output.with_name(f"{output.stem}-preview.png")
     path, failed = None, False

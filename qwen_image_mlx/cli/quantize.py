@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes the pack and prints its path."""
-    from ..pipeline.packing import quantize_checkpoint
+    from ..pipeline.quantize_checkpoint import quantize_checkpoint
     from ..weights.schemes import Quantization
     from .console import ProgressBars, messages
 

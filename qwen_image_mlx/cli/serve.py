@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import GPUError, RequestError
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL, full_name
-from .ending import GaveUp
 from .flags import add_options
+from .signals import GaveUp
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serves until it is told to end."""
-    from ..server.door import allowed_host, is_loopback, listen, own_hosts, read_token
+    from ..server.listen import allowed_host, is_loopback, listen, own_hosts, read_token
     from ..settings import find_config, load_settings
 
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
@@ -99,9 +99,9 @@ def run(arguments: argparse.Namespace) -> None:
     for task, offer in setup["offers"].items():
         _check_local(task, offer["model"])
     with listen(arguments.host, arguments.port) as listener:
-        from ..server.app import Setup
         from ..server.run import serve
-        from ..server.work import Limits
+        from ..server.service import Setup
+        from ..server.tasks import Limits
         from .console import messages
 
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host

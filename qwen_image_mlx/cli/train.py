@@ -14,8 +14,8 @@ from ..errors import RequestError
 from ..training.settings import SCHEDULES, TARGETS, TASKS, TIMESTEPS, WEIGHTINGS, TrainingSettings
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
 from .config import configured
-from .ending import ENDS, handled
 from .flags import add_options
+from .signals import ENDS, handled
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     kind = given.get("task", "t2i")
     wanted = {**configured(arguments, f"train --task {kind}"), **given}
 
-    from ..images.files import named_path
+    from ..files import named_path
 
     data, folder = named_path(arguments.data, "--data"), named_path(arguments.output, "--output")
     if given.get("task"):

@@ -14,7 +14,7 @@ from ..gpu import finish
 from ..models import nn
 from ..models.qwen_image.config import TransformerConfig
 from ..pipeline.limits import limits
-from ..runtime.memory import Work
+from ..runtime.memory_plan import Work
 from ..weights.synthetic import FULL
 from .measure import judge_memory, on_gpu, peak_of, planned
 from .outcome import Outcome, amount

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .._version import __version__
 from ..errors import CheckpointError
-from ..unfinished import temporary_folder
+from ..files import temporary_folder
 from .groups import Group
 from .outcome import Outcome
 from .report import VERSION, scrubbed, summed_up

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..pipeline.limits import memory_size, usable_memory
 from ..pipeline.pipeline import QwenImagePipeline
-from ..runtime.memory import MemoryPlan, Work
+from ..runtime.memory_plan import MemoryPlan, Work
 from ..runtime.session import Session
 from ..weights.schemes import NONE, Quantization
 from ..weights.synthetic import FULL, write_configs

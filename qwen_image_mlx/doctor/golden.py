@@ -22,7 +22,7 @@ from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress
 from ..pipeline.request import Request
 from ..runtime.session import Session
-from ..weights.shards import load_tensors
+from ..weights.safetensors_files import load_tensors
 from .fingerprint import fingerprint
 from .measure import GARBAGE, numbers, relative_error
 from .outcome import Outcome

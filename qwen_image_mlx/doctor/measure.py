@@ -14,7 +14,7 @@ import numpy as np
 from ..gpu import finish
 from ..models.qwen_image.config import TransformerConfig
 from ..pipeline.pipeline import QwenImagePipeline
-from ..runtime.memory import MemoryPlan, Work, make_plan
+from ..runtime.memory_plan import MemoryPlan, Work, make_plan
 from ..weights.synthetic import FULL, write_configs
 from .chip import coarse_fp32
 from .outcome import FALSIFY, Outcome, amount

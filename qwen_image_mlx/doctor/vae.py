@@ -16,7 +16,7 @@ from ..gpu import finish
 from ..models.qwen_image.vae import Decoder
 from ..pipeline.autoencode import decode
 from ..pipeline.limits import limits
-from ..runtime.memory import Work
+from ..runtime.memory_plan import Work
 from ..weights.synthetic import FULL
 from .measure import judge_memory, on_gpu, on_metal, peak_of, planned
 from .outcome import Outcome, amount

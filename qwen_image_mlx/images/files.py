@@ -1,24 +1,19 @@
-"""Pictures' files: written whole or not at all, never over another, and carrying what made them."""
+"""Pictures' files, which carry what made them: their formats, their records, their names."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
 from ..errors import OutputError, RequestError
+from ..files import new_file
 from ..names import StrPath
-from ..unfinished import hidden, publish
 from .colour import alpha_range
 from .formats import check_file
 from .sources import readable
@@ -26,10 +21,9 @@ from .sources import readable
 logger: logging.Logger = logging.getLogger(__name__)
 
 METADATA_KEY = "qwen_image_mlx"
-DEFAULT_NAME = "qwen-image.png"
 # By the ends of names: the form of a picture, and how it is written.
 _LOSSY = {"quality": 95, "subsampling": 0}
-_WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", _LOSSY),
     ".jpeg": ("JPEG", _LOSSY),
@@ -38,52 +32,7 @@ _WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
 OPAQUE = (".jpg", ".jpeg")  # without transparency
 _COMMENT = b"ASCII\0\0\0"  # which code EXIF's UserComment is in
 _JPEG_COMMENT = 60_000  # bytes; EXIF is one segment of a JPEG
-_FREE_MARGIN = 1 << 20
 _MOST_RECORD = 8_000_000  # characters: some of the longest prompts there may be
-_NAME_BYTES = 200  # most file systems take 255; a number may be added
-
-
-def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
-    """The picture a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
-    if output is None:
-        return Path(default_name)
-    path = named_path(output, "--output")
-    if path.is_dir():
-        return path / default_name
-    if output.endswith(("/", os.sep)):
-        return path / default_name
-    if path.name.lower() in _WRITERS:
-        raise RequestError(f"--output is {output}, which has no name before {path.name}; name it, as in fox.png")
-    if not path.suffix:
-        return path.with_name(path.name + ".png")
-    if path.suffix.lower() not in _WRITERS:
-        raise RequestError(
-            f"--output is {output}, but pictures are written as PNG, JPEG or WebP; end the name in .png, .jpg or .webp"
-        )
-    return path
-
-
-def named_path(name: StrPath, what: str) -> Path:
-    """The path that a person's words mean, whether something is there or not, with ~ expanded.
-
-    Args:
-        name: as it was given.
-        what: how the message calls it.
-
-    Raises:
-        RequestError: it is empty, or nothing can ever have this name.
-    """
-    if not os.fspath(name):
-        raise RequestError(f"{what} is empty: name a place")
-    try:
-        path = Path(name).expanduser()
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, RuntimeError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else error
-        raise RequestError(f"{what} is {str(name)!r:.80}, which leads nowhere: {why}") from error
-    return path
 
 
 def check_text(metadata: Any) -> None:
@@ -94,23 +43,6 @@ def check_text(metadata: Any) -> None:
         raise RequestError(
             "a file's name is not valid text, so no picture could say that it was made from it"
         ) from error
-
-
-def check_writable(path: Path, nbytes: int) -> None:
-    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now."""
-    folder = path.parent
-    try:
-        path.exists()
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        if len(os.fsencode(path.name)) > _NAME_BYTES:
-            raise OutputError(f"cannot write {path.name[:40]}…: the name is too long")
-        with tempfile.TemporaryFile(dir=folder):
-            free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise OutputError(f"cannot write to {path.parent}: {reason(error)}") from error
-    if free < nbytes + _FREE_MARGIN:
-        raise OutputError(f"cannot write {path}: the disk has {free / 1e6:.1f} MB left; free some space")
 
 
 def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
@@ -148,7 +80,7 @@ def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> by
     Raises:
         OutputError: it has transparency or a record that a JPEG cannot hold.
     """
-    form, settings = _WRITERS[path.suffix.lower()]
+    form, settings = WRITERS[path.suffix.lower()]
     if form == "PNG":
         return encode_png(image, metadata)
     comment, file = _comment(metadata), io.BytesIO()
@@ -176,7 +108,7 @@ class RecordedImage(Image.Image):
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """As Pillow's, but that the record goes along unless `pnginfo` or `exif` is given."""
         name = str(getattr(fp, "name", fp)) if format is None else f"x.{format}"
-        form, _ = _WRITERS.get(Path(name).suffix.lower(), ("", {}))
+        form, _ = WRITERS.get(Path(name).suffix.lower(), ("", {}))
         text = self.info.get(METADATA_KEY)
         if isinstance(text, str) and form == "PNG" and "pnginfo" not in params:
             params["pnginfo"] = _png_info(text)
@@ -261,55 +193,3 @@ def _json(text: str | bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def new_file(path: Path, data: bytes) -> Path:
-    """Writes a file, whole or not at all, under `path` or the first free `-1`, `-2`, … beside it.
-
-    Missing folders are made. Returns the path written; raises OutputError, and nothing is left behind.
-    """
-    partial = hidden(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        return publish(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason(error)}") from error
-    finally:
-        _forget(partial)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file in place of an old one, atomically; raises OutputError, and the old one stays."""
-    partial = hidden(path)
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {reason(error)}") from error
-    finally:
-        _forget(partial)
-
-
-def _forget(partial: Path) -> None:
-    with suppress(OSError):  # a folder that is gone or not ours was said already
-        partial.unlink()
-
-
-def is_from_macos(name: str) -> bool:
-    """Whether a file is one that macOS puts beside others: attributes of a file (`._NAME`) or of a folder's window."""
-    return name == ".DS_Store" or name.startswith("._")
-
-
-def umask() -> int:
-    """Permissions that new files are not given; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def reason(error: OSError) -> str:
-    """Why, in lower case, for the end of a sentence."""
-    if error.errno == errno.ENOSPC:
-        return "the disk is full"
-    return (error.strerror or str(error)).lower()

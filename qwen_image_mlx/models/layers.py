@@ -6,8 +6,10 @@ global random state, which MLX's initialisers would advance.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import mlx.core as mx
 
@@ -95,30 +97,6 @@ class QuantizedLinear(nn.QuantizedLinear):
             x, self.weight, self.scales, self.get("biases"), True, self.group_size, self.bits, self.mode
         )
         return (product, self.bias) if "bias" in self else (product,)
-
-
-class SideBranch(nn.Module):
-    """A linear layer with a low-rank branch beside it: y = layer(x) + (x A^T) B^T.
-
-    Args:
-        layer: dense or quantized.
-        a: (r, in).
-        b: (out, r).
-    """
-
-    def __init__(self, layer: nn.Module, a: mx.array, b: mx.array):
-        super().__init__()
-        self.layer: nn.Module = layer
-        self.a: mx.array = a
-        self.b: mx.array = b
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.layer(x) + (x @ self.a.T) @ self.b.T
-
-    def terms(self, x: mx.array) -> tuple[mx.array, ...]:
-        """Those of the layer, the branch added to the first."""
-        first, *bias = self.layer.terms(x)
-        return (first + (x @ self.a.T) @ self.b.T, *bias)
 
 
 class QuantizedEmbedding(QuantizedLinear):
@@ -215,3 +193,24 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         for top in range(0, length, rows)
     ]
     return out[0] if len(out) == 1 else mx.concatenate(out, axis=1)
+
+
+@mx.compile
+def gated_add(x: mx.array, gate: mx.array, *terms: mx.array) -> mx.array:
+    """x + gate * (the terms' sum); in float16 held inside its range, as the reference does after each block."""
+    out = x + gate * reduce(mx.add, terms)
+    return mx.clip(out, -65504, 65504) if x.dtype == mx.float16 else out
+
+
+@mx.compile
+def gelu_tanh(*terms: mx.array) -> mx.array:
+    """x / 2 * (1 + tanh(z)) with z = sqrt(2 / pi) * (x + 0.044715 x**3), in fp32, rounded once; x is the terms' sum.
+
+    Written as x / (1 + exp(-2 z)), which is the same and takes less than half the time where tanh is slow. The exponent
+    ends at 80, where the result is 0 to 34 digits: past 88 the exponential is infinite, and its gradient not a number.
+    MLX makes one kernel of at most eleven operations in a row, and this uses all eleven.
+    """
+    x = reduce(mx.add, terms)
+    wide = x.astype(mx.float32)
+    exponent = -2 * math.sqrt(2 / math.pi) * (wide + (0.044715 * wide) * (wide * wide))
+    return (wide / (1 + mx.exp(mx.minimum(exponent, 80)))).astype(x.dtype)

@@ -89,7 +89,7 @@ def _line_of(progress: Progress) -> _Line:
     )
 
 
-class _Line(tqdm):  # type: ignore[misc]
+class _Line(tqdm):  # type: ignore[misc]  # tqdm has no types
     """tqdm's line. Where stderr is not a terminal: a line when a stage of several units ends, and every 30 seconds."""
 
     def __init__(self, **settings: Any):

@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
 from ..config import GenerationConfig, ImageProcessorConfig, SchedulerConfig
 from ..errors import CheckpointError, RequestError
 from ..gpu import Pace
-from ..models.layers import SideBranch
 from ..names import StrPath
 from ..registry import (
     CLASSES,
@@ -38,14 +37,16 @@ from ..registry import (
 from ..sampling.latents import LatentSpace
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
-from ..weights.adapters import Adapters, Branch, Placement
-from ..weights.loader import ComponentWeights, load_module, put_beside
+from ..weights.loader import ComponentWeights, load_module
 from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings, weights_map
 from ..weights.recognize import holds
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
-from ..weights.streaming import stream_module
 from .sources import CONFIG, Sources
+
+if TYPE_CHECKING:
+    from ..lora.adapters import Adapters, Placement
+    from ..weights.changes import Branch
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -223,6 +224,8 @@ class Components:
         if branches is None or transformer is None:
             self.release(TRANSFORMER)
             return
+        from ..lora.branch import SideBranch, put_beside  # here: most runs have no LoRA
+
         there = {path for path, module in transformer.named_modules() if isinstance(module, SideBranch)}
         for path in there | branches.keys():
             put_beside(transformer, path, branches.get(path))
@@ -372,8 +375,10 @@ class Components:
             adapters = self.adapters
         scheme, weights = getattr(self.quantization, row.role, None), self.weights(row.role)
         if row.role in self.streamed:
+            from ..weights.streaming import stream_module  # here: most runs stream nothing
+
             return stream_module(module, weights, network.part, dtype, scheme, adapters)
-        placement = Placement(adapters) if adapters else None
+        placement = adapters.placement() if adapters else None
         if row.role == TRANSFORMER:
             self.placement = placement
         return load_module(module, weights, network.part, dtype, scheme, placement)

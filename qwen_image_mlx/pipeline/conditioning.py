@@ -11,10 +11,11 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..names import StrPath
-from ..weights.shards import load_tensors, save_tensors
+from ..weights.safetensors_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from .pipeline import QwenImagePipeline
+    from ..variants import Variant
+    from ..weights.schemes import Quantization
     from .request import Request
 
 _FORMAT = "qwen_image_mlx.guidance_encoding.1"
@@ -115,11 +116,31 @@ class InitialImage:
     mask: mx.array | None = None
 
 
+class EncodingModel(Protocol):
+    """What an encoding depends on, other than the request; `QwenImagePipeline` is one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the checkpoint's files apart."""
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the text encoder."""
+
+    @property
+    def quantization(self) -> Quantization:
+        """What matrices are packed into while they are loaded."""
+
+    @property
+    def variant(self) -> Variant:
+        """What the checkpoint's pipeline class implies."""
+
+
 class Encodings(Protocol):
     """Encodings that were kept, by what was asked for."""
 
-    def get(self, pipeline: QwenImagePipeline, request: Request) -> GuidanceEncoding | None:
+    def get(self, pipeline: EncodingModel, request: Request) -> GuidanceEncoding | None:
         """The encoding of an equal request, or None."""
 
-    def put(self, pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding) -> None:
+    def put(self, pipeline: EncodingModel, request: Request, encoding: GuidanceEncoding) -> None:
         """Keeps an encoding."""

@@ -7,28 +7,81 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..images.layers import Layer, LayerStack
+import mlx.core as mx
+
 from ..images.pixels import to_images
+from ..names import CaptionLanguage
 from ..registry import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE_DECODER, VAE_ENCODER, VISION
-from .conditioning import Encodings, GuidanceEncoding, InitialImage
-from .decomposition import LayeredResult
-from .metadata import describe
-from .parameters import check_size
+from ..variants import Variant
+from .conditioning import EncodingModel, Encodings, GuidanceEncoding, InitialImage
+from .metadata import Described, describe
+from .parameters import GenerationParameters, check_size
 from .progress import ProgressCallback
 from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .pipeline import QwenImagePipeline
+    from ..images.geometry import Size
+    from .decomposition import LayeredResult
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+
+class Conducted(Described, EncodingModel, Protocol):
+    """What is conducted: the core calls of a pipeline, and what it holds in memory; `QwenImagePipeline` is one."""
+
+    strip_pixels: int
+
+    @property
+    def variant(self) -> Variant:
+        """What the checkpoint's pipeline class implies."""
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the text encoder and the transformer."""
+
+    def prepare(self) -> None:
+        """Fetches and checks all files."""
+
+    def caption_image(
+        self, image: Image, *, language: CaptionLanguage, resolution: int, progress: ProgressCallback | None
+    ) -> str:
+        """An image's caption."""
+
+    def encode_guidance_prompts(
+        self, prompt: str, negative_prompt: str | None = None, *, images: Sequence[Image],
+        reference_pixels: int | None, progress: ProgressCallback | None,
+    ) -> GuidanceEncoding:  # fmt: skip
+        """Encoded prompts and images."""
+
+    def encode_initial_image(
+        self, image: Image, size: Size, mask: Image | None = None, *, progress: ProgressCallback | None
+    ) -> InitialImage:
+        """An encoded image to start from."""
+
+    def denoise_latents(
+        self, parameters: GenerationParameters, encoding: GuidanceEncoding, *, seed: int, image_index: int,
+        initial: InitialImage | None, progress: ProgressCallback | None,
+    ) -> mx.array:  # fmt: skip
+        """Clean latents."""
+
+    def decode_frames(
+        self, parameters: GenerationParameters, latents: mx.array, *, progress: ProgressCallback | None
+    ) -> Iterator[mx.array]:
+        """Pixels, frame by frame."""
+
+    def release_encoders(self) -> None:
+        """Gives back the memory of all that encodes."""
+
+    def release_transformer(self) -> None:
+        """Gives back the transformer's memory."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +93,7 @@ class Painting:
 
 
 def paint(
-    pipeline: QwenImagePipeline,
+    pipeline: Conducted,
     request: Request,
     progress: ProgressCallback | None = None,
     cache: Encodings | None = None,
@@ -75,7 +128,7 @@ def paint(
 
 
 def decompose(
-    pipeline: QwenImagePipeline,
+    pipeline: Conducted,
     request: Request,
     progress: ProgressCallback | None = None,
     cache: Encodings | None = None,
@@ -84,19 +137,17 @@ def decompose(
     release_transformer: bool = False,
 ) -> LayeredResult:
     """Decomposes an image, each layer decoded, resized and turned into 8 bits before the next; arguments as `paint`."""
+    from .decomposition import layered_result  # here: most runs make no layers
+
     encoding = encoded(pipeline, request, progress, cache)
     if release_encoders:
         pipeline.release_encoders()
     images = [image for image, _, _ in paint_encoded(pipeline, request, encoding, None, progress, release_transformer)]
-    layers = (Layer(image, f"layer {n}") for n, image in enumerate(images))
-    canvas = request.canvas
-    assert canvas is not None
-    metadata = describe(pipeline, request, encoding, request.seeds[0])
-    return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, tuple(layers), metadata))
+    return layered_result(images, request, describe(pipeline, request, encoding, request.seeds[0]))
 
 
 def encoded(
-    pipeline: QwenImagePipeline,
+    pipeline: Conducted,
     request: Request,
     progress: ProgressCallback | None = None,
     cache: Encodings | None = None,
@@ -123,9 +174,7 @@ def encoded(
     return encoding
 
 
-def encode_request(
-    pipeline: QwenImagePipeline, request: Request, progress: ProgressCallback | None = None
-) -> GuidanceEncoding:
+def encode_request(pipeline: Conducted, request: Request, progress: ProgressCallback | None = None) -> GuidanceEncoding:
     """`encode_guidance_prompts` for a request; the negative prompt is left out where it would change nothing.
 
     Where a layered model is given no prompt it captions the image, always with the same draws: a seed stands for the
@@ -150,7 +199,7 @@ def encode_request(
 
 
 def encode_canvas(
-    pipeline: QwenImagePipeline, request: Request, progress: ProgressCallback | None = None
+    pipeline: Conducted, request: Request, progress: ProgressCallback | None = None
 ) -> InitialImage | None:
     """`encode_initial_image` for a request; None where generation begins with noise alone."""
     if not request.starts_from_canvas(pipeline.variant):
@@ -164,7 +213,7 @@ def encode_canvas(
 
 
 def paint_encoded(
-    pipeline: QwenImagePipeline,
+    pipeline: Conducted,
     request: Request,
     encoding: GuidanceEncoding,
     initial: InitialImage | None,
@@ -185,7 +234,7 @@ def paint_encoded(
 
 
 @contextmanager
-def keeping(pipeline: QwenImagePipeline, streamed: Collection[str], strip_pixels: int) -> Iterator[None]:
+def keeping(pipeline: Conducted, streamed: Collection[str], strip_pixels: int) -> Iterator[None]:
     """Meanwhile reads the layers of these components from their files, and decodes at most so many pixels at once.
 
     What was loaded otherwise is released, before and afterwards.
@@ -200,7 +249,7 @@ def keeping(pipeline: QwenImagePipeline, streamed: Collection[str], strip_pixels
         pipeline.strip_pixels = before[1]
 
 
-def load(pipeline: QwenImagePipeline, request: Request) -> None:
+def load(pipeline: Conducted, request: Request) -> None:
     """Loads now what a request needs, unless it is loaded."""
     components = pipeline.components
     components.load(TOKENIZER, TEXT_ENCODER, TRANSFORMER, VAE_DECODER)

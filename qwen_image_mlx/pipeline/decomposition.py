@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..images.canvas import plan_canvas
-from ..images.layer_files import save_layers
-from ..images.layers import LayerStack, composite, psnr
 from ..images.pixels import on_white
 from ..images.sources import check_visible
+from ..layers.formats import save_layers
+from ..layers.stack import Layer, LayerStack, composite, psnr
 from ..names import CaptionLanguage, LayersFormat, LayersSize, Rng, StrPath
 from ..variants import CAPTION_TEMPLATES
 from .parameters import RNGS, GenerationParameters
@@ -68,6 +68,14 @@ class LayeredResult:
             OutputError: it could not be written.
         """
         return save_layers(self.stack, folder, formats)
+
+
+def layered_result(images: Iterable[Image], request: Request, metadata: Mapping[str, Any]) -> LayeredResult:
+    """What came of a request: its layers' images, back to front, each of the result's size, with their record."""
+    canvas = request.canvas
+    assert canvas is not None
+    layers = tuple(Layer(image, f"layer {n}") for n, image in enumerate(images))
+    return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, layers, dict(metadata)))
 
 
 def layers_request(

@@ -22,8 +22,9 @@ from ..variants import CAPTION_TEMPLATES
 from .autoencode import encode_mode, encode_moments
 from .components import Components
 from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
-from .parameters import MAX_CAPTION_TOKENS, check_reference_pixels, check_seed, check_side, check_size
-from .progress import Progress, ProgressCallback, Reporter
+from .parameters import check_reference_pixels, check_seed, check_side, check_size
+from .progress import ProgressCallback
+from .reporter import Reporter
 from .seams import ConditionEncoder
 from .working import working
 
@@ -94,10 +95,7 @@ def caption_image(
     check_visible(opened)
     encoder: ConditionEncoder = components.use_of(TEXT_ENCODER)(components)
     with working(components, report, progress):
-        return encoder.caption(
-            opened, resolution**2, language, check_seed(seed),
-            lambda count: report(Progress("caption", count, MAX_CAPTION_TOKENS)),
-        )  # fmt: skip
+        return encoder.caption(opened, resolution**2, language, check_seed(seed), report)
 
 
 def opened_images(components: Components, images: Sequence[ImageSource]) -> list[Image.Image]:

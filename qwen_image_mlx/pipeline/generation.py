@@ -21,7 +21,8 @@ from .autoencode import decode, strips_of
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage, Reference
 from .parameters import GenerationParameters, check_size
-from .progress import Progress, ProgressCallback, Reporter
+from .progress import Progress, ProgressCallback
+from .reporter import Reporter
 from .seams import Conditions, DenoiserClass
 from .start import Start, draw_start
 from .working import working
@@ -97,7 +98,7 @@ def denoise_latents(
                 solver,
             )
     if not all_finite(result):
-        raise QwenImageError("the painted latents are not finite: try --dtype bfloat16, or check the weights")
+        raise QwenImageError("the painted latents are not finite: try the dtype bfloat16, or check the weights")
     return result
 
 

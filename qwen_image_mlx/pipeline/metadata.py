@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from .. import __version__
+import mlx.core as mx
+
+from .._version import __version__
 from ..registry import FOLDERS
+from ..variants import Variant
 from ..weights.schemes import NONE
+from .components import Components
 from .conditioning import GuidanceEncoding
 from .request import Request
 
-if TYPE_CHECKING:
-    from .pipeline import QwenImagePipeline
+
+class Described(Protocol):
+    """What a record tells of a pipeline; `QwenImagePipeline` is one."""
+
+    components: Components
+
+    @property
+    def model(self) -> str:
+        """The checkpoint's place or id."""
+
+    @property
+    def revision(self) -> str | None:
+        """Its commit; None for a local folder."""
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the text encoder and the transformer."""
+
+    @property
+    def variant(self) -> Variant:
+        """What the checkpoint's pipeline class implies."""
 
 
 def describe(
-    pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding | None, seed: int, image_index: int = 0
+    pipeline: Described, request: Request, encoding: GuidanceEncoding | None, seed: int, image_index: int = 0
 ) -> dict[str, Any]:
     """The metadata of one result: all that the pipeline knows of how it was painted, JSON-serialisable.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -13,9 +14,13 @@ from ..names import Dtype, LoRAMode, StrPath
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
-from .loras import LoRAReference, profile_of, read_adapters
 from .parameters import DTYPES, Recommended
-from .progress import Progress, Reporter
+from .progress import Progress
+from .reporter import Reporter
+
+if TYPE_CHECKING:
+    from ..lora.adapters import Adapters
+    from ..lora.fetch import LoRAReference
 
 
 def open_components(
@@ -50,19 +55,14 @@ def open_components(
         raise RequestError(f"quantize is {quantize!r:.80}, but must be bits, component=bits, or None")
     if dtype not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
-    snapshot = HubSnapshot(
-        model,
-        revision=revision,
-        offline=offline,
-        progress=lambda name, done, total: report(Progress("download", done, total, name)),
-    )
+    snapshot = HubSnapshot(model, revision=revision, offline=offline, progress=report.download)
     return Components(
         snapshot,
         getattr(mx, dtype),
         lambda name: report.stage("load", name),
         zero_cond_t=zero_cond_t,
         quantization=quantize,
-        read_loras=partial(read_adapters, loras, lora_mode, offline=offline, report=report) if loras else None,
+        read_loras=_lora_reader(loras, lora_mode, offline, report) if loras else None,
         replaced={folder: path for folder, path in files.items() if path is not None},
         streamed=streamed,
         on_layer=lambda name, layer, layers: report(Progress("layer", layer, layers, name)),
@@ -73,14 +73,22 @@ def replace_loras(components: Components, report: Reporter, loras: Sequence[LoRA
     """The work of `QwenImagePipeline.set_loras`; its arguments and errors."""
     adapters = None
     if loras:
-        targets, offline = components.lora_targets(), components.snapshot.offline
-        adapters = read_adapters(loras, mode, targets, offline=offline, report=report)
+        adapters = _lora_reader(loras, mode, components.snapshot.offline, report)(components.lora_targets())
     components.replace_adapters(adapters)
 
 
 def recommended_of(components: Components) -> Recommended:
     """How a checkpoint wants to be sampled: as its card says, or as a distilled LoRA was trained."""
-    profile = profile_of(components.adapters.loras) if components.adapters else None
-    if profile is None:
+    distilled = components.adapters.distillation if components.adapters else None
+    if distilled is None:
         return Recommended(components.variant.steps, components.variant.cfg_scale, None)
-    return Recommended(profile.steps, profile.cfg_scale, profile.shift)
+    return Recommended(distilled.steps, distilled.cfg_scale, distilled.shift)
+
+
+def _lora_reader(
+    loras: Sequence[LoRAReference], mode: LoRAMode, offline: bool, report: Reporter
+) -> Callable[[Mapping[str, tuple[int, ...]]], Adapters]:
+    """What reads LoRAs, given the modules they may change and their weights' shapes; see `lora.fetch.read_adapters`."""
+    from ..lora.fetch import read_adapters  # here: most runs have no LoRA
+
+    return partial(read_adapters, loras, mode, offline=offline, download=report.download)

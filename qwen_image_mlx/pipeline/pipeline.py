@@ -27,11 +27,9 @@ from .autoencode import STRIP_PIXELS
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
 from .conductor import decompose, paint
-from .decomposition import LayeredResult, layers_request
 from .foreign_names import Answering, answering
 from .image_request import canvas_or_size, edit_canvas, image_request
 from .limits import limits
-from .loras import LoRAReference
 from .opening import open_components, recommended_of, replace_loras
 from .parameters import (
     GenerationParameters,
@@ -39,12 +37,16 @@ from .parameters import (
     check_image_index,
     check_seed,
 )
-from .progress import ProgressCallback, Reporter, Shown
+from .progress import ProgressCallback, Shown
+from .reporter import Reporter
 from .request import Request
 from .seams import DenoiserClass
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+
+    from ..lora.fetch import LoRAReference
+    from .decomposition import LayeredResult
 
 
 class QwenImagePipeline(Answering):
@@ -406,6 +408,8 @@ class QwenImagePipeline(Answering):
             caption_language: "en" or "zh".
             seed, rng, staged, progress: as in `generate`, and so is what is raised.
         """
+        from .decomposition import layers_request  # here: most runs make no layers
+
         self.check_task("decompose")
         request = layers_request(
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,

@@ -1,13 +1,11 @@
-"""How a running call tells its caller where it is: the only upward call in the package."""
+"""What a running call tells its caller."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import Cancelled
 from ..names import Stage
 
 if TYPE_CHECKING:
@@ -48,55 +46,3 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 Shown = ProgressCallback | Literal[False] | None
 """A callback; False for nothing; None for progress bars on stderr, unless the pipeline has a callback of its own."""
-
-
-class Reporter:
-    """Hands progress to the callback in force.
-
-    Args:
-        callback: the one used outside of `using`.
-    """
-
-    def __init__(self, callback: ProgressCallback | None = None):
-        self._callback = callback
-
-    @property
-    def is_heard(self) -> bool:
-        """Whether there is a callback."""
-        return self._callback is not None
-
-    @contextmanager
-    def shown(self, progress: Shown) -> Iterator[None]:
-        """What is told meanwhile goes to `progress`."""
-        if progress is None and not self.is_heard:
-            from .bars import ProgressBars
-
-            with ProgressBars() as bars, self.using(bars):
-                yield
-        else:
-            with self.using(progress or None):
-                yield
-
-    @contextmanager
-    def using(self, callback: ProgressCallback | None) -> Iterator[None]:
-        """Replaces the callback for a while; None keeps it."""
-        previous = self._callback
-        self._callback = callback or previous
-        try:
-            yield
-        finally:
-            self._callback = previous
-
-    def __call__(self, progress: Progress) -> None:
-        """Reports; raises Cancelled if the callback asked for it."""
-        if self._callback is not None:
-            self._callback(progress)
-            if progress._cancelled:
-                raise Cancelled(f"cancelled during {progress.stage}")
-
-    @contextmanager
-    def stage(self, name: Stage, detail: str = "") -> Iterator[None]:
-        """Reports the beginning and, unless it fails, the end of a stage."""
-        self(Progress(name, 0, 1, detail))
-        yield
-        self(Progress(name, 1, 1, detail))

@@ -6,7 +6,7 @@ image, from all that is known before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 from ..models.layers import OnLayer
 from ..names import CaptionLanguage
 from .conditioning import Reference
-from .progress import Reporter
+from .reporter import Reporter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +107,5 @@ class ConditionEncoder(Protocol):
             QwenImageError: the states are not finite, which float16 can cause.
         """
 
-    def caption(
-        self, image: Image, area: int, language: CaptionLanguage, seed: int, on_token: Callable[[int], None]
-    ) -> str:
+    def caption(self, image: Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
         """The caption of an image, shown at about `area` pixels; raises CheckpointError if it cannot write."""

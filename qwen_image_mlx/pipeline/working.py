@@ -11,7 +11,8 @@ from ..errors import GPUError
 from ..gpu import gpu_faults
 from .components import Components
 from .limits import limits
-from .progress import ProgressCallback, Reporter
+from .progress import ProgressCallback
+from .reporter import Reporter
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from ..files import temporary_folder
 from ..images.files import read_metadata
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.conductor import Painting, paint_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
-from ..unfinished import temporary_folder
 from .session import Session
 
 if TYPE_CHECKING:

@@ -16,13 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
+from .._version import __version__
 from ..errors import CheckpointError, OutputError
-from ..pipeline.conditioning import GuidanceEncoding
-from ..unfinished import sweep
+from ..files import sweep
+from ..pipeline.conditioning import EncodingModel, GuidanceEncoding
 
 if TYPE_CHECKING:
-    from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class EncodingCache:
         self._max_bytes = max_bytes
         sweep(self._folder)
 
-    def get(self, pipeline: QwenImagePipeline, request: Request) -> GuidanceEncoding | None:
+    def get(self, pipeline: EncodingModel, request: Request) -> GuidanceEncoding | None:
         """The encoding of an equal request, or None."""
         path = self._path(pipeline, request)
         if not path.is_file():
@@ -64,7 +63,7 @@ class EncodingCache:
         logger.info("the encoding comes from the cache; no text encoder is loaded")
         return encoding
 
-    def put(self, pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding) -> None:
+    def put(self, pipeline: EncodingModel, request: Request, encoding: GuidanceEncoding) -> None:
         """Keeps an encoding; a cache that cannot be written is said and otherwise ignored."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +72,7 @@ class EncodingCache:
         except (OSError, OutputError) as error:
             logger.warning("the encoding is not cached: %s", error)
 
-    def _path(self, pipeline: QwenImagePipeline, request: Request) -> Path:
+    def _path(self, pipeline: EncodingModel, request: Request) -> Path:
         return self._folder / f"{_key(pipeline, request)}.safetensors"
 
     def _shrink(self) -> None:
@@ -96,14 +95,14 @@ class RecentEncodings:
         self._max_bytes = max_bytes
         self._entries: OrderedDict[str, GuidanceEncoding] = OrderedDict()
 
-    def get(self, pipeline: QwenImagePipeline, request: Request) -> GuidanceEncoding | None:
+    def get(self, pipeline: EncodingModel, request: Request) -> GuidanceEncoding | None:
         """The encoding of an equal request, or None."""
         key = _key(pipeline, request)
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
-    def put(self, pipeline: QwenImagePipeline, request: Request, encoding: GuidanceEncoding) -> None:
+    def put(self, pipeline: EncodingModel, request: Request, encoding: GuidanceEncoding) -> None:
         """Keeps an encoding, unless it is larger than all of them may be."""
         if encoding.nbytes > self._max_bytes:
             return
@@ -123,7 +122,7 @@ class RecentEncodings:
         return sum(encoding.nbytes for encoding in self._entries.values())
 
 
-def _key(pipeline: QwenImagePipeline, request: Request) -> str:
+def _key(pipeline: EncodingModel, request: Request) -> str:
     facts = {
         "version": __version__,
         "checkpoint": pipeline.fingerprint,

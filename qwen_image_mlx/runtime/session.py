@@ -18,7 +18,6 @@ from ..errors import RequestError
 from ..names import Aspect, NamedSize, Task
 from ..options import options_of
 from ..pipeline.conductor import Painting, decompose, encoded, keeping, paint
-from ..pipeline.decomposition import layers_request
 from ..pipeline.image_request import canvas_of
 from ..pipeline.limits import free_memory, limits
 from ..pipeline.parameters import GenerationParameters
@@ -26,12 +25,10 @@ from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.request import Request, build_request
 from ..registry import TEXT_ENCODER
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
-from ..weights.lora_inspect import LIGHTNING
 from ..weights.schemes import NONE, Quantization
-from .cache import EncodingCache
-from .memory import Memory, MemoryPlan, Work, alternatives, fitting_plan, parse_memory, table_of, work_of
+from .memory import Memory, alternatives, fitting_plan, parse_memory
+from .memory_plan import MemoryPlan, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
-from .preview import Preview
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +36,7 @@ if TYPE_CHECKING:
     from ..images.geometry import Size
     from ..pipeline.decomposition import LayeredResult
     from ..pipeline.progress import ProgressCallback
+    from .cache import EncodingCache
     from .preview import Show
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -69,7 +67,7 @@ class Session:
         self.memory: Memory = memory if isinstance(memory, Memory) else parse_memory(memory)
         self.force: bool = bool(asked.get("force"))
         self._wire = bool(asked.get("wire"))
-        self._cache = EncodingCache() if asked.get("cache") else None
+        self._cache = _cache() if asked.get("cache") else None
         self._warned = False
 
     @classmethod
@@ -217,7 +215,17 @@ class Session:
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """Who is told while a request is painted: the session's own, behind one that shows previews if asked."""
-        return self.progress if show is None else Preview(show, self.progress, self.pipeline, request)
+        if show is None:
+            return self.progress
+        from .preview import Preview  # here: most runs show none
+
+        return Preview(show, self.progress, self.pipeline, request)
+
+
+def _cache() -> EncodingCache:
+    from .cache import EncodingCache  # here: most runs keep no encodings
+
+    return EncodingCache()
 
 
 def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None) -> QwenImagePipeline:
@@ -226,6 +234,8 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
         raise RequestError("a group size is given, but no quantization", cause="group size")
     loras = list(options.loras)
     if options.lightning:
+        from ..lora.distillations import LIGHTNING  # here: most runs have no LoRA
+
         if options.model not in LIGHTNING:
             raise RequestError(f"no official Lightning LoRA of {options.model} is known", cause="lightning")
         loras.append(LIGHTNING[options.model][options.lightning])
@@ -258,6 +268,8 @@ def layers_of(
     Raises:
         RequestError: something is out of range.
     """
+    from ..pipeline.decomposition import layers_request  # here: most runs make no layers
+
     rows = [row for row in of_task("decompose") if asked.get(row.name) is not None]
     fields = {row.field: asked[row.name] for row in rows if row.field}
     said = {row.name: asked[row.name] for row in rows if not row.field and row.name not in ("image", "prompt", "seed")}

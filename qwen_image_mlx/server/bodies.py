@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from .answers import ApiError
+from .api_errors import ApiError
 from .schema import Body, TaskOnly, from_form, from_json, parsed
 
 JSON, FORM = "application/json", "multipart/form-data"

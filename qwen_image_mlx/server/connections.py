@@ -12,7 +12,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .answers import ApiError
+from .api_errors import ApiError
 
 _CONNECTIONS = 192  # below the 256 files that macOS gives a process
 _HEADER_SECONDS = 10.0  # for the whole of a request's header, from its first byte or the connection's begin

@@ -7,16 +7,27 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from .answers import ApiError, dumps
-
-if TYPE_CHECKING:
-    from .repeats import Claim
+from .api_errors import ApiError, dumps
 
 ENDS = ("done", "failed", "cancelled")
 _HEARD = 1024  # events that wait for a slow listener, or are told again to one that comes back
 Event = tuple[str, dict[str, Any], int]  # name, data, number
+
+
+class Claim(NamedTuple):
+    """By what a request finds a job.
+
+    Attributes:
+        digest: of what it asks for.
+        key: its Idempotency-Key, or an empty text.
+        settled: whether it names a seed, so that an equal one asks for the very same result.
+    """
+
+    digest: str
+    key: str
+    settled: bool
 
 
 @dataclass(eq=False)

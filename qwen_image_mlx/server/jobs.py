@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Cancelled, GPUError, RequestError
 from ..gpu import gpu_error
-from .answers import INTERNAL, ApiError, dumps
+from .api_errors import INTERNAL, ApiError, dumps
 from .health import Health
 from .job import ENDS, Event, Job, Listener
 

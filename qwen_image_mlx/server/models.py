@@ -25,12 +25,12 @@ from ..runtime.memory import parse_memory
 from ..runtime.session import Session
 from ..variants import ASPECT_SIZES
 from ..weights.schemes import NONE, Quantization
-from .answers import ApiError
+from .api_errors import ApiError
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress, ProgressCallback
     from ..pipeline.request import Request
-    from ..runtime.memory import MemoryPlan
+    from ..runtime.memory_plan import MemoryPlan
 
 logger: logging.Logger = logging.getLogger(__name__)
 

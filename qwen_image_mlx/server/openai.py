@@ -19,7 +19,7 @@ from typing_extensions import Self
 from ..errors import RequestError
 from ..images.files import encode_png
 from ..runtime.options import of_task
-from .answers import OPENAI_PREFIX, ApiError, dumps
+from .api_errors import OPENAI_PREFIX, ApiError, dumps
 from .bodies import JSON, read_body
 from .document import takes
 from .job import Job, outcome
@@ -37,8 +37,8 @@ from .schema import (
 )
 
 if TYPE_CHECKING:
-    from .app import Service
     from .jobs import Work
+    from .service import Service
 
 _OWNER = "qwen-image-mlx"
 # Names that OpenAI's clients have fixed: the model that does what is asked, unless `--alias` says which.

@@ -12,29 +12,15 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 
-from .answers import ApiError
-from .job import Job
+from .api_errors import ApiError
+from .job import Claim, Job
 from .jobs import Jobs
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-
-class Claim(NamedTuple):
-    """By what a request finds a job.
-
-    Attributes:
-        digest: of what it asks for.
-        key: its Idempotency-Key, or an empty text.
-        settled: whether it names a seed, so that an equal one asks for the very same result.
-    """
-
-    digest: str
-    key: str
-    settled: bool
 
 
 def claim_of(path: str, headers: Mapping[str, str], body: BaseModel) -> Claim:

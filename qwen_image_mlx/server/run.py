@@ -13,8 +13,9 @@ from types import FrameType
 import uvicorn
 
 from ..errors import GPUError
-from .app import Service, Setup, create_app
+from .app import create_app
 from .connections import Connection
+from .service import Service, Setup
 
 _PATIENCE = 20  # seconds that connections have to end, once jobs are cancelled
 

@@ -25,10 +25,10 @@ from pydantic import (
 from pydantic_core import from_json as parsed_json
 
 from .. import options as kinds
-from ..images.layers import MAX_NAME, MAX_OFFSET
+from ..layers.stack import MAX_NAME, MAX_OFFSET
 from ..pipeline.parameters import TASKS
 from ..runtime.options import of_task
-from .answers import ApiError
+from .api_errors import ApiError
 from .pictures import DATA_URL, picture_bytes
 
 MAX_PICTURES = 3

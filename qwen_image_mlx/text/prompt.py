@@ -67,7 +67,7 @@ def tokenize_prompt(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt is not valid text at character {error.start}; write it in UTF-8") from error
-    pictures = "".join(template.picture.format(n=n + 1) for n in range(len(grids)))
+    pictures = template.between.join(template.picture.format(n=n + 1) for n in range(len(grids)))
     head = template.text.split("{prompt}")[0] + pictures
     text = template.text.format(prompt=pictures + prompt)
     ids, offsets = tokenizer.encode(text)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OutputError
+from ..files import reason
 from ..gpu import gpu_faults
-from ..images.files import reason
-from ..weights.shards import load_tensors, save_tensors
+from ..weights.safetensors_files import load_tensors, save_tensors
 from .loop import Trainer
 
 _FORMAT = "qwen_image_mlx.training.1"
@@ -69,7 +69,7 @@ def load_checkpoint(path: Path, trainer: Trainer, record: Mapping[str, Any]) -> 
     changed = [name for name in {*here, *written} if here.get(name) != written.get(name)]
     if changed:
         said = ", ".join(f"{name} {written.get(name)!r:.60} and not {here.get(name)!r:.60}" for name in sorted(changed))
-        raise CheckpointError(f"{path} belongs to a run with {said}: give what that run was given, or another --output")
+        raise CheckpointError(f"{path} belongs to a run with {said}: give what that run was given, or another folder")
     try:
         with gpu_faults():
             trainer.restore(step, state)

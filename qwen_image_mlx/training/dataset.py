@@ -16,9 +16,9 @@ import mlx.core as mx
 from PIL import Image, ImageOps
 
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError, some
+from ..files import reason
 from ..gpu import all_finite
 from ..images.colour import profiles_are_ignored
-from ..images.files import reason
 from ..images.formats import check_file
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
@@ -28,7 +28,7 @@ from ..pipeline.autoencode import encode_mode
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE, VAE_ENCODER
-from ..weights.shards import load_tensors, read_header, save_tensors
+from ..weights.safetensors_files import load_tensors, read_header, save_tensors
 from .examples import Example, bucket_of, buckets_of
 from .loss import key_of
 from .network import Batch
@@ -126,7 +126,7 @@ def check_pictures(examples: Sequence[Example], task: str, resolution: int, repo
     if small:
         raise RequestError(
             f"{len(small)} of {len(examples)} pictures are smaller than the {resolution}x{resolution} pixels that "
-            f"--resolution {resolution} trains on: {some(small)}; lower it, or take them out"
+            f"the resolution {resolution} trains on: {some(small)}; lower it, or take them out"
         )
     if unequal:
         raise RequestError(f"{len(unequal)} layers have not the size of their picture: {some(unequal)}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, some
-from ..images.files import named_path, reason
+from ..files import named_path, reason
 from ..images.formats import OTHER_SUFFIXES, SUFFIXES, unread_suffixes
 from ..outside import MAX_CHARACTERS, why_not_read
 from .settings import is_text

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -12,15 +10,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import OutputError
-from ..images.files import reason
+from ..files import atomic_folder, reason
 from ..pipeline.components import Components
-from ..pipeline.packing import copy_unwritten
+from ..pipeline.quantize_checkpoint import copy_unwritten
 from ..registry import TRANSFORMER
-from ..unfinished import hidden
 from ..weights.mapping import TensorSpec, weights_map
 from ..weights.packed import Packed
-from ..weights.shards import save_tensors
-from ..weights.stored import Reader
+from ..weights.safetensors_files import save_tensors
+from ..weights.tensor_formats import Reader
 
 SHARD_BYTES = 5_000_000_000
 
@@ -42,20 +39,13 @@ def save_model(
         OutputError: it could not be written.
     """
     trained = {name.partition(".")[2]: array.astype(components.dtype) for name, array in parameters.items()}
-    partial, old = hidden(folder), hidden(folder)
     try:
-        partial.mkdir(parents=True)
-        copy_unwritten(components, partial, {TRANSFORMER})
-        _write_transformer(partial / TRANSFORMER, components, trained, shard_bytes)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
+        with atomic_folder(folder, replacing=True) as partial:
+            copy_unwritten(components, partial, {TRANSFORMER})
+            _write_transformer(partial / TRANSFORMER, components, trained, shard_bytes)
     except OSError as error:
         said = error if isinstance(error, OutputError) else f"{folder} could not be written: {reason(error)}"
         raise OutputError(str(said)) from error
-    finally:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
     return folder
 
 

@@ -18,7 +18,7 @@ from ..models.qwen_image.config import TransformerConfig
 from ..models.qwen_image.transformer import Transformer
 from ..registry import MAIN, TRANSFORMER, component_for
 from ..weights.mapping import expected_tensors
-from ..weights.shards import save_tensors
+from ..weights.safetensors_files import save_tensors
 from .loss import key_of
 from .settings import TARGETS
 

@@ -14,8 +14,9 @@ import mlx.core as mx
 from ..models import nn
 from ..models.qwen_image.config import TransformerConfig
 from ..models.qwen_image.modulation import TimeModulation
-from ..models.qwen_image.rope import Rotary, Segment, rotary_tables
+from ..models.qwen_image.rope import Segment, rotary_tables
 from ..models.qwen_image.transformer import BlockRows, Modulation, Rows, Transformer, TransformerBlock
+from ..models.rotary import Rotary
 
 # Indices of noise levels to a batch's rows, (D,) or (B, 1, D).
 Table = Callable[[Sequence[int]], Modulation]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..images.files import replace_file
+from ..files import replace_file
 
 _FINE = 2  # drawn so much larger, then made smaller: lines without stairs
 _WIDTH, _HEIGHT, _MARGIN, _SHEET = 960, 420, 56, 480

@@ -28,13 +28,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
+from ..files import check_writable, is_from_macos, reason, replace_file, sweep
 from ..images.colour import profiles_are_ignored
-from ..images.files import check_writable, is_from_macos, reason, replace_file
 from ..models.qwen_image.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
 from ..registry import TRANSFORMER
-from ..unfinished import sweep
 from ..weights.loader import load_module
 from .checkpoints import KEPT, last_checkpoint, load_checkpoint, save_checkpoint
 from .dataset import Dataset, digest_of, encode_examples
@@ -175,9 +174,9 @@ def _train(
         raise NotFinite(f"{error}; {where}") from error
     except OutputError as error:
         where = f"the last checkpoint, {checkpoint}, is whole" if checkpoint else "there is no checkpoint yet"
-        raise OutputError(f"{error}; {where}, and --resume goes on") from error
+        raise OutputError(f"{error}; {where}, and the run can be resumed", cause="cut run") from error
     if checkpoint is None or trainer.step > settings.steps:
-        raise RequestError(f"{folder} has {trainer.step} steps already: ask for more with --steps")
+        raise RequestError(f"{folder} has {trainer.step} steps already: ask for more steps")
     result = files.finish() if trainer.step == settings.steps else None
     return Outcome(result, checkpoint, trainer.step)
 
@@ -193,7 +192,7 @@ def _check(
     if not examples:
         raise RequestError("there is nothing to train on: give at least one example")
     if settings.full and TRANSFORMER in pipeline.quantization.components:
-        raise RequestError("packed weights cannot be trained: leave --quantize away, or train a LoRA")
+        raise RequestError("packed weights cannot be trained: quantize nothing, or train a LoRA")
     if not settings.full:
         check_lora(matrices(pipeline.transformer_config), settings.targets, settings.rank)
     for place in (folder, *(folder / name for name in (CHECKPOINTS, CACHE, SAMPLES))):
@@ -207,9 +206,9 @@ def _check(
     if odd := odd + [name for name in files if os.path.isdir(folder / name)]:
         raise RequestError(f"{folder} has a {odd[0]} that is not a run's own: move it away, or name a new folder")
     if resume and not there:
-        raise RequestError(f"{folder} holds no run to go on with: leave --resume away")
+        raise RequestError(f"{folder} holds no run to go on with: begin a new one", cause="no run")
     if there and not resume:
-        raise RequestError(f"{folder} is not empty: name a new folder, or go on with --resume")
+        raise RequestError(f"{folder} is not empty: name a new folder, or resume the run in it", cause="earlier run")
     check_writable(folder / LOG, nbytes=1 << 20)
 
 

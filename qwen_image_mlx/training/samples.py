@@ -24,8 +24,9 @@ from ..pipeline.components import Components
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
-from ..pipeline.progress import ProgressCallback, Reporter
+from ..pipeline.progress import ProgressCallback
 from ..pipeline.qwen_image.denoiser import TrainedDenoisers
+from ..pipeline.reporter import Reporter
 from ..variants import recommended_negative_prompt
 from .examples import Example
 from .network import Network

@@ -104,7 +104,7 @@ class TrainingSettings:
         if self.ema is not None and not 0 < self.ema < 1:
             raise RequestError(f"ema is {self.ema}, but must be above 0 and below 1")
         if self.ema is not None and not self.full:
-            raise RequestError("ema is for training all weights: give --full with it")
+            raise RequestError("ema is for training all weights, not a LoRA", cause="ema")
         if not isinstance(self.resolution, int) or not 64 <= self.resolution <= 2048 or self.resolution % 16:
             raise RequestError(f"resolution is {self.resolution!r}, but must be a multiple of 16 from 64 to 2048")
         check_seed(self.seed)

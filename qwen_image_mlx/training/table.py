@@ -13,13 +13,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..files import check_writable
 from ..gpu import gpu_faults
-from ..images.files import check_writable
 from ..models.qwen_image.transformer import BlockRows, Modulation
 from ..pipeline.qwen_image.table import modulation_table
-from ..weights.adapters import Adapters
+from ..weights.changes import WeightChanges
 from ..weights.loader import ComponentWeights
-from ..weights.shards import read_header, save_tensors
+from ..weights.safetensors_files import read_header, save_tensors
 
 _LEVELS_PER_FILE = 50
 _KEY = "qwen_image_mlx.table"
@@ -51,7 +51,7 @@ class LevelTable:
         levels: Sequence[int],
         dtype: mx.Dtype,
         zero_cond_t: bool,
-        adapters: Adapters | None,
+        adapters: WeightChanges | None,
         fingerprint: str,
     ):
         drawn = sorted({*levels})

@@ -7,68 +7,19 @@ raises becomes one sentence with a cure.
 from __future__ import annotations
 
 import logging
-import os
 import posixpath
-import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import CheckpointError, HubError, some
-from ..images.files import is_from_macos
+from ..errors import HubError
+from ..files import atomic_file
+from .checkpoint_folder import COMMIT, Folder, Progress, require_files
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPACE_MARGIN = 1.05
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A checkpoint that is on disk as far as it can be had: the user's directory, or a commit in the cache.
-
-    Attributes:
-        root: where its files are.
-        revision, repo: of a commit in the cache.
-        shared: where folders are that `root` does not have itself.
-    """
-
-    root: Path
-    revision: str | None = None
-    repo: str | None = None
-    shared: Path | None = None
-
-    def has(self, name: str) -> bool:
-        """Whether the file is there."""
-        return self._path(name).is_file()
-
-    def names(self, folder: str) -> list[str]:
-        """The files of a folder, but those that macOS hides beside others on foreign disks (`._NAME`)."""
-        try:
-            entries = os.scandir(self._path(folder))
-            found = [entry.name for entry in entries if entry.is_file() and not is_from_macos(entry.name)]
-        except OSError:
-            return []
-        return sorted(posixpath.join(folder, name) for name in found)
-
-    def _path(self, name: str) -> Path:
-        part = name.partition("/")[0]
-        return (self.root if self.shared is None or (self.root / part).exists() else self.shared) / name
-
-    def fetch(self, names: Sequence[str], label: str) -> list[Path]:
-        """Paths of the files; raises CheckpointError or HubError if one is not there."""
-        missing = [name for name in names if not self.has(name)]
-        if missing and self.repo:
-            raise HubError(
-                f"the cache does not hold {', '.join(missing)} of {self.repo} at commit {self.revision} and the hub "
-                "is out of reach: run again online to fetch the rest"
-            )
-        _require(missing, str(self.root))
-        return [self._path(name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -96,7 +47,7 @@ class Repo:
 
     def fetch(self, names: Sequence[str], label: str) -> list[Path]:
         """Paths of the files, downloaded if need be; `label` names them in messages."""
-        _require([name for name in names if not self.has(name)], f"{self.repo} at commit {self.revision}")
+        require_files([name for name in names if not self.has(name)], f"{self.repo} at commit {self.revision}")
         waiting = [name for name in names if not self._is_whole(self._snapshot / name, name)]
         absent = {name: self.listing[name].size or 0 for name in waiting if not self._is_whole(self._blob(name), name)}
         total = sum(absent.values())
@@ -188,33 +139,6 @@ class _Meter:
         return Bar
 
 
-def cached_folder(path: Path, revision: str | None = None) -> Folder | None:
-    """The snapshot in the hub's cache that a model's folder there means, `models--OWNER--NAME` or its `snapshots`.
-
-    The one that refs/main (or refs/`revision`) names, else the only one; None if the folder is something else.
-
-    Raises:
-        CheckpointError: it cannot be told which is meant, or there is none.
-    """
-    whole = path.absolute()
-    root = whole.parent if whole.name == "snapshots" else whole
-    if not root.name.startswith("models--") or (path / "model_index.json").exists():
-        return None
-    repo, refs = root.name.removeprefix("models--").replace("--", "/"), root / "refs"
-    found = {entry.name: entry for entry in root.glob("snapshots/*") if entry.is_dir()}
-    try:
-        said = revision if revision in found else (refs / (revision or "main")).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        said = next(iter(found)) if len(found) == 1 and revision is None else None
-    if said in found:
-        return Folder(found[said], said if _COMMIT.fullmatch(said) else None)
-    held = f"holds the snapshots {some(sorted(found))}" if found else "holds no snapshot"
-    raise CheckpointError(
-        f"{path} is the hub's cache of {repo} and {held}, not the one of {revision or 'main'}: give {repo}"
-        + (f", or {root / 'snapshots'} with one of their names" if found else " to have it downloaded")
-    )
-
-
 def open_model(repo: str, revision: str | None, offline: bool, progress: Progress | None) -> Folder | Repo:
     """The model at the commit its revision names: on the hub, or, when that is out of reach, in the cache.
 
@@ -238,7 +162,7 @@ def open_model(repo: str, revision: str | None, offline: bool, progress: Progres
         # without a timeout the library waits forever here
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         commit = info.sha
-        if commit is None or not _COMMIT.fullmatch(commit):
+        if commit is None or not COMMIT.fullmatch(commit):
             raise ValueError(f"it gives {commit!r} for a commit")
         listing = {
             file.rfilename: _HubFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id)
@@ -277,11 +201,11 @@ def _cache_folder(repo: str) -> Path:
 def _open_cached(repo: str, revision: str) -> Folder | None:
     folder = _cache_folder(repo)
     try:
-        commit = revision if _COMMIT.fullmatch(revision) else (folder / "refs" / revision).read_text().strip()
+        commit = revision if COMMIT.fullmatch(revision) else (folder / "refs" / revision).read_text().strip()
     except (OSError, ValueError):
         return None
     root = folder / "snapshots" / commit
-    return Folder(root, commit, repo) if _COMMIT.fullmatch(commit) and root.is_dir() else None
+    return Folder(root, commit, repo) if COMMIT.fullmatch(commit) and root.is_dir() else None
 
 
 def _remember(repo: str, revision: str, commit: str) -> None:
@@ -289,18 +213,12 @@ def _remember(repo: str, revision: str, commit: str) -> None:
     if revision == commit:
         return
     ref = _cache_folder(repo) / "refs" / revision
-    new = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
     try:
         ref.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(commit)
-        new.replace(ref)
+        with atomic_file(ref) as new:
+            new.write_text(commit)
     except OSError as error:
         logger.debug("%s cannot be written (%s)", ref, error)  # a read-only cache still serves what it has
-
-
-def _require(missing: Collection[str], where: str) -> None:
-    if missing:
-        raise CheckpointError(f"{where} lacks {', '.join(missing)}: give a complete checkpoint in the diffusers layout")
 
 
 def _require_space(needed: int, what: str) -> None:

@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, some
 from ..models import nn
-from ..models.layers import QuantizedEmbedding, QuantizedLinear, SideBranch
+from ..models.layers import QuantizedEmbedding, QuantizedLinear
 from ..registry import Component
-from .adapters import Placement
+from .changes import Placement
 from .mapping import (
     LAYOUTS,
     TensorSpec,
@@ -33,9 +33,9 @@ from .mapping import (
 from .packed import Packed
 from .quantize import quantize_matrix
 from .recognize import check_kind, shard_of
+from .safetensors_files import Tensor
 from .schemes import Scheme
-from .shards import Tensor
-from .stored import FLOATS, FP8, PACKED, Reader, Stored, joined, stored_weights
+from .tensor_formats import FLOATS, FP8, PACKED, Reader, Stored, joined, stored_weights
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ def fill(
     for spec in specs:
         value, branch, name = weights.open(spec, reader), None, spec.name.removeprefix(prefix)
         packs = spec.is_packed_by(scheme)
-        if placement and placement.adapters.changes(spec.name):
+        if placement and placement.changes(spec.name):
             if len(spec.shape) == 2:
                 value, branch = placement.matrix(spec.name, value, scheme if packs else None, dtype)
             else:
@@ -294,9 +294,10 @@ def fill(
                 mx.eval(value)
             module.load_weights([(name, value)], strict=False)
         if branch is not None:
-            branches.append((name.removesuffix(".weight"), branch))
-    for path, branch in branches:
-        put_beside(module, path, branch)
+            assert placement is not None
+            branches.append((placement, name.removesuffix(".weight"), branch))
+    for owner, path, branch in branches:  # when all layers are there: a branch takes the place of one
+        owner.attach(module, path, branch)
 
 
 def say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme: Scheme) -> None:
@@ -327,13 +328,6 @@ def _quantize_layer(module: nn.Module, path: str, packed: Packed, dtype: mx.Dtyp
         parent[place] = QuantizedEmbedding(*form, dtype)
     else:
         parent[place] = QuantizedLinear(*form, parent[place].get("bias"))
-
-
-def put_beside(module: nn.Module, path: str, branch: tuple[mx.array, mx.array] | None) -> None:
-    """Runs a low-rank branch beside a layer, instead of one that may be there; None takes it away."""
-    parent, place = place_of(module, path)
-    layer = parent[place].layer if isinstance(parent[place], SideBranch) else parent[place]
-    parent[place] = layer if branch is None else SideBranch(layer, *branch)
 
 
 def place_of(module: nn.Module, path: str) -> tuple[Any, str | int]:

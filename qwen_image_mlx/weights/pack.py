@@ -19,9 +19,9 @@ from .loader import ComponentWeights, repacked
 from .mapping import TensorSpec, weights_map
 from .packed import Packed
 from .quantize import relative_error
+from .safetensors_files import read_header, save_tensors
 from .schemes import Scheme
-from .shards import read_header, save_tensors
-from .stored import FLOATS, Reader
+from .tensor_formats import FLOATS, Reader
 
 _PLAN, _ERRORS = "qwen_image_mlx.plan", "qwen_image_mlx.errors"
 

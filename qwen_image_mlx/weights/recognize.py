@@ -12,9 +12,8 @@ from typing import Any
 
 from ..errors import CheckpointError, some
 from ..registry import FOLDERS, LABELS, TRANSFORMER, Component, all_components
-from . import gguf
 from .mapping import canonical_names, known_share, other_part, weights_map
-from .shards import Tensor
+from .safetensors_files import Tensor
 
 _KNOWN = 0.5  # the share of known names above which a file is a component's
 _LORA = re.compile(r"lora|hada|lokr")
@@ -105,8 +104,12 @@ def foreign_format(tensors: Mapping[str, Tensor]) -> str | None:
         matches = [next(filter(None, hits), None) for hits in found]
         if all(matches):
             return rule["format"].format(*matches[0].groups())
-    odd = {t.dtype for t in tensors.values() if isinstance(t, gguf.GgufTensor) and t.dtype not in gguf.DECODED}
-    return f"GGUF's {some(sorted(odd))}" if odd else None
+    if packed := {tensor.dtype for tensor in tensors.values() if tensor.container == "gguf"}:
+        from .gguf_blocks import DECODED  # here: most checkpoints have no GGUF file
+
+        if odd := packed - DECODED:
+            return f"GGUF's {some(sorted(odd))}"
+    return None
 
 
 def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
@@ -114,9 +117,11 @@ def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
     form = foreign_format(tensors)
     if form is None:
         return None
+    from .gguf_blocks import DECODED  # for this sentence alone
+
     return (
         f"{_file(tensors)} is quantized as {form}, which is not read here: use a bf16, an fp8 (e4m3 or e5m2) or a GGUF "
-        f"file ({', '.join(sorted(gguf.DECODED))}) of the same model; --quantize makes a bf16 one as small"
+        f"file ({', '.join(sorted(DECODED))}) of the same model; a bf16 one can be quantized as small"
     )
 
 
@@ -133,7 +138,7 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
     elif sentence := unreadable(tensors):
         raise CheckpointError(sentence)
     elif share < _KNOWN and any(_LORA.search(name) for name in tensors):
-        what, cure = "a LoRA", "give it with --lora"
+        what, cure = "a LoRA", "give it as one"
     elif share < _KNOWN:
         what = f"something else ({some(list(tensors))})"
     elif component.label and not holds(component, tensors):

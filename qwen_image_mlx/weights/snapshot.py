@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import CheckpointError, RequestError
 from ..names import StrPath
 from ..outside import why_not_read
 from ..variants import DEMOS, MODEL_ALIASES, full_name
-from .gguf import is_gguf, read_gguf
-from .hub import Folder, Progress, Repo, cached_folder, open_model
-from .shards import PICKLES, Tensor, component_tensors
+from .checkpoint_folder import Folder, Progress, cached_folder
+from .safetensors_files import PICKLES, Tensor, component_tensors, is_gguf
+
+if TYPE_CHECKING:
+    from .hub import Repo
 
 _SAFETENSORS, _GGUF, _INDEX = ".safetensors", ".gguf", ".safetensors.index.json"
 _MMPROJ = "mmproj"  # what llama.cpp's files of vision towers have in their names
@@ -222,6 +224,8 @@ class HubSnapshot:
 
     def _source(self) -> Folder | Repo:
         if self._opened is None:
+            from .hub import open_model  # here: a model on disk needs no hub
+
             self._opened = open_model(self.model, self._wanted, self.offline, self._progress)
         return self._opened
 
@@ -243,9 +247,11 @@ def read_tensors(files: Sequence[Path], index: Mapping[str, str] | None = None) 
     """The headers of a component's files as one, of whichever kind they are.
 
     Raises:
-        CheckpointError: as `shards.component_tensors` and `gguf.read_gguf`.
+        CheckpointError: as `safetensors_files.component_tensors` and `gguf.read_gguf`.
     """
     if len(files) == 1 and is_gguf(files[0]):
+        from .gguf import read_gguf  # here: most checkpoints have no GGUF file
+
         return dict(read_gguf(files[0])[0])
     return component_tensors(files, index)
 

@@ -17,12 +17,12 @@ import numpy as np
 from ..errors import CheckpointError, RequestError
 from ..models import nn
 from ..registry import Component
-from .adapters import Adapters, Placement
+from .changes import WeightChanges
 from .loader import ComponentWeights, fill, place_of, specs_of
 from .mapping import TensorSpec
+from .safetensors_files import Tensor
 from .schemes import Scheme
-from .shards import Tensor
-from .stored import Reader
+from .tensor_formats import Reader
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -62,7 +62,7 @@ def stream_module(
     part: str,
     dtype: mx.Dtype,
     scheme: Scheme | None = None,
-    adapters: Adapters | None = None,
+    adapters: WeightChanges | None = None,
 ) -> M:
     """Fills a new module's other parameters and makes its layers be read at each pass.
 
@@ -85,7 +85,7 @@ def stream_module(
     if component.rows and component.rows not in {spec.name for spec in held}:
         parent, place = place_of(module, component.rows.rpartition(".")[0])
         parent[place] = StreamedRows(weights.stored(component.rows).tensor, dtype)
-    placement = adapters and Placement(adapters)
+    placement = adapters.placement() if adapters else None
     fill(module, weights, held, Reader(component.role), dtype, placement=placement)
     module.eval()
     return module
@@ -124,7 +124,7 @@ class StreamedLayers:
         weights: ComponentWeights,
         part: str,
         dtype: mx.Dtype,
-        adapters: Adapters | None,
+        adapters: WeightChanges | None,
     ):
         self._layers = layers
         self._prefixes = [f"{path}.{n}." for n in range(len(layers))]
@@ -139,7 +139,7 @@ class StreamedLayers:
         reader = Reader(self._weights.component.role)
         for layer, prefix, specs in zip(self._layers, self._prefixes, self._specs, strict=True):
             self._weights.read(specs, reader)  # at once, while the layer before runs
-            layer, placement = _copied(layer), self._adapters and Placement(self._adapters)
+            layer, placement = _copied(layer), self._adapters.placement() if self._adapters else None
             fill(
                 layer, self._weights, specs, reader, self._dtype, None, placement,
                 prefix=prefix, lazily=self._adapters is None,

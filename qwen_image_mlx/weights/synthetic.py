@@ -23,7 +23,7 @@ from ..registry import PROCESSOR as PROCESSOR_FOLDER
 from ..registry import SCHEDULER as SCHEDULER_FOLDER
 from ..variants import QWEN_IMAGE, VARIANTS
 from .mapping import TensorSpec, expected_tensors, weights_map
-from .shards import save_tensors
+from .safetensors_files import save_tensors
 
 TINY = {
     TRANSFORMER: TransformerConfig(

@@ -18,7 +18,7 @@ from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.training.loss import key_of
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
-from qwen_image_mlx.weights.shards import save_tensors
+from qwen_image_mlx.weights.safetensors_files import save_tensors
 
 from . import fast
 from .scenes import SHAPES, SIDE, Thing, analyse, coverage, draw_scene

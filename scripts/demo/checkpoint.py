@@ -15,7 +15,7 @@ from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
 from qwen_image_mlx.variants import OWN, VARIANTS
 from qwen_image_mlx.weights.mapping import TensorSpec, expected_tensors
-from qwen_image_mlx.weights.shards import save_tensors
+from qwen_image_mlx.weights.safetensors_files import save_tensors
 from qwen_image_mlx.weights.synthetic import ROWS
 
 from .scenes import SIDE

@@ -6,6 +6,7 @@ Each file is parsed once; each rule is one test, which lists every place that br
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +17,19 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "qwen_image_mlx"
 # Each room may import from itself and from rooms of lower levels.
 LEVELS = {
+    "_version": -1,
     "names": -1,
     "errors": 0,
     "options": 0.5,
     "gpu": 0.5,
-    "unfinished": 0.5,
+    "files": 0.5,
     "outside": 0.5,
     "config": 1, "variants": 1,
     "registry": 2.5,
     "models": 2, "sampling": 2, "images": 2, "text": 2,
+    "layers": 2.5,
     "weights": 3,
+    "lora": 3.5,
     "pipeline": 4,
     "runtime": 5, "training": 5,
     "settings": 5.5,
@@ -33,7 +37,7 @@ LEVELS = {
     "cli": 7,
 }  # fmt: skip
 ENTRANCES = {"__init__", "__main__"}
-EVALUATES = {"gpu", "sampling", "weights", "pipeline", "runtime", "training", "doctor"}
+EVALUATES = {"gpu", "sampling", "weights", "lora", "pipeline", "runtime", "training", "doctor"}
 EVALUATION = {"mx.eval", "mx.async_eval", "mx.synchronize"}
 OUTPUT = {"print", "exit", "sys.exit", "SystemExit", "sys.stdout", "sys.stderr"}
 REFERENCE_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "safetensors"}
@@ -42,6 +46,11 @@ PURE = {"mlx", "__future__", "array", "collections", "dataclasses", "functools",
 FAMILIES = {path.parent.name for path in (ROOT / PACKAGE / "models").glob("*/__init__.py")}
 LONGEST = 500  # lines of a file
 COMPONENTS_ARE_SEEN_BY = ("runtime/session.py",)
+# Where a text may name a flag: the command line, what is started with flags, and config.toml, which stands for flags.
+NAMES_FLAGS = ("cli", "server", "doctor", "settings")
+# The tables of options, whose help is the command line's; and the card of a model, which says how it is run.
+NAMES_FLAGS_TOO = ("runtime/options.py", "pipeline/parameters.py", "pipeline/quantize_checkpoint.py")
+FLAG = re.compile(r"(?<![\w-])--(?!out\b)[a-z]")  # `sips --out` is another program's
 
 
 class Source:
@@ -80,6 +89,13 @@ class Source:
         """Every name it mentions, called or passed on: `print`, `mx.eval`, `array.item`."""
         return {ast.unparse(node) for node in self.nodes if isinstance(node, ast.Name | ast.Attribute)}
 
+    @cached_property
+    def texts(self) -> list[str]:
+        """Every text it has, but docstrings."""
+        documents = {id(node.value) for node in self.nodes if isinstance(node, ast.Expr)}
+        texts = (node for node in self.nodes if isinstance(node, ast.Constant) and id(node) not in documents)
+        return [node.value for node in texts if isinstance(node.value, str)]
+
 
 @pytest.fixture(scope="module")
 def sources() -> list[Source]:
@@ -93,7 +109,7 @@ def upward_imports(source: Source) -> Iterator[str]:
     if source.room in ENTRANCES:
         return
     for name in source.imports:
-        if name.startswith(f"{PACKAGE}.") and name != f"{PACKAGE}.__version__":
+        if name.startswith(f"{PACKAGE}."):
             there = name.split(".")[1]
             if there != source.room and LEVELS[there] >= LEVELS[source.room]:
                 yield name
@@ -146,6 +162,12 @@ def reaches_into_components(source: Source) -> Iterator[str]:
         yield from (name for name in source.names if name.endswith("pipeline.components"))
 
 
+def flags_below_the_command_line(source: Source) -> Iterator[str]:
+    """Other rooms say what is wrong in plain words, with a cause for which `cli/hints.py` knows the flag."""
+    if source.room not in NAMES_FLAGS and str(source.inside) not in NAMES_FLAGS_TOO:
+        yield from (text for text in source.texts if FLAG.search(text))
+
+
 def undescribed(source: Source) -> Iterator[str]:
     if not ast.get_docstring(source.tree):
         yield "the module"
@@ -164,13 +186,52 @@ def too_long(source: Source) -> Iterator[str]:
 
 RULES = (
     upward_imports, reference_imports, impure_models, family_imports, mlx_by_other_names, misplaced_evaluation,
-    misplaced_output, reaches_into_components, undescribed, too_long,
+    misplaced_output, reaches_into_components, flags_below_the_command_line, undescribed, too_long,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_house_keeps_its_rules(sources, rule):
     assert [f"{source.inside}: {found}" for source in sources for found in rule(source)] == []
+
+
+def imported_files(source: Source, files: set[str]) -> set[str]:
+    """The files of the package that one imports, for types alone and inside functions too, by their dotted names."""
+    found = set()
+    for name in source.imports:
+        inside = name.removeprefix(f"{PACKAGE}.") if name.startswith(f"{PACKAGE}.") else ""
+        found |= {inside, inside.rpartition(".")[0]} & files
+    return found
+
+
+def cycles(sources: list[Source]) -> list[list[str]]:
+    """Files that import themselves by way of others, with those that they do it by way of."""
+    named = {".".join(source.inside.with_suffix("").parts): source for source in sources}
+    arrows = {name: imported_files(source, named.keys() - {"__init__"}) for name, source in named.items()}
+    reached = {name: set(there) for name, there in arrows.items()}
+    while True:
+        further = {name: there.union(*(reached[other] for other in there)) for name, there in reached.items()}
+        if further == reached:
+            break
+        reached = further
+    mutual = {frozenset(o for o in there if name in reached[o]) for name, there in reached.items() if name in there}
+    return sorted(map(sorted, mutual))
+
+
+def test_no_file_imports_itself_by_way_of_others(sources):
+    assert cycles(sources) == []
+
+
+def test_a_cycle_is_found(tmp_path):
+    for name, text in {
+        "a": "from .b import x",
+        "b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .c import y",
+        "c": "def f():\n    from . import a",
+        "d": "from .a import z",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    sources = [Source(path, tmp_path) for path in sorted(tmp_path.glob("*.py"))]
+    assert cycles(sources) == [["a", "b", "c"]]
 
 
 def test_every_room_has_its_level(sources):
@@ -192,6 +253,7 @@ def test_every_room_has_its_level(sources):
     (misplaced_evaluation, "models/a.py", "a.item()"),
     (misplaced_output, "pipeline/a.py", "print(a)"),
     (reaches_into_components, "server/a.py", "x = warm.pipeline.components.loaded"),
+    (flags_below_the_command_line, "lora/a.py", 'raise E(f"{x}: give --model")'),
     (undescribed, "models/a.py", "x = 1"),
     (undescribed, "models/a.py", '"""A."""\nclass A:\n    """B."""\n    def c(self): ...'),
     (too_long, "models/a.py", "x = 1\n" * 501),

@@ -69,7 +69,7 @@ if "server" in sys.argv:
     from qwen_image_mlx.server.models import Models
     from qwen_image_mlx.server.openai import Generation
     from qwen_image_mlx.server.schema import BODIES, form_of
-    from qwen_image_mlx.server.work import Limits, Tasks
+    from qwen_image_mlx.server.tasks import Limits, Tasks
 
     class Feed:
         followed, pictures = False, 1

@@ -15,7 +15,7 @@ import pytest
 import qwen_image_mlx
 from qwen_image_mlx import names
 from qwen_image_mlx.gpu import _FAULTS
-from qwen_image_mlx.images.layer_files import FORMATS
+from qwen_image_mlx.layers.formats import FORMATS
 from qwen_image_mlx.models import nn
 from qwen_image_mlx.pipeline.decomposition import SIZES
 from qwen_image_mlx.pipeline.parameters import DTYPES, RNGS, TASKS

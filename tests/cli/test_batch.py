@@ -15,7 +15,7 @@ from qwen_image_mlx import RequestError
 from qwen_image_mlx.cli.batch import _seeds
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.images.files import read_metadata
-from qwen_image_mlx.pipeline.progress import Reporter
+from qwen_image_mlx.pipeline.reporter import Reporter
 
 SMALL = ["--width", "64", "--height", "48", "--steps", "2", "--dtype", "float32"]
 

@@ -129,7 +129,7 @@ def test_a_plan_downloads_no_weights(tmp_path, sharded):
 
 @pytest.mark.process
 def test_a_plan_for_a_pack_on_the_hub_is_that_of_the_pack_on_disk(tmp_path):
-    from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+    from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
     from qwen_image_mlx.weights.schemes import Quantization
     from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 

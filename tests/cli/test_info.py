@@ -14,10 +14,10 @@ import pytest
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.models.qwen_image.config import TransformerConfig
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
-from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import matrix_shapes
+from qwen_image_mlx.weights.safetensors_files import read_header
 from qwen_image_mlx.weights.schemes import Quantization
-from qwen_image_mlx.weights.shards import read_header
 from qwen_image_mlx.weights.snapshot import DEMO_ROOT
 from qwen_image_mlx.weights.synthetic import ROWS, TINY, write_checkpoint
 

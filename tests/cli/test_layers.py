@@ -40,7 +40,7 @@ def small_areas(monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, name, small)
     name = "QwenImageLayeredPipeline"
     monkeypatch.setitem(variants.VARIANTS, name, replace(variants.VARIANTS[name], resolutions=(96, 160)))
-    monkeypatch.setattr(caption, "MAX_CAPTION_TOKENS", 4)
+    monkeypatch.setattr(caption, "MAX_TOKENS", 4)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_second_run_gets_a_folder_of_its_own(run, layers):
 
 @pytest.mark.slow
 def test_two_runs_at_once_both_keep_their_layers(run, layers, monkeypatch):
-    from qwen_image_mlx.images import layer_files
+    from qwen_image_mlx.layers import formats as layer_files
 
     free, taken = layer_files.free_folder, []
 
@@ -331,7 +331,7 @@ def test_a_manifest_never_leaves_its_folder(run, layers):
 
 @pytest.mark.slow
 def test_a_manifest_that_changed_meanwhile_keeps_the_edit(run, layers, monkeypatch):
-    from qwen_image_mlx.images import recompose
+    from qwen_image_mlx.layers import recompose
 
     adopt, manifest = recompose.adopt_file, layers / "manifest.json"
 

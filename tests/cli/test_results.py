@@ -67,7 +67,7 @@ def test_no_command_is_imported_before_ctrl_c_is_understood():
     names = "{name for name in sys.modules if name.startswith('qwen_image_mlx.cli.')}"
     said = subprocess.run([sys.executable, "-c", f"import sys, qwen_image_mlx.cli.main; print(*sorted({names}))"],
                           capture_output=True, text=True, check=True).stdout  # fmt: skip
-    names = ("cures", "ending", "foreign", "main", "parser", "results")
+    names = ("foreign", "hints", "main", "parser", "results", "signals")
     assert said.split() == [f"qwen_image_mlx.cli.{name}" for name in names]
 
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.shards import component_tensors
+from qwen_image_mlx.weights.safetensors_files import component_tensors
 from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.demo

@@ -12,8 +12,8 @@ from qwen_image_mlx.doctor import block, chip, disk, env, faults, fits, measure,
 from qwen_image_mlx.doctor.__main__ import peak_bytes
 from qwen_image_mlx.doctor.outcome import Outcome
 from qwen_image_mlx.models.qwen_image.config import TransformerConfig
-from qwen_image_mlx.runtime import memory
-from qwen_image_mlx.runtime.memory import Work
+from qwen_image_mlx.runtime import memory_plan
+from qwen_image_mlx.runtime.memory_plan import Work
 
 SAID = {
     ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M5",
@@ -77,7 +77,7 @@ def test_what_fits_a_mac_is_what_can_run_there(tmp_path, monkeypatch, gib, recom
     }  # fmt: skip
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda device=None: info)
-    monkeypatch.setattr(memory, "backend", lambda: "gpu")
+    monkeypatch.setattr(memory_plan, "backend", lambda: "gpu")
     outcome = fits.run({"folder": str(tmp_path)})
     plans = outcome.figures["plans"]
     assert tuple(plans[name]["fits"] for name in ("bf16", "8 bits", "4 bits")) == forms

@@ -19,10 +19,10 @@ from PIL import Image, ImageCms
 from psd_tools.constants import Resource
 
 from qwen_image_mlx import ignore_profiles
-from qwen_image_mlx.images.layer_files import FORMATS, load_layers, save_layers
-from qwen_image_mlx.images.layers import Layer, LayerStack, composite
-from qwen_image_mlx.images.recompose import compose
 from qwen_image_mlx.images.sources import open_image, open_mask, open_rgba
+from qwen_image_mlx.layers.formats import FORMATS, load_layers, save_layers
+from qwen_image_mlx.layers.recompose import compose
+from qwen_image_mlx.layers.stack import Layer, LayerStack, composite
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 P3_POINTS = (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)

@@ -14,8 +14,10 @@ from metal_backend.replay import replay
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.pipeline.autoencode import strips_of
 from qwen_image_mlx.pipeline.limits import usable_memory
-from qwen_image_mlx.runtime import memory
-from qwen_image_mlx.runtime.memory import RESIDENCIES, Memory, Work, fitting_plan, make_plan
+from qwen_image_mlx.runtime import memory, memory_plan
+from qwen_image_mlx.runtime.memory import Memory, fitting_plan
+from qwen_image_mlx.runtime.memory_plan import Work, make_plan
+from qwen_image_mlx.runtime.residency import DEFAULT, RESIDENCIES
 from qwen_image_mlx.weights.synthetic import FULL, write_configs
 
 GB = 10**9
@@ -29,7 +31,7 @@ LAYERS = Work(width=640, height=640, frames=5, shown=((640, 640),), encoded=640 
 
 @pytest.fixture(autouse=True)
 def on_metal(monkeypatch):
-    monkeypatch.setattr(memory, "backend", lambda: "gpu")
+    monkeypatch.setattr(memory_plan, "backend", lambda: "gpu")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_a_plan_covers_the_model_of_metal(opened, residency, side, guided):
     plan = make_plan(components, planned, residency)
     encode, _, denoise, decode = plan.stages
     tokens, texts = side * side // 256, (200, 20) if guided else (200,)
-    streamed = memory._Planner(components, planned, residency).passing
+    streamed = memory_plan.Planner(components, planned, residency).passing
     for stage, peak in (
         (encode, modelled("language", texts) + streamed("text_encoder")),
         (denoise, modelled("forward", tokens, texts) + streamed("transformer")),
@@ -79,7 +81,7 @@ def test_an_edit_s_plan_covers_the_model_of_metal(opened, references):
     shown = ((1024, 1024),) * references
     work = Work(width=1024, height=1024, shown=shown, encoded=1024 * 1024, steps=40)
     encode, _, denoise, _ = make_plan(components, work).stages
-    text = memory._Planner(components, work, memory.DEFAULT).prompt_tokens
+    text = memory_plan.Planner(components, work, DEFAULT).prompt_tokens
     peak = modelled("forward", 4096, (text, text - 60), 4096 * references)
     assert denoise.resident + peak <= denoise.peak <= 1.25 * (denoise.resident + peak)
     assert encode.resident + modelled("encode", 1024, 1024) <= encode.peak
@@ -128,7 +130,7 @@ CHOSEN = {
 
 def plan_on(components, work, budget):
     """What fits first; of quantized models also what has to be saved first, as their packs would be planned."""
-    planners = [memory._Planner(components, work, residency) for residency in RESIDENCIES]
+    planners = [memory_plan.Planner(components, work, residency) for residency in RESIDENCIES]
     return memory._first_that_fits(planners, budget)
 
 

@@ -12,11 +12,11 @@ from graphs import READS, evaluations, mixed
 from lora_files import MODULATION, TARGETS, write_lora
 
 from qwen_image_mlx import Cancelled, GenerationParameters, GuidanceEncoding, QwenImagePipeline
-from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.training.table import LevelTable
+from qwen_image_mlx.weights.safetensors_files import load_tensors, save_tensors
 from qwen_image_mlx.weights.schemes import Quantization
-from qwen_image_mlx.weights.shards import load_tensors, save_tensors
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 STREAMED = ("transformer", "text_encoder", "vision")

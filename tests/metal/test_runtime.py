@@ -13,7 +13,7 @@ from qwen_image_mlx.gpu import Pace
 from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.pipeline import limits as limits_module
 from qwen_image_mlx.pipeline.limits import limits
-from qwen_image_mlx.weights.shards import save_tensors
+from qwen_image_mlx.weights.safetensors_files import save_tensors
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 PARAMETERS = GenerationParameters(width=64, height=48, num_inference_steps=3, cfg_scale=3.0)

@@ -15,7 +15,7 @@ from qwen_image_mlx.models.qwen_image.rope import Segment, rotary_tables, text_s
 from qwen_image_mlx.models.qwen_image.transformer import Modulation, Transformer
 from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.shards import component_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
 from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.reference

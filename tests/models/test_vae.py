@@ -16,7 +16,7 @@ from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.pipeline import autoencode
 from qwen_image_mlx.pipeline.autoencode import decode, decode_tail, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.shards import component_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
 from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.reference

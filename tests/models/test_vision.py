@@ -13,7 +13,7 @@ from reference import make_text_encoder, to_numpy
 from qwen_image_mlx.models.qwen2_5_vl.config import VisionConfig
 from qwen_image_mlx.models.qwen2_5_vl.vision import VisionTower, window_index
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.shards import component_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
 from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.reference

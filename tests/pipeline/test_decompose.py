@@ -40,7 +40,7 @@ def small_areas(monkeypatch):
     """The real buckets are of 640 and 1024 pixels squared; nothing but time depends on them."""
     name = "QwenImageLayeredPipeline"
     monkeypatch.setitem(variants.VARIANTS, name, replace(variants.VARIANTS[name], resolutions=(96, 160)))
-    monkeypatch.setattr(caption, "MAX_CAPTION_TOKENS", 5)
+    monkeypatch.setattr(caption, "MAX_TOKENS", 5)
 
 
 @pytest.fixture

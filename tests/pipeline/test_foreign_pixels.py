@@ -20,8 +20,9 @@ from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.models.layers import Linear, QuantizedLinear
 from qwen_image_mlx.pipeline.components import Components
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
-from qwen_image_mlx.pipeline.packing import quantize_checkpoint
-from qwen_image_mlx.weights.gguf import decode, read_gguf
+from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
+from qwen_image_mlx.weights.gguf import read_gguf
+from qwen_image_mlx.weights.gguf_blocks import decode
 from qwen_image_mlx.weights.snapshot import HubSnapshot
 from qwen_image_mlx.weights.synthetic import FULL, PROCESSOR, SCHEDULER, TINY, write_checkpoint
 

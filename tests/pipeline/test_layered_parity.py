@@ -145,7 +145,7 @@ def test_captions_are_the_reference_s_greedy_ones(layered, language, english, pe
     prompt_image = image.resize(size_of_area(160**2, image.size), Image.Resampling.LANCZOS)
     expected = reference.get_image_caption(prompt_image, use_en_prompt=english, device="cpu")
 
-    monkeypatch.setattr(caption, "MAX_CAPTION_TOKENS", 24)
+    monkeypatch.setattr(caption, "MAX_TOKENS", 24)
     config = GenerationConfig(repetition_penalty=penalty)
     pipeline = QwenImagePipeline.from_pretrained(layered, dtype="float32")
     monkeypatch.setattr(type(pipeline.components), "generation_config", config)
@@ -158,7 +158,7 @@ def test_captions_are_the_reference_s_greedy_ones(layered, language, english, pe
 
 
 def test_sampled_captions_follow_the_seed_and_leave_the_application_s_randomness_alone(layered, monkeypatch):
-    monkeypatch.setattr(caption, "MAX_CAPTION_TOKENS", 12)
+    monkeypatch.setattr(caption, "MAX_TOKENS", 12)
     pipeline = QwenImagePipeline.from_pretrained(layered, dtype="float32")
     config = GenerationConfig(do_sample=True, temperature=2.0, top_k=40, top_p=0.9, repetition_penalty=1.05)
     monkeypatch.setattr(type(pipeline.components), "generation_config", config)

@@ -13,22 +13,15 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from qwen_image_mlx import QwenImagePipeline, RequestError
-from qwen_image_mlx.cli.cures import CURES
+from qwen_image_mlx.cli.hints import HINTS
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.pipeline.limits import limits
-from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
-from qwen_image_mlx.runtime import memory
-from qwen_image_mlx.runtime.memory import (
-    DEFAULT,
-    RESIDENCIES,
-    STRIPS,
-    Memory,
-    Work,
-    fitting_plan,
-    make_plan,
-    parse_memory,
-)
+from qwen_image_mlx.runtime import memory, memory_plan
+from qwen_image_mlx.runtime.memory import Memory, fitting_plan, parse_memory
+from qwen_image_mlx.runtime.memory_plan import STRIPS, Work, make_plan
+from qwen_image_mlx.runtime.residency import DEFAULT, RESIDENCIES
 from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
@@ -54,8 +47,8 @@ def packed(model, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_base(monkeypatch):
     """What any work takes is tens of MB, which would hide the rest of a tiny model."""
-    costs = {name: replace(cost, base=0) for name, cost in memory.COSTS.items()}
-    monkeypatch.setattr(memory, "COSTS", costs)
+    costs = {name: replace(cost, base=0) for name, cost in memory_plan.COSTS.items()}
+    monkeypatch.setattr(memory_plan, "COSTS", costs)
 
 
 @pytest.fixture
@@ -122,8 +115,8 @@ def test_the_first_that_fits_is_chosen(model):
 
 @pytest.mark.slow
 def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(model, monkeypatch):
-    costs = replace(memory.COSTS["cpu"], scores=0.0, image=0.0, prompt=0.0)  # decoding is what takes most
-    monkeypatch.setattr(memory, "COSTS", {"cpu": costs})
+    costs = replace(memory_plan.COSTS["cpu"], scores=0.0, image=0.0, prompt=0.0)  # decoding is what takes most
+    monkeypatch.setattr(memory_plan, "COSTS", {"cpu": costs})
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
     large = Work(512, 512, steps=2)
     wide = make_plan(components, large)
@@ -203,7 +196,7 @@ def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run,
     for wanted in (budget, "streamed"):
         code, out, err = run("--memory", wanted, "--quantize", "4/32", "-o", "no.png")
         assert (code, out) == (2, "")
-        assert err.rstrip().endswith(CURES["streamed quantization"])
+        assert err.rstrip().endswith(HINTS["streamed quantization"])
     assert "saved quantized" in err or wanted == "streamed"
     assert run("--model", packed, "--memory", budget, "-o", "yes.png")[0] == 0
 

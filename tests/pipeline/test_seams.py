@@ -10,9 +10,9 @@ import pytest
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.pipeline.parameters import check_size
-from qwen_image_mlx.pipeline.progress import Reporter
+from qwen_image_mlx.pipeline.reporter import Reporter
 from qwen_image_mlx.registry import CLASSES, TRANSFORMER
-from qwen_image_mlx.runtime.memory import Work, make_plan
+from qwen_image_mlx.runtime.memory_plan import Work, make_plan
 from qwen_image_mlx.sampling.latents import LatentSpace
 from qwen_image_mlx.variants import VARIANTS
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint

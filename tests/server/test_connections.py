@@ -12,7 +12,7 @@ from served import serving
 from uvicorn.server import ServerState
 
 from qwen_image_mlx.server import connections, guard
-from qwen_image_mlx.server.answers import ApiError
+from qwen_image_mlx.server.api_errors import ApiError
 from qwen_image_mlx.server.connections import Connection
 from qwen_image_mlx.server.guard import Guard
 

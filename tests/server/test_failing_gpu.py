@@ -69,7 +69,7 @@ def test_too_little_memory_is_told_and_forgiven(api, faults):
     answer = generate(api)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (503, "gpu_error")
-    assert "--memory" in error["message"]
+    assert "quantize" in error["message"]
     assert "Insufficient Memory" in error["message"]
     assert health(api) == (503, "failing", error["message"])
     assert not any(loaded(api)), "what is in memory may be wrong"

@@ -22,7 +22,7 @@ from served import serving
 from starlette.requests import Request
 
 from qwen_image_mlx.server import bodies
-from qwen_image_mlx.server.answers import ApiError
+from qwen_image_mlx.server.api_errors import ApiError
 from qwen_image_mlx.server.bodies import read_body
 from qwen_image_mlx.server.schema import GenerateBody, parsed
 

@@ -20,11 +20,12 @@ from pydantic import BaseModel
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.images.colour import ignore_profiles, profiles_are_ignored
 from qwen_image_mlx.pipeline.progress import Progress
-from qwen_image_mlx.server.answers import ApiError
-from qwen_image_mlx.server.app import Service, Setup, create_app
+from qwen_image_mlx.server.api_errors import ApiError
+from qwen_image_mlx.server.app import create_app
 from qwen_image_mlx.server.job import Job
 from qwen_image_mlx.server.jobs import Jobs
 from qwen_image_mlx.server.repeats import Repeats, claim_of
+from qwen_image_mlx.server.service import Service, Setup
 
 
 def run(scenario, **limits):

@@ -21,10 +21,10 @@ from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import Cancelled, HubError, RequestError
 from qwen_image_mlx.pipeline import conductor
 from qwen_image_mlx.pipeline.qwen_image import caption
-from qwen_image_mlx.runtime.memory import make_plan
+from qwen_image_mlx.runtime.memory_plan import make_plan
 from qwen_image_mlx.server.models import Models
 from qwen_image_mlx.server.schema import CaptionBody, DecomposeBody, EditBody, GenerateBody
-from qwen_image_mlx.server.work import Limits, Tasks
+from qwen_image_mlx.server.tasks import Limits, Tasks
 from qwen_image_mlx.weights.snapshot import HubSnapshot
 
 pytestmark = pytest.mark.process
@@ -151,7 +151,7 @@ def captioning(layered, monkeypatch) -> Path:
     """A tiny layered checkpoint that writes captions, of small pictures and in a few words."""
     name = "QwenImageLayeredPipeline"
     monkeypatch.setitem(variants.VARIANTS, name, replace(variants.VARIANTS[name], resolutions=(96, 160)))
-    monkeypatch.setattr(caption, "MAX_CAPTION_TOKENS", 3)
+    monkeypatch.setattr(caption, "MAX_TOKENS", 3)
     return layered
 
 
@@ -247,11 +247,11 @@ def test_a_model_that_cannot_be_used_is_said_without_its_place(broken, tmp_path)
 def test_facts_are_read_from_disk_alone(monkeypatch):
     asked = []
 
-    def read(references, mode, targets, *, offline, report):
+    def read(references, mode, targets, *, offline, download):
         asked.append(offline)
         raise HubError("not here yet")
 
-    monkeypatch.setattr("qwen_image_mlx.pipeline.pipeline.read_adapters", read)
+    monkeypatch.setattr("qwen_image_mlx.lora.fetch.read_adapters", read)
     offers = {"generate": {"model": "demo", "quantize": None, "loras": ["owner/style"]}}
     models = Models(offers, None, None)
     models.read_facts()

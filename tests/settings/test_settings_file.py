@@ -100,7 +100,8 @@ def test_quantizations_are_those_of_the_quantizer():
 
 
 def test_memories_are_those_of_the_planner():
-    from qwen_image_mlx.runtime.memory import RESIDENCIES, parse_memory
+    from qwen_image_mlx.runtime.memory import parse_memory
+    from qwen_image_mlx.runtime.residency import RESIDENCIES
 
     said = ["auto", "AUTO ", "lots", "", "16GB", "16 gib", "12.5 GiB", "16", "256MiB", "255MiB",
             "268435456", "268435455", "1e9", "-1GB", "16TB", "1000m",

@@ -17,7 +17,7 @@ from qwen_image_mlx.models.qwen_image.rope import Segment, place_images
 from qwen_image_mlx.models.qwen_image.transformer import Transformer
 from qwen_image_mlx.training.network import Batch, Network
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.shards import component_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
 from qwen_image_mlx.weights.synthetic import ROWS
 
 TASKS = {

@@ -17,7 +17,7 @@ from qwen_image_mlx.models.qwen_image.rope import Segment
 from qwen_image_mlx.sampling.latents import pack_latents
 from qwen_image_mlx.training.dataset import Dataset, digest_of, encode_examples
 from qwen_image_mlx.training.examples import Example
-from qwen_image_mlx.weights.shards import load_tensors, save_tensors
+from qwen_image_mlx.weights.safetensors_files import load_tensors, save_tensors
 
 SIZES = {"wide": (150, 60), "square": (100, 100), "tall": (70, 140)}
 
@@ -194,7 +194,7 @@ def test_pictures_that_cannot_be_trained_on_are_named(models, pictures, tmp_path
     Image.new("RGB", (112, 112)).save(tmp_path / "large.png")
     files = [tmp_path / "large.png", *(pictures / f"{name}.png" for name in ("wide", "tall"))]
     small = fails([Example("x", file) for file in files], resolution=112)
-    assert small.startswith("2 of 3 pictures are smaller than the 112x112 pixels that --resolution 112 trains on: ")
+    assert small.startswith("2 of 3 pictures are smaller than the 112x112 pixels that the resolution 112 trains on: ")
     assert "wide.png (150x60), tall.png (70x140)" in small
     odd = Example("x", pictures / "square.png", layers=(pictures / "tall.png",))
     assert "1 layers have not the size of their picture" in fails([odd], "layered")

@@ -23,7 +23,7 @@ from qwen_image_mlx.training.lora import LoRALinear
 from qwen_image_mlx.training.run import train
 from qwen_image_mlx.training.settings import TrainingSettings
 from qwen_image_mlx.variants import VARIANTS
-from qwen_image_mlx.weights.shards import read_header
+from qwen_image_mlx.weights.safetensors_files import read_header
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 PAINTED = {"prompt": "a fox", "negative_prompt": "blurry", "width": 64, "height": 48, "steps": 3, "cfg_scale": 3.0,
@@ -403,7 +403,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(models, examples, tmp_path
         return real(path, *arguments)
 
     monkeypatch.setattr(checkpoints, "save_tensors", save)
-    with pytest.raises(OutputError, match=r"No space left.*step-000002\.safetensors, is whole, and --resume goes on"):
+    with pytest.raises(OutputError, match=r"No space left.*step-000002\.safetensors, is whole, and the run can"):
         train(open_model(models), examples["t2i"], settings(), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002.safetensors"]
     monkeypatch.undo()

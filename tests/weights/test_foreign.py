@@ -22,7 +22,7 @@ from qwen_image_mlx.weights.mapping import (
     shown_settings,
 )
 from qwen_image_mlx.weights.recognize import foreign_format, kinds_of, part_of
-from qwen_image_mlx.weights.shards import Tensor, read_header
+from qwen_image_mlx.weights.safetensors_files import Tensor, read_header
 from qwen_image_mlx.weights.snapshot import read_tensors, weight_file
 from qwen_image_mlx.weights.synthetic import FULL, ROWS, TINY, random_values
 

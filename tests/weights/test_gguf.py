@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_image_mlx.errors import CheckpointError
-from qwen_image_mlx.weights import gguf as ours
-from qwen_image_mlx.weights.gguf import DECODED, GgufTensor, decode, packed, read_gguf
+from qwen_image_mlx.weights import gguf as header
+from qwen_image_mlx.weights import gguf_blocks
+from qwen_image_mlx.weights.gguf import GgufTensor, read_gguf
+from qwen_image_mlx.weights.gguf_blocks import DECODED, decode, packed
 
 LEGACY = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 SUPER = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
@@ -192,8 +194,8 @@ def test_a_file_without_tensors_is_fine(tmp_path: Path) -> None:
 
 
 def test_knows_every_type_of_the_package() -> None:
-    assert {kind.value: (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()} == ours._TYPES
-    for word, (elements, layout, _) in ours._DECODERS.items():
+    assert {kind.value: (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()} == header._TYPES
+    for word, (elements, layout, _) in gguf_blocks._DECODERS.items():
         assert (elements, layout.itemsize) == block_sizes(word)
 
 
@@ -276,13 +278,13 @@ def test_headers_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path.write_bytes(build(pairs=(pair("a", 8, text("a" * 400)), pair("b", 0, b"\0"))))
     read_gguf(path)
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "_MAX_HEADER_BYTES", 300)
+        patch.setattr(header, "_MAX_HEADER_BYTES", 300)
         with pytest.raises(CheckpointError, match="takes over 300 bytes"):
             read_gguf(path)
     inner = struct.pack("<IQ", 0, 3) + bytes(3)
     path.write_bytes(build(pairs=(array(9, 2, inner + inner),)))
     read_gguf(path)
-    monkeypatch.setattr(ours, "_MAX_VALUES", 7)
+    monkeypatch.setattr(header, "_MAX_VALUES", 7)
     with pytest.raises(CheckpointError, match="over 7 values"):
         read_gguf(path)
 

@@ -15,7 +15,7 @@ from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import LAYOUTS, UNUSED, expected_tensors
-from qwen_image_mlx.weights.shards import component_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
 from qwen_image_mlx.weights.synthetic import ROWS, TINY, random_values
 
 CONFIG = replace(TINY["transformer"], num_layers=6, num_attention_heads=8)  # 256 wide: 1 MB per big matrix

@@ -31,7 +31,7 @@ from qwen_image_mlx.weights.mapping import (
     other_part,
     weights_map,
 )
-from qwen_image_mlx.weights.shards import read_header
+from qwen_image_mlx.weights.safetensors_files import read_header
 from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.reference

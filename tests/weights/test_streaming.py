@@ -13,7 +13,7 @@ from lora_files import MODULATION, TARGETS, write_lora
 from mlx.utils import tree_flatten
 
 from qwen_image_mlx import CheckpointError, GenerationParameters, QwenImagePipeline, RequestError
-from qwen_image_mlx.pipeline.packing import quantize_checkpoint
+from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 

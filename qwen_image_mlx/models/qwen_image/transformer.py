@@ -9,17 +9,15 @@ Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from .. import nn
-from ..layers import Linear, OnLayer, attention
+from ..layers import Linear, OnLayer, attention, gated_add, gelu_tanh
+from ..rotary import Rotary, rotate
 from .config import TransformerConfig
-from .rope import Rotary, rotate
 
 EPS = 1e-6
 
@@ -238,24 +236,3 @@ def modulate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     if scale.ndim == 1:
         return mx.fast.layer_norm(x, scale, shift, EPS)
     return mx.fast.layer_norm(x, None, None, EPS) * scale + shift
-
-
-@mx.compile
-def gated_add(x: mx.array, gate: mx.array, *terms: mx.array) -> mx.array:
-    """x + gate * (the terms' sum); in float16 held inside its range, as the reference does after each block."""
-    out = x + gate * reduce(mx.add, terms)
-    return mx.clip(out, -65504, 65504) if x.dtype == mx.float16 else out
-
-
-@mx.compile
-def gelu_tanh(*terms: mx.array) -> mx.array:
-    """x / 2 * (1 + tanh(z)) with z = sqrt(2 / pi) * (x + 0.044715 x**3), in fp32, rounded once; x is the terms' sum.
-
-    Written as x / (1 + exp(-2 z)), which is the same and takes less than half the time where tanh is slow. The exponent
-    ends at 80, where the result is 0 to 34 digits: past 88 the exponential is infinite, and its gradient not a number.
-    MLX makes one kernel of at most eleven operations in a row, and this uses all eleven.
-    """
-    x = reduce(mx.add, terms)
-    wide = x.astype(mx.float32)
-    exponent = -2 * math.sqrt(2 / math.pi) * (wide + (0.044715 * wide) * (wide * wide))
-    return (wide / (1 + mx.exp(mx.minimum(exponent, 80)))).astype(x.dtype)

@@ -19,8 +19,11 @@ from ...registry import LANGUAGE_HEAD, TEXT_ENCODER, VISION
 from ...text.prompt import replace_vision_tokens, tokenize_prompt
 from ...variants import CAPTION_TEMPLATES
 from ..components import Components
-from ..parameters import MAX_CAPTION_TOKENS
-from .encoder import encode_vision, feature_grid
+from ..progress import Progress
+from ..reporter import Reporter
+from .states import encode_vision, feature_grid
+
+MAX_TOKENS = 512
 
 
 def write_caption(
@@ -29,7 +32,7 @@ def write_caption(
     area: int,
     language: CaptionLanguage,
     seed: int,
-    on_token: Callable[[int], None],
+    report: Reporter,
 ) -> str:
     """The caption of a picture, shown at about `area` pixels.
 
@@ -39,7 +42,7 @@ def write_caption(
         area: in pixels.
         language: a key of `CAPTION_TEMPLATES`.
         seed: of the draws, where generation_config.json asks for sampling.
-        on_token: told the number of tokens written.
+        report: told of every token.
     """
     components.load(VISION, TEXT_ENCODER, LANGUAGE_HEAD)
     grid = feature_grid(components, image, area)
@@ -55,8 +58,8 @@ def write_caption(
             break
         ids.append(token)
         written.append(token)
-        on_token(len(written))
-        if len(written) == MAX_CAPTION_TOKENS:
+        report(Progress("caption", len(written), MAX_TOKENS))
+        if len(written) == MAX_TOKENS:
             break
     return components.tokenizer.decode(written).strip()
 

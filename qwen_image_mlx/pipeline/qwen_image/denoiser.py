@@ -20,9 +20,9 @@ from ...models.qwen_image.rope import Segment, place_images, rotary_tables, text
 from ...models.qwen_image.transformer import Modulation, Transformer
 from ...registry import TRANSFORMER
 from ..components import Components
-from ..progress import Reporter
+from ..reporter import Reporter
 from ..seams import Conditions
-from .encoder import check_length
+from .states import check_length
 from .table import modulation_table
 
 # Noise levels to the rows of each: what a network in training has instead of files.

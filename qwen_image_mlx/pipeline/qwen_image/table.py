@@ -14,10 +14,10 @@ import numpy as np
 
 from ...models.qwen_image.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
 from ...models.qwen_image.transformer import BlockRows, Modulation, Rows
-from ...weights.adapters import Adapters
+from ...weights.changes import WeightChanges
 from ...weights.loader import ComponentWeights
 from ...weights.packed import Packed
-from ...weights.stored import Reader
+from ...weights.tensor_formats import Reader
 
 _TIME = "time_text_embed"
 
@@ -27,7 +27,7 @@ def modulation_table(
     timesteps: Sequence[float] | np.ndarray,
     dtype: mx.Dtype,
     zero_cond_t: bool = False,
-    adapters: Adapters | None = None,
+    adapters: WeightChanges | None = None,
 ) -> list[Modulation]:
     """The modulation of every step of a schedule.
 

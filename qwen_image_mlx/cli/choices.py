@@ -1,0 +1,212 @@
+"""What the options of `generate` and `edit` add up to: flags over the image's record over config.toml, checked without
+the model."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..files import check_writable
+from ..pipeline.request import Request, build_request, parsed_size
+from ..runtime.options import recorded
+from ..variants import ASPECT_SIZES
+from .config import configured
+from .flags import flag_of, rows_of
+from .output import output_path
+from .replay import replayed
+from .words import RANDOM, draw_seed, filled, read_prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What only a front end knows of an image, added to its metadata.
+_PROVENANCE = [row.name for row in recorded("asked")]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of one command, and where its images go.
+
+    Attributes:
+        given: the flags alone.
+        options: all that is set, by the names of the table.
+        size: (width, height), "1mp", "source", an aspect, or None for the default.
+        sources: the images to work on, or their names.
+        draft: the request, as far as it is known without the model.
+        drawn: whether a seed is a random one.
+        layer: the layer's file that takes the result in its place; None is an ordinary output.
+    """
+
+    given: Mapping[str, Any]
+    options: Mapping[str, Any]
+    size: tuple[int, int] | str | None
+    sources: list[Any]
+    draft: Request
+    drawn: bool
+    layer: Path | None
+    _saved: Counter[Path] = field(default_factory=Counter)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is recorded of the options in addition to what the pipeline records."""
+        return {name: self.options[name] for name in _PROVENANCE if name in self.options}
+
+    @property
+    def first_path(self) -> Path:
+        """Where the first image goes."""
+        return self._path(self.draft.seeds[0], 1)
+
+    def path(self, seed: int, index: int) -> Path:
+        """Where an image goes, none over another of this run.
+
+        Args:
+            seed: the image's.
+            index: its number, from 1.
+        """
+        path = self._path(seed, index)
+        number = self._saved[path]
+        self._saved[path] += 1
+        return path.with_stem(f"{path.stem}-{number}") if number else path
+
+    def _path(self, seed: int, index: int) -> Path:
+        named = filled(self.given.get("output"), seed=seed, index=index, prompt=self.draft.prompt)
+        return self.layer or output_path(named)
+
+    def open_images(self) -> tuple[list[Image], Image | None, list[Image] | None]:
+        """The images to work on (RGB), the mask, and with keep_alpha the same images as RGBA; raises RequestError."""
+        from ..images.sources import open_image, open_mask, open_rgba
+
+        images = [open_image(source) for source in self.sources]
+        mask = open_mask(self.options["mask"]) if "mask" in self.options else None
+        straight = [open_rgba(source) for source in self.sources] if self.options.get("keep_alpha") else None
+        return images, mask, straight
+
+
+def choose(arguments: argparse.Namespace, task: str) -> Choices:
+    """The options in force; all that can be wrong without the model is found here.
+
+    Args:
+        arguments: the flags.
+        task: "generate" or "edit".
+
+    Raises:
+        RequestError: options contradict each other, are out of range, or an image cannot be read.
+        OutputError: the output cannot be written.
+    """
+    from ..images.files import check_text, read_metadata
+
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    read_prompt(given)
+    metadata = read_metadata(given["from_image"]) if "from_image" in given else {}
+    record = replayed(given["from_image"], metadata, given) if metadata else {}
+    config = configured(arguments, task, metadata)
+    options = {"seed": [RANDOM], **config, **record, **given}
+    if drawn := RANDOM in (seeds := options["seed"] if isinstance(options["seed"], list) else []):
+        options["seed"] = [draw_seed() if seed == RANDOM else seed for seed in seeds]
+    sources = _sources(given, options)
+    size = _size(given, record, bool(sources), config.get("aspect"))
+    _check_sources(given, sources, task, bool(metadata))
+    _check_needs(given, options, task, bool(sources))
+    if sources and size is not None:
+        options["size"] = size if isinstance(size, str) else "x".join(map(str, size))
+    check_text([options.get(name) for name in _PROVENANCE])
+    draft = build_request(options, size if isinstance(size, tuple) else ASPECT_SIZES.get(size, (1024, 1024)))
+    chosen = Choices(given, options, size, sources, draft, drawn, _layer(given, options, draft))
+    _check_output(chosen)
+    return chosen
+
+
+def _layer(given: Mapping[str, Any], options: Mapping[str, Any], draft: Request) -> Path | None:
+    """The new file of the layer that takes the result in its place; None without one."""
+    if "layer" not in given or "output" in given:
+        return None
+    from ..layers.recompose import edited_layer_path
+
+    path = edited_layer_path(given["layer"])
+    if path and (options["size"] != "source" or len(draft.seeds) * len(draft.image_indices) > 1):
+        raise RequestError("one image of the layer's own size takes its place: give --output for others")
+    return path
+
+
+def _check_output(chosen: Choices) -> None:
+    """Raises RequestError or OutputError where the first image could not be written."""
+    from ..images.files import OPAQUE
+
+    path, parameters = chosen.first_path, chosen.draft.parameters
+    if path.suffix.lower() in OPAQUE and chosen.options.get("keep_alpha"):
+        raise RequestError(f"--output is {path}, but JPEG has no transparency to keep; end the name in .png or .webp")
+    check_writable(path, nbytes=3 * parameters.width * parameters.height)
+
+
+def _check_sources(given: Mapping[str, Any], sources: list[Any], task: str, replays: bool) -> None:
+    """Raises RequestError for too few or too many images to work on."""
+    if task == "edit" and not sources and replays:
+        raise RequestError(
+            f"{given['from_image']} was generated from words, not edited: give --image, or `generate --from-image`"
+        )
+    if task == "edit" and not sources:
+        raise RequestError("a picture to edit is missing: give --image")
+    if task == "generate" and len(sources) > 1:
+        raise RequestError(f"generate paints over one picture, but {len(sources)} are given with --image")
+
+
+def _check_needs(given: Mapping[str, Any], options: Mapping[str, Any], task: str, has_pictures: bool) -> None:
+    """Raises RequestError for a flag without which what it is about is missing: a picture, a mask."""
+    missing = {"images"} if not has_pictures else set()
+    missing |= {"mask"} - options.keys()
+    for need, why in (("images", ""), ("mask", ": without one an edit begins with noise alone")):
+        for row in rows_of(task):
+            if row.name in given and need in row.needs and need in missing:
+                reason = why if row.name == "strength" else ""
+                raise RequestError(f"{row.flag} needs {flag_of(need)}{reason}")
+
+
+def _sources(given: Mapping[str, Any], options: dict[str, Any]) -> list[Any]:
+    """The pictures to work on; a layer brings what keeps it in its place, its size and its transparency."""
+    if "layer" not in given and ("layer" not in options or "images" in given):
+        options.pop("layer", None)
+        return options.get("images", [])
+    if "images" in given:
+        raise RequestError("give --image or --layer, not both")
+    from ..images.colour import ignore_profiles
+    from ..layers.recompose import layer_file, open_layer
+
+    options.pop("images", None)
+    options["keep_alpha"] = True
+    with ignore_profiles(bool(options.get("ignore_profile"))):
+        image, file = open_layer(options["layer"]).image, layer_file(options["layer"])
+    if file is not None:  # said as itself: the layer of that number may be another one tomorrow
+        del options["layer"]
+        options["images"] = [str(file)]
+    return [image]
+
+
+def _size(
+    given: Mapping[str, Any], record: Mapping[str, Any], painted_over: bool, aspect: str | None
+) -> tuple[int, int] | str | None:
+    """(width, height), "1mp", "source", an aspect, or None for what is usual: of flags, picture or config."""
+    if ("width" in given) != ("height" in given):
+        raise RequestError("give both --width and --height, or --aspect")
+    explicit = []
+    if "width" in given:
+        explicit.append((given["width"], given["height"]))
+    if "aspect" in given:
+        explicit.append(given["aspect"])
+    if "size" in given:
+        explicit.append(parsed_size(given["size"], "--size"))
+    if len(explicit) > 1:
+        raise RequestError("give one size only: --width and --height, or --aspect, or --size")
+    if explicit:
+        return explicit[0]
+    if "size" in record:
+        return parsed_size(record["size"])
+    if "layer" in given:
+        return "source"
+    if {"width", "height"} <= record.keys() and not painted_over:
+        return record["width"], record["height"]
+    return None if painted_over else aspect or next(iter(ASPECT_SIZES))

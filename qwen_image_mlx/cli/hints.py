@@ -1,0 +1,29 @@
+"""What helps against a fault, in flags, where the rooms below know only what is wrong."""
+
+from __future__ import annotations
+
+from ..errors import QwenImageError
+from ..outside import one_line
+
+# By `QwenImageError.cause`.
+HINTS = {
+    "budget": "try a smaller picture or --quantize 4, or paint all the same with --force",
+    "residency": "try --memory auto or --quantize 4, or paint all the same with --force",
+    "streamed quantization": "save the model quantized once (qwen-image-mlx quantize MODEL FOLDER --bits 4) and give "
+    "--model FOLDER without --quantize, allow more memory, or leave --quantize out",
+    "caption": "say with --prompt what the picture shows, allow more memory, or go on with --force",
+    "prompt": "give one in quotes, or --from-image; one that begins with a dash comes last, as in -- -portrait",
+    "group size": "--group-size needs --quantize",
+    "lightning": "give one with --lora",
+    "fault: memory": "--memory auto and --quantize 4 take less",
+    "ema": "give --full with it",
+    "cut run": "--resume goes on",
+    "no run": "leave --resume away",
+    "earlier run": "--resume goes on with it",
+}
+
+
+def sentence(error: QwenImageError) -> str:
+    """What an error says, on one line, with its cure where there is one."""
+    cure = HINTS.get(error.cause)
+    return one_line(error) + (f"; {cure}" if cure else "")

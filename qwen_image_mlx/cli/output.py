@@ -1,0 +1,33 @@
+"""Where --output leads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import RequestError
+from ..files import named_path
+
+DEFAULT_NAME = "qwen-image.png"
+
+
+def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
+    """The picture a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
+    from ..images.files import WRITERS  # here, because it loads Pillow
+
+    if output is None:
+        return Path(default_name)
+    path = named_path(output, "--output")
+    if path.is_dir():
+        return path / default_name
+    if output.endswith(("/", os.sep)):
+        return path / default_name
+    if path.name.lower() in WRITERS:
+        raise RequestError(f"--output is {output}, which has no name before {path.name}; name it, as in fox.png")
+    if not path.suffix:
+        return path.with_name(path.name + ".png")
+    if path.suffix.lower() not in WRITERS:
+        raise RequestError(
+            f"--output is {output}, but pictures are written as PNG, JPEG or WebP; end the name in .png, .jpg or .webp"
+        )
+    return path

@@ -1,0 +1,299 @@
+"""Files and folders, written whole or not at all; hidden names while they are written; names that people give.
+
+A result gets its own name when it is whole, in one step, and never over anything. A process that is killed leaves
+hidden files behind; each name tells the program, the machine and the process, so the next run in that folder removes
+those of processes that have ended, and no others.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import socket
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from .errors import OutputError, RequestError
+from .names import StrPath
+
+PREVIEW = b"tEXtqwen_image_mlx preview\0"  # begins what a preview's PNG says of whoever shows it
+PREVIEW_KEY = PREVIEW[4:-1].decode()
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_OWNER = r"(?P<host>[0-9a-f]{8})-(?P<pid>[1-9]\d{0,9})-(?P<run>[0-9a-f]{8})"
+_HIDDEN = re.compile(rf"\..*\.{_OWNER}-\d+\.qwen-image-mlx(\.[a-z0-9]+)?", re.DOTALL)
+_PREVIEW_NAME = re.compile(r".*-preview(-\d+)?\.png", re.DOTALL)
+_HEAD = 300  # bytes of a PNG in which a preview says what it is
+_NAME_SHOWN = 30  # characters; a name takes up to four bytes for each, of the 255 there are
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+_FREE_MARGIN = 1 << 20  # bytes of a disk that stay free
+_NAME_BYTES = 200  # most file systems take 255; a number may be added
+_run = os.urandom(4).hex()  # a later process may have the same number
+_numbers = count()
+_swept: set[str] = set()
+
+
+def owner() -> str:
+    """This machine, this process and this start of it, for a name."""
+    return f"{_HOST}-{os.getpid()}-{_run}"
+
+
+def hidden(path: Path) -> Path:
+    """A new hidden name beside `path`, with its ending, for what will be renamed to it; removes leftovers there."""
+    if (folder := os.path.abspath(path.parent)) not in _swept:
+        _swept.add(folder)
+        sweep(path.parent)
+    ending = path.suffix if re.fullmatch(r"\.[a-z0-9]{1,20}", path.suffix) else ""
+    return path.with_name(f".{path.name[:_NAME_SHOWN]}.{owner()}-{next(_numbers)}.qwen-image-mlx{ending}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A hidden name to write a file under; it takes the place of `path` when the `with` ends, whole or not at all.
+
+    Raises:
+        OSError: it could not be written; what lay at `path` stays, and nothing is left behind.
+    """
+    partial = hidden(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        _forget(partial)
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replacing: bool = False) -> Iterator[Path]:
+    """A hidden folder to fill; it becomes `folder` when the `with` ends, whole or not at all.
+
+    Args:
+        folder: its parents are made.
+        replacing: whether it takes the place of a folder that has something in it; otherwise of an empty one only.
+
+    Raises:
+        OSError: it could not be written; what lay at `folder` stays, and nothing is left behind.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = hidden(folder), hidden(folder)
+    try:
+        partial.mkdir(mode=0o700)
+        yield partial
+        partial.chmod(0o777 & ~umask())
+        if replacing and folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keeps an existing folder for this process alone while the `with` lasts.
+
+    Raises:
+        BlockingIOError: another process has claimed it.
+        OSError: it cannot be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def new_file(path: Path, data: bytes) -> Path:
+    """Writes a file, whole or not at all, under `path` or the first free `-1`, `-2`, … beside it.
+
+    Missing folders are made. Returns the path written; raises OutputError, and nothing is left behind.
+    """
+    partial = hidden(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        return publish(partial, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+    finally:
+        _forget(partial)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file in place of an old one, atomically; raises OutputError, and the old one stays."""
+    try:
+        with atomic_file(path) as partial:
+            partial.write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {reason(error)}") from error
+
+
+def _forget(partial: Path) -> None:
+    with suppress(OSError):  # a folder that is gone or not ours was said already
+        partial.unlink()
+
+
+def publish(partial: Path, path: Path) -> Path:
+    """Gives a whole file its name, or the first free `-1`, `-2`, … beside it; raises OSError, and the file stays."""
+    for candidate in _candidates(path):
+        try:
+            os.link(partial, candidate)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if not _renamed(partial, candidate):
+                continue
+        partial.unlink(missing_ok=True)
+        return candidate
+    raise AssertionError("unreachable: candidates never end")
+
+
+def _renamed(partial: Path, candidate: Path) -> bool:
+    """For file systems without links: whether the name was free, and is taken now."""
+    try:
+        os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    try:
+        os.replace(partial, candidate)
+    except BaseException:  # Ctrl-C too: the name would stay with nothing in it
+        candidate.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    yield path
+    for number in count(1):
+        yield path.with_stem(f"{path.stem}-{number}")
+
+
+def sweep(folder: Path, *, alone: bool = False) -> None:
+    """Removes what ended processes left in a folder: hidden files and folders, and previews. Raises nothing.
+
+    Args:
+        folder: where; what lies in its folders is not looked at.
+        alone: whether the caller knows that nobody else writes here, on no machine either.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                match = _HIDDEN.fullmatch(entry.name) or _previewed(entry)
+                if match and (alone or _has_ended(match)):
+                    shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
+
+
+def sweep_results(folder: Path) -> None:
+    """The same where a command writes, for one that finds all its results there and writes nothing."""
+    for place in (folder, Path(tempfile.gettempdir())):
+        sweep(place)
+
+
+def _previewed(entry: os.DirEntry[str]) -> re.Match[str] | None:
+    """Who shows a preview; None for any other file."""
+    if not _PREVIEW_NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+        return None
+    with open(entry, "rb") as file:
+        said = file.read(_HEAD).partition(PREVIEW)[2]
+    return re.match(_OWNER, said.decode("latin-1"))
+
+
+def _has_ended(match: re.Match[str]) -> bool:
+    if match["host"] != _HOST:
+        return False
+    if int(match["pid"]) == os.getpid():
+        return match["run"] != _run
+    try:
+        os.kill(int(match["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
+
+
+@contextmanager
+def temporary_folder(place: Path | None = None) -> Iterator[Path]:
+    """A folder that goes when the `with` ends; if the process is killed, when the next one is made in that place.
+
+    Args:
+        place: where it is made; the system's place for temporary files if None.
+    """
+    folder = hidden((place or Path(tempfile.gettempdir())) / "work")
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def named_path(name: StrPath, what: str) -> Path:
+    """The path that a person's words mean, whether something is there or not, with ~ expanded.
+
+    Args:
+        name: as it was given.
+        what: how the message calls it.
+
+    Raises:
+        RequestError: it is empty, or nothing can ever have this name.
+    """
+    if not os.fspath(name):
+        raise RequestError(f"{what} is empty: name a place")
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise RequestError(f"{what} is {str(name)!r:.80}, which leads nowhere: {why}") from error
+    return path
+
+
+def check_writable(path: Path, nbytes: int) -> None:
+    """Raises OutputError, before any work is done, if `nbytes` could not be written to `path` now."""
+    folder = path.parent
+    try:
+        path.exists()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if len(os.fsencode(path.name)) > _NAME_BYTES:
+            raise OutputError(f"cannot write {path.name[:40]}…: the name is too long")
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"cannot write to {path.parent}: {reason(error)}") from error
+    if free < nbytes + _FREE_MARGIN:
+        raise OutputError(f"cannot write {path}: the disk has {free / 1e6:.1f} MB left; free some space")
+
+
+def is_from_macos(name: str) -> bool:
+    """Whether a file is one that macOS puts beside others: attributes of a file (`._NAME`) or of a folder's window."""
+    return name == ".DS_Store" or name.startswith("._")
+
+
+def umask() -> int:
+    """Permissions that new files are not given; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def reason(error: OSError) -> str:
+    """Why, in lower case, for the end of a sentence."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full"
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,1 @@
+"""LoRAs: files read and described, merged into weights or run unmerged."""

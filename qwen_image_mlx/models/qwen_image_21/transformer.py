@@ -1,0 +1,242 @@
+"""The single-stream diffusion transformer of Qwen-Image-2.1.
+
+Text, reference images and the target share one sequence and one set of weights. Text and references come first, are
+modulated as at timestep 0 and never see the target: this prefix is the same in every step. A block hands out its keys
+and values, and with these at hand a step runs the target alone; computed anew they are the same numbers.
+
+Knows nothing of schedules, guidance or prompts. Formulas: diffusers' transformer_qwenimage21.py. Shapes: B batch,
+N target tokens, P prefix tokens, L text tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .. import nn
+from ..causal import causal_attention
+from ..layers import Linear, OnLayer, attention, gated_add, gelu_tanh
+from ..rotary import Rotary, rotate
+from .config import TransformerConfig
+from .rope import Run
+
+
+class Rows(NamedTuple):
+    """What a timestep contributes, the same to every block; each (D,), or (B, 1, D) with a timestep for each sample.
+
+    Attributes:
+        scale1, gate1: of the attention half: 1 + scale, and the gate after its tanh.
+        scale2, gate2: of the MLP half.
+        out: 1 + scale of the final norm.
+    """
+
+    scale1: mx.array
+    gate1: mx.array
+    scale2: mx.array
+    gate2: mx.array
+    out: mx.array
+
+
+class KeysValues(NamedTuple):
+    """A block's keys, turned by their positions, and values of some tokens: (B, tokens, heads, head_dim) each."""
+
+    keys: mx.array
+    values: mx.array
+
+
+class Prefix(NamedTuple):
+    """Text and references, as they enter the first block.
+
+    Attributes:
+        hidden: (B, P, D).
+        runs: what its tokens are, in order.
+        rotary: their tables.
+    """
+
+    hidden: mx.array
+    runs: Sequence[Run]
+    rotary: Rotary
+
+
+class Branch(NamedTuple):
+    """What the target is generated from, once with the prompt and, under guidance, once with the negative prompt.
+
+    Attributes:
+        prefix: what is computed before the target; or, one for each block, what was kept of it.
+        rotary: tables of the target's tokens, which come after it.
+    """
+
+    prefix: Prefix | Sequence[KeysValues]
+    rotary: Rotary
+
+
+class Transformer(nn.Module):
+    """Predicts the velocity of every target token."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.img_in: Linear = Linear(config.in_channels, config.dim, bias=False)
+        self.txt_in: TextProjection = TextProjection(config)
+        self.transformer_blocks: list[TransformerBlock] = [TransformerBlock(config) for _ in config.blocks]
+        self.proj_out: Linear = Linear(config.dim, config.out_channels, bias=False)
+        self._depth, self._eps = config.num_layers, config.eps
+
+    def project_text(self, states: mx.array) -> mx.array:
+        """Encoder states (B, L, context_in_dim) to text tokens (B, L, D); the same in every step."""
+        return self.txt_in(states)
+
+    def project_references(self, latents: mx.array) -> mx.array:
+        """Packed reference latents (B, R, in_channels) to image tokens (B, R, D); the same in every step."""
+        return self.img_in(latents)
+
+    def velocities(
+        self,
+        latents: mx.array,
+        branches: Sequence[Branch],
+        rows: Rows,
+        still: Rows,
+        on_layer: OnLayer | None = None,
+        keep: bool = True,
+    ) -> tuple[list[mx.array], list[list[KeysValues]]]:
+        """Velocities of the target for several branches; every block serves all of them before the next one.
+
+        Args:
+            latents: packed latents of the target (B, N, in_channels).
+            branches: what it is generated from.
+            rows: this step's rows.
+            still: the rows of timestep 0, for prefixes.
+            on_layer: called after each block with what it made.
+            keep: hand out the prefixes' keys and values, which takes the memory of all blocks' at once.
+
+        Returns:
+            (B, N, out_channels) for each branch, and the keys and values of each branch's prefix, one for each block:
+            given as `Branch.prefix` to later steps, these leave out all work on the prefix. Empty unless kept.
+        """
+        target = self.img_in(latents)
+        targets = [target for _ in branches]
+        hidden = {n: b.prefix.hidden for n, b in enumerate(branches) if isinstance(b.prefix, Prefix)}
+        kept: list[list[KeysValues]] = [[] for _ in branches]
+        for number, block in enumerate(self.transformer_blocks):
+            made: list[mx.array] = []
+            for n, (prefix, rotary) in enumerate(branches):
+                if isinstance(prefix, Prefix):
+                    seen, hidden[n] = block.prefix(hidden[n], prefix.runs, still, prefix.rotary)
+                    made += seen
+                    if number + 1 < self._depth:  # after the last block nobody reads it
+                        made.append(hidden[n])
+                else:
+                    seen = prefix[number]
+                if keep:
+                    kept[n].append(seen)
+                targets[n] = block(targets[n], rows, rotary, seen)
+            if on_layer is not None:
+                on_layer([*made, *targets])
+        return [self.proj_out(_scaled_norm(x, rows.out, self._eps)) for x in targets], kept
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then a gated MLP, each scaled before it and gated after it."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attn: Attention = Attention(config)
+        self.img_mlp: FeedForward = FeedForward(config.dim, config.inner_dim)
+        self._eps = config.eps
+
+    def __call__(self, x: mx.array, rows: Rows, rotary: Rotary, before: KeysValues) -> mx.array:
+        """The target (B, N, D) after the block; `before` is what it sees besides itself."""
+        q, own = self.attn.project(_scaled_norm(x, rows.scale1, self._eps), rotary)
+        keys, values = (mx.concatenate([*pair], axis=1) for pair in zip(before, own, strict=True))
+        return self._finish(x, attention(q, keys, values), rows)
+
+    def prefix(self, x: mx.array, runs: Sequence[Run], rows: Rows, rotary: Rotary) -> tuple[KeysValues, mx.array]:
+        """The keys and values of a prefix (B, P, D), and the prefix after the block."""
+        q, own = self.attn.project(_scaled_norm(x, rows.scale1, self._eps), rotary)
+        gathered, start = [], 0
+        for run in runs:
+            end = start + run.length
+            attend = attention if run.grid else causal_attention
+            gathered.append(attend(q[:, start:end], own.keys[:, :end], own.values[:, :end]))
+            start = end
+        return own, self._finish(x, mx.concatenate(gathered, axis=1), rows)
+
+    def _finish(self, x: mx.array, gathered: mx.array, rows: Rows) -> mx.array:
+        x = gated_add(x, rows.gate1, *self.attn.to_out[0].terms(gathered))
+        return gated_add(x, rows.gate2, *self.img_mlp.terms(_scaled_norm(x, rows.scale2, self._eps)))
+
+
+class Attention(nn.Module):
+    """The projections around attention; queries and keys are normalised by head and turned by their positions."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        dim, head_dim = config.dim, config.attention_head_dim
+        self.to_q: Linear = Linear(dim, dim, bias=False)
+        self.to_k: Linear = Linear(dim, dim, bias=False)
+        self.to_v: Linear = Linear(dim, dim, bias=False)
+        self.to_out: list[Linear] = [Linear(dim, dim, bias=False)]
+        self.norm_q: nn.RMSNorm = nn.RMSNorm(head_dim, eps=config.eps)
+        self.norm_k: nn.RMSNorm = nn.RMSNorm(head_dim, eps=config.eps)
+        self._heads = (config.num_attention_heads, head_dim)
+
+    def project(self, x: mx.array, rotary: Rotary) -> tuple[mx.array, KeysValues]:
+        """Queries (B, tokens, heads, head_dim) of x (B, tokens, D), and its keys and values."""
+        q, k, v = (y.reshape(*y.shape[:-1], *self._heads) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
+        return rotate(self.norm_q(q), *rotary), KeysValues(rotate(self.norm_k(k), *rotary), v)
+
+
+class FeedForward(nn.Module):
+    """out(silu(gate_layer(x)) * proj(x))."""
+
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.proj: Linear = Linear(dim, inner, bias=False)
+        self.gate_layer: Linear = Linear(dim, inner, bias=False)
+        self.out: Linear = Linear(inner, dim, bias=False)
+
+    def terms(self, x: mx.array) -> tuple[mx.array, ...]:
+        """What adds up to the output (…, D)."""
+        return self.out.terms(_silu_gate(self.gate_layer(x), self.proj(x)))
+
+
+class TextProjection(nn.Module):
+    """Encoder states to text tokens: norm, linear, tanh-GELU, linear."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.text_norm: ZeroCentredNorm = ZeroCentredNorm(config.context_in_dim, config.eps)
+        self.in_layer: Linear = Linear(config.context_in_dim, config.dim, bias=False)
+        self.out_layer: Linear = Linear(config.dim, config.dim, bias=False)
+
+    def __call__(self, states: mx.array) -> mx.array:
+        """(B, L, context_in_dim) to (B, L, D)."""
+        return self.out_layer(gelu_tanh(*self.in_layer.terms(self.text_norm(states))))
+
+
+class ZeroCentredNorm(nn.Module):
+    """RMS norm times 1 + weight, in fp32 whatever the model's dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight: mx.array = mx.zeros((dim,))
+        self._eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        scale = 1 + self.weight.astype(mx.float32)
+        return mx.fast.rms_norm(x.astype(mx.float32), scale, self._eps).astype(x.dtype)
+
+
+def _scaled_norm(x: mx.array, scale: mx.array, eps: float) -> mx.array:
+    """Layer norm of x (B, tokens, D) times scale; a scale (D,) that all samples share makes it one kernel."""
+    if scale.ndim == 1:
+        return mx.fast.layer_norm(x, scale, None, eps)
+    return mx.fast.layer_norm(x, None, None, eps) * scale
+
+
+@mx.compile
+def _silu_gate(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) * x; silu in fp32, rounded once, as torch computes it."""
+    wide = gate.astype(mx.float32)
+    return (wide * mx.sigmoid(wide)).astype(gate.dtype) * x

@@ -1,0 +1,386 @@
+"""What painting will take in memory, told before it begins from configs and headers alone.
+
+A plan has four stages. Weights are counted to the byte; what work takes beside them is a model (`costs.py`). A
+residency says which weights are there at which stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import prod
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..images.geometry import size_of_area
+from ..pipeline.autoencode import STRIP_PIXELS, strips_of
+from ..pipeline.components import Components
+from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
+from ..sampling.solvers import EULER
+from ..weights.mapping import TensorSpec, expected_tensors
+from ..weights.schemes import Scheme
+from ..weights.tensor_formats import PACKED
+from .costs import COSTS, HALO, backend
+from .residency import DEFAULT, Residency
+
+if TYPE_CHECKING:
+    from ..models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+    from ..pipeline.pipeline import QwenImagePipeline
+    from ..pipeline.request import Request
+    from ..pipeline.seams import DenoiserClass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is painted, as far as memory depends on it.
+
+    Attributes:
+        width, height: of a picture.
+        frames: pictures painted together: 1, or layers + 1.
+        shown: (width, height) of each picture as the transformer is shown it.
+        encoded: area in pixels that the VAE encodes at once; 0 for none.
+        captioned: area in pixels of the picture that a caption is written of first; 0 for none.
+        text_tokens: of a prompt, its template included, its pictures not.
+        guided: whether there are two passes in each step.
+        steps: denoising steps.
+        pictures: how many are painted one after another.
+    """
+
+    width: int
+    height: int
+    frames: int = 1
+    shown: tuple[tuple[int, int], ...] = ()
+    encoded: int = 0
+    captioned: int = 0
+    text_tokens: int = 256
+    guided: bool = True
+    steps: int = 50
+    pictures: int = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a plan, in bytes.
+
+    Attributes:
+        name: "encode", "load", "denoise" or "decode".
+        resident: weights, and what stays beside them.
+        peak: the most there is at any moment.
+    """
+
+    name: str
+    resident: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one piece of work takes with one residency.
+
+    Attributes:
+        residency: which weights are there when.
+        stages: in their order.
+        disk: bytes of the files that are read.
+        strip_pixels: most pixels that are decoded at once.
+        needs_pack: whether the model must be saved quantized first: nothing is quantized while it streams.
+    """
+
+    residency: Residency
+    stages: tuple[Stage, ...]
+    disk: int
+    strip_pixels: int = STRIP_PIXELS
+    needs_pack: bool = False
+
+    def fits(self, budget: int) -> bool:
+        """Whether it can run within a budget in bytes."""
+        return self.peak <= budget and not self.needs_pack
+
+    @property
+    def peak(self) -> int:
+        """The most bytes in memory at any moment."""
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def working(self) -> int:
+        """The most bytes that work takes at any moment beside what is resident."""
+        return max(stage.peak - stage.resident for stage in self.stages)
+
+
+STRIPS = tuple(STRIP_PIXELS >> n for n in range(5))  # pixels of a strip, from the fastest to the most frugal
+
+
+def strips_for(work: Work) -> tuple[int, ...]:
+    """Pixels of a strip to choose from; a GPU is fastest with the whole picture, a CPU with what its caches hold."""
+    whole = work.width * work.height
+    return (whole, *STRIPS) if backend() == "gpu" and whole > STRIP_PIXELS else STRIPS
+
+
+def make_plan(
+    components: Components, work: Work, residency: Residency = DEFAULT, strip_pixels: int = STRIP_PIXELS
+) -> MemoryPlan:
+    """The memory of every stage.
+
+    Args:
+        components: an opened checkpoint; its configs are read, and of one on disk the headers of its weights.
+        work: what is to be painted.
+        residency: which weights are there when.
+        strip_pixels: most pixels that are decoded at once.
+
+    Raises:
+        CheckpointError, HubError: a config or a header cannot be read.
+    """
+    return Planner(components, work, residency).plan(strip_pixels)
+
+
+class Planner:
+    """Counts what a residency holds in each stage of a piece of work; all in bytes."""
+
+    def __init__(self, components: Components, work: Work, residency: Residency):
+        self.components, self.work, self.residency = components, work, residency
+        self.tensors = cache(self._tensors)
+        self.said_config = cache(lambda name: components.sources.config(components.rows[name].home))
+        self.costs = COSTS[backend()]
+        self.itemsize = components.dtype.size
+        # What only the weights' names tell of the transformer changes nothing here.
+        self.transformer_config = components.declared(TRANSFORMER)
+
+    def plan(self, strip_pixels: int) -> MemoryPlan:
+        """The plan, with at most so many pixels decoded at once."""
+        before, stages = self.before_decode
+        decode = self.decode(before, strip_pixels)
+        return MemoryPlan(self.residency, (*stages, decode), self.disk, strip_pixels, self.needs_pack)
+
+    @cached_property
+    def before_decode(self) -> tuple[int, tuple[Stage, ...]]:
+        """What is there when a picture is decoded, and the stages before."""
+        shows = self.work.shown and self.components.variant.encoder_area
+        vision = self.held(VISION) if shows or self.work.captioned else 0
+        head = self.held(LANGUAGE_HEAD) if self.work.captioned else 0
+        vae = self.count(VAE, self.network(VAE_ENCODER), mx.float32) if self.work.encoded else 0
+        encode = self.encode(vision, self.held(TEXT_ENCODER) + head, vae)
+        kept = 0 if self.residency.staged else encode.resident
+        painting = kept + self.table() + self.held(TRANSFORMER)
+        streams = TRANSFORMER in self.residency.streamed
+        loading = painting + (0 if streams else self.largest(TRANSFORMER, MAIN))
+        beside = (self.largest(TRANSFORMER, part) for part in self.components.rows[TRANSFORMER].beside)
+        folding = kept + self.table() + int(self.costs.read * max(beside, default=0))
+        load = Stage("load", painting, max(loading, folding))
+        denoise = Stage("denoise", painting, painting + self.moving())
+        before = kept if self.residency.staged and self.work.pictures == 1 else painting
+        return before, (encode, load, denoise)
+
+    def encode(self, vision: int, text: int, vae: int) -> Stage:
+        """Pictures through the vision tower, prompts through the text encoder, pictures through the VAE; all stay."""
+        config, work = self.components.config(TEXT_ENCODER), self.work
+        prompts = 2 if work.guided else 1
+        thinking = int(self.costs.text(prompts * self.prompt_tokens) * _width(config) * self.itemsize)
+        thinking += self.passing(TEXT_ENCODER)
+        looking = self.looking() if vision else 0
+        reading = int(self.costs.pixel_in * self.components.config(VAE).base_dim * work.encoded)
+        peaks = (vision + looking, vision + text + thinking, vision + text + vae + reading)
+        return Stage("encode", vision + text + vae, max(peaks) + self.costs.base)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt with the pictures that stand in it."""
+        seen = len(self.work.shown) * self.components.variant.encoder_area + self.work.captioned
+        if not seen:
+            return self.work.text_tokens
+        config = self.components.config(VISION)
+        return self.work.text_tokens + seen // (config.patch_size * config.spatial_merge_size) ** 2
+
+    def looking(self) -> int:
+        """What the vision tower takes for a picture, beside its weights."""
+        config = self.components.config(VISION)
+        patches = max(self.components.variant.encoder_area, self.work.captioned) // config.patch_size**2
+        return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing(VISION)
+
+    def moving(self) -> int:
+        """What a step takes beside the transformer."""
+        costs, work, config = self.costs, self.work, self.transformer_config
+        tokens = self.target_tokens + self.reference_tokens + self.prompt_tokens
+        units = costs.image * self.target_tokens + costs.reference * self.reference_tokens
+        units += costs.prompt * self.prompt_tokens + costs.guided * tokens * work.guided
+        units += costs.queued(max(self.target_tokens, self.reference_tokens))
+        scores = costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
+        states = units * config.dim * self.itemsize
+        return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step
+
+    def decode(self, before: int, strip_pixels: int) -> Stage:
+        """One picture, in strips."""
+        config, pixels = self.components.config(VAE), self.work.width * self.work.height
+        held = before + self.count(VAE, self.network(VAE_DECODER), mx.float32)
+        strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
+        strip = self.costs.pixel_out * min(pixels, strip)
+        working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
+        return Stage("decode", held, held + working + 2 * 4 * pixels * config.input_channels)
+
+    def held(self, name: str) -> int:
+        """A component's weights that stay."""
+        specs = self.specs(name, MAIN)
+        if name in self.residency.streamed:
+            from ..weights.streaming import held_specs  # here: the usual residency streams nothing
+
+            specs = held_specs(self.components.rows[name], specs, lambda tensor: self.stored_dtype(name, tensor))
+        return self.count(name, specs)
+
+    @property
+    def needs_pack(self) -> bool:
+        """Whether a streamed component would be packed anew at each pass, as it does not lie so in its files."""
+        return any(self.packs(name) for name in self.residency.streamed & {*self.components.quantization.components})
+
+    def packs(self, name: str) -> bool:
+        """Whether a component's matrices are packed while they are loaded."""
+        scheme = getattr(self.components.quantization, name)
+        return any(
+            spec.is_packed_by(scheme) and self.stored_scheme(name, spec) != scheme for spec in self.specs(name, MAIN)
+        )
+
+    def stored_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
+        """How a tensor lies packed in its file."""
+        return self.components.weights(name).stored(spec.name).scheme if self.is_here else self.said_scheme(name, spec)
+
+    def passing(self, name: str) -> int:
+        """What of a streamed component's layers is there at once: one as it runs, and the next as it is read."""
+        if name not in self.residency.streamed:
+            return 0
+        from ..weights.streaming import layer_specs  # here: the usual residency streams nothing
+
+        layers = layer_specs(self.components.rows[name], self.specs(name, MAIN))
+        return max(self.moved(name, layer) + self.read(name, layer) for layer in layers)
+
+    def table(self) -> int:
+        """What the denoiser keeps from step to step."""
+        prefix, branches = self.prompt_tokens + self.reference_tokens, 2 if self.work.guided else 1
+        denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
+        values = denoiser.kept_values(self.transformer_config, EULER.count(self.work.steps), prefix, branches)
+        return values * self.itemsize
+
+    @property
+    def target_tokens(self) -> int:
+        """Image tokens of what is generated."""
+        return self.work.frames * self.components.latent_space.tokens(self.work.width, self.work.height)
+
+    @property
+    def reference_tokens(self) -> int:
+        """Image tokens of the pictures that the transformer is shown."""
+        return sum(self.components.latent_space.tokens(*size) for size in self.work.shown)
+
+    def largest(self, name: str, part: str) -> int:
+        """The largest tensor, as `moved`."""
+        return max(self.moved(name, [spec]) for spec in self.specs(name, part))
+
+    def moved(self, name: str, specs: Sequence[TensorSpec]) -> int:
+        """Tensors as they are read, and as they are cast or packed where they have to be."""
+        read, kept = self.read(name, specs), self.count(name, specs)
+        return read if kept == read else read + kept
+
+    # Tensors: from the files' headers where they are on disk, else from what the configs say of them.
+
+    def count(self, name: str, specs: Sequence[TensorSpec], dtype: mx.Dtype | None = None) -> int:
+        """Tensors once they are loaded."""
+        dtype, scheme = dtype or self.components.dtype, getattr(self.components.quantization, name, None)
+        if self.is_here:
+            return self.components.weights(name).bytes_of(specs, dtype, scheme)
+        schemes = [scheme if spec.is_packed_by(scheme) else self.said_scheme(name, spec) for spec in specs]
+        return sum(spec.loaded_bytes(dtype, form) for spec, form in zip(specs, schemes, strict=True))
+
+    def read(self, name: str, specs: Sequence[TensorSpec]) -> int:
+        """Tensors in their files."""
+        if self.is_here:
+            weights = self.components.weights(name)
+            return sum(weights.stored(spec.name).nbytes for spec in specs)
+        schemes = [self.said_scheme(name, spec) for spec in specs]
+        return sum(
+            form.nbytes(spec.shape) if form else 2 * prod(spec.shape) for spec, form in zip(specs, schemes, strict=True)
+        )
+
+    def stored_dtype(self, name: str, tensor: str) -> str:
+        """How a tensor lies in its file, in the format's words; what is not here is packed or bf16."""
+        if self.is_here:
+            return self.components.weights(name).stored(tensor).tensor.dtype
+        return PACKED if self.said_scheme(name, self.tensors(name)[tensor]) else "BF16"
+
+    def said_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
+        """How config.json says that a tensor is packed, in mlx-lm's way."""
+        said = self.said_config(name).get("quantization")
+        if not spec.quantized or not isinstance(said, dict):
+            return None
+        own = said.get(spec.name.removesuffix(".weight"), said)
+        if not isinstance(own, dict) or not {"bits", "group_size"} <= own.keys():
+            return None
+        return Scheme(own.get("mode", "affine"), own["bits"], own["group_size"])
+
+    def specs(self, name: str, part: str) -> list[TensorSpec]:
+        """A component's tensors, of one part of the weights map."""
+        return [spec for spec in self.tensors(name).values() if spec.part == part]
+
+    def network(self, name: str) -> list[TensorSpec]:
+        """The tensors of one of the autoencoder's networks."""
+        (part,) = (network.part for network in self.components.rows[VAE].networks if network.name == name)
+        return self.specs(VAE, part)
+
+    def _tensors(self, name: str) -> Mapping[str, TensorSpec]:
+        """All of a component's tensors by name."""
+        config = self.transformer_config if name == TRANSFORMER else self.components.config(name)
+        return expected_tensors(self.components.rows[name], config)
+
+    @cached_property
+    def disk(self) -> int:
+        """The files of all components."""
+        names = (TRANSFORMER, *self.components.encoders, VAE)
+        if self.is_here:
+            return sum(self.components.weights(name).nbytes for name in names)
+        return sum(self.read(name, list(self.tensors(name).values())) for name in names)
+
+    @cached_property
+    def is_here(self) -> bool:
+        """Whether weights are on disk, so that headers tell how they are stored; a folder may hold configs only."""
+        snapshot = self.components.snapshot
+        return snapshot.is_local and any(
+            name.endswith((".safetensors", ".gguf"))
+            for folder in FOLDERS for name in snapshot.names(folder)
+        )  # fmt: skip
+
+
+def _width(config: TextEncoderConfig | VisionConfig) -> int:
+    """Numbers that a token or patch is at most while it passes a layer of GatedMLP and attention."""
+    return 2 * config.intermediate_size + 6 * config.hidden_size
+
+
+def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
+    """What a request asks of a pipeline."""
+    parameters, variant = request.parameters, pipeline.variant
+    area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
+    shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
+    begun = request.starts_from_canvas(variant)
+    encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * begun
+    return Work(
+        width=parameters.width,
+        height=parameters.height,
+        frames=parameters.num_layers + 1 if variant.layered else 1,
+        shown=shown,
+        encoded=max(encoded, default=0),
+        captioned=(request.reference_pixels or 0) if request.writes_caption(variant) else 0,
+        guided=request.guiding_prompt is not None,
+        steps=parameters.num_inference_steps,
+        pictures=len(request.seeds) * len(request.image_indices),
+    )
+
+
+def table_of(plans: Sequence[MemoryPlan], budget: int) -> str:
+    """Plans as a table for people: GB resident / at most in every stage; a mark for what fits a budget."""
+    names = [stage.name for stage in plans[0].stages]
+    head = ["GB resident/peak", *names, "most", "fits"]
+    rows = [
+        [plan.residency.name, *(f"{stage.resident / 1e9:.2f}/{stage.peak / 1e9:.2f}" for stage in plan.stages),
+         f"{plan.peak / 1e9:.2f}",
+         "yes" if plan.fits(budget) else "if saved quantized" if plan.peak <= budget else "no"]
+        for plan in plans
+    ]  # fmt: skip
+    widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
+    return "\n".join(
+        f"{row[0]:{widths[0]}}  {'  '.join(map(str.rjust, row[1:], widths[1:]))}".rstrip() for row in (head, *rows)
+    )

@@ -1,0 +1,247 @@
+"""How a weight lies in its file: as floats, as fp8 with or without a scale, packed by MLX, or in GGUF's blocks.
+
+Other tools put what belongs to a weight beside it under the same path: `x.weight`, `x.scales`, `x.biases`,
+`x.weight_scale`. Here these become one thing with the shape of the matrix it stands for, which opens lazily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from ..gpu import gpu_error
+from .packed import Packed
+from .safetensors_files import LazyTensors, Tensor
+from .schemes import Scheme
+
+FLOATS = ("F32", "F16", "BF16", "F64")
+FP8 = ("F8_E4M3", "F8_E5M2")
+PACKED = "U32"
+# What may stand beside a weight, as its last word. The scales of activations are of no use here.
+COMPANIONS = ("scales", "biases", "weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant")
+# Of GGUF's types, those whose blocks are MLX's.
+_GGUF_SCHEMES = {"Q4_0": Scheme("affine", 4, 32), "Q4_1": Scheme("affine", 4, 32), "Q8_0": Scheme("affine", 8, 32)}
+_AFFINE_BITS, _AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)  # of what has biases: those MLX computes with
+_MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}  # of what has no biases, by bits and group size
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One weight as it lies in its file or files.
+
+    Attributes:
+        tensor: the weight's own entry.
+        beside: its companions, by their last word.
+        shape: of what it stands for, as the weights map gives it.
+        scheme: of weights that MLX can use as they are packed; None for all others.
+        problem: why it cannot be read, or None.
+    """
+
+    tensor: Tensor
+    beside: Mapping[str, Tensor]
+    shape: tuple[int, ...]
+    scheme: Scheme | None = None
+    problem: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, companions included."""
+        return self.tensor.nbytes + sum(tensor.nbytes for tensor in self.beside.values())
+
+    @property
+    def files(self) -> set[Path]:
+        """Where it lies."""
+        return {self.tensor.file, *(tensor.file for tensor in self.beside.values())}
+
+
+@dataclass(frozen=True)
+class Joined(Tensor):
+    """A tensor that lies in its file as several.
+
+    Attributes:
+        pieces: these.
+        axis: along which they are laid one after another.
+        stacked: whether that axis is one they do not have themselves.
+    """
+
+    pieces: tuple[Tensor, ...] = ()
+    axis: int = 0
+    stacked: bool = False
+
+
+def joined(tensors: Mapping[str, Tensor], rules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A component's entries by canonical name, with those that its map says to join made one."""
+    whole = dict(tensors)
+    for rule in rules.get("joined", ()):
+        for name in tensors:
+            stem = name.removesuffix(rule["of"][0])
+            names = [stem + ending for ending in rule["of"]]
+            if stem == name or not all(piece in tensors for piece in names):
+                continue
+            pieces = tuple(whole.pop(piece) for piece in names)
+            axis, stacked, shape = rule["axis"], rule.get("stacked", False), list(pieces[0].shape)
+            if stacked:
+                shape.insert(axis, len(pieces))
+            elif len(shape) > axis:
+                shape[axis] = sum(piece.shape[axis] for piece in pieces if len(piece.shape) > axis)
+            first = pieces[0]
+            whole[stem + rule["as"]] = Joined(
+                stem + rule["as"], first.dtype, tuple(shape), first.file, sum(piece.nbytes for piece in pieces),
+                first.offset, pieces, axis, stacked,
+            )  # fmt: skip
+    return whole
+
+
+def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """Every weight of a component by canonical name, its companions gathered.
+
+    Args:
+        tensors: entries by canonical name.
+        shapes: what the weights map expects, by canonical name; tells bits and group size of packed weights.
+    """
+    stored = {}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        if last in COMPANIONS and f"{path}.weight" in tensors:
+            continue
+        places = {word: f"{path}.{word}" for word in COMPANIONS} if last == "weight" else {}
+        beside = {word: tensors[place] for word, place in places.items() if place in tensors}
+        stored[name] = _stored(tensor, beside, shapes.get(name, tensor.shape))
+    return stored
+
+
+def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
+    if isinstance(tensor, Joined):
+        problems = [found.problem for piece in tensor.pieces if (found := _stored(piece, {}, piece.shape)).problem]
+        return Stored(tensor, {}, tensor.shape, problem=next(iter(problems), None))
+    if tensor.container == "gguf":
+        from .gguf_blocks import DECODED  # here: most checkpoints have no GGUF file
+
+        scheme = _GGUF_SCHEMES.get(tensor.dtype) if len(tensor.shape) == 2 else None
+        return Stored(tensor, {}, tensor.shape, scheme, None if tensor.dtype in DECODED else tensor.dtype)
+    if tensor.dtype in FLOATS:
+        return Stored(tensor, {}, tensor.shape)
+    if tensor.dtype in FP8:
+        scales = {word: beside[word] for word in ("weight_scale", "scale_weight") if word in beside}
+        rows = tensor.shape[:1]
+        odd = [word for word, scale in scales.items() if scale.shape not in ((), (1,), rows, (*rows, 1))]
+        return Stored(
+            tensor, scales, tensor.shape, problem=f"{odd[0]} of shape {scales[odd[0]].shape}" if odd else None
+        )
+    if tensor.dtype != PACKED or len(expected) != 2:
+        return Stored(tensor, {}, tensor.shape, problem=tensor.dtype)
+    if "scales" not in beside:
+        return Stored(tensor, {}, tensor.shape, problem="packed, without scales")
+    kept = {word: beside[word] for word in ("scales", "biases") if word in beside}
+    if any(len(part.shape) != 2 or part.shape[0] != tensor.shape[0] for part in (tensor, *kept.values())):
+        return Stored(tensor, kept, tensor.shape, problem="packed, in parts that do not belong together")
+    bits, rest = divmod(32 * tensor.shape[1], expected[1])
+    group, more = divmod(expected[1], kept["scales"].shape[1] or 1)
+    if rest or more:
+        return Stored(tensor, kept, tensor.shape, problem="packed in no whole bits and groups")
+    scheme, problem = _scheme(bits, group, **kept)
+    return Stored(tensor, kept, tensor.shape if problem else (tensor.shape[0], expected[1]), scheme, problem)
+
+
+def _scheme(bits: int, group: int, scales: Tensor, biases: Tensor | None = None) -> tuple[Scheme | None, str | None]:
+    """(scheme, None) of a packed weight, or (None, why it is none that MLX can use)."""
+    if biases is None:
+        mode = _MODES.get((bits, group)) if scales.dtype == "U8" else None
+        return (Scheme(mode, bits, group), None) if mode else (None, "packed without biases")
+    if biases.shape != scales.shape or not {scales.dtype, biases.dtype} <= set(FLOATS):
+        return None, "packed, with scales and biases that do not belong together"
+    if bits not in _AFFINE_BITS or group not in _AFFINE_GROUPS:
+        return None, f"packed in {bits} bits and groups of {group}"
+    return Scheme("affine", bits, group), None
+
+
+def _is_computed(tensor: Tensor) -> bool:
+    """Whether a weight does not lie in its file as MLX reads it."""
+    return isinstance(tensor, Joined) or tensor.container == "gguf"
+
+
+@contextmanager
+def reading(component: str) -> Iterator[None]:
+    """Makes MLX's error while a component's files are read a CheckpointError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise gpu_error(error) or CheckpointError(
+            f"the {component}'s files could not be read while loading: they were changed or removed meanwhile, so "
+            "start again"
+        ) from error
+
+
+class Reader:
+    """Opens files once and hands out what lies in them; what was handed out is not held any longer.
+
+    What lies in a file is evaluated by itself, before any other operation sees it: inside the evaluation of an
+    operation the GPU would wait for the disk, and macOS ends a process whose GPU waits for seconds.
+
+    Args:
+        component: for what is said when a file cannot be read.
+    """
+
+    def __init__(self, component: str):
+        self._component = component
+        self._files: dict[Path, LazyTensors] = {}
+        self._read: dict[tuple[Path, str], mx.array] = {}
+
+    def read(self, weights: Iterable[Stored]) -> None:
+        """Reads several weights at once, for `open` to hand out.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        wanted = [stored for stored in weights if not _is_computed(stored.tensor)]
+        tensors = {(t.file, t.name): t for stored in wanted for t in (stored.tensor, *stored.beside.values())}
+        found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
+        with reading(self._component):
+            mx.eval(found)
+        self._read |= found
+
+    def open(self, stored: Stored) -> mx.array | Packed:
+        """A weight, packed if it lies so; in the file's layout and dtype, fp8 as fp32 with its scale applied.
+
+        Floats and packed weights are evaluated; what has to be computed from them is not.
+
+        Raises:
+            CheckpointError: its file cannot be read.
+        """
+        if isinstance(stored.tensor, Joined):
+            pieces = [self.open(Stored(piece, {}, piece.shape)) for piece in stored.tensor.pieces]
+            pieces = [piece.dequantize() if isinstance(piece, Packed) else piece for piece in pieces]
+            join = mx.stack if stored.tensor.stacked else mx.concatenate
+            return join(pieces, axis=stored.tensor.axis)
+        if stored.tensor.container == "gguf":
+            from . import gguf_blocks  # here: most checkpoints have no GGUF file
+
+            return gguf_blocks.packed(stored.tensor) or gguf_blocks.decode(stored.tensor)
+        self.read([stored])
+        beside = {word: self._read.pop((tensor.file, tensor.name)) for word, tensor in stored.beside.items()}
+        array = self._read.pop((stored.tensor.file, stored.tensor.name))
+        if stored.scheme is not None:
+            scheme = stored.scheme
+            return Packed(array, beside["scales"], beside.get("biases"), scheme.group_size, scheme.bits, scheme.mode)
+        if stored.tensor.dtype in FP8:
+            array = array.astype(mx.float32) if array.dtype == mx.float16 else mx.from_fp8(array, dtype=mx.float32)
+            for scale in beside.values():
+                array = array * scale.astype(mx.float32).reshape(-1, *(1,) * (array.ndim - 1))
+        return array
+
+    def _lazy(self, tensor: Tensor) -> mx.array:
+        try:
+            if tensor.file not in self._files:
+                self._files[tensor.file] = LazyTensors(tensor.file)
+            return self._files[tensor.file].take(tensor)
+        except (OSError, RuntimeError, ValueError, KeyError, CheckpointError) as error:
+            raise CheckpointError(
+                f"the {self._component}'s file {tensor.file} could not be opened: it was changed or removed meanwhile, "
+                "so start again"
+            ) from error
