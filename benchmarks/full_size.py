@@ -69,14 +69,14 @@ def write(folder: Path, blocks: int, encoder_layers: int, bits: str) -> None:
     from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.schemes import Quantization
-    from qwen_image_mlx.weights.synthetic import FULL, write_checkpoint
+    from qwen_image_mlx.weights.synthetic import FULL, ROWS, write_checkpoint
 
     configs = {
         "transformer": replace(FULL["transformer"], num_layers=blocks),
         "text_encoder": replace(FULL["text_encoder"], num_hidden_layers=encoder_layers),
         "vae": FULL["vae"],
     }
-    nbytes = sum(2 * prod(s.shape) for name, c in configs.items() for s in expected_tensors(name, c).values())
+    nbytes = sum(2 * prod(s.shape) for name, c in configs.items() for s in expected_tensors(ROWS[name], c).values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     needed, free = 1.02 * nbytes * (1.5 if bits else 1), shutil.disk_usage(folder.parent).free
     if free < needed:

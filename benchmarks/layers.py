@@ -39,7 +39,7 @@ def main() -> None:
         write_checkpoint(Path(folder), {**TINY, "vae": FULL["vae"]}, pipeline="QwenImageLayeredPipeline")
         pipeline = QwenImagePipeline.from_pretrained(folder)
         components = pipeline.components
-        decoder, config = components.vae_decoder, components.vae_config
+        decoder, config = components.network("vae_decoder"), components.config("vae")
 
         def one_by_one(parameters: GenerationParameters, latents: mx.array) -> None:
             for frame in pipeline.decode_frames(parameters, latents):

@@ -98,10 +98,11 @@ def paint(folder: str, sizes: dict[str, int]) -> Recorder:
 
 def share_of_main() -> float:
     """Elements of the released transformer that stay loaded, of all."""
-    from qwen_image_mlx.config import TransformerConfig
+    from qwen_image_mlx.models.qwen_image.config import TransformerConfig
     from qwen_image_mlx.weights.mapping import expected_tensors
+    from qwen_image_mlx.weights.synthetic import ROWS
 
-    specs = expected_tensors("transformer", TransformerConfig()).values()
+    specs = expected_tensors(ROWS["transformer"], TransformerConfig()).values()
     return sum(prod(spec.shape) for spec in specs if spec.part == "main") / sum(prod(spec.shape) for spec in specs)
 
 

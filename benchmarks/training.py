@@ -118,9 +118,9 @@ def measure(blocks: int, side: int, form: str, checkpointing: bool) -> Step:
     import mlx.nn as nn
     from mlx.utils import tree_map
 
-    from qwen_image_mlx.config import TransformerConfig
-    from qwen_image_mlx.models.rope import Segment
-    from qwen_image_mlx.models.transformer import BlockRows, Modulation, Transformer
+    from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+    from qwen_image_mlx.models.qwen_image.rope import Segment
+    from qwen_image_mlx.models.qwen_image.transformer import BlockRows, Modulation, Transformer
     from qwen_image_mlx.training.loop import LoopSettings, Trainer
     from qwen_image_mlx.training.lora import add_lora, matrices
     from qwen_image_mlx.training.loss import FlowMatching

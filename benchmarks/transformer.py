@@ -117,11 +117,11 @@ def write_weights(file: str, layers: int) -> None:
     """A transformer of this many blocks, under the checkpoint's names."""
     import mlx.core as mx
 
-    from qwen_image_mlx.config import TransformerConfig
+    from qwen_image_mlx.models.qwen_image.config import TransformerConfig
     from qwen_image_mlx.weights.mapping import expected_tensors
-    from qwen_image_mlx.weights.synthetic import random_values
+    from qwen_image_mlx.weights.synthetic import ROWS, random_values
 
-    specs = list(expected_tensors("transformer", TransformerConfig(num_layers=layers)).values())
+    specs = list(expected_tensors(ROWS["transformer"], TransformerConfig(num_layers=layers)).values())
     keys = mx.random.split(mx.random.key(0), len(specs))
     mx.save_safetensors(file, {spec.name: random_values(spec, keys[n]) for n, spec in enumerate(specs)})
     mx.clear_cache()
@@ -145,23 +145,24 @@ class Ours:
     def __init__(self, weights: str, layers: int):
         import mlx.core as mx
 
-        from qwen_image_mlx.config import TransformerConfig
-        from qwen_image_mlx.models.transformer import Transformer
+        from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+        from qwen_image_mlx.models.qwen_image.transformer import Transformer
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
         from qwen_image_mlx.weights.safetensors_files import component_tensors
+        from qwen_image_mlx.weights.synthetic import ROWS
 
         self.config = TransformerConfig(num_layers=layers)
         tensors = component_tensors((Path(weights),), None)
-        self.weights = ComponentWeights("transformer", self.config, tensors, ("main", "modulation"))
+        self.weights = ComponentWeights(ROWS["transformer"], self.config, tensors, ("main", "modulation"))
         self.model = load_module(Transformer(self.config), self.weights, "main", mx.float32)
 
     def prepare(self, inputs: str, grid: tuple[int, int], references: int) -> None:
         import mlx.core as mx
         import numpy as np
 
-        from qwen_image_mlx.models.rope import Segment, rotary_tables
+        from qwen_image_mlx.models.qwen_image.rope import Segment, rotary_tables
+        from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
         from qwen_image_mlx.sampling.schedule import Schedule
-        from qwen_image_mlx.weights.modulation import modulation_table
 
         arrays = mx.load(inputs)
         self.latents = arrays["latents"]

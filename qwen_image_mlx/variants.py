@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import CheckpointError
@@ -196,6 +196,15 @@ WAN_PREVIEW: tuple[tuple[float, ...], ...] = (
 
 _USUAL_AREA = 1024**2
 
+# The classes of Qwen-Image 1.x by folder, as its model_index.json has them.
+QWEN_IMAGE = {
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+    "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+    "tokenizer": "Qwen2Tokenizer",
+    "transformer": "QwenImageTransformer2DModel",
+    "vae": "AutoencoderKLQwenImage",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -220,6 +229,8 @@ class Variant:
         cfg_scale: default guidance scale.
         negative_prompt: recommended negative prompt.
         preview: from normalised latents to RGB in [-1, 1], a row a channel, and in the last row what is added.
+        size_multiple: what both sides of a result are multiples of.
+        classes: those of its parts, by folder; rows of `registry.CLASSES`.
     """
 
     task: Task
@@ -239,6 +250,8 @@ class Variant:
     cfg_scale: float = 4.0
     negative_prompt: str
     preview: tuple[tuple[float, ...], ...] = WAN_PREVIEW
+    size_multiple: int = 16
+    classes: Mapping[str, str] = field(default_factory=lambda: QWEN_IMAGE, hash=False)
 
     @property
     def takes_images(self) -> bool:
@@ -250,8 +263,9 @@ class Variant:
         width, height = ASPECT_SIZES[aspect]
         if self.target_area == _USUAL_AREA:
             return width, height
-        scale = math.sqrt(self.target_area / (width * height)) / 16
-        return 16 * max(1, round(width * scale)), 16 * max(1, round(height * scale))
+        step = self.size_multiple
+        scale = math.sqrt(self.target_area / (width * height)) / step
+        return step * max(1, round(width * scale)), step * max(1, round(height * scale))
 
 
 VARIANTS: dict[str, Variant] = {

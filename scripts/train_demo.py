@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from demo import autoencoder, checkpoint, judge, painter, preview, samples
 
-from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
 from qwen_image_mlx.training.network import Network
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map_with_path
 
-from qwen_image_mlx.config import VAEConfig
-from qwen_image_mlx.models.vae import Decoder
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.vae import Decoder
 from qwen_image_mlx.pipeline.autoencode import decode
 
 VARIABLE = "MLX_ENABLE_TF32"

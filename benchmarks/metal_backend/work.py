@@ -9,10 +9,12 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from qwen_image_mlx.config import TransformerConfig, VAEConfig
 from qwen_image_mlx.gpu import Pace
-from qwen_image_mlx.models import text_encoder, transformer, vae, vision
-from qwen_image_mlx.models.rope import Rotary
+from qwen_image_mlx.models.qwen2_5_vl import text as text_encoder
+from qwen_image_mlx.models.qwen2_5_vl import vision
+from qwen_image_mlx.models.qwen_image import transformer, vae
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
+from qwen_image_mlx.models.rotary import Rotary
 from qwen_image_mlx.pipeline import autoencode
 from qwen_image_mlx.sampling.denoise import Guidance, denoise
 from qwen_image_mlx.sampling.schedule import Schedule

@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import TransformerConfig
 from ..gpu import finish
 from ..models import nn
+from ..models.qwen_image.config import TransformerConfig
 from ..pipeline.limits import limits
 from ..runtime.memory_plan import Work
 from ..weights.synthetic import FULL

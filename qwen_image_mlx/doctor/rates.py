@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..config import TransformerConfig
 from ..gpu import finish
-from ..models.transformer import EPS, gelu_tanh
+from ..models.layers import gelu_tanh
+from ..models.qwen_image.config import TransformerConfig
+from ..models.qwen_image.transformer import EPS
 from .chip import nominal_tflops
 from .measure import on_gpu, on_metal, seconds_of
 from .outcome import Outcome

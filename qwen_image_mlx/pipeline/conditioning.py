@@ -36,8 +36,8 @@ class Reference:
     """A picture the transformer is shown.
 
     Attributes:
-        latents: packed, normalised latents (1, height * width, 64), fp32.
-        height, width: its grid of 2x2 latent patches.
+        latents: packed, normalised latents (1, height * width, C), fp32.
+        height, width: its grid of tokens.
     """
 
     latents: mx.array

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from .._version import __version__
+from ..registry import FOLDERS
 from ..variants import Variant
 from ..weights.schemes import NONE
 from .components import Components
 from .conditioning import GuidanceEncoding
 from .request import Request
-from .sources import REPLACEABLE
 
 
 class Described(Protocol):
@@ -37,9 +37,6 @@ class Described(Protocol):
     def variant(self) -> Variant:
         """What the checkpoint's pipeline class implies."""
 
-    def starts_from_canvas(self, request: Request) -> bool:
-        """Whether a request begins with an image of its own."""
-
 
 def describe(
     pipeline: Described, request: Request, encoding: GuidanceEncoding | None, seed: int, image_index: int = 0
@@ -50,7 +47,7 @@ def describe(
     """
     parameters, parts = request.parameters, pipeline.components
     sampled = parameters.recorded("always", "painted over", "set")
-    if not pipeline.starts_from_canvas(request):
+    if not request.starts_from_canvas(pipeline.variant):
         sampled |= dict.fromkeys(parameters.recorded("painted over"))
     metadata = {
         "model": pipeline.model,
@@ -65,7 +62,7 @@ def describe(
         "dtype": str(pipeline.dtype).rpartition(".")[2],
         "quantize": None if str(parts.quantization) == NONE else str(parts.quantization),
         "loras": list(parts.adapters.references) if parts.adapters else None,
-        **{name: str(parts.sources.replaced.get(name, "")) or None for name in REPLACEABLE},
+        **{name: str(parts.sources.replaced.get(name, "")) or None for name in FOLDERS},
         "version": __version__,
     }
     if pipeline.variant.layered:

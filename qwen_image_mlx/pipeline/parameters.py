@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import RequestError
 from ..names import Dtype, Rng
@@ -16,7 +16,7 @@ from ..options import Choice, Config, Integer, Number, Several, Switch, option, 
 
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 RNGS: tuple[Rng, ...] = ("torch", "mlx")
-SIZE_STEP = 16  # pixels per token side: the VAE's 8 times the transformer's 2x2 patches
+SIZE_STEP = 16  # what every model wants sides to be multiples of; `LatentSpace.size_multiple` is a model's own
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_LAYERS = 8
@@ -35,6 +35,24 @@ WORDS = (*CANVAS, "compose")
 PAINTERS = (*WORDS, "decompose")
 TASKS = ("generate", "edit", "decompose")  # of the server
 GENERATION = "generation"  # the table of config.toml for what changes from picture to picture
+
+
+class Recommended(NamedTuple):
+    """How a model wants to be sampled; the fields are those of `GenerationParameters`.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        cfg_scale: guidance.
+        shift: a static shift of the schedule; None takes the checkpoint's own.
+    """
+
+    num_inference_steps: int
+    cfg_scale: float
+    shift: float | None
+
+    def unless(self, **given: float | None) -> dict[str, Any]:
+        """The fields by name; those given, and not None, instead of the recommended ones."""
+        return self._asdict() | {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +156,14 @@ def _may_be_none(parameters: GenerationParameters, field: str) -> bool:
     return getattr(type(parameters), field, ...) is None
 
 
-def check_size(width: int, height: int) -> None:
-    """Raises RequestError unless both sides are positive multiples of 16 and the area is at most 16.8 MP."""
+def check_size(width: int, height: int, step: int = SIZE_STEP) -> None:
+    """Raises RequestError unless both sides are positive multiples of `step` and the area is at most 16.8 MP."""
     for name, value in (("width", width), ("height", height)):
         Integer(1).check(name, value)
-        if value % SIZE_STEP:
-            below, above = value // SIZE_STEP * SIZE_STEP, -(-value // SIZE_STEP) * SIZE_STEP
+        if value % step:
+            below, above = value // step * step, -(-value // step) * step
             near = f"{below} and {above} are near" if below else f"{above} is the nearest"
-            raise RequestError(f"{name} is {value}, but must be a multiple of {SIZE_STEP}; {near}")
+            raise RequestError(f"{name} is {value}, but must be a multiple of {step}; {near}")
     if width * height > MAX_PIXELS:
         raise RequestError(f"{width}x{height} are {width * height:,} pixels; at most {MAX_PIXELS:,} work")
 

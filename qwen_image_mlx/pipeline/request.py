@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..names import CaptionLanguage
 from ..outside import MAX_CHARACTERS
-from ..variants import ASPECT_SIZES, NAMED_SIZES
+from ..variants import ASPECT_SIZES, NAMED_SIZES, Variant
 from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
 
 if TYPE_CHECKING:
@@ -52,6 +52,14 @@ class Request:
     def guiding_prompt(self) -> str | None:
         """The negative prompt where it guides; None where one pass is enough."""
         return self.negative_prompt if self.parameters.cfg_scale > 1 else None
+
+    def writes_caption(self, variant: Variant) -> bool:
+        """Whether the model says itself what the image shows."""
+        return variant.captions and not self.prompt.strip()
+
+    def starts_from_canvas(self, variant: Variant) -> bool:
+        """Whether generation begins with the canvas: an edit without a mask begins with noise alone."""
+        return self.canvas is not None and (self.canvas.mask is not None or not variant.takes_images)
 
     def __post_init__(self) -> None:
         for prompt in (self.prompt, self.negative_prompt or ""):

@@ -19,9 +19,10 @@ from ..errors import RequestError
 from ..files import temporary_folder
 from ..images.files import read_metadata
 from ..pipeline.conditioning import GuidanceEncoding
+from ..pipeline.conductor import Painting, paint_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
-from .session import Painting, Session
+from .session import Session
 
 if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
@@ -130,9 +131,8 @@ def paint_all(session: Session, asked: Sequence[Asked], show: Show | None = None
         ordered = [one for some in together.values() for one in some]
         for one in ordered:
             request, encoding = one.request, GuidanceEncoding.load(kept[_prompts(one.request)])
-            pictures = pipeline.paint_request(
-                request, encoding, None, session.watch(request, show), release=staged and one is ordered[-1]
-            )
+            last = staged and one is ordered[-1]
+            pictures = paint_encoded(pipeline, request, encoding, None, session.watch(request, show), last)
             for image, seed, index in pictures:
                 yield one, Painting(image, describe(pipeline, request, encoding, seed, index))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -17,17 +17,18 @@ import mlx.core as mx
 from ..errors import RequestError
 from ..names import Aspect, NamedSize, Task
 from ..options import options_of
+from ..pipeline.conductor import Painting, decompose, encoded, keeping, paint
+from ..pipeline.image_request import canvas_of
 from ..pipeline.limits import free_memory, limits
-from ..pipeline.metadata import describe
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.request import Request, build_request
+from ..registry import TEXT_ENCODER
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.schemes import NONE, Quantization
 from .memory import Memory, alternatives, fitting_plan, parse_memory
 from .memory_plan import MemoryPlan, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
-from .residency import DEFAULT, Residency
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,18 +36,10 @@ if TYPE_CHECKING:
     from ..images.geometry import Size
     from ..pipeline.decomposition import LayeredResult
     from ..pipeline.progress import ProgressCallback
-    from .cache import EncodingCache, RecentEncodings
+    from .cache import EncodingCache
     from .preview import Show
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Painting:
-    """A finished picture, and how the pipeline painted it."""
-
-    image: Image
-    metadata: dict[str, Any]
 
 
 class Session:
@@ -134,8 +127,8 @@ class Session:
             # By now without aspects, and without pictures a pair: what a checker cannot tell.
             named = cast("Size | NamedSize | None", variant.size_of(size) if size in ASPECT_SIZES else size)
             if pictures:
-                canvas = self.pipeline.plan_canvas(
-                    pictures, mask=mask, size=named, composite=not asked.get("no_composite"),
+                canvas = canvas_of(
+                    variant, pictures, mask=mask, size=named, composite=not asked.get("no_composite"),
                     crop_padding=asked.get("mask_padding"), straight=straight,
                 )  # fmt: skip
             recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
@@ -182,14 +175,14 @@ class Session:
                 plan.peak / 1e9, free / 1e9,
             )  # fmt: skip
         streamed = plan.residency.streamed
-        if pipeline.writes_caption(request) and "text_encoder" in streamed and not self.force:
+        if request.writes_caption(pipeline.variant) and TEXT_ENCODER in streamed and not self.force:
             raise RequestError(
                 "streamed, the text encoder would be read from its files again for every word of a caption",
                 cause="caption",
             )
         if self._said_memory:
             logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, budget / 1e9)
-        with limits(budget, plan.working, wire=self._wire), pipeline.keeping(streamed, plan.strip_pixels):
+        with limits(budget, plan.working, wire=self._wire), keeping(pipeline, streamed, plan.strip_pixels):
             yield plan
 
     def alternatives(self, work: Work) -> list[MemoryPlan]:
@@ -209,16 +202,16 @@ class Session:
             RequestError: as `planned`.
         """
         with self.planned(request) as plan:
-            yield from paint(self.pipeline, request, self.watch(request, show), self._cache, plan.residency)
+            yield from paint(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
 
     def decompose(self, request: Request, show: Show | None = None) -> LayeredResult:
         """Plans, then takes a picture apart; as `paint`. The cache keeps the caption with the encoding."""
         with self.planned(request) as plan:
-            return decompose(self.pipeline, request, self.watch(request, show), self._cache, plan.residency)
+            return decompose(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
 
     def encoded(self, request: Request) -> Any:
         """A request's encoding, from the session's cache if it is there."""
-        return self.pipeline.encoded(request, self.progress, self._cache)
+        return encoded(self.pipeline, request, self.progress, self._cache)
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """Who is told while a request is painted: the session's own, behind one that shows previews if asked."""
@@ -285,50 +278,3 @@ def layers_of(
         picture, asked.get("prompt", ""), seed=seed[0] if isinstance(seed, list) else seed, resolutions=resolutions,
         sampling={**sampling, **fields}, **said,
     )  # fmt: skip
-
-
-def paint(
-    pipeline: QwenImagePipeline,
-    request: Request,
-    progress: ProgressCallback | None = None,
-    cache: EncodingCache | RecentEncodings | None = None,
-    residency: Residency = DEFAULT,
-) -> Iterator[Painting]:
-    """Yields the request's pictures one by one, with as little in memory as the residency says.
-
-    Args:
-        pipeline: the opened checkpoint.
-        request: what to paint.
-        progress: told of every stage and step, and can cancel.
-        cache: encodings of earlier runs; with a hit no encoder is loaded.
-        residency: staged, the encoders are gone before the first picture is begun, and the transformer before the last
-            is decoded.
-    """
-    if not request.prompt.strip():
-        logger.warning("the prompt is empty: the model paints whatever it likes")
-    if len(request.images) > 2:
-        logger.warning(
-            "%d pictures are shown to the model, each as costly in every step as a target of its size; fewer reference "
-            "pixels make them cheaper",
-            len(request.images),
-        )
-    encoding = pipeline.encoded(request, progress, cache)
-    pictures = pipeline.paint_encoded(
-        request, encoding, progress, release_encoders=residency.staged, release=residency.staged
-    )
-    for image, seed, index in pictures:
-        yield Painting(image, describe(pipeline, request, encoding, seed, index))
-
-
-def decompose(
-    pipeline: QwenImagePipeline,
-    request: Request,
-    progress: ProgressCallback | None = None,
-    cache: EncodingCache | RecentEncodings | None = None,
-    residency: Residency = DEFAULT,
-) -> LayeredResult:
-    """Takes a picture apart; the arguments are those of `paint`."""
-    encoding = pipeline.encoded(request, progress, cache)
-    if residency.staged:
-        pipeline.release_encoders()
-    return pipeline.decompose_request(request, encoding, progress, release=residency.staged)

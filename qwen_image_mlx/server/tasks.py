@@ -26,10 +26,11 @@ from ..layers.folder import LAYER_FILE, folder_files
 from ..layers.formats import FORMATS, check_formats
 from ..layers.stack import Layer, LayerStack, composite
 from ..options import Option, Picture, Several
+from ..pipeline.conductor import decompose, paint
 from ..pipeline.request import build_request, parsed_size
 from ..runtime.options import of_task, recorded
 from ..runtime.preview import Preview
-from ..runtime.session import Session, decompose, layers_of, paint
+from ..runtime.session import Session, layers_of
 from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
 from .pictures import data_url, decoded
 
@@ -166,8 +167,8 @@ class Tasks:
             session = self._models.open(task)
             request = session.request(wanted | said, size, pictures, mask, straight)
             images = []
-            with self._ready(task, session, request, feed) as ready:
-                for painting in paint(session.pipeline, request, *ready):
+            with self._ready(task, session, request, feed) as (progress, cache, residency):
+                for painting in paint(session.pipeline, request, progress, cache, **residency.releases):
                     metadata = {**painting.metadata, **said}
                     url = data_url(encode_png(painting.image, metadata))
                     index = metadata["image_index"]
@@ -187,8 +188,8 @@ class Tasks:
             (picture,) = decoded([body.image])
             session = self._models.open("decompose")
             request = session.request(wanted, pictures=[open_rgba(picture)])
-            with self._ready("decompose", session, request, feed) as ready:
-                result = decompose(session.pipeline, request, *ready)
+            with self._ready("decompose", session, request, feed) as (progress, cache, residency):
+                result = decompose(session.pipeline, request, progress, cache, **residency.releases)
             pngs = [data for name, data in folder_files(result.stack) if LAYER_FILE.fullmatch(name)]
             psnr = result.psnr
             return {

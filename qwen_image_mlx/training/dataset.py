@@ -23,11 +23,11 @@ from ..images.formats import check_file
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
 from ..images.sources import open_image, open_rgba
-from ..models.rope import Segment, place_images
+from ..models.qwen_image.rope import Segment, place_images
 from ..pipeline.autoencode import encode_mode
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback
-from ..sampling.latents import pack_multi_layer_latents
+from ..registry import TEXT_ENCODER, TRANSFORMER, VAE, VAE_ENCODER
 from ..weights.safetensors_files import load_tensors, read_header, save_tensors
 from .examples import Example, bucket_of, buckets_of
 from .loss import key_of
@@ -170,7 +170,7 @@ def encode_examples(
     made_by = (_FORMAT, task, resolution, with_dropped, pipeline.fingerprint, str(pipeline.dtype),
                str(pipeline.quantization), profiles_are_ignored())  # fmt: skip
     paths = [folder / f"{_digest(example, made_by)}.safetensors" for example in examples]
-    widths = pipeline.components.transformer_config.in_channels, pipeline.components.text_encoder_config.hidden_size
+    widths = pipeline.components.config(TRANSFORMER).in_channels, pipeline.components.config(TEXT_ENCODER).hidden_size
     entries = [_read_entry(path, widths) for path in paths]
     new = [n for n, entry in enumerate(entries) if entry is None]
     if new:
@@ -179,7 +179,7 @@ def encode_examples(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {reason(error)}") from error
-        _ = pipeline.components.vae_encoder, pipeline.components.text_encoder  # told of, unlike what follows
+        pipeline.components.load(VAE_ENCODER, TEXT_ENCODER)  # told of, unlike what follows
         shared = None  # without pictures all dropped captions are one
         if with_dropped and not pipeline.variant.takes_images:
             shared = pipeline.encode_guidance_prompts(DROPPED, progress=_say_nothing).positive
@@ -207,9 +207,9 @@ def _encode(
     frames = [open_rgba(file) if layered else open_image(file) for file in (example.image, *example.layers)]
     size = target_size(frames[0].size, task, resolution)
     fit = partial(ImageOps.fit, size=size, method=Image.Resampling.LANCZOS) if task == "t2i" else (lambda image: image)
-    encode = partial(encode_mode, parts.vae_encoder, parts.vae_config)
+    encode = partial(encode_mode, parts.network(VAE_ENCODER), parts.config(VAE))
     latents = mx.stack([encode(to_pixels(fit(frame), size))[0] for frame in frames])[None]
-    grid = latents.shape[2] // 2, latents.shape[3] // 2
+    space = pipeline.latent_space
     shown = (frames[0],) if layered else example.sources
     encoding = pipeline.encode_guidance_prompts(
         example.caption,
@@ -218,15 +218,15 @@ def _encode(
         reference_pixels=resolution**2 if shown else None,
         progress=_say_nothing,
     )
-    arrays, references = {"latents": pack_multi_layer_latents(latents), "text": encoding.positive}, encoding.references
+    arrays, references = {"latents": space.pack_frames(latents), "text": encoding.positive}, encoding.references
     if with_dropped:
         arrays["dropped"] = encoding.negative if shared is None else shared
     if references:
         arrays["references"] = mx.concatenate([reference.latents for reference in references], axis=1)
     if not all_finite(arrays["latents"]):
         raise QwenImageError(f"the latents of {example.image} are not finite: check the autoencoder's weights")
-    grids = [grid] * len(frames) + [(reference.height, reference.width) for reference in references]
-    segments = place_images(grids, parts.transformer_config.use_layer3d_rope)
+    grids = [space.grid(*size)] * len(frames) + [(reference.height, reference.width) for reference in references]
+    segments = place_images(grids, parts.config(TRANSFORMER).use_layer3d_rope)
     metadata = {"format": _FORMAT, "segments": json.dumps(segments)}
     save_tensors(path, arrays, metadata)
 

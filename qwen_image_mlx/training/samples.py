@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 from PIL import Image
 
@@ -16,15 +18,15 @@ from ..images.files import save_png
 from ..images.geometry import size_of_area
 from ..images.pixels import to_images
 from ..images.sources import open_rgba
-from ..models.modulation import TimeModulation
-from ..models.transformer import Modulation
+from ..models.qwen_image.modulation import TimeModulation
+from ..models.qwen_image.transformer import Modulation
 from ..pipeline.components import Components
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
+from ..pipeline.qwen_image.denoiser import TrainedDenoisers
 from ..pipeline.reporter import Reporter
-from ..sampling.schedule import Schedule
 from ..variants import recommended_negative_prompt
 from .examples import Example
 from .network import Network
@@ -33,7 +35,7 @@ STEPS = 20  # at most: enough to judge by
 _GAP = 8
 
 
-class Painter(QwenImagePipeline):
+def painter_of(components: Components, network: Network, progress: ProgressCallback | None = None) -> QwenImagePipeline:
     """A pipeline whose transformer is being trained.
 
     Args:
@@ -41,26 +43,21 @@ class Painter(QwenImagePipeline):
         network: what is trained; its modulation is used where it has one.
         progress: told of the pictures' steps.
     """
-
-    def __init__(self, components: Components, network: Network, progress: ProgressCallback | None = None):
-        super().__init__(components, Reporter(progress))
-        self._network = network
-
-    def _modulation(self, schedule: Schedule) -> list[Modulation]:
-        if "modulation" not in self._network:
-            return super()._modulation(schedule)
-        return rows_of_steps(self._network.modulation, schedule, self.dtype)
+    denoiser = None
+    if "modulation" in network:
+        denoiser = TrainedDenoisers(partial(rows_of_steps, network.modulation, dtype=components.dtype))
+    return QwenImagePipeline(components, Reporter(progress), denoiser)
 
 
-def rows_of_steps(modulation: TimeModulation, schedule: Schedule, dtype: mx.Dtype) -> list[Modulation]:
-    """The modulation of every step of a schedule, as `modulation_table` makes it from files."""
-    rows = modulation(mx.array(schedule.timesteps), dtype)
+def rows_of_steps(modulation: TimeModulation, sigmas: np.ndarray, dtype: mx.Dtype) -> list[Modulation]:
+    """The modulation at every noise level (S,), as `modulation_table` makes it from files."""
+    rows = modulation(mx.array(sigmas), dtype)
     mx.eval(rows)
 
     def of_step(step: int) -> Modulation:
         return tree_map(lambda row: row[step, 0] if row.ndim == 3 else row, rows)
 
-    table = [of_step(step) for step in range(schedule.num_steps)]
+    table = [of_step(step) for step in range(len(sigmas))]
     mx.eval(table)
     return table
 
@@ -119,7 +116,7 @@ class Samples:
                 encoding.save(path)
             self._encodings.append(encoding)
 
-    def paint(self, painter: Painter, path: Path) -> Path:
+    def paint(self, painter: QwenImagePipeline, path: Path) -> Path:
         """Paints and saves all of them, side by side; layers under each other.
 
         Raises:

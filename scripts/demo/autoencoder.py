@@ -14,8 +14,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from qwen_image_mlx.config import VAEConfig
-from qwen_image_mlx.models.vae import Decoder, Encoder
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.training.loss import key_of
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
 from qwen_image_mlx.weights.safetensors_files import save_tensors

@@ -9,11 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from qwen_image_mlx.config import TransformerConfig
-from qwen_image_mlx.models.modulation import TimeModulation
-from qwen_image_mlx.models.transformer import Transformer
-from qwen_image_mlx.sampling.denoise import Guidance, euler_step, guide
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.modulation import TimeModulation
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
+from qwen_image_mlx.sampling.denoise import Guidance, guide
 from qwen_image_mlx.sampling.schedule import make_schedule, uniform_sigmas
+from qwen_image_mlx.sampling.solvers import euler_step
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
 from qwen_image_mlx.training.loss import FlowMatching, key_of
 from qwen_image_mlx.training.network import Batch, Network

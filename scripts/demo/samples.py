@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from qwen_image_mlx.images.pixels import to_patches
-from qwen_image_mlx.models.rope import Segment, place_images
+from qwen_image_mlx.models.qwen_image.rope import Segment, place_images
 from qwen_image_mlx.pipeline.components import Components
 from qwen_image_mlx.sampling.latents import pack_latents, unpack_latents
 from qwen_image_mlx.text.prompt import TokenizedPrompt, replace_vision_tokens, tokenize_prompt
@@ -48,26 +48,26 @@ class Frame:
 
     def latents(self, pictures: np.ndarray) -> np.ndarray:
         """Packed, normalised latents (N, 16, 64), float16, of pictures (N, H, W, C), uint8."""
-        config = self._parts.vae_config
+        config = self._parts.config("vae")
         mean, std = mx.array(config.latents_mean), mx.array(config.latents_std)
         found = []
         for part in _chunks(pictures):
-            latents, _ = fast.encode(self._parts.vae_encoder, to_signed(part))
+            latents, _ = fast.encode(self._parts.network("vae_encoder"), to_signed(part))
             found.append(np.array(pack_latents((latents - mean) / std), np.float16))
         return np.concatenate(found)
 
     def pictures(self, latents: mx.array) -> np.ndarray:
         """Pictures (N, H, W, C), uint8, of packed, normalised latents (N, 16, 64)."""
-        config = self._parts.vae_config
+        config = self._parts.config("vae")
         mean, std = mx.array(config.latents_mean), mx.array(config.latents_std)
         spread = unpack_latents(latents, 2 * GRID[0], 2 * GRID[1]) * std + mean
-        out = np.array(fast.decode(self._parts.vae_decoder, spread))
+        out = np.array(fast.decode(self._parts.network("vae_decoder"), spread))
         return np.rint(np.clip(out * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
     def features(self, pictures: np.ndarray) -> np.ndarray:
         """What the text encoder is shown of pictures: (N, 4, C), float16."""
         parts = self._parts
-        config, processor = parts.vision_config, parts.image_processor
+        config, processor = parts.config("vision"), parts.image_processor
         side = config.patch_size * config.spatial_merge_size * _FEATURES[0]
         found = []
         for picture in pictures:
@@ -75,7 +75,7 @@ class Frame:
                 Image.fromarray(picture), (side, side), patch=config.patch_size, merge=config.spatial_merge_size,
                 mean=processor.image_mean, std=processor.image_std,
             )  # fmt: skip
-            features = parts.vision(patches, side // config.patch_size, side // config.patch_size)
+            features = parts.network("vision")(patches, side // config.patch_size, side // config.patch_size)
             found.append(np.array(features, np.float16))
         return np.stack(found)
 
@@ -94,7 +94,7 @@ class Frame:
 
     def _states(self, tokens: Sequence[TokenizedPrompt], features: np.ndarray | None) -> np.ndarray:
         """(N, L, C) of prompts of one length."""
-        encoder, first = self._parts.text_encoder, tokens[0]
+        encoder, first = self._parts.network("text_encoder"), tokens[0]
         embeddings = encoder.embed(mx.array(np.stack([t.ids for t in tokens])))
         if features is not None:
             flat = mx.array(features.astype(np.float32)).flatten(0, 1)

@@ -19,8 +19,8 @@ from qwen_image_mlx.layers.formats import FORMATS
 from qwen_image_mlx.models import nn
 from qwen_image_mlx.pipeline.decomposition import SIZES
 from qwen_image_mlx.pipeline.parameters import DTYPES, RNGS, TASKS
+from qwen_image_mlx.registry import STREAMABLE
 from qwen_image_mlx.variants import ASPECT_SIZES, CAPTION_TEMPLATES, LORA_MODES, NAMED_SIZES
-from qwen_image_mlx.weights.streaming import STREAMABLE
 
 ROOT = Path(__file__).parents[2]
 

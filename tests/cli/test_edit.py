@@ -15,6 +15,7 @@ from commands import error_line
 from PIL import Image
 
 from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.pipeline.conductor import encode_request
 
 QUICK = ["--steps", "2", "--dtype", "float32", "--seed", "3", "--cfg-scale", "1"]
 
@@ -270,7 +271,7 @@ def test_the_cache_is_bounded(tmp_path, edit_model):
     photo = Image.new("RGB", (64, 64), "red")
     parameters = GenerationParameters(width=64, height=64)
     request = Request(prompt="0", negative_prompt=None, parameters=parameters, seeds=(1,), images=(photo,))
-    encoding = pipeline.encode_request(request)
+    encoding = encode_request(pipeline, request)
     encoding.save(tmp_path / "probe.safetensors")
     one = (tmp_path / "probe.safetensors").stat().st_size
     cache = EncodingCache(tmp_path / "cache", max_bytes=int(3.5 * one))

@@ -14,10 +14,11 @@ from demo.autoencoder import Autoencoder, Trainer, held_out_pictures, module_wei
 from demo.checkpoint import write_component
 from mlx.utils import tree_flatten
 
-from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.safetensors_files import component_tensors
+from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.demo
 
@@ -128,7 +129,7 @@ def test_diffusers_and_our_pipeline_decode_the_files_alike(tmp_path, channels):
 
     theirs = AutoencoderKLQwenImage.from_pretrained(tmp_path / "vae")
     tensors = component_tensors([tmp_path / "vae" / "diffusion_pytorch_model.safetensors"], None)
-    weights = ComponentWeights("vae", config, tensors, ("encoder", "decoder"))
+    weights = ComponentWeights(ROWS["vae"], config, tensors, ("encoder", "decoder"))
     ours = Autoencoder(config, seed=1)
     for part, module in (("encoder", ours.encode_side), ("decoder", ours.decode_side)):
         load_module(module, weights, part, mx.float32)

@@ -11,7 +11,7 @@ from demo.checkpoint import pack, transformer_config, write_component, write_fra
 from demo.samples import EMPTY, Frame, Samples, decompositions, draw_edits, draw_scenes, edits, paintings, rendered
 
 from qwen_image_mlx import QwenImagePipeline
-from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.weights import snapshot
 
 pytestmark = pytest.mark.demo

@@ -10,7 +10,7 @@ from demo.samples import Frame
 from demo.scenes import COLOURS, PLACES, SHAPES, draw_scene
 
 from qwen_image_mlx import QwenImagePipeline
-from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 
 pytestmark = pytest.mark.demo
 

@@ -18,14 +18,14 @@ from qwen_image_mlx.models.layers import QuantizedLinear
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import expected_tensors
 from qwen_image_mlx.weights.schemes import Quantization
-from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
+from qwen_image_mlx.weights.synthetic import ROWS, TINY, write_checkpoint
 
 REQUEST = {"prompt": "a fox", "negative_prompt": "blurry", "width": 64, "height": 48, "steps": 3, "cfg_scale": 3.0,
            "seed": 5}  # fmt: skip
 
 
 def shapes_of(config) -> dict[str, tuple[int, ...]]:
-    return {n.removesuffix(".weight"): s.shape for n, s in expected_tensors("transformer", config).items()}
+    return {n.removesuffix(".weight"): s.shape for n, s in expected_tensors(ROWS["transformer"], config).items()}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_several_loras_add_up(tiny, shapes, tmp_path):
     for mode in ("merge", "side"):
         ours, pipeline = paint(tiny, loras=references, lora_mode=mode)
         assert np.abs(ours - expected).max() <= 1
-    layer = pipeline.components.transformer.transformer_blocks[1].attn.to_q
+    layer = pipeline.components.network("transformer").transformer_blocks[1].attn.to_q
     assert type(layer) is SideBranch
     assert layer.a.shape[0] == 8, "one branch of both ranks"
 
@@ -103,7 +103,7 @@ def pack(wide, tmp_path_factory):
 
 
 def kinds(pipeline):
-    return {name: type(m) for name, m in pipeline.components.transformer.named_modules() if name in TARGETS}
+    return {name: type(m) for name, m in pipeline.components.network("transformer").named_modules() if name in TARGETS}
 
 
 @pytest.mark.slow
@@ -175,13 +175,13 @@ def test_loras_are_swapped(request, base, mode, kept, tmp_path):
     ]
     pictures = {n: paint(folder, loras=[files[n]], lora_mode=mode)[0] for n in range(2)}
     plain, pipeline = paint(folder)
-    transformer = pipeline.components.transformer
+    transformer = pipeline.components.network("transformer")
     pipeline.set_loras([files[0]], mode)
     assert pipeline.is_transformer_loaded == kept
     np.testing.assert_array_equal(repaint(pipeline), pictures[0])
     pipeline.set_loras([files[1]], mode)
     np.testing.assert_array_equal(repaint(pipeline), pictures[1])
-    assert (pipeline.components.transformer is transformer) == kept
+    assert (pipeline.components.network("transformer") is transformer) == kept
     with pytest.raises(RequestError):
         pipeline.set_loras(["none.safetensors"])
     np.testing.assert_array_equal(repaint(pipeline), pictures[1])
@@ -333,7 +333,7 @@ def test_what_cannot_run_beside_packed_weights_is_refused_before_any_work(pack, 
     }
     mx.save_safetensors(str(tmp_path / "dora.safetensors"), tensors)
     pipeline = QwenImagePipeline.from_pretrained(pack, loras=[tmp_path / "dora.safetensors"])
-    monkeypatch.setattr(pipeline, "encode_request", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(pipeline, "encode_guidance_prompts", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(CheckpointError, match="cannot run beside packed weights"):
         pipeline.generate("a fox", width=64, height=48, num_inference_steps=1)
 

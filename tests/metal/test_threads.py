@@ -86,7 +86,7 @@ def test_what_a_call_returns_belongs_to_no_thread(model):
 def test_one_thread_s_table_serves_the_others(model):
     pipeline = QwenImagePipeline.from_pretrained(model)
     first = in_thread(lambda: pixels(pipeline))
-    assert not [name for name in primitives(pipeline._table[1]) if name]
+    assert not [name for name in primitives(pipeline.components.kept["modulation table"][1]) if name]
     np.testing.assert_array_equal(in_thread(lambda: pixels(pipeline)), first)
 
 
@@ -97,6 +97,6 @@ def test_loras_put_beside_in_one_thread_run_in_another(model, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", pipeline.components.lora_targets(), targets=TARGETS)
     in_thread(lambda: pipeline.set_loras([file], "side"))
     assert pipeline.is_transformer_loaded
-    assert not primitives([array for _, array in tree_flatten(pipeline.components.transformer.parameters())])
+    assert not primitives([array for _, array in tree_flatten(pipeline.components.network("transformer").parameters())])
     expected = pixels(QwenImagePipeline.from_pretrained(model, loras=[file], lora_mode="side"))
     np.testing.assert_array_equal(in_thread(lambda: pixels(pipeline)), expected)

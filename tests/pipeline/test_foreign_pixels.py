@@ -164,7 +164,7 @@ def test_what_mlx_can_use_stays_packed_and_the_rest_is_packed_when_asked(models,
     file = tmp_path / "transformer.gguf"
     foreign.write_gguf(file, foreign.read(models["generate"] / "transformer"), word)
     pipeline = QwenImagePipeline.from_pretrained(models["generate"], transformer=file, quantize=quantize)
-    layer = pipeline.components.transformer.transformer_blocks[0].attn.to_q
+    layer = pipeline.components.network("transformer").transformer_blocks[0].attn.to_q
     assert type(layer) is kind
     if kind is QuantizedLinear:
         expected = (4, 64) if quantize else (8 if word == "Q8_0" else 4, 32)
@@ -328,7 +328,7 @@ def test_the_marker_of_2511(models, tmp_path, marker, said, expected, prefix):
     file = foreign.save(tmp_path / "2511.safetensors", foreign.prefixed(tensors | extra, prefix))
     options = {"transformer": file, "zero_cond_t": said}
     components = QwenImagePipeline.from_pretrained(models["edit"], **options).components
-    assert components.transformer_config.zero_cond_t is expected
+    assert components.config("transformer").zero_cond_t is expected
     assert_same(paint(models["edit"], **options), paint(models["edit"], zero_cond_t=expected))
 
 
@@ -398,10 +398,10 @@ def test_what_stands_in_for_missing_configs(copied, caplog, record, class_name, 
         components = Components(HubSnapshot(folder), mx.float32)
     assert components.sources.index["_class_name"] == class_name
     assert f"taken for a {class_name}" in caplog.text
-    assert components.transformer_config == replace(FULL["transformer"], zero_cond_t=zero_cond_t)
-    assert components.text_encoder_config == FULL["text_encoder"]
-    assert components.vision_config == FULL["vision"]
-    assert components.vae_config == FULL["vae"]
+    assert components.config("transformer") == replace(FULL["transformer"], zero_cond_t=zero_cond_t)
+    assert components.config("text_encoder") == FULL["text_encoder"]
+    assert components.config("vision") == FULL["vision"]
+    assert components.config("vae") == FULL["vae"]
     assert components.scheduler_config == SCHEDULER
     assert components.image_processor == PROCESSOR
     guessed = record is None or record.get("model_name") == "flux"

@@ -12,11 +12,12 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
+from qwen_image_mlx import QwenImagePipeline, RequestError
 from qwen_image_mlx.cli.hints import HINTS
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.pipeline.limits import limits
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
+from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.runtime import memory, memory_plan
 from qwen_image_mlx.runtime.memory import Memory, fitting_plan, parse_memory
 from qwen_image_mlx.runtime.memory_plan import STRIPS, Work, make_plan
@@ -77,25 +78,25 @@ def test_weights_are_counted_to_the_byte(model, packed, residency, quantize):
     pipeline = QwenImagePipeline.from_pretrained(model, dtype="float32", quantize=quantize, streamed=residency.streamed)
     components = pipeline.components
     encode, load, denoise, decode = make_plan(components, WORK, residency).stages
-    encoders = nbytes(components.text_encoder)
+    encoders = nbytes(components.network("text_encoder"))
     assert encode.resident == encoders
-    schedule = pipeline._schedule(GenerationParameters(width=64, height=48, num_inference_steps=2), 12, ())
+    weights = components.weights("transformer")
     table = sum(
         array.nbytes
-        for m in pipeline._modulation(schedule)
+        for m in modulation_table(weights, [1.0, 0.5], pipeline.dtype)
         for _, array in tree_flatten([m.out, [b[:2] for b in m.blocks]])
     )
     kept = 0 if residency.staged else encoders
-    assert load.resident == denoise.resident == kept + table + nbytes(components.transformer)
+    assert load.resident == denoise.resident == kept + table + nbytes(components.network("transformer"))
     painting = kept if residency.staged else denoise.resident
-    assert decode.resident == painting + nbytes(components.vae_decoder)
+    assert decode.resident == painting + nbytes(components.network("vae_decoder"))
 
 
 def test_an_edit_counts_its_towers(tmp_path):
     folder = write_checkpoint(tmp_path / "edit", TINY, dtype=mx.float32, pipeline="QwenImageEditPlusPipeline")
     components = QwenImagePipeline.from_pretrained(folder, dtype="float32").components
     one, two = (make_plan(components, Work(64, 64, shown=((64, 64),) * n, encoded=64 * 64, steps=2)) for n in (1, 2))
-    held = nbytes(components.text_encoder, components.vision, components.vae_encoder)
+    held = nbytes(components.network("text_encoder"), components.network("vision"), components.network("vae_encoder"))
     assert one.stages[0].resident == two.stages[0].resident == held
     assert two.stages[2].peak > one.stages[2].peak
 

@@ -182,8 +182,8 @@ def test_guidance_needs_a_negative_prompt_and_a_scale_above_one(pipeline, encodi
     """The second pass is skipped unless it changes the result."""
     calls = []
     pipeline.generate_pixels(PARAMETERS, encoding)  # loads
-    block = type(pipeline.components.transformer.transformer_blocks[0])
-    forward, blocks = block.__call__, len(pipeline.components.transformer.transformer_blocks)
+    block = type(pipeline.components.network("transformer").transformer_blocks[0])
+    forward, blocks = block.__call__, len(pipeline.components.network("transformer").transformer_blocks)
     monkeypatch.setattr(block, "__call__", lambda self, *args: calls.append(1) or forward(self, *args))
     alone = GuidanceEncoding(encoding.positive)
     for scale, given, passes in ((1.0, encoding, 3), (4.0, alone, 3), (4.0, encoding, 6), (1.01, encoding, 6)):
@@ -288,7 +288,7 @@ def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(pipeline, 
 
 
 def test_a_broken_decoder_is_an_error_not_a_black_picture(pipeline, encoding):
-    decoder = pipeline.components.vae_decoder
+    decoder = pipeline.components.network("vae_decoder")
     decoder.update(tree_map(lambda array: array * mx.nan, decoder.parameters()))
     with pytest.raises(QwenImageError, match="not finite"):
         pipeline.generate_pixels(PARAMETERS, encoding)

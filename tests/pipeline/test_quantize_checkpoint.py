@@ -59,8 +59,8 @@ def test_a_pack_paints_what_a_run_that_quantizes_paints(source, tmp_path, bits, 
     np.testing.assert_array_equal(packed, running)
     if dtype == "float32":
         assert np.abs(packed - paint(source)[0]).max() > 0
-    assert type(components.transformer.transformer_blocks[0].attn.to_q) is QuantizedLinear
-    assert type(components.text_encoder.model.embed_tokens) is QuantizedEmbedding
+    assert type(components.network("transformer").transformer_blocks[0].attn.to_q) is QuantizedLinear
+    assert type(components.network("text_encoder").model.embed_tokens) is QuantizedEmbedding
 
 
 def test_a_pack_says_what_it_is(source, tmp_path):

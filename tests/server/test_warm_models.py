@@ -19,8 +19,8 @@ from served import serving
 from qwen_image_mlx import variants
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import Cancelled, HubError, RequestError
-from qwen_image_mlx.pipeline import caption
-from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
+from qwen_image_mlx.pipeline import conductor
+from qwen_image_mlx.pipeline.qwen_image import caption
 from qwen_image_mlx.runtime.memory_plan import make_plan
 from qwen_image_mlx.server.models import Models
 from qwen_image_mlx.server.schema import CaptionBody, DecomposeBody, EditBody, GenerateBody
@@ -69,14 +69,14 @@ def png(size: tuple[int, int] = (64, 64), colour: str = "blue", kind: str = "png
 def encoding(monkeypatch) -> list[set[str]]:
     """What is loaded when prompts have just been encoded, each time."""
     seen: list[set[str]] = []
-    encode = QwenImagePipeline.encode_request
+    encode = conductor.encode_request
 
-    def watched(self, *arguments, **more):
-        encoded = encode(self, *arguments, **more)
-        seen.append(set(self.components._loaded))
+    def watched(pipeline, *arguments, **more):
+        encoded = encode(pipeline, *arguments, **more)
+        seen.append(set(pipeline.components._loaded))
         return encoded
 
-    monkeypatch.setattr(QwenImagePipeline, "encode_request", watched)
+    monkeypatch.setattr(conductor, "encode_request", watched)
     return seen
 
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.models.rope import Segment
-from qwen_image_mlx.pipeline.core import PipelineCore
+from qwen_image_mlx.models.qwen_image.rope import Segment
 from qwen_image_mlx.sampling.latents import pack_latents
 from qwen_image_mlx.training.dataset import Dataset, digest_of, encode_examples
 from qwen_image_mlx.training.examples import Example
@@ -62,7 +61,7 @@ def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, 
     picture = Image.open(pictures / "wide-rgb.png")
     cropped = picture.resize((96, 48), Image.Resampling.LANCZOS, box=(15, 0, 135, 60))
     initial = pipeline.encode_initial_image(cropped, (96, 48))
-    config = pipeline.components.vae_config
+    config = pipeline.components.config("vae")
     expected = (initial.mean - mx.array(config.latents_mean)) / mx.array(config.latents_std)
     assert mx.allclose(batch.latents, pack_latents(expected), atol=1e-5)
 
@@ -102,9 +101,9 @@ def test_what_is_encoded_once_is_kept_and_no_encoder_is_loaded(models, pictures,
     assert not pipeline.is_text_encoder_loaded
     assert not pipeline.is_vae_loaded
     calls = []
-    real = PipelineCore.encode_guidance_prompts
+    real = QwenImagePipeline.encode_guidance_prompts
     monkeypatch.setattr(
-        PipelineCore, "encode_guidance_prompts", lambda self, prompt, *a, **k: calls.append(prompt) or real(
+        QwenImagePipeline, "encode_guidance_prompts", lambda self, prompt, *a, **k: calls.append(prompt) or real(
             self, prompt, *a, **k)
     )  # fmt: skip
     again = open_model(models, "t2i")

@@ -209,7 +209,7 @@ def test_a_packed_base_is_trained_beside(wide, examples, tmp_path, bits):
     outcome = train(pipeline, examples["t2i"], settings(steps=12), tmp_path / "run")
     losses = [loss for _, loss, *_ in losses_of(tmp_path / "run")]
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
-    branches = [m for _, m in pipeline.components.transformer.named_modules() if isinstance(m, LoRALinear)]
+    branches = [m for _, m in pipeline.components.network("transformer").named_modules() if isinstance(m, LoRALinear)]
     assert len(branches) == 14
     assert all(isinstance(branch.layer, QuantizedLinear) for branch in branches)
     assert {tensor.dtype for tensor in read_header(outcome.result)[0].values()} == {"F32"}

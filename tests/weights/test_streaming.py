@@ -108,7 +108,7 @@ def test_a_pass_takes_the_memory_of_a_few_layers(deep):
     layer = sum(4 * int(np.prod(spec.shape)) for spec in weights.specs("main") if ".5." in spec.name)
     encoding = pipeline.encode_guidance_prompts("a fox", "blurry")
     pipeline.release_encoders()
-    transformer = pipeline.components.transformer
+    transformer = pipeline.components.network("transformer")
     assert sum(array.nbytes for _, array in tree_flatten(transformer.parameters())) < 2 * layer
     pipeline.denoise_latents(PARAMETERS, encoding)
     mx.clear_cache()
@@ -121,7 +121,10 @@ def test_a_pass_takes_the_memory_of_a_few_layers(deep):
 
 @pytest.mark.slow
 def test_the_embedding_is_read_by_the_row(deep):
-    streamed, held = opened(deep, ALL).components.text_encoder, opened(deep).components.text_encoder
+    streamed, held = (
+        opened(deep, ALL).components.network("text_encoder"),
+        opened(deep).components.network("text_encoder"),
+    )
     ids = mx.array([[3, 0, 3999, 3]])
     np.testing.assert_array_equal(np.array(streamed.embed(ids)), np.array(held.embed(ids)))
     assert "embed_tokens.weight" not in dict(tree_flatten(streamed.model.parameters()))

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..config import VisionConfig
-from . import nn
-from .layers import GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
+from .. import nn
+from ..layers import GatedMLP, Linear, OnLayer, Turns, rotate_half
+from ..rotary import patch_tables
+from .config import VisionConfig
 
 EPS = 1e-6
-THETA = 10000.0
 
 
 class Windows(NamedTuple):
@@ -61,7 +61,7 @@ class _Visual(nn.Module):
         config = self._config
         hidden = self.patch_embed.proj(patches)
         merge = config.spatial_merge_size
-        tables = rotary_tables(height, width, merge, config.head_dim)
+        tables = patch_tables(height, width, merge, config.head_dim)
         windows = window_index(height // merge, width // merge, config.window_cells, merge**2, hidden.dtype)
         for number, block in enumerate(self.blocks):
             hidden = block(hidden, tables, None if number in config.fullatt_block_indexes else windows)
@@ -131,17 +131,6 @@ class PatchMerger(nn.Module):
         for layer in self.mlp:
             hidden = layer(hidden)
         return hidden
-
-
-def rotary_tables(height: int, width: int, merge: int, head_dim: int) -> Turns:
-    """Tables (N, 1, 2, head_dim / 2), fp32: half of the angles follow a patch's row, half its column."""
-    rows, cols = (
-        axis.reshape(height // merge, merge, width // merge, merge).transpose(0, 2, 1, 3).reshape(-1, 1)
-        for axis in mx.meshgrid(mx.arange(height), mx.arange(width), indexing="ij")
-    )
-    frequencies = 1 / periods(THETA, head_dim // 2)
-    angles = mx.concatenate([rows * frequencies, cols * frequencies], axis=-1)[:, None]
-    return turns(angles, axis=-2)
 
 
 def window_index(height: int, width: int, side: int, per_cell: int, dtype: mx.Dtype) -> Windows:

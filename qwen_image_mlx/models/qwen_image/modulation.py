@@ -1,25 +1,28 @@
 """From a timestep to the shifts, scales and gates of every block: the formula, and the network that learns it.
 
-To paint, the rows of all steps are computed once, one weight in memory at a time (`weights/modulation.py`), and this
-network never exists; to train all weights it does. Source: diffusers' transformer_qwenimage.py.
+To paint, the rows of all steps are computed once, one weight in memory at a time (`pipeline/qwen_image/table.py`), and
+this network never exists; to train all weights it does. Source: diffusers' transformer_qwenimage.py.
 """
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..config import TransformerConfig
-from . import nn
-from .layers import Embedding, Linear
-from .transformer import TIME_CHANNELS, BlockRows, Modulation, timestep_features
+from .. import nn
+from ..layers import Embedding, Linear
+from .config import TransformerConfig
+from .transformer import BlockRows, Modulation
 
 # The name of a linear layer below "time_text_embed" and what it is given, to what it makes of it.
 Apply = Callable[[str, mx.array], mx.array]
 
 BLOCK_SCALES = (1, 4)  # which of a block's six rows scale
 OUT_SCALES = (0,)  # which of the final norm's two
+TIME_CHANNELS = 256
 
 
 def time_embedding(timesteps: mx.array, dtype: mx.Dtype, apply: Apply, addition: mx.array | None) -> mx.array:
@@ -39,6 +42,17 @@ def time_embedding(timesteps: mx.array, dtype: mx.Dtype, apply: Apply, addition:
     hidden = nn.silu(apply("timestep_embedder.linear_1", timestep_features(rounded).astype(dtype)))
     embedding = apply("timestep_embedder.linear_2", hidden)
     return nn.silu(embedding if addition is None else embedding + addition[0])
+
+
+def timestep_features(timesteps: mx.array) -> mx.array:
+    """Sinusoids (S, 256), cosines first, of timesteps in [0, 1] (S,); in fp32 whatever the model's dtype.
+
+    The reference multiplies by 1000 after the frequencies and in fp32 (`Timesteps` with scale 1000).
+    """
+    half = TIME_CHANNELS // 2
+    exponents = array("f", (-math.log(10000) * n / half for n in range(half)))
+    angles = 1000 * (timesteps.astype(mx.float32)[:, None] * mx.array([math.exp(n) for n in exponents]))
+    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
 
 def split_rows(out: mx.array, dim: int, scales: tuple[int, ...]) -> mx.array:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..models.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
-from ..models.transformer import BlockRows, Modulation, Rows
-from .changes import WeightChanges
-from .loader import ComponentWeights
-from .packed import Packed
-from .tensor_formats import Reader
+from ...models.qwen_image.modulation import BLOCK_SCALES, OUT_SCALES, split_rows, time_embedding
+from ...models.qwen_image.transformer import BlockRows, Modulation, Rows
+from ...weights.changes import WeightChanges
+from ...weights.loader import ComponentWeights
+from ...weights.packed import Packed
+from ...weights.tensor_formats import Reader
 
 _TIME = "time_text_embed"
 
@@ -43,7 +43,7 @@ def modulation_table(
         and stream.
     """
     specs = {spec.name: spec for spec in weights.specs("modulation")}
-    reader = Reader(weights.component)
+    reader = Reader(weights.component.role)
 
     def array(name: str) -> mx.array:
         value = weights.open(specs[name], reader)
@@ -68,7 +68,7 @@ def modulation_table(
         """The rows (D,) of each step, with 1 added to those that scale; the last are of timestep 0."""
         out = split_rows(linear(name, embedding), embedding.shape[-1], scales)
         mx.eval(out)
-        views = [[step[row] for row in range(out.shape[1])] for step in (out[n] for n in range(steps + 1))]
+        views: list[Rows] = [[step[row] for row in range(out.shape[1])] for step in (out[n] for n in range(steps + 1))]
         mx.eval(views)
         return views
 

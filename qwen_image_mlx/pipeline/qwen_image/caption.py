@@ -12,15 +12,16 @@ from typing import Any
 import mlx.core as mx
 from PIL import Image
 
-from ..config import GenerationConfig
-from ..gpu import number
-from ..names import CaptionLanguage
-from ..text.prompt import replace_vision_tokens, tokenize_prompt
-from ..variants import CAPTION_TEMPLATES
-from .components import Components
-from .encode import encode_vision, feature_grid
-from .progress import Progress
-from .reporter import Reporter
+from ...config import GenerationConfig
+from ...gpu import number
+from ...names import CaptionLanguage
+from ...registry import LANGUAGE_HEAD, TEXT_ENCODER, VISION
+from ...text.prompt import replace_vision_tokens, tokenize_prompt
+from ...variants import CAPTION_TEMPLATES
+from ..components import Components
+from ..progress import Progress
+from ..reporter import Reporter
+from .states import encode_vision, feature_grid
 
 MAX_TOKENS = 512
 
@@ -43,10 +44,11 @@ def write_caption(
         seed: of the draws, where generation_config.json asks for sampling.
         report: told of every token.
     """
+    components.load(VISION, TEXT_ENCODER, LANGUAGE_HEAD)
     grid = feature_grid(components, image, area)
     tokens = tokenize_prompt(components.tokenizer, CAPTION_TEMPLATES[language], "", [grid])
     features = encode_vision(components, [image], area)
-    encoder = components.text_encoder
+    encoder = components.network(TEXT_ENCODER)
     embeddings = replace_vision_tokens(encoder.embed(mx.array(tokens.ids)[None]), tokens.is_image, features)
     choose = _chooser(components.generation_config, seed)
     ids = list(map(int, tokens.ids))
@@ -68,12 +70,12 @@ def _continue(
     """Token after token, without end; each runs the model once, over itself alone."""
     from mlx_lm.models.cache import KVCache
 
-    encoder, head = components.text_encoder, components.language_head
+    encoder, head = components.network(TEXT_ENCODER), components.network(LANGUAGE_HEAD)
     new_cache: Callable[[], Any] = KVCache  # mlx-lm has no types
-    caches = [new_cache() for _ in components.text_encoder_config.layers]
+    caches = [new_cache() for _ in components.config(TEXT_ENCODER).layers]
     position = int(number(positions.max()))
     while True:
-        with components.passing("text_encoder") as pace:
+        with components.passing(TEXT_ENCODER) as pace:
             states = encoder(embeddings, positions, caches, pace)
             token = choose(head(states[:, -1]).astype(mx.float32))
         yield token

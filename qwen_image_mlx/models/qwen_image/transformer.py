@@ -2,29 +2,24 @@
 
 Takes packed latents, projected text, one step's modulation and rotary tables; knows nothing of timesteps, schedules
 or guidance. A third of the checkpoint's weights only turn the timestep into modulation: they are not part of this
-module, see `Modulation`, `modulation.py` and `weights/modulation.py`.
+module, see `Modulation`, `modulation.py` and `pipeline/qwen_image/table.py`.
 
 Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, L text tokens, D width.
 """
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..config import TransformerConfig
-from . import nn
-from .layers import Linear, OnLayer, attention
-from .rope import Rotary, rotate
+from .. import nn
+from ..layers import Linear, OnLayer, attention, gated_add, gelu_tanh
+from ..rotary import Rotary, rotate
+from .config import TransformerConfig
 
 EPS = 1e-6
-TIME_CHANNELS = 256
-
 
 Rows = Sequence[mx.array]
 
@@ -241,35 +236,3 @@ def modulate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     if scale.ndim == 1:
         return mx.fast.layer_norm(x, scale, shift, EPS)
     return mx.fast.layer_norm(x, None, None, EPS) * scale + shift
-
-
-@mx.compile
-def gated_add(x: mx.array, gate: mx.array, *terms: mx.array) -> mx.array:
-    """x + gate * (the terms' sum); in float16 held inside its range, as the reference does after each block."""
-    out = x + gate * reduce(mx.add, terms)
-    return mx.clip(out, -65504, 65504) if x.dtype == mx.float16 else out
-
-
-@mx.compile
-def gelu_tanh(*terms: mx.array) -> mx.array:
-    """x / 2 * (1 + tanh(z)) with z = sqrt(2 / pi) * (x + 0.044715 x**3), in fp32, rounded once; x is the terms' sum.
-
-    Written as x / (1 + exp(-2 z)), which is the same and takes less than half the time where tanh is slow. The exponent
-    ends at 80, where the result is 0 to 34 digits: past 88 the exponential is infinite, and its gradient not a number.
-    MLX makes one kernel of at most eleven operations in a row, and this uses all eleven.
-    """
-    x = reduce(mx.add, terms)
-    wide = x.astype(mx.float32)
-    exponent = -2 * math.sqrt(2 / math.pi) * (wide + (0.044715 * wide) * (wide * wide))
-    return (wide / (1 + mx.exp(mx.minimum(exponent, 80)))).astype(x.dtype)
-
-
-def timestep_features(timesteps: mx.array) -> mx.array:
-    """Sinusoids (S, 256), cosines first, of timesteps in [0, 1] (S,); in fp32 whatever the model's dtype.
-
-    The reference multiplies by 1000 after the frequencies and in fp32 (`Timesteps` with scale 1000).
-    """
-    half = TIME_CHANNELS // 2
-    exponents = array("f", (-math.log(10000) * n / half for n in range(half)))
-    angles = 1000 * (timesteps.astype(mx.float32)[:, None] * mx.array([math.exp(n) for n in exponents]))
-    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .layers import periods, turn, turns
+from ..layers import periods, turns
+from ..rotary import Rotary
 
 THETA = 10000.0
 MAX_POSITION = 4096  # the reference's tables end here, for text and for either half of an image side
@@ -27,18 +28,6 @@ class Segment(NamedTuple):
     def length(self) -> int:
         """Number of tokens."""
         return self.height * self.width
-
-
-class Rotary(NamedTuple):
-    """What the two numbers of a channel pair turn into, for every token, text first.
-
-    Attributes:
-        real: (cos, sin) of the pair's angle: fp32, (tokens, 1, head_dim / 2, 2).
-        imag: (-sin, cos), the same shape.
-    """
-
-    real: mx.array
-    imag: mx.array
 
 
 def place_images(grids: Sequence[tuple[int, int]], layered: bool) -> list[Segment]:
@@ -83,9 +72,3 @@ def rotary_tables(segments: Sequence[Segment], text_length: int, axes_dims: Sequ
         axis=-1,
     )[:, None]
     return Rotary(*turns(angles, axis=-1))
-
-
-def rotate(x: mx.array, real: mx.array, imag: mx.array) -> mx.array:
-    """Turns channel pairs (2j, 2j + 1) of x (batch, tokens, heads, head_dim) by the tables' angles, in fp32."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    return turn(pairs[..., :1], pairs[..., 1:], real, imag).reshape(x.shape)

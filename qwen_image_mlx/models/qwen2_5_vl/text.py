@@ -11,9 +11,9 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from ..config import TextEncoderConfig
-from . import nn
-from .layers import Embedding, GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
+from .. import nn
+from ..layers import Embedding, GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
+from .config import TextEncoderConfig
 
 
 class KeyValueCache(Protocol):
