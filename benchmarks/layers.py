@@ -3,7 +3,7 @@
     python benchmarks/layers.py [--size 256] [--json FILE]
 
 A random checkpoint whose VAE is real in every width and has four channels; nothing else of it matters here. The peak is
-what MLX held while decoding, beyond what it held before. Layers leave as 8-bit pictures, as on their way to files.
+what MLX held while decoding, beyond what it held before. Layers leave as 8-bit images, as on their way to files.
 
 Takes 5 minutes and 7 GB of memory at 256.
 """

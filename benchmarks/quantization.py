@@ -21,7 +21,7 @@ from common import MIB, Table, Targets, finish, parser, preload_blas, stopwatch
 SCHEMES = ("8", "mxfp8", "6", "5", "4/32", "4", "nvfp4", "mxfp4", "3")
 WITHOUT_REFIT = ("8", "6", "4")
 VOCABULARY = 512
-TOKENS = (16, 16)  # of the picture, down and across
+TOKENS = (16, 16)  # of the image, down and across
 TEXT_TOKENS = 32
 
 

@@ -6,7 +6,7 @@ Ours, diffusers on torch, mflux, and the floor: a block's matrix products and at
 have the same weights and inputs; how far the predicted velocities are apart is printed. Ours has modulation and rotary
 tables ready, as its pipeline does; a step is what happens between two evaluated latents, each library's way: one pass
 at guidance 1 for ours and diffusers, always two for mflux (mflux_worker.py says where). `--references 1` makes it the
-step of an edit: a picture of the target's size beside the target.
+step of an edit: an image of the target's size beside the target.
 
 Needs the extra [test], and for mflux the environment that mflux_env.py makes. The default takes 10 to 15 minutes on two
 cores and 8 GB.
@@ -45,7 +45,7 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=2, help="blocks of a step (2)")
     options.add_argument("--rounds", type=int, default=7, help="rounds the medians are taken of (7)")
     options.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="image tokens, square numbers")
-    options.add_argument("--references", type=int, default=0, help="pictures beside the target, of its size (0)")
+    options.add_argument("--references", type=int, default=0, help="images beside the target, of its size (0)")
     add_option(options)
     arguments = options.parse_args()
     preload_blas()

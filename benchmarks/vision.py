@@ -2,9 +2,9 @@
 
     python benchmarks/vision.py [--depth 8] [--rounds 5] [--json FILE]
 
-Ours, mflux's and transformers' (the reference). At 384x384 pixels, which Edit-Plus shows the encoder for each picture,
+Ours, mflux's and transformers' (the reference). At 384x384 pixels, which Edit-Plus shows the encoder for each image,
 and at a border size whose windows do not come out even. Eight of the 32 blocks: seven attend inside windows, the eighth
-to the whole picture, which is the real tower's rhythm. Needs the extra [test], and for mflux the environment that
+to the whole image, which is the real tower's rhythm. Needs the extra [test], and for mflux the environment that
 mflux_env.py makes. Two minutes and 2 GB.
 """
 
@@ -88,7 +88,7 @@ def write_weights(file: Path, config: VisionConfig) -> None:
 
 
 def write_inputs(file: Path, grid: tuple[int, int], config: VisionConfig) -> None:
-    """Patches of one picture: both frames are the same, as the processor makes them."""
+    """Patches of one image: both frames are the same, as the processor makes them."""
     import mlx.core as mx
 
     shape = (grid[0] * grid[1], config.in_channels, 1, config.patch_size**2)

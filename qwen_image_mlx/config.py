@@ -3,7 +3,7 @@
 The configs of the networks stand with them, in `models/<family>/config.py`.
 
 Knows nothing of files, arrays or pipelines. A key this package does not know is reported, never dropped in silence: a
-flag such as `zero_cond_t` changes the picture. Field names are the checkpoint's, even where misspelt.
+flag such as `zero_cond_t` changes the image. Field names are the checkpoint's, even where misspelt.
 """
 
 from __future__ import annotations

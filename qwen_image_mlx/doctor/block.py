@@ -21,7 +21,7 @@ from .outcome import Outcome, amount
 from .parts import block_inputs, chain, chained_block
 
 _BLOCKS, _CPU_BLOCKS = 6, 3
-_SIDE, _CPU_SIDE = 64, 14  # of the picture, in tokens
+_SIDE, _CPU_SIDE = 64, 14  # of the image, in tokens
 _TEXT, _CPU_TEXT = 200, 32
 _CACHES = {"cache_1gib": 1 << 30, "cache_none": 0}
 

@@ -211,7 +211,7 @@ def silu_formula(x: np.ndarray) -> np.ndarray:
 
 
 def turning(name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
-    """`rotate` with the tables of a square picture; shape is (side of its grid, heads, channels)."""
+    """`rotate` with the tables of a square image; shape is (side of its grid, heads, channels)."""
     side, heads, size = shape
     axes = (size // 8, size // 16 * 7, size // 16 * 7)
     x = array("x" + name, (1, side * side, heads, size), dtype)

@@ -1,4 +1,4 @@
-"""Time and memory of decoding a picture, against the memory plan; on Apple's GPU with and without Winograd."""
+"""Time and memory of decoding an image, against the memory plan; on Apple's GPU with and without Winograd."""
 
 from __future__ import annotations
 

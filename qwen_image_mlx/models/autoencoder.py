@@ -144,7 +144,7 @@ def in_bands(
 
 
 def unbanded(layer: Callable[[mx.array], mx.array | Iterator[mx.array]]) -> Stage:
-    """A layer that works on whole pictures, as a stage."""
+    """A layer that works on whole images, as a stage."""
     return lambda x, on_band=None: layer(x)
 
 

@@ -107,7 +107,7 @@ def decode(decoder: Decoder, config: Statistics, latents: mx.array, strips: int 
 
 
 def strips_of(pixels: int, most: int) -> int:
-    """How many strips a picture is decoded in, so that one has about `most` pixels."""
+    """How many strips an image is decoded in, so that one has about `most` pixels."""
     return max(1, pixels // most)
 
 

@@ -174,7 +174,7 @@ class Components:
 
     @cached_property
     def image_processor(self) -> ImageProcessorConfig:
-        """How pictures are prepared for the vision tower."""
+        """How images are prepared for the vision tower."""
         config: ImageProcessorConfig = self._parsed(ImageProcessorConfig, PROCESSOR, "preprocessor_config.json")
         return config
 
@@ -309,7 +309,7 @@ class Components:
         return (TEXT_ENCODER, *vision, *((LANGUAGE_HEAD,) if self.variant.captions else ()))
 
     def prepare(self) -> None:
-        """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file."""
+        """Fetches all that generation needs and checks it by its headers, so that no work is lost to a damaged file."""
         _ = self.scheduler_config, self.adapters
         self._tokenizer_files()
         shown = self.variant.encoder_area > 0

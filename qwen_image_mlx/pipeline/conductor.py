@@ -85,14 +85,14 @@ class Conducted(Described, EncodingModel, Protocol):
 
 
 @dataclass(frozen=True)
-class Painting:
+class GeneratedImage:
     """A finished image, and how the pipeline made it."""
 
     image: Image
     metadata: dict[str, Any]
 
 
-def paint(
+def generate(
     pipeline: Conducted,
     request: Request,
     progress: ProgressCallback | None = None,
@@ -100,7 +100,7 @@ def paint(
     *,
     release_encoders: bool = False,
     release_transformer: bool = False,
-) -> Iterator[Painting]:
+) -> Iterator[GeneratedImage]:
     """Yields the request's images one by one.
 
     Args:
@@ -112,10 +112,10 @@ def paint(
         release_transformer: before the last image is decoded.
     """
     if not request.prompt.strip():
-        logger.warning("the prompt is empty: the model paints whatever it likes")
+        logger.warning("the prompt is empty: the model generates whatever it likes")
     if len(request.images) > 2:
         logger.warning(
-            "%d pictures are shown to the model, each as costly in every step as a target of its size; fewer reference "
+            "%d images are shown to the model, each as costly in every step as a target of its size; fewer reference "
             "pixels make them cheaper",
             len(request.images),
         )
@@ -123,8 +123,8 @@ def paint(
     initial = encode_canvas(pipeline, request, progress)
     if release_encoders:
         pipeline.release_encoders()
-    for image, seed, index in paint_encoded(pipeline, request, encoding, initial, progress, release_transformer):
-        yield Painting(image, describe(pipeline, request, encoding, seed, index))
+    for image, seed, index in generate_encoded(pipeline, request, encoding, initial, progress, release_transformer):
+        yield GeneratedImage(image, describe(pipeline, request, encoding, seed, index))
 
 
 def decompose(
@@ -136,13 +136,15 @@ def decompose(
     release_encoders: bool = False,
     release_transformer: bool = False,
 ) -> LayeredResult:
-    """Decomposes an image, each layer decoded, resized and turned into 8 bits before the next; arguments as `paint`."""
+    """Decomposes an image, each layer decoded, resized and turned into 8 bits before the next; arguments as `generate`."""
     from .decomposition import layered_result  # here: most runs make no layers
 
     encoding = encoded(pipeline, request, progress, cache)
     if release_encoders:
         pipeline.release_encoders()
-    images = [image for image, _, _ in paint_encoded(pipeline, request, encoding, None, progress, release_transformer)]
+    images = [
+        image for image, _, _ in generate_encoded(pipeline, request, encoding, None, progress, release_transformer)
+    ]
     return layered_result(images, request, describe(pipeline, request, encoding, request.seeds[0]))
 
 
@@ -208,11 +210,11 @@ def encode_canvas(
     assert canvas is not None
     image, mask = canvas.initial
     if not math.isclose(image.width / image.height, canvas.size[0] / canvas.size[1], rel_tol=0.05):
-        logger.warning("a picture of %dx%d pixels is stretched to %dx%d to be painted over", *image.size, *canvas.size)
+        logger.warning("an image of %dx%d pixels is stretched to %dx%d to be started from", *image.size, *canvas.size)
     return pipeline.encode_initial_image(image, canvas.size, mask, progress=progress)
 
 
-def paint_encoded(
+def generate_encoded(
     pipeline: Conducted,
     request: Request,
     encoding: GuidanceEncoding,

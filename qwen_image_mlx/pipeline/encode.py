@@ -74,7 +74,7 @@ def encode_initial_image(
     opened, opened_mask = open_image(image), None if mask is None else open_mask(mask)
     with working(components, report, progress):
         components.load(VAE_ENCODER)
-        with report.stage("encode", "picture"):
+        with report.stage("encode", "image"):
             return _initial_image(components, opened, size, opened_mask)
 
 
@@ -102,17 +102,17 @@ def opened_images(components: Components, images: Sequence[ImageSource]) -> list
     """The images that a model works on, upright; raises RequestError if it does not take so many."""
     images, variant, model = listed(images), components.variant, components.snapshot.model
     if variant.takes_images and not images:
-        raise RequestError(f"{model} works on pictures; give it at least one")
+        raise RequestError(f"{model} works on images; give it at least one")
     if images and not variant.takes_images:
-        raise RequestError(f"{model} paints from text; only an editing model takes pictures to work on")
+        raise RequestError(f"{model} generates from text; only an editing model takes images to work on")
     if variant.max_images is not None and len(images) > variant.max_images:
-        raise RequestError(f"{model} works on {variant.max_images} picture at a time, but {len(images)} are given")
+        raise RequestError(f"{model} works on {variant.max_images} image at a time, but {len(images)} are given")
     opens = open_rgba if components.latent_space.pixel_channels == 4 else open_image
     return [opens(image) for image in images]
 
 
 def _references(components: Components, images: Sequence[Image.Image], max_pixels: int | None) -> tuple[Reference, ...]:
-    """What the transformer is shown of each picture, at its own size of the pipeline's area (at most `max_pixels`)."""
+    """What the transformer is shown of each image, at its own size of the pipeline's area (at most `max_pixels`)."""
     area, space = components.variant.reference_area, components.latent_space
     area = area if max_pixels is None else min(area, max_pixels)
     references = []
@@ -125,7 +125,7 @@ def _references(components: Components, images: Sequence[Image.Image], max_pixel
 
 
 def _initial_image(components: Components, image: Image.Image, size: Size, mask: Image.Image | None) -> InitialImage:
-    """Latent statistics of a picture resized to `size`, and its mask by nearest latent."""
+    """Latent statistics of an image resized to `size`, and its mask by nearest latent."""
     mean, std = encode_moments(components.network(VAE_ENCODER), components.config(VAE), to_pixels(image, size))
     if mask is None:
         return InitialImage(mean, std)

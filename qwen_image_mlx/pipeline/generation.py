@@ -98,7 +98,7 @@ def denoise_latents(
                 solver,
             )
     if not all_finite(result):
-        raise QwenImageError("the painted latents are not finite: try the dtype bfloat16, or check the weights")
+        raise QwenImageError("the generated latents are not finite: try the dtype bfloat16, or check the weights")
     return result
 
 
@@ -121,7 +121,7 @@ def decode_frames(
             with report.stage("decode", f"layer {n}" if first else ""):
                 pixels = decode(decoder, components.config(VAE), unpacked[n : n + 1], strips)[0]
         if not all_finite(pixels):
-            raise QwenImageError("the decoded picture is not finite: check the autoencoder's weights")
+            raise QwenImageError("the decoded image is not finite: check the autoencoder's weights")
         yield pixels
 
 
@@ -144,14 +144,14 @@ def _check_encoding(components: Components, encoding: GuidanceEncoding, initial:
     """Raises RequestError for an encoding of another kind of model."""
     variant, model = components.variant, components.snapshot.model
     if variant.takes_images != bool(encoding.references):
-        kinds = ("works on pictures", "none") if variant.takes_images else ("paints from text", "pictures")
+        kinds = ("works on images", "none") if variant.takes_images else ("generates from text", "images")
         raise RequestError("{} {}; the encoding holds {}".format(model, *kinds))
     if variant.max_images is not None and len(encoding.references) > variant.max_images:
         raise RequestError(
-            f"{model} works on {variant.max_images} picture, but the encoding has {len(encoding.references)}"
+            f"{model} works on {variant.max_images} image, but the encoding has {len(encoding.references)}"
         )
     if variant.layered and initial is not None:
-        raise RequestError(f"{model} takes a picture apart; it does not paint one over")
+        raise RequestError(f"{model} decomposes an image; it does not change one")
 
 
 def _start(

@@ -116,7 +116,7 @@ def canvas_or_size(
         )
         return canvas, None
     if mask is not None or mask_padding is not None or isinstance(size, str):
-        raise RequestError("a mask, a padding around it, and a size by name need an image to be painted over")
+        raise RequestError("a mask, a padding around it, and a size by name need an image to be started from")
     return None, size
 
 

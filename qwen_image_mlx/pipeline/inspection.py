@@ -50,12 +50,12 @@ class CheckpointReport:
 
     @property
     def encoding_bytes(self) -> int:
-        """What is in memory while prompts and pictures are encoded."""
+        """What is in memory while prompts and images are encoded."""
         return sum(c.resident_bytes for c in self.components if c.name != TRANSFORMER)
 
     @property
-    def painting_bytes(self) -> int:
-        """What is in memory while it paints and decodes, apart from the picture itself."""
+    def generating_bytes(self) -> int:
+        """What is in memory while it generates and decodes, apart from the image itself."""
         return sum(c.resident_bytes for c in self.components if c.name in (TRANSFORMER, VAE))
 
 

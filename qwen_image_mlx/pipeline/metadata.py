@@ -41,14 +41,14 @@ class Described(Protocol):
 def describe(
     pipeline: Described, request: Request, encoding: GuidanceEncoding | None, seed: int, image_index: int = 0
 ) -> dict[str, Any]:
-    """The metadata of one result: all that the pipeline knows of how it was painted, JSON-serialisable.
+    """The metadata of one result: all that the pipeline knows of how it was generated, JSON-serialisable.
 
     Before there is an encoding (None), the prompt is the request's own.
     """
     parameters, parts = request.parameters, pipeline.components
-    sampled = parameters.recorded("always", "painted over", "set")
+    sampled = parameters.recorded("always", "started from", "set")
     if not request.starts_from_canvas(pipeline.variant):
-        sampled |= dict.fromkeys(parameters.recorded("painted over"))
+        sampled |= dict.fromkeys(parameters.recorded("started from"))
     metadata = {
         "model": pipeline.model,
         "revision": pipeline.revision,

@@ -26,7 +26,7 @@ from . import encode, generation
 from .autoencode import STRIP_PIXELS
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
-from .conductor import decompose, paint
+from .conductor import decompose, generate
 from .foreign_names import Answering, answering
 from .image_request import canvas_or_size, edit_canvas, image_request
 from .limits import limits
@@ -163,7 +163,7 @@ class QwenImagePipeline(Answering):
         return self.components.fingerprint
 
     def prepare(self) -> None:
-        """Fetches all that painting needs and checks the files, loading nothing; raises HubError, CheckpointError."""
+        """Fetches all that generation needs and checks the files, loading nothing; raises HubError, CheckpointError."""
         self.components.prepare()
 
     def check_task(self, task: Task) -> None:
@@ -178,22 +178,22 @@ class QwenImagePipeline(Answering):
         images: Sequence[ImageSource] = (), reference_pixels: int | None = None, sequential_positions: bool = False,
         progress: ProgressCallback | None = None,
     ) -> GuidanceEncoding:  # fmt: skip
-        """Encodes what to paint, what to avoid, and the pictures to work on; evaluated, independent of the encoders.
+        """Encodes what to generate, what to avoid, and the images to work on; evaluated, independent of the encoders.
 
         Args:
-            prompt: what to paint; may be empty (the picture is then the model's own idea), and is cut at the limit of
+            prompt: what to generate; may be empty (the image is then the model's own idea), and is cut at the limit of
                 the reference with a warning.
-            negative_prompt: what to avoid; None paints without guidance, "" and " " are prompts like any other.
-            images: the pictures an editing or layered model works on: PIL images, uint8 arrays (H, W, 3 or 4), paths
+            negative_prompt: what to avoid; None generates without guidance, "" and " " are prompts like any other.
+            images: the images an editing or layered model works on: PIL images, uint8 arrays (H, W, 3 or 4), paths
                 or bytes.
-            reference_pixels: at most so many pixels of each picture are shown to the transformer; None is the model's
+            reference_pixels: at most so many pixels of each image are shown to the transformer; None is the model's
                 own area, about 1 MP. Every reference costs as much time per step as a target of its size.
-            sequential_positions: number the tokens 0, 1, 2, … in spite of pictures, to compare with libraries that
+            sequential_positions: number the tokens 0, 1, 2, … in spite of images, to compare with libraries that
                 lost the three position axes.
             progress: replaces the pipeline's own callback during the call.
 
         Raises:
-            RequestError: a picture cannot be read, or the model does not take so many.
+            RequestError: an image cannot be read, or the model does not take so many.
             QwenImageError: the encoder's output is not finite, which float16 can cause.
         """
         return encode.encode_guidance_prompts(
@@ -205,13 +205,13 @@ class QwenImagePipeline(Answering):
         self, image: ImageSource, size: Size, mask: ImageSource | None = None, *,
         progress: ProgressCallback | None = None,
     ) -> InitialImage:  # fmt: skip
-        """Encodes a picture to start painting from (image to image), or to keep where a mask is black (inpainting);
+        """Encodes an image to start generation from (image to image), or to keep where a mask is black (inpainting);
         `generate_pixels` takes it as `initial`.
 
         Args:
-            image: the picture; resized to `size` whatever its aspect.
-            size: (width, height) of the picture to be painted, multiples of the model's step.
-            mask: grey values; at least a half (white) is painted anew.
+            image: the image; resized to `size` whatever its aspect.
+            size: (width, height) of the image to be generated, multiples of the model's step.
+            mask: grey values; at least a half (white) is regenerated.
             progress: replaces the pipeline's own callback during the call.
         """
         return encode.encode_initial_image(self.components, self._report, image, size, mask, progress)
@@ -220,22 +220,22 @@ class QwenImagePipeline(Answering):
         self, image: ImageSource, *, language: CaptionLanguage = "en", resolution: int = 640, seed: int = 0,
         progress: ProgressCallback | None = None,
     ) -> str:  # fmt: skip
-        """Describes a picture in words, with the checkpoint's own language model; deterministic for a seed.
+        """Describes an image in words, with the checkpoint's own language model; deterministic for a seed.
 
         Args:
-            image: the picture; shown on white where it is transparent.
-            language, resolution: "en" or "zh"; the picture is shown at about `resolution`² pixels.
+            image: the image; shown on white where it is transparent.
+            language, resolution: "en" or "zh"; the image is shown at about `resolution`² pixels.
             seed: of the draws, where the checkpoint's generation_config.json asks for sampling.
             progress: told of every token, and can cancel.
 
         Raises:
-            RequestError: the picture cannot be read or shows nothing, or the language is another.
+            RequestError: the image cannot be read or shows nothing, or the language is another.
             CheckpointError: the checkpoint has no language head or no vision tower.
         """
         return encode.caption_image(self.components, self._report, image, language, resolution, seed, progress)
 
     def output_size(self, images: Sequence[ImageSource]) -> Size:
-        """(width, height) that an edit of these pictures has unless another is asked for: about 1 MP."""
+        """(width, height) that an edit of these images has unless another is asked for: about 1 MP."""
         opened = encode.opened_images(self.components, images)
         return size_of_area(self.variant.target_area, opened[self.variant.size_from].size)
 
@@ -244,15 +244,15 @@ class QwenImagePipeline(Answering):
         seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
         initial: InitialImage | None = None, progress: ProgressCallback | None = None,
     ) -> mx.array:  # fmt: skip
-        """Paints one picture.
+        """Generates one image.
 
         Args:
             parameters: size, steps, guidance and noise source.
             encoding: from `encode_guidance_prompts`, of this process or another.
             seed: of the initial noise, 0 … 2**64 - 1.
-            image_index: which of the pictures that one seed gives, as in the reference's num_images_per_prompt.
+            image_index: which of the images that one seed gives, as in the reference's num_images_per_prompt.
             latents: packed initial noise (1, N, C) instead of the seed's.
-            initial: from `encode_initial_image`: a picture of which `parameters.strength` is painted anew.
+            initial: from `encode_initial_image`: an image of which `parameters.strength` is regenerated.
             progress: replaces the pipeline's own callback during the call; told of every step, and can cancel.
 
         Returns:
@@ -291,7 +291,7 @@ class QwenImagePipeline(Answering):
 
         Yields:
             Pixels (height, width, channels) in [0, 1], fp32, evaluated; back to front with a layered model, whose first
-            frame, the whole picture, is left out.
+            frame, the whole image, is left out.
         """
         return generation.decode_frames(self.components, self._report, parameters, latents, self.strip_pixels, progress)
 
@@ -306,15 +306,15 @@ class QwenImagePipeline(Answering):
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
-        """Paints from text, or paints a picture over with a text-to-image model.
+        """Generates from text, or generates an image over with a text-to-image model.
 
         Args:
-            prompt: what to paint.
-            negative_prompt: what to avoid; None paints without guidance, as the reference does.
-            image: a picture to start from.
-            mask: white where the picture is painted anew; the rest comes back bit by bit.
-            strength: how much of the picture is painted anew, above 0 and at most 1.
-            mask_padding: paint only the mask's surroundings, with so many pixels around it.
+            prompt: what to generate.
+            negative_prompt: what to avoid; None generates without guidance, as the reference does.
+            image: an image to start from.
+            mask: white where the image is regenerated; the rest comes back bit by bit.
+            strength: how much of the image is regenerated, above 0 and at most 1.
+            mask_padding: generate only the mask's surroundings, with so many pixels around it.
             size: with an image, "1mp" (about 1 MP at its aspect), "source" (its own size) or (width, height); None is
                 "source" with a composited mask, else "1mp".
             width, height: the same as two numbers, multiples of 16; None is the model's own size without an image,
@@ -322,9 +322,9 @@ class QwenImagePipeline(Answering):
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
             seed, rng: of the initial noise; rng is "torch" or "mlx".
-            num_images: pictures from this seed, each with its own noise.
-            composite: with a mask, put the picture back where the mask is black; False returns the model's own pixels.
-            staged: release the encoders before painting, so that they and the transformer never share the memory.
+            num_images: images from this seed, each with its own noise.
+            composite: with a mask, put the image back where the mask is black; False returns the model's own pixels.
+            staged: release the encoders before generating, so that they and the transformer never share the memory.
             progress: told of every stage and step, and can cancel; False shows nothing. None shows progress bars on
                 stderr, unless the pipeline was opened with a callback.
 
@@ -343,7 +343,7 @@ class QwenImagePipeline(Answering):
             self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
             rng=rng, strength=strength,
         )  # fmt: skip
-        return self._paint(request, staged, progress)
+        return self._generate(request, staged, progress)
 
     @answering
     def edit(
@@ -353,22 +353,22 @@ class QwenImagePipeline(Answering):
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
-        """Edits pictures with an editing model; returns and raises as `generate` does.
+        """Edits images with an editing model; returns and raises as `generate` does.
 
         Args:
             prompt: what to change.
-            images: the pictures: PIL images, uint8 arrays, paths or bytes; each is shown at its own size.
-            mask: white where the first picture is painted anew; the rest comes back bit by bit.
-            negative_prompt: what to avoid; None paints without guidance.
-            size: "1mp" (about 1 MP at the picture's aspect), "source" (the picture's own size) or (width, height);
+            images: the images: PIL images, uint8 arrays, paths or bytes; each is shown at its own size.
+            mask: white where the first image is regenerated; the rest comes back bit by bit.
+            negative_prompt: what to avoid; None generates without guidance.
+            size: "1mp" (about 1 MP at the image's aspect), "source" (the image's own size) or (width, height);
                 None is "source" with a composited mask, else "1mp".
-            strength: with a mask, how much of what is inside is painted anew, above 0 and at most 1.
-            mask_padding: with a mask, paint only its surroundings, with so many pixels around it.
+            strength: with a mask, how much of what is inside is regenerated, above 0 and at most 1.
+            mask_padding: with a mask, generate only its surroundings, with so many pixels around it.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             seed, num_images, rng: as in `generate`.
-            reference_pixels: at most so many pixels of each picture are shown to the transformer.
-            composite: with a mask, put the picture back where the mask is black.
-            keep_alpha: give the result the picture's transparency.
+            reference_pixels: at most so many pixels of each image are shown to the transformer.
+            composite: with a mask, put the image back where the mask is black.
+            keep_alpha: give the result the image's transparency.
             staged, progress: as in `generate`.
         """
         self.check_task("edit")
@@ -383,7 +383,7 @@ class QwenImagePipeline(Answering):
             self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
             strength=strength, reference_pixels=reference_pixels,
         )  # fmt: skip
-        return self._paint(request, staged, progress)
+        return self._generate(request, staged, progress)
 
     @answering
     def decompose(
@@ -393,16 +393,16 @@ class QwenImagePipeline(Answering):
         caption_language: CaptionLanguage = "en", seed: int = 0, rng: Rng = "torch", staged: bool = True,
         progress: Shown = None,
     ) -> LayeredResult:  # fmt: skip
-        """Takes a picture apart into layers, with a layered model.
+        """Decomposes an image into layers, with a layered model.
 
         Args:
-            image: the picture; without alpha it counts as opaque.
-            prompt: what the whole picture shows; if it is empty the model writes a caption itself.
+            image: the image; without alpha it counts as opaque.
+            prompt: what the whole image shows; if it is empty the model writes a caption itself.
             negative_prompt: what to avoid; None works without guidance.
             num_layers: 1 … 8.
-            resolution: 640 (which None is) or 1024; the model works at that squared, in pixels, at the picture's
+            resolution: 640 (which None is) or 1024; the model works at that squared, in pixels, at the image's
                 aspect.
-            size: of the layers, "source" (the picture's) or "bucket" (the model's).
+            size: of the layers, "source" (the image's) or "bucket" (the model's).
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             cfg_normalize: guidance keeps the length of each token's velocity.
             caption_language: "en" or "zh".
@@ -420,10 +420,10 @@ class QwenImagePipeline(Answering):
         with limits(), self._report.shown(progress):
             return decompose(self, request, release_encoders=staged)
 
-    def _paint(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
+    def _generate(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
         with limits(), self._report.shown(progress):
-            paintings = paint(self, request, release_encoders=staged)
-            return [recorded(painting.image, painting.metadata) for painting in paintings]
+            paintings = generate(self, request, release_encoders=staged)
+            return [recorded(generated.image, generated.metadata) for generated in paintings]
 
     # What it holds in memory: a released component comes back by itself when it is needed ----------------------------
 

@@ -68,7 +68,7 @@ class Sources:
         return self.snapshot.read_json(path)
 
     def image_processor(self) -> dict[str, Any]:
-        """How pictures are prepared: preprocessor_config.json, or what transformers 5 nests in processor_config.json.
+        """How images are prepared: preprocessor_config.json, or what transformers 5 nests in processor_config.json.
 
         Raises:
             CheckpointError: the checkpoint has neither.

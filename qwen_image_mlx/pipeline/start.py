@@ -1,7 +1,7 @@
-"""Where the denoising loop starts: noise, or a picture with noise added, and what a mask blends in after each step.
+"""Where the denoising loop starts: noise, or an image with noise added, and what a mask blends in after each step.
 
 Sources: prepare_latents of diffusers' QwenImage, QwenImageImg2Img and QwenImageInpaint pipelines, in their order of
-random draws: the picture's latents first, then the noise.
+random draws: the image's latents first, then the noise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Start:
         schedule: the steps that are left to do.
         noise: the noise in it.
         image: latents of the initial image, or None.
-        mask: 1 where the picture is painted anew (1, N, C), or None.
+        mask: 1 where the image is regenerated (1, N, C), or None.
     """
 
     latents: mx.array

@@ -1,4 +1,4 @@
-"""What painting will take in memory, told before it begins from configs and headers alone.
+"""What generation will take in memory, told before it begins from configs and headers alone.
 
 A plan has four stages. Weights are counted to the byte; what work takes beside them is a model (`costs.py`). A
 residency says which weights are there at which stage.
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """What is painted, as far as memory depends on it.
+    """What is generated, as far as memory depends on it.
 
     Attributes:
-        width, height: of a picture.
-        frames: pictures painted together: 1, or layers + 1.
-        shown: (width, height) of each picture as the transformer is shown it.
+        width, height: of an image.
+        frames: images generated together: 1, or layers + 1.
+        shown: (width, height) of each image as the transformer is shown it.
         encoded: area in pixels that the VAE encodes at once; 0 for none.
-        captioned: area in pixels of the picture that a caption is written of first; 0 for none.
-        text_tokens: of a prompt, its template included, its pictures not.
+        captioned: area in pixels of the image that a caption is written of first; 0 for none.
+        text_tokens: of a prompt, its template included, its images not.
         guided: whether there are two passes in each step.
         steps: denoising steps.
-        pictures: how many are painted one after another.
+        images: how many are generated one after another.
     """
 
     width: int
@@ -57,7 +57,7 @@ class Work:
     text_tokens: int = 256
     guided: bool = True
     steps: int = 50
-    pictures: int = 1
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ STRIPS = tuple(STRIP_PIXELS >> n for n in range(5))  # pixels of a strip, from t
 
 
 def strips_for(work: Work) -> tuple[int, ...]:
-    """Pixels of a strip to choose from; a GPU is fastest with the whole picture, a CPU with what its caches hold."""
+    """Pixels of a strip to choose from; a GPU is fastest with the whole image, a CPU with what its caches hold."""
     whole = work.width * work.height
     return (whole, *STRIPS) if backend() == "gpu" and whole > STRIP_PIXELS else STRIPS
 
@@ -124,7 +124,7 @@ def make_plan(
 
     Args:
         components: an opened checkpoint; its configs are read, and of one on disk the headers of its weights.
-        work: what is to be painted.
+        work: what is to be generated.
         residency: which weights are there when.
         strip_pixels: most pixels that are decoded at once.
 
@@ -154,25 +154,25 @@ class Planner:
 
     @cached_property
     def before_decode(self) -> tuple[int, tuple[Stage, ...]]:
-        """What is there when a picture is decoded, and the stages before."""
+        """What is there when an image is decoded, and the stages before."""
         shows = self.work.shown and self.components.variant.encoder_area
         vision = self.held(VISION) if shows or self.work.captioned else 0
         head = self.held(LANGUAGE_HEAD) if self.work.captioned else 0
         vae = self.count(VAE, self.network(VAE_ENCODER), mx.float32) if self.work.encoded else 0
         encode = self.encode(vision, self.held(TEXT_ENCODER) + head, vae)
         kept = 0 if self.residency.staged else encode.resident
-        painting = kept + self.table() + self.held(TRANSFORMER)
+        generated = kept + self.table() + self.held(TRANSFORMER)
         streams = TRANSFORMER in self.residency.streamed
-        loading = painting + (0 if streams else self.largest(TRANSFORMER, MAIN))
+        loading = generated + (0 if streams else self.largest(TRANSFORMER, MAIN))
         beside = (self.largest(TRANSFORMER, part) for part in self.components.rows[TRANSFORMER].beside)
         folding = kept + self.table() + int(self.costs.read * max(beside, default=0))
-        load = Stage("load", painting, max(loading, folding))
-        denoise = Stage("denoise", painting, painting + self.moving())
-        before = kept if self.residency.staged and self.work.pictures == 1 else painting
+        load = Stage("load", generated, max(loading, folding))
+        denoise = Stage("denoise", generated, generated + self.moving())
+        before = kept if self.residency.staged and self.work.images == 1 else generated
         return before, (encode, load, denoise)
 
     def encode(self, vision: int, text: int, vae: int) -> Stage:
-        """Pictures through the vision tower, prompts through the text encoder, pictures through the VAE; all stay."""
+        """Images through the vision tower, prompts through the text encoder, images through the VAE; all stay."""
         config, work = self.components.config(TEXT_ENCODER), self.work
         prompts = 2 if work.guided else 1
         thinking = int(self.costs.text(prompts * self.prompt_tokens) * _width(config) * self.itemsize)
@@ -184,7 +184,7 @@ class Planner:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of a prompt with the pictures that stand in it."""
+        """Tokens of a prompt with the images that stand in it."""
         seen = len(self.work.shown) * self.components.variant.encoder_area + self.work.captioned
         if not seen:
             return self.work.text_tokens
@@ -192,7 +192,7 @@ class Planner:
         return self.work.text_tokens + seen // (config.patch_size * config.spatial_merge_size) ** 2
 
     def looking(self) -> int:
-        """What the vision tower takes for a picture, beside its weights."""
+        """What the vision tower takes for an image, beside its weights."""
         config = self.components.config(VISION)
         patches = max(self.components.variant.encoder_area, self.work.captioned) // config.patch_size**2
         return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing(VISION)
@@ -209,7 +209,7 @@ class Planner:
         return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
-        """One picture, in strips."""
+        """One image, in strips."""
         config, pixels = self.components.config(VAE), self.work.width * self.work.height
         held = before + self.count(VAE, self.network(VAE_DECODER), mx.float32)
         strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
@@ -265,7 +265,7 @@ class Planner:
 
     @property
     def reference_tokens(self) -> int:
-        """Image tokens of the pictures that the transformer is shown."""
+        """Image tokens of the images that the transformer is shown."""
         return sum(self.components.latent_space.tokens(*size) for size in self.work.shown)
 
     def largest(self, name: str, part: str) -> int:
@@ -366,7 +366,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         captioned=(request.reference_pixels or 0) if request.writes_caption(variant) else 0,
         guided=request.guiding_prompt is not None,
         steps=parameters.num_inference_steps,
-        pictures=len(request.seeds) * len(request.image_indices),
+        images=len(request.seeds) * len(request.image_indices),
     )
 
 

@@ -1,7 +1,7 @@
-"""Small pictures of what is being painted, step by step, made of nothing but what a step reports anyway.
+"""Small images of what is being generated, step by step, made of nothing but what a step reports anyway.
 
 No pass of the model and no decoder: the clean latents that a step points to, through a linear map to RGB
-(`Variant.preview`). A 1024x1024 painting costs a product of (4096, 64) with (64, 12) and a resize of 128x128 pixels.
+(`Variant.preview`). A 1024x1024 generation costs a product of (4096, 64) with (64, 12) and a resize of 128x128 pixels.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Preview:
     shown side by side, back to front, in rows; the frame with everything is not.
 
     Args:
-        show: called with an RGB picture, at most `MAX_SIDE` pixels and never larger than the painting, the number of
-            steps done and of all; what it raises ends the painting.
+        show: called with an RGB image, at most `MAX_SIDE` pixels and never larger than the generation, the number of
+            steps done and of all; what it raises ends the generation.
         inner: the callback that it stands before; it is told first, and can cancel as ever.
         pipeline: the opened checkpoint, which knows its map and its frames.
-        request: what is painted.
+        request: what is generated.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class Preview:
             self._inner(progress)
         if progress.stage == "denoise" and progress.denoised is not None:
             colours = np.array(progress.denoised[0]) @ self._map
-            self._show(self._picture(colours), progress.step, progress.total)
+            self._show(self._image(colours), progress.step, progress.total)
 
-    def _picture(self, colours: np.ndarray) -> Image.Image:
-        """The picture of mapped latents (N, 3 patch²), in [-1, 1] but for the bias."""
+    def _image(self, colours: np.ndarray) -> Image.Image:
+        """The image of mapped latents (N, 3 patch²), in [-1, 1] but for the bias."""
         rows, columns, patch = self._rows, self._columns, self._space.patch
         cells = colours.reshape(-1, rows, columns, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         frames = cells.reshape(-1, patch * rows, patch * columns, 3)[self._hidden :]
         levels = np.rint(np.clip((frames + self._bias + 1) * 127.5, 0, 255)).astype(np.uint8)
-        picture = Image.fromarray(_tiled(levels))
-        width, height = picture.size
+        image = Image.fromarray(_tiled(levels))
+        width, height = image.size
         scale = min(self._space.factor, MAX_SIDE / max(width, height))
-        return picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+        return image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
 
 
 def _tiled(frames: np.ndarray) -> np.ndarray:

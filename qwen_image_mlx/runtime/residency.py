@@ -19,7 +19,7 @@ class Residency:
 
     Attributes:
         name: how it is called.
-        staged: encoders are released before painting, the transformer before the last picture is decoded.
+        staged: encoders are released before generating, the transformer before the last image is decoded.
         streamed: components whose layers are read from their files at each pass.
     """
 
@@ -29,7 +29,7 @@ class Residency:
 
     @property
     def releases(self) -> dict[str, bool]:
-        """What `pipeline.conductor.paint` is to release, and `decompose`, by the names of their arguments."""
+        """What `pipeline.conductor.generate` is to release, and `decompose`, by the names of their arguments."""
         return {"release_encoders": self.staged, "release_transformer": self.staged}
 
 

@@ -1,4 +1,4 @@
-"""One opened model and what is done with it: open, plan, run. Every front end paints through here.
+"""One opened model and what is done with it: open, plan, run. Every front end generates through here.
 
 Options are a mapping by the names of the table (`options.py`); an absent one is as the model wants it. Printing and
 files are the caller's.
@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..errors import RequestError
 from ..names import Aspect, NamedSize, Task
 from ..options import options_of
-from ..pipeline.conductor import Painting, decompose, encoded, keeping, paint
+from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
 from ..pipeline.image_request import canvas_of
 from ..pipeline.limits import free_memory, limits
 from ..pipeline.parameters import GenerationParameters
@@ -53,7 +53,7 @@ class Session:
     Attributes:
         memory: what may be used.
         force: whether to go on with what takes least where nothing fits.
-        plans: those made so far, by what was to be painted.
+        plans: those made so far, by what was to be generated.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Session:
         self,
         asked: Mapping[str, Any],
         size: Size | Aspect | NamedSize | None = None,
-        pictures: Sequence[Image] = (),
+        images: Sequence[Image] = (),
         mask: Image | None = None,
         straight: Sequence[Image] | None = None,
     ) -> Request:
@@ -110,32 +110,32 @@ class Session:
 
         Args:
             asked: options, by their names; the model's recommendations fill what is missing.
-            size: (width, height), an aspect, or with pictures one of `NAMED_SIZES` or None; a layered model's is in
+            size: (width, height), an aspect, or with images one of `NAMED_SIZES` or None; a layered model's is in
                 `asked`.
-            pictures: to paint over or to edit, upright, RGB; a layered model takes one apart, RGBA.
-            mask: white where the first is painted anew.
-            straight: the same pictures with their transparency, RGBA, if the result is to have it.
+            images: to start from or to edit, upright, RGB; a layered model takes one apart, RGBA.
+            mask: white where the first is regenerated.
+            straight: the same images with their transparency, RGBA, if the result is to have it.
 
         Raises:
             RequestError: something is out of range or does not fit the model.
         """
         variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
         if variant.layered:
-            request = layers_of(pictures[0], asked, variant.resolutions, sampling)
+            request = layers_of(images[0], asked, variant.resolutions, sampling)
         else:
             canvas = None
-            # By now without aspects, and without pictures a pair: what a checker cannot tell.
+            # By now without aspects, and without images a pair: what a checker cannot tell.
             named = cast("Size | NamedSize | None", variant.size_of(size) if size in ASPECT_SIZES else size)
-            if pictures:
+            if images:
                 canvas = canvas_of(
-                    variant, pictures, mask=mask, size=named, composite=not asked.get("no_composite"),
+                    variant, images, mask=mask, size=named, composite=not asked.get("no_composite"),
                     crop_padding=asked.get("mask_padding"), straight=straight,
                 )  # fmt: skip
             recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
             request = replace(
                 build_request({**recommended, **asked}, canvas.size if canvas else cast("Size", named)),
-                images=tuple(pictures) if variant.takes_images else (),
+                images=tuple(images) if variant.takes_images else (),
                 canvas=canvas,
                 reference_pixels=asked.get("reference_pixels"),
             )
@@ -191,21 +191,23 @@ class Session:
 
     # Run ------------------------------------------------------------------------------------------------------------
 
-    def paint(self, request: Request, show: Show | None = None) -> Iterator[Painting]:
-        """Plans, then yields the request's pictures one by one.
+    def generate(self, request: Request, show: Show | None = None) -> Iterator[GeneratedImage]:
+        """Plans, then yields the request's images one by one.
 
         Args:
-            request: what to paint.
+            request: what to generate.
             show: called with a preview after each step.
 
         Raises:
             RequestError: as `planned`.
         """
         with self.planned(request) as plan:
-            yield from paint(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
+            yield from generate(
+                self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases
+            )
 
     def decompose(self, request: Request, show: Show | None = None) -> LayeredResult:
-        """Plans, then takes a picture apart; as `paint`. The cache keeps the caption with the encoding."""
+        """Plans, then decomposes an image; as `generate`. The cache keeps the caption with the encoding."""
         with self.planned(request) as plan:
             return decompose(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
 
@@ -214,7 +216,7 @@ class Session:
         return encoded(self.pipeline, request, self.progress, self._cache)
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
-        """Who is told while a request is painted: the session's own, behind one that shows previews if asked."""
+        """Who is told while a request is generated: the session's own, behind one that shows previews if asked."""
         if show is None:
             return self.progress
         from .preview import Preview  # here: most runs show none
@@ -255,12 +257,12 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
 
 
 def layers_of(
-    picture: Image, asked: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, Any] = {}
+    image: Image, asked: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, Any] = {}
 ) -> Request:
-    """What taking a picture apart asks of a layered model.
+    """What decomposing an image asks of a layered model.
 
     Args:
-        picture: RGBA.
+        image: RGBA.
         asked: options, by their names; absent ones are as `layers_request` has them.
         resolutions: those the model works at, the default first.
         sampling: by the names of fields, how the model wants to be sampled.
@@ -275,6 +277,6 @@ def layers_of(
     said = {row.name: asked[row.name] for row in rows if not row.field and row.name not in ("image", "prompt", "seed")}
     seed = asked["seed"]
     return layers_request(
-        picture, asked.get("prompt", ""), seed=seed[0] if isinstance(seed, list) else seed, resolutions=resolutions,
+        image, asked.get("prompt", ""), seed=seed[0] if isinstance(seed, list) else seed, resolutions=resolutions,
         sampling={**sampling, **fields}, **said,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Examples as latents and text encodings: made once by the pipeline's own encoders, kept on disk, drawn in batches.
 
-An entry's name stands for all it depends on, so that a change of a picture, a caption or the model makes another.
+An entry's name stands for all it depends on, so that a change of an image, a caption or the model makes another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .loss import key_of
 from .network import Batch
 
 _FORMAT = "qwen_image_mlx.example.1"
-_ENLARGED = 1.1  # how much a picture may be enlarged, along a side
+_ENLARGED = 1.1  # how much an image may be enlarged, along a side
 DROPPED = " "  # what stands for a caption that is dropped, as the reference's pipelines write an empty prompt
 
 
@@ -108,11 +108,11 @@ class Dataset:
         return mx.random.uniform(key=key_of(self._seed, "caption", position)).item() < self._dropout
 
 
-def check_pictures(examples: Sequence[Example], task: str, resolution: int, report: Callable[[Progress], None]) -> None:
-    """Decodes every picture once, before any model is loaded.
+def check_images(examples: Sequence[Example], task: str, resolution: int, report: Callable[[Progress], None]) -> None:
+    """Decodes every image once, before any model is loaded.
 
     Raises:
-        RequestError: one cannot be read, is too small for the resolution, or a layer has not its picture's size.
+        RequestError: one cannot be read, is too small for the resolution, or a layer has not its image's size.
     """
     small, unequal = [], []
     for n, example in enumerate(examples):
@@ -122,21 +122,21 @@ def check_pictures(examples: Sequence[Example], task: str, resolution: int, repo
         if max(want / have for want, have in zip(wanted, size, strict=True)) > _ENLARGED:
             small.append(f"{example.image.name} ({size[0]}x{size[1]})")
         unequal += [f"{file} ({sizes[file][0]}x{sizes[file][1]})" for file in example.layers if sizes[file] != size]
-        report(Progress("check", n + 1, len(examples), "pictures"))
+        report(Progress("check", n + 1, len(examples), "images"))
     if small:
         raise RequestError(
-            f"{len(small)} of {len(examples)} pictures are smaller than the {resolution}x{resolution} pixels that "
+            f"{len(small)} of {len(examples)} images are smaller than the {resolution}x{resolution} pixels that "
             f"the resolution {resolution} trains on: {some(small)}; lower it, or take them out"
         )
     if unequal:
-        raise RequestError(f"{len(unequal)} layers have not the size of their picture: {some(unequal)}")
+        raise RequestError(f"{len(unequal)} layers have not the size of their image: {some(unequal)}")
 
 
 def target_size(size: Size, task: str, resolution: int) -> Size:
-    """(width, height) that a picture is trained on at.
+    """(width, height) that an image is trained on at.
 
-    From text, the bucket whose aspect is nearest; from pictures, what the pipeline gives a result of that area, so that
-    picture and result lie on each other.
+    From text, the bucket whose aspect is nearest; from images, what the pipeline gives a result of that area, so that
+    image and result lie on each other.
     """
     return bucket_of(size, buckets_of(resolution)) if task == "t2i" else size_of_area(resolution**2, size)
 
@@ -154,7 +154,7 @@ def encode_examples(
 
     Args:
         pipeline: of the model that is trained.
-        examples: pictures and captions.
+        examples: images and captions.
         task: "t2i", "edit" or "layered".
         resolution: as in `target_size`.
         with_dropped: encode each example without its caption too.
@@ -162,7 +162,7 @@ def encode_examples(
         progress: told of every example.
 
     Raises:
-        RequestError: a picture cannot be read, or is too small.
+        RequestError: an image cannot be read, or is too small.
         QwenImageError: an encoding is not finite.
         OutputError: an entry could not be written.
     """
@@ -174,13 +174,13 @@ def encode_examples(
     entries = [_read_entry(path, widths) for path in paths]
     new = [n for n, entry in enumerate(entries) if entry is None]
     if new:
-        check_pictures([examples[n] for n in new], task, resolution, report)
+        check_images([examples[n] for n in new], task, resolution, report)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {reason(error)}") from error
         pipeline.components.load(VAE_ENCODER, TEXT_ENCODER)  # told of, unlike what follows
-        shared = None  # without pictures all dropped captions are one
+        shared = None  # without images all dropped captions are one
         if with_dropped and not pipeline.variant.takes_images:
             shared = pipeline.encode_guidance_prompts(DROPPED, progress=_say_nothing).positive
         for done, n in enumerate(new, start=1):
@@ -255,7 +255,7 @@ def _read_entry(path: Path, widths: tuple[int, int]) -> _Entry | None:
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """Stands for all pictures and captions, in their order."""
+    """Stands for all images and captions, in their order."""
     return hashlib.sha256(repr([_digest(example, ()) for example in examples]).encode()).hexdigest()[:32]
 
 

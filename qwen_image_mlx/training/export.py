@@ -27,7 +27,7 @@ def save_model(
 ) -> Path:
     """Writes a checkpoint with a trained transformer, whole or not at all; takes the place of an earlier one.
 
-    What no picture needs (the last block's text) is as in the checkpoint the training began with.
+    What no image needs (the last block's text) is as in the checkpoint the training began with.
 
     Args:
         folder: where to.

@@ -316,8 +316,8 @@ class _Files:
                 self._losses.append((step, loss))
         self._folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, b"".join(line + b"\n" for line in lines))
-        painted = sorted((self._folder / SAMPLES).glob("step-*.png"))
-        self._sample = painted[-1] if painted else None
+        generated = sorted((self._folder / SAMPLES).glob("step-*.png"))
+        self._sample = generated[-1] if generated else None
         self._since = time.monotonic()
 
     def log(self, result: StepResult) -> None:
@@ -333,15 +333,15 @@ class _Files:
             raise OutputError(f"cannot write {self._folder / LOG}: {reason(error)}") from error
 
     def sample(self, samples: Samples, painter: QwenImagePipeline) -> None:
-        """Paints with the weights as they are."""
+        """Generates with the weights as they are."""
         path = self._folder / SAMPLES / f"step-{self._trainer.step:06}.png"
         path.unlink(missing_ok=True)  # of a run that was cut and went on
         try:
             with self._trainer.weights():
-                self._sample = samples.paint(painter, path)
+                self._sample = samples.generate(painter, path)
         except OutputError:
             raise
-        except QwenImageError as error:  # training may recover from what a picture does not survive
+        except QwenImageError as error:  # training may recover from what an image does not survive
             if getattr(error, "fatal", False):  # but not from a GPU that this process can no longer use
                 raise
             logger.warning("no samples after step %d: %s", self._trainer.step, error)

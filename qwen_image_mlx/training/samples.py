@@ -1,4 +1,4 @@
-"""Pictures that show how far a training run is: its own pipeline, painting with the weights as they are."""
+"""Images that show how far a training run is: its own pipeline, generation with the weights as they are."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def painter_of(components: Components, network: Network, progress: ProgressCallb
     Args:
         components: those the network's transformer is one of.
         network: what is trained; its modulation is used where it has one.
-        progress: told of the pictures' steps.
+        progress: told of the images' steps.
     """
     denoiser = None
     if "modulation" in network:
@@ -63,11 +63,11 @@ def rows_of_steps(modulation: TimeModulation, sigmas: np.ndarray, dtype: mx.Dtyp
 
 
 class Samples:
-    """What is painted every so often: encoded once, so that no encoder comes back.
+    """What is generated every so often: encoded once, so that no encoder comes back.
 
     Args:
         pipeline: of the model that is trained; its encoders are used here.
-        example: gives the pictures an editing or layered model works on, and its caption where there are no prompts.
+        example: gives the images an editing or layered model works on, and its caption where there are no prompts.
         prompts: what the samples show.
         resolution: they have about resolution² pixels.
         folder: where encodings are kept.
@@ -116,8 +116,8 @@ class Samples:
                 encoding.save(path)
             self._encodings.append(encoding)
 
-    def paint(self, painter: QwenImagePipeline, path: Path) -> Path:
-        """Paints and saves all of them, side by side; layers under each other.
+    def generate(self, painter: QwenImagePipeline, path: Path) -> Path:
+        """Generates and saves all of them, side by side; layers under each other.
 
         Raises:
             OutputError: the file could not be written.
@@ -131,12 +131,12 @@ class Samples:
 
 
 def side_by_side(columns: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures of one size as columns, on white, RGB; `Samples` has a column for each prompt."""
+    """Images of one size as columns, on white, RGB; `Samples` has a column for each prompt."""
     width, height = columns[0][0].size
     rows = max(map(len, columns))
     size = (len(columns) * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
     sheet = Image.new("RGB", size, "white")
     for x, column in enumerate(columns):
-        for y, picture in enumerate(column):
-            sheet.paste(picture, (x * (width + _GAP), y * (height + _GAP)), picture)
+        for y, image in enumerate(column):
+            sheet.paste(image, (x * (width + _GAP), y * (height + _GAP)), image)
     return sheet

@@ -1,6 +1,6 @@
 """Writes checkpoints of random weights in the released layout: for smoke tests, bug reports and benchmarks.
 
-The pictures are noise, but every file, name and shape is real, so all of the code runs without a download. Weights are
+The images are noise, but every file, name and shape is real, so all of the code runs without a download. Weights are
 made and written shard by shard; any size fits in memory.
 """
 
@@ -60,7 +60,7 @@ def write_checkpoint(
     Args:
         folder: where to; made if missing.
         configs: each component's config dataclass, such as `TINY` or `FULL`.
-        pipeline: its class, one of `VARIANTS`; only those that are shown pictures get the vision tower.
+        pipeline: its class, one of `VARIANTS`; only those that are shown images get the vision tower.
         seed: of the weights.
         dtype: of the weights.
         shard_bytes: largest size of one file's tensors.

@@ -33,7 +33,7 @@ _OWN = {
     "demo-layered": {"reference_area": SIDE**2, "resolutions": [SIDE], "captions": False, "steps": 12, "cfg_scale": 1.0,
                      "negative_prompt": " "},
 }  # fmt: skip
-# Sixteen tokens make a picture: the released shift by size would leave nearly no steps to the noise.
+# Sixteen tokens make an image: the released shift by size would leave nearly no steps to the noise.
 SCHEDULER = SchedulerConfig(use_dynamic_shifting=False, shift=2.0)
 _CLASSES = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

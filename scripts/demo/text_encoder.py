@@ -26,7 +26,7 @@ LANGUAGE = TextEncoderConfig(
 VISION = VisionConfig(
     depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=128, fullatt_block_indexes=(1,)
 )
-# Every picture is seen at 56x56 pixels, whatever a pipeline shows it at: four features, and an encoder's quick work.
+# Every image is seen at 56x56 pixels, whatever a pipeline shows it at: four features, and an encoder's quick work.
 PROCESSOR = ImageProcessorConfig(min_pixels=56 * 56, max_pixels=56 * 56)
 SUBLAYER_GAIN = 0.5  # of what attention and MLP add to a token
 

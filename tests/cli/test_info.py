@@ -1,4 +1,4 @@
-"""info and lora inspect: what pictures, models, single files and LoRAs are said to be."""
+"""info and lora inspect: what images, models, single files and LoRAs are said to be."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_memory_that_is_announced_is_taken(tiny, bits, dtype):
     for part in report.components:
         held = sum(array.nbytes for module in loaded[part.name] for _, array in tree_flatten(module.parameters()))
         assert part.resident_bytes == held, part.name
-    assert report.painting_bytes == sum(c.resident_bytes for c in report.components if c.name != "text_encoder")
+    assert report.generating_bytes == sum(c.resident_bytes for c in report.components if c.name != "text_encoder")
 
 
 def test_a_model_is_described(tiny, tmp_path, run):

@@ -1,4 +1,4 @@
-"""The models inside the package: right pictures of what they were never trained on, offline and in seconds."""
+"""The models inside the package: right images of what they were never trained on, offline and in seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen_image_mlx.cli.main import main
 pytestmark = pytest.mark.demo
 
 JUDGED = 100
-SEED = 12  # not that of the pictures which the training was watched with
+SEED = 12  # not that of the images which the training was watched with
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_the_three_commands_work_offline(run):
 def test_paintings_are_right():
     scenes = draw_scenes(JUDGED, SEED, most_things=1, held_out=True, as_told=True)
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
-    pictures = [pipeline.generate(s.caption, negative_prompt=" ", seed=n)[0] for n, s in enumerate(scenes)]
-    found = judge_paintings(np.stack([np.asarray(picture) for picture in pictures]), scenes)
+    images = [pipeline.generate(s.caption, negative_prompt=" ", seed=n)[0] for n, s in enumerate(scenes)]
+    found = judge_paintings(np.stack([np.asarray(image) for image in images]), scenes)
     assert found["colour"] >= 0.98
     assert found["background"] >= 0.98
     assert found["shape"] >= 0.92
@@ -61,9 +61,9 @@ def test_paintings_are_right():
 def test_edits_are_right():
     pairs = draw_edits(JUDGED, SEED, held_out=True)
     pipeline = QwenImagePipeline.from_pretrained("demo-edit", dtype="float32")
-    pictures = [pipeline.edit(p.instruction, images=[p.before.render()], seed=n)[0] for n, p in enumerate(pairs)]
+    images = [pipeline.edit(p.instruction, images=[p.before.render()], seed=n)[0] for n, p in enumerate(pairs)]
     found = judge_edits(
-        np.stack([np.asarray(picture) for picture in pictures]), [p.before for p in pairs], [p.after for p in pairs]
+        np.stack([np.asarray(image) for image in images]), [p.before for p in pairs], [p.after for p in pairs]
     )
     assert found["right"] >= 0.85
     assert found["psnr"] >= 25

@@ -168,7 +168,7 @@ def test_the_documented_table_follows_from_the_plans(opened, mac, gib):
     assert row in DOCUMENT.read_text(encoding="utf-8"), row
 
 
-def test_whole_pictures_are_decoded_at_once_where_memory_allows(opened, mac):
+def test_whole_images_are_decoded_at_once_where_memory_allows(opened, mac):
     work = Work(width=1536, height=1536)
     for gib, whole in ((8, False), (64, True)):
         plan = plan_on(opened("QwenImagePipeline", "4"), work, mac(gib))

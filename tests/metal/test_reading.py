@@ -32,8 +32,8 @@ def model(tmp_path_factory):
 
 def run(folder, **options):
     pipeline = QwenImagePipeline.from_pretrained(folder, **options)
-    picture = np.zeros((64, 64, 3), np.uint8)
-    encoding = pipeline.encode_guidance_prompts("a fox", "blurry", images=[picture], reference_pixels=64 * 64)
+    image = np.zeros((64, 64, 3), np.uint8)
+    encoding = pipeline.encode_guidance_prompts("a fox", "blurry", images=[image], reference_pixels=64 * 64)
     pipeline.generate_pixels(PARAMETERS, encoding, seed=1)
 
 
@@ -146,8 +146,8 @@ def test_the_modulation_is_made_of_weights_that_are_there(model, monkeypatch):
 
 def test_encodings_are_read_by_themselves(model, tmp_path, monkeypatch):
     pipeline = QwenImagePipeline.from_pretrained(model)
-    picture = np.zeros((64, 64, 3), np.uint8)
-    encoding = pipeline.encode_guidance_prompts("a fox", images=[picture], reference_pixels=64 * 64)
+    image = np.zeros((64, 64, 3), np.uint8)
+    encoding = pipeline.encode_guidance_prompts("a fox", images=[image], reference_pixels=64 * 64)
     encoding.save(tmp_path / "fox.safetensors")
     with evaluations(monkeypatch) as seen:
         GuidanceEncoding.load(tmp_path / "fox.safetensors")

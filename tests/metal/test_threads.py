@@ -66,12 +66,12 @@ def test_cancelled_in_one_thread_and_repeated_in_another(model, cancel_at, strea
 @pytest.mark.slow
 def test_what_a_call_returns_belongs_to_no_thread(model):
     pipeline = QwenImagePipeline.from_pretrained(model)
-    picture = np.zeros((48, 64, 3), np.uint8)
+    image = np.zeros((48, 64, 3), np.uint8)
     parameters = GenerationParameters(width=64, height=48, num_inference_steps=1)
 
     def results():
         encoding = pipeline.encode_guidance_prompts("a fox", "blurry")
-        initial = pipeline.encode_initial_image(picture, (64, 48), picture[..., 0])
+        initial = pipeline.encode_initial_image(image, (64, 48), image[..., 0])
         latents = pipeline.denoise_latents(parameters, encoding)
         frames = list(pipeline.decode_frames(parameters, latents))
         made = [encoding.positive, encoding.negative, initial.mean, initial.std, initial.mask, latents, *frames]

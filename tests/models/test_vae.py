@@ -111,7 +111,7 @@ def test_the_halo_is_exactly_the_receptive_field(pair, monkeypatch):
     assert (touched[0], touched[-1]) == (2 * (20 - reach), 2 * (20 + reach) + 1)
 
 
-def test_big_pictures_are_decoded_in_strips_of_their_own_accord(pair, monkeypatch):
+def test_big_images_are_decoded_in_strips_of_their_own_accord(pair, monkeypatch):
     both = pair()
     latents = mx.array(both.random_latents(24, 16))
     counts = []

@@ -63,8 +63,8 @@ def test_features_equal_the_reference(both, grid):
     assert relative(features(load(), mx.array(patches), grid), expected) < 1e-5
 
 
-def test_pictures_of_a_batch_never_see_each_other(both):
-    """The reference runs all pictures in one sequence; here each is a call of its own."""
+def test_images_of_a_batch_never_see_each_other(both):
+    """The reference runs all images in one sequence; here each is a call of its own."""
     theirs, load, config = both
     tower, grids = load(), [(10, 6), (4, 12)]
     patches = [random_patches(config, grid, seed) for seed, grid in enumerate(grids)]

@@ -88,8 +88,8 @@ def test_weights_are_counted_to_the_byte(model, packed, residency, quantize):
     )
     kept = 0 if residency.staged else encoders
     assert load.resident == denoise.resident == kept + table + nbytes(components.network("transformer"))
-    painting = kept if residency.staged else denoise.resident
-    assert decode.resident == painting + nbytes(components.network("vae_decoder"))
+    generated = kept if residency.staged else denoise.resident
+    assert decode.resident == generated + nbytes(components.network("vae_decoder"))
 
 
 def test_an_edit_counts_its_towers(tmp_path):
@@ -114,7 +114,7 @@ def test_the_first_that_fits_is_chosen(model):
 
 
 @pytest.mark.slow
-def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(model, monkeypatch):
+def test_large_images_are_decoded_in_smaller_strips_where_memory_is_short(model, monkeypatch):
     costs = replace(memory_plan.COSTS["cpu"], scores=0.0, image=0.0, prompt=0.0)  # decoding is what takes most
     monkeypatch.setattr(memory_plan, "COSTS", {"cpu": costs})
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
@@ -202,7 +202,7 @@ def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run,
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model, run, monkeypatch, tmp_path):
+def test_what_does_not_fit_is_refused_with_the_table_and_generated_by_force(model, run, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     code, out, err = run("--memory", "2MB", "-o", "no.png")
     assert (code, out) == (2, "")
@@ -245,7 +245,7 @@ def test_plan_prints_every_way_and_its_alternatives(model, run):
     assert [plan["needs_pack"] for plan in facts["plans"]] == [False, False, True, True]
     assert [plan["residency"] for plan in facts["plans"]] == [residency.name for residency in RESIDENCIES]
     files = sum(file.stat().st_size for file in model.glob("*/*.safetensors"))
-    assert files * 0.9 < facts["disk"] < files, "all but the headers and what no picture needs"
+    assert files * 0.9 < facts["disk"] < files, "all but the headers and what no image needs"
 
 
 @pytest.mark.slow

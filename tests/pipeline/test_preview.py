@@ -15,7 +15,7 @@ from qwen_image_mlx import CheckpointError, GenerationParameters, Progress, Qwen
 from qwen_image_mlx.cli import preview as preview_module
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.cli.preview import preview_file
-from qwen_image_mlx.pipeline.conductor import encode_canvas, encode_request, paint_encoded
+from qwen_image_mlx.pipeline.conductor import encode_canvas, encode_request, generate_encoded
 from qwen_image_mlx.pipeline.decomposition import layers_request
 from qwen_image_mlx.pipeline.image_request import canvas_of
 from qwen_image_mlx.pipeline.request import Request
@@ -67,7 +67,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * np.log10(1 / np.mean((a - b) ** 2))
 
 
-# --- the picture ----------------------------------------------------------------------------------------------------
+# --- the image ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -119,27 +119,27 @@ def test_progress_is_handed_on_first_and_nothing_else_is_shown():
     assert seen == ["load", "denoise", "denoise", "shown", "decode"]
 
 
-# --- of what models paint -------------------------------------------------------------------------------------------
+# --- of what models generate ---
 
 
-def painted(pipeline, wanted, encoding, initial=None):
+def generated(pipeline, wanted, encoding, initial=None):
     found = []
     watch = Preview(lambda picture, *_: found.append(picture), None, pipeline, wanted)
-    pictures = [image for image, _, _ in paint_encoded(pipeline, wanted, encoding, initial, watch)]
+    pictures = [image for image, _, _ in generate_encoded(pipeline, wanted, encoding, initial, watch)]
     return found, pictures
 
 
 @pytest.mark.slow
-def test_the_demo_s_previews_come_to_resemble_the_picture():
+def test_the_demo_s_previews_come_to_resemble_the_image():
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
     wanted = request(64, 64, cfg_scale=3.0)
     encoding, reports = encode_request(pipeline, wanted), []
-    found, (picture,) = painted(pipeline, wanted, encoding)
+    found, (picture,) = generated(pipeline, wanted, encoding)
     likeness = [psnr(small(preview), small(picture)) for preview in found]
     assert len(found) == 12
     assert likeness[-1] > 22
     assert likeness[5] > 22 > 18 > likeness[0]
-    list(paint_encoded(pipeline, wanted, encoding, None, lambda told: reports.append(told.denoised)))
+    list(generate_encoded(pipeline, wanted, encoding, None, lambda told: reports.append(told.denoised)))
     other = shown(Checkpoint(preview=WAN_PREVIEW), wanted, [denoised for denoised in reports if denoised is not None])
     assert psnr(small(other[-1][0]), small(picture)) < 16, "another model's map shows something else"
 
@@ -153,7 +153,7 @@ def test_what_a_mask_keeps_is_there_from_the_first_step():
     mask.paste(255, (0, 40, 64, 64))
     canvas = canvas_of(pipeline.variant, [picture], mask=mask, size=(64, 64))
     wanted = replace(request(64, 64, strength=1.0), canvas=canvas)
-    found, _ = painted(pipeline, wanted, encode_request(pipeline, wanted), encode_canvas(pipeline, wanted))
+    found, _ = generated(pipeline, wanted, encode_request(pipeline, wanted), encode_canvas(pipeline, wanted))
     first, kept = small(found[0])[:4], small(picture)[:4]
     assert psnr(first, kept) > 20
 
@@ -164,7 +164,7 @@ def test_an_edit_shows_its_target_alone():
     picture = Image.new("RGB", (64, 64), (40, 90, 200))
     canvas = canvas_of(pipeline.variant, [picture])
     wanted = replace(request(64, 64, cfg_scale=1.0), prompt="make it green", images=(picture,), canvas=canvas)
-    found, (image,) = painted(pipeline, wanted, encode_request(pipeline, wanted))
+    found, (image,) = generated(pipeline, wanted, encode_request(pipeline, wanted))
     assert found[-1].size == (64, 64)
     assert psnr(small(found[-1]), small(image)) > 20
 
@@ -178,7 +178,7 @@ def test_a_decomposition_shows_its_layers():
         picture, PROMPT, negative_prompt=None, num_layers=2, resolution=None, resolutions=(64,), size="source",
         cfg_normalize=False, caption_language="en", seed=1, rng="torch", sampling=pipeline.recommended._asdict(),
     )  # fmt: skip
-    found, layers = painted(pipeline, wanted, encode_request(pipeline, wanted))
+    found, layers = generated(pipeline, wanted, encode_request(pipeline, wanted))
     assert found[-1].size == (128, 64)
     white = Image.new("RGBA", (64, 64), "white")
     laid = np.concatenate([small(Image.alpha_composite(white, layer)) for layer in layers], axis=1)
@@ -211,7 +211,7 @@ def test_a_map_of_another_shape_is_refused(said):
 
 
 @pytest.mark.slow
-def test_the_file_is_there_while_it_paints_and_gone_afterwards(tmp_path, monkeypatch, capsys):
+def test_the_file_is_there_while_it_generates_and_gone_afterwards(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen = []
     whole = Preview.__call__

@@ -200,15 +200,15 @@ def test_blending_replaces_the_latents_of_every_step():
 
 
 def test_a_step_says_where_it_points():
-    """On a straight path that is the picture, from the first step on; in fp32 whatever the latents are."""
-    (noise, _), (picture, _) = random_pair(0, "float32"), random_pair(1, "float32")
+    """On a straight path that is the image, from the first step on; in fp32 whatever the latents are."""
+    (noise, _), (image, _) = random_pair(0, "float32"), random_pair(1, "float32")
     found = []
     denoise(
-        lambda *_: [(noise - picture).astype(mx.bfloat16)], noise.astype(mx.bfloat16), Schedule(SIGMAS), None,
+        lambda *_: [(noise - image).astype(mx.bfloat16)], noise.astype(mx.bfloat16), Schedule(SIGMAS), None,
         lambda _, step: found.append(step.denoised),
     )  # fmt: skip
     assert {array.dtype for array in found} == {mx.float32}
-    assert max(float(mx.abs(array - picture).max()) for array in found) < 0.05
+    assert max(float(mx.abs(array - image).max()) for array in found) < 0.05
 
 
 def test_another_solver_says_first_where_it_evaluates():
@@ -241,8 +241,8 @@ def test_another_solver_says_first_where_it_evaluates():
 @settings(deadline=None)
 @given(levels=st.sets(st.integers(1, 999), max_size=8))
 def test_a_straight_path_arrives_whatever_the_steps(levels):
-    """Where the velocity is noise minus picture, any number of Euler steps from sigma 1 ends at the picture."""
+    """Where the velocity is noise minus image, any number of Euler steps from sigma 1 ends at the image."""
     sigmas = np.array([1, *(level / 1000 for level in sorted(levels, reverse=True)), 0], np.float32)
-    (noise, _), (picture, _) = random_pair(0, "float32", (1, 4, 64)), random_pair(1, "float32", (1, 4, 64))
-    result = denoise(lambda *_: [noise - picture], noise, Schedule(sigmas), None)
-    np.testing.assert_allclose(np.array(result), np.array(picture), atol=1e-5)
+    (noise, _), (image, _) = random_pair(0, "float32", (1, 4, 64)), random_pair(1, "float32", (1, 4, 64))
+    result = denoise(lambda *_: [noise - image], noise, Schedule(sigmas), None)
+    np.testing.assert_allclose(np.array(result), np.array(image), atol=1e-5)

@@ -30,7 +30,7 @@ GRIDS = {
     "t2i": [(4, 6)],
     "edit": [(4, 5), (3, 5), (2, 2)],
     "edit, references noisy": [(4, 5), (4, 4)],
-    "layered": [(4, 3)] * 4,  # the whole picture, two layers, and what they come from
+    "layered": [(4, 3)] * 4,  # the whole image, two layers, and what they come from
 }
 
 

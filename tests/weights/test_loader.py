@@ -54,7 +54,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_no_picture_needs_is_neither_read_nor_missed(tmp_path):
+def test_what_no_image_needs_is_neither_read_nor_missed(tmp_path):
     unused = [spec.name for spec in expected_tensors(ROWS["transformer"], CONFIG).values() if spec.part == UNUSED]
     assert any("txt_mlp" in name for name in unused)
     for change in (

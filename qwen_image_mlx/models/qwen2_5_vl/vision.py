@@ -1,4 +1,4 @@
-"""The vision tower of Qwen2.5-VL: patches of one picture in, features for the language model out.
+"""The vision tower of Qwen2.5-VL: patches of one image in, features for the language model out.
 
 Knows nothing of files or prompts. Patches come in the processor's order: 2x2 blocks in raster order, four patches each.
 Most blocks attend inside windows of up to 8x8 patches; tokens stay in their order, and each window gathers its own by
@@ -35,7 +35,7 @@ class Windows(NamedTuple):
 
 
 class VisionTower(nn.Module):
-    """One picture's features."""
+    """One image's features."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -92,7 +92,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Bidirectional attention over the whole picture, or inside windows."""
+    """Bidirectional attention over the whole image, or inside windows."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()

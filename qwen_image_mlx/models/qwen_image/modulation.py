@@ -1,6 +1,6 @@
 """From a timestep to the shifts, scales and gates of every block: the formula, and the network that learns it.
 
-To paint, the rows of all steps are computed once, one weight in memory at a time (`pipeline/qwen_image/table.py`), and
+To generate, the rows of all steps are computed once, one weight in memory at a time (`pipeline/qwen_image/table.py`), and
 this network never exists; to train all weights it does. Source: diffusers' transformer_qwenimage.py.
 """
 
@@ -33,7 +33,7 @@ def time_embedding(timesteps: mx.array, dtype: mx.Dtype, apply: Apply, addition:
         dtype: the model's; the reference casts 1000 sigma to it and divides there, which in bf16 moves a timestep by
             up to 0.4%.
         apply: runs `timestep_embedder.linear_1` or `linear_2`, by name.
-        addition: (2, D): its rows tell pictures with and without a layer to decompose; pipelines always ask for row 0.
+        addition: (2, D): its rows tell images with and without a layer to decompose; pipelines always ask for row 0.
 
     Returns:
         (S, D) in `dtype`, after the activation.

@@ -1,4 +1,4 @@
-"""Writes a picture's caption with the checkpoint's own Qwen2.5-VL: picture in, text out, token by token.
+"""Writes an image's caption with the checkpoint's own Qwen2.5-VL: image in, text out, token by token.
 
 Source: get_image_caption of diffusers' QwenImageLayeredPipeline and transformers' generate. Caches and filters are
 mlx-lm's, imported only here; the random draws have a key of their own.
@@ -34,7 +34,7 @@ def write_caption(
     seed: int,
     report: Reporter,
 ) -> str:
-    """The caption of a picture, shown at about `area` pixels.
+    """The caption of an image, shown at about `area` pixels.
 
     Args:
         components: the checkpoint's parts; loads the text encoder, its head and the vision tower.

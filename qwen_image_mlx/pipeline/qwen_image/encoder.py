@@ -41,7 +41,7 @@ class QwenImageEncoder:
         features = None
         if images:
             parts.load(VISION)
-            with report.stage("encode", "pictures"):
+            with report.stage("encode", "images"):
                 features = encode_vision(parts, images, area)
         parts.load(TEXT_ENCODER)
         with report.stage("encode", "prompts"):

@@ -24,13 +24,13 @@ def check_length(tokens: int, start: int = 0) -> None:
     """Raises RequestError where prompt tokens after `start` positions of images reach past the rotary tables."""
     if start + tokens > MAX_POSITION:
         raise RequestError(
-            f"{tokens} prompt tokens after the {start} positions of pictures reach past {MAX_POSITION}; shorten "
-            "the prompt or make the pictures smaller"
+            f"{tokens} prompt tokens after the {start} positions of images reach past {MAX_POSITION}; shorten "
+            "the prompt or make the images smaller"
         )
 
 
 def feature_grid(components: Components, image: Image.Image, area: int) -> tuple[int, int]:
-    """Rows and columns of the features that a picture, shown at about `area` pixels, turns into."""
+    """Rows and columns of the features that an image, shown at about `area` pixels, turns into."""
     config = components.config(VISION)
     cell = config.patch_size * config.spatial_merge_size
     width, height = _vision_size(components, image, area)
@@ -38,7 +38,7 @@ def feature_grid(components: Components, image: Image.Image, area: int) -> tuple
 
 
 def encode_vision(components: Components, images: Sequence[Image.Image], area: int) -> mx.array:
-    """Features (tokens, C) of all pictures, in order, each shown at about `area` pixels."""
+    """Features (tokens, C) of all images, in order, each shown at about `area` pixels."""
     config, processor, tower = components.config(VISION), components.image_processor, components.network(VISION)
     features = []
     for image in images:

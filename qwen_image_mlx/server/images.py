@@ -1,4 +1,4 @@
-"""Pictures as they travel: data URLs and the bytes of files, in three formats, looked at before they are decoded."""
+"""Images as they travel: data URLs and the bytes of files, in three formats, looked at before they are decoded."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from ..images.sources import readable
 FORMATS = ("PNG", "JPEG", "WEBP")
 _TAKEN = "PNG, JPEG, WebP"
 DATA_URL = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$"
-MAX_PIXELS = 1 << 26  # of all pictures of a request together: 256 MiB of RGBA
+MAX_PIXELS = 1 << 26  # of all images of a request together: 256 MiB of RGBA
 _HEAD = re.compile(r"data:image/(?:png|jpe?g|webp);base64,")
 _HEAD_LENGTH = 40
 _WEBP_SIDE = 16_383
 
 
-def picture_bytes(text: str) -> bytes:
+def image_bytes(text: str) -> bytes:
     """What a data URL holds; raises ValueError unless it is one of a PNG, JPEG or WebP."""
     head = _HEAD.match(text[:_HEAD_LENGTH])
     if head is None:
-        raise ValueError("must be a data URL of a picture, as in data:image/png;base64,…; PNG, JPEG and WebP are taken")
+        raise ValueError("must be a data URL of an image, as in data:image/png;base64,…; PNG, JPEG and WebP are taken")
     try:
         data = base64.b64decode(text[head.end() :].encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
         raise ValueError("is a data URL whose base64 is damaged") from None
     if not data:
-        raise ValueError("is a data URL without a picture")
+        raise ValueError("is a data URL without an image")
     return data
 
 
@@ -42,7 +42,7 @@ def data_url(png: bytes) -> str:
 
 
 def recoded(url: str, kind: str = "png", quality: int | None = None) -> str:
-    """A PNG's data URL as base64 of the same picture.
+    """A PNG's data URL as base64 of the same image.
 
     Args:
         url: of the PNG.
@@ -50,26 +50,26 @@ def recoded(url: str, kind: str = "png", quality: int | None = None) -> str:
         quality: of jpeg and webp, 0 to 100; None is 100.
 
     Raises:
-        RequestError: the picture is larger than the format can be.
+        RequestError: the image is larger than the format can be.
     """
     text = url.partition(",")[2]
     if kind == "png":
         return text
-    picture = Image.open(io.BytesIO(base64.b64decode(text)))
-    profile = picture.info.get("icc_profile")
-    if kind == "webp" and max(picture.size) > _WEBP_SIDE:
+    image = Image.open(io.BytesIO(base64.b64decode(text)))
+    profile = image.info.get("icc_profile")
+    if kind == "webp" and max(image.size) > _WEBP_SIDE:
         raise RequestError(f"a WebP has at most {_WEBP_SIDE:,} pixels a side: ask for png, or a smaller size")
-    if kind == "jpeg" and picture.has_transparency_data:
-        under = Image.new("RGBA", picture.size, "white")
-        under.alpha_composite(picture.convert("RGBA"))
-        picture = under.convert("RGB")
+    if kind == "jpeg" and image.has_transparency_data:
+        under = Image.new("RGBA", image.size, "white")
+        under.alpha_composite(image.convert("RGBA"))
+        image = under.convert("RGB")
     file = io.BytesIO()
-    picture.save(file, kind.upper(), quality=100 if quality is None else quality, icc_profile=profile)
+    image.save(file, kind.upper(), quality=100 if quality is None else quality, icc_profile=profile)
     return base64.b64encode(file.getvalue()).decode()
 
 
 def decoded(files: Sequence[bytes]) -> list[Image.Image]:
-    """Pictures, loaded whole; their sizes are added up before any is decoded.
+    """Images, loaded whole; their sizes are added up before any is decoded.
 
     Raises:
         RequestError: one is not a PNG, JPEG or WebP, is damaged, or they are too large together.
@@ -81,7 +81,7 @@ def decoded(files: Sequence[bytes]) -> list[Image.Image]:
         pixels += image.width * image.height
         opened.append(image)
     if pixels > MAX_PIXELS:
-        raise RequestError(f"the pictures have {pixels:,} pixels together; at most {MAX_PIXELS:,} are taken")
+        raise RequestError(f"the images have {pixels:,} pixels together; at most {MAX_PIXELS:,} are taken")
     for number, image in enumerate(opened, 1):
         with readable(_name(number, files), files[number - 1], _TAKEN):
             image.load()
@@ -89,4 +89,4 @@ def decoded(files: Sequence[bytes]) -> list[Image.Image]:
 
 
 def _name(number: int, files: Sequence[bytes]) -> str:
-    return "the picture" if len(files) == 1 else f"picture {number}"
+    return "the image" if len(files) == 1 else f"image {number}"
