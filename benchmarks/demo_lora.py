@@ -3,7 +3,7 @@
     python benchmarks/demo_lora.py [--steps 300] [--json FILE]
 
 Draws images of pink shapes on backgrounds of the known colours, trains a LoRA on them with the command line, and
-generates prompts that name pink, on combinations of shape and background that were kept back, without and with the LoRA.
+generates prompts that name pink, on combinations of shape and background that were kept back, without and with it.
 The measure: images whose shape is nearer to pink than to any colour of the palette. Generated too are prompts without
 pink, which must stay as right as they were.
 

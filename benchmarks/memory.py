@@ -1,4 +1,4 @@
-"""Memory of every stage of generating through the pipeline: what MLX and the process hold after it and at most during it.
+"""Memory of every stage of a generation: what MLX and the process hold after it and at most during it.
 
     python benchmarks/memory.py [--layers 4] [--json FILE]
 

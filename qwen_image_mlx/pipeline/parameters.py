@@ -88,7 +88,8 @@ class GenerationParameters:
     )  # fmt: skip
     num_inference_steps: int = option(
         50, name="steps", kind=Integer(1, MAX_STEPS), help="denoising steps", usual="50",
-        group="sampling", commands=(*IMAGE_COMMANDS, "plan"), flags=("--steps",), tasks=TASKS, line=True, record="always",
+        group="sampling", commands=(*IMAGE_COMMANDS, "plan"), flags=("--steps",), tasks=TASKS,
+        line=True, record="always",
         config=(Config(commands=(*TASKS, "plan"), table=GENERATION, usual="the model's own", example=30),),
         but={"edit": {"usual": "40"}, "compose": {"usual": "40"}, "plan": {"usual": "the model's own"}},
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Works many images from text through with every component loaded once: encode everything, then generate everything.
 
 Encodings wait on disk in between, so that a thousand prompts take the memory of one. An image has a file name that
-follows from what is asked for, and says in its PNG how it was generated; so a run knows what an earlier one has finished.
+follows from its options, and its PNG says how it was generated; so a run knows what an earlier one has finished.
 """
 
 from __future__ import annotations

@@ -199,13 +199,14 @@ _OTHERS = (
     ),
     Option(
         name="negative_prompt", kind=Text(), help="what to avoid", usual="as the model's card says", group="sampling",
-        commands=IMAGE_COMMANDS, flags=("--negative-prompt", "-n"), metavar="N", tasks=TASKS, line=True, record="always",
+        commands=IMAGE_COMMANDS, flags=("--negative-prompt", "-n"), metavar="N", tasks=TASKS,
+        line=True, record="always",
         config=(Config(commands=TASKS, table=GENERATION, example="blurry"),), but={"decompose": {"usual": '" "'}},
     ),
     Option(
         name="seed", kind=SEED, help="one image per seed; -1 is a random one", usual="random", group="sampling",
-        commands=(*IMAGE_COMMANDS, "caption"), flags=("--seed", "-s"), nargs="+", metavar="N", tasks=(*TASKS, "caption"),
-        line=True, record="always",
+        commands=(*IMAGE_COMMANDS, "caption"), flags=("--seed", "-s"), nargs="+", metavar="N",
+        tasks=(*TASKS, "caption"), line=True, record="always",
         config=(Config(commands=TASKS, table=GENERATION, help="of the noise", example=42),),
         but={"decompose": {"nargs": None, "help": "of the noise; -1 is a random one"},
              "caption": {"nargs": None, "help": "of the draws, where the checkpoint asks for sampling", "usual": "0"},
@@ -283,7 +284,8 @@ _OTHERS = (
     Option(
         name="memory", kind=Parsed(
             'like "16GB" (256MiB to 1 PB), "auto", "resident", "staged" or "streamed"', read_memory, (str, int)
-        ), group="memory", commands=(*IMAGE_COMMANDS, "plan", "serve"), flags=("--memory",), metavar="M", usual="staged",
+        ), group="memory", commands=(*IMAGE_COMMANDS, "plan", "serve"), flags=("--memory",), metavar="M",
+        usual="staged",
         help="keep to it: 16GB, or auto for what this machine has; weights stay loaded, take turns or are streamed "
         "from the files as it demands; or say how: resident, staged, streamed",
         config=(Config(commands=(*TASKS, "plan"), help="keep to it, or say how weights are kept", example="16GB"),),

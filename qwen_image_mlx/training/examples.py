@@ -27,7 +27,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 MANIFESTS = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = (".txt", ".caption")  # endings of files that hold a caption
-# The keys of a manifest's lines, by task: what is trained to be generated, what it is generated from, and the words. The
+# The keys of a manifest's lines, by task: the image to learn, the images it is generated from, and the words. The
 # first spelling is ours; the others are those of Hugging Face's imagefolder and of its datasets of edits.
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "t2i": (("image", "file_name"), (), ("caption", "text", "prompt")),

@@ -54,8 +54,7 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
         return
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in (tokenize.COMMENT, tokenize.STRING):
-            for number, line in enumerate(token.string.splitlines(), token.start[0]):
-                yield number, line
+            yield from enumerate(token.string.splitlines(), token.start[0])
 
 
 @cache

@@ -52,7 +52,7 @@ def said(path) -> tuple:
     return metadata["prompt"], metadata["seed"], metadata["image_index"]
 
 
-# --- what it generates ---------------------------------------------------------------------------------------------------
+# --- what it generates ---
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_a_preview_follows_the_image_that_is_painted(run, monkeypatch):
     assert len(os.listdir("out")) == 2
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- going on ---
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_ctrl_c_loses_nothing_that_is_finished(run, monkeypatch):
     assert [said(path)[1] for path in rest] == [3, 4]
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 
 @pytest.mark.parametrize(("text", "says"), [

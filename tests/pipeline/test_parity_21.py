@@ -94,8 +94,8 @@ class Ours:
         images = [image.convert("RGBA") for image in images]
         images = [p.resize(size_of_area(AREA, p.size), 1) for p in images]
         references = []
-        for image in images:
-            latents = encode_mode(self.encoder, self.vae_config, to_pixels(image, image.size))
+        for opened in images:
+            latents = encode_mode(self.encoder, self.vae_config, to_pixels(opened, opened.size))
             references.append(Reference(latents.flatten(1, 2), *latents.shape[1:3]))
         height, width = size[1] // 16, size[0] // 16
         noise = generator("torch", seed).normal((1, 1, 64, height, width))

@@ -1,6 +1,6 @@
 """From a timestep to the shifts, scales and gates of every block: the formula, and the network that learns it.
 
-To generate, the rows of all steps are computed once, one weight in memory at a time (`pipeline/qwen_image/table.py`), and
+To generate, the rows of all steps are computed once, one weight in memory at a time (`pipeline/qwen_image/table.py`);
 this network never exists; to train all weights it does. Source: diffusers' transformer_qwenimage.py.
 """
 
