@@ -136,7 +136,7 @@ def decompose(
     release_encoders: bool = False,
     release_transformer: bool = False,
 ) -> LayeredResult:
-    """Decomposes an image; each layer is decoded, resized and turned into 8 bits before the next. Arguments: `generate`'s."""
+    """Decomposes an image; layers are decoded, resized and turned into 8 bits one by one. Arguments: `generate`'s."""
     from .decomposition import layered_result  # here: most runs make no layers
 
     encoding = encoded(pipeline, request, progress, cache)
