@@ -190,7 +190,7 @@ def _sources(given: Mapping[str, Any], options: dict[str, Any]) -> list[Any]:
 def _size(
     given: Mapping[str, Any], record: Mapping[str, Any], from_image_input: bool, aspect: str | None
 ) -> tuple[int, int] | str | None:
-    """(width, height), "1mp", "source", an aspect, or None for the default; from the flags, the image's record or the config."""
+    """(width, height), "1mp", "source", an aspect, or None for the default; from flags, record or config."""
     if ("width" in given) != ("height" in given):
         raise RequestError("give both --width and --height, or --aspect")
     explicit = []

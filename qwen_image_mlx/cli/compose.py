@@ -33,8 +33,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--hide", type=int, action="append", default=[], metavar="N", help="leave layer N out; repeat for more")
     add("--move", action="append", default=[], metavar="N:X,Y", help="move layer N, right and down by pixels, as in "
         "3:+40,-10; repeat for more")  # fmt: skip
-    add("--scale", action="append", default=[], metavar="N:F", help="scale the content of layer N about its centre; repeat "
-        "for more")  # fmt: skip
+    add("--scale", action="append", default=[], metavar="N:F", help="scale the content of layer N about its centre; "
+        "repeat for more")  # fmt: skip
     add("--harmonize", metavar="PROMPT", help='let an editing model blend the result, as in "match light and shadows"')
     add_options(parser, "compose", heading="with --harmonize", bare=_BARE)
     return parser

@@ -1,4 +1,4 @@
-"""The output of a running command: progress bars and messages on stderr; or, with --json, events on stdout, one a line."""
+"""The output of a running command: progress bars and messages on stderr; with --json, events on stdout, one a line."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "edit",
         help="change images by instruction",
-        description="Change one or more images by instruction and save the result as PNG; its path is printed on stdout.",
+        description="Edit one or more images by instruction and save the result as PNG; its path is printed on stdout.",
     )
     add_options(parser, "edit")
     return parser

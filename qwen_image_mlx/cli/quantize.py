@@ -8,7 +8,8 @@ from typing import Any
 DESCRIPTION = """\
 Save a copy of a model with quantized weights, in a folder that loads like any other model, without a flag.
 
-At 8 bits a transformer takes 14.4 GB of memory instead of 27.0 and its images are hard to tell from the original's; at 4 bits it takes 7.6 GB.
+At 8 bits a transformer takes 14.4 GB of memory instead of 27.0, and its images are hard to tell from the original's;
+at 4 bits it takes 7.6 GB.
 The VAE, norms and the modulation, which is in the file but never stays in memory, are as exact as they were.
 quantization_report.json in the new folder has every matrix's error. An interrupted run continues when it is
 started again; an incomplete folder never loads."""

@@ -31,8 +31,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "serve",
         help="serve models over HTTP, with a page for the browser",
         description="Keep models warm and serve them over HTTP: a page for the browser at /, an API with jobs, and "
-        "OpenAI's images API. The address is printed on stdout. Ctrl-C or SIGTERM cancels the running job and ends the server. "
-        "It ends by itself, with exit code 1, when the GPU no longer works for its process.",
+        "OpenAI's images API. The address is printed on stdout. Ctrl-C or SIGTERM cancels the running job and ends "
+        "the server. It ends by itself, with exit code 1, when the GPU no longer works for its process.",
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; any non-loopback address needs a token "
@@ -45,10 +45,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--token-file", metavar="FILE", help="require the token in this file: Authorization: Bearer TOKEN")
     add("--allow-origin", action="append", default=[], metavar="O", help="let pages of a web origin use the "
         "server, such as https://example.org; repeat for more")  # fmt: skip
-    add("--allow-host", action="append", default=[], metavar="NAME", help="let clients reach the server by an additional "
-        "name, such as host.docker.internal from Docker; repeat for more")  # fmt: skip
+    add("--allow-host", action="append", default=[], metavar="NAME", help="let clients reach the server by an "
+        "additional name, such as host.docker.internal from Docker; repeat for more")  # fmt: skip
     add("--alias", action="append", default=[], metavar="NAME=TASK", help="give the model of a task (generate or edit) "
-        "an additional name in OpenAI's API; repeat for more (gpt-image-1, dall-e-3 and the like are known)")  # fmt: skip
+        "an additional name in OpenAI's API; repeat for more (gpt-image-1, dall-e-3 and others are known)")  # fmt: skip
     add("--idle-unload", default="10m", metavar="T", help="release a model that was not used for this long: 90s, 10m, "
         "1h, or never (default: %(default)s)")  # fmt: skip
     add("--job-limit", default="1h", metavar="T", help="cancel a job that takes longer (default: %(default)s)")

@@ -77,8 +77,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--seed", "-s", type=int, metavar="N", help="seed of all random draws (default: 0)")
     add("--save-every", type=int, metavar="N", help=f"steps between checkpoints (default: {default['save_every']})")
     add("--sample-every", type=int, metavar="N", help="steps between sample images (default: none)")
-    add("--sample-prompt", dest="sample_prompts", action="append", metavar="P", help="prompt of the sample images; repeat for more "
-        "(default: the first caption)")  # fmt: skip
+    add("--sample-prompt", dest="sample_prompts", action="append", metavar="P", help="prompt of the sample images; "
+        "repeat for more (default: the first caption)")  # fmt: skip
     add("--resume", action="store_true", help="continue from OUT's last checkpoint")
     return parser
 
@@ -175,7 +175,7 @@ class _LossLine:
 
 
 class _Interrupt:
-    """Handles the signals that end a command: at once before training; else after the current step; a second one at once.
+    """Handles signals that end a command: at once before training, else after the current step; a second one at once.
 
     Attributes:
         gently: whether there is something to save.

@@ -59,7 +59,7 @@ class Components:
 
     Args:
         snapshot: where the files are.
-        dtype: dtype of the text encoder and the transformer; the VAE always computes in fp32, as Metal's fast convolutions
+        dtype: that of the text encoder and the transformer; the VAE always computes in fp32: Metal's fast convolutions
             are too coarse in bf16.
         loading: given a component's name, a context to load it in.
         zero_cond_t: overrides the transformer's flag; None obeys the checkpoint.
@@ -263,7 +263,7 @@ class Components:
 
     @contextmanager
     def passing(self, name: str) -> Iterator[Pace]:
-        """A context for passes through a component, layer by layer; with streaming one layer runs while the next is read.
+        """A context for passes through a component, layer by layer; streaming reads one layer while another runs.
 
         Yields:
             The `on_layer` argument of its model.
@@ -309,7 +309,7 @@ class Components:
         return (TEXT_ENCODER, *vision, *((LANGUAGE_HEAD,) if self.variant.captions else ()))
 
     def prepare(self) -> None:
-        """Fetches all files that generation needs and checks their headers, so that no work is lost to a damaged file."""
+        """Fetches all files that generation needs and checks their headers, so no work is lost to a damaged file."""
         _ = self.scheduler_config, self.adapters
         self._tokenizer_files()
         shown = self.variant.encoder_area > 0
@@ -320,7 +320,7 @@ class Components:
         self._check_adapters(self.adapters)
 
     def prepare_captions(self) -> None:
-        """Fetches all files that captions need and checks their headers; raises CheckpointError if there is no captioner."""
+        """Fetches all files that captions need and checks their headers; raises CheckpointError without a captioner."""
         if not self._writes():
             raise CheckpointError(
                 f"{self.snapshot.model} cannot write captions: it lacks the files for them (lm_head.weight of its "

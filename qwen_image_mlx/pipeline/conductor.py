@@ -136,7 +136,7 @@ def decompose(
     release_encoders: bool = False,
     release_transformer: bool = False,
 ) -> LayeredResult:
-    """Decomposes an image; layers are decoded, resized and turned into 8 bits one by one. Arguments as for `generate`."""
+    """Decomposes an image; layers are decoded, resized and stored in 8 bits one by one. Arguments as in `generate`."""
     from .decomposition import layered_result  # here: most runs make no layers
 
     encoding = encoded(pipeline, request, progress, cache)

@@ -107,7 +107,8 @@ def opened_images(components: Components, images: Sequence[ImageSource]) -> list
         raise RequestError(f"{model} generates from text; only an editing model takes images to work on")
     if variant.max_images is not None and len(images) > variant.max_images:
         raise RequestError(
-            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)} at a time, but {len(images)} are given"
+            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, "
+            f"but {len(images)} are given"
         )
     opens = open_rgba if components.latent_space.pixel_channels == 4 else open_image
     return [opens(image) for image in images]

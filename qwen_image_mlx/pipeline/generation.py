@@ -148,7 +148,8 @@ def _check_encoding(components: Components, encoding: GuidanceEncoding, initial:
         raise RequestError("{} {}; the encoding holds {}".format(model, *kinds))
     if variant.max_images is not None and len(encoding.references) > variant.max_images:
         raise RequestError(
-            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, but the encoding has {len(encoding.references)}"
+            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, "
+            f"but the encoding has {len(encoding.references)}"
         )
     if variant.layered and initial is not None:
         raise RequestError(f"{model} decomposes an image; it does not change one")

@@ -66,7 +66,7 @@ class GenerationParameters:
         num_inference_steps: denoising steps, 1 … 1000.
         cfg_scale: classifier-free guidance; 1 turns it off, as does an encoding without a negative prompt.
         rng: "torch" draws the noise `torch.Generator("cpu")` would, "mlx" MLX's own.
-        sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid; their number is the number of steps.
+        sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid, one for each step.
         num_layers: with a layered model, the number of layers to decompose an image into, 1 … 8.
         cfg_normalize: whether guidance keeps the length of each token's velocity; None is the model's default (layered
             models: no, all others: yes).

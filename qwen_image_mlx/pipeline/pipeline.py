@@ -94,8 +94,8 @@ class QwenImagePipeline(Answering):
                 quantized already or too coarse.
             transformer, text_encoder, vae: a .safetensors or .gguf file, or a folder, to use instead of the
                 checkpoint's own, with the checkpoint's configs, corrected by the file's tensors.
-            streamed: of "transformer", "text_encoder" and "vision", the components whose layers are not kept: each pass
-                reads them from the files again. Same pixels, less memory, more time; the transformer is read once a step.
+            streamed: of "transformer", "text_encoder" and "vision", those whose layers are not kept: each pass reads
+                them from the files again. Same pixels, less memory, more time: the transformer is read once a step.
             progress: called for downloads, loading and work; can cancel.
 
         Raises:
@@ -324,7 +324,7 @@ class QwenImagePipeline(Answering):
             seed, rng: seed and generator of the initial noise; rng is "torch" or "mlx".
             num_images: images from this seed, each with its own noise.
             composite: with a mask, put the image back where the mask is black; False returns the model's own pixels.
-            staged: release the encoders before generating, so that they and the transformer are never in memory together.
+            staged: release the encoders before generating, so that they and the transformer never share the memory.
             progress: called for every stage and step; can cancel; False shows nothing. None shows progress bars on
                 stderr, unless the pipeline was opened with a callback.
 

@@ -210,7 +210,7 @@ def _require_space(partial: Path, folders: Folders) -> None:
     free = shutil.disk_usage(next(place for place in (partial, *partial.absolute().parents) if place.is_dir())).free
     if free + there < needed + _MARGIN:
         raise OutputError(
-            f"{partial.parent} has {free / 1e6:,.0f} MB left, but the quantized model takes {(needed + _MARGIN) / 1e6:,.0f} MB; "
+            f"{partial.parent} has {free / 1e6:,.0f} MB left, but the result takes {(needed + _MARGIN) / 1e6:,.0f} MB; "
             "free some space"
         )
 

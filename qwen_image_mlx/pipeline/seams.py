@@ -64,8 +64,8 @@ class DenoiserClass(Protocol):
         """Prepares an image.
 
         Args:
-            components: the checkpoint's components; the transformer is loaded. `Components.kept` is for what another image
-                of the same conditions may use.
+            components: the checkpoint's components; the transformer is loaded. `Components.kept` is for results that a
+                later image with the same conditions may use.
             conditions: what the image depends on.
             report: receives progress of long work.
 

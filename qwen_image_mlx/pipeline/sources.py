@@ -96,7 +96,7 @@ class Sources:
         return files
 
     def _given(self, folder: str, stem: str, keep: Callable[[str], bool] | None = None) -> WeightFiles:
-        """A component's files: its replacement's, else the checkpoint's; from a file of several components, its own tensors.
+        """A component's files: its replacement's, else the checkpoint's; from a shared file, its own tensors only.
 
         The tensors' names are those of a file with this component alone.
         """
@@ -111,7 +111,7 @@ class Sources:
         return replace(files, tensors=part_of(folder, files.tensors))
 
     def _missing_vision(self, component: Component, files: WeightFiles) -> WeightFiles | None:
-        """The vision tower that a text encoder's file lacks: llama.cpp's mmproj next to it, else the checkpoint's own."""
+        """The vision tower that a text encoder's file lacks: llama.cpp's mmproj next to it, else the checkpoint's."""
         if component.role == VISION and (found := vision_beside(files.files)):
             logger.info("the vision tower is read from %s", found)
             return weight_file(found)

@@ -43,7 +43,7 @@ class Start:
         return self.mask is not None
 
     def blend(self, done: int, latents: mx.array) -> mx.array:
-        """Latents (1, N, C) in which the initial image, noised to the level after `done` steps, is back where mask is 0."""
+        """Latents (1, N, C) with the initial image, noised to the level after `done` steps, where the mask is 0."""
         assert self.image is not None
         assert self.mask is not None
         kept = add_noise(self.image, self.noise, float(self.schedule.sigmas[done]))
@@ -98,6 +98,6 @@ def draw_start(
 
 
 def add_noise(image: mx.array, noise: mx.array, sigma: float) -> mx.array:
-    """sigma * noise + (1 - sigma) * image, all (1, N, C), in their dtype. Source: FlowMatchEulerDiscreteScheduler.scale_noise."""
+    """sigma * noise + (1 - sigma) * image, (1, N, C), in their dtype. Source: FlowMatchEulerDiscreteScheduler."""
     level = mx.array(sigma, dtype=image.dtype)
     return level * noise + (1 - level) * image

@@ -172,7 +172,7 @@ class Planner:
         return before, (encode, load, denoise)
 
     def encode(self, vision: int, text: int, vae: int) -> Stage:
-        """Images through the vision tower, prompts through the text encoder, images through the VAE; all stay loaded."""
+        """Images through the vision tower, prompts through the text encoder, images through the VAE; all stay."""
         config, work = self.components.config(TEXT_ENCODER), self.work
         prompts = 2 if work.guided else 1
         thinking = int(self.costs.text(prompts * self.prompt_tokens) * _width(config) * self.itemsize)

@@ -95,11 +95,11 @@ class OpenOptions:
         kind=Parsed("a directory or a Hugging Face id, in quotes", _name), group="model", record="always", place=True,
         help="a local directory or a Hugging Face id", commands=(*_READS, "plan"), flags=("--model", "-m"),
         config=(
-            _model("model_path", DEFAULT_MODEL, "model for generating: a directory or a Hugging Face id",
+            _model("model_path", DEFAULT_MODEL, "model to generate with: a directory or a Hugging Face id",
                    "generate", "plan", "train --task t2i"),
-            _model("edit_model_path", DEFAULT_EDIT_MODEL, "model for editing: a directory or a Hugging Face id",
+            _model("edit_model_path", DEFAULT_EDIT_MODEL, "model to edit with: a directory or a Hugging Face id",
                    "edit", "train --task edit"),
-            _model("layered_model_path", DEFAULT_LAYERED_MODEL, "model for decomposing: a directory or a Hugging Face id",
+            _model("layered_model_path", DEFAULT_LAYERED_MODEL, "layered model: a directory or a Hugging Face id",
                    "decompose", "caption", "train --task layered"),
         ), usual=DEFAULT_MODEL,
         but={"edit": {"usual": DEFAULT_EDIT_MODEL}, "compose": {"usual": DEFAULT_EDIT_MODEL},
@@ -111,7 +111,8 @@ class OpenOptions:
         commands=(*_READS, "plan"), flags=("--revision",), of_model=True,
     )  # fmt: skip
     dtype: Dtype = option(
-        DTYPES[0], kind=Choice(DTYPES), help="dtype of the text encoder and the transformer", usual=DTYPES[0], group="model",
+        DTYPES[0], kind=Choice(DTYPES), help="dtype of the text encoder and the transformer", usual=DTYPES[0],
+        group="model",
         commands=(*_READS, "plan"), flags=("--dtype",), record="always",
     )  # fmt: skip
     quantize: str | None = option(
@@ -209,7 +210,7 @@ _OTHERS = (
         tasks=(*TASKS, "caption"), line=True, record="always",
         config=(Config(commands=TASKS, table=GENERATION, help="noise seed", example=42),),
         but={"decompose": {"nargs": None, "help": "noise seed; -1 draws a random seed"},
-             "caption": {"nargs": None, "help": "seed for sampling the caption, if the checkpoint samples", "usual": "0"},
+             "caption": {"nargs": None, "help": "sampling seed, if the checkpoint samples captions", "usual": "0"},
              "/caption": {"default": 0}},
     ),
     Option(
@@ -219,9 +220,9 @@ _OTHERS = (
     Option(name="image_index", kind=IMAGE_INDEX, record="always"),
     Option(
         name="aspect", kind=Choice(tuple(ASPECT_SIZES)), group="size", commands=("generate",), flags=("--aspect",),
-        help="an official size instead of width and height: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items()),
+        help="an official size: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items()),
         usual=next(iter(ASPECT_SIZES)), tasks=("generate",), line=True,
-        config=(Config(commands=("generate",), table=GENERATION, help="aspect ratio of an image generated from a prompt alone",
+        config=(Config(commands=("generate",), table=GENERATION, help="aspect ratio of an image from a prompt alone",
                        example="16:9"),),
     ),
     Option(
@@ -265,11 +266,12 @@ _OTHERS = (
     Option(
         name="resolution", kind=SIDE, group="layers", commands=("decompose", "caption"), flags=("--resolution",),
         metavar="|".join(map(str, LAYERED_RESOLUTIONS)), usual=str(LAYERED_RESOLUTIONS[0]),
-        help="side of the square whose area the model works at, in pixels; the aspect is the image's", tasks=("decompose", "caption"),
+        help="side in pixels of the square whose area the model works at",
+        tasks=("decompose", "caption"),
         config=(Config(commands=("decompose",), usual="the model's own", example=640,
-                       help="side of the square whose area images are decomposed at, in pixels"),),
+                       help="side in pixels of the square whose area the model works at"),),
         but={"caption": {"kind": Choice(LAYERED_RESOLUTIONS), "metavar": None,
-                         "help": "side of the square whose area the image is shown at, in pixels"}},
+                         "help": "side in pixels of the square whose area the image is shown at"}},
     ),
     Option(
         name="caption_language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="layers", commands=("decompose",),
@@ -286,8 +288,8 @@ _OTHERS = (
             'like "16GB" (256MiB to 1 PB), "auto", "resident", "staged" or "streamed"', read_memory, (str, int)
         ), group="memory", commands=(*IMAGE_COMMANDS, "plan", "serve"), flags=("--memory",), metavar="M",
         usual="staged",
-        help="memory limit, such as 16GB, or auto for this machine's; weights stay loaded, are loaded stage by stage, or "
-        "are streamed from the files to fit it; or choose: resident, staged, streamed",
+        help="memory limit, such as 16GB, or auto for this machine's; weights stay loaded, are loaded stage by stage "
+        "or are streamed from the files to fit it; or choose: resident, staged, streamed",
         config=(Config(commands=(*TASKS, "plan"), help="memory limit, or how weights are kept", example="16GB"),),
         but={"plan": {"help": "memory limit, such as 16GB; auto is this machine's", "usual": "auto"},
              "serve": {"help": "memory limit, as in generate",

@@ -233,7 +233,7 @@ def _cache() -> EncodingCache:
 
 
 def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None) -> QwenImagePipeline:
-    """Opens the checkpoint of some options; raises RequestError, CheckpointError and HubError like `from_pretrained`."""
+    """Opens a checkpoint by its options; raises RequestError, CheckpointError and HubError like `from_pretrained`."""
     if options.group_size is not None and options.quantize is None:
         raise RequestError("a group size is given, but no quantization", cause="group size")
     loras = list(options.loras)

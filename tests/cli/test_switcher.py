@@ -315,8 +315,8 @@ def test_help_is_short_before_it_is_long_and_ends_with_examples_that_parse(comma
 def test_help_is_in_groups(capsys):
     lines = help_of("generate", capsys).splitlines()
     titles = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert titles[2:] == ["image", "size", "sampling", "image to image", "many images", "model",
-                          "speed and memory", "output", "settings", "what is shown", "examples"]  # fmt: skip
+    assert titles[2:] == ["image", "size", "sampling", "image to image and inpainting", "many images", "model",
+                          "speed and memory", "output", "settings", "messages and progress", "examples"]  # fmt: skip
 
 
 @pytest.mark.process
