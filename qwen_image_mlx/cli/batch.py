@@ -180,9 +180,9 @@ def _lines(path: Path) -> Iterator[_Line]:
     try:
         size = path.stat().st_size
         if not path.is_file():  # a pipe may never end, nor begin
-            raise RequestError(f"--prompts-file is {path}, which cannot be read: it is not a regular file")
+            raise ValueError("it is not a regular file")
         if size > _MAX_BYTES:
-            raise RequestError(f"{path} has more than {_MAX_BYTES // 10**6} MB, which is too much for prompts")
+            raise ValueError(f"it has more than {_MAX_BYTES // 10**6} MB, which is too much for prompts")
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not text in UTF-8") from error

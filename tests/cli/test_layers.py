@@ -92,7 +92,7 @@ def stacked(images) -> Image.Image:
 
 
 @pytest.mark.slow
-def test_a_image_is_taken_apart(run):
+def test_an_image_is_taken_apart(run):
     code, out, err = run("decompose", "photo.png", *APART)
     assert code == 0, err
     folder, psnr = out
@@ -375,13 +375,13 @@ def test_info_describes_layers(run, here, capsys, name):
     assert (facts["layers"], facts["size"]) == (2, "150x100")
 
 
-def test_a_image_that_shows_nothing_has_no_caption(run, here):
+def test_an_image_that_shows_nothing_has_no_caption(run, here):
     Image.new("RGBA", (64, 64)).save("empty.png")
     assert "transparent everywhere" in error_line(run("caption", "empty.png"))
 
 
 @pytest.mark.slow
-def test_a_image_with_a_profile_is_one_image_in_every_file(run, here):
+def test_an_image_with_a_profile_is_one_image_in_every_file(run, here):
     """Of a wide image all that is made is as of the same image in sRGB, and carries no profile."""
     from qwen_image_mlx.images.colour import _matrix_profile
     from qwen_image_mlx.images.sources import open_image
