@@ -254,7 +254,7 @@ def lie_about_shape(header) -> None:
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 DAMAGES = {
     "no model_index.json": (lambda m: (m / "model_index.json").unlink(), "model_index.json"),
-    "model_index.json is no JSON": (lambda m: (m / "model_index.json").write_text("{"), "model_index.json"),
+    "model_index.json is not JSON": (lambda m: (m / "model_index.json").write_text("{"), "model_index.json"),
     "unknown pipeline class": (lambda m: edit_json(m / "model_index.json", _class_name="MyPipeline"), "MyPipeline"),
     "another model": (
         lambda m: edit_json(m / "model_index.json", _class_name="StableDiffusionXLPipeline"),
