@@ -355,7 +355,7 @@ def test_a_failed_write_is_said_once(source, tmp_path, monkeypatch):
 def test_nothing_is_left_where_there_is_no_space(source, tmp_path, monkeypatch):
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     monkeypatch.setattr(packing, "write_component", lambda *_, **__: pytest.fail("work was done"))
-    with pytest.raises(OutputError, match="has 1 MB left, but the pack takes 70 MB"):
+    with pytest.raises(OutputError, match="has 1 MB left, but the result takes 70 MB"):
         quantize_checkpoint(source, tmp_path / "deep" / "pack", Quantization.parse("4"))
     assert not list(tmp_path.iterdir())
 
