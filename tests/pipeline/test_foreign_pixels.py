@@ -193,7 +193,7 @@ def test_the_only_file_of_a_folder_needs_no_usual_name(models, copied, ending):
         expected = generate(models["generate"])
     assert_same(generate(folder), expected)
     foreign.save(folder / "transformer" / "another.safetensors", tensors)
-    with pytest.raises(CheckpointError, match="not plain which of them belong together"):
+    with pytest.raises(CheckpointError, match="not clear which of them belong together"):
         generate(folder)
 
 
@@ -248,7 +248,7 @@ def test_without_one_the_model_s_own_vision_tower_is_used(models, copied, tmp_pa
 def test_a_vision_tower_alone_is_no_text_encoder(models, tmp_path):
     _, vision = split(foreign.read(models["edit"] / "text_encoder"))
     file = foreign.write_llama(tmp_path / "mmproj-F32.gguf", vision)
-    with pytest.raises(CheckpointError, match=r"a vision tower and not the language model.*beside"):
+    with pytest.raises(CheckpointError, match=r"a vision tower and not the language model.*text encoder's folder"):
         generate(models["edit"], text_encoder=file)
 
 

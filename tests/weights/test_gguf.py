@@ -245,7 +245,7 @@ DAMAGED = {
     "removed type": (build((entry(kind=4),)), "unknown type 4"),
     "rows of half a block": (build((entry(dims=(48, 2), kind=2),)), "(2, 48), whose rows are not whole Q4_0 blocks"),
     "a scalar of a block type": (build((entry(dims=(), kind=2),)), "whose rows are not whole Q4_0"),
-    "offset": (build((entry(offset=8),)), "begins at no multiple of 32"),
+    "offset": (build((entry(offset=8),)), "does not begin at a multiple of 32"),
     "hole": (build((entry(offset=32),), data=64), "32 bytes before the tensor 'w' belong to no tensor"),
     "far": (build((entry(offset=2**63),)), "bytes before the tensor 'w'"),
     "overlap": (build((entry("a", (16,)), entry("b", offset=32)), data=64), "tensors 'a' and 'b' overlap"),
