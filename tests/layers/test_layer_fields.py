@@ -152,7 +152,7 @@ def artboard(layer):
     (unknown_effect(True), True, "has effects, which are left out"),
     (damaged_effects, False, "has effects, which are left out"),
     (artboard, True, "is an artboard: its background is left out"),
-    (lambda layer: setattr(layer, "blend_mode", BlendMode.DISSOLVE), False, "is blended otherwise"),
+    (lambda layer: setattr(layer, "blend_mode", BlendMode.DISSOLVE), False, "is not blended as normal"),
 ])  # fmt: skip
 def test_what_is_not_applied_is_named(tmp_path, caplog, change, group, says):
     load_layers(over_blue(tmp_path / "x.psd", change, group))

@@ -64,7 +64,7 @@ def rewrite(folder: Path, **changes) -> None:
     ({"layers": [{"file": None}]}, "names its file"),
     ({"layers": [{"file": ""}]}, "no such file"),
     ({"layers": [{"file": "."}]}, "no such file"),
-    ({"layers": [{"file": "gone.png"}]}, "must hold 'gone.png', but there is no such file in it; put it there"),
+    ({"layers": [{"file": "gone.png"}]}, "must hold 'gone.png', but lacks this file; put it there"),
     ({"layers": [{"file": "../secret.png"}]}, "no such file"),
     ({"layers": [{"file": "./layer_0.png"}]}, "no such file"),
     ({"layers": [{"file": "/etc/passwd"}]}, "no such file"),
@@ -332,9 +332,9 @@ def test_locked_zips_are_refused(tmp_path):
 
 
 def test_what_holds_no_layers_is_refused(saved, tmp_path):
-    assert "there is no" in refusal(tmp_path / "nowhere")
-    assert "there is no" in refusal("x" * 5000)
-    assert "there is no" in refusal("a\0b")
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+    assert "does not exist" in refusal("x" * 5000)
+    assert "does not exist" in refusal("a\0b")
     assert "neither manifest.json nor layer_0.png" in refusal(tmp_path)
     (tmp_path / "empty").touch()
     assert "give a folder that decompose wrote, its zip, a PSD or an OpenRaster file" in refusal(tmp_path / "empty")
