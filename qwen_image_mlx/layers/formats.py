@@ -113,7 +113,7 @@ def save_layers(stack: LayerStack, folder: StrPath, formats: Iterable[LayersForm
     folder = Path(os.path.expanduser(folder))
     try:
         if not is_free(folder):
-            raise FileExistsError(errno.EEXIST, "it is not empty; give a new folder")
+            raise FileExistsError(errno.EEXIST, "it exists already; give a new or empty folder")
         with atomic_folder(folder) as partial:
             for name in chosen:
                 FORMATS[name].write(stack, partial / FORMATS[name].file)

@@ -326,7 +326,7 @@ def test_a_manifest_never_leaves_its_folder(run, layers):
     for file in ("../photo.png", str(Path("photo.png").resolve()), "gone.png"):
         manifest["layers"][0]["file"] = file
         (layers / "manifest.json").write_text(json.dumps(manifest))
-        assert "no such file" in error_line(run("compose", layers))
+        assert "lacks this file" in error_line(run("compose", layers))
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_a_image_that_is_not_that_of_its_layers_is_said(tmp_path, caplog, colour
     with open(tmp_path / "x.psd", "wb") as file:
         document._record.write(file)
     load_layers(tmp_path / "x.psd")
-    assert ("are not the image that it shows" in caplog.text) is (colour != (255, 0, 0))
+    assert ("differs from its merged image" in caplog.text) is (colour != (255, 0, 0))
 
 
 def ora(path: Path, attributes: str, inside: str = "") -> Path:

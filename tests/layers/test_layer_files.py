@@ -157,7 +157,7 @@ def test_any_png_can_be_a_layer(folder, image, expected):
 
 def test_a_folder_is_never_written_over(folder):
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(OutputError, match=f"cannot write {folder}: it is not empty"):
+    with pytest.raises(OutputError, match=f"cannot write {folder}: it exists already"):
         save_layers(STACK, folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert os.listdir(folder.parent) == ["small"]
