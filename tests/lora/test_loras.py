@@ -266,8 +266,8 @@ def test_lightning_sets_the_schedule_and_yields_to_flags(run, shapes, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (["--lora", "none.safetensors"], "no file none.safetensors"),
-    (["--lora", "lora.safetensors@much"], "no number"),
+    (["--lora", "none.safetensors"], "none.safetensors does not exist"),
+    (["--lora", "lora.safetensors@much"], "not a number"),
     (["--lora", "lora.pt"], "pickle"),
     (["--lora", "cut.safetensors"], "cut.safetensors"),
     (["--lora", "other.safetensors"], "made for FLUX"),

@@ -211,7 +211,7 @@ DAMAGED = {
     "magic": (build(magic=b"GGML"), "not a GGUF file, it begins with b'GGML': give a .gguf file"),
     "safetensors": (b"\x10\0\0\0\0\0\0\0{}", "not a GGUF file"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "run 'git lfs pull'"),
-    "version 1": (build(version=1), "GGUF version 1, of which only 2 and 3 are read"),
+    "version 1": (build(version=1), "GGUF version 1; only 2 and 3 are supported"),
     "version 4": (build(version=4), "GGUF version 4"),
     "version 0": (build(version=0), "GGUF version 0"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 1, 0), "big-endian GGUF file: use the little-endian file"),

@@ -93,8 +93,9 @@ def test_words_and_back(text, group, said):
 
 @pytest.mark.parametrize(("text", "group", "says"), [
     ("7", None, "'7' is not a quantization"), ("", None, "not a quantization"), ("4", 48, "32 or 128, not of 48"),
-    ("4/32", 64, "of its own"), ("mxfp4", 64, "groups of 32"), ("transformer=4,transformer=8", None, "each once"),
-    ("vae=4", None, "transformer=4"), ("transformer=4/x", None, "not of x"), ("transformer", None, "not a quantization"),
+    ("4/32", 64, "of its own"), ("mxfp4", 64, "groups of 32"), ("transformer=4,transformer=8", None, "once: write"),
+    ("vae=4", None, "transformer=4"), ("transformer=4/x", None, "not of x"),
+    ("transformer", None, "not a quantization"),
 ])  # fmt: skip
 def test_other_words_are_refused(text, group, says):
     with pytest.raises(RequestError, match=says):
