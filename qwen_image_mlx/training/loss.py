@@ -1,7 +1,7 @@
 """Flow matching: the noise level of a training sample, its target, and the loss.
 
 Arrays in, arrays out; independent of networks and files. Randomness is an explicit key. Source: diffusers'
-training_utils.py and  examples/dreambooth/train_dreambooth_lora_qwen_image.py.
+training_utils.py and examples/dreambooth/train_dreambooth_lora_qwen_image.py.
 """
 
 from __future__ import annotations
