@@ -43,8 +43,8 @@ def run(options: Mapping[str, Any]) -> Outcome:
     farthest = max(OPERATIONS, key=lambda operation: errors[operation.name] / operation.allowed)
     share = errors[farthest.name] / farthest.allowed
     outcome.summary = (
-        f"{len(OPERATIONS)} operations are correct; the one with the largest error, {farthest.name}, is at {share:.0%} of "
-        "its tolerance"
+        f"{len(OPERATIONS)} operations are correct; the one with the largest error, {farthest.name}, is at {share:.0%} "
+        "of its tolerance"
     )
     return outcome
 

@@ -85,7 +85,7 @@ class LayerStack:
         metadata: the parameters that made them (seed, prompt, …), JSON-serialisable.
 
     Raises:
-        RequestError: there are no layers or too many, or the size of the canvas is out of range.
+        RequestError: the number of layers or the size of the canvas is out of range.
     """
 
     size: Size
