@@ -25,7 +25,7 @@ from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
 from qwen_image_mlx.text.places import image_starts
 from qwen_image_mlx.text.prompt import TokenizedPrompt
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.shards import component_tensors
+from qwen_image_mlx.weights.safetensors_files import component_tensors
 
 
 @pytest.fixture(scope="module")

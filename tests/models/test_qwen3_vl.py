@@ -18,7 +18,7 @@ from qwen_image_mlx.models.qwen3_vl.text import LanguageHead, Prompt, TextEncode
 from qwen_image_mlx.models.qwen3_vl.vision import VisionTower
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import LAYOUTS, canonical_names, dialect_name, expected_tensors, other_part
-from qwen_image_mlx.weights.shards import component_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
 
 pytestmark = pytest.mark.reference
 

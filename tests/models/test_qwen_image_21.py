@@ -20,7 +20,7 @@ from qwen_image_mlx.models.qwen_image_21.vae import Decoder, Encoder
 from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import LAYOUTS, expected_tensors
-from qwen_image_mlx.weights.shards import component_tensors, read_header
+from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
 
 pytestmark = pytest.mark.reference
 

@@ -37,7 +37,7 @@ from qwen_image_mlx.text.prompt import replace_vision_tokens, tokenize_prompt
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
 from qwen_image_mlx.variants import Template
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.shards import component_tensors
+from qwen_image_mlx.weights.safetensors_files import component_tensors
 
 pytestmark = pytest.mark.reference
 
