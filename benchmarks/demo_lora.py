@@ -1,10 +1,10 @@
-"""A colour the demo model has never seen, learned by a LoRA: how long it takes, and how often it is painted then.
+"""A colour the demo model has never seen, learned by a LoRA: how long it takes, and how often it is generated then.
 
     python benchmarks/demo_lora.py [--steps 300] [--json FILE]
 
-Draws pictures of pink shapes on backgrounds of the known colours, trains a LoRA on them with the command line, and
-paints prompts that name pink, on combinations of shape and background that were kept back, without and with the LoRA.
-The measure: pictures whose shape is nearer to pink than to any colour of the palette. Painted too are prompts without
+Draws images of pink shapes on backgrounds of the known colours, trains a LoRA on them with the command line, and
+generates prompts that name pink, on combinations of shape and background that were kept back, without and with it.
+The measure: images whose shape is nearer to pink than to any colour of the palette. Generated too are prompts without
 pink, which must stay as right as they were.
 
 Takes 5 minutes and 1 GB of memory.
@@ -22,7 +22,7 @@ from common import Table, Targets, finish, parser, preload_blas, stopwatch
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 PINK = (245, 130, 190)
-PICTURES, JUDGED = 64, 40
+IMAGES, JUDGED = 64, 40
 MINUTES = 5
 
 
@@ -41,26 +41,26 @@ def main() -> None:
         seconds = stopwatch(lambda: subprocess.run(list(map(str, command)), check=True))
         before, after = judge([]), judge([run / "lora.safetensors"])
     table = Table(
-        f"a LoRA for pink, {arguments.steps} steps: parts of {JUDGED} pictures", ("", "without", "with"),
+        f"a LoRA for pink, {arguments.steps} steps: parts of {JUDGED} images", ("", "without", "with"),
         [(name, before[name], after[name]) for name in before],
     )  # fmt: skip
     table.print()
     targets = Targets()
     targets.check("minutes of training", seconds / 60, MINUTES)
-    targets.check("pink prompts not painted pink, with the LoRA", 1 - after["pink, as asked"], 0.2)
-    targets.check("other prompts painted wrong, with the LoRA", 1 - after["other colours, as asked"], 0.1)
+    targets.check("pink prompts not generated pink, with the LoRA", 1 - after["pink, as asked"], 0.2)
+    targets.check("other prompts generated wrong, with the LoRA", 1 - after["other colours, as asked"], 0.1)
     finish([table, targets], arguments.json)
 
 
 def draw(folder: Path) -> None:
-    """Pictures of pink things and their captions."""
+    """Images of pink things and their captions."""
     from demo.scenes import COLOURS
     from PIL import Image
 
     COLOURS["pink"] = PINK
     try:
         folder.mkdir()
-        for number, scene in enumerate(_scenes(PICTURES, 1, held_out=False)):
+        for number, scene in enumerate(_scenes(IMAGES, 1, held_out=False)):
             Image.fromarray(scene.render()).save(folder / f"{number:02}.png")
             (folder / f"{number:02}.txt").write_text(scene.caption)
     finally:
@@ -68,7 +68,7 @@ def draw(folder: Path) -> None:
 
 
 def judge(loras: list[Path]) -> dict[str, float]:
-    """How often the colour that a prompt names is painted."""
+    """How often the colour that a prompt names is generated."""
     import numpy as np
     from demo.scenes import COLOURS, analyse, draw_scene
 

@@ -5,7 +5,7 @@
 
 Writes a random checkpoint of Qwen-Image-2512's configuration (bf16, in shards, 57 GB with all 60 blocks; --bits packs
 it on the way, 26 GB at 4) into a temporary folder, or into DIR, where it stays and is found the next time. Then the
-command line paints one picture in one step without guidance, each time with the memory that the plan for one residency
+command line generates one image in one step without guidance, each time with the memory that the plan for one residency
 asks for. The predicted peak of each stage stands beside the one that --profile noted, which is MLX's own count, and
 beside the most the process had resident at all.
 
@@ -47,7 +47,7 @@ def main() -> None:
     options.add_argument("--encoder-layers", type=int, default=28, help="layers of the text encoder (28)")
     options.add_argument("--bits", help="pack the transformer in so many bits and the text encoder in 8")
     options.add_argument("--residency", nargs="+", default=["streamed"], help="streamed, staged, resident (streamed)")
-    options.add_argument("--size", type=int, default=256, help="side of the picture (256)")
+    options.add_argument("--size", type=int, default=256, help="side of the image (256)")
     options.add_argument("--dtype", default="float32", help="of the computation (float32)")
     options.add_argument("--folder", type=Path, help="keep the checkpoint there, or find it there")
     arguments = options.parse_args()
@@ -59,7 +59,7 @@ def main() -> None:
             options = [arguments.blocks, arguments.encoder_layers, arguments.bits or ""]
             code = f"import full_size; from pathlib import Path; full_size.write(Path({str(folder)!r}), *{options!r})"
             subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
-        table, targets = paint(folder, arguments)
+        table, targets = generate(folder, arguments)
     table.print()
     finish([table, targets], arguments.json)
 
@@ -69,14 +69,14 @@ def write(folder: Path, blocks: int, encoder_layers: int, bits: str) -> None:
     from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.schemes import Quantization
-    from qwen_image_mlx.weights.synthetic import FULL, write_checkpoint
+    from qwen_image_mlx.weights.synthetic import FULL, ROWS, write_checkpoint
 
     configs = {
         "transformer": replace(FULL["transformer"], num_layers=blocks),
         "text_encoder": replace(FULL["text_encoder"], num_hidden_layers=encoder_layers),
         "vae": FULL["vae"],
     }
-    nbytes = sum(2 * prod(s.shape) for name, c in configs.items() for s in expected_tensors(name, c).values())
+    nbytes = sum(2 * prod(s.shape) for name, c in configs.items() for s in expected_tensors(ROWS[name], c).values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     needed, free = 1.02 * nbytes * (1.5 if bits else 1), shutil.disk_usage(folder.parent).free
     if free < needed:
@@ -92,7 +92,7 @@ def write(folder: Path, blocks: int, encoder_layers: int, bits: str) -> None:
         partial.rename(folder)
 
 
-def paint(folder: Path, arguments: Any) -> tuple[Table, Targets]:
+def generate(folder: Path, arguments: Any) -> tuple[Table, Targets]:
     rows, targets = [], Targets()
     size = f"{arguments.size}x{arguments.size}"
     for residency in arguments.residency:
@@ -100,14 +100,14 @@ def paint(folder: Path, arguments: Any) -> tuple[Table, Targets]:
             command("plan", folder, "--json", "--size", size, "--steps", 1, "--dtype", arguments.dtype)[0]
         )
         plan = next(plan for plan in planned["plans"] if plan["residency"] == residency)
-        picture = folder.with_name("picture.png")
+        image = folder.with_name("image.png")
         _, most = command(
             "generate", PROMPT, "--model", folder, "--width", arguments.size, "--height", arguments.size, "--steps", 1,
             "--cfg-scale", 1, "--dtype", arguments.dtype, "--memory", residency, "--seed", 1, "--profile",
-            "--output", picture,
+            "--output", image,
         )  # fmt: skip
-        costs = {row["stage"]: row for row in json.loads(command("info", picture, "--json")[0])["profile"]}
-        picture.unlink()
+        costs = {row["stage"]: row for row in json.loads(command("info", image, "--json")[0])["profile"]}
+        image.unlink()
         for stage, names in STAGES.items():
             predicted = plan["stages"][stage]["peak"]
             measured = max(costs[name]["peak"] for name in names)

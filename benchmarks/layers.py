@@ -3,7 +3,7 @@
     python benchmarks/layers.py [--size 256] [--json FILE]
 
 A random checkpoint whose VAE is real in every width and has four channels; nothing else of it matters here. The peak is
-what MLX held while decoding, beyond what it held before. Layers leave as 8-bit pictures, as on their way to files.
+what MLX held while decoding, beyond what it held before. Layers leave as 8-bit images, as on their way to files.
 
 Takes 5 minutes and 7 GB of memory at 256.
 """
@@ -39,7 +39,7 @@ def main() -> None:
         write_checkpoint(Path(folder), {**TINY, "vae": FULL["vae"]}, pipeline="QwenImageLayeredPipeline")
         pipeline = QwenImagePipeline.from_pretrained(folder)
         components = pipeline.components
-        decoder, config = components.vae_decoder, components.vae_config
+        decoder, config = components.network("vae_decoder"), components.config("vae")
 
         def one_by_one(parameters: GenerationParameters, latents: mx.array) -> None:
             for frame in pipeline.decode_frames(parameters, latents):

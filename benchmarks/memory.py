@@ -1,10 +1,10 @@
-"""Memory of every stage of painting through the pipeline: what MLX and the process hold after it and at most during it.
+"""Memory of every stage of a generation: what MLX and the process hold after it and at most during it.
 
     python benchmarks/memory.py [--layers 4] [--json FILE]
 
 The checkpoints are random and bf16, real in every width, and short: few transformer blocks, two layers of the text
-encoder and of the vision tower, a small vocabulary; a real VAE, which is computed in fp32. A painting, and an edit of
-one picture. 64x64 pixels and two steps, as bf16 is slow on a CPU: what is held is weights. The process's own bytes
+encoder and of the vision tower, a small vocabulary; a real VAE, which is computed in fp32. A generation, and an edit of
+one image. 64x64 pixels and two steps, as bf16 is slow on a CPU: what is held is weights. The process's own bytes
 include what glibc keeps of freed memory, and the interpreter.
 
 Takes 4 minutes, 5 GB of memory and 5 GB of temporary files.
@@ -33,7 +33,7 @@ COMPONENTS = {
     "encoders": "text_encoder",
     "text_encoder": "text_encoder",
     "vision": "text_encoder",
-    "encode pictures": "text_encoder",
+    "encode images": "text_encoder",
     "references": "vae",
     "modulation": "transformer",
     "transformer": "transformer",
@@ -51,10 +51,10 @@ def main() -> None:
     preload_blas()
 
     tables, targets = [], Targets()
-    for task, pipeline in (("painting", "QwenImagePipeline"), ("edit", "QwenImageEditPlusPipeline")):
+    for task, pipeline in (("generation", "QwenImagePipeline"), ("edit", "QwenImageEditPlusPipeline")):
         with tempfile.TemporaryDirectory() as folder:
             sizes = write(Path(folder), arguments.layers, pipeline)
-            record = paint(folder, sizes)
+            record = generate(folder, sizes)
         title = f"{task}: {arguments.layers} blocks, {ENCODER_LAYERS} encoder layers, bf16; MiB, and parts of the "
         title += "component's file: " + ", ".join(f"{name} {size / MIB:,.0f}" for name, size in sizes.items())
         tables.append(Table(title, Recorder.COLUMNS, record.rows))
@@ -70,8 +70,8 @@ def main() -> None:
     finish([*tables, targets], arguments.json)
 
 
-def paint(folder: str, sizes: dict[str, int]) -> Recorder:
-    """Encodes and paints, and releases each component when its work is done."""
+def generate(folder: str, sizes: dict[str, int]) -> Recorder:
+    """Encodes and generates, and releases each component when its work is done."""
     from PIL import Image
 
     from qwen_image_mlx import GenerationParameters, QwenImagePipeline
@@ -79,9 +79,9 @@ def paint(folder: str, sizes: dict[str, int]) -> Recorder:
     pipeline = QwenImagePipeline.from_pretrained(folder)
     record = Recorder(sizes)
     record.note("start")
-    pictures = [Image.linear_gradient("L").resize((SIZE, SIZE))] if pipeline.variant.takes_images else []
+    images = [Image.linear_gradient("L").resize((SIZE, SIZE))] if pipeline.variant.takes_images else []
     encoding = pipeline.encode_guidance_prompts(
-        "a red fox", images=pictures, reference_pixels=SIZE**2, progress=record.follow
+        "a red fox", images=images, reference_pixels=SIZE**2, progress=record.follow
     )
     pipeline.release_encoders()
     record.note("release encoders")
@@ -98,10 +98,11 @@ def paint(folder: str, sizes: dict[str, int]) -> Recorder:
 
 def share_of_main() -> float:
     """Elements of the released transformer that stay loaded, of all."""
-    from qwen_image_mlx.config import TransformerConfig
+    from qwen_image_mlx.models.qwen_image.config import TransformerConfig
     from qwen_image_mlx.weights.mapping import expected_tensors
+    from qwen_image_mlx.weights.synthetic import ROWS
 
-    specs = expected_tensors("transformer", TransformerConfig()).values()
+    specs = expected_tensors(ROWS["transformer"], TransformerConfig()).values()
     return sum(prod(spec.shape) for spec in specs if spec.part == "main") / sum(prod(spec.shape) for spec in specs)
 
 

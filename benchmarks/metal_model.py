@@ -29,7 +29,7 @@ from common import Table, finish, parser, preload_blas
 
 
 class Shape(NamedTuple):
-    """A picture's work in the transformer, in tokens."""
+    """An image's work in the transformer, in tokens."""
 
     name: str
     image: int
@@ -45,10 +45,10 @@ SHAPES = (
     Shape("edit of 1 MP, 1 reference, guided", 4096, (1400, 1340), 4096),
     Shape("edit of 1 MP, 2 references, guided", 4096, (2700, 2640), 8192),
 )
-PICTURES = (512, 1024, 1328, 2048)
+IMAGES = (512, 1024, 1328, 2048)
 PLANNED = (512, 640, 704, 768, 1024, 1328, 1536, 2048)
 TEXTS = (200, 20)  # tokens of a prompt and of the one that guides
-EDIT = 1024  # side of a picture that is edited, and of each reference
+EDIT = 1024  # side of an image that is edited, and of each reference
 REFERENCES = (1, 2, 3)
 BLOCKS = 60
 CACHE_GIB = (0.5, 1, 1.5, 2, 4)
@@ -131,8 +131,8 @@ def autoencoder() -> Table:
     columns = ["", "kernels", "GB", *(f"s, {chip.name}" for chip in MACHINES[:2]), "peak GB"]
     columns += ["Winograd off: s, M1 Max", "peak GB", "s off / on", "peak off / on"]
     table = Table("The autoencoder, fp32 (modelled)", columns)
-    graphs = [(f"decode {side}x{side}", work.decode(side, side)) for side in PICTURES]
-    graphs += [(f"decode {side}x{side}, one strip", work.decode(side, side, 1)) for side in PICTURES[1:]]
+    graphs = [(f"decode {side}x{side}", work.decode(side, side)) for side in IMAGES]
+    graphs += [(f"decode {side}x{side}, one strip", work.decode(side, side, 1)) for side in IMAGES[1:]]
     for name, graph in [*graphs, ("encode 1024x1024", work.encode(1024, 1024))]:
         result, direct = replay(graph, Machine()), replay(graph, Machine(winograd=False))
         times = [replay(graph, chip).seconds for chip in MACHINES[:2]]
@@ -215,7 +215,7 @@ def _planned(folder: Path) -> Iterator[tuple[str, Any, Any]]:
         for guided in (False, True):
             planned = Work(EDIT, EDIT, shown=((EDIT, EDIT),) * count, encoded=EDIT * EDIT, guided=guided)
             text = planned.text_tokens + count * components.variant.encoder_area // 28**2
-            texts = (text, text - 60)[: 1 + guided]  # an edit's negative prompt sees the pictures too
+            texts = (text, text - 60)[: 1 + guided]  # an edit's negative prompt sees the images too
             denoise = make_plan(components, planned).stages[2]
             name = f"step of an edit, references: {count}{', guided' * guided}"
             yield name, denoise, work.forward(planned.target_tokens, texts, planned.reference_tokens)

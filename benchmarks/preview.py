@@ -1,4 +1,4 @@
-"""What a preview costs beside a step: a picture of 1024x1024 latents, and its file, against a block of real width.
+"""What a preview costs beside a step: an image of 1024x1024 latents, and its file, against a block of real width.
 
     python benchmarks/preview.py [--size 1024] [--rounds 3] [--json FILE]
 
@@ -57,7 +57,7 @@ def main() -> None:
 
             return stopwatch(run) / STEPS
 
-        with preview_file(folder / "picture.png") as show:
+        with preview_file(folder / "image.png") as show:
             candidates = {
                 "one block": ours.block,
                 "preview": lambda: one(lambda *_: None),

@@ -21,7 +21,7 @@ from common import MIB, Table, Targets, finish, parser, preload_blas, stopwatch
 SCHEMES = ("8", "mxfp8", "6", "5", "4/32", "4", "nvfp4", "mxfp4", "3")
 WITHOUT_REFIT = ("8", "6", "4")
 VOCABULARY = 512
-TOKENS = (16, 16)  # of the picture, down and across
+TOKENS = (16, 16)  # of the image, down and across
 TEXT_TOKENS = 32
 
 
@@ -41,16 +41,16 @@ def accuracy(blocks: int) -> Table:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from qwen_image_mlx.models.rope import place_images, rotary_tables
-    from qwen_image_mlx.models.text_encoder import TextEncoder
-    from qwen_image_mlx.models.transformer import Transformer
+    from qwen_image_mlx.models.qwen2_5_vl.text import TextEncoder
+    from qwen_image_mlx.models.qwen_image.rope import place_images, rotary_tables
+    from qwen_image_mlx.models.qwen_image.transformer import Transformer
+    from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
     from qwen_image_mlx.weights.loader import ComponentWeights, load_module
     from qwen_image_mlx.weights.mapping import expected_tensors
-    from qwen_image_mlx.weights.modulation import modulation_table
     from qwen_image_mlx.weights.quantize import quantize_matrix
     from qwen_image_mlx.weights.safetensors_files import component_tensors
     from qwen_image_mlx.weights.schemes import Scheme
-    from qwen_image_mlx.weights.synthetic import FULL, random_values
+    from qwen_image_mlx.weights.synthetic import FULL, ROWS, random_values
 
     configs = {
         "transformer": replace(FULL["transformer"], num_layers=blocks),
@@ -73,14 +73,14 @@ def accuracy(blocks: int) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         for component, build in (("transformer", Transformer), ("text_encoder", TextEncoder)):
             config = configs[component]
-            specs = expected_tensors(component, config)
+            specs = expected_tensors(ROWS[component], config)
             keys = mx.random.split(mx.random.key(0), len(specs))
             file = Path(folder) / f"{component}.safetensors"
             mx.save_safetensors(
                 str(file), {s.name: random_values(s, k) for s, k in zip(specs.values(), keys, strict=True)}
             )
             parts = ("main", "modulation") if component == "transformer" else ("main",)
-            weights = ComponentWeights(component, config, component_tensors([file], None), parts)
+            weights = ComponentWeights(ROWS[component], config, component_tensors([file], None), parts)
             if component == "transformer":
                 x = mx.random.normal((1, TOKENS[0] * TOKENS[1], 64), key=mx.random.key(1))
                 text = mx.random.normal((1, TEXT_TOKENS, config.joint_attention_dim), key=mx.random.key(2))
@@ -123,7 +123,7 @@ def run_modulated(module, weights, specs, scheme, run):
     """The output if the modulation alone were quantized, as it would be without the table."""
     import mlx.core as mx
 
-    from qwen_image_mlx.weights.modulation import modulation_table
+    from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
     from qwen_image_mlx.weights.quantize import quantize_matrix
 
     class Rounding:
@@ -166,7 +166,7 @@ def cost(blocks: int) -> tuple[Table, Targets]:
 
         def load(model, quantize=None):
             pipeline = QwenImagePipeline.from_pretrained(model, quantize=quantize)
-            result = measured(lambda: pipeline.components.transformer)
+            result = measured(lambda: pipeline.components.network("transformer"))
             pipeline.release_transformer()
             return result
 

@@ -1,8 +1,8 @@
-"""What the server adds to painting: requests per minute with the demo model, over HTTP and without.
+"""What the server adds to generation: requests per minute with the demo model, over HTTP and without.
 
     python benchmarks/server.py [--jobs 40] [--rounds 5] [--json FILE]
 
-Three ways take turns, one picture after another: a bare loop over `QwenImagePipeline.generate` in a process of its own
+Three ways take turns, one image after another: a bare loop over `QwenImagePipeline.generate` in a process of its own
 with the model resident; a server asked through `POST /api/qwen-image/generate`; and the same server asked through
 `POST /jobs`, followed to the end by its events, previews included. Every prompt is new: no encoding is reused.
 
@@ -27,7 +27,7 @@ _NUMBERS = count()
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--jobs", type=int, default=40, help="pictures of a turn (40)")
+    options.add_argument("--jobs", type=int, default=40, help="images of a turn (40)")
     options.add_argument("--rounds", type=int, default=5, help="turns of each (5)")
     arguments = options.parse_args()
     preload_blas()
@@ -39,14 +39,14 @@ def main() -> None:
         client = stack.enter_context(httpx.Client(base_url=address, timeout=600, trust_env=False))
         seconds = take_turns(
             {
-                "bare": lambda: bare.call("paint", prompts=_prompts(arguments.jobs)),
+                "bare": lambda: bare.call("generate", prompts=_prompts(arguments.jobs)),
                 "request": lambda: _timed(client, _request, _prompts(arguments.jobs)),
                 "job": lambda: _timed(client, _job, _prompts(arguments.jobs)),
             },
             arguments.rounds,
         )
     rows = [(name, 60 * arguments.jobs / statistics.median(taken)) for name, taken in seconds.items()]
-    table = Table("pictures a minute, demo, 64x64, 12 steps, guided", ("", "per minute"), rows)
+    table = Table("images a minute, demo, 64x64, 12 steps, guided", ("", "per minute"), rows)
     table.print()
     targets = Targets()
     for name, what in (("request", "a request"), ("job", "a job with events and previews")):
@@ -59,10 +59,10 @@ def _prompts(number: int) -> list[str]:
     return [f"a red circle on a blue background {next(_NUMBERS)}" for _ in range(number)]
 
 
-def _timed(client: Any, paint: Any, prompts: list[str]) -> float:
+def _timed(client: Any, generate: Any, prompts: list[str]) -> float:
     begun = time.perf_counter()
     for prompt in prompts:
-        paint(client, prompt)
+        generate(client, prompt)
     return time.perf_counter() - begun
 
 
@@ -86,7 +86,7 @@ def _worker() -> None:
     pipeline = QwenImagePipeline.from_pretrained("demo")
     images: list[Any] = []
 
-    def paint(prompts: list[str]) -> float:
+    def generate(prompts: list[str]) -> float:
         begun = time.perf_counter()
         for prompt in prompts:
             images[:] = pipeline.generate(
@@ -94,7 +94,7 @@ def _worker() -> None:
             )  # fmt: skip
         return time.perf_counter() - begun
 
-    serve({"paint": paint})
+    serve({"generate": generate})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/server_soak.py [--jobs 500] [--seed 1] [--json FILE]
 
 A server with the demo models gets generations, edits, layers, captions it cannot write and compositions, as requests
-and as jobs, from six clients at once. Some jobs are cancelled while they wait or paint; some clients hang up on a
+and as jobs, from six clients at once. Some jobs are cancelled while they wait or generate; some clients hang up on a
 request, or stop listening to a job; some send nonsense; now and then models are released. The queue is short and full.
 Every job must end, as what its client did to it allows, and the queue must be empty afterwards. The server's memory is
 noted after every twentieth part; the first fifth is warm-up.
@@ -73,7 +73,7 @@ class Soak:
         self._lock = threading.Lock()
         self._taken = 0
         self._httpx = httpx
-        self._picture = _picture()
+        self._image = _image()
 
     def run(self) -> None:
         threads = [threading.Thread(target=self._client) for _ in range(_CLIENTS)]
@@ -120,7 +120,7 @@ class Soak:
         if act == "release":
             return self._settled(client.post("/models/unload", json={}), {200, 429})
         if act == "compose":
-            layers = [{"image": self._picture, "x": lots.randint(-9, 9)} for _ in range(3)]
+            layers = [{"image": self._image, "x": lots.randint(-9, 9)} for _ in range(3)]
             form = lots.choice(["png", "ora", "zip"])
             return self._settled(client.post("/api/qwen-image/compose", json={"layers": layers, "format": form}), {200})
         if act == "nonsense":
@@ -171,7 +171,7 @@ class Soak:
         return str(answer.status_code)
 
     def _body(self, lots: random.Random) -> tuple[str, dict[str, Any]]:
-        seed, steps, image = lots.randint(0, 9), lots.choice([2, 4, 12]), self._picture
+        seed, steps, image = lots.randint(0, 9), lots.choice([2, 4, 12]), self._image
         prompt = f"a {lots.choice(['red', 'blue', 'green'])} {lots.choice(['circle', 'square'])}"
         return lots.choice([
             ("generate", {"prompt": prompt, "seed": seed, "steps": steps, "num_images": lots.choice([1, 1, 3])}),
@@ -182,7 +182,7 @@ class Soak:
         ])  # fmt: skip
 
 
-def _picture() -> str:
+def _image() -> str:
     from PIL import Image
 
     file = io.BytesIO()

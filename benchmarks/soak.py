@@ -1,8 +1,8 @@
-"""Many pictures in one process: does it grow?
+"""Many images in one process: does it grow?
 
-    python benchmarks/soak.py [--pictures 200] [--json FILE]
+    python benchmarks/soak.py [--images 200] [--json FILE]
 
-Tiny random checkpoints of each kind, opened once. Pictures of mixed sizes from text, over pictures, edited and taken
+Tiny random checkpoints of each kind, opened once. Images of mixed sizes from text, over images, edited and taken
 apart into layers, staged and streamed by turns, with LoRAs put on and off; now and then components are released as a
 long-lived program would. After every tenth all are, and MLX's bytes in use and cached and the process's own are noted.
 The first fifth is warm-up: compiled kernels and caches settle.
@@ -32,14 +32,14 @@ SMALL = {
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--pictures", type=int, default=200, help="how many (200)")
+    options.add_argument("--images", type=int, default=200, help="how many (200)")
     arguments = options.parse_args()
     preload_blas()
     with tempfile.TemporaryDirectory() as folder:
-        rows = soak(Path(folder), arguments.pictures)
-    table = Table("after so many pictures, MiB", ("pictures", "MLX in use", "MLX cache", "process"), rows)
+        rows = soak(Path(folder), arguments.images)
+    table = Table("after so many images, MiB", ("images", "MLX in use", "MLX cache", "process"), rows)
     table.print()
-    settled = [row for row in rows if row[0] > arguments.pictures // 5]
+    settled = [row for row in rows if row[0] > arguments.images // 5]
     middle = len(settled) // 2
     targets = Targets()
     grown = _mean(settled[middle:], 1) - _mean(settled[:middle], 1)
@@ -74,17 +74,17 @@ def soak(folder: Path, count: int) -> list[tuple[Any, ...]]:
     for number in range(1, count + 1):
         task, width, height = lots.choice([*pipelines, "over"]), *lots.choice(SIZES)
         pipeline = lots.choice(pipelines[{"over": "generate"}.get(task, task)])
-        picture = noise.integers(0, 256, (height, width, 3), np.uint8)
+        image = noise.integers(0, 256, (height, width, 3), np.uint8)
         steps = {"num_inference_steps": 2, "seed": number}
         if task == "generate":
             pipeline.generate(f"a fox {number}", negative_prompt="blurry", width=width, height=height, **steps)
             pipeline.set_loras([lora] if number % 3 else [], mode="side")
         elif task == "over":
-            pipeline.generate("a fox", image=picture, strength=1.0, size=(width, height), **steps)
+            pipeline.generate("a fox", image=image, strength=1.0, size=(width, height), **steps)
         elif task == "edit":
-            pipeline.edit("redder", images=[picture] * lots.choice((1, 2)), **steps)
+            pipeline.edit("redder", images=[image] * lots.choice((1, 2)), **steps)
         else:
-            pipeline.decompose(picture, "a fox", num_layers=lots.choice((1, 3)), **steps)
+            pipeline.decompose(image, "a fox", num_layers=lots.choice((1, 3)), **steps)
         if number % 5 == 0:
             pipeline.release_transformer()
             pipeline.release_vae()

@@ -22,7 +22,7 @@ from common import MIB, Table, finish, parser, preload_blas, stopwatch
 
 TEXT_TOKENS = 64
 RANK = 16
-SHORT = 8  # side of a picture in tokens, where slow kernels are timed
+SHORT = 8  # side of an image in tokens, where slow kernels are timed
 SIDES = (8, 12, 16, 24)  # where memory is measured
 FORMS = ("fp32", "bf16", "8 bit", "4 bit")
 # Bytes of 60 blocks in memory without the modulation, of the released models.
@@ -30,7 +30,7 @@ WEIGHTS = {"bf16": 27.0e9, "8 bit": 14.4e9, "4 bit": 7.6e9}
 BLOCKS, WIDTH, PROJECTIONS = 60, 3072, 8
 MACS = (32, 64, 128)
 USABLE = 0.75  # of a Mac's memory a process can wire, by default
-PICTURES = {"512x512": (32, 1), "1024x1024": (64, 1), "edit at 512x512": (32, 2), "edit at 1024x1024": (64, 2)}
+IMAGES = {"512x512": (32, 1), "1024x1024": (64, 1), "edit at 512x512": (32, 2), "edit at 1024x1024": (64, 2)}
 
 
 class Step(NamedTuple):
@@ -97,7 +97,7 @@ def model(coefficients: dict[str, tuple[float, float]]) -> Table:
     share = coefficients["share"][0]
     state = BLOCKS * PROJECTIONS * 2 * RANK * WIDTH * 4 * 4  # the adapters, their gradient, and AdamW's two
     rows: list[Sequence[Any]] = []
-    for picture, (side, images) in PICTURES.items():
+    for image, (side, images) in IMAGES.items():
         tokens = images * side**2 + 4 * TEXT_TOKENS
         linear, square = coefficients["widest"]
         widest = share * (linear * tokens + square * tokens**2)
@@ -107,8 +107,8 @@ def model(coefficients: dict[str, tuple[float, float]]) -> Table:
                 for key in ("all", "one")
             ]
             fits = [", ".join(str(mac) for mac in MACS if gb < USABLE * mac) or "none" for gb in needed]
-            rows.append((picture, form, needed[0], fits[0], needed[1], fits[1]))
-    columns = ["picture", "weights", "GB", "fits Macs of GB", "GB, checkpointing", "fits Macs of GB"]
+            rows.append((image, form, needed[0], fits[0], needed[1], fits[1]))
+    columns = ["image", "weights", "GB", "fits Macs of GB", "GB, checkpointing", "fits Macs of GB"]
     return Table("MODEL of 60 blocks, batch 1, bf16 compute", columns, rows)
 
 
@@ -118,9 +118,9 @@ def measure(blocks: int, side: int, form: str, checkpointing: bool) -> Step:
     import mlx.nn as nn
     from mlx.utils import tree_map
 
-    from qwen_image_mlx.config import TransformerConfig
-    from qwen_image_mlx.models.rope import Segment
-    from qwen_image_mlx.models.transformer import BlockRows, Modulation, Transformer
+    from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+    from qwen_image_mlx.models.qwen_image.rope import Segment
+    from qwen_image_mlx.models.qwen_image.transformer import BlockRows, Modulation, Transformer
     from qwen_image_mlx.training.loop import LoopSettings, Trainer
     from qwen_image_mlx.training.lora import add_lora, matrices
     from qwen_image_mlx.training.loss import FlowMatching

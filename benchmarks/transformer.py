@@ -6,7 +6,7 @@ Ours, diffusers on torch, mflux, and the floor: a block's matrix products and at
 have the same weights and inputs; how far the predicted velocities are apart is printed. Ours has modulation and rotary
 tables ready, as its pipeline does; a step is what happens between two evaluated latents, each library's way: one pass
 at guidance 1 for ours and diffusers, always two for mflux (mflux_worker.py says where). `--references 1` makes it the
-step of an edit: a picture of the target's size beside the target.
+step of an edit: an image of the target's size beside the target.
 
 Needs the extra [test], and for mflux the environment that mflux_env.py makes. The default takes 10 to 15 minutes on two
 cores and 8 GB.
@@ -45,7 +45,7 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=2, help="blocks of a step (2)")
     options.add_argument("--rounds", type=int, default=7, help="rounds the medians are taken of (7)")
     options.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="image tokens, square numbers")
-    options.add_argument("--references", type=int, default=0, help="pictures beside the target, of its size (0)")
+    options.add_argument("--references", type=int, default=0, help="images beside the target, of its size (0)")
     add_option(options)
     arguments = options.parse_args()
     preload_blas()
@@ -117,11 +117,11 @@ def write_weights(file: str, layers: int) -> None:
     """A transformer of this many blocks, under the checkpoint's names."""
     import mlx.core as mx
 
-    from qwen_image_mlx.config import TransformerConfig
+    from qwen_image_mlx.models.qwen_image.config import TransformerConfig
     from qwen_image_mlx.weights.mapping import expected_tensors
-    from qwen_image_mlx.weights.synthetic import random_values
+    from qwen_image_mlx.weights.synthetic import ROWS, random_values
 
-    specs = list(expected_tensors("transformer", TransformerConfig(num_layers=layers)).values())
+    specs = list(expected_tensors(ROWS["transformer"], TransformerConfig(num_layers=layers)).values())
     keys = mx.random.split(mx.random.key(0), len(specs))
     mx.save_safetensors(file, {spec.name: random_values(spec, keys[n]) for n, spec in enumerate(specs)})
     mx.clear_cache()
@@ -145,23 +145,24 @@ class Ours:
     def __init__(self, weights: str, layers: int):
         import mlx.core as mx
 
-        from qwen_image_mlx.config import TransformerConfig
-        from qwen_image_mlx.models.transformer import Transformer
+        from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+        from qwen_image_mlx.models.qwen_image.transformer import Transformer
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
         from qwen_image_mlx.weights.safetensors_files import component_tensors
+        from qwen_image_mlx.weights.synthetic import ROWS
 
         self.config = TransformerConfig(num_layers=layers)
         tensors = component_tensors((Path(weights),), None)
-        self.weights = ComponentWeights("transformer", self.config, tensors, ("main", "modulation"))
+        self.weights = ComponentWeights(ROWS["transformer"], self.config, tensors, ("main", "modulation"))
         self.model = load_module(Transformer(self.config), self.weights, "main", mx.float32)
 
     def prepare(self, inputs: str, grid: tuple[int, int], references: int) -> None:
         import mlx.core as mx
         import numpy as np
 
-        from qwen_image_mlx.models.rope import Segment, rotary_tables
+        from qwen_image_mlx.models.qwen_image.rope import Segment, rotary_tables
+        from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
         from qwen_image_mlx.sampling.schedule import Schedule
-        from qwen_image_mlx.weights.modulation import modulation_table
 
         arrays = mx.load(inputs)
         self.latents = arrays["latents"]

@@ -144,11 +144,11 @@ def write_weights(file: Path) -> None:
     """A whole VAE under the checkpoint's names and in its shapes."""
     import mlx.core as mx
 
-    from qwen_image_mlx.config import VAEConfig
+    from qwen_image_mlx.models.qwen_image.config import VAEConfig
     from qwen_image_mlx.weights.mapping import expected_tensors
-    from qwen_image_mlx.weights.synthetic import random_values
+    from qwen_image_mlx.weights.synthetic import ROWS, random_values
 
-    specs = list(expected_tensors("vae", VAEConfig()).values())
+    specs = list(expected_tensors(ROWS["vae"], VAEConfig()).values())
     keys = mx.random.split(mx.random.key(0), len(specs))
     mx.save_safetensors(str(file), {spec.name: random_values(spec, keys[n]) for n, spec in enumerate(specs)})
 
@@ -167,15 +167,16 @@ def ours(weights: str, what: str, inputs: str, warm_up: str, output: str, strips
     """One run of this package in this process; writes pixels in [0, 1] or normalised latents, channels first."""
     import mlx.core as mx
 
-    from qwen_image_mlx.config import VAEConfig
-    from qwen_image_mlx.models.vae import Decoder, Encoder
+    from qwen_image_mlx.models.qwen_image.config import VAEConfig
+    from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
     from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
     from qwen_image_mlx.weights.loader import ComponentWeights, load_module
     from qwen_image_mlx.weights.safetensors_files import component_tensors
+    from qwen_image_mlx.weights.synthetic import ROWS
 
     before = resident()
     config = VAEConfig()
-    checked = ComponentWeights("vae", config, component_tensors((Path(weights),), None), ("encoder", "decoder"))
+    checked = ComponentWeights(ROWS["vae"], config, component_tensors((Path(weights),), None), ("encoder", "decoder"))
     if what == "decode":
         decoder = load_module(Decoder(config), checked, "decoder", mx.float32)
         call = partial(decode, decoder, config, strips=strips)

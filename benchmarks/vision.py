@@ -2,9 +2,9 @@
 
     python benchmarks/vision.py [--depth 8] [--rounds 5] [--json FILE]
 
-Ours, mflux's and transformers' (the reference). At 384x384 pixels, which Edit-Plus shows the encoder for each picture,
+Ours, mflux's and transformers' (the reference). At 384x384 pixels, which Edit-Plus shows the encoder for each image,
 and at a border size whose windows do not come out even. Eight of the 32 blocks: seven attend inside windows, the eighth
-to the whole picture, which is the real tower's rhythm. Needs the extra [test], and for mflux the environment that
+to the whole image, which is the real tower's rhythm. Needs the extra [test], and for mflux the environment that
 mflux_env.py makes. Two minutes and 2 GB.
 """
 
@@ -33,7 +33,7 @@ from common import (
 from mflux_env import add_option, mflux_python
 
 if TYPE_CHECKING:
-    from qwen_image_mlx.config import VisionConfig
+    from qwen_image_mlx.models.qwen2_5_vl.config import VisionConfig
 
 GRIDS = ((28, 28), (22, 34))  # patches: 392x392 pixels, which 384x384 is rounded to, and 308x476
 
@@ -45,7 +45,7 @@ def main() -> None:
     add_option(options)
     arguments = options.parse_args()
     preload_blas()
-    from qwen_image_mlx.config import VisionConfig
+    from qwen_image_mlx.models.qwen2_5_vl.config import VisionConfig
 
     depth = arguments.depth
     config = replace(VisionConfig(), depth=depth, fullatt_block_indexes=tuple(range(7, depth, 8)))
@@ -80,15 +80,15 @@ def write_weights(file: Path, config: VisionConfig) -> None:
     import mlx.core as mx
 
     from qwen_image_mlx.weights.mapping import expected_tensors
-    from qwen_image_mlx.weights.synthetic import random_values
+    from qwen_image_mlx.weights.synthetic import ROWS, random_values
 
-    specs = list(expected_tensors("vision", config).values())
+    specs = list(expected_tensors(ROWS["vision"], config).values())
     keys = mx.random.split(mx.random.key(0), len(specs))
     mx.save_safetensors(str(file), {spec.name: random_values(spec, keys[n]) for n, spec in enumerate(specs)})
 
 
 def write_inputs(file: Path, grid: tuple[int, int], config: VisionConfig) -> None:
-    """Patches of one picture: both frames are the same, as the processor makes them."""
+    """Patches of one image: both frames are the same, as the processor makes them."""
     import mlx.core as mx
 
     shape = (grid[0] * grid[1], config.in_channels, 1, config.patch_size**2)
@@ -119,11 +119,12 @@ class Ours(Side):
     def __init__(self, weights: Path, config: VisionConfig):
         import mlx.core as mx
 
-        from qwen_image_mlx.models.vision import VisionTower
+        from qwen_image_mlx.models.qwen2_5_vl.vision import VisionTower
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
         from qwen_image_mlx.weights.safetensors_files import component_tensors
+        from qwen_image_mlx.weights.synthetic import ROWS
 
-        tensors = ComponentWeights("vision", config, component_tensors((weights,), None), ("main",))
+        tensors = ComponentWeights(ROWS["vision"], config, component_tensors((weights,), None), ("main",))
         self.tower = load_module(VisionTower(config), tensors, "main", mx.float32)
 
     def run(self, inputs: Path, grid: tuple[int, int]) -> float:

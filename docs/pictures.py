@@ -1,4 +1,4 @@
-"""Makes the pictures of README's chapter on layers: `python docs/pictures.py`.
+"""Makes the images of docs/layers.md: `python docs/pictures.py`.
 
 The layers are drawn here, as a random model would show nothing; saving, reading back, moving and laying together are
 the package's own.

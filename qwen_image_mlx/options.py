@@ -150,10 +150,10 @@ class Switch(Kind):
 
 
 @dataclass(frozen=True)
-class Picture(Kind):
-    """A picture: a file's name on the command line and in a record, the picture itself in a request."""
+class ImageFile(Kind):
+    """An image: a file's name on the command line and in a record, the image itself in a request."""
 
-    allowed = "the name of a picture"
+    allowed = "the name of an image"
 
     def accepts(self, value: Any) -> bool:
         """Whether it is a text, as a name is."""
@@ -236,7 +236,7 @@ class Config:
     """An option's setting in config.toml.
 
     Attributes:
-        commands: whose flag's place it takes; () is all the option's commands that paint.
+        commands: whose flag's place it takes; () is all the option's commands that generate.
         key: its name; "" is the option's.
         table: within `[PROFILE.qwen_image]`; "" is that one itself.
         help: what it decides; "" is the option's.
@@ -275,10 +275,10 @@ class Option:
         page: whether the page's form has it, if it is of sampling.
         line: whether a line of a .jsonl file of prompts may have it.
         config: its settings.
-        record: when a PNG's record has it: "always"; "painted over", "layered" (with such a request); "set", where it
+        record: when a PNG's record has it: "always"; "started from", "layered" (with such a request); "set", where it
             is not the dataclass's default; "asked", where the front end was asked for it; "" never.
         needs: names of options without which it means nothing.
-        place: whether it names a file, which may have moved together with a picture or a config.
+        place: whether it names a file, which may have moved together with an image or a config.
         of_model: whether it means nothing for another model than the one it was recorded with.
         but: what differs for a command, by its name, or for a task, by "/" and its name.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import CheckpointError
@@ -62,10 +62,10 @@ ASPECT_SIZES: dict[Aspect, tuple[int, int]] = {
 
 LORA_MODES: tuple[LoRAMode, ...] = ("auto", "merge", "side")
 
-# The sides of the squares whose areas a picture can be decomposed at.
+# The sides of the squares whose areas an image can be decomposed at.
 LAYERED_RESOLUTIONS = (640, 1024)
 
-# Sizes of a result that follow from its picture: the model's own, or the picture's.
+# Sizes of a result that follow from its image: the model's own, or the image's.
 NAMED_SIZES: tuple[NamedSize, ...] = ("1mp", "source")
 
 
@@ -78,7 +78,7 @@ class Template:
         drop: tokens of its start that are encoded but not handed on.
         max_tokens: tokens kept of the whole, the template's own included (None: all).
         max_embeddings: rows kept of the encoded whole after the drop (None: all).
-        picture: what stands before the prompt for each picture, with its number `{n}` from 1.
+        image: what stands before the prompt for each image, with its number `{n}` from 1.
         between: what stands between two of these.
     """
 
@@ -86,7 +86,7 @@ class Template:
     drop: int = 0
     max_tokens: int | None = None
     max_embeddings: int | None = None
-    picture: str = ""
+    image: str = ""
     between: str = ""
 
 
@@ -107,7 +107,7 @@ _INSTRUCT = (
     "<|im_start|>assistant\n"
 )
 
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 # What asks the text encoder's own model for a caption, by language; the accidental line breaks are the reference's.
 _CAPTION: dict[CaptionLanguage, str] = {
@@ -168,7 +168,7 @@ NEGATIVE_2512 = (
     "构图混乱。文字模糊，扭曲。"
 )
 
-CAPTION_TEMPLATES = {language: Template(text=text, picture=PICTURE) for language, text in _CAPTION.items()}
+CAPTION_TEMPLATES = {language: Template(text=text, image=IMAGE) for language, text in _CAPTION.items()}
 
 # From 16 normalised latent channels, at an eighth of the size, to RGB in [-1, 1]: a row a channel, and a last row that
 # is added. A fit by others: ComfyUI's comfy/latent_formats.py, Wan21.latent_rgb_factors and latent_rgb_factors_bias,
@@ -196,6 +196,15 @@ WAN_PREVIEW: tuple[tuple[float, ...], ...] = (
 
 _USUAL_AREA = 1024**2
 
+# The classes of Qwen-Image 1.x by folder, as its model_index.json has them.
+QWEN_IMAGE = {
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+    "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+    "tokenizer": "Qwen2Tokenizer",
+    "transformer": "QwenImageTransformer2DModel",
+    "vae": "AutoencoderKLQwenImage",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -204,22 +213,24 @@ class Variant:
     Attributes:
         task: what it is for, and the command that does it: "generate", "edit" or "decompose".
         template: what stands around the prompt.
-        max_images: how many pictures it works on at once (0: it paints from text; None: any number).
-        encoder_area: area in pixels that pictures are resized to for the text encoder (0: it is shown none).
-        reference_area: area in pixels that pictures are resized to, at most, for the transformer.
-        target_area: area in pixels of a result whose size follows from a picture.
-        size_from: index of the picture whose aspect the result takes.
+        max_images: how many images it works on at once (0: it generates from text; None: any number).
+        encoder_area: area in pixels that images are resized to for the text encoder (0: it is shown none).
+        reference_area: area in pixels that images are resized to, at most, for the transformer.
+        target_area: area in pixels of a result whose size follows from an image.
+        size_from: index of the image whose aspect the result takes.
         samples_references: with a mask, the transformer is shown the sampled latents that the loop blends with,
             rather than the most likely ones.
-        layered: it paints a frame with everything, which is dropped, and one for each layer.
-        captions: given no prompt it describes its picture itself.
-        resolutions: sides of the squares whose areas a picture can be decomposed at, the default first.
-        shift_by_root: mu of the schedule is the root of the picture's tokens / 256, not the config's line.
+        layered: it generates a frame with everything, which is dropped, and one for each layer.
+        captions: given no prompt it describes its image itself.
+        resolutions: sides of the squares whose areas an image can be decomposed at, the default first.
+        shift_by_root: mu of the schedule is the root of the image's tokens / 256, not the config's line.
         renormalize: with guidance, each token keeps the length of its positive velocity.
         steps: default number of denoising steps.
         cfg_scale: default guidance scale.
         negative_prompt: recommended negative prompt.
         preview: from normalised latents to RGB in [-1, 1], a row a channel, and in the last row what is added.
+        size_multiple: what both sides of a result are multiples of.
+        classes: those of its parts, by folder; rows of `registry.CLASSES`.
     """
 
     task: Task
@@ -239,19 +250,22 @@ class Variant:
     cfg_scale: float = 4.0
     negative_prompt: str
     preview: tuple[tuple[float, ...], ...] = WAN_PREVIEW
+    size_multiple: int = 16
+    classes: Mapping[str, str] = field(default_factory=lambda: QWEN_IMAGE, hash=False)
 
     @property
     def takes_images(self) -> bool:
-        """Whether it needs pictures to work on."""
+        """Whether it needs images to work on."""
         return self.max_images != 0
 
     def size_of(self, aspect: Aspect) -> tuple[int, int]:
-        """(width, height) of a picture from text: the official one, or one of the model's own area."""
+        """(width, height) of an image from text: the official one, or one of the model's own area."""
         width, height = ASPECT_SIZES[aspect]
         if self.target_area == _USUAL_AREA:
             return width, height
-        scale = math.sqrt(self.target_area / (width * height)) / 16
-        return 16 * max(1, round(width * scale)), 16 * max(1, round(height * scale))
+        step = self.size_multiple
+        scale = math.sqrt(self.target_area / (width * height)) / step
+        return step * max(1, round(width * scale)), step * max(1, round(height * scale))
 
 
 VARIANTS: dict[str, Variant] = {
@@ -263,7 +277,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "QwenImageEditPipeline": Variant(
         task="edit",
-        template=Template(text=_INSTRUCT, drop=64, picture=PICTURE),
+        template=Template(text=_INSTRUCT, drop=64, image=IMAGE),
         max_images=1,
         encoder_area=1024**2,
         reference_area=1024**2,
@@ -273,7 +287,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "QwenImageEditPlusPipeline": Variant(
         task="edit",
-        template=Template(text=_INSTRUCT, drop=64, picture="Picture {n}: " + PICTURE),
+        template=Template(text=_INSTRUCT, drop=64, image="Picture {n}: " + IMAGE),
         max_images=None,
         encoder_area=384**2,
         reference_area=1024**2,

@@ -1,4 +1,4 @@
-"""Computes what `qwen-image-mlx doctor` compares with: values of real-width blocks, and pictures of the demo models.
+"""Computes what `qwen-image-mlx doctor` compares with: values of real-width blocks, and images of the demo models.
 
     python scripts/doctor_values.py
 
@@ -18,7 +18,7 @@ from qwen_image_mlx.doctor.parts import PARTS
 
 
 def main() -> None:
-    """Writes the stored values and pictures into the package."""
+    """Writes the stored values and images into the package."""
     mx.set_default_device(mx.cpu)
     parity.STORED.parent.mkdir(exist_ok=True)
     stored = {}

@@ -154,10 +154,10 @@ def _settings(folder: Path, file: Path) -> object:
 
 
 def _prompts(folder: Path, file: Path) -> object:
-    """All of a batch but the painting."""
+    """All of a batch but the generation."""
     from qwen_image_mlx.runtime import batch
 
-    batch.paint_all = lambda *_, **__: iter(())
+    batch.generate_all = lambda *_, **__: iter(())
     return _command("generate", "--prompts-file", "FILE", "--model", "tiny", "-o", "out", "--steps", "1")(folder, file)
 
 

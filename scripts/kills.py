@@ -100,11 +100,11 @@ def prepare(folder: Path) -> None:
     for name, own in (("tiny-edit", small), ("tiny-layered", {"resolutions": [96]})):
         index = folder / name / "model_index.json"
         index.write_text(json.dumps(json.loads(index.read_bytes()) | {OWN: own}))
-    picture = Image.linear_gradient("L").resize((64, 48)).convert("RGBA")
-    picture.save(folder / "fox.png")
-    save_layers(LayerStack((64, 48), (Layer(picture), Layer(picture.resize((32, 24))))), folder / "layers")
+    image = Image.linear_gradient("L").resize((64, 48)).convert("RGBA")
+    image.save(folder / "fox.png")
+    save_layers(LayerStack((64, 48), (Layer(image), Layer(image.resize((32, 24))))), folder / "layers")
     (folder / "data").mkdir()
-    picture.convert("RGB").resize((96, 96)).save(folder / "data" / "a.png")
+    image.convert("RGB").resize((96, 96)).save(folder / "data" / "a.png")
     (folder / "data" / "a.txt").write_text("a fox")
     (folder / "prompts.txt").write_text("a fox\na hare\nan owl\n")
 
@@ -168,7 +168,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def results(folder: Path) -> set[str]:
-    """The pictures and weights that lie there, by their contents: a run that comes later may number them."""
+    """The images and weights that lie there, by their contents: a run that comes later may number them."""
     import numpy as np
     from PIL import Image
 

@@ -3,7 +3,7 @@
     PYTHONPATH=. python scripts/make_golden.py Qwen/Qwen-Image-2512 golden.safetensors
 
 To be run once, wherever diffusers and the checkpoint are; MLX is not needed there. The file (well below 1 MB) holds
-fingerprints of the prompts' states, of the noise and of the latents after chosen steps, a small picture, and how they
+fingerprints of the prompts' states, of the noise and of the latents after chosen steps, a small image, and how they
 were made. A few steps are enough: what differs shows after one.
 """
 
@@ -77,21 +77,21 @@ def main(argv: list[str] | None = None) -> None:
     pipe = QwenImagePipeline.from_pretrained(
         arguments.model, revision=arguments.revision, dtype=getattr(torch, arguments.dtype)
     ).to(arguments.device)
-    arrays, picture = computed(pipe, arguments, kept)
-    factor = max(1, -(-max(picture.size) // THUMBNAIL))
-    tensors = {"picture": np.asarray(picture.convert("RGB").reduce(factor))}
+    arrays, image = computed(pipe, arguments, kept)
+    factor = max(1, -(-max(image.size) // THUMBNAIL))
+    tensors = {"image": np.asarray(image.convert("RGB").reduce(factor))}
     for name, array in arrays.items():
         tensors[f"{name}.values"], tensors[f"{name}.norms"] = fingerprint(array, VALUES, PARTS)
     said = described(pipe, arguments, kept, "text-negative" in arrays)
     save_file(tensors, arguments.output, {"format": FORMAT, "golden": json.dumps(said, ensure_ascii=False)})
-    print(f"{arguments.output}: {', '.join(arrays)} and a picture of {picture.width}x{picture.height}")
+    print(f"{arguments.output}: {', '.join(arrays)} and an image of {image.width}x{image.height}")
 
 
 @torch.no_grad()
 def computed(
     pipe: QwenImagePipeline, arguments: argparse.Namespace, kept: list[int]
 ) -> tuple[dict[str, np.ndarray], Image.Image]:
-    """Each stage's array, fp32, and the picture."""
+    """Each stage's array, fp32, and the image."""
     arrays = {"text": _numpy(pipe.encode_prompt(arguments.prompt, max_sequence_length=512)[0])}
     guided = arguments.cfg_scale > 1
     if guided:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from demo import autoencoder, checkpoint, judge, painter, preview, samples
 
-from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
 from qwen_image_mlx.training.network import Network
 
@@ -29,7 +29,7 @@ STEPS = {
 SCHEDULES = {
     **STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000, "polish": 6000, "layered": 5000, "layered-alone": 4000,
 }  # fmt: skip
-SAMPLES = {"paintings": 30000, "edits": 16000, "layered": 5000, "layered-polish": 4000}
+SAMPLES = {"images": 30000, "edits": 16000, "layered": 5000, "layered-polish": 4000}
 LAYERS = (2, 3, 4)
 BATCH = 64
 SIZES = {
@@ -39,7 +39,7 @@ SIZES = {
     "layered-alone": (12, 16, 32),
     "layered-polish": (8, 12, 28, 12),
 }  # of a step's batches
-DROPS = {"layered-alone": 0.6, "layered-polish": 0.6}  # prompts left away: mostly nobody says what a picture shows
+DROPS = {"layered-alone": 0.6, "layered-polish": 0.6}  # prompts left away: mostly nobody says what an image shows
 JUDGED = 100  # held-out scenes
 HELD_OUT_SEED = 11
 SCALES = {"demo": 3.0, "demo-edit": 2.0, "demo-layered": 1.0}
@@ -57,13 +57,13 @@ def main() -> None:
 
 
 def train_vae(out: Path, every: int, seed: int) -> None:
-    """The autoencoder of pictures."""
+    """The autoencoder of images."""
     trainer = autoencoder.Trainer(VAE, SCHEDULES["vae"], seed=seed)
     _train_autoencoder(out / "vae", trainer, every)
 
 
 def train_rgba_vae(out: Path, every: int, seed: int) -> None:
-    """The autoencoder of layers, from that of pictures."""
+    """The autoencoder of layers, from that of images."""
     config = VAEConfig(base_dim=VAE.base_dim, input_channels=4)
     weights = autoencoder.averaged_weights(out / "vae" / "state.safetensors")
     trainer = autoencoder.Trainer(config, SCHEDULES["rgba-vae"], seed=seed, weights=weights)
@@ -86,7 +86,7 @@ def write_frames(out: Path, every: int, seed: int) -> None:
 
 
 def train_t2i_edit(out: Path, every: int, seed: int) -> None:
-    """The transformer that paints and edits."""
+    """The transformer that generates and edits."""
     _train_t2i_edit(out, out / "t2i-edit", every, seed)
 
 
@@ -102,19 +102,19 @@ def _train_t2i_edit(out: Path, folder: Path, every: int, seed: int, start: Path 
     pairs = samples.draw_edits(JUDGED, HELD_OUT_SEED, held_out=True)
     asked = {"demo": samples.paintings(frames["demo"], scenes), "demo-edit": samples.edits(frames["demo-edit"], pairs)}
     kinds = [
-        _kept(folder / "paintings.npz", lambda: samples.paintings(
-            frames["demo"], samples.draw_scenes(SAMPLES["paintings"], seed, as_told=as_told))),
+        _kept(folder / "images.npz", lambda: samples.paintings(
+            frames["demo"], samples.draw_scenes(SAMPLES["images"], seed, as_told=as_told))),
         _kept(out / "t2i-edit" / "edits.npz", lambda: samples.edits(
             frames["demo-edit"], samples.draw_edits(SAMPLES["edits"], seed))),
     ]  # fmt: skip
 
     def judged(network: Network) -> dict[str, float]:
-        painted = {
-            model: frames[model].pictures(painter.paint(network, asked[model], 12, SCALES[model])) for model in asked
+        generated = {
+            model: frames[model].images(painter.generate(network, asked[model], 12, SCALES[model])) for model in asked
         }
         found = {
-            "t2i": judge.judge_paintings(painted["demo"], scenes),
-            "edit": judge.judge_edits(painted["demo-edit"], [p.before for p in pairs], [p.after for p in pairs]),
+            "t2i": judge.judge_paintings(generated["demo"], scenes),
+            "edit": judge.judge_edits(generated["demo-edit"], [p.before for p in pairs], [p.after for p in pairs]),
         }
         return {f"{task} {name}": value for task, values in found.items() for name, value in values.items()}
 
@@ -123,7 +123,7 @@ def _train_t2i_edit(out: Path, folder: Path, every: int, seed: int, start: Path 
 
 
 def train_layered(out: Path, every: int, seed: int) -> None:
-    """The transformer that takes pictures apart."""
+    """The transformer that decomposes images."""
     _train_layered(out, out / "layered", every, seed)
 
 
@@ -156,9 +156,9 @@ def _train_layered(
     def judged(network: Network) -> dict[str, float]:
         found = {}
         for how, wanted in asked.items():
-            tokens = painter.paint(network, wanted, 12, SCALES["demo-layered"])
-            pictures = frame.pictures(tokens.reshape(JUDGED * (LAYERS[-1] + 1), -1, tokens.shape[-1]))
-            stacks = pictures.reshape(JUDGED, -1, *pictures.shape[1:])[:, 1:]
+            tokens = painter.generate(network, wanted, 12, SCALES["demo-layered"])
+            images = frame.images(tokens.reshape(JUDGED * (LAYERS[-1] + 1), -1, tokens.shape[-1]))
+            stacks = images.reshape(JUDGED, -1, *images.shape[1:])[:, 1:]
             found |= {f"{how} {name}": value for name, value in judge.judge_layers(stacks, scenes).items()}
         return found
 

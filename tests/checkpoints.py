@@ -23,12 +23,14 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 import qwen_image_mlx
-from qwen_image_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
-from qwen_image_mlx.models.vae import Decoder
+from qwen_image_mlx.models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
+from qwen_image_mlx.models.qwen_image.vae import Decoder
 from qwen_image_mlx.pipeline.autoencode import decode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import expected_tensors
 from qwen_image_mlx.weights.safetensors_files import component_tensors
+from qwen_image_mlx.weights.synthetic import ROWS
 
 Config = dict[str, Any]
 
@@ -462,7 +464,7 @@ def component_values(component: str, config: Config, *, seed: int = 0) -> dict[s
     shapes = {
         name: spec.shape
         for part, config_class in _PARTS[component]
-        for name, spec in expected_tensors(part, config_class.from_dict(config)).items()
+        for name, spec in expected_tensors(ROWS[part], config_class.from_dict(config)).items()
     }
     # Uniform, of variance 1: NumPy promises that this stream never changes.
     return {name: spread(name, ((random.random_sample(shape) - 0.5) * 12**0.5)) for name, shape in shapes.items()}
@@ -494,7 +496,9 @@ def _put_pixels_in_range(folder: Path, config: Config, values: dict[str, np.ndar
     small = {weight: values[weight] * _UNCLIPPED, bias: values[bias] * _UNCLIPPED}
     _save(folder, {name: mx.array(value) for name, value in (values | small).items()}, None)
     typed = VAEConfig.from_dict(config)
-    weights = ComponentWeights("vae", typed, component_tensors(list(folder.glob("*.safetensors")), None), ["decoder"])
+    weights = ComponentWeights(
+        ROWS["vae"], typed, component_tensors(list(folder.glob("*.safetensors")), None), ["decoder"]
+    )
     noise = np.random.RandomState(0).standard_normal((1, 16, 16, typed.z_dim)).astype(np.float32)
     pixels = np.array(decode(load_module(Decoder(typed), weights, "decoder", mx.float32), typed, mx.array(noise)))
     raw = (pixels * 2 - 1) / _UNCLIPPED

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "goldens"
 PROMPT = "make the fox blue, 让它变蓝 🦊"
 NEGATIVE = "blurry"
 AREA = 96 * 96
-"""Of the pictures that edits and layers start from, in place of the real ones: nothing else depends on it."""
+"""Of the images that edits and layers start from, in place of the real ones: nothing else depends on it."""
 
 SEEDS = (0, 7, 2**32 + 7)
 NOISE_SHAPES = ((16,), (40,), (2, 16, 6, 4))

@@ -1,8 +1,8 @@
-"""Runs of the reference's pipelines that work on pictures: Edit, Edit-Plus, image to image, inpainting, Layered.
+"""Runs of the reference's pipelines that work on images: Edit, Edit-Plus, image to image, inpainting, Layered.
 
 Like `reference.py`, made with torch, diffusers and transformers alone. Qwen2VLProcessor wants torchvision, so
 a stand-in does its work with transformers' own PIL image processor and tokenizer. diffusers 0.42 forgets to pass
-`mm_token_type_ids` on, without which transformers 5 numbers the tokens of a picture one by one
+`mm_token_type_ids` on, without which transformers 5 numbers the tokens of an image one by one
 (huggingface/diffusers#14194); the text encoder is wrapped to put them back.
 """
 
@@ -15,11 +15,11 @@ import torch
 from checkpoints import Config
 from diffusers import (
     DiffusionPipeline,
-    QwenImageEditInpaintPipeline,
+    QwenImageEditIngeneratePipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
-    QwenImageInpaintPipeline,
+    QwenImageIngeneratePipeline,
     QwenImageLayeredPipeline,
 )
 from reference import load_reference, to_numpy
@@ -28,8 +28,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 IMAGE_TOKEN = "<|image_pad|>"
 EDIT_CLASSES = {"edit": QwenImageEditPipeline, "edit_plus": QwenImageEditPlusPipeline,
-                "edit_inpaint": QwenImageEditInpaintPipeline, "layered": QwenImageLayeredPipeline}  # fmt: skip
-TEXT_CLASSES = {"img2img": QwenImageImg2ImgPipeline, "inpaint": QwenImageInpaintPipeline}
+                "edit_inpaint": QwenImageEditIngeneratePipeline, "layered": QwenImageLayeredPipeline}  # fmt: skip
+TEXT_CLASSES = {"img2img": QwenImageImg2ImgPipeline, "inpaint": QwenImageIngeneratePipeline}
 
 
 class Processor:

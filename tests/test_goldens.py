@@ -11,11 +11,12 @@ import pytest
 from checkpoints import write_tokenizer
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline, variants
-from qwen_image_mlx.config import SchedulerConfig, TransformerConfig
+from qwen_image_mlx.config import SchedulerConfig
 from qwen_image_mlx.images.pixels import to_images
-from qwen_image_mlx.models.modulation import TimeModulation
-from qwen_image_mlx.models.rope import place_images
-from qwen_image_mlx.models.transformer import Transformer
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.modulation import TimeModulation
+from qwen_image_mlx.models.qwen_image.rope import place_images
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
 from qwen_image_mlx.sampling.noise import generator
 from qwen_image_mlx.sampling.schedule import exponential_mu, make_schedule, uniform_sigmas
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
@@ -25,6 +26,7 @@ from qwen_image_mlx.training.network import Batch, Network
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.safetensors_files import component_tensors
+from qwen_image_mlx.weights.synthetic import ROWS
 
 
 def test_noise():
@@ -101,7 +103,7 @@ def test_training(tiny, monkeypatch):
     folder = tiny / "transformer"
     config = TransformerConfig.from_dict(goldens.read_json(folder / "config.json"))
     weights = ComponentWeights(
-        "transformer", config, component_tensors(list(folder.glob("*.safetensors")), None), ["main", "modulation"]
+        ROWS["transformer"], config, component_tensors(list(folder.glob("*.safetensors")), None), ["main", "modulation"]
     )
     transformer = load_module(Transformer(config), weights, "main", mx.float32)
     network = Network(transformer, config, load_module(TimeModulation(config), weights, "modulation", mx.float32))

@@ -92,7 +92,7 @@ def test_the_table_of_settings_is_printable(tmp_path, capsys):
     assert any(r'"a\u202e\u2066b"' in line and r"a\u202eb.toml" in line for line in lines)
 
 
-def test_a_picture_s_record_is_printable(tmp_path, capsys):
+def test_a_image_s_record_is_printable(tmp_path, capsys):
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prompt": HOSTILE, HOSTILE: "two\nlines"})
     assert main(["info", str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_an_ending_is_not_a_name(output):
         output_path(output)
 
 
-def test_a_picture_of_a_vector_graphic_is_not_drawn(tmp_path):
+def test_a_image_of_a_vector_graphic_is_not_drawn(tmp_path):
     (tmp_path / "fox.emf").write_bytes(b"\x01\0\0\0" + bytes(36) + b" EMF" + np.zeros(64, np.uint8).tobytes())
     with pytest.raises(RequestError, match="is not an image"):
         open_image(tmp_path / "fox.emf")

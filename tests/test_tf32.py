@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map_with_path
 
-from qwen_image_mlx.config import VAEConfig
-from qwen_image_mlx.models.vae import Decoder
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.vae import Decoder
 from qwen_image_mlx.pipeline.autoencode import decode
 
 VARIABLE = "MLX_ENABLE_TF32"
@@ -53,7 +53,7 @@ def test_the_variable_is_set_before_mlx_and_an_own_value_stays(way, said, tmp_pa
     assert (done.stdout, done.stderr) == (f"{said or '0'}\n", ""), done
 
 
-# --- what it would do to a picture -----------------------------------------------------------------------------------
+# --- what it would do to an image -----------------------------------------------------------------------------------
 
 # Winograd's F(6x6, 3x3) as MLX's Metal backend has it (mlx/backend/metal/kernels/conv.metal): eight points.
 _INPUT = mx.array([
@@ -179,23 +179,23 @@ def test_the_emulated_convolution_is_a_convolution():
 
 @pytest.mark.reference
 @pytest.mark.nightly
-def test_what_tf32_does_to_a_picture(monkeypatch):
+def test_what_tf32_does_to_a_image(monkeypatch):
     """Modelled: on M1 to M4, Winograd in fp32, no value differs by more than one level; with TF32 inside many do."""
     decoder, size = random_decoder(), 32
     latents = mx.conv2d(mx.random.normal((16, size, size, 1), key=mx.random.key(3)), mx.full((1, 3, 3, 1), 1 / 9), 1, 1)
-    latents = latents.transpose(3, 1, 2, 0)  # smooth, as those of pictures
+    latents = latents.transpose(3, 1, 2, 0)  # smooth, as those of images
 
-    def picture(rounding: Rounding | None) -> np.ndarray:
+    def image(rounding: Rounding | None) -> np.ndarray:
         with monkeypatch.context() as patch:
             replaced = None if rounding is None else metal(patch, rounding)
             pixels = decode(decoder, VAEConfig(), latents)
         assert replaced is None or len(replaced) > 20
         return np.rint(np.array(pixels) * 255)
 
-    reference = picture(None)
-    assert 40 < reference.std() < 90, "a picture, not a plane"
+    reference = image(None)
+    assert 40 < reference.std() < 90, "an image, not a plane"
     assert np.mean((reference == 0) | (reference == 255)) < 0.15
-    changed = {rounding: np.abs(picture(rounding) - reference) for rounding in (exact, tf32)}
+    changed = {rounding: np.abs(image(rounding) - reference) for rounding in (exact, tf32)}
     assert changed[exact].max() <= 1
     assert 0 < np.mean(changed[exact] > 0) < 0.001  # measured here: 0.0002
     assert 0.1 < np.mean(changed[tf32] > 0) < 0.4  # 0.20

@@ -38,7 +38,7 @@ _eval = mx.eval
 
 @dataclass(frozen=True)
 class Mark:
-    """What stands in the graph for a function that must not be taken apart.
+    """What stands in the graph for a function that must not be decomposed.
 
     Attributes:
         name: the function's.

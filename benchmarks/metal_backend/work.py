@@ -9,10 +9,12 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from qwen_image_mlx.config import TransformerConfig, VAEConfig
 from qwen_image_mlx.gpu import Pace
-from qwen_image_mlx.models import text_encoder, transformer, vae, vision
-from qwen_image_mlx.models.rope import Rotary
+from qwen_image_mlx.models.qwen2_5_vl import text as text_encoder
+from qwen_image_mlx.models.qwen2_5_vl import vision
+from qwen_image_mlx.models.qwen_image import transformer, vae
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
+from qwen_image_mlx.models.rotary import Rotary
 from qwen_image_mlx.pipeline import autoencode
 from qwen_image_mlx.sampling.denoise import Guidance, denoise
 from qwen_image_mlx.sampling.schedule import Schedule
@@ -25,7 +27,7 @@ GUIDANCE = Guidance(4.0, True)
 
 
 def block(image: int, text: int, references: int = 0, dtype: mx.Dtype = DTYPE) -> Graph:
-    """One block of the transformer, by tokens of the picture, of the prompt and of all references."""
+    """One block of the transformer, by tokens of the image, of the prompt and of all references."""
     config = TransformerConfig()
     module = blank_module(transformer.TransformerBlock(config, False), dtype)
     images = [blank((1, n, config.dim), dtype) for n in (image, references) if n]
@@ -58,7 +60,7 @@ def forward(image: int, texts: Sequence[int], references: int = 0, blocks: int =
 
 @cache
 def decode(width: int, height: int, strips: int | None = None) -> Graph:
-    """Latents to a picture in pixels, as `pipeline/autoencode.py` does it."""
+    """Latents to an image in pixels, as `pipeline/autoencode.py` does it."""
     config = VAEConfig()
     decoder = blank_module(vae.Decoder(config), mx.float32)
     latents = blank((1, height // 8, width // 8, config.z_dim), mx.float32)
@@ -66,7 +68,7 @@ def decode(width: int, height: int, strips: int | None = None) -> Graph:
 
 
 def encode(width: int, height: int) -> Graph:
-    """A picture in pixels to latents, as `pipeline/autoencode.py` does it."""
+    """An image in pixels to latents, as `pipeline/autoencode.py` does it."""
     config = VAEConfig()
     encoder = blank_module(vae.Encoder(config), mx.float32)
     return trace(autoencode.encode_mode, encoder, config, blank((1, height, width, 3), mx.float32))

@@ -1,4 +1,4 @@
-"""Many pictures with `generate`: --prompts-file and --seeds, and the way from them to a folder of pictures."""
+"""Many images with `generate`: --prompts-file and --seeds, and the way from them to a folder of images."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _KEYS = [row.name for row in rows().values() if row.line]
 
 
 def is_batch(arguments: argparse.Namespace) -> bool:
-    """Whether the flags ask for many pictures in a folder."""
+    """Whether the flags ask for many images in a folder."""
     return arguments.prompts_file is not None or arguments.seeds is not None
 
 
 def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
-    """Paints and saves every picture that the folder does not hold; all that is asked for is checked before."""
+    """Generates and saves every image that the folder does not hold; all that is asked for is checked before."""
     from ..files import check_writable, named_path
     from ..images.files import save_png
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     for row in rows_of("generate"):
         if row.name in given and (row.name in ("images", "from_image") or {"images", "mask"} & {*row.needs}):
-            raise RequestError(f"{row.flag} is about one picture: it does not go with --prompts-file or --seeds")
+            raise RequestError(f"{row.flag} is about one image: it does not go with --prompts-file or --seeds")
     if ("prompt" in given) == ("prompts_file" in given):
         raise RequestError("give one source of prompts: PROMPT or --prompts-file")
     read_prompt(given)
@@ -60,12 +60,12 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     drafts = [_draft(one) for one in wanted]
     count = sum(len(draft.seeds) * len(draft.image_indices) for draft in drafts)
     if count > MAX_IMAGES:
-        raise RequestError(f"these are {count:,} pictures; at most {MAX_IMAGES:,} work")
+        raise RequestError(f"these are {count:,} images; at most {MAX_IMAGES:,} work")
     folder = _folder(given.get("output"))
-    check_writable(folder / "picture.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
+    check_writable(folder / "image.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
 
     from ..files import sweep_results
-    from ..runtime.batch import asked_pictures, missing_pictures, paint_all
+    from ..runtime.batch import asked_images, generate_all, missing_images
     from ..runtime.session import Session
     from .console import Console
     from .preview import preview_file
@@ -80,17 +80,17 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         say_idle("generate", given, requests[0])
         opened = {row.name for row in options_of(OpenOptions) if row.record == "asked"}
         provenance = {name: value for name, value in given.items() if name in opened}
-        asked = asked_pictures(session.pipeline, requests, folder, provenance)
-        missing = missing_pictures(asked)
+        asked = asked_images(session.pipeline, requests, folder, provenance)
+        missing = missing_images(asked)
         if len(missing) < len(asked):
-            logger.info("%d of %d pictures are in %s already", len(asked) - len(missing), len(asked), folder)
+            logger.info("%d of %d images are in %s already", len(asked) - len(missing), len(asked), folder)
         if not missing:
             sweep_results(folder)
             return
         show = stack.enter_context(preview_file(folder / "qwen-image.png")) if "preview" in given else None
-        for one, painting in paint_all(session, missing, show):
-            metadata = {**painting.metadata, **provenance}
-            written = save_png(painting.image, one.path, metadata)
+        for one, generated in generate_all(session, missing, show):
+            metadata = {**generated.metadata, **provenance}
+            written = save_png(generated.image, one.path, metadata)
             console.result(written, seed=metadata["seed"], index=metadata["image_index"], metadata=metadata)
         if timings:
             console.close()
@@ -101,7 +101,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
 
 
 class _Line(NamedTuple):
-    """What is asked for by the names of flags, where that stands, and the size of the picture."""
+    """What is asked for by the names of flags, where that stands, and the size of the image."""
 
     place: str
     said: dict[str, Any]
@@ -155,7 +155,7 @@ def _seeds(text: str) -> list[int]:
         if last < first:
             raise RequestError(f"--seeds has {part.strip()}, which runs backwards; say {last}-{first}")
         if len(found) + last - first >= MAX_IMAGES:
-            raise RequestError(f"--seeds has more than {MAX_IMAGES:,} seeds, which is as many pictures as work")
+            raise RequestError(f"--seeds has more than {MAX_IMAGES:,} seeds, which is as many images as work")
         found += range(first, last + 1)
     return list(dict.fromkeys(found))
 
@@ -165,7 +165,7 @@ def _folder(output: str | None) -> Path:
 
     folder = named_path(FOLDER if output is None else output, "--output")
     if folder.suffix.lower() == ".png" or (folder.exists() and not folder.is_dir()):
-        raise RequestError(f"--output is {output}, but many pictures need a folder")
+        raise RequestError(f"--output is {output}, but many images need a folder")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""qwen-image-mlx caption: a picture in words."""
+"""qwen-image-mlx caption: an image in words."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "caption",
-        help="describe a picture in words",
-        description="Describe a picture with the language model of a checkpoint, as decompose does without a prompt; "
+        help="describe an image in words",
+        description="Describe an image with the language model of a checkpoint, as decompose does without a prompt; "
         "stdout gets the caption.",
     )
     add_options(parser, "caption")
@@ -41,14 +41,14 @@ def run(arguments: argparse.Namespace) -> None:
     from .console import Console, event, messages
 
     with messages():
-        picture = open_rgba(arguments.image)
+        image = open_rgba(arguments.image)
 
     from ..runtime.session import Session
 
     with Console(arguments) as console:
         session = Session.open(wanted, DEFAULT_LAYERED_MODEL, console)
         caption = session.pipeline.caption_image(
-            picture, language=arguments.language or OPTIONS["language"].default,
+            image, language=arguments.language or OPTIONS["language"].default,
             resolution=arguments.resolution or LAYERED_RESOLUTIONS[0], seed=seed,
         )  # fmt: skip
         console.close()

@@ -150,14 +150,14 @@ def _check_sources(given: Mapping[str, Any], sources: list[Any], task: str, repl
             f"{given['from_image']} was generated from words, not edited: give --image, or `generate --from-image`"
         )
     if task == "edit" and not sources:
-        raise RequestError("a picture to edit is missing: give --image")
+        raise RequestError("an image to edit is missing: give --image")
     if task == "generate" and len(sources) > 1:
-        raise RequestError(f"generate paints over one picture, but {len(sources)} are given with --image")
+        raise RequestError(f"generate makes over one image, but {len(sources)} are given with --image")
 
 
-def _check_needs(given: Mapping[str, Any], options: Mapping[str, Any], task: str, has_pictures: bool) -> None:
-    """Raises RequestError for a flag without which what it is about is missing: a picture, a mask."""
-    missing = {"images"} if not has_pictures else set()
+def _check_needs(given: Mapping[str, Any], options: Mapping[str, Any], task: str, has_images: bool) -> None:
+    """Raises RequestError for a flag without which what it is about is missing: an image, a mask."""
+    missing = {"images"} if not has_images else set()
     missing |= {"mask"} - options.keys()
     for need, why in (("images", ""), ("mask", ": without one an edit begins with noise alone")):
         for row in rows_of(task):
@@ -167,7 +167,7 @@ def _check_needs(given: Mapping[str, Any], options: Mapping[str, Any], task: str
 
 
 def _sources(given: Mapping[str, Any], options: dict[str, Any]) -> list[Any]:
-    """The pictures to work on; a layer brings what keeps it in its place, its size and its transparency."""
+    """The images to work on; a layer brings what keeps it in its place, its size and its transparency."""
     if "layer" not in given and ("layer" not in options or "images" in given):
         options.pop("layer", None)
         return options.get("images", [])
@@ -187,9 +187,9 @@ def _sources(given: Mapping[str, Any], options: dict[str, Any]) -> list[Any]:
 
 
 def _size(
-    given: Mapping[str, Any], record: Mapping[str, Any], painted_over: bool, aspect: str | None
+    given: Mapping[str, Any], record: Mapping[str, Any], from_image_input: bool, aspect: str | None
 ) -> tuple[int, int] | str | None:
-    """(width, height), "1mp", "source", an aspect, or None for what is usual: of flags, picture or config."""
+    """(width, height), "1mp", "source", an aspect, or None for what is usual: of flags, image or config."""
     if ("width" in given) != ("height" in given):
         raise RequestError("give both --width and --height, or --aspect")
     explicit = []
@@ -207,6 +207,6 @@ def _size(
         return parsed_size(record["size"])
     if "layer" in given:
         return "source"
-    if {"width", "height"} <= record.keys() and not painted_over:
+    if {"width", "height"} <= record.keys() and not from_image_input:
         return record["width"], record["height"]
-    return None if painted_over else aspect or next(iter(ASPECT_SIZES))
+    return None if from_image_input else aspect or next(iter(ASPECT_SIZES))

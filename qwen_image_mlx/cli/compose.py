@@ -1,4 +1,4 @@
-"""qwen-image-mlx compose: lay layers together into a picture again."""
+"""qwen-image-mlx compose: lay layers together into an image again."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "compose",
-        help="lay layers together into a picture again",
-        description="Lay layers together, from back to front, and save the picture as PNG; stdout gets its path.",
+        help="lay layers together into an image again",
+        description="Lay layers together, from back to front, and save the image as PNG; stdout gets its path.",
     )
     add = parser.add_argument
     add("layers", metavar="DIR|PSD|ORA", help="a folder that decompose wrote, its zip, a PSD or an ORA")
@@ -61,11 +61,11 @@ def run(arguments: argparse.Namespace) -> None:
     from .console import Console
 
     with Console(arguments) as console:
-        picture = compose(arguments.layers, **changes)
+        image = compose(arguments.layers, **changes)
         if arguments.harmonize is None:
-            console.result(save_image(picture, path, made_from), metadata=made_from)
+            console.result(save_image(image, path, made_from), metadata=made_from)
             return
-        composed, there = _composed(picture, path.with_name(f"{path.stem}-composed.png"), made_from)
+        composed, there = _composed(image, path.with_name(f"{path.stem}-composed.png"), made_from)
     edit = {
         "prompt": arguments.harmonize,
         "images": [str(composed)],
@@ -81,13 +81,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise
 
 
-def _composed(picture: Image, path: Path, made_from: dict[str, Any]) -> tuple[Path, bool]:
+def _composed(image: Image, path: Path, made_from: dict[str, Any]) -> tuple[Path, bool]:
     """The file of what is harmonized, and whether an earlier run left the very same."""
     from ..images.files import encode_png, save_png
 
-    if path.is_file() and path.read_bytes() == encode_png(picture, made_from):
+    if path.is_file() and path.read_bytes() == encode_png(image, made_from):
         return path, True
-    return save_png(picture, path, made_from), False
+    return save_png(image, path, made_from), False
 
 
 def _by_layer(flag: str, texts: list[str], kind: type, count: int) -> dict[int, Any]:

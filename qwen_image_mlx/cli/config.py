@@ -16,7 +16,7 @@ from .results import json_text, print_table
 DESCRIPTION = """\
 Say what config.toml sets, write one, or say which is in force: the one named by --config or by QWEN_IMAGE_CONFIG; or
 config.toml in the working directory, if it has a table like [default.qwen_image]; or that of the platform's config
-folder. Flags win over a picture's own metadata (--from-image), that over the profile, and that over "default"."""
+folder. Flags win over an image's own metadata (--from-image), that over the profile, and that over "default"."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -91,7 +91,7 @@ def configured(arguments: argparse.Namespace, command: str, recorded: Mapping[st
     Args:
         arguments: the flags.
         command: a key of `Setting.feeds`.
-        recorded: the metadata of a picture that is painted again; of what stands in it the config says nothing.
+        recorded: the metadata of an image that is generated again; of what stands in it the config says nothing.
 
     Raises:
         RequestError: the config is wrong, or has no such profile.

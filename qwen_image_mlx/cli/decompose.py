@@ -1,4 +1,4 @@
-"""qwen-image-mlx decompose: take a picture apart into layers."""
+"""qwen-image-mlx decompose: decompose an image into layers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "decompose",
-        help="take a picture apart into layers",
-        description="Take a picture apart into RGBA layers, from back to front, in a folder of their own; stdout gets "
-        "the folder, and how near the layers laid together come to the picture.",
+        help="decompose an image into layers",
+        description="Decompose an image into RGBA layers, from back to front, in a folder of their own; stdout gets "
+        "the folder, and how near the layers laid together come to the image.",
     )
     add_options(parser, "decompose")
     return parser
@@ -52,7 +52,7 @@ def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Takes one picture apart and saves its layers."""
+    """Decomposes one image and saves its layers."""
     from ..files import check_writable, named_path
     from ..images.sources import open_rgba
     from ..layers.formats import check_formats
@@ -65,16 +65,16 @@ def run(arguments: argparse.Namespace) -> None:
     if drawn := wanted.get("seed", RANDOM) == RANDOM:
         wanted["seed"] = draw_seed()
     if (arguments.image is None) == (arguments.layer is None):
-        raise RequestError("give one picture: PHOTO, or --layer DIR:N")
+        raise RequestError("give one image: PHOTO, or --layer DIR:N")
     name = Path(arguments.layer.replace(":", "-") if arguments.image is None else arguments.image).stem
     with messages():
-        picture = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
+        image = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
     formats = check_formats((arguments.format or "png").split(","))
 
     from ..runtime.session import Session, layers_of
     from .preview import preview_file
 
-    draft = layers_of(picture, wanted, (wanted.get("resolution") or LAYERED_RESOLUTIONS[0],))
+    draft = layers_of(image, wanted, (wanted.get("resolution") or LAYERED_RESOLUTIONS[0],))
     named = filled(arguments.output, seed=wanted["seed"], prompt=wanted.get("prompt"))
     folder = named_path(f"{name}-layers" if named is None else named, "--output")
     width, height = draft.canvas.result_size
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     with Console(arguments) as console, ExitStack() as stack:
         timings = console.timings(bool(arguments.timings))
         session = Session.open(wanted, DEFAULT_LAYERED_MODEL, timings or console, task="decompose")
-        request = session.request(wanted, pictures=[picture])
+        request = session.request(wanted, images=[image])
         say_idle("decompose", given, request)
         if drawn:
             logger.info("seed %d", wanted["seed"])

@@ -1,4 +1,4 @@
-"""qwen-image-mlx edit: change pictures by instruction."""
+"""qwen-image-mlx edit: change images by instruction."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "edit",
-        help="change pictures by instruction",
-        description="Change one or more pictures by instruction and save the result as PNG; stdout gets its path.",
+        help="change images by instruction",
+        description="Change one or more images by instruction and save the result as PNG; stdout gets its path.",
     )
     add_options(parser, "edit")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Edits and saves every picture asked for."""
+    """Edits and saves every image asked for."""
     run_images(arguments, DEFAULT_EDIT_MODEL, task="edit")

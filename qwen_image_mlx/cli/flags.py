@@ -8,59 +8,59 @@ from functools import cache
 from typing import Any
 
 from ..options import Choice, Option, Several, Switch, Text, by_name
-from ..pipeline.parameters import CANVAS, PAINTERS
+from ..pipeline.parameters import CANVAS, IMAGE_COMMANDS
 from ..runtime.options import OPTIONS
 
-FOLDER = "qwen-images"  # of many pictures
+FOLDER = "qwen-images"  # of many images
 COMPOSITION = "composition.png"
 # Headings of help, by `Option.group`, in their order.
 _HEADINGS = {
-    "picture": "picture",
+    "image": "image",
     "size": "size",
     "sampling": "sampling",
-    "painting over": "painting over a picture",
+    "image to image": "image to image",
     "layers": "layers",
-    "many": "many pictures",
+    "many": "many images",
     "model": "model",
     "memory": "speed and memory",
     "output": "output",
     "settings": "settings",
     "shown": "what is shown",
 }
-_SHOWS = (*PAINTERS, "caption")
-_SETTLED = (*PAINTERS, "caption", "train", "plan", "serve")
+_SHOWS = (*IMAGE_COMMANDS, "caption")
+_SETTLED = (*IMAGE_COMMANDS, "caption", "train", "plan", "serve")
 _LINES = ", ".join(row.name for row in OPTIONS.values() if row.line and row.name != "prompt")
 
 _OWN = (
     Option(
         name="prompts_file", kind=Text(), group="many", commands=("generate",), flags=("--prompts-file",),
         metavar="FILE",
-        help="paint every prompt of a .txt file (one a line; empty lines and those with # are skipped) or a .jsonl "
+        help="generate every prompt of a .txt file (one a line; empty lines and those with # are skipped) or a .jsonl "
         f"file (objects with prompt and any of {_LINES}, which win over the flags; seed 0 unless told otherwise) into "
-        f"the folder --output (default: ./{FOLDER}); a second run paints what is missing",
+        f"the folder --output (default: ./{FOLDER}); a second run generates what is missing",
     ),
     Option(
         name="seeds", kind=Text(), group="many", commands=("generate",), flags=("--seeds",), metavar="A-B,C",
-        help="paint a prompt, or all of them, with each of these seeds, as in 1-20 or 1,5,9-12, into such a folder",
+        help="generate a prompt, or all of them, with each of these seeds, as in 1-20 or 1,5,9-12, into such a folder",
     ),
     Option(
-        name="force", kind=Switch(), group="memory", commands=PAINTERS, flags=("--force",),
-        help="paint although the plan does not fit the memory",
+        name="force", kind=Switch(), group="memory", commands=IMAGE_COMMANDS, flags=("--force",),
+        help="generate although the plan does not fit the memory",
     ),
     Option(
-        name="wire", kind=Switch(), group="memory", commands=PAINTERS, flags=("--wire",),
+        name="wire", kind=Switch(), group="memory", commands=IMAGE_COMMANDS, flags=("--wire",),
         help="keep macOS from paging out what is in use; may help with 64 GB and more, and makes macOS panic on some "
         "machines",
     ),
     Option(
-        name="cache", kind=Switch(), group="memory", commands=PAINTERS, flags=("--cache",),
-        help="keep encoded prompts and pictures for next time, at most 2 GB, in ~/.cache/qwen-image-mlx; removing that "
+        name="cache", kind=Switch(), group="memory", commands=IMAGE_COMMANDS, flags=("--cache",),
+        help="keep encoded prompts and images for next time, at most 2 GB, in ~/.cache/qwen-image-mlx; removing that "
         "folder is safe",
     ),
     Option(
-        name="output", kind=Text(), group="output", commands=PAINTERS, flags=("--output", "-o"), metavar="PATH",
+        name="output", kind=Text(), group="output", commands=IMAGE_COMMANDS, flags=("--output", "-o"), metavar="PATH",
         help="PNG file or directory", usual="./qwen-image.png",
-        but={"decompose": {"metavar": "DIR", "help": "folder for the layers", "usual": "named after the picture"},
+        but={"decompose": {"metavar": "DIR", "help": "folder for the layers", "usual": "named after the image"},
              "compose": {"usual": f"./{COMPOSITION}"}},
     ),
     Option(
@@ -68,12 +68,12 @@ _OWN = (
         help="png, psd, ora, zip, pptx", usual="png",
     ),
     Option(
-        name="preview", kind=Switch(), group="output", commands=PAINTERS, flags=("--preview",),
-        help="while it paints, keep a small picture of what it is heading for beside the output",
+        name="preview", kind=Switch(), group="output", commands=IMAGE_COMMANDS, flags=("--preview",),
+        help="while it generates, keep a small image of what it is heading for beside the output",
     ),
     Option(
         name="from_image", kind=Text(), group="settings", commands=CANVAS, flags=("--from-image",), metavar="IMAGE",
-        help="paint a picture again from its own metadata; flags win",
+        help="generate an image again from its own metadata; flags win",
     ),
     Option(
         name="config", kind=Text(), group="settings", commands=_SETTLED, flags=("--config",), metavar="PATH",
@@ -96,7 +96,7 @@ _OWN = (
         help="for an app that runs this: progress, messages and results on stdout, as JSON, one event a line",
     ),
     Option(
-        name="timings", kind=Switch(), group="shown", commands=PAINTERS, flags=("--timings",),
+        name="timings", kind=Switch(), group="shown", commands=IMAGE_COMMANDS, flags=("--timings",),
         help="print what each stage takes, and record it",
     ),
 )  # fmt: skip

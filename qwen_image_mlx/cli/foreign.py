@@ -7,7 +7,7 @@ _IMAGE = "--image"
 _NO_CONTROL = "nothing: ControlNets are not supported here"
 _NO_CACHE = "nothing: every step is computed; --lightning 8 or fewer --steps are faster"
 _NO_SAMPLER = "nothing: the schedule is the model's own flow-matching Euler"
-_RECORDED = "nothing: every picture carries its parameters; `info` prints them and --from-image repeats them"
+_RECORDED = "nothing: every image carries its parameters; `info` prints them and --from-image repeats them"
 _MEMORY = "--memory auto"
 _UNATTENDED = "nothing: nothing is ever asked"
 
@@ -55,7 +55,7 @@ FOREIGN = {
     "--clip-skip": "nothing: these models have no CLIP",
     "--temp": "nothing: captions are drawn as the checkpoint says",
     "--max-tokens": "nothing: captions end by themselves",
-    # pictures
+    # images
     "--image-paths": "--image, once for each",
     "--images": "--image, once for each",
     "--init-image": _IMAGE,
@@ -104,7 +104,7 @@ FOREIGN = {
     "--offload": _MEMORY,
     "--mlx-cache-limit-gb": "--memory 16GB",
     "--max-memory": "--memory 16GB",
-    "--vae-tiling": "nothing: pictures are decoded in strips, as the memory wants it",
+    "--vae-tiling": "nothing: images are decoded in strips, as the memory wants it",
     "--battery-percentage-stop-limit": "nothing: Ctrl-C stops, and the same command goes on with what is missing",
     # results
     "--out": "--output",
@@ -121,7 +121,7 @@ FOREIGN = {
     "--silent": "--quiet",
     "--debug": "--verbose",
     "-v": "--verbose",
-    "--dry-run": "the command `plan`, which says what painting takes",
+    "--dry-run": "the command `plan`, which says what generation takes",
     "--yes": _UNATTENDED,
     "-y": _UNATTENDED,
 }
@@ -140,7 +140,7 @@ COMMANDS = {
     "interrogate": "caption",
     "convert": "quantize",
     "save": "quantize",
-    "fuse": "quantize, which takes --model and no LoRA; --lora merges while painting",
+    "fuse": "quantize, which takes --model and no LoRA; --lora merges while generating",
     "lora-train": "train",
     "finetune": "train",
     "server": "serve",
@@ -150,7 +150,7 @@ COMMANDS = {
     "pull": "nothing: a model is downloaded when it is first needed; `plan` says how large it is",
     "models": "plan MODEL for one, or --model with a name such as 2512, edit-2511 or layered",
     "list": "plan MODEL for one, or --model with a name such as 2512, edit-2511 or layered",
-    "upscale": "nothing: pictures are not enlarged here; edit --size WxH paints larger",
+    "upscale": "nothing: images are not enlarged here; edit --size WxH generates larger",
     "version": "--version",
     "help": "--help",
 }

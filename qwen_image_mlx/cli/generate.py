@@ -15,15 +15,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "generate",
-        help="paint a picture from a prompt",
-        description="Paint a picture from a prompt, or paint one over, and save it as PNG; stdout gets its path.",
+        help="generate an image from a prompt",
+        description="Generate an image from a prompt, or change one, and save it as PNG; stdout gets its path.",
     )
     add_options(parser, "generate")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Paints and saves every picture asked for."""
+    """Generates and saves every image asked for."""
     if is_batch(arguments):
         run_batch(arguments, DEFAULT_MODEL)
     else:

@@ -7,11 +7,11 @@ from ..outside import one_line
 
 # By `QwenImageError.cause`.
 HINTS = {
-    "budget": "try a smaller picture or --quantize 4, or paint all the same with --force",
-    "residency": "try --memory auto or --quantize 4, or paint all the same with --force",
+    "budget": "try a smaller image or --quantize 4, or generate all the same with --force",
+    "residency": "try --memory auto or --quantize 4, or generate all the same with --force",
     "streamed quantization": "save the model quantized once (qwen-image-mlx quantize MODEL FOLDER --bits 4) and give "
     "--model FOLDER without --quantize, allow more memory, or leave --quantize out",
-    "caption": "say with --prompt what the picture shows, allow more memory, or go on with --force",
+    "caption": "say with --prompt what the image shows, allow more memory, or go on with --force",
     "prompt": "give one in quotes, or --from-image; one that begins with a dash comes last, as in -- -portrait",
     "group size": "--group-size needs --quantize",
     "lightning": "give one with --lora",

@@ -25,10 +25,10 @@ _IDLE: dict[str, tuple[Callable[[Mapping[str, Any], Request], bool], str]] = {
     "lora_mode": (lambda given, request: not {"loras", "lightning"} & given.keys(), "no LoRA is given"),
     "caption_language": (lambda given, request: bool(request.prompt.strip()), "a prompt is given, so none is written"),
     "cfg_normalize": (lambda given, request: request.guiding_prompt is None, "guidance is off"),
-    "ignore_profile": (lambda given, request: request.canvas is None, "no picture is read"),
+    "ignore_profile": (lambda given, request: request.canvas is None, "no image is read"),
     "keep_alpha": (
         lambda given, request: request.canvas is not None and request.canvas.straight is None,
-        "the picture has no transparency",
+        "the image has no transparency",
     ),
     "wire": (_without_metal, "there is no Metal on this machine"),
 }
@@ -40,7 +40,7 @@ def say_idle(command: str, given: Mapping[str, Any], request: Request) -> None:
     Args:
         command: which was typed; what it has no flag for was not asked for by anybody.
         given: options that the command line gives, by their names.
-        request: what is painted.
+        request: what is generated.
     """
     for row in rows_of(command):
         is_idle, why = _IDLE.get(row.name, (None, ""))

@@ -42,7 +42,7 @@ def run_images(arguments: argparse.Namespace, default_model: str, task: str, com
             from .preview import preview_file
 
             show = stack.enter_context(preview_file(chosen.first_path))
-        for index, made in enumerate(session.paint(request, show), 1):
+        for index, made in enumerate(session.generate(request, show), 1):
             metadata = {**made.metadata, **chosen.provenance}
             if "timings" in chosen.given:
                 metadata["profile"] = timings.record()

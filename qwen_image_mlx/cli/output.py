@@ -12,7 +12,7 @@ DEFAULT_NAME = "qwen-image.png"
 
 
 def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
-    """The picture a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
+    """The image a user's --output means: a file, or a directory to put `default_name` in; raises RequestError."""
     from ..images.files import WRITERS  # here, because it loads Pillow
 
     if output is None:
@@ -28,6 +28,6 @@ def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:
         return path.with_name(path.name + ".png")
     if path.suffix.lower() not in WRITERS:
         raise RequestError(
-            f"--output is {output}, but pictures are written as PNG, JPEG or WebP; end the name in .png, .jpg or .webp"
+            f"--output is {output}, but images are written as PNG, JPEG or WebP; end the name in .png, .jpg or .webp"
         )
     return path

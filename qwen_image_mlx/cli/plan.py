@@ -1,4 +1,4 @@
-"""qwen-image-mlx plan: what painting will take in memory, before anything is downloaded or loaded."""
+"""qwen-image-mlx plan: what generation will take in memory, before anything is downloaded or loaded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Say what each stage of painting will take in memory, in GB, for every way to keep weights there, and which fits.
+Say what each stage of generating will take in memory, in GB, for every way to keep weights there, and which fits.
 
-  resident   everything stays loaded, for the next picture
+  resident   everything stays loaded, for the next image
   staged     encoders, transformer and autoencoder one after another (what generate does)
   streamed   layers are read from the files again at each pass
 
@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_options(parser, "plan")
-    add("--references", type=int, metavar="N", help="pictures an editing model is shown (default: 1)")
+    add("--references", type=int, metavar="N", help="images an editing model is shown (default: 1)")
     add("--json", action="store_true", help="print JSON, in bytes")
     return parser
 

@@ -1,4 +1,4 @@
-"""What --preview shows: a small picture beside the output, replaced at each step and removed in the end."""
+"""What --preview shows: a small image beside the output, replaced at each step and removed in the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def preview_file(output: Path) -> Iterator[Show]:
     """Writes what it is shown to `<stem>-preview.png` beside `output`, or the first free name after it.
 
     The file is there from the first step until the `with` ends, however it ends. Where it cannot be written that is
-    said once, and painting goes on without.
+    said once, and generation goes on without.
     """
     from PIL import PngImagePlugin
 

@@ -1,4 +1,4 @@
-"""A picture that is painted again: the options that its PNG recorded, checked, and its files where they are now."""
+"""An image that is generated again: the options that its PNG recorded, checked, and its files where they are now."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..options import Choice, Several
 from ..runtime.options import OPTIONS, recorded
 
 # What --from-image reads; other keys are for people.
-_RECORDED = recorded("always", "painted over", "set", "asked")
+_RECORDED = recorded("always", "started from", "set", "asked")
 
 
 def replayed(path: str, metadata: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a picture recorded, by their names; the flags that are given decide which of them still hold.
+    """The options that an image recorded, by their names; the flags that are given decide which of them still hold.
 
     Args:
-        path: the picture, beside which files are looked for that are not at their recorded places.
+        path: the image, beside which files are looked for that are not at their recorded places.
         metadata: its record.
         given: options that the command line gives.
 
@@ -37,12 +37,12 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     for name, (row, value) in found.items():
         fits = row.kind.accepts(value) if isinstance(row.kind, Choice) else row.kind.has_type(value)
         if not fits:
-            raise RequestError(f"the picture's metadata is damaged: its {name} is {value!r:.80}")
+            raise RequestError(f"the image's metadata is damaged: its {name} is {value!r:.80}")
     return {name: value for name, (_, value) in found.items()}
 
 
 def _beside(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Looks for what a picture was made from beside it, where it is not at its recorded place."""
+    """Looks for what an image was made from beside it, where it is not at its recorded place."""
 
     def find(place: str) -> str:
         beside = folder / place

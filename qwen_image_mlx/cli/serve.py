@@ -39,9 +39,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "(default: %(default)s)")  # fmt: skip
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add_options(parser, "serve")
-    add("--model", "-m", help=f"to paint with: a directory or a Hugging Face id (default: {DEFAULT_MODEL})")
+    add("--model", "-m", help=f"to generate with: a directory or a Hugging Face id (default: {DEFAULT_MODEL})")
     add("--edit-model", metavar="MODEL", help=f"to edit with (default: {DEFAULT_EDIT_MODEL})")
-    add("--layered-model", metavar="MODEL", help=f"to take apart with (default: {DEFAULT_LAYERED_MODEL})")
+    add("--layered-model", metavar="MODEL", help=f"to decompose with (default: {DEFAULT_LAYERED_MODEL})")
     add("--token-file", metavar="FILE", help="ask for the token in it: Authorization: Bearer TOKEN")
     add("--allow-origin", action="append", default=[], metavar="O", help="let pages of another web origin use the "
         "server, as in https://example.org; repeat for more")  # fmt: skip
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--grace", default="1m", metavar="T", help="a request whose connection is cut keeps its job for so long: an "
         "equal request finds it until then, and without one it is cancelled (default: %(default)s)")  # fmt: skip
     add("--queue", type=int, default=16, metavar="N", help="most jobs that wait (default: %(default)s)")
-    add("--max-pixels", type=int, default=1 << 22, metavar="N", help="of a picture (default: %(default)s)")
+    add("--max-pixels", type=int, default=1 << 22, metavar="N", help="of an image (default: %(default)s)")
     add("--max-steps", type=int, default=100, metavar="N", help="denoising steps (default: %(default)s)")
     return parser
 

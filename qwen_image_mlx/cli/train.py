@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Fine-tune a model with a LoRA, which --lora and diffusers read, or train all of its weights with --full.
 
-DIR holds pictures with captions in .txt files of the same names, or a metadata.jsonl with a line for each example:
+DIR holds images with captions in .txt files of the same names, or a metadata.jsonl with a line for each example:
   t2i      {"image": "a.png", "caption": "a red fox"}
   edit     {"source": "a.png", "target": "b.png", "instruction": "make it blue"}   (several sources as a list)
   layered  {"image": "a.png", "layers": ["0.png", "1.png"], "caption": "a fox"}     (back to front)
 
-Pictures and captions are encoded once; then only the transformer is in memory. --quantize 4 keeps it in 4 bits beside
+Images and captions are encoded once; then only the transformer is in memory. --quantize 4 keeps it in 4 bits beside
 the LoRA, --checkpointing computes again what would not fit. OUT gets checkpoints, samples, log.jsonl, plot.png and at
 the end lora.safetensors, or with --full the folder model. Ctrl-C saves and stops; --resume goes on to the same
 numbers."""
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags; those of `TrainingSettings` have its names, and its defaults where they are None."""
     parser = commands.add_parser(
         "train",
-        help="fine-tune a model with your own pictures",
+        help="fine-tune a model with your own images",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--logit-std", type=float, metavar="S", help="of logit_normal (default: 1)")
     add("--shift", type=float, metavar="S", help="moves the noise levels towards noise (default: the scheduler's)")
     add("--weighting", choices=WEIGHTINGS, help=f"of errors by noise level (default: {default['weighting']})")
-    add("--resolution", type=int, metavar="P", help=f"pictures have about P x P pixels (default: "
+    add("--resolution", type=int, metavar="P", help=f"images have about P x P pixels (default: "
         f"{default['resolution']})")  # fmt: skip
     add("--caption-dropout", type=float, metavar="P", help="share of samples without their caption (default: 0)")
     add("--checkpointing", action="store_true", default=None, help="compute each block again for the gradient: slower, "
@@ -76,7 +76,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--ema", type=float, metavar="D", help="with --full, save a moving average of this decay")
     add("--seed", "-s", type=int, metavar="N", help="of all that is drawn (default: 0)")
     add("--save-every", type=int, metavar="N", help=f"steps between checkpoints (default: {default['save_every']})")
-    add("--sample-every", type=int, metavar="N", help="steps between sample pictures (default: none)")
+    add("--sample-every", type=int, metavar="N", help="steps between sample images (default: none)")
     add("--sample-prompt", dest="sample_prompts", action="append", metavar="P", help="what they show; repeat for more "
         "(default: the first caption)")  # fmt: skip
     add("--resume", action="store_true", help="go on from OUT's last checkpoint")
@@ -156,9 +156,9 @@ class _LossLine:
         self._bar.update(1)
 
     def tell(self, progress: Progress) -> None:
-        """While a sample is painted."""
+        """While a sample is generated."""
         if self._bar is not None and progress.stage == "denoise":
-            self._bar.set_postfix_str(f"painting a sample, step {progress.step} of {progress.total}")
+            self._bar.set_postfix_str(f"generation a sample, step {progress.step} of {progress.total}")
 
     def close(self) -> None:
         """Ends the line."""

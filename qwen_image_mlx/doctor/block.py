@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import TransformerConfig
 from ..gpu import finish
 from ..models import nn
+from ..models.qwen_image.config import TransformerConfig
 from ..pipeline.limits import limits
 from ..runtime.memory_plan import Work
 from ..weights.synthetic import FULL
@@ -21,7 +21,7 @@ from .outcome import Outcome, amount
 from .parts import block_inputs, chain, chained_block
 
 _BLOCKS, _CPU_BLOCKS = 6, 3
-_SIDE, _CPU_SIDE = 64, 14  # of the picture, in tokens
+_SIDE, _CPU_SIDE = 64, 14  # of the image, in tokens
 _TEXT, _CPU_TEXT = 200, 32
 _CACHES = {"cache_1gib": 1 << 30, "cache_none": 0}
 

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import OutputError
 from ..gpu import finish
 from ..weights.mapping import expected_tensors
-from ..weights.synthetic import FULL
+from ..weights.synthetic import FULL, ROWS
 from .measure import on_gpu, on_metal
 from .outcome import Outcome
 from .values import uniform
@@ -95,5 +95,5 @@ def _chunk() -> np.ndarray:
 
 def streamed_bytes() -> int:
     """Bytes of the released transformer that are read at each pass where its layers are streamed, in bf16."""
-    specs = expected_tensors("transformer", FULL["transformer"]).values()
+    specs = expected_tensors(ROWS["transformer"], FULL["transformer"]).values()
     return 2 * sum(int(np.prod(spec.shape)) for spec in specs if spec.part == "main")

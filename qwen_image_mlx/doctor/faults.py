@@ -18,7 +18,7 @@ from .measure import on_gpu, on_metal
 from .outcome import Outcome
 from .parts import block_inputs, chain, chained_block
 
-_SIDE, _CPU_SIDE = 64, 16  # of the chain's picture, in tokens
+_SIDE, _CPU_SIDE = 64, 16  # of the chain's image, in tokens
 _BLOCKS = 400  # of a chain that is cancelled long before its end
 _MOST_BLOCKS = 8  # that cancelling may take; two are queued, and one is being built
 

@@ -22,7 +22,7 @@ _FORMS = {"bf16": NONE, "8 bits": "8", "4 bits": "4"}
 
 
 def run(options: Mapping[str, Any]) -> Outcome:
-    """Plans a guided picture with the configs of the released model, which need no weights."""
+    """Plans a guided image with the configs of the released model, which need no weights."""
     outcome, budget = Outcome(), usable_memory()
     folder, work = Path(options["folder"]) / "configs", Work(width=SIDE, height=SIDE)
     write_configs(folder, FULL)

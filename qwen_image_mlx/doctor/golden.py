@@ -1,6 +1,6 @@
 """A real model against a golden file that diffusers wrote (`scripts/make_golden.py`), stage by stage.
 
-The file holds fingerprints of the prompts' states, of the noise and of the latents after chosen steps, the picture at
+The file holds fingerprints of the prompts' states, of the noise and of the latents after chosen steps, the image at
 most 64 pixels wide or high, and in its metadata all that made them. The first stage that differs tells where to look.
 """
 
@@ -28,7 +28,7 @@ from .measure import GARBAGE, numbers, relative_error
 from .outcome import Outcome
 
 FORMAT = "qwen_image_mlx.golden.1"
-VALUES, PARTS, THUMBNAIL = 4096, 16, 64  # of a fingerprint; longest side of the picture
+VALUES, PARTS, THUMBNAIL = 4096, 16, 64  # of a fingerprint; longest side of the image
 _SAID: dict[str, type | tuple[type, ...]] = {
     "model": str, "dtype": str, "prompt": str, "negative_prompt": (str, type(None)), "seed": int, "width": int,
     "height": int, "steps": int, "kept_steps": list, "cfg_scale": (int, float), "versions": dict, "transformer": dict,
@@ -37,7 +37,7 @@ _CONFIG = ("num_layers", "num_attention_heads", "attention_head_dim", "joint_att
 
 
 class Tolerance(NamedTuple):
-    """What may lie between two right implementations in a dtype: relative errors; of the picture, levels of 255 (rms).
+    """What may lie between two right implementations in a dtype: relative errors; of the image, levels of 255 (rms).
 
     Those of fp32 hold for what the tests see on tiny models. In 16 bits the same rounding in another order grows from
     step to step: estimates, until real runs tell.
@@ -60,7 +60,7 @@ class Golden(NamedTuple):
     """A golden file.
 
     Attributes:
-        arrays: by name: "STAGE.values", "STAGE.norms", "picture".
+        arrays: by name: "STAGE.values", "STAGE.norms", "image".
         said: how they were made.
     """
 
@@ -102,7 +102,7 @@ _CURES = {
     "text": "check the text encoder's files and the tokenizer, then run `doctor --only probe,parity`",
     "noise": "seed, size or dtype are not what the file says, or this is a fault of this program: report it",
     "latents": "check the transformer's files, then run `doctor --only probe,parity`",
-    "picture": "check the autoencoder's files, then run `doctor --only probe,parity,picture`",
+    "picture": "check the autoencoder's files, then run `doctor --only probe,parity,image`",
 }
 
 
@@ -186,7 +186,7 @@ def stages(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> dict[str, np
 
 
 def reduction(width: int, height: int) -> int:
-    """How many pixels a side become one, so that a picture is at most `THUMBNAIL` wide and high."""
+    """How many pixels a side become one, so that an image is at most `THUMBNAIL` wide and high."""
     return max(1, -(-max(width, height) // THUMBNAIL))
 
 
@@ -194,7 +194,7 @@ def _error(name: str, result: np.ndarray, golden: Golden) -> float:
     if name == "picture":
         theirs = golden.arrays["picture"]
         if theirs.shape != result.shape:
-            raise CheckpointError("the golden file is damaged: its picture has another size than it says")
+            raise CheckpointError("the golden file is damaged: its image has another size than it says")
         error = float(np.sqrt(np.mean((result - theirs) ** 2)))
         return error if math.isfinite(error) else GARBAGE
     ours = dict(zip(("values", "norms"), fingerprint(result, VALUES, PARTS), strict=True))

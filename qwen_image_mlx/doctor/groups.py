@@ -29,10 +29,10 @@ GROUPS = (
     Group("limits", 60, "how much memory may be used, and which models fit", "fits"),
     Group("probe", 240, "every operation of the networks at real shapes, against fp32 on the CPU"),
     Group("parity", 240, "one block of each network at real width, against the CPU and against stored values"),
-    Group("picture", 240, "pictures of the demo models against stored ones"),
-    Group("rates", 180, "how fast the operations are, and what a picture will take"),
+    Group("picture", 240, "images of the demo models against stored ones"),
+    Group("rates", 180, "how fast the operations are, and what an image will take"),
     Group("block", 180, "time and memory of a chain of transformer blocks, against the plan"),
-    Group("vae", 180, "time and memory of decoding a picture, against the plan"),
+    Group("vae", 180, "time and memory of decoding an image, against the plan"),
     Group("disk", 180, "how fast weights are read"),
     Group("errors", 120, "a refused allocation, threads, and how long cancelling takes", "faults"),
 )

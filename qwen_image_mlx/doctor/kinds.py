@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..models.layers import rotate_half, turns
-from ..models.rope import THETA, Segment, rotary_tables, rotate
-from ..models.transformer import EPS, gated_add, gelu_tanh
+from ..models.layers import gated_add, gelu_tanh, rotate_half, turns
+from ..models.qwen_image.rope import THETA, Segment, rotary_tables
+from ..models.qwen_image.transformer import EPS
+from ..models.rotary import rotate
 from ..weights.quantize import quantize_matrix
 from ..weights.schemes import Scheme
 from .measure import numbers, tolerance_of
@@ -210,7 +211,7 @@ def silu_formula(x: np.ndarray) -> np.ndarray:
 
 
 def turning(name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
-    """`rotate` with the tables of a square picture; shape is (side of its grid, heads, channels)."""
+    """`rotate` with the tables of a square image; shape is (side of its grid, heads, channels)."""
     side, heads, size = shape
     axes = (size // 8, size // 16 * 7, size // 16 * 7)
     x = array("x" + name, (1, side * side, heads, size), dtype)

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..config import TransformerConfig
 from ..gpu import finish
+from ..models.qwen_image.config import TransformerConfig
 from ..pipeline.pipeline import QwenImagePipeline
 from ..runtime.memory_plan import MemoryPlan, Work, make_plan
 from ..weights.synthetic import FULL, write_configs

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..config import TransformerConfig
 from ..gpu import Pace, finish
 from ..models import nn
-from ..models.rope import Segment, place_images, rotary_tables
-from ..models.text_encoder import DecoderLayer, mrope_tables
-from ..models.transformer import BlockRows, TransformerBlock
-from ..models.vae import Decoder, Encoder
-from ..models.vision import VisionBlock, window_index
-from ..models.vision import rotary_tables as vision_tables
+from ..models.qwen2_5_vl.text import DecoderLayer, mrope_tables
+from ..models.qwen2_5_vl.vision import VisionBlock, window_index
+from ..models.qwen_image.config import TransformerConfig
+from ..models.qwen_image.rope import Segment, place_images, rotary_tables
+from ..models.qwen_image.transformer import BlockRows, TransformerBlock
+from ..models.qwen_image.vae import Decoder, Encoder
+from ..models.rotary import patch_tables as vision_tables
 from ..pipeline.autoencode import decode, encode_moments
 from ..weights.synthetic import FULL
 from .values import array, fill

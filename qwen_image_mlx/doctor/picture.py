@@ -1,4 +1,4 @@
-"""Pictures of the demo models, end to end in fp32, against stored ones (`scripts/doctor_values.py`)."""
+"""Images of the demo models, end to end in fp32, against stored ones (`scripts/doctor_values.py`)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .outcome import Outcome
 
 STORED = Path(__file__).parent / "stored"
 _PROMPT = "a red circle on a blue background"
-_LEVELS = 1  # of 255, by which a picture may differ
+_LEVELS = 1  # of 255, by which an image may differ
 _COARSE_LEVELS = 4  # the same where fp32 is TF32
 
 
 def run(options: Mapping[str, Any]) -> Outcome:
-    """Makes the pictures and compares them."""
+    """Makes the images and compares them."""
     outcome, allowed = Outcome(), _COARSE_LEVELS if coarse_fp32() else _LEVELS
     made = pictures(stored("demo"))
     for name, image in made.items():
@@ -32,16 +32,16 @@ def run(options: Mapping[str, Any]) -> Outcome:
         if steps.max() > allowed:
             outcome.find(
                 "wrong",
-                f"the picture {name} differs from the stored one by {steps.max():.0f} of 255 levels, where {allowed} "
+                f"the image {name} differs from the stored one by {steps.max():.0f} of 255 levels, where {allowed} "
                 "is allowed; run `doctor --only probe,parity` to see which operation is wrong",
             )
     most = max(figures["most_levels"] for figures in outcome.figures.values())
-    outcome.summary = f"{len(made)} pictures of the demo models are the stored ones, within {most:.0f} of 255 levels"
+    outcome.summary = f"{len(made)} images of the demo models are the stored ones, within {most:.0f} of 255 levels"
     return outcome
 
 
 def stored(name: str) -> Image.Image:
-    """A stored picture."""
+    """A stored image."""
     with Image.open(STORED / f"{name}.png") as image:
         return image.copy()
 
@@ -50,7 +50,7 @@ def pictures(source: Image.Image | None = None) -> dict[str, Image.Image]:
     """What the demo models make, by name.
 
     Args:
-        source: what is edited and taken apart; None is the picture that is generated.
+        source: what is edited and decomposed; None is the image that is generated.
     """
     made = _with("demo", lambda demo: demo.generate(_PROMPT, negative_prompt=" ", seed=1))
     source = source or made[0]

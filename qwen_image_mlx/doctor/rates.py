@@ -1,4 +1,4 @@
-"""How fast the operations of a picture are, best of three, and what a picture will take at these rates.
+"""How fast the operations of an image are, best of three, and what an image will take at these rates.
 
 `RATES` is the table; to add an operation, add a row.
 """
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..config import TransformerConfig
 from ..gpu import finish
-from ..models.transformer import EPS, gelu_tanh
+from ..models.layers import gelu_tanh
+from ..models.qwen_image.config import TransformerConfig
+from ..models.qwen_image.transformer import EPS
 from .chip import nominal_tflops
 from .measure import on_gpu, on_metal, seconds_of
 from .outcome import Outcome
@@ -97,7 +98,7 @@ def pass_seconds(config: TransformerConfig, tokens: int, rates: Mapping[str, flo
 
     Args:
         config: of the transformer.
-        tokens: of the picture; a prompt's are added.
+        tokens: of the image; a prompt's are added.
         rates: figures of this group.
     """
     length, dim = tokens + _TEXT, config.dim

@@ -1,4 +1,4 @@
-"""Time and memory of decoding a picture, against the memory plan; on Apple's GPU with and without Winograd."""
+"""Time and memory of decoding an image, against the memory plan; on Apple's GPU with and without Winograd."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..gpu import finish
-from ..models.vae import Decoder
+from ..models.qwen_image.vae import Decoder
 from ..pipeline.autoencode import decode
 from ..pipeline.limits import limits
 from ..runtime.memory_plan import Work

@@ -1,4 +1,4 @@
-"""The frame around a picture that is painted over: at which size it is painted, and how the result goes back into it.
+"""The frame around an image that is started from: at which size it is generated, and how the result goes back into it.
 
 Pillow and numpy only; knows no model. What lies outside a mask comes back bit by bit. Sources of the crop:
 get_crop_region and the resize modes "fill" and "crop" of diffusers' VaeImageProcessor.
@@ -25,16 +25,16 @@ _LANCZOS = Image.Resampling.LANCZOS
 
 @dataclass(frozen=True)
 class Canvas:
-    """How one picture is painted over.
+    """How one image is started from.
 
     Attributes:
-        source: the upright picture, RGB or RGBA.
-        mask: grey values of its size, white where it is painted anew; None: everywhere.
-        size: (width, height) it is painted at.
+        source: the upright image, RGB or RGBA.
+        mask: grey values of its size, white where it is regenerated; None: everywhere.
+        size: (width, height) it is generated at.
         result_size: (width, height) of the result.
         composite: put what the mask keeps back into the result.
-        box: part of the picture that is painted, in its pixels; None: all of it.
-        straight: the picture as it was, RGBA, whose transparency the result gets; None: the result is opaque.
+        box: part of the image that is generated, in its pixels; None: all of it.
+        straight: the image as it was, RGBA, whose transparency the result gets; None: the result is opaque.
     """
 
     source: Image.Image
@@ -47,7 +47,7 @@ class Canvas:
 
     @property
     def initial(self) -> tuple[Image.Image, Image.Image | None]:
-        """The picture and the mask as the model is given them: cropped to the box, if there is one."""
+        """The image and the mask as the model is given them: cropped to the box, if there is one."""
         if self.box is None:
             return self.source, self.mask
         assert self.mask is not None
@@ -55,24 +55,24 @@ class Canvas:
 
     @property
     def resized_source(self) -> Image.Image:
-        """The picture at the result's size."""
+        """The image at the result's size."""
         return _resized(self.source, self.result_size)
 
-    def finish(self, painted: Image.Image) -> Image.Image:
+    def finish(self, generated: Image.Image) -> Image.Image:
         """The result: resized, pasted back, composited, with its alpha."""
         straight = None if self.straight is None else _resized(self.straight, self.result_size)
         base = self.resized_source if straight is None else straight.convert("RGB")
         if self.box is not None:
             width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
             pasted = base.copy()
-            pasted.paste(_cover(painted, (width, height)), self.box[:2])
-            painted = pasted
-        painted = _resized(painted, self.result_size)
+            pasted.paste(_cover(generated, (width, height)), self.box[:2])
+            generated = pasted
+        generated = _resized(generated, self.result_size)
         if self.composite and self.mask is not None:
-            painted = Image.composite(painted, base, feathered(_resized(self.mask, self.result_size)))
+            generated = Image.composite(generated, base, feathered(_resized(self.mask, self.result_size)))
         if straight is not None:
-            painted.putalpha(straight.getchannel("A"))
-        return painted
+            generated.putalpha(straight.getchannel("A"))
+        return generated
 
 
 def plan_canvas(
@@ -85,20 +85,20 @@ def plan_canvas(
     straight: Image.Image | None = None,
     area: int,
 ) -> Canvas:
-    """Decides how a picture is painted over.
+    """Decides how an image is started from.
 
     Args:
-        source: the upright picture, RGB or RGBA.
-        mask: white where it is painted anew; of the picture's size.
-        size: "1mp" (about 1 MP at the picture's aspect, the model's own size), "source" (the same, resized back to the
-            picture's size), or (width, height). None is "source" with a mask that is composited, else "1mp".
+        source: the upright image, RGB or RGBA.
+        mask: white where it is regenerated; of the image's size.
+        size: "1mp" (about 1 MP at the image's aspect, the model's own size), "source" (the same, resized back to the
+            image's size), or (width, height). None is "source" with a mask that is composited, else "1mp".
         composite: put what the mask keeps back, bit by bit.
-        crop_padding: paint only the mask's surroundings, with so many pixels around it, at the full painting size.
-        straight: the picture as it was, RGBA, if the result is to have its transparency.
+        crop_padding: generate only the mask's surroundings, with so many pixels around it, at the full generation size.
+        straight: the image as it was, RGBA, if the result is to have its transparency.
         area: what "1mp" means, in pixels.
 
     Raises:
-        RequestError: the mask has another size than the picture, or paints nothing or everything; or `size` is none.
+        RequestError: the mask has another size than the image, or generates nothing or everything; or `size` is none.
     """
     if mask is not None:
         mask = _checked_mask(mask, source.size)
@@ -113,27 +113,27 @@ def plan_canvas(
         raise RequestError(f"size is {size!r}, but must be {' or '.join(map(repr, NAMED_SIZES))} or (width, height)")
     if size is None:
         size = "source" if mask is not None and composite else "1mp"
-    painted = size_of_area(area, source.size) if isinstance(size, str) else size
-    box = None if crop_padding is None or mask is None else crop_region(mask, painted, crop_padding)
-    # A crop goes back into the whole picture.
-    result = source.size if size == "source" or box is not None else painted
-    return Canvas(source, mask, painted, result, composite, box, straight)
+    generated = size_of_area(area, source.size) if isinstance(size, str) else size
+    box = None if crop_padding is None or mask is None else crop_region(mask, generated, crop_padding)
+    # A crop goes back into the whole image.
+    result = source.size if size == "source" or box is not None else generated
+    return Canvas(source, mask, generated, result, composite, box, straight)
 
 
 def feathered(mask: Image.Image) -> Image.Image:
-    """A mask as opacity: 0 outside, rising over some pixels inside, so that the seam lies within what was painted."""
+    """A mask as opacity: 0 outside, rising over some pixels inside, so that the seam lies within what was generated."""
     inside = np.asarray(mask.convert("L")) >= 128
     width = max(1, round(4 * math.sqrt(mask.width * mask.height / _ONE_MEGAPIXEL)))
     depth = np.zeros(inside.shape, np.float32)
     for _ in range(width):
         depth += inside
-        edge = np.pad(inside, 1, mode="edge")  # the picture's own border is no seam
+        edge = np.pad(inside, 1, mode="edge")  # the image's own border is no seam
         inside = inside & edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1, 2:]
     return Image.fromarray(np.rint(depth / width * 255).astype(np.uint8))
 
 
 def crop_region(mask: Image.Image, size: Size, padding: int) -> Box:
-    """Box around the mask, padded, and widened towards the aspect of `size` as far as the picture goes."""
+    """Box around the mask, padded, and widened towards the aspect of `size` as far as the image goes."""
     rows, cols = (np.flatnonzero(np.asarray(mask.convert("L")).any(axis=axis)) for axis in (1, 0))
     x1, x2 = max(int(cols[0]) - padding, 0), min(int(cols[-1]) + 1 + padding, mask.width)
     y1, y2 = max(int(rows[0]) - padding, 0), min(int(rows[-1]) + 1 + padding, mask.height)
@@ -157,7 +157,7 @@ def _widened(low: int, high: int, wanted: float, limit: int) -> tuple[int, int]:
 
 
 def fill(image: Image.Image, size: Size) -> Image.Image:
-    """Fits a picture into a size, centred, its edges stretched over what remains."""
+    """Fits an image into a size, centred, its edges stretched over what remains."""
     width, height = size
     ratio, source_ratio = width / height, image.width / image.height
     inner_w = width if ratio < source_ratio else image.width * height // image.height
@@ -176,7 +176,7 @@ def fill(image: Image.Image, size: Size) -> Image.Image:
 
 
 def _cover(image: Image.Image, size: Size) -> Image.Image:
-    """Undoes `fill`: scales a picture to cover a size and cuts off what juts out."""
+    """Undoes `fill`: scales an image to cover a size and cuts off what juts out."""
     width, height = size
     wider = image.width * height > width * image.height
     scaled = image.resize(
@@ -190,13 +190,13 @@ def _cover(image: Image.Image, size: Size) -> Image.Image:
 def _checked_mask(mask: Image.Image, size: Size) -> Image.Image:
     if mask.size != size:
         raise RequestError(
-            f"the mask has {mask.width}x{mask.height} pixels, but the picture {size[0]}x{size[1]}; make them equal"
+            f"the mask has {mask.width}x{mask.height} pixels, but the image {size[0]}x{size[1]}; make them equal"
         )
     grey = mask.convert("L")
-    painted = np.asarray(grey) >= 128
-    if not painted.any():
-        raise RequestError("the mask is black everywhere, so nothing would be painted; white is what is painted anew")
-    if painted.all():
+    generated = np.asarray(grey) >= 128
+    if not generated.any():
+        raise RequestError("the mask is black everywhere, so nothing would be generated; white is what is regenerated")
+    if generated.all():
         raise RequestError("the mask is white everywhere, so nothing would be kept; leave the mask out")
     return grey
 

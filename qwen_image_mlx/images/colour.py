@@ -223,6 +223,6 @@ def _fixed(value: float) -> bytes:
 
 
 def alpha_range(image: Image.Image) -> tuple[int, int]:
-    """The least and the greatest alpha of an RGBA picture; Pillow's stubs know `getextrema` of one channel alone."""
+    """The least and the greatest alpha of an RGBA image; Pillow's stubs know `getextrema` of one channel alone."""
     least, greatest = cast("tuple[tuple[int, int], ...]", image.getextrema())[3]
     return least, greatest

@@ -1,4 +1,4 @@
-"""Pictures' files, which carry what made them: their formats, their records, their names."""
+"""Images' files, which carry what made them: their formats, their records, their names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .sources import readable
 logger: logging.Logger = logging.getLogger(__name__)
 
 METADATA_KEY = "qwen_image_mlx"
-# By the ends of names: the form of a picture, and how it is written.
+# By the ends of names: the form of an image, and how it is written.
 _LOSSY = {"quality": 95, "subsampling": 0}
 WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
@@ -40,13 +40,11 @@ def check_text(metadata: Any) -> None:
     try:
         json.dumps(metadata, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise RequestError(
-            "a file's name is not valid text, so no picture could say that it was made from it"
-        ) from error
+        raise RequestError("a file's name is not valid text, so no image could say that it was made from it") from error
 
 
 def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
-    """A picture as the bytes of a PNG, with its metadata if it has any; the arguments are those of `save_png`."""
+    """An image as the bytes of a PNG, with its metadata if it has any; the arguments are those of `save_png`."""
     info = PngImagePlugin.PngInfo() if metadata is None else _png_info(json.dumps(metadata, ensure_ascii=False))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
@@ -70,7 +68,7 @@ def _exif(comment: bytes) -> Image.Exif:
 
 
 def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> bytes:
-    """A picture as the bytes of a file of that name, with its metadata.
+    """An image as the bytes of a file of that name, with its metadata.
 
     Args:
         image: RGB or RGBA.
@@ -87,9 +85,7 @@ def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> by
     if form == "JPEG" and image.mode == "RGBA" and alpha_range(image)[0] == 255:
         image = image.convert("RGB")
     if form == "JPEG" and image.has_transparency_data:
-        raise OutputError(
-            f"cannot write {path}: JPEG has no transparency, which this picture has; end in .png or .webp"
-        )
+        raise OutputError(f"cannot write {path}: JPEG has no transparency, which this image has; end in .png or .webp")
     if form == "JPEG" and len(comment) > _JPEG_COMMENT:
         raise OutputError(f"cannot write {path}: its record is too long for a JPEG; end the name in .png or .webp")
     image.save(file, form, exif=_exif(comment), **settings)
@@ -97,7 +93,7 @@ def encode_image(image: Image.Image, metadata: dict[str, Any], path: Path) -> by
 
 
 class RecordedImage(Image.Image):
-    """A picture that keeps its record, JSON in `info["qwen_image_mlx"]`, when it is saved as PNG, JPEG or WebP."""
+    """An image that keeps its record, JSON in `info["qwen_image_mlx"]`, when it is saved as PNG, JPEG or WebP."""
 
     def __eq__(self, other: object) -> bool:
         """Whether the other is an image of the same pixels, however it was made."""
@@ -120,7 +116,7 @@ class RecordedImage(Image.Image):
 
 
 def recorded(image: Image.Image, metadata: dict[str, Any]) -> RecordedImage:
-    """The picture, with its record."""
+    """The image, with its record."""
     carrier = RecordedImage()
     carrier.__setstate__(image.__getstate__())
     carrier.info[METADATA_KEY] = json.dumps(metadata, ensure_ascii=False)
@@ -133,10 +129,10 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
-    """Writes a picture with its metadata, atomically, under `path` or the first free `-1`, `-2`, … beside it.
+    """Writes an image with its metadata, atomically, under `path` or the first free `-1`, `-2`, … beside it.
 
     Args:
-        image: the picture.
+        image: the image.
         path: wanted file, whose suffix says in which form; missing folders are made.
         metadata: JSON-serialisable; in a PNG stored as UTF-8 text under the key `qwen_image_mlx`.
 
@@ -157,14 +153,14 @@ def _save(path: Path, data: bytes) -> Path:
 
 
 def read_metadata(path: StrPath) -> dict[str, Any]:
-    """The metadata `save_image` stored; raises RequestError if the file is no such picture."""
+    """The metadata `save_image` stored; raises RequestError if the file is no such image."""
     with readable(str(path), path, "PNG, JPEG or WebP"):
         check_file(path, str(path))
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             image.load()
             metadata = record_of(getattr(image, "text", {})) if image.format == "PNG" else _commented(image)
     if metadata is None:
-        raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own pictures do")
+        raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own images do")
     return metadata
 
 
@@ -179,7 +175,7 @@ def _commented(image: Image.Image) -> dict[str, Any] | None:
 
 
 def record_of(texts: Mapping[Any, Any]) -> dict[str, Any] | None:
-    """What `encode_png` stored among a picture's texts; None if it is not there, is damaged, or too long to be ours."""
+    """What `encode_png` stored among an image's texts; None if it is not there, is damaged, or too long to be ours."""
     text = texts.get(METADATA_KEY)
     if not isinstance(text, str) or len(text) > _MOST_RECORD:
         return None

@@ -13,7 +13,7 @@ _MODES = {3: "RGB", 4: "RGBA"}
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An RGBA picture laid on white, RGB; any other converted to RGB."""
+    """An RGBA image laid on white, RGB; any other converted to RGB."""
     info = image.info
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -31,7 +31,7 @@ def to_images(pixels: mx.array) -> list[Image.Image]:
 
 
 def to_pixels(image: Image.Image, size: Size) -> mx.array:
-    """A picture for the autoencoder: Lanczos-resized, (1, H, W, C) in [-1, 1], fp32. Source: VaeImageProcessor."""
+    """An image for the autoencoder: Lanczos-resized, (1, H, W, C) in [-1, 1], fp32. Source: VaeImageProcessor."""
     resized = image.resize(size, Image.Resampling.LANCZOS)
     return mx.array(np.asarray(resized, dtype=np.float32)[None] / 255.0) * 2 - 1
 
@@ -39,10 +39,10 @@ def to_pixels(image: Image.Image, size: Size) -> mx.array:
 def to_patches(
     image: Image.Image, size: Size, *, patch: int, merge: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> mx.array:
-    """A picture for the vision tower: bicubic-resized, normalised, cut into patches.
+    """An image for the vision tower: bicubic-resized, normalised, cut into patches.
 
     Args:
-        image: an RGB picture.
+        image: an RGB image.
         size: a multiple of `patch * merge` on both sides.
         patch: side of a patch in pixels.
         merge: side of a block of patches; patches run block by block in raster order, and so inside a block.

@@ -1,4 +1,4 @@
-"""Pictures from anywhere, for the models: PIL images, arrays, paths, bytes; upright, in 8 bits and in sRGB."""
+"""Images from anywhere, for the models: PIL images, arrays, paths, bytes; upright, in 8 bits and in sRGB."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _KINDS = (Image.Image, np.ndarray, str, os.PathLike, bytes)  # the same, for isi
 
 
 def listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
-    """Pictures as a list; a single one may be given without. Raises RequestError for anything else."""
+    """Images as a list; a single one may be given without. Raises RequestError for anything else."""
     if isinstance(images, _KINDS):
         return [images]
     try:
         return list(images)
     except TypeError as error:
-        raise RequestError(f"pictures are {images!r:.80}, but must be a list of pictures, or one") from error
+        raise RequestError(f"images are {images!r:.80}, but must be a list of images, or one") from error
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """A picture as an upright RGB image: EXIF orientation applied, transparency laid on white, first frame only.
+    """An image as an upright RGB image: EXIF orientation applied, transparency laid on white, first frame only.
 
-    Colours are converted to sRGB by what the picture says of them, unless `colour.ignore_profiles` is in force.
+    Colours are converted to sRGB by what the image says of them, unless `colour.ignore_profiles` is in force.
 
     Args:
         source: a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), a path, or a file's bytes.
@@ -61,18 +61,18 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def open_rgba(source: ImageSource) -> Image.Image:
-    """A picture as an upright RGBA image, opaque if it has no alpha; raises RequestError as `open_image` does."""
+    """An image as an upright RGBA image, opaque if it has no alpha; raises RequestError as `open_image` does."""
     return _decoded(source).convert("RGBA")
 
 
-def check_visible(picture: Image.Image) -> None:
-    """Raises RequestError if an RGBA picture shows nothing."""
-    if alpha_range(picture)[1] == 0:
-        raise RequestError("the picture is transparent everywhere, so there is nothing to see in it")
+def check_visible(image: Image.Image) -> None:
+    """Raises RequestError if an RGBA image shows nothing."""
+    if alpha_range(image)[1] == 0:
+        raise RequestError("the image is transparent everywhere, so there is nothing to see in it")
 
 
 def open_mask(source: ImageSource) -> Image.Image:
-    """A mask as an upright picture, its values as they are; raises RequestError as `open_image` does."""
+    """A mask as an upright image, its values as they are; raises RequestError as `open_image` does."""
     with ignore_profiles():
         return _decoded(source)
 
@@ -81,7 +81,7 @@ def _decoded(source: ImageSource) -> Image.Image:
     """Upright, whole, in 8 bits and sRGB."""
     if not isinstance(source, _KINDS):
         raise RequestError(
-            f"a picture is of type {type(source).__name__}; give a PIL image, an array, a path or a file's bytes"
+            f"an image is of type {type(source).__name__}; give a PIL image, an array, a path or a file's bytes"
         )
     name = _name(source)
     with readable(name, source):
@@ -122,7 +122,7 @@ def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except FileNotFoundError as error:
-        raise RequestError(f"there is no picture {name}") from error
+        raise RequestError(f"there is no image {name}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
         raise RequestError(f"{name} is too large to be opened safely ({limit}); make it smaller") from error
@@ -135,17 +135,17 @@ def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[
             raise RequestError(
                 f"{name} carries more text or metadata than is read: save it anew without metadata"
             ) from error
-        raise RequestError(f"{name} cannot be read as a picture: {str(error) or type(error).__name__}") from error
+        raise RequestError(f"{name} cannot be read as an image: {str(error) or type(error).__name__}") from error
 
 
 def in_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """A picture in 8 bits and sRGB; raises RequestError for one without pixels, or with values of 32 bits."""
+    """An image in 8 bits and sRGB; raises RequestError for one without pixels, or with values of 32 bits."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips
         info = image.info
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image.info = info.copy()
     if image.mode in ("I", "F"):
-        raise RequestError(f"{name} has values of 32 bits; give uint8 of (height, width, 3 or 4), or a usual picture")
+        raise RequestError(f"{name} has values of 32 bits; give uint8 of (height, width, 3 or 4), or a usual image")
     if not image.width * image.height:
         raise RequestError(f"{name} has no pixels")
     if image.mode == "LAB":  # a space that needs no profile
@@ -163,4 +163,4 @@ def _from_lab(image: Image.Image) -> Image.Image:
 
 
 def _name(source: ImageSource) -> str:
-    return str(source) if isinstance(source, str | os.PathLike) else "a picture"
+    return str(source) if isinstance(source, str | os.PathLike) else "an image"

@@ -54,7 +54,7 @@ class Files:
             raise RequestError(f"{self.label} must hold {name!r:.200}, but there is no such file in it; put it there")
         return self._fetch(name, limit)
 
-    def picture(self, name: str) -> Image.Image:
+    def image(self, name: str) -> Image.Image:
         """A PNG file as RGBA in sRGB; raises RequestError if it is not one, or too large with those read before."""
         data, where = self.read(name), f"{name} in {self.label}"
         with readable(where, data, "PNG"), opened(data) as image:
@@ -68,7 +68,7 @@ class Files:
 
     def layer(self, file: str, **fields: Any) -> Layer:
         """A PNG file as a layer with these fields; raises RequestError if it cannot be read or a field is wrong."""
-        image = self.picture(file)
+        image = self.image(file)
         try:
             return Layer(image, **fields)
         except RequestError as error:
@@ -103,11 +103,11 @@ def zip_files(path: Path) -> Iterator[Files]:
         with zipfile.ZipFile(path) as archive:
             members = _unwrapped({i.filename: i for i in archive.infolist() if _is_inside(i.filename)})
             if len(members) > _MAX_MEMBERS or sum(info.file_size for info in members.values()) > _MAX_ARCHIVE:
-                raise RequestError(f"{path} unpacks to more than {_MAX_ARCHIVE >> 30} GB; this is no layered picture")
+                raise RequestError(f"{path} unpacks to more than {_MAX_ARCHIVE >> 30} GB; this is no layered image")
 
             def fetch(name: str, limit: int) -> bytes:
                 if members[name].file_size > limit:  # zipfile never gives more than this size
-                    raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is no layer of a picture")
+                    raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is no layer of an image")
                 with archive.open(members[name]) as file:  # in pieces: what a piece unpacks to is in memory at once
                     return b"".join(iter(lambda: file.read(_ZIP_PIECE), b""))
 
@@ -126,7 +126,7 @@ def _check_directory(path: Path) -> None:
     place = tail.rfind(b"PK\5\6")
     nbytes = int.from_bytes(tail[place + 12 : place + 16], "little")
     if place >= 0 and (nbytes > MAX_INDEX or tail[max(0, place - 20) : place].startswith(_ZIP_64)):
-        raise RequestError(f"{path} holds more than {_MAX_MEMBERS:,} files; this is no layered picture")
+        raise RequestError(f"{path} holds more than {_MAX_MEMBERS:,} files; this is no layered image")
 
 
 def _is_inside(name: str) -> bool:

@@ -66,7 +66,7 @@ def read_folder(path: Path) -> LayerStack:
         with open(path / name, "rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
-            raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is no layer of a picture")
+            raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is no layer of an image")
         return data
 
     try:
@@ -107,7 +107,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def adopt_file(folder: Path, index: int, name: str, size: Size) -> None:
-    """Makes a PNG in a folder a layer's own picture: the manifest names it from now on. Raises OutputError."""
+    """Makes a PNG in a folder a layer's own image: the manifest names it from now on. Raises OutputError."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         manifest["layers"][index] |= {"file": name, "size": list(size)}

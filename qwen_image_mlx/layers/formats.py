@@ -93,7 +93,7 @@ def check_formats(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def save_layers(stack: LayerStack, folder: StrPath, formats: Iterable[LayersFormat] = ("png",)) -> list[Path]:
-    """Writes layers in one or more formats, with the picture they make and a contact sheet.
+    """Writes layers in one or more formats, with the image they make and a contact sheet.
 
     Args:
         stack: the layers.

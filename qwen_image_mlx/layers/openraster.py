@@ -87,7 +87,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
     """Refuses a document type, and with it every entity, before one is expanded."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise RequestError("it has a document type, which a layered picture has no use for")
+        raise RequestError("it has a document type, which a layered image has no use for")
 
 
 def _xml(files: Files) -> ElementTree.Element:

@@ -44,14 +44,14 @@ _PSD_NOTICES = (
 )  # fmt: skip
 _PSD_EFFECTS = (b"lfx2", b"lmfx", b"lfxs", b"lrFX")  # blocks of effects; the first that is there counts
 _USUAL_RANGE = (0, 65535)  # of Blend If: nothing is left out
-_FAR, _MANY = 16, 0.01  # levels and share of pixels: beyond both a stack is another picture than its file shows
+_FAR, _MANY = 16, 0.01  # levels and share of pixels: beyond both a stack is another image than its file shows
 _PSD_PROFILE = 1039  # the image resource that holds an ICC profile
 _PSD_ALPHA = -1  # the channel's number in the file
 _PSD_MODES = ("RGB", "GRAYSCALE", "DUOTONE", "INDEXED", "CMYK")
 
 
 def write_psd(stack: LayerStack, path: Path) -> None:
-    """Writes a PSD: pixel layers as they are, and the merged picture for viewers that know no layers.
+    """Writes a PSD: pixel layers as they are, and the merged image for viewers that know no layers.
 
     Opacity is rounded to 1/255; metadata is not written.
 
@@ -65,8 +65,8 @@ def write_psd(stack: LayerStack, path: Path) -> None:
         record = document.create_pixel_layer(layer.image, top=y, left=x, opacity=opacity)
         record.name = layer.name  # given above, a name beyond Mac Roman could not be written
         record.visible = layer.visible
-    # The documented low level: `save` would draw the merged picture anew or warn that it cannot. A negative count says
-    # that the merged picture's fourth channel is its transparency; otherwise Photoshop shows it as a saved selection.
+    # The documented low level: `save` would draw the merged image anew or warn that it cannot. A negative count says
+    # that the merged image's fourth channel is its transparency; otherwise Photoshop shows it as a saved selection.
     document._record.layer_and_mask_information.layer_info.layer_count = -len(stack.layers)
     with open(path, "wb") as file:
         document._record.write(file)
@@ -107,13 +107,13 @@ def read_psd(path: Path) -> LayerStack:
             notices: list[str] = []
             layers = tuple(_psd_layers(document, path, notices))
             if not layers:
-                logger.warning("%s holds no layers of pixels; its whole picture is read as one", path)
-                picture = _in_srgb(document.topil(apply_icc=False), document, path)
-                layers = (Layer(picture.convert("RGBA"), clean_name(path.stem)),)
+                logger.warning("%s holds no layers of pixels; its whole image is read as one", path)
+                image = _in_srgb(document.topil(apply_icc=False), document, path)
+                layers = (Layer(image.convert("RGBA"), clean_name(path.stem)),)
             stack = LayerStack(document.size, layers)
             if not notices and _differs(stack, document, path):
                 logger.warning(
-                    "%s: its layers laid together are not the picture that it shows; something in it is not read", path
+                    "%s: its layers laid together are not the image that it shows; something in it is not read", path
                 )
             return stack
     except QwenImageError:
@@ -123,7 +123,7 @@ def read_psd(path: Path) -> LayerStack:
 
 
 def _matted(merged: Image.Image) -> Image.Image:
-    """Colours laid on white beside the alpha: how Photoshop stores a merged picture, and undoes it on reading."""
+    """Colours laid on white beside the alpha: how Photoshop stores a merged image, and undoes it on reading."""
     pixels = np.asarray(merged).astype(np.float32)
     alpha = pixels[..., 3:] / 255
     pixels[..., :3] = np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha))
@@ -220,12 +220,12 @@ def _blends_by_ranges(layer: Any) -> bool:
 
 
 def _differs(stack: LayerStack, document: Any, path: Path) -> bool:
-    """Whether layers laid together are another picture than the one that a document holds beside them."""
+    """Whether layers laid together are another image than the one that a document holds beside them."""
     if not document.has_preview():
         return False
     shown = _in_srgb(document.topil(apply_icc=False), document, path).convert("RGBA")
     white = Image.new("RGBA", shown.size, "white")
-    pair = (Image.alpha_composite(white, picture).convert("RGB") for picture in (shown, composite(stack)))
+    pair = (Image.alpha_composite(white, image).convert("RGB") for image in (shown, composite(stack)))
     levels = np.asarray(ImageChops.difference(*pair)).max(-1)
     return bool((levels > _FAR).mean() > _MANY)
 

@@ -22,7 +22,7 @@ def compose(
     move: Mapping[int, tuple[int, int]] | None = None,
     scale: Mapping[int, float] | None = None,
 ) -> Image.Image:
-    """Lays layers together into a picture: source over, from back to front.
+    """Lays layers together into an image: source over, from back to front.
 
     Args:
         layers: a stack, or a folder that `LayeredResult.save` wrote, its zip, a PSD or an ORA.
@@ -76,7 +76,7 @@ def layer_file(reference: str) -> Path | None:
 
 
 def adopt_layer(reference: str, file: Path) -> None:
-    """Makes a picture in a layer's folder take that layer's place; the old file stays, the manifest forgets it."""
+    """Makes an image in a layer's folder take that layer's place; the old file stays, the manifest forgets it."""
     path, index = split_reference(reference)
     assert index is not None
     with Image.open(file) as image:

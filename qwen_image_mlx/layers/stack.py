@@ -1,4 +1,4 @@
-"""A picture as a stack of layers: what a layer is, moving and scaling it, laying the stack together, looking at it.
+"""An image as a stack of layers: what a layer is, moving and scaling it, laying the stack together, looking at it.
 
 Pillow and numpy only; knows no files and no model. Layers go from back to front, alpha is straight (not premultiplied).
 """
@@ -24,7 +24,7 @@ MAX_OFFSET = 300_000
 MAX_LAYERS = 1000
 MAX_NAME = 255
 MAX_PIXELS = 1 << 29  # of all layers together: 2 GiB of RGBA
-MAX_CANVAS = 150_000_000  # of one picture: A0 at 300 dots an inch, 600 MB of RGBA
+MAX_CANVAS = 150_000_000  # of one image: A0 at 300 dots an inch, 600 MB of RGBA
 
 # What XML 1.0 cannot hold, or no text encoding can.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -190,15 +190,15 @@ def composite(stack: LayerStack, hide: Iterable[int] = ()) -> Image.Image:
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures over R, G and B, in dB; infinite if they are equal.
+    """Peak signal-to-noise ratio of two 8-bit images over R, G and B, in dB; infinite if they are equal.
 
-    10 log10(255² / mean squared difference). Alpha is not looked at: lay transparent pictures on something first.
+    10 log10(255² / mean squared difference). Alpha is not looked at: lay transparent images on something first.
 
     Raises:
-        RequestError: the pictures differ in size.
+        RequestError: the images differ in size.
     """
     if a.size != b.size:
-        raise RequestError(f"pictures of {a.size} and {b.size} px cannot be compared; resize one of them")
+        raise RequestError(f"images of {a.size} and {b.size} px cannot be compared; resize one of them")
     difference = np.asarray(a.convert("RGB"), np.int32) - np.asarray(b.convert("RGB"), np.int32)
     error = float(np.mean(np.square(difference, out=difference), dtype=np.float64))
     return 10 * math.log10(255**2 / error) if error else math.inf
@@ -222,8 +222,8 @@ def contact_sheet(stack: LayerStack, *, max_side: int = 2048) -> Image.Image:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(10, height // 12))
     for number, cell in enumerate(chain(alone, (stack,))):
         x, y = _GAP + number % columns * (width + _GAP), _GAP + number // columns * (height + _GAP)
-        picture = composite(cell).resize((width, height), Image.Resampling.BOX)
-        sheet.paste(Image.alpha_composite(_checkerboard((width, height)), picture).convert("RGB"), (x, y))
+        image = composite(cell).resize((width, height), Image.Resampling.BOX)
+        sheet.paste(Image.alpha_composite(_checkerboard((width, height)), image).convert("RGB"), (x, y))
         label = str(number) if number < len(stack.layers) else "="
         draw.text((x + 6, y + 3), label, fill="white", font=font, stroke_width=2, stroke_fill="black")
     return sheet

@@ -42,7 +42,7 @@ _BLOCK = frozenset(
     [*(f"attn.{name}" for name in _ATTENTION)]
     + [f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")]
 )
-# The shape does not tell a 4-step file from an 8-step one; too many steps cost time, too few the picture.
+# The shape does not tell a 4-step file from an 8-step one; too many steps cost time, too few the image.
 _STEPS_BY_SHAPE = 8
 
 

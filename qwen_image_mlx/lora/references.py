@@ -1,4 +1,4 @@
-"""What people write to name a LoRA: `REF@STRENGTH` taken apart, and where a reference leads. Fetches nothing."""
+"""What people write to name a LoRA: `REF@STRENGTH` decomposed, and where a reference leads. Fetches nothing."""
 
 from __future__ import annotations
 

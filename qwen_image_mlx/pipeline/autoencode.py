@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import mlx.core as mx
 
-from ..config import VAEConfig
 from ..gpu import Pace, finish
-from ..models.vae import BAND, Decoder, Encoder, Stage
+
+# Rows, and optionally whom to tell of each band of them made, to more rows, whole or in pieces.
+Stage = Callable[..., "mx.array | Iterator[mx.array]"]
+
+
+class Statistics(Protocol):
+    """What a config says of latents: the mean and deviation of each channel."""
+
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+
+
+class Encoder(Protocol):
+    """Pixels (B, H, W, C) in [-1, 1] to mean and log-variance of latents, as consecutive functions."""
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """All of it."""
+
+
+class Decoder(Protocol):
+    """Latents to pixels, not clamped, as consecutive functions: of the whole image, then of strips of rows."""
+
+    @property
+    def band(self) -> int:
+        """Rows of the tail's input on whose multiples strips begin."""
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """Everything that needs the whole image."""
+
+    @property
+    def tail(self) -> Sequence[Stage]:
+        """The rest, purely local."""
+
+    @property
+    def tail_halo(self) -> int:
+        """Rows above and below a strip that the tail must be given, of its input."""
+
+    @property
+    def tail_scale(self) -> int:
+        """Output rows per input row of the tail."""
+
 
 # Output pixels per strip: about 0.4 GB of activations, and at most a fifth more work for the halos at 1 MP.
 STRIP_PIXELS = 512 * 512
 
 
-def encode_mode(encoder: Encoder, config: VAEConfig, pixels: mx.array) -> mx.array:
+def encode_mode(encoder: Encoder, config: Statistics, pixels: mx.array) -> mx.array:
     """Most likely latents of pixels.
 
     Args:
@@ -30,7 +72,7 @@ def encode_mode(encoder: Encoder, config: VAEConfig, pixels: mx.array) -> mx.arr
     return _evaluated((encode_moments(encoder, config, pixels)[0] - mean) / std)
 
 
-def encode_moments(encoder: Encoder, config: VAEConfig, pixels: mx.array) -> tuple[mx.array, mx.array]:
+def encode_moments(encoder: Encoder, config: Statistics, pixels: mx.array) -> tuple[mx.array, mx.array]:
     """Mean and standard deviation of the latents of pixels, not normalised: (B, H/8, W/8, z) each, fp32, evaluated."""
     moments = _run(encoder.stages, pixels.astype(mx.float32))
     mean, log_variance = mx.split(moments, 2, axis=-1)
@@ -39,13 +81,13 @@ def encode_moments(encoder: Encoder, config: VAEConfig, pixels: mx.array) -> tup
     return mean, std
 
 
-def sample_latents(config: VAEConfig, mean: mx.array, std: mx.array, noise: mx.array) -> mx.array:
+def sample_latents(config: Statistics, mean: mx.array, std: mx.array, noise: mx.array) -> mx.array:
     """Normalised latents drawn from `encode_moments`' result with standard normal noise of its shape."""
     latent_mean, latent_std = _latent_statistics(config)
     return (mean + std * noise - latent_mean) / latent_std
 
 
-def decode(decoder: Decoder, config: VAEConfig, latents: mx.array, strips: int | None = None) -> mx.array:
+def decode(decoder: Decoder, config: Statistics, latents: mx.array, strips: int | None = None) -> mx.array:
     """Pixels of latents; the number of strips changes memory, never a bit of the result.
 
     Args:
@@ -65,16 +107,16 @@ def decode(decoder: Decoder, config: VAEConfig, latents: mx.array, strips: int |
 
 
 def strips_of(pixels: int, most: int) -> int:
-    """How many strips a picture is decoded in, so that one has about `most` pixels."""
+    """How many strips an image is decoded in, so that one has about `most` pixels."""
     return max(1, pixels // most)
 
 
 def decode_tail(decoder: Decoder, x: mx.array, strips: int) -> mx.array:
     """The second half of `decode`, from the tail's input (B, H, W, C); no strip is smaller than a band."""
     height = x.shape[1]
-    bands = -(-height // BAND)
+    bands = -(-height // decoder.band)
     strips = min(strips, bands)
-    edges = [min(height, bands * n // strips * BAND) for n in range(strips + 1)]
+    edges = [min(height, bands * n // strips * decoder.band) for n in range(strips + 1)]
     out = [_strip(decoder, x, top, bottom) for top, bottom in pairwise(edges)]
     pixels = out[0] if strips == 1 else mx.concatenate(out, axis=1)
     finish(pixels)
@@ -102,5 +144,5 @@ def _evaluated(x: mx.array) -> mx.array:
     return x
 
 
-def _latent_statistics(config: VAEConfig) -> tuple[mx.array, mx.array]:
+def _latent_statistics(config: Statistics) -> tuple[mx.array, mx.array]:
     return mx.array(config.latents_mean), mx.array(config.latents_std)

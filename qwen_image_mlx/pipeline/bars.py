@@ -93,7 +93,7 @@ class _Line(tqdm):  # type: ignore[misc]  # tqdm has no types
     """tqdm's line. Where stderr is not a terminal: a line when a stage of several units ends, and every 30 seconds."""
 
     def __init__(self, **settings: Any):
-        self._written = time.monotonic()
+        self._written, self._is_ended = time.monotonic(), False
         super().__init__(**settings)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
@@ -101,8 +101,8 @@ class _Line(tqdm):  # type: ignore[misc]  # tqdm has no types
         if self.fp.isatty():
             return bool(super().display(msg, pos))
         now = time.monotonic()
-        is_last = 1 < self.total == self.n
+        is_last = 1 < self.total == self.n and not self._is_ended
         if msg is None and (is_last or now - self._written >= _LINE_PAUSE):
-            self._written = now
+            self._written, self._is_ended = now, is_last
             self.fp.write(f"{self}\n")
         return False

@@ -12,30 +12,37 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
-from ..config import (
-    GenerationConfig,
-    ImageProcessorConfig,
-    SchedulerConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-    VAEConfig,
-    VisionConfig,
-)
+from ..config import GenerationConfig, ImageProcessorConfig, SchedulerConfig
 from ..errors import CheckpointError, RequestError
 from ..gpu import Pace
-from ..models import nn
-from ..models.text_encoder import LanguageHead, TextEncoder
-from ..models.transformer import Transformer
-from ..models.vae import Decoder, Encoder
-from ..models.vision import VisionTower
 from ..names import StrPath
+from ..registry import (
+    CLASSES,
+    ENCODING,
+    LANGUAGE_HEAD,
+    MAIN,
+    PROCESSOR,
+    SCHEDULER,
+    STREAMABLE,
+    TEXT_ENCODER,
+    TOKENIZER,
+    TRANSFORMER,
+    VAE,
+    VISION,
+    Component,
+    Network,
+    components_of,
+    resolve,
+)
+from ..sampling.latents import LatentSpace
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.loader import ComponentWeights, load_module
-from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings
+from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings, weights_map
+from ..weights.recognize import holds
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
-from .sources import Sources
+from .sources import CONFIG, Sources
 
 if TYPE_CHECKING:
     from ..lora.adapters import Adapters, Placement
@@ -44,25 +51,7 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-M = TypeVar("M", bound=nn.Module)
-C = TypeVar("C", TransformerConfig, TextEncoderConfig, VisionConfig, ImageProcessorConfig, VAEConfig, SchedulerConfig)
-
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
-# The parts of each component that are read (see the weights map).
-PARTS: dict[str, tuple[str, ...]] = {
-    "transformer": ("main", "modulation"),
-    "text_encoder": ("main",),
-    "vision": ("main",),
-    "language_head": ("main",),
-    "vae": ("encoder", "decoder"),
-}
-ADDITION = "time_text_embed.addition_t_embedding.weight"  # in layered models alone
-_DEPTHS = {"transformer": "num_layers", "text_encoder": "num_hidden_layers", "vision": "depth"}
-CLASS_NAMES = {
-    "transformer": "QwenImageTransformer2DModel",
-    "vae": "AutoencoderKLQwenImage",
-    "scheduler": "FlowMatchEulerDiscreteScheduler",
-}
 
 
 class Components:
@@ -81,6 +70,9 @@ class Components:
         on_layer: told of each layer that a model runs: component, layer, layers; what it raises ends the work.
 
     Attributes:
+        variant: what its pipeline class implies.
+        rows: what its classes lead to, by role.
+        kept: what a denoiser made that another image of the same conditions may use; it goes with the transformer.
         placement: what became of the LoRAs when the transformer was loaded last; None without any.
     """
 
@@ -103,42 +95,103 @@ class Components:
         self._zero_cond_t = zero_cond_t
         self.quantization: Quantization = quantization or Quantization()
         self.streamed: frozenset[str] = frozenset(streamed)
-        if self.streamed:
-            from ..weights.streaming import STREAMABLE  # here: most runs stream nothing
-
-            if odd := sorted(map(str, self.streamed - STREAMABLE)):
-                raise RequestError(f"{', '.join(odd)} cannot be streamed; {', '.join(sorted(STREAMABLE))} can")
+        if odd := sorted(map(str, self.streamed - STREAMABLE)):
+            raise RequestError(f"{', '.join(odd)} cannot be streamed; {', '.join(sorted(STREAMABLE))} can")
         self._read_loras = read_loras
         self.placement: Placement | None = None
         self._loaded: dict[str, Any] = {}
+        self.kept: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
         self.sources: Sources = Sources(snapshot, replaced)
         self.variant: Variant = variant_of(self.sources.index, snapshot.model)
+        self.rows: dict[str, Component] = components_of(self.variant.classes)
+        self._networks = {net.name: (row, net) for row in self.rows.values() for net in row.networks}
+        self._configs: dict[str, Any] = {}
         for name in self.quantization.components:
-            if name not in ("transformer", *self.encoders):
+            if name not in (TRANSFORMER, *self.encoders):
                 raise RequestError(f"{snapshot.model} has no {name} that could be quantized")
 
-    @cached_property
-    def declared_transformer_config(self) -> TransformerConfig:
-        """transformer/config.json as it is; read without the weights."""
-        return self._parsed(TransformerConfig, "transformer")
+    # What it says of itself --------------------------------------------------------------------------------------
+
+    def declared(self, role: str) -> Any:
+        """A component's config.json as it is; read without the weights."""
+        row = self.rows[role]
+        return self._parsed(row.config, row.home, expected=self.variant.classes[row.home])
+
+    def config(self, role: str) -> Any:
+        """A component's config, corrected by what its weights show."""
+        if role not in self._configs:
+            row = self.rows[role]
+            self._configs[role] = self._corrected(row, self.declared(role))
+        return self._configs[role]
+
+    def _corrected(self, row: Component, config: Any) -> Any:
+        rules = weights_map(row.map)
+        if "shows" in rules or "markers" in rules:
+            names = self.sources.names(row)
+            held = canonical_names(row, names).values()
+            for tensor, said in rules.get("shows", {}).items():
+                if names and (tensor in held) != getattr(config, said["field"]):
+                    here, there = ("there", "absent") if tensor in held else ("absent", "there")
+                    raise CheckpointError(
+                        f"the {row.role}'s weights are those of {said[here]}, but its config is that of "
+                        f"{said[there]}: give a {row.role} and a model of one kind"
+                    )
+            config = replace(config, **shown_settings(row, names))
+        if self.variant.layered:
+            config = self._sized(row, config, rules.get("sized", {}))
+        if row.role == TRANSFORMER and self._zero_cond_t is not None:
+            config = replace(config, zero_cond_t=self._zero_cond_t)
+        return config
+
+    def _sized(self, row: Component, config: Any, sized: Mapping[str, str]) -> Any:
+        """A config with the sizes that its file leaves out, as the tensors have them."""
+        said = self.sources.config(row.home, CONFIG)
+        for tensor, name in sized.items():
+            if name not in said:
+                tensors = self._files(row).tensors
+                names = canonical_names(row, tensors)
+                found = next((t for stored, t in tensors.items() if names[stored] == tensor), None)
+                config = config if found is None else replace(config, **{name: found.shape[0]})
+        return config
+
+    def use_of(self, folder: str) -> Any:
+        """What works with the class of a folder: `registry.Class.use`."""
+        return resolve(CLASSES[self.variant.classes[folder]].use)
+
+    def depth(self, role: str) -> int:
+        """How many layers a component has."""
+        depth: int = getattr(self.config(role), self.rows[role].depth)
+        return depth
 
     @cached_property
-    def transformer_config(self) -> TransformerConfig:
-        """transformer/config.json, corrected by what the weights' names show."""
-        config = self.declared_transformer_config
-        names = self.sources.names("transformer")
-        layered = ADDITION in canonical_names("transformer", names).values()
-        if names and layered != config.use_additional_t_cond:
-            kinds = {True: "a layered model", False: "a model that is not layered"}
-            raise CheckpointError(
-                f"the transformer's weights are those of {kinds[layered]}, but its config is that of "
-                f"{kinds[not layered]}: give a transformer and a model of one kind"
-            )
-        shown = shown_settings("transformer", names)
-        if self._zero_cond_t is not None:
-            shown["zero_cond_t"] = self._zero_cond_t
-        return replace(config, **shown)
+    def latent_space(self) -> LatentSpace:
+        """The space of its latents, from the configs alone."""
+        vae, transformer = self.config(VAE), self.declared(TRANSFORMER)
+        return LatentSpace(
+            vae.z_dim, vae.spatial_factor, transformer.patch_size, self.variant.size_multiple, vae.input_channels
+        )
+
+    @cached_property
+    def image_processor(self) -> ImageProcessorConfig:
+        """How images are prepared for the vision tower."""
+        config: ImageProcessorConfig = self._parsed(ImageProcessorConfig, PROCESSOR, "preprocessor_config.json")
+        return config
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """How the language model writes, by generation_config.json; its class's defaults without one."""
+        name = f"{TEXT_ENCODER}/generation_config.json"
+        return GenerationConfig.from_dict(self.snapshot.read_json(name) if self.snapshot.exists(name) else {})
+
+    @cached_property
+    def scheduler_config(self) -> SchedulerConfig:
+        """scheduler/scheduler_config.json."""
+        expected = self.variant.classes[SCHEDULER]
+        config: SchedulerConfig = self._parsed(SchedulerConfig, SCHEDULER, "scheduler_config.json", expected)
+        return config
+
+    # LoRAs ----------------------------------------------------------------------------------------------------------
 
     @cached_property
     def adapters(self) -> Adapters | None:
@@ -147,7 +200,7 @@ class Components:
 
     def lora_targets(self) -> dict[str, tuple[int, ...]]:
         """The transformer's modules that have a weight, with its shape."""
-        return matrix_shapes("transformer", self.transformer_config)
+        return matrix_shapes(self.rows[TRANSFORMER], self.config(TRANSFORMER))
 
     def _check_adapters(self, adapters: Adapters | None) -> None:
         if adapters is not None:
@@ -155,20 +208,21 @@ class Components:
 
     def _resident_modules(self) -> dict[str, bool]:
         """The transformer's modules that stay in memory, and whether their weights are packed in the files."""
-        weights = self.weights("transformer")
-        names = [spec.name for spec in weights.specs("main") if spec.name.endswith(".weight")]
+        weights = self.weights(TRANSFORMER)
+        names = [spec.name for spec in weights.specs(MAIN) if spec.name.endswith(".weight")]
         return {name.removesuffix(".weight"): weights.is_packed(name) for name in names}
 
     def replace_adapters(self, adapters: Adapters | None) -> None:
         """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
         self._check_adapters(adapters)
-        transformer, branches = self._loaded.get("transformer"), None
-        streams = "transformer" in self.streamed
+        self.kept.clear()
+        transformer, branches = self._loaded.get(TRANSFORMER), None
+        streams = TRANSFORMER in self.streamed
         if transformer is not None and not streams and not (self.placement and self.placement.altered):
             branches = self._branches(adapters)
         self.adapters = adapters
         if branches is None or transformer is None:
-            self.release("transformer")
+            self.release(TRANSFORMER)
             return
         from ..lora.branch import SideBranch, put_beside  # here: most runs have no LoRA
 
@@ -190,96 +244,22 @@ class Components:
         branches = {path: adapters.branch(path, self.dtype) for path in paths}
         return {path: branch for path, branch in branches.items() if branch is not None}
 
-    @cached_property
-    def text_encoder_config(self) -> TextEncoderConfig:
-        """text_encoder/config.json."""
-        return self._parsed(TextEncoderConfig, "text_encoder")
-
-    @cached_property
-    def vision_config(self) -> VisionConfig:
-        """The vision tower's part of text_encoder/config.json."""
-        return self._parsed(VisionConfig, "text_encoder")
-
-    @cached_property
-    def image_processor(self) -> ImageProcessorConfig:
-        """How pictures are prepared for the vision tower."""
-        return self._parsed(ImageProcessorConfig, "processor", "preprocessor_config.json")
-
-    @cached_property
-    def language_head_config(self) -> TextEncoderConfig:
-        """That of the language model it belongs to."""
-        return self.text_encoder_config
-
-    @cached_property
-    def generation_config(self) -> GenerationConfig:
-        """text_encoder/generation_config.json: how the language model writes; its class's defaults without one."""
-        name = "text_encoder/generation_config.json"
-        return GenerationConfig.from_dict(self.snapshot.read_json(name) if self.snapshot.exists(name) else {})
-
-    @cached_property
-    def vae_config(self) -> VAEConfig:
-        """vae/config.json; where it does not say how many channels a picture has, its tensors do."""
-        data = self._config("vae")
-        config = self._parsed(VAEConfig, "vae")
-        if "input_channels" not in data and self.variant.layered:
-            tensors = self._files("vae").tensors
-            names = canonical_names("vae", tensors)
-            last = next((t for name, t in tensors.items() if names[name] == "decoder.conv_out.bias"), None)
-            config = config if last is None else replace(config, input_channels=last.shape[0])
-        return config
-
-    @cached_property
-    def scheduler_config(self) -> SchedulerConfig:
-        """scheduler/scheduler_config.json."""
-        return self._parsed(SchedulerConfig, "scheduler", "scheduler_config.json")
+    # What is loaded --------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> QwenTokenizer:
         """The tokenizer."""
-        return self._ensure("tokenizer", lambda: QwenTokenizer.from_files(self._tokenizer_files()))
+        return self._ensure(TOKENIZER, lambda: QwenTokenizer.from_files(self._tokenizer_files()))
 
-    @property
-    def text_encoder(self) -> TextEncoder:
-        """The language model, resident."""
-        config = self.text_encoder_config
-        return self._ensure("text_encoder", lambda: self._load("text_encoder", "main", TextEncoder(config), self.dtype))
+    def network(self, name: str) -> Any:
+        """A network by its name in the registry, resident; loaded if it is not."""
+        row, network = self._networks[name]
+        return self._ensure(name, lambda: self._load(row, network))
 
-    @property
-    def vision(self) -> VisionTower:
-        """The vision tower, resident."""
-        config = self.vision_config
-        return self._ensure("vision", lambda: self._load("vision", "main", VisionTower(config), self.dtype))
-
-    @property
-    def language_head(self) -> LanguageHead:
-        """What turns the language model's states into tokens, resident."""
-        config = self.language_head_config
-        return self._ensure(
-            "language_head", lambda: self._load("language_head", "main", LanguageHead(config), self.dtype)
-        )
-
-    @property
-    def transformer(self) -> Transformer:
-        """The transformer without its modulation, resident."""
-        config = self.transformer_config
-
-        def load() -> Transformer:
-            self._check_adapters(self.adapters)
-            return self._load("transformer", "main", Transformer(config), self.dtype, self.adapters)
-
-        return self._ensure("transformer", load)
-
-    @property
-    def vae_encoder(self) -> Encoder:
-        """Pixels to latents, resident."""
-        config = self.vae_config
-        return self._ensure("vae_encoder", lambda: self._load("vae", "encoder", Encoder(config), mx.float32))
-
-    @property
-    def vae_decoder(self) -> Decoder:
-        """Latents to pixels, resident."""
-        config = self.vae_config
-        return self._ensure("vae_decoder", lambda: self._load("vae", "decoder", Decoder(config), mx.float32))
+    def load(self, *names: str) -> None:
+        """Loads networks, or the tokenizer, in this order, unless they are loaded."""
+        for name in names:
+            _ = self.tokenizer if name == TOKENIZER else self.network(name)
 
     @contextmanager
     def passing(self, name: str) -> Iterator[Pace]:
@@ -292,7 +272,7 @@ class Components:
             CheckpointError: a file of streamed layers was changed or removed meanwhile, so that what came of them is
                 worth nothing.
         """
-        streams, layers = name in self.streamed, getattr(getattr(self, f"{name}_config"), _DEPTHS[name])
+        streams, layers = name in self.streamed, self.depth(name)
         yield Pace(lambda count: self._on_layer(name, (count - 1) % layers + 1, layers), 1 if streams else 2)
         if streams:
             self.weights(name).check_unchanged()
@@ -308,6 +288,8 @@ class Components:
 
     def release(self, *names: str) -> None:
         """Gives the memory of components back; those not loaded are passed over."""
+        if TRANSFORMER in names:
+            self.kept.clear()
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
 
@@ -318,22 +300,22 @@ class Components:
 
     def release_all(self) -> None:
         """Gives the memory of all components back."""
-        self.release(*self.loaded)
+        self.release(TRANSFORMER, *self.loaded)
 
     @property
     def encoders(self) -> tuple[str, ...]:
         """What of the text encoder's folder this kind of checkpoint uses."""
-        vision = ("vision",) if self.variant.encoder_area or self.variant.captions else ()
-        return ("text_encoder", *vision, *(("language_head",) if self.variant.captions else ()))
+        vision = (VISION,) if self.variant.encoder_area or self.variant.captions else ()
+        return (TEXT_ENCODER, *vision, *((LANGUAGE_HEAD,) if self.variant.captions else ()))
 
     def prepare(self) -> None:
-        """Fetches all that painting needs and checks it by its headers, so that no work is lost to a damaged file."""
+        """Fetches all that generation needs and checks it by its headers, so that no work is lost to a damaged file."""
         _ = self.scheduler_config, self.adapters
         self._tokenizer_files()
         shown = self.variant.encoder_area > 0
         if shown:
             _ = self.image_processor
-        for component in ("transformer", "text_encoder", *(["vision"] if shown else []), "vae"):
+        for component in (TRANSFORMER, TEXT_ENCODER, *([VISION] if shown else []), VAE):
             self.weights(component)
         self._check_adapters(self.adapters)
 
@@ -347,19 +329,19 @@ class Components:
             )
         _ = self.image_processor, self.generation_config
         self._tokenizer_files()
-        for component in ("text_encoder", "vision", "language_head"):
+        for component in ENCODING:
             self.weights(component)
 
     def _writes(self) -> bool:
         """Whether the checkpoint has a captioner at all."""
-        heads = canonical_names("language_head", self._files("language_head").tensors).values()
-        prepares = not self.snapshot.is_local or bool(self.snapshot.names("processor"))
-        return "lm_head.weight" in heads and prepares
+        row = self.rows[LANGUAGE_HEAD]
+        prepares = not self.snapshot.is_local or bool(self.snapshot.names(PROCESSOR))
+        return holds(row, self._files(row).tensors) and prepares
 
     @property
     def fingerprint(self) -> str:
         """Tells apart what encodes: the commit, or a directory's files by name, size and time."""
-        parts, files = ("text_encoder", "vae", "tokenizer", "processor"), []
+        parts, files = (TEXT_ENCODER, VAE, TOKENIZER, PROCESSOR), []
         if self.snapshot.is_local:
             files = [self.snapshot.file(name) for part in parts for name in self.snapshot.names(part)]
         for place in (path for name, path in self.sources.replaced.items() if name in parts):
@@ -368,17 +350,15 @@ class Components:
         found = sorted({file.resolve() for file in files})
         return commit + repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found])
 
-    def weights(self, component: str) -> ComponentWeights:
+    def weights(self, role: str) -> ComponentWeights:
         """A component's tensors, fetched and checked once, not read."""
-        if component not in self._weights:
-            config = getattr(self, f"{component}_config")
-            self._weights[component] = ComponentWeights(
-                component, config, self._files(component).tensors, PARTS[component]
-            )
-        return self._weights[component]
+        if role not in self._weights:
+            row = self.rows[role]
+            self._weights[role] = ComponentWeights(row, self.config(role), self._files(row).tensors, row.parts)
+        return self._weights[role]
 
-    def _files(self, component: str) -> WeightFiles:
-        return self.sources.weights(component, keep=lambda name: needs_tensor(component, name, PARTS[component]))
+    def _files(self, row: Component) -> WeightFiles:
+        return self.sources.weights(row, keep=lambda name: needs_tensor(row, name, row.parts))
 
     def _ensure(self, name: str, load: Callable[[], T]) -> T:
         if name not in self._loaded:
@@ -387,32 +367,39 @@ class Components:
         loaded: T = self._loaded[name]
         return loaded
 
-    def _load(self, component: str, part: str, module: M, dtype: mx.Dtype, adapters: Adapters | None = None) -> M:
-        scheme, weights = getattr(self.quantization, component, None), self.weights(component)
-        if component in self.streamed:
+    def _load(self, row: Component, network: Network) -> Any:
+        adapters = None
+        module, dtype = network.build(self.config(row.role)), mx.float32 if row.full_precision else self.dtype
+        if row.role == TRANSFORMER:
+            self._check_adapters(self.adapters)
+            adapters = self.adapters
+        scheme, weights = getattr(self.quantization, row.role, None), self.weights(row.role)
+        if row.role in self.streamed:
             from ..weights.streaming import stream_module  # here: most runs stream nothing
 
-            return stream_module(module, weights, part, dtype, scheme, adapters)
+            return stream_module(module, weights, network.part, dtype, scheme, adapters)
         placement = adapters.placement() if adapters else None
-        if component == "transformer":
+        if row.role == TRANSFORMER:
             self.placement = placement
-        return load_module(module, weights, part, dtype, scheme, placement)
+        return load_module(module, weights, network.part, dtype, scheme, placement)
 
     def _tokenizer_files(self) -> dict[str, Path]:
-        names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"tokenizer/{name}")]
-        return {name: self.snapshot.file(f"tokenizer/{name}") for name in names}
+        names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"{TOKENIZER}/{name}")]
+        return {name: self.snapshot.file(f"{TOKENIZER}/{name}") for name in names}
 
-    def _parsed(self, cls: type[C], component: str, name: str = "config.json") -> C:
-        """A component's config; whatever is impossible in it is a CheckpointError."""
+    def _parsed(self, cls: Any, folder: str, name: str = CONFIG, expected: str | None = None) -> Any:
+        """A part's config; whatever is impossible in it is a CheckpointError.
+
+        Args:
+            cls: its dataclass.
+            folder, name: where the file lies.
+            expected: the class that it must be that of, if it names one.
+        """
+        reads_processor = folder == PROCESSOR  # which has two spellings
+        data = self.sources.image_processor() if reads_processor else self.sources.config(folder, name)
+        if expected is not None and data.get("_class_name") not in (None, expected):
+            raise CheckpointError(f"{folder}/{name} is that of a {data['_class_name']}, not of a {expected}")
         try:
-            return cls.from_dict(self._config(component, name))
+            return cls.from_dict(data)
         except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{component}/{name} holds impossible values ({error}); download it again") from error
-
-    def _config(self, component: str, name: str = "config.json") -> dict[str, Any]:
-        image_processor = component == "processor"  # which has two spellings
-        config = self.sources.image_processor() if image_processor else self.sources.config(component, name)
-        found, expected = config.get("_class_name"), CLASS_NAMES.get(component)
-        if expected and found not in (None, expected):
-            raise CheckpointError(f"{component}/{name} is that of a {found}, not of a {expected}")
-        return config
+            raise CheckpointError(f"{folder}/{name} holds impossible values ({error}); download it again") from error

@@ -1,4 +1,4 @@
-"""The results of encoding: what guides the painting, independent of the encoders that made it."""
+"""The results of encoding: what guides the generation, independent of the encoders that made it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class EncodingSource:
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture the transformer is shown.
+    """An image the transformer is shown.
 
     Attributes:
-        latents: packed, normalised latents (1, height * width, 64), fp32.
-        height, width: its grid of 2x2 latent patches.
+        latents: packed, normalised latents (1, height * width, C), fp32.
+        height, width: its grid of tokens.
     """
 
     latents: mx.array
@@ -47,12 +47,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class GuidanceEncoding:
-    """Encoded prompts and pictures, evaluated: all `generate_pixels` needs to know about them.
+    """Encoded prompts and images, evaluated: all `generate_pixels` needs to know about them.
 
     Attributes:
         positive: encoder states of the prompt (1, L, C).
-        negative: encoder states of the negative prompt (1, M, C), or None for painting without guidance.
-        references: the pictures an editing model works on, in order.
+        negative: encoder states of the negative prompt (1, M, C), or None for generating without guidance.
+        references: the images an editing model works on, in order.
         source: model and prompts it was made from.
     """
 
@@ -104,11 +104,11 @@ class GuidanceEncoding:
 
 @dataclass(frozen=True)
 class InitialImage:
-    """A picture that painting starts from, instead of from noise alone.
+    """An image that generation starts from, instead of from noise alone.
 
     Attributes:
         mean, std: of its latents (1, h, w, z), as the autoencoder sees them, fp32.
-        mask: (1, h, w, 1), 1 where it is painted anew and 0 where it is kept; None: everywhere anew.
+        mask: (1, h, w, 1), 1 where it is regenerated and 0 where it is kept; None: everywhere anew.
     """
 
     mean: mx.array

@@ -1,4 +1,4 @@
-"""A picture taken apart: what is asked for, and the layers that come of it."""
+"""An image decomposed: what is asked for, and the layers that come of it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SIZES: tuple[LayersSize, ...] = ("source", "bucket")
 
 @dataclass(frozen=True)
 class LayeredResult:
-    """A picture taken apart.
+    """An image decomposed.
 
     Attributes:
-        source: the picture itself at the layers' size, RGBA.
+        source: the image itself at the layers' size, RGBA.
         stack: its layers on their canvas, with the parameters that made them as metadata.
     """
 
@@ -38,18 +38,18 @@ class LayeredResult:
 
     @property
     def layers(self) -> list[Image]:
-        """The layers' pictures, RGBA with straight alpha, back to front."""
+        """The layers' images, RGBA with straight alpha, back to front."""
         return [layer.image for layer in self.stack.layers]
 
     @property
     def prompt(self) -> str:
-        """What the model was told the picture shows; the caption it wrote itself if it was told nothing."""
+        """What the model was told the image shows; the caption it wrote itself if it was told nothing."""
         prompt: str = self.stack.metadata["prompt"]
         return prompt
 
     @property
     def psnr(self) -> float:
-        """How near the layers laid together come to the picture, both on white, in dB."""
+        """How near the layers laid together come to the image, both on white, in dB."""
         return psnr(on_white(self.source), on_white(self.composite()))
 
     def composite(self) -> Image:
@@ -79,7 +79,7 @@ def layered_result(images: Iterable[Image], request: Request, metadata: Mapping[
 
 
 def layers_request(
-    picture: Image,
+    image: Image,
     prompt: str,
     *,
     resolutions: Sequence[int],
@@ -93,7 +93,7 @@ def layers_request(
     caption_language: CaptionLanguage = "en",
     rng: Rng = RNGS[0],
 ) -> Request:
-    """What taking a picture apart asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`,
+    """What decomposing an image asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`,
     and so are the defaults, which every front end leaves to this function.
 
     Args:
@@ -101,7 +101,7 @@ def layers_request(
         sampling: fields of `GenerationParameters`, such as steps, guidance, shift; they win.
 
     Raises:
-        RequestError: one of them is out of range, or the picture shows nothing.
+        RequestError: one of them is out of range, or the image shows nothing.
     """
     resolution = resolutions[0] if resolution is None else resolution
     for name, value, allowed in (
@@ -113,8 +113,8 @@ def layers_request(
             raise RequestError(f"{name} is {value!r}, but must be {' or '.join(map(str, allowed))}")
     if not isinstance(prompt, str):
         raise RequestError(f"the prompt is {prompt!r:.80}, but must be a string; an empty one asks for a caption")
-    check_visible(picture)
-    canvas = plan_canvas(picture, size="source" if size == "source" else None, area=resolution**2)
+    check_visible(image)
+    canvas = plan_canvas(image, size="source" if size == "source" else None, area=resolution**2)
     return Request(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -129,7 +129,7 @@ def layers_request(
             }
         ),
         seeds=(seed,),
-        images=(picture,),
+        images=(image,),
         canvas=canvas,
         reference_pixels=resolution**2,
         caption_language=caption_language,

@@ -1,4 +1,4 @@
-"""Runs the encoders: prompts, pictures for the text encoder, pictures for the transformer.
+"""The encoding half of the core calls: prompts and images to what guides a generation, images to where it starts.
 
 Functions over a checkpoint's components; each evaluates what it returns.
 """
@@ -11,106 +11,125 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..errors import CheckpointError, QwenImageError
-from ..gpu import all_finite, finish
-from ..images.geometry import Size, size_of_area, vision_size
-from ..images.pixels import on_white, to_mask, to_patches, to_pixels
-from ..sampling.latents import pack_latents
-from ..text.prompt import TokenizedPrompt, replace_vision_tokens
+from ..errors import RequestError
+from ..gpu import finish
+from ..images.geometry import Size, size_of_area
+from ..images.pixels import to_mask, to_pixels
+from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
+from ..names import CaptionLanguage
+from ..registry import TEXT_ENCODER, VAE, VAE_ENCODER
+from ..variants import CAPTION_TEMPLATES
 from .autoencode import encode_mode, encode_moments
 from .components import Components
-from .conditioning import InitialImage, Reference
+from .conditioning import EncodingSource, GuidanceEncoding, InitialImage, Reference
+from .parameters import check_reference_pixels, check_seed, check_side, check_size
+from .progress import ProgressCallback
+from .reporter import Reporter
+from .seams import ConditionEncoder
+from .working import working
 
 
-def feature_grid(components: Components, image: Image.Image, area: int) -> tuple[int, int]:
-    """Rows and columns of the features that a picture, shown at about `area` pixels, turns into."""
-    config = components.vision_config
-    cell = config.patch_size * config.spatial_merge_size
-    width, height = _vision_size(components, image, area)
-    return height // cell, width // cell
+def encode_guidance_prompts(
+    components: Components,
+    report: Reporter,
+    prompt: str,
+    negative_prompt: str | None,
+    images: Sequence[ImageSource],
+    reference_pixels: int | None,
+    sequential_positions: bool,
+    progress: ProgressCallback | None,
+) -> GuidanceEncoding:
+    """The work of `QwenImagePipeline.encode_guidance_prompts`; its arguments and errors."""
+    check_reference_pixels(reference_pixels)
+    opened = opened_images(components, images)
+    shown = opened if components.variant.encoder_area else []
+    encoder: ConditionEncoder = components.use_of(TEXT_ENCODER)(components)
+    references: tuple[Reference, ...] = ()
+    with working(components, report, progress):
+        prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
+        states = encoder.encode(prompts, shown, report, sequential_positions)
+        if opened:
+            components.load(VAE_ENCODER)
+            with report.stage("encode", "references"):
+                references = _references(components, opened, reference_pixels)
+    snapshot = components.snapshot
+    return GuidanceEncoding(
+        states[0],
+        states[1] if negative_prompt is not None else None,
+        references,
+        EncodingSource(snapshot.model, snapshot.revision, prompt, negative_prompt),
+    )
 
 
-def encode_vision(components: Components, images: Sequence[Image.Image], area: int) -> mx.array:
-    """Features (tokens, C) of all pictures, in order, each shown at about `area` pixels."""
-    config, processor, tower = components.vision_config, components.image_processor, components.vision
-    features = []
-    for image in images:
-        size = _vision_size(components, image, area)
-        # Resized twice, as in the reference: to the pipeline's area, then to what the tower's patches fit.
-        resized = on_white(image.resize(size_of_area(area, image.size), Image.Resampling.LANCZOS))
-        patches = to_patches(
-            resized, size, patch=config.patch_size, merge=config.spatial_merge_size,
-            mean=processor.image_mean, std=processor.image_std,
-        )  # fmt: skip
-        rows, columns = size[1] // config.patch_size, size[0] // config.patch_size
-        with components.passing("vision") as pace:
-            features.append(tower(patches.astype(components.dtype), rows, columns, pace))
-            finish(features[-1])
-    return mx.concatenate(features)
+def encode_initial_image(
+    components: Components,
+    report: Reporter,
+    image: ImageSource,
+    size: Size,
+    mask: ImageSource | None,
+    progress: ProgressCallback | None,
+) -> InitialImage:
+    """The work of `QwenImagePipeline.encode_initial_image`; its arguments and errors."""
+    check_size(*size, components.latent_space.size_multiple)
+    opened, opened_mask = open_image(image), None if mask is None else open_mask(mask)
+    with working(components, report, progress):
+        components.load(VAE_ENCODER)
+        with report.stage("encode", "image"):
+            return _initial_image(components, opened, size, opened_mask)
 
 
-def encode_prompts(
-    components: Components, prompts: Sequence[TokenizedPrompt], features: mx.array | None
-) -> list[mx.array]:
-    """States (1, L, C) of each prompt's rows that count.
-
-    Raises:
-        QwenImageError: they are not finite, which float16 can cause.
-    """
-    encoder, embedded = components.text_encoder, []
-    size = components.text_encoder_config.vocab_size
-    for tokens in prompts:
-        if (largest := int(max(tokens.ids, default=0))) >= size:  # MLX does not look before it reads
-            raise CheckpointError(
-                f"the tokenizer gives the token {largest}, but the text encoder has {size}: they do not belong together"
-            )
-        embeddings = encoder.embed(mx.array(tokens.ids)[None])
-        if features is not None:
-            embeddings = replace_vision_tokens(embeddings, tokens.is_image, features)
-        embedded.append((embeddings, mx.array(tokens.positions)))
-    with components.passing("text_encoder") as pace:
-        whole = encoder.together(embedded, pace)
-        states = [rows[:, tokens.first :] for rows, tokens in zip(whole, prompts, strict=True)]
-        finish(states)
-    if not all_finite(*states):
-        raise QwenImageError("the encoded prompt is not finite: try the dtype bfloat16, or check the weights")
-    return states
+def caption_image(
+    components: Components,
+    report: Reporter,
+    image: ImageSource,
+    language: CaptionLanguage,
+    resolution: int,
+    seed: int,
+    progress: ProgressCallback | None,
+) -> str:
+    """The work of `QwenImagePipeline.caption_image`; its arguments and errors."""
+    check_side(resolution)
+    if not isinstance(language, str) or language not in CAPTION_TEMPLATES:
+        raise RequestError(f"language is {language!r}, but must be one of {', '.join(CAPTION_TEMPLATES)}")
+    opened = open_rgba(image)
+    check_visible(opened)
+    encoder: ConditionEncoder = components.use_of(TEXT_ENCODER)(components)
+    with working(components, report, progress):
+        return encoder.caption(opened, resolution**2, language, check_seed(seed), report)
 
 
-def encode_references(
-    components: Components, images: Sequence[Image.Image], max_pixels: int | None
-) -> tuple[Reference, ...]:
-    """What the transformer is shown of each picture, at its own size of the pipeline's area (at most `max_pixels`)."""
-    area = components.variant.reference_area
+def opened_images(components: Components, images: Sequence[ImageSource]) -> list[Image.Image]:
+    """The images that a model works on, upright; raises RequestError if it does not take so many."""
+    images, variant, model = listed(images), components.variant, components.snapshot.model
+    if variant.takes_images and not images:
+        raise RequestError(f"{model} works on images; give it at least one")
+    if images and not variant.takes_images:
+        raise RequestError(f"{model} generates from text; only an editing model takes images to work on")
+    if variant.max_images is not None and len(images) > variant.max_images:
+        raise RequestError(f"{model} works on {variant.max_images} image at a time, but {len(images)} are given")
+    opens = open_rgba if components.latent_space.pixel_channels == 4 else open_image
+    return [opens(image) for image in images]
+
+
+def _references(components: Components, images: Sequence[Image.Image], max_pixels: int | None) -> tuple[Reference, ...]:
+    """What the transformer is shown of each image, at its own size of the pipeline's area (at most `max_pixels`)."""
+    area, space = components.variant.reference_area, components.latent_space
     area = area if max_pixels is None else min(area, max_pixels)
     references = []
     for image in images:
-        latents = encode_mode(
-            components.vae_encoder, components.vae_config, to_pixels(image, size_of_area(area, image.size))
-        )
-        references.append(Reference(pack_latents(latents), latents.shape[1] // 2, latents.shape[2] // 2))
+        size = size_of_area(area, image.size)
+        latents = encode_mode(components.network(VAE_ENCODER), components.config(VAE), to_pixels(image, size))
+        references.append(Reference(space.pack(latents), *space.grid(*size)))
         finish(references[-1].latents)
     return tuple(references)
 
 
-def encode_initial_image(
-    components: Components, image: Image.Image, size: Size, mask: Image.Image | None
-) -> InitialImage:
-    """Latent statistics of a picture resized to `size`, and its mask by nearest latent."""
-    mean, std = encode_moments(components.vae_encoder, components.vae_config, to_pixels(image, size))
+def _initial_image(components: Components, image: Image.Image, size: Size, mask: Image.Image | None) -> InitialImage:
+    """Latent statistics of an image resized to `size`, and its mask by nearest latent."""
+    mean, std = encode_moments(components.network(VAE_ENCODER), components.config(VAE), to_pixels(image, size))
     if mask is None:
         return InitialImage(mean, std)
-    factor = components.vae_config.spatial_factor
+    factor = components.latent_space.factor
     latent_mask = mx.array(np.ascontiguousarray(to_mask(mask, size)[::factor, ::factor])[None, :, :, None])
     finish(latent_mask)
     return InitialImage(mean, std, latent_mask)
-
-
-def _vision_size(components: Components, image: Image.Image, area: int) -> Size:
-    config, processor = components.vision_config, components.image_processor
-    return vision_size(
-        size_of_area(area, image.size),
-        config.patch_size * config.spatial_merge_size,
-        processor.min_pixels,
-        processor.max_pixels,
-    )

@@ -30,7 +30,7 @@ METHODS = {
     "set_adapters": "call set_loras([…])",
     "unload_lora_weights": "call set_loras([])",
     "fuse_lora": "give lora_mode='merge' to from_pretrained",
-    "enable_model_cpu_offload": "nothing is needed: generate releases the encoders before it paints (staged=True)",
+    "enable_model_cpu_offload": "nothing is needed: generate releases the encoders before it generates (staged=True)",
     "enable_sequential_cpu_offload": "give streamed=[…] to from_pretrained",
     "enable_vae_tiling": "nothing is needed: large images are decoded in strips, bit for bit the same",
     "enable_vae_slicing": "nothing is needed: images are decoded one by one",

@@ -6,29 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from ..config import TextEncoderConfig, TransformerConfig, VAEConfig
 from ..errors import CheckpointError
 from ..lora.description import describe
 from ..lora.file import LoRA, read_lora
 from ..outside import one_line
+from ..registry import TEXT_ENCODER, TRANSFORMER, VISION, all_components
 from ..weights.gguf import read_gguf
-from ..weights.loader import RESIDENT, ComponentWeights
+from ..weights.loader import ComponentWeights
 from ..weights.mapping import canonical_names, matrix_shapes, shown_settings, weights_map
-from ..weights.recognize import foreign_format, holds, kinds_of, shard_of, unreadable
+from ..weights.recognize import component_of_names, foreign_format, holds, kinds_of, shard_of, unreadable
 from ..weights.safetensors_files import Tensor, is_gguf
 from ..weights.snapshot import DEMO_ROOT, weight_file
-
-# The released models' configs.
-_CONFIGS: dict[str, Any] = {"transformer": TransformerConfig(), "text_encoder": TextEncoderConfig(), "vae": VAEConfig()}
-# Tensors that say more, by canonical name: (label, what is said).
-_MARKS = {
-    "__index_timestep_zero__": ("zero_cond_t", "on, as editing models of 2511 want it"),
-    "time_text_embed.addition_t_embedding.weight": ("layered", "yes"),
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,7 @@ class FileReport:
 
     Attributes:
         path: where it is.
-        kind: "transformer", "text_encoder", "vae", several of these, or "LoRA".
+        kind: one of `FOLDERS`, several of these, or "LoRA".
         tensors: how many it holds.
         file_bytes: of their data.
         forms: how they lie in it, and how many bytes so.
@@ -70,7 +61,7 @@ def identify(path: Path) -> FileReport:
     total, flags = sum(forms.values()), weights_map("files")["flags"]
     if parts := kinds_of(tensors):
         facts, kind = _facts(path, parts), ", ".join(parts)
-        sizes = [_resident_bytes(part, own) for part, own in parts.items()]
+        sizes = [_resident_bytes(own) for own in parts.values()]
         known = [size for size in sizes if size is not None]
         resident = sum(known) if len(known) == len(sizes) and "cannot be used" not in facts else None
         return FileReport(str(path), kind, len(tensors), total, forms, facts, resident)
@@ -95,13 +86,14 @@ def read_known_lora(path: Path, strength: float = 1.0) -> tuple[LoRA, str]:
     Raises:
         RequestError, CheckpointError: as `read_lora`, for the released models.
     """
+    transformer = next(all_components(TRANSFORMER))
     try:
-        return read_lora(path, matrix_shapes("transformer", TransformerConfig()), strength), "the released models"
+        return read_lora(path, matrix_shapes(transformer, transformer.released), strength), "the released models"
     except CheckpointError:
         config = json.loads((DEMO_ROOT / "shared/transformer/config.json").read_bytes())
         try:
-            demo = TransformerConfig.from_dict(config)
-            return read_lora(path, matrix_shapes("transformer", demo), strength), "the demo models"
+            demo = transformer.config.from_dict(config)
+            return read_lora(path, matrix_shapes(transformer, demo), strength), "the demo models"
         except CheckpointError:
             pass
         raise
@@ -112,11 +104,13 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
     flags = weights_map("files")["flags"]
     facts: dict[str, str] = {}
     for kind, tensors in parts.items():
-        names = set(canonical_names(kind, tensors).values())
-        facts |= dict(said for name, said in _MARKS.items() if name in names)
-        if kind == "text_encoder":
-            facts["vision tower"] = "yes" if holds("vision", tensors) else "no"
-            if not holds(kind, tensors):
+        component = component_of_names(tensors)
+        assert component is not None  # `kinds_of` found its kind
+        names = set(canonical_names(component, tensors).values())
+        facts |= dict(said for name, said in weights_map(component.map).get("facts", {}).items() if name in names)
+        if kind == TEXT_ENCODER:
+            facts["vision tower"] = "yes" if any(holds(row, tensors) for row in all_components(VISION)) else "no"
+            if not holds(component, tensors):
                 facts["language model"] = "no: this file only has to lie beside the text encoder's"
         if form := foreign_format(tensors):
             facts |= {"format": form, "cannot be used": unreadable(tensors) or ""}
@@ -135,11 +129,13 @@ def _architecture(path: Path) -> str:
     return f" of {one_line(said, 80)}" if isinstance(said, str) else ""
 
 
-def _resident_bytes(kind: str, tensors: Mapping[str, Tensor]) -> int | None:
-    parts, own_dtype = RESIDENT[kind]
+def _resident_bytes(tensors: Mapping[str, Tensor]) -> int | None:
+    component = component_of_names(tensors)
+    assert component is not None
     try:
-        config = replace(_CONFIGS[kind], **shown_settings(kind, tensors))
-        weights = ComponentWeights(kind, config, tensors, parts)
+        config = replace(component.released, **shown_settings(component, tensors))
+        weights = ComponentWeights(component, config, tensors, component.resident)
     except CheckpointError:
         return None
-    return sum(weights.resident_bytes(part, own_dtype or mx.bfloat16) for part in parts)
+    dtype = mx.float32 if component.full_precision else mx.bfloat16
+    return sum(weights.resident_bytes(part, dtype) for part in component.resident)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..names import StrPath
-from ..weights.loader import RESIDENT
+from ..registry import LANGUAGE_HEAD, TRANSFORMER, VAE
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
@@ -18,7 +18,7 @@ class ComponentReport:
     """One component of a checkpoint.
 
     Attributes:
-        name: "transformer", "text_encoder", "vision" or "vae".
+        name: its role, such as `registry.TRANSFORMER`.
         file_bytes: its weights in the files.
         forms: how they lie there, and how many bytes so.
         resident_bytes: what it takes in memory once it is loaded.
@@ -50,13 +50,13 @@ class CheckpointReport:
 
     @property
     def encoding_bytes(self) -> int:
-        """What is in memory while prompts and pictures are encoded."""
-        return sum(c.resident_bytes for c in self.components if c.name != "transformer")
+        """What is in memory while prompts and images are encoded."""
+        return sum(c.resident_bytes for c in self.components if c.name != TRANSFORMER)
 
     @property
-    def painting_bytes(self) -> int:
-        """What is in memory while it paints and decodes, apart from the picture itself."""
-        return sum(c.resident_bytes for c in self.components if c.name in ("transformer", "vae"))
+    def generating_bytes(self) -> int:
+        """What is in memory while it generates and decodes, apart from the image itself."""
+        return sum(c.resident_bytes for c in self.components if c.name in (TRANSFORMER, VAE))
 
 
 def inspect_checkpoint(
@@ -76,15 +76,17 @@ def inspect_checkpoint(
     """
     components = Components(HubSnapshot(model, revision=revision), dtype, quantization=quantization)
     reports = []
-    for name in (name for name in RESIDENT if name in ("transformer", *components.encoders, "vae")):
-        weights, (parts, own_dtype) = components.weights(name), RESIDENT[name]
-        scheme = getattr(components.quantization, name, None)
-        resident = sum(weights.resident_bytes(part, own_dtype or dtype, scheme) for part in parts)
+    for name in (*components.encoders, TRANSFORMER, VAE):
+        if name == LANGUAGE_HEAD:  # which is there for captions alone
+            continue
+        weights, component = components.weights(name), components.rows[name]
+        own, scheme = mx.float32 if component.full_precision else dtype, getattr(components.quantization, name, None)
+        resident = sum(weights.resident_bytes(part, own, scheme) for part in component.resident)
         reports.append(ComponentReport(name, weights.nbytes, weights.forms, resident))
     return CheckpointReport(
         str(model),
         str(components.sources.index.get("_class_name")),
         components.variant.task,
-        components.transformer_config.num_layers,
+        components.depth(TRANSFORMER),
         tuple(reports),
     )

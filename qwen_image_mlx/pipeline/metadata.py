@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from .._version import __version__
+from ..registry import FOLDERS
 from ..variants import Variant
 from ..weights.schemes import NONE
 from .components import Components
 from .conditioning import GuidanceEncoding
 from .request import Request
-from .sources import REPLACEABLE
 
 
 class Described(Protocol):
@@ -37,21 +37,18 @@ class Described(Protocol):
     def variant(self) -> Variant:
         """What the checkpoint's pipeline class implies."""
 
-    def starts_from_canvas(self, request: Request) -> bool:
-        """Whether a request begins with an image of its own."""
-
 
 def describe(
     pipeline: Described, request: Request, encoding: GuidanceEncoding | None, seed: int, image_index: int = 0
 ) -> dict[str, Any]:
-    """The metadata of one result: all that the pipeline knows of how it was painted, JSON-serialisable.
+    """The metadata of one result: all that the pipeline knows of how it was generated, JSON-serialisable.
 
     Before there is an encoding (None), the prompt is the request's own.
     """
     parameters, parts = request.parameters, pipeline.components
-    sampled = parameters.recorded("always", "painted over", "set")
-    if not pipeline.starts_from_canvas(request):
-        sampled |= dict.fromkeys(parameters.recorded("painted over"))
+    sampled = parameters.recorded("always", "started from", "set")
+    if not request.starts_from_canvas(pipeline.variant):
+        sampled |= dict.fromkeys(parameters.recorded("started from"))
     metadata = {
         "model": pipeline.model,
         "revision": pipeline.revision,
@@ -65,7 +62,7 @@ def describe(
         "dtype": str(pipeline.dtype).rpartition(".")[2],
         "quantize": None if str(parts.quantization) == NONE else str(parts.quantization),
         "loras": list(parts.adapters.references) if parts.adapters else None,
-        **{name: str(parts.sources.replaced.get(name, "")) or None for name in REPLACEABLE},
+        **{name: str(parts.sources.replaced.get(name, "")) or None for name in FOLDERS},
         "version": __version__,
     }
     if pipeline.variant.layered:

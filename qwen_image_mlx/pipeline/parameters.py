@@ -1,4 +1,4 @@
-"""What a picture is asked for with, validated once.
+"""What an image is asked for with, validated once.
 
 Importable without MLX: the command line builds its flags from here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import RequestError
 from ..names import Dtype, Rng
@@ -16,7 +16,7 @@ from ..options import Choice, Config, Integer, Number, Several, Switch, option, 
 
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 RNGS: tuple[Rng, ...] = ("torch", "mlx")
-SIZE_STEP = 16  # pixels per token side: the VAE's 8 times the transformer's 2x2 patches
+SIZE_STEP = 16  # what every model wants sides to be multiples of; `LatentSpace.size_multiple` is a model's own
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_LAYERS = 8
@@ -26,20 +26,38 @@ SEED = Integer(0, MAX_SEED)
 IMAGE_INDEX = Integer(0, MAX_IMAGES - 1)
 NUM_IMAGES = Integer(1, MAX_IMAGES)
 SIDE = Integer(32, 4096)  # of a square of as many pixels
-REFERENCE_PIXELS = Integer(32 * 32)  # the smallest picture
+REFERENCE_PIXELS = Integer(32 * 32)  # the smallest image
 
 
-# Commands that paint a canvas, that sample from words, and all that paint.
+# Commands that generate a canvas, that sample from words, and all that generate.
 CANVAS = ("generate", "edit")
 WORDS = (*CANVAS, "compose")
-PAINTERS = (*WORDS, "decompose")
+IMAGE_COMMANDS = (*WORDS, "decompose")
 TASKS = ("generate", "edit", "decompose")  # of the server
-GENERATION = "generation"  # the table of config.toml for what changes from picture to picture
+GENERATION = "generation"  # the table of config.toml for what changes from image to image
+
+
+class Recommended(NamedTuple):
+    """How a model wants to be sampled; the fields are those of `GenerationParameters`.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        cfg_scale: guidance.
+        shift: a static shift of the schedule; None takes the checkpoint's own.
+    """
+
+    num_inference_steps: int
+    cfg_scale: float
+    shift: float | None
+
+    def unless(self, **given: float | None) -> dict[str, Any]:
+        """The fields by name; those given, and not None, instead of the recommended ones."""
+        return self._asdict() | {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationParameters:
-    """How `generate_pixels` paints; the prompt is in the encoding, the seed beside it.
+    """How `generate_pixels` generates; the prompt is in the encoding, the seed beside it.
 
     Each field carries its `Option`: the flag, setting, JSON field and record by which the front ends know it.
 
@@ -49,10 +67,10 @@ class GenerationParameters:
         cfg_scale: classifier-free guidance; 1 turns it off, as does an encoding without a negative prompt.
         rng: "torch" draws the noise `torch.Generator("cpu")` would, "mlx" MLX's own.
         sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid; their number is the step count.
-        num_layers: with a layered model, layers to take a picture apart into, 1 … 8.
+        num_layers: with a layered model, layers to decompose an image into, 1 … 8.
         cfg_normalize: whether guidance keeps the length of each token's velocity; None is the model's habit (layered
             models: no, all others: yes).
-        strength: how much of an initial image is painted anew, above 0 and at most 1; without one it has no effect.
+        strength: how much of an initial image is regenerated, above 0 and at most 1; without one it has no effect.
         shift: one static shift instead of the checkpoint's resolution-dependent one, as distilled models want it
             (3 for Lightning).
 
@@ -70,32 +88,33 @@ class GenerationParameters:
     )  # fmt: skip
     num_inference_steps: int = option(
         50, name="steps", kind=Integer(1, MAX_STEPS), help="denoising steps", usual="50",
-        group="sampling", commands=(*PAINTERS, "plan"), flags=("--steps",), tasks=TASKS, line=True, record="always",
+        group="sampling", commands=(*IMAGE_COMMANDS, "plan"), flags=("--steps",), tasks=TASKS,
+        line=True, record="always",
         config=(Config(commands=(*TASKS, "plan"), table=GENERATION, usual="the model's own", example=30),),
         but={"edit": {"usual": "40"}, "compose": {"usual": "40"}, "plan": {"usual": "the model's own"}},
     )  # fmt: skip
     cfg_scale: float = option(
         4.0, kind=Number(1, 100), help="guidance; 1 turns it off", usual="4.0",
-        group="sampling", commands=PAINTERS, flags=("--cfg-scale", "-g", "--guidance"), metavar="S",
+        group="sampling", commands=IMAGE_COMMANDS, flags=("--cfg-scale", "-g", "--guidance"), metavar="S",
         tasks=TASKS, line=True, record="always", config=(Config(commands=TASKS, usual="the model's own", example=4.0),),
     )  # fmt: skip
     rng: Rng = option(
         "torch", kind=Choice(RNGS), help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's", usual="torch",
-        group="sampling", commands=PAINTERS, flags=("--rng",), tasks=TASKS, line=True, record="always",
+        group="sampling", commands=IMAGE_COMMANDS, flags=("--rng",), tasks=TASKS, line=True, record="always",
         page=False,
     )  # fmt: skip
     sigmas: tuple[float, ...] | None = option(None, kind=Several(Number(0, 1, above=True)), record="always")
     shift: float | None = option(None, kind=Number(0, 100, above=True), record="always")
     strength: float = option(
-        0.6, kind=Number(0, 1, above=True), help="how much is painted anew, above 0 and at most 1", usual="0.6",
-        group="painting over", commands=CANVAS, flags=("--strength",), metavar="S", tasks=CANVAS,
-        record="painted over", needs=("images",), but={"edit": {"needs": ("images", "mask")}},
+        0.6, kind=Number(0, 1, above=True), help="how much is regenerated, above 0 and at most 1", usual="0.6",
+        group="image to image", commands=CANVAS, flags=("--strength",), metavar="S", tasks=CANVAS,
+        record="started from", needs=("images",), but={"edit": {"needs": ("images", "mask")}},
     )  # fmt: skip
     num_layers: int = option(
         4, kind=Integer(1, MAX_LAYERS), help=f"1 to {MAX_LAYERS}", usual="4",
         group="layers", commands=("decompose", "plan"), flags=("--layers",), metavar="N", tasks=("decompose",),
         record="layered", but={"plan": {"help": "of a layered model"}},
-        config=(Config(help="how many layers a picture is taken apart into", example=4),),
+        config=(Config(help="how many layers an image is decomposed into", example=4),),
     )  # fmt: skip
     cfg_normalize: bool | None = option(
         None, kind=Switch(), help="guidance keeps the length of each token's velocity",
@@ -127,7 +146,7 @@ class GenerationParameters:
         return cls(**(said | fixed))
 
     def recorded(self, *kinds: str) -> dict[str, Any]:
-        """What a picture's record says of those whose `Option.record` is one of `kinds`, by the names of options."""
+        """What an image's record says of those whose `Option.record` is one of `kinds`, by the names of options."""
         values = [(row, getattr(self, row.field)) for row in options_of(type(self)) if row.record in kinds]
         return {
             row.name: value for row, value in values if row.record != "set" or value != getattr(type(self), row.field)
@@ -138,14 +157,14 @@ def _may_be_none(parameters: GenerationParameters, field: str) -> bool:
     return getattr(type(parameters), field, ...) is None
 
 
-def check_size(width: int, height: int) -> None:
-    """Raises RequestError unless both sides are positive multiples of 16 and the area is at most 16.8 MP."""
+def check_size(width: int, height: int, step: int = SIZE_STEP) -> None:
+    """Raises RequestError unless both sides are positive multiples of `step` and the area is at most 16.8 MP."""
     for name, value in (("width", width), ("height", height)):
         Integer(1).check(name, value)
-        if value % SIZE_STEP:
-            below, above = value // SIZE_STEP * SIZE_STEP, -(-value // SIZE_STEP) * SIZE_STEP
+        if value % step:
+            below, above = value // step * step, -(-value // step) * step
             near = f"{below} and {above} are near" if below else f"{above} is the nearest"
-            raise RequestError(f"{name} is {value}, but must be a multiple of {SIZE_STEP}; {near}")
+            raise RequestError(f"{name} is {value}, but must be a multiple of {step}; {near}")
     if width * height > MAX_PIXELS:
         raise RequestError(f"{width}x{height} are {width * height:,} pixels; at most {MAX_PIXELS:,} work")
 
@@ -170,7 +189,7 @@ def check_image_index(index: int) -> int:
 
 
 def check_num_images(count: int) -> int:
-    """Returns the number of pictures; raises RequestError unless it is an integer from 1 to 10000."""
+    """Returns the number of images; raises RequestError unless it is an integer from 1 to 10000."""
     checked: int = NUM_IMAGES.check("num_images", count)
     return checked
 
@@ -181,7 +200,7 @@ def check_side(resolution: int) -> None:
 
 
 def check_reference_pixels(pixels: int | None) -> None:
-    """Raises RequestError unless it is None or an integer of at least 1024, the smallest picture."""
+    """Raises RequestError unless it is None or an integer of at least 1024, the smallest image."""
     if pixels is not None:
         REFERENCE_PIXELS.check("reference_pixels", pixels)
 

@@ -1,41 +1,46 @@
-"""The public pipeline: opening a checkpoint, painting in one call, and explicit control of memory.
+"""The public pipeline: a checkpoint opened, what it can do step by step and in one call, and what it holds in memory.
 
-The core calls it inherits have no policy; the conveniences here have one that can be turned off (`staged`).
+The core calls have no policy: they do not release, cache or print, and they evaluate what they return, because an
+unevaluated encoding would keep the text encoder alive. The conveniences go through `conductor.py`, like all front ends.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import product
-from typing import TYPE_CHECKING, cast
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
+from .. import registry as r
 from ..errors import RequestError
-from ..images.canvas import Canvas, plan_canvas
-from ..images.colour import alpha_range
+from ..gpu import finish
 from ..images.files import recorded
-from ..images.geometry import Size
-from ..images.pixels import to_images
-from ..images.sources import ImageSource, listed, open_image, open_mask, open_rgba
+from ..images.geometry import Size, size_of_area
+from ..images.sources import ImageSource, listed, open_rgba
 from ..names import CaptionLanguage, Dtype, LayersSize, LoRAMode, NamedSize, Rng, Streamable, StrPath, Task
-from ..variants import DEFAULT_MODEL
+from ..sampling.latents import LatentSpace
+from ..variants import DEFAULT_MODEL, Variant
 from ..weights.schemes import Quantization
-from ..weights.snapshot import HubSnapshot
+from . import encode, generation
+from .autoencode import STRIP_PIXELS
 from .components import Components
-from .conditioning import Encodings, GuidanceEncoding, InitialImage
+from .conditioning import GuidanceEncoding, InitialImage
+from .conductor import decompose, generate
 from .foreign_names import Answering, answering
+from .image_request import canvas_or_size, edit_canvas, image_request
 from .limits import limits
-from .metadata import describe
-from .parameters import DTYPES, GenerationParameters, check_num_images, explicit_size
-from .progress import Progress, ProgressCallback, Shown
-from .releasable import ReleasablePipeline, lora_reader
+from .opening import open_components, recommended_of, replace_loras
+from .parameters import (
+    GenerationParameters,
+    Recommended,
+    check_image_index,
+    check_seed,
+)
+from .progress import ProgressCallback, Shown
 from .reporter import Reporter
 from .request import Request
+from .seams import DenoiserClass
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -43,31 +48,36 @@ if TYPE_CHECKING:
     from ..lora.fetch import LoRAReference
     from .decomposition import LayeredResult
 
-logger: logging.Logger = logging.getLogger(__name__)
 
+class QwenImagePipeline(Answering):
+    """Images from text and from images, with a Qwen-Image checkpoint. Make one with `from_pretrained`.
 
-class QwenImagePipeline(Answering, ReleasablePipeline):
-    """Pictures from text and from pictures, with a Qwen-Image checkpoint. Make one with `from_pretrained`."""
+    Args:
+        components: the checkpoint's parts.
+        report: where progress goes.
+        denoiser: makes what gives the velocities; None is what the transformer's class leads to.
+
+    Attributes:
+        components: the checkpoint's parts, for what works on them.
+        strip_pixels: maximum pixels decoded at once; changes memory, never a bit of the result.
+    """
+
+    def __init__(self, components: Components, report: Reporter, denoiser: DenoiserClass | None = None):
+        self.components = components
+        self._report = report
+        self._denoiser: DenoiserClass = denoiser or components.use_of(r.TRANSFORMER)
+        self.strip_pixels: int = STRIP_PIXELS
 
     @classmethod
     @answering
     def from_pretrained(
-        cls,
-        model: StrPath = DEFAULT_MODEL,
-        *,
-        revision: str | None = None,
-        dtype: Dtype = "bfloat16",
-        offline: bool = False,
-        zero_cond_t: bool | None = None,
+        cls, model: StrPath = DEFAULT_MODEL, *,
+        revision: str | None = None, dtype: Dtype = "bfloat16", offline: bool = False, zero_cond_t: bool | None = None,
         quantize: Quantization | str | int | None = None,
-        loras: Sequence[LoRAReference] = (),
-        lora_mode: LoRAMode = "auto",
-        transformer: StrPath | None = None,
-        text_encoder: StrPath | None = None,
-        vae: StrPath | None = None,
-        streamed: Collection[Streamable] = (),
-        progress: ProgressCallback | None = None,
-    ) -> QwenImagePipeline:
+        loras: Sequence[LoRAReference] = (), lora_mode: LoRAMode = "auto",
+        transformer: StrPath | None = None, text_encoder: StrPath | None = None, vae: StrPath | None = None,
+        streamed: Collection[Streamable] = (), progress: ProgressCallback | None = None,
+    ) -> QwenImagePipeline:  # fmt: skip
         """Opens a checkpoint; weights are fetched and loaded when they are first needed.
 
         Args:
@@ -92,220 +102,311 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             HubError: the hub has no such model, or cannot be reached and nothing is cached.
             CheckpointError: the files are not those of a pipeline this package runs.
         """
-        if not isinstance(model, str | os.PathLike) or not os.fspath(model):
-            raise RequestError(f"model is {model!r:.80}, but must be a directory or a model's id")
-        if isinstance(quantize, str | int) and not isinstance(quantize, bool):
-            quantize = Quantization.parse(quantize)
-        if not isinstance(quantize, Quantization | None):
-            raise RequestError(f"quantize is {quantize!r:.80}, but must be bits, component=bits, or None")
-        if dtype not in DTYPES:
-            raise RequestError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
         report = Reporter(progress)
-        snapshot = HubSnapshot(
-            model,
-            revision=revision,
-            offline=offline,
-            progress=report.download,
-        )
-        replaced = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-        components = Components(
-            snapshot, getattr(mx, dtype), lambda name: report.stage("load", name), zero_cond_t=zero_cond_t,
-            quantization=quantize,
-            read_loras=lora_reader(loras, lora_mode, offline, report) if loras else None,
-            replaced={name: path for name, path in replaced.items() if path is not None}, streamed=streamed,
-            on_layer=lambda name, layer, layers: report(Progress("layer", layer, layers, name)),
+        files = dict(zip(r.FOLDERS, (transformer, text_encoder, vae), strict=True))
+        components = open_components(
+            model, report, revision=revision, dtype=dtype, offline=offline, zero_cond_t=zero_cond_t, quantize=quantize,
+            loras=loras, lora_mode=lora_mode, files=files, streamed=streamed,
         )  # fmt: skip
         return cls(components, report)
 
-    # Painting in one call -----------------------------------------------------------------------------------------
+    # What it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> str:
+        """The directory or repository id it was opened from."""
+        return self.components.snapshot.model
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the checkpoint; None for a local directory."""
+        return self.components.snapshot.revision
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype of the text encoder and the transformer."""
+        return self.components.dtype
+
+    @property
+    def variant(self) -> Variant:
+        """What the checkpoint's pipeline class implies: template, defaults."""
+        return self.components.variant
+
+    @property
+    def recommended(self) -> Recommended:
+        """How it wants to be sampled: as its card says, or as a distilled LoRA was trained."""
+        return recommended_of(self.components)
+
+    @property
+    def class_name(self) -> str | None:
+        """Of the checkpoint's pipeline, as its index says."""
+        return self.components.sources.index.get("_class_name")
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The numbers of its latents."""
+        return self.components.latent_space
+
+    @property
+    def transformer_config(self) -> Any:
+        """What the checkpoint says of its transformer, corrected by what its files show."""
+        return self.components.config(r.TRANSFORMER)
+
+    @property
+    def quantization(self) -> Quantization:
+        """How matrices are packed while they are loaded."""
+        return self.components.quantization
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart what encodes: the commit, or a directory's files by name, size and time."""
+        return self.components.fingerprint
+
+    def prepare(self) -> None:
+        """Fetches all that generation needs and checks the files, loading nothing; raises HubError, CheckpointError."""
+        self.components.prepare()
+
+    def check_task(self, task: Task) -> None:
+        """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
+        if self.variant.task != task:
+            raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
+
+    # The core calls ------------------------------------------------------------------------------------------------
+
+    def encode_guidance_prompts(
+        self, prompt: str, negative_prompt: str | None = None, *,
+        images: Sequence[ImageSource] = (), reference_pixels: int | None = None, sequential_positions: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> GuidanceEncoding:  # fmt: skip
+        """Encodes what to generate, what to avoid, and the images to work on; evaluated, independent of the encoders.
+
+        Args:
+            prompt: what to generate; may be empty (the image is then the model's own idea), and is cut at the limit of
+                the reference with a warning.
+            negative_prompt: what to avoid; None generates without guidance, "" and " " are prompts like any other.
+            images: the images an editing or layered model works on: PIL images, uint8 arrays (H, W, 3 or 4), paths
+                or bytes.
+            reference_pixels: at most so many pixels of each image are shown to the transformer; None is the model's
+                own area, about 1 MP. Every reference costs as much time per step as a target of its size.
+            sequential_positions: number the tokens 0, 1, 2, … in spite of images, to compare with libraries that
+                lost the three position axes.
+            progress: replaces the pipeline's own callback during the call.
+
+        Raises:
+            RequestError: an image cannot be read, or the model does not take so many.
+            QwenImageError: the encoder's output is not finite, which float16 can cause.
+        """
+        return encode.encode_guidance_prompts(
+            self.components, self._report, prompt, negative_prompt, images, reference_pixels, sequential_positions,
+            progress,
+        )  # fmt: skip
+
+    def encode_initial_image(
+        self, image: ImageSource, size: Size, mask: ImageSource | None = None, *,
+        progress: ProgressCallback | None = None,
+    ) -> InitialImage:  # fmt: skip
+        """Encodes an image to start generation from (image to image), or to keep where a mask is black (inpainting);
+        `generate_pixels` takes it as `initial`.
+
+        Args:
+            image: the image; resized to `size` whatever its aspect.
+            size: (width, height) of the image to be generated, multiples of the model's step.
+            mask: grey values; at least a half (white) is regenerated.
+            progress: replaces the pipeline's own callback during the call.
+        """
+        return encode.encode_initial_image(self.components, self._report, image, size, mask, progress)
+
+    def caption_image(
+        self, image: ImageSource, *, language: CaptionLanguage = "en", resolution: int = 640, seed: int = 0,
+        progress: ProgressCallback | None = None,
+    ) -> str:  # fmt: skip
+        """Describes an image in words, with the checkpoint's own language model; deterministic for a seed.
+
+        Args:
+            image: the image; shown on white where it is transparent.
+            language, resolution: "en" or "zh"; the image is shown at about `resolution`² pixels.
+            seed: of the draws, where the checkpoint's generation_config.json asks for sampling.
+            progress: told of every token, and can cancel.
+
+        Raises:
+            RequestError: the image cannot be read or shows nothing, or the language is another.
+            CheckpointError: the checkpoint has no language head or no vision tower.
+        """
+        return encode.caption_image(self.components, self._report, image, language, resolution, seed, progress)
+
+    def output_size(self, images: Sequence[ImageSource]) -> Size:
+        """(width, height) that an edit of these images has unless another is asked for: about 1 MP."""
+        opened = encode.opened_images(self.components, images)
+        return size_of_area(self.variant.target_area, opened[self.variant.size_from].size)
+
+    def generate_pixels(
+        self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
+        seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
+        initial: InitialImage | None = None, progress: ProgressCallback | None = None,
+    ) -> mx.array:  # fmt: skip
+        """Generates one image.
+
+        Args:
+            parameters: size, steps, guidance and noise source.
+            encoding: from `encode_guidance_prompts`, of this process or another.
+            seed: of the initial noise, 0 … 2**64 - 1.
+            image_index: which of the images that one seed gives, as in the reference's num_images_per_prompt.
+            latents: packed initial noise (1, N, C) instead of the seed's.
+            initial: from `encode_initial_image`: an image of which `parameters.strength` is regenerated.
+            progress: replaces the pipeline's own callback during the call; told of every step, and can cancel.
+
+        Returns:
+            Pixels (frames, height, width, channels) in [0, 1], fp32, evaluated; one RGB frame, or a layered model's
+            RGBA layers, back to front.
+
+        Raises:
+            RequestError: encoding, latents or initial image do not fit the model or the size.
+            Cancelled: the callback asked to stop.
+            QwenImageError: the result is not finite.
+        """
+        with self._report.using(progress):
+            tokens = self.denoise_latents(
+                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial
+            )
+            frames = mx.stack(list(self.decode_frames(parameters, tokens)))
+            finish(frames)
+        return frames
+
+    def denoise_latents(
+        self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
+        seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
+        initial: InitialImage | None = None, progress: ProgressCallback | None = None,
+    ) -> mx.array:  # fmt: skip
+        """The first half of `generate_pixels`: packed clean latents (1, N, C) in the model's dtype, evaluated."""
+        return generation.denoise_latents(
+            self.components, self._denoiser, self._report, parameters, encoding, seed=check_seed(seed),
+            image_index=check_image_index(image_index), latents=latents, initial=initial, progress=progress,
+        )  # fmt: skip
+
+    def decode_frames(
+        self, parameters: GenerationParameters, latents: mx.array, *, progress: ProgressCallback | None = None
+    ) -> Iterator[mx.array]:
+        """The second half of `generate_pixels`: what `denoise_latents` returned for the same parameters, a frame at a
+        time, so that layers never share the memory.
+
+        Yields:
+            Pixels (height, width, channels) in [0, 1], fp32, evaluated; back to front with a layered model, whose first
+            frame, the whole image, is left out.
+        """
+        return generation.decode_frames(self.components, self._report, parameters, latents, self.strip_pixels, progress)
+
+    # In one call ---------------------------------------------------------------------------------------------------
 
     @answering
     def generate(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str | None = None,
-        image: ImageSource | None = None,
-        mask: ImageSource | None = None,
-        strength: float = 0.6,
-        mask_padding: int | None = None,
-        size: NamedSize | Size | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        num_inference_steps: int | None = None,
-        cfg_scale: float | None = None,
-        seed: int = 0,
-        num_images: int = 1,
-        rng: Rng = "torch",
-        composite: bool = True,
-        staged: bool = True,
-        progress: Shown = None,
-    ) -> list[PILImage]:
-        """Paints from text, or paints a picture over with a text-to-image model.
+        self, prompt: str, *, negative_prompt: str | None = None,
+        image: ImageSource | None = None, mask: ImageSource | None = None, strength: float = 0.6,
+        mask_padding: int | None = None, composite: bool = True,
+        size: NamedSize | Size | None = None, width: int | None = None, height: int | None = None,
+        num_inference_steps: int | None = None, cfg_scale: float | None = None,
+        seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
+    ) -> list[PILImage]:  # fmt: skip
+        """Generates from text, or generates an image over with a text-to-image model.
 
         Args:
-            prompt: what to paint.
-            negative_prompt: what to avoid; None paints without guidance, as the reference does.
-            image: a picture to start from.
-            mask: white where the picture is painted anew; the rest comes back bit by bit.
-            strength: how much of the picture is painted anew, above 0 and at most 1.
-            mask_padding: paint only the mask's surroundings, with so many pixels around it.
+            prompt: what to generate.
+            negative_prompt: what to avoid; None generates without guidance, as the reference does.
+            image: an image to start from.
+            mask: white where the image is regenerated; the rest comes back bit by bit.
+            strength: how much of the image is regenerated, above 0 and at most 1.
+            mask_padding: generate only the mask's surroundings, with so many pixels around it.
             size: with an image, "1mp" (about 1 MP at its aspect), "source" (its own size) or (width, height); None is
                 "source" with a composited mask, else "1mp".
             width, height: the same as two numbers, multiples of 16; None is the model's own size without an image,
                 1328x1328 for the released ones.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
-            seed: of the initial noise.
-            num_images: pictures from this seed, each with its own noise.
-            rng: "torch" or "mlx".
-            composite: with a mask, put the picture back where the mask is black; False returns the model's own pixels.
-            staged: release the encoders before painting, so that they and the transformer never share the memory.
+            seed, rng: of the initial noise; rng is "torch" or "mlx".
+            num_images: images from this seed, each with its own noise.
+            composite: with a mask, put the image back where the mask is black; False returns the model's own pixels.
+            staged: release the encoders before generating, so that they and the transformer never share the memory.
             progress: told of every stage and step, and can cancel; False shows nothing. None shows progress bars on
                 stderr, unless the pipeline was opened with a callback.
 
         Returns:
             PIL images. Each carries how it was made, as JSON in `info["qwen_image_mlx"]`, and keeps it when it is
-            saved as PNG, JPEG or WebP.
-
-        Raises:
-            RequestError: a parameter is out of range, or a picture cannot be read.
+            saved as PNG, JPEG or WebP. A parameter out of range and an unreadable image raise RequestError.
         """
         self.check_task("generate")
-        canvas = None
-        if size is None:
-            size = explicit_size(width, height)
-        if image is not None:
-            canvas = self.plan_canvas(
-                [open_image(image)],
-                mask=None if mask is None else open_mask(mask),
-                size=size,
-                composite=composite,
-                crop_padding=mask_padding,
-            )
-        elif mask is not None or mask_padding is not None or isinstance(size, str):
-            raise RequestError("a mask, a padding around it, and a size by name need an image to be painted over")
-        parameters = self._parameters(
-            canvas.size if canvas else cast("Size | None", size) or self.variant.size_of("1:1"),
-            num_inference_steps, 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale, rng, strength,
+        canvas, plain = canvas_or_size(
+            self.variant, image, mask=mask, size=size, width=width, height=height, composite=composite,
+            mask_padding=mask_padding,
         )  # fmt: skip
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            parameters=parameters,
-            seeds=(seed,),
-            image_indices=range(check_num_images(num_images)),
-            canvas=canvas,
-        )
-        return self._paint(request, staged, progress)
+        cfg_scale = 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale
+        sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
+        request = image_request(
+            self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
+            rng=rng, strength=strength,
+        )  # fmt: skip
+        return self._generate(request, staged, progress)
 
     @answering
     def edit(
-        self,
-        prompt: str,
-        *,
-        images: Sequence[ImageSource],
-        mask: ImageSource | None = None,
-        negative_prompt: str | None = " ",
-        size: NamedSize | Size | None = None,
-        strength: float = 0.6,
-        mask_padding: int | None = None,
-        num_inference_steps: int | None = None,
-        cfg_scale: float | None = None,
-        seed: int = 0,
-        num_images: int = 1,
-        rng: Rng = "torch",
-        reference_pixels: int | None = None,
-        composite: bool = True,
-        keep_alpha: bool = False,
-        staged: bool = True,
-        progress: Shown = None,
-    ) -> list[PILImage]:
-        """Edits pictures with an editing model.
+        self, prompt: str, *, images: Sequence[ImageSource], negative_prompt: str | None = " ",
+        mask: ImageSource | None = None, strength: float = 0.6, mask_padding: int | None = None, composite: bool = True,
+        size: NamedSize | Size | None = None, reference_pixels: int | None = None, keep_alpha: bool = False,
+        num_inference_steps: int | None = None, cfg_scale: float | None = None,
+        seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
+    ) -> list[PILImage]:  # fmt: skip
+        """Edits images with an editing model; returns and raises as `generate` does.
 
         Args:
             prompt: what to change.
-            images: the pictures: PIL images, uint8 arrays, paths or bytes; each is shown at its own size.
-            mask: white where the first picture is painted anew; the rest comes back bit by bit.
-            negative_prompt: what to avoid; None paints without guidance.
-            size: "1mp" (about 1 MP at the picture's aspect), "source" (the picture's own size) or (width, height);
+            images: the images: PIL images, uint8 arrays, paths or bytes; each is shown at its own size.
+            mask: white where the first image is regenerated; the rest comes back bit by bit.
+            negative_prompt: what to avoid; None generates without guidance.
+            size: "1mp" (about 1 MP at the image's aspect), "source" (the image's own size) or (width, height);
                 None is "source" with a composited mask, else "1mp".
-            strength: with a mask, how much of what is inside is painted anew, above 0 and at most 1.
-            mask_padding: with a mask, paint only its surroundings, with so many pixels around it.
+            strength: with a mask, how much of what is inside is regenerated, above 0 and at most 1.
+            mask_padding: with a mask, generate only its surroundings, with so many pixels around it.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             seed, num_images, rng: as in `generate`.
-            reference_pixels: at most so many pixels of each picture are shown to the transformer.
-            composite: with a mask, put the picture back where the mask is black.
-            keep_alpha: give the result the picture's transparency.
+            reference_pixels: at most so many pixels of each image are shown to the transformer.
+            composite: with a mask, put the image back where the mask is black.
+            keep_alpha: give the result the image's transparency.
             staged, progress: as in `generate`.
-
-        Returns:
-            PIL images.
-
-        Raises:
-            RequestError: a parameter is out of range, a picture cannot be read, or the model does not edit.
         """
         self.check_task("edit")
         sources = listed(images)
-        straight = [open_rgba(source) for source in sources] if keep_alpha else None
-        pictures = self._open_images(sources)
-        canvas = self.plan_canvas(
-            pictures,
-            mask=None if mask is None else open_mask(mask),
-            size=size,
-            composite=composite,
-            crop_padding=mask_padding,
-            straight=straight,
-        )
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            parameters=self._parameters(canvas.size, num_inference_steps, cfg_scale, rng, strength),
-            seeds=(seed,),
-            image_indices=range(check_num_images(num_images)),
-            images=tuple(pictures),
-            canvas=canvas,
-            reference_pixels=reference_pixels,
-        )
-        return self._paint(request, staged, progress)
+        opened = encode.opened_images(self.components, sources)
+        canvas = edit_canvas(
+            self.variant, sources, opened, mask=mask, size=size, composite=composite, mask_padding=mask_padding,
+            keep_alpha=keep_alpha,
+        )  # fmt: skip
+        sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
+        request = image_request(
+            self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
+            strength=strength, reference_pixels=reference_pixels,
+        )  # fmt: skip
+        return self._generate(request, staged, progress)
 
     @answering
     def decompose(
-        self,
-        image: ImageSource,
-        prompt: str = "",
-        *,
-        negative_prompt: str | None = " ",
-        num_layers: int = 4,
-        resolution: int | None = None,
-        size: LayersSize = "source",
-        num_inference_steps: int | None = None,
-        cfg_scale: float | None = None,
-        cfg_normalize: bool = False,
-        caption_language: CaptionLanguage = "en",
-        seed: int = 0,
-        rng: Rng = "torch",
-        staged: bool = True,
+        self, image: ImageSource, prompt: str = "", *, negative_prompt: str | None = " ",
+        num_layers: int = 4, resolution: int | None = None, size: LayersSize = "source",
+        num_inference_steps: int | None = None, cfg_scale: float | None = None, cfg_normalize: bool = False,
+        caption_language: CaptionLanguage = "en", seed: int = 0, rng: Rng = "torch", staged: bool = True,
         progress: Shown = None,
-    ) -> LayeredResult:
-        """Takes a picture apart into layers, with a layered model.
+    ) -> LayeredResult:  # fmt: skip
+        """Decomposes an image into layers, with a layered model.
 
         Args:
-            image: the picture; without alpha it counts as opaque.
-            prompt: what the whole picture shows; if it is empty the model writes a caption itself.
+            image: the image; without alpha it counts as opaque.
+            prompt: what the whole image shows; if it is empty the model writes a caption itself.
             negative_prompt: what to avoid; None works without guidance.
             num_layers: 1 … 8.
-            resolution: 640 (which None is) or 1024; the model works at that squared, in pixels, at the picture's
+            resolution: 640 (which None is) or 1024; the model works at that squared, in pixels, at the image's
                 aspect.
-            size: of the layers, "source" (the picture's) or "bucket" (the model's).
+            size: of the layers, "source" (the image's) or "bucket" (the model's).
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             cfg_normalize: guidance keeps the length of each token's velocity.
             caption_language: "en" or "zh".
-            seed, rng, staged, progress: as in `generate`.
-
-        Raises:
-            RequestError: a parameter is out of range, the picture cannot be read or is transparent everywhere, or the
-                model is not layered.
+            seed, rng, staged, progress: as in `generate`, and so is what is raised.
         """
         from .decomposition import layers_request  # here: most runs make no layers
 
@@ -317,184 +418,83 @@ class QwenImagePipeline(Answering, ReleasablePipeline):
             sampling=self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale),
         )  # fmt: skip
         with limits(), self._report.shown(progress):
-            encoding = self.encoded(request)
-            if staged:
-                self.release_encoders()
-            return self.decompose_request(request, encoding)
+            return decompose(self, request, release_encoders=staged)
 
-    def check_task(self, task: Task) -> None:
-        """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
-        if self.variant.task != task:
-            raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
-
-    def plan_canvas(
-        self,
-        pictures: Sequence[PILImage],
-        *,
-        mask: PILImage | None = None,
-        size: NamedSize | Size | None = None,
-        composite: bool = True,
-        crop_padding: int | None = None,
-        straight: Sequence[PILImage] | None = None,
-    ) -> Canvas:
-        """How a picture is painted over, or gives an edit its size: with a mask the first, else the model's choice.
-
-        Args:
-            pictures: upright, RGB.
-            mask, size, composite, crop_padding: as in `images.canvas.plan_canvas`.
-            straight: the same pictures with their transparency, RGBA, if the result is to have it.
-        """
-        index = 0 if mask is not None else self.variant.size_from
-        return plan_canvas(
-            pictures[index],
-            mask=mask,
-            size=size,
-            composite=composite,
-            crop_padding=crop_padding,
-            straight=None if straight is None or alpha_range(straight[index])[0] == 255 else straight[index],
-            area=self.variant.target_area,
-        )
-
-    def encode_request(self, request: Request, progress: ProgressCallback | None = None) -> GuidanceEncoding:
-        """`encode_guidance_prompts` for a request; the negative prompt is left out where it would change nothing.
-
-        Where a layered model is given no prompt it captions the picture, always with the same draws: a seed stands for
-        the noise alone.
-        """
-        prompt = request.prompt
-        if self.writes_caption(request):
-            assert request.caption_language is not None
-            assert request.reference_pixels is not None
-            prompt = self.caption_image(
-                request.images[0], language=request.caption_language,
-                resolution=math.isqrt(request.reference_pixels), progress=progress,
-            )  # fmt: skip
-            logger.info("caption: %s", prompt)
-        return self.encode_guidance_prompts(
-            prompt,
-            request.guiding_prompt,
-            images=request.images,
-            reference_pixels=request.reference_pixels,
-            progress=progress,
-        )
-
-    def encoded(
-        self, request: Request, progress: ProgressCallback | None = None, cache: Encodings | None = None
-    ) -> GuidanceEncoding:
-        """A request's prompts and pictures, encoded now or by an earlier run; all files are fetched and checked before.
-
-        Args:
-            request: what is to be painted.
-            progress: told of every stage, and can cancel.
-            cache: of earlier runs; what is encoded now is put there.
-        """
-        self.prepare()
-        encoding = cache.get(self, request) if cache else None
-        if encoding is None:
-            encoding = self.encode_request(request, progress)
-            if cache:
-                cache.put(self, request, encoding)
-        return encoding
-
-    def encode_canvas(self, request: Request, progress: ProgressCallback | None = None) -> InitialImage | None:
-        """`encode_initial_image` for a request; None where nothing is painted over."""
-        if not self.starts_from_canvas(request):
-            return None
-        canvas = request.canvas
-        assert canvas is not None
-        picture, mask = canvas.initial
-        if not math.isclose(picture.width / picture.height, canvas.size[0] / canvas.size[1], rel_tol=0.05):
-            logger.warning(
-                "a picture of %dx%d pixels is stretched to %dx%d to be painted over", *picture.size, *canvas.size
-            )
-        return self.encode_initial_image(picture, canvas.size, mask, progress=progress)
-
-    def writes_caption(self, request: Request) -> bool:
-        """Whether the model says itself what the picture shows."""
-        return self.variant.captions and not request.prompt.strip()
-
-    def starts_from_canvas(self, request: Request) -> bool:
-        """Whether a request's pictures begin with its canvas: an edit without a mask begins with noise alone."""
-        return request.canvas is not None and (request.canvas.mask is not None or not self.variant.takes_images)
-
-    def paint_encoded(
-        self,
-        request: Request,
-        encoding: GuidanceEncoding,
-        progress: ProgressCallback | None = None,
-        *,
-        release_encoders: bool = False,
-        release: bool = False,
-    ) -> Iterator[tuple[PILImage, int, int]]:
-        """Encodes what is painted over, if anything is, then does `paint_request`; may drop the encoders between."""
-        initial = self.encode_canvas(request, progress)
-        if release_encoders:
-            self.release_encoders()
-        yield from self.paint_request(request, encoding, initial, progress, release)
-
-    @contextmanager
-    def keeping(self, streamed: Collection[str], strip_pixels: int) -> Iterator[None]:
-        """Meanwhile reads the layers of these components from their files, and decodes at most so many pixels at once.
-
-        What was loaded otherwise is released, before and afterwards.
-        """
-        before = self.components.streamed, self.strip_pixels
-        self.components.stream(streamed)
-        self.strip_pixels = strip_pixels
-        try:
-            yield
-        finally:
-            self.components.stream(before[0])
-            self.strip_pixels: int = before[1]
-
-    def paint_request(
-        self,
-        request: Request,
-        encoding: GuidanceEncoding,
-        initial: InitialImage | None,
-        progress: ProgressCallback | None = None,
-        release: bool = False,
-    ) -> Iterator[tuple[PILImage, int, int]]:
-        """Paints a request's pictures, (picture, seed, index) each; may drop the transformer after the last."""
-        draws = list(product(request.seeds, request.image_indices))
-        for seed, index in draws:
-            latents = self.denoise_latents(
-                request.parameters, encoding, seed=seed, image_index=index, initial=initial, progress=progress
-            )
-            if release and (seed, index) == draws[-1]:
-                self.release_transformer()
-            for frame in self.decode_frames(request.parameters, latents, progress=progress):
-                (image,) = to_images(frame[None])
-                yield request.canvas.finish(image) if request.canvas else image, seed, index
-
-    def decompose_request(
-        self,
-        request: Request,
-        encoding: GuidanceEncoding,
-        progress: ProgressCallback | None = None,
-        release: bool = False,
-    ) -> LayeredResult:
-        """Paints a request's layers, each decoded, resized and turned into 8 bits before the next."""
-        from .decomposition import layered_result  # here: most runs make no layers
-
-        pictures = [image for image, _, _ in self.paint_request(request, encoding, None, progress, release)]
-        return layered_result(pictures, request, describe(self, request, encoding, request.seeds[0]))
-
-    def _paint(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
+    def _generate(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
         with limits(), self._report.shown(progress):
-            encoding = self.encoded(request)
-            return [
-                recorded(image, describe(self, request, encoding, seed, index))
-                for image, seed, index in self.paint_encoded(request, encoding, release_encoders=staged)
-            ]
+            paintings = generate(self, request, release_encoders=staged)
+            return [recorded(generated.image, generated.metadata) for generated in paintings]
 
-    def _parameters(
-        self, size: Size, steps: int | None, cfg_scale: float | None, rng: Rng, strength: float
-    ) -> GenerationParameters:
-        return GenerationParameters(
-            width=size[0],
-            height=size[1],
-            rng=rng,
-            strength=strength,
-            **self.recommended.unless(num_inference_steps=steps, cfg_scale=cfg_scale),
-        )
+    # What it holds in memory: a released component comes back by itself when it is needed ----------------------------
+
+    def lora_targets(self) -> Mapping[str, tuple[int, ...]]:
+        """The transformer's modules that have a weight, with its shape: what a LoRA may change."""
+        return self.components.lora_targets()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether anything of it is in memory."""
+        return bool(self.components.loaded)
+
+    def release(self, *parts: str) -> None:
+        """Gives back the memory of parts by their names, as `Components` has them; of all, with no name."""
+        self.components.release(*(parts or self.components.loaded))
+
+    def release_encoders(self) -> None:
+        """Gives back the memory of all that encodes: text encoder, vision tower, tokenizer, the VAE's encoder."""
+        self.components.release(*r.ENCODING, r.TOKENIZER, r.VAE_ENCODER)
+
+    def release_text_encoder(self) -> None:
+        """Gives back the memory of the text encoder, its vision tower and its head."""
+        self.components.release(*r.ENCODING)
+
+    def release_tokenizer(self) -> None:
+        """Gives back the tokenizer's memory."""
+        self.components.release(r.TOKENIZER)
+
+    def release_transformer(self) -> None:
+        """Gives back the memory of the transformer and of what was made for it."""
+        self.components.release(r.TRANSFORMER)
+
+    def set_loras(self, loras: Sequence[LoRAReference], mode: LoRAMode = "auto") -> None:
+        """Other LoRAs from now on, as in `from_pretrained`, instead of all that were there; () takes all away.
+
+        Where all of them, old and new, run beside the weights (packed ones, or mode "side"), the transformer stays
+        loaded; otherwise it is loaded anew when it is next needed.
+
+        Raises:
+            RequestError, CheckpointError, HubError: one cannot be found or does not fit; the old ones stay.
+        """
+        replace_loras(self.components, self._report, loras, mode)
+
+    def release_vae(self) -> None:
+        """Gives back the autoencoder's memory."""
+        self.components.release(r.VAE_ENCODER, r.VAE_DECODER)
+
+    def reload_text_encoder(self) -> None:
+        """Loads the text encoder now, unless it is loaded."""
+        self.components.load(r.TEXT_ENCODER)
+
+    def reload_tokenizer(self) -> None:
+        """Loads the tokenizer now, unless it is loaded."""
+        self.components.load(r.TOKENIZER)
+
+    @property
+    def is_text_encoder_loaded(self) -> bool:
+        """Whether the text encoder is in memory."""
+        return self.components.is_loaded(r.TEXT_ENCODER)
+
+    @property
+    def is_tokenizer_loaded(self) -> bool:
+        """Whether the tokenizer is in memory."""
+        return self.components.is_loaded(r.TOKENIZER)
+
+    @property
+    def is_transformer_loaded(self) -> bool:
+        """Whether the transformer is in memory."""
+        return self.components.is_loaded(r.TRANSFORMER)
+
+    @property
+    def is_vae_loaded(self) -> bool:
+        """Whether any half of the autoencoder is in memory."""
+        return self.components.is_loaded(r.VAE_ENCODER) or self.components.is_loaded(r.VAE_DECODER)

@@ -24,7 +24,9 @@ class Progress:
             done. Steps and layers are told when the GPU has at most two layers left to do.
         detail: file or component, for "download", "load" and "layer".
         sigma: noise level after the step, for "denoise".
-        latents: packed latents (1, N, 64) after the step, for "denoise"; reading them waits until they are there.
+        latents: packed latents (1, N, C) after the step, for "denoise"; reading them waits until they are there.
+        denoised: the clean latents (1, N, C), fp32, that the step points to, for "denoise"; None before the first.
+            They are computed when they are read, which the callback must do itself.
     """
 
     stage: Stage
@@ -33,6 +35,7 @@ class Progress:
     detail: str = ""
     sigma: float | None = None
     latents: mx.array | None = None
+    denoised: mx.array | None = None
     _cancelled: bool = field(default=False, init=False, repr=False)
 
     def cancel(self) -> None:

@@ -22,8 +22,8 @@ from .._version import __version__
 from ..errors import OutputError, QwenImageError, RequestError, some
 from ..files import claim, is_from_macos, sweep
 from ..names import StrPath
+from ..registry import FOLDERS, MAIN, PROCESSOR, SCHEDULER, TOKENIZER, TRANSFORMER
 from ..weights.loader import say_what_does_not_fit
-from ..weights.mapping import weights_map
 from ..weights.pack import Part, quantization_config, write_component
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
@@ -41,7 +41,7 @@ _PLAN = ".qwen-image-mlx-plan"
 _CARD = "README.md"
 _MOST_OF_A_CARD = 1 << 16  # characters, of which the first lines say the licence
 # What of a checkpoint is copied; other weights that may lie at its root are not of this layout.
-_COPIED = ("scheduler", "tokenizer", "processor", "vae", "text_encoder", "transformer")
+_COPIED = (SCHEDULER, TOKENIZER, PROCESSOR, *reversed(FOLDERS))
 _COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".safetensors")
 _MARGIN = 1 << 26
 _EXAMPLES = {
@@ -176,11 +176,11 @@ def _take_over(partial: Path, plan: str) -> None:
 
 def _folders(components: Components) -> Folders:
     folders: dict[str, list[Part]] = {}
-    for name in ("transformer", *components.encoders):
+    for name in (TRANSFORMER, *components.encoders):
         weights, scheme = components.weights(name), getattr(components.quantization, name, None)
         if scheme:
-            say_what_does_not_fit(name, weights.specs("main"), scheme)
-        folders.setdefault(weights_map(name).get("folder", name), []).append(Part(weights, scheme))
+            say_what_does_not_fit(name, weights.specs(MAIN), scheme)
+        folders.setdefault(weights.component.home, []).append(Part(weights, scheme))
     return folders
 
 
@@ -224,7 +224,7 @@ def _card(components: Components, name: str, errors: Mapping[str, Mapping[str, f
         for folder, layers in errors.items()
         for kind, values in _by_kind(layers).items()
     ]
-    forms = sorted({form for part in ("transformer", *components.encoders) for form in components.weights(part).forms})
+    forms = sorted({form for part in (TRANSFORMER, *components.encoders) for form in components.weights(part).forms})
     base = f"base_model: {source.model}\n" if source.revision else ""
     licence = "".join(f"{line}\n" for line in _licence(source))
     return f"""---

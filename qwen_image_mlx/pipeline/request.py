@@ -1,4 +1,4 @@
-"""What a user asks for: prompts, pictures, parameters, seeds; validated once, importable without MLX."""
+"""What a user asks for: prompts, images, parameters, seeds; validated once, importable without MLX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..names import CaptionLanguage
 from ..outside import MAX_CHARACTERS
-from ..variants import ASPECT_SIZES, NAMED_SIZES
+from ..variants import ASPECT_SIZES, NAMED_SIZES, Variant
 from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
 
 if TYPE_CHECKING:
@@ -23,16 +23,16 @@ _SLUG = 36
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One or more pictures of one prompt.
+    """One or more images of one prompt.
 
     Attributes:
-        prompt: what to paint.
-        negative_prompt: what to avoid; None paints without guidance.
-        parameters: how to paint.
+        prompt: what to generate.
+        negative_prompt: what to avoid; None generates without guidance.
+        parameters: how to generate.
         seeds: at least one.
-        image_indices: for each seed, which of its pictures (the reference's num_images_per_prompt counts from 0).
-        images: upright RGB pictures for an editing model to work on.
-        canvas: the picture that is painted over, or whose size the result takes.
+        image_indices: for each seed, which of its images (the reference's num_images_per_prompt counts from 0).
+        images: upright RGB images for an editing model to work on.
+        canvas: the image that is started from, or whose size the result takes.
         reference_pixels: at most so many pixels of each of `images` are shown to the transformer.
         caption_language: of the caption that a layered model writes where the prompt is empty; a key of
             `CAPTION_TEMPLATES`.
@@ -53,6 +53,14 @@ class Request:
         """The negative prompt where it guides; None where one pass is enough."""
         return self.negative_prompt if self.parameters.cfg_scale > 1 else None
 
+    def writes_caption(self, variant: Variant) -> bool:
+        """Whether the model says itself what the image shows."""
+        return variant.captions and not self.prompt.strip()
+
+    def starts_from_canvas(self, variant: Variant) -> bool:
+        """Whether generation begins with the canvas: an edit without a mask begins with noise alone."""
+        return self.canvas is not None and (self.canvas.mask is not None or not variant.takes_images)
+
     def __post_init__(self) -> None:
         for prompt in (self.prompt, self.negative_prompt or ""):
             if len(prompt) > MAX_CHARACTERS:
@@ -62,22 +70,22 @@ class Request:
             check_seed(seed)
         indices = self.image_indices
         if not indices or indices[0] < 0 or indices[-1] >= MAX_IMAGES or len(indices) * len(self.seeds) > MAX_IMAGES:
-            raise RequestError(f"the number of pictures must be from 1 to {MAX_IMAGES}")
+            raise RequestError(f"the number of images must be from 1 to {MAX_IMAGES}")
 
 
 def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
-    """What flags, a recorded picture and the model's recommendations add up to.
+    """What flags, a recorded image and the model's recommendations add up to.
 
     Args:
         wanted: by the names of flags; a seed may be a number or a list of them.
-        size: (width, height) of the picture.
+        size: (width, height) of the image.
 
     Raises:
         RequestError: the prompt is missing or something is out of range.
     """
     if wanted.get("prompt") is None:
         raise RequestError("a prompt is missing", cause="prompt")
-    seed = wanted["seed"]  # a list from the flags, a number from a picture, which also has its index
+    seed = wanted["seed"]  # a list from the flags, a number from an image, which also has its index
     first = 0 if isinstance(seed, list) else wanted.get("image_index", 0)
     return Request(
         prompt=wanted["prompt"],
@@ -90,7 +98,7 @@ def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
 
 def slug(prompt: str) -> str:
     """The beginning of a prompt as a part of a file's name: at most 36 characters, each up to four bytes."""
-    return re.sub(r"\W+", "-", prompt.lower())[:_SLUG].strip("-") or "picture"
+    return re.sub(r"\W+", "-", prompt.lower())[:_SLUG].strip("-") or "image"
 
 
 def parsed_size(text: str, name: str = "size") -> tuple[int, int] | str:

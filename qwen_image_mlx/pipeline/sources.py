@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import CheckpointError, RequestError
 from ..names import StrPath
+from ..registry import FOLDERS, MAIN, PROCESSOR, TRANSFORMER, VISION, Component, all_components, component_of
 from ..weights.mapping import canonical_names, needs_tensor, weights_map
 from ..weights.recognize import holds, part_of
 from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside, weight_file
@@ -23,7 +24,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
-REPLACEABLE = ("transformer", "text_encoder", "vae")
 
 
 class Sources:
@@ -68,17 +68,17 @@ class Sources:
         return self.snapshot.read_json(path)
 
     def image_processor(self) -> dict[str, Any]:
-        """How pictures are prepared: preprocessor_config.json, or what transformers 5 nests in processor_config.json.
+        """How images are prepared: preprocessor_config.json, or what transformers 5 nests in processor_config.json.
 
         Raises:
             CheckpointError: the checkpoint has neither.
         """
-        nested = "processor/processor_config.json"
-        if not self.snapshot.exists("processor/preprocessor_config.json") and self.snapshot.exists(nested):
+        nested = f"{PROCESSOR}/processor_config.json"
+        if not self.snapshot.exists(f"{PROCESSOR}/preprocessor_config.json") and self.snapshot.exists(nested):
             said = self.snapshot.read_json(nested).get("image_processor")
             if isinstance(said, dict):
                 return said
-        return self.config("processor", "preprocessor_config.json")
+        return self.config(PROCESSOR, "preprocessor_config.json")
 
     def stand_ins(self) -> dict[str, dict[str, Any]]:
         """The JSON files, by their place, that the checkpoint should have and has not; {} where it has its own."""
@@ -88,12 +88,10 @@ class Sources:
         configs = {path: self.config(*path.split("/")) for path in missing}
         return {INDEX: self.index} | configs
 
-    def weights(self, component: str, keep: Callable[[str], bool] | None = None) -> WeightFiles:
+    def weights(self, component: Component, keep: Callable[[str], bool] | None = None) -> WeightFiles:
         """A component's files; of a checkpoint with an index only those with a tensor to `keep`."""
-        rules = weights_map(component)
-        folder = rules.get("folder", component)
-        files = self._given(folder, rules["stem"], keep)
-        if component != folder and not holds(component, {*files.tensors, *(files.index or ())}):
+        files = self._given(component.home, weights_map(component.map)["stem"], keep)
+        if component.folder and not holds(component, {*files.tensors, *(files.index or ())}):
             files = self._beside(component, files) or files
         return files
 
@@ -112,20 +110,19 @@ class Sources:
             files = self.snapshot.weight_files(folder, stem, keep)
         return replace(files, tensors=part_of(folder, files.tensors))
 
-    def _beside(self, component: str, files: WeightFiles) -> WeightFiles | None:
+    def _beside(self, component: Component, files: WeightFiles) -> WeightFiles | None:
         """What a text encoder's file lacks: llama.cpp's mmproj beside it, else the checkpoint's own; None without."""
-        rules = weights_map(component)
-        if component == "vision" and (found := vision_beside(files.files)):
+        if component.role == VISION and (found := vision_beside(files.files)):
             logger.info("the vision tower is read from %s", found)
             return weight_file(found)
-        if rules["folder"] not in self.replaced:
+        if component.folder not in self.replaced:
             return None
-        logger.info("%s has no %s: the one of %s is used", files.files[0], component, self.snapshot.model)
+        logger.info("%s has no %s: the one of %s is used", files.files[0], component.role, self.snapshot.model)
         return self.snapshot.weight_files(
-            rules["folder"], rules["stem"], lambda name: needs_tensor(component, name, ("main",))
+            component.folder, weights_map(component.map)["stem"], lambda name: needs_tensor(component, name, (MAIN,))
         )
 
-    def names(self, component: str) -> set[str]:
+    def names(self, component: Component) -> set[str]:
         """What a component's files hold, as they spell it; told from its index where there is one."""
         files = self.weights(component, keep=lambda name: False)
         return {*files.tensors, *(files.index or ())}
@@ -133,9 +130,10 @@ class Sources:
     @cached_property
     def _pack(self) -> dict[str, Any] | None:
         """What stands in for a checkpoint's JSON files; None where it has its own."""
-        usual = f"transformer/{weights_map('transformer')['stem']}"
-        released = any(name.startswith(usual) for name in self.snapshot.names("transformer"))  # then it is damaged
-        if self.snapshot.exists(INDEX) or released or not all(self.snapshot.names(part) for part in REPLACEABLE):
+        usual = {f"{row.role}/{weights_map(row.map)['stem']}" for row in all_components(TRANSFORMER)}
+        # then it is damaged
+        released = any(name.startswith(tuple(usual)) for name in self.snapshot.names(TRANSFORMER))
+        if self.snapshot.exists(INDEX) or released or not all(self.snapshot.names(part) for part in FOLDERS):
             return None
         pack = self._recorded() or self._guessed()
         if pack is None:
@@ -166,6 +164,7 @@ class Sources:
     def _guessed(self) -> dict[str, Any] | None:
         guess: dict[str, Any]
         for guess in weights_map("packs")["guessed"]:
-            if guess["holds"] in canonical_names(guess["component"], self.names(guess["component"])).values():
+            component = component_of(guess["component"])
+            if guess["holds"] in canonical_names(component, self.names(component)).values():
                 return guess
         return None

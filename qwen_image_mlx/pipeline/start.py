@@ -1,17 +1,17 @@
-"""Where the denoising loop starts: noise, or a picture with noise added, and what a mask blends in after each step.
+"""Where the denoising loop starts: noise, or an image with noise added, and what a mask blends in after each step.
 
 Sources: prepare_latents of diffusers' QwenImage, QwenImageImg2Img and QwenImageInpaint pipelines, in their order of
-random draws: the picture's latents first, then the noise.
+random draws: the image's latents first, then the noise.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from ..config import VAEConfig
-from ..sampling.latents import pack_latents, pack_multi_layer_latents
+from ..sampling.latents import LatentSpace
 from ..sampling.noise import generator
 from ..sampling.schedule import Schedule
 from .autoencode import sample_latents
@@ -28,7 +28,7 @@ class Start:
         schedule: the steps that are left to do.
         noise: the noise in it.
         image: latents of the initial image, or None.
-        mask: 1 where the picture is painted anew (1, N, C), or None.
+        mask: 1 where the image is regenerated (1, N, C), or None.
     """
 
     latents: mx.array
@@ -51,37 +51,49 @@ class Start:
 
 
 def draw_start(
-    config: VAEConfig,
+    config: Any,
+    space: LatentSpace,
     schedule: Schedule,
     parameters: GenerationParameters,
-    grid: tuple[int, int, int],
+    frames: int,
     seed: int,
     image_index: int,
     latents: mx.array | None,
     initial: InitialImage | None,
     dtype: mx.Dtype,
 ) -> Start:
-    """Draws what has to be drawn and adds the noise the first step expects; `grid` is (frames, rows, columns)."""
+    """Draws what has to be drawn and adds the noise the first step expects.
+
+    Args:
+        config: the autoencoder's, for the statistics of its latents.
+        space: the latents'.
+        schedule: all steps.
+        parameters: size, strength and source of the noise.
+        frames: images that are generated together.
+        seed, image_index: of the noise.
+        latents: packed noise instead of the seed's.
+        initial: the image to start from.
+        dtype: of the result.
+    """
     # Drawn in the reference's order: frames, then channels, rows, columns.
-    frames, rows, columns = grid
-    shape = (frames, config.z_dim, 2 * rows, 2 * columns)
+    shape = (frames, space.channels, parameters.height // space.factor, parameters.width // space.factor)
     draws = generator(parameters.rng, seed)
     image = None
     if initial is not None:
         image = sample_latents(config, initial.mean, initial.std, draws.normal(shape).transpose(0, 2, 3, 1))
-        image = pack_latents(image).astype(dtype)
+        image = space.pack(image).astype(dtype)
         schedule = schedule.last(parameters.strength)
     noise = latents
     if noise is None:
         for _ in range(image_index + 1):
             drawn = draws.normal(shape)
-        noise = pack_multi_layer_latents(drawn.transpose(0, 2, 3, 1)[None])
+        noise = space.pack_frames(drawn.transpose(0, 2, 3, 1)[None])
     noise = noise.astype(dtype)
     if image is None or initial is None:
         return Start(noise, schedule, noise)
     mask = None
     if initial.mask is not None:
-        mask = pack_latents(mx.broadcast_to(initial.mask, (*initial.mask.shape[:3], config.z_dim))).astype(dtype)
+        mask = space.pack(mx.broadcast_to(initial.mask, (*initial.mask.shape[:3], space.channels))).astype(dtype)
     return Start(add_noise(image, noise, float(schedule.sigmas[0])), schedule, noise, image, mask)
 
 

@@ -1,7 +1,7 @@
-"""Works many pictures from text through with every component loaded once: encode everything, then paint everything.
+"""Works many images from text through with every component loaded once: encode everything, then generate everything.
 
-Encodings wait on disk in between, so that a thousand prompts take the memory of one. A picture has a file name that
-follows from what is asked for, and says in its PNG how it was painted; so a run knows what an earlier one has finished.
+Encodings wait on disk in between, so that a thousand prompts take the memory of one. An image has a file name that
+follows from its options, and its PNG says how it was generated; so a run knows what an earlier one has finished.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ..errors import RequestError
 from ..files import temporary_folder
 from ..images.files import read_metadata
 from ..pipeline.conditioning import GuidanceEncoding
+from ..pipeline.conductor import GeneratedImage, generate_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
-from .session import Painting, Session
+from .session import Session
 
 if TYPE_CHECKING:
     from ..pipeline.pipeline import QwenImagePipeline
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """One picture of many.
+    """One image of many.
 
     Attributes:
-        request: for this picture alone.
-        facts: what its PNG says of how it was painted, JSON-like; not by which version.
+        request: for this image alone.
+        facts: what its PNG says of how it was generated, JSON-like; not by which version.
         path: its file.
     """
 
@@ -44,7 +45,7 @@ class Asked:
     path: Path
 
     def is_in(self, path: Path) -> bool:
-        """Whether a file is a whole PNG that says that it is this picture."""
+        """Whether a file is a whole PNG that says that it is this image."""
         try:
             said = read_metadata(path)
         except RequestError:
@@ -52,16 +53,16 @@ class Asked:
         return all(name in said and said[name] == value for name, value in self.facts.items())
 
 
-def asked_pictures(
+def asked_images(
     pipeline: QwenImagePipeline, requests: Sequence[Request], folder: Path, provenance: Mapping[str, Any] = {}
 ) -> list[Asked]:
-    """Every picture of requests that paint from text, the same one only once; nothing is loaded.
+    """Every image of requests that generate from text, the same one only once; nothing is loaded.
 
     Args:
         pipeline: the opened checkpoint.
         requests: what is asked for.
-        folder: for the pictures.
-        provenance: what the caller adds to each picture's metadata.
+        folder: for the images.
+        provenance: what the caller adds to each image's metadata.
     """
     found = {}
     for whole in requests:
@@ -75,8 +76,8 @@ def asked_pictures(
     return list(found.values())
 
 
-def missing_pictures(asked: Sequence[Asked]) -> list[Asked]:
-    """Those of which no file has the name, or one that `save_png` chose beside it, and says that it is this picture."""
+def missing_images(asked: Sequence[Asked]) -> list[Asked]:
+    """Those of which no file has the name, or one that `save_png` chose beside it, and says that it is this image."""
     there: dict[tuple[Path, str], list[Path]] = {}
     for folder in {one.path.parent for one in asked}:
         for file in sorted(folder.glob("*.png")):
@@ -86,7 +87,7 @@ def missing_pictures(asked: Sequence[Asked]) -> list[Asked]:
 
 
 def heaviest(asked: Sequence[Asked]) -> Request:
-    """A request that takes at least the memory of each of these: the largest size, the most steps, all pictures."""
+    """A request that takes at least the memory of each of these: the largest size, the most steps, all images."""
     requests = [one.request for one in asked]
     largest = max(requests, key=lambda request: request.parameters.width * request.parameters.height)
     return replace(
@@ -102,12 +103,14 @@ def heaviest(asked: Sequence[Asked]) -> Request:
     )
 
 
-def paint_all(session: Session, asked: Sequence[Asked], show: Show | None = None) -> Iterator[tuple[Asked, Painting]]:
-    """Plans for the heaviest, then yields the pictures, those of a schedule together: it has one modulation table.
+def generate_all(
+    session: Session, asked: Sequence[Asked], show: Show | None = None
+) -> Iterator[tuple[Asked, GeneratedImage]]:
+    """Plans for the heaviest, then yields the images, those of a schedule together: it has one modulation table.
 
     Args:
         session: of the opened checkpoint; where its cache has all encodings no encoder is loaded.
-        asked: from `asked_pictures`, at least one.
+        asked: from `asked_images`, at least one.
         show: called with a preview after each step.
 
     Raises:
@@ -130,15 +133,14 @@ def paint_all(session: Session, asked: Sequence[Asked], show: Show | None = None
         ordered = [one for some in together.values() for one in some]
         for one in ordered:
             request, encoding = one.request, GuidanceEncoding.load(kept[_prompts(one.request)])
-            pictures = pipeline.paint_request(
-                request, encoding, None, session.watch(request, show), release=staged and one is ordered[-1]
-            )
-            for image, seed, index in pictures:
-                yield one, Painting(image, describe(pipeline, request, encoding, seed, index))
+            last = staged and one is ordered[-1]
+            images = generate_encoded(pipeline, request, encoding, None, session.watch(request, show), last)
+            for image, seed, index in images:
+                yield one, GeneratedImage(image, describe(pipeline, request, encoding, seed, index))
 
 
 def _prompts(request: Request) -> tuple[str, str | None]:
-    """What an encoding depends on, for one pipeline and pictures from text."""
+    """What an encoding depends on, for one pipeline and images from text."""
     return request.prompt, request.guiding_prompt
 
 

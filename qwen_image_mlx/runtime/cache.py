@@ -1,7 +1,7 @@
-"""Encodings on disk or in memory, so that the same prompt and pictures are never encoded twice; bounded in size.
+"""Encodings on disk or in memory, so that the same prompt and images are never encoded twice; bounded in size.
 
 Keyed by everything an encoding depends on: the checkpoint, its template, the dtype, the prompts, the pixels of the
-pictures. A damaged entry is made anew.
+images. A damaged entry is made anew.
 """
 
 from __future__ import annotations

@@ -32,13 +32,13 @@ class Costs:
 
     Attributes:
         text: of the tokens of all prompts, per byte of the text encoder's width (hidden and intermediate together).
-        patch: of a picture's patches in the vision tower, per byte of its width.
+        patch: of an image's patches in the vision tower, per byte of its width.
         image, reference, prompt: per token of each kind in a step, and byte of the transformer's width.
         guided: more for each of them, where there is a second pass.
         queued: of the tokens of the larger of target and references, the same way.
         scores: per head, byte and pair of the transformer's tokens; 0 where attention is one fused kernel.
         pixel_in: per pixel and base channel of the VAE that it encodes.
-        pixel_whole, pixel_out: the same of a picture that it decodes, before the strips, and of a strip with its halo.
+        pixel_whole, pixel_out: the same of an image that it decodes, before the strips, and of a strip with its halo.
         read: parts of a modulation weight that are there at once while the table is made.
         base, step: whatever the work, and whatever a step's.
     """

@@ -1,4 +1,4 @@
-"""What painting will take in memory, told before it begins from configs and headers alone.
+"""What generation will take in memory, told before it begins from configs and headers alone.
 
 A plan has four stages. Weights are counted to the byte; what work takes beside them is a model (`costs.py`). A
 residency says which weights are there at which stage.
@@ -17,32 +17,35 @@ import mlx.core as mx
 from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
-from ..weights.mapping import TensorSpec, expected_tensors, weights_map
+from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
+from ..sampling.solvers import EULER
+from ..weights.mapping import TensorSpec, expected_tensors
 from ..weights.schemes import Scheme
 from ..weights.tensor_formats import PACKED
 from .costs import COSTS, HALO, backend
 from .residency import DEFAULT, Residency
 
 if TYPE_CHECKING:
-    from ..config import TextEncoderConfig, VisionConfig
+    from ..models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
     from ..pipeline.pipeline import QwenImagePipeline
     from ..pipeline.request import Request
+    from ..pipeline.seams import DenoiserClass
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is painted, as far as memory depends on it.
+    """What is generated, as far as memory depends on it.
 
     Attributes:
-        width, height: of a picture.
-        frames: pictures painted together: 1, or layers + 1.
-        shown: (width, height) of each picture as the transformer is shown it.
+        width, height: of an image.
+        frames: images generated together: 1, or layers + 1.
+        shown: (width, height) of each image as the transformer is shown it.
         encoded: area in pixels that the VAE encodes at once; 0 for none.
-        captioned: area in pixels of the picture that a caption is written of first; 0 for none.
-        text_tokens: of a prompt, its template included, its pictures not.
+        captioned: area in pixels of the image that a caption is written of first; 0 for none.
+        text_tokens: of a prompt, its template included, its images not.
         guided: whether there are two passes in each step.
         steps: denoising steps.
-        pictures: how many are painted one after another.
+        images: how many are generated one after another.
     """
 
     width: int
@@ -54,17 +57,7 @@ class Work:
     text_tokens: int = 256
     guided: bool = True
     steps: int = 50
-    pictures: int = 1
-
-    @property
-    def target_tokens(self) -> int:
-        """Image tokens of what is generated."""
-        return self.frames * self.width * self.height // 256
-
-    @property
-    def reference_tokens(self) -> int:
-        """Image tokens of the pictures that the transformer is shown."""
-        return sum(w * h // 256 for w, h in self.shown)
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,7 @@ STRIPS = tuple(STRIP_PIXELS >> n for n in range(5))  # pixels of a strip, from t
 
 
 def strips_for(work: Work) -> tuple[int, ...]:
-    """Pixels of a strip to choose from; a GPU is fastest with the whole picture, a CPU with what its caches hold."""
+    """Pixels of a strip to choose from; a GPU is fastest with the whole image, a CPU with what its caches hold."""
     whole = work.width * work.height
     return (whole, *STRIPS) if backend() == "gpu" and whole > STRIP_PIXELS else STRIPS
 
@@ -131,7 +124,7 @@ def make_plan(
 
     Args:
         components: an opened checkpoint; its configs are read, and of one on disk the headers of its weights.
-        work: what is to be painted.
+        work: what is to be generated.
         residency: which weights are there when.
         strip_pixels: most pixels that are decoded at once.
 
@@ -147,11 +140,11 @@ class Planner:
     def __init__(self, components: Components, work: Work, residency: Residency):
         self.components, self.work, self.residency = components, work, residency
         self.tensors = cache(self._tensors)
-        self.said_config = cache(lambda name: components.sources.config(weights_map(name).get("folder", name)))
+        self.said_config = cache(lambda name: components.sources.config(components.rows[name].home))
         self.costs = COSTS[backend()]
         self.itemsize = components.dtype.size
         # What only the weights' names tell of the transformer changes nothing here.
-        self.transformer_config = components.declared_transformer_config
+        self.transformer_config = components.declared(TRANSFORMER)
 
     def plan(self, strip_pixels: int) -> MemoryPlan:
         """The plan, with at most so many pixels decoded at once."""
@@ -161,60 +154,64 @@ class Planner:
 
     @cached_property
     def before_decode(self) -> tuple[int, tuple[Stage, ...]]:
-        """What is there when a picture is decoded, and the stages before."""
+        """What is there when an image is decoded, and the stages before."""
         shows = self.work.shown and self.components.variant.encoder_area
-        vision = self.held("vision") if shows or self.work.captioned else 0
-        head = self.held("language_head") if self.work.captioned else 0
-        vae = self.count("vae", self.specs("vae", "encoder"), mx.float32) if self.work.encoded else 0
-        encode = self.encode(vision, self.held("text_encoder") + head, vae)
+        vision = self.held(VISION) if shows or self.work.captioned else 0
+        head = self.held(LANGUAGE_HEAD) if self.work.captioned else 0
+        vae = self.count(VAE, self.network(VAE_ENCODER), mx.float32) if self.work.encoded else 0
+        encode = self.encode(vision, self.held(TEXT_ENCODER) + head, vae)
         kept = 0 if self.residency.staged else encode.resident
-        painting = kept + self.table() + self.held("transformer")
-        streams = "transformer" in self.residency.streamed
-        loading = painting + (0 if streams else self.largest("transformer", "main"))
-        folding = kept + self.table() + int(self.costs.read * self.largest("transformer", "modulation"))
-        load = Stage("load", painting, max(loading, folding))
-        denoise = Stage("denoise", painting, painting + self.moving())
-        before = kept if self.residency.staged and self.work.pictures == 1 else painting
+        generated = kept + self.table() + self.held(TRANSFORMER)
+        streams = TRANSFORMER in self.residency.streamed
+        loading = generated + (0 if streams else self.largest(TRANSFORMER, MAIN))
+        beside = (self.largest(TRANSFORMER, part) for part in self.components.rows[TRANSFORMER].beside)
+        folding = kept + self.table() + int(self.costs.read * max(beside, default=0))
+        load = Stage("load", generated, max(loading, folding))
+        denoise = Stage("denoise", generated, generated + self.moving())
+        before = kept if self.residency.staged and self.work.images == 1 else generated
         return before, (encode, load, denoise)
 
     def encode(self, vision: int, text: int, vae: int) -> Stage:
-        """Pictures through the vision tower, prompts through the text encoder, pictures through the VAE; all stay."""
-        config, work = self.components.text_encoder_config, self.work
+        """Images through the vision tower, prompts through the text encoder, images through the VAE; all stay."""
+        config, work = self.components.config(TEXT_ENCODER), self.work
         prompts = 2 if work.guided else 1
         thinking = int(self.costs.text(prompts * self.prompt_tokens) * _width(config) * self.itemsize)
-        thinking += self.passing("text_encoder")
+        thinking += self.passing(TEXT_ENCODER)
         looking = self.looking() if vision else 0
-        reading = int(self.costs.pixel_in * self.components.vae_config.base_dim * work.encoded)
+        reading = int(self.costs.pixel_in * self.components.config(VAE).base_dim * work.encoded)
         peaks = (vision + looking, vision + text + thinking, vision + text + vae + reading)
         return Stage("encode", vision + text + vae, max(peaks) + self.costs.base)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of a prompt with the pictures that stand in it."""
+        """Tokens of a prompt with the images that stand in it."""
         seen = len(self.work.shown) * self.components.variant.encoder_area + self.work.captioned
-        return self.work.text_tokens + seen // 28**2
+        if not seen:
+            return self.work.text_tokens
+        config = self.components.config(VISION)
+        return self.work.text_tokens + seen // (config.patch_size * config.spatial_merge_size) ** 2
 
     def looking(self) -> int:
-        """What the vision tower takes for a picture, beside its weights."""
-        config = self.components.vision_config
+        """What the vision tower takes for an image, beside its weights."""
+        config = self.components.config(VISION)
         patches = max(self.components.variant.encoder_area, self.work.captioned) // config.patch_size**2
-        return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing("vision")
+        return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing(VISION)
 
     def moving(self) -> int:
         """What a step takes beside the transformer."""
         costs, work, config = self.costs, self.work, self.transformer_config
-        tokens = work.target_tokens + work.reference_tokens + self.prompt_tokens
-        units = costs.image * work.target_tokens + costs.reference * work.reference_tokens
+        tokens = self.target_tokens + self.reference_tokens + self.prompt_tokens
+        units = costs.image * self.target_tokens + costs.reference * self.reference_tokens
         units += costs.prompt * self.prompt_tokens + costs.guided * tokens * work.guided
-        units += costs.queued(max(work.target_tokens, work.reference_tokens))
+        units += costs.queued(max(self.target_tokens, self.reference_tokens))
         scores = costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
-        return int(states + scores) + self.passing("transformer") + costs.base + costs.step
+        return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
-        """One picture, in strips."""
-        config, pixels = self.components.vae_config, self.work.width * self.work.height
-        held = before + self.count("vae", self.specs("vae", "decoder"), mx.float32)
+        """One image, in strips."""
+        config, pixels = self.components.config(VAE), self.work.width * self.work.height
+        held = before + self.count(VAE, self.network(VAE_DECODER), mx.float32)
         strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
         strip = self.costs.pixel_out * min(pixels, strip)
         working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
@@ -222,11 +219,11 @@ class Planner:
 
     def held(self, name: str) -> int:
         """A component's weights that stay."""
-        specs = self.specs(name, "main")
+        specs = self.specs(name, MAIN)
         if name in self.residency.streamed:
             from ..weights.streaming import held_specs  # here: the usual residency streams nothing
 
-            specs = held_specs(name, specs, lambda tensor: self.stored_dtype(name, tensor))
+            specs = held_specs(self.components.rows[name], specs, lambda tensor: self.stored_dtype(name, tensor))
         return self.count(name, specs)
 
     @property
@@ -238,7 +235,7 @@ class Planner:
         """Whether a component's matrices are packed while they are loaded."""
         scheme = getattr(self.components.quantization, name)
         return any(
-            spec.is_packed_by(scheme) and self.stored_scheme(name, spec) != scheme for spec in self.specs(name, "main")
+            spec.is_packed_by(scheme) and self.stored_scheme(name, spec) != scheme for spec in self.specs(name, MAIN)
         )
 
     def stored_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
@@ -251,13 +248,25 @@ class Planner:
             return 0
         from ..weights.streaming import layer_specs  # here: the usual residency streams nothing
 
-        layers = layer_specs(name, self.specs(name, "main"))
+        layers = layer_specs(self.components.rows[name], self.specs(name, MAIN))
         return max(self.moved(name, layer) + self.read(name, layer) for layer in layers)
 
     def table(self) -> int:
-        """The modulation of all steps."""
-        config = self.transformer_config
-        return self.work.steps * config.modulation_size * self.itemsize
+        """What the denoiser keeps from step to step."""
+        prefix, branches = self.prompt_tokens + self.reference_tokens, 2 if self.work.guided else 1
+        denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
+        values = denoiser.kept_values(self.transformer_config, EULER.count(self.work.steps), prefix, branches)
+        return values * self.itemsize
+
+    @property
+    def target_tokens(self) -> int:
+        """Image tokens of what is generated."""
+        return self.work.frames * self.components.latent_space.tokens(self.work.width, self.work.height)
+
+    @property
+    def reference_tokens(self) -> int:
+        """Image tokens of the images that the transformer is shown."""
+        return sum(self.components.latent_space.tokens(*size) for size in self.work.shown)
 
     def largest(self, name: str, part: str) -> int:
         """The largest tensor, as `moved`."""
@@ -308,15 +317,20 @@ class Planner:
         """A component's tensors, of one part of the weights map."""
         return [spec for spec in self.tensors(name).values() if spec.part == part]
 
+    def network(self, name: str) -> list[TensorSpec]:
+        """The tensors of one of the autoencoder's networks."""
+        (part,) = (network.part for network in self.components.rows[VAE].networks if network.name == name)
+        return self.specs(VAE, part)
+
     def _tensors(self, name: str) -> Mapping[str, TensorSpec]:
         """All of a component's tensors by name."""
-        config = self.transformer_config if name == "transformer" else getattr(self.components, f"{name}_config")
-        return expected_tensors(name, config)
+        config = self.transformer_config if name == TRANSFORMER else self.components.config(name)
+        return expected_tensors(self.components.rows[name], config)
 
     @cached_property
     def disk(self) -> int:
         """The files of all components."""
-        names = ("transformer", *self.components.encoders, "vae")
+        names = (TRANSFORMER, *self.components.encoders, VAE)
         if self.is_here:
             return sum(self.components.weights(name).nbytes for name in names)
         return sum(self.read(name, list(self.tensors(name).values())) for name in names)
@@ -327,7 +341,7 @@ class Planner:
         snapshot = self.components.snapshot
         return snapshot.is_local and any(
             name.endswith((".safetensors", ".gguf"))
-            for folder in ("transformer", "text_encoder", "vae") for name in snapshot.names(folder)
+            for folder in FOLDERS for name in snapshot.names(folder)
         )  # fmt: skip
 
 
@@ -341,7 +355,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     parameters, variant = request.parameters, pipeline.variant
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
     shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
-    begun = pipeline.starts_from_canvas(request)
+    begun = request.starts_from_canvas(variant)
     encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * begun
     return Work(
         width=parameters.width,
@@ -349,10 +363,10 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         frames=parameters.num_layers + 1 if variant.layered else 1,
         shown=shown,
         encoded=max(encoded, default=0),
-        captioned=(request.reference_pixels or 0) if pipeline.writes_caption(request) else 0,
+        captioned=(request.reference_pixels or 0) if request.writes_caption(variant) else 0,
         guided=request.guiding_prompt is not None,
         steps=parameters.num_inference_steps,
-        pictures=len(request.seeds) * len(request.image_indices),
+        images=len(request.seeds) * len(request.image_indices),
     )
 
 

@@ -1,4 +1,4 @@
-"""The one table of options: what can be asked for when pictures are painted. Importable without MLX.
+"""The one table of options: what can be asked for when images are generated. Importable without MLX.
 
 The command line, config.toml, the server's bodies, files of prompts, records in PNGs and the page's form are made from
 it. An option of sampling is a field of `GenerationParameters`, one of the model a field of `OpenOptions`; the rest
@@ -16,10 +16,10 @@ from ..names import Dtype, LoRAMode
 from ..options import (
     Choice,
     Config,
+    ImageFile,
     Integer,
     Option,
     Parsed,
-    Picture,
     Several,
     Switch,
     Text,
@@ -31,9 +31,9 @@ from ..pipeline.parameters import (
     CANVAS,
     DTYPES,
     GENERATION,
+    IMAGE_COMMANDS,
     IMAGE_INDEX,
     NUM_IMAGES,
-    PAINTERS,
     REFERENCE_PIXELS,
     SEED,
     SIDE,
@@ -54,7 +54,7 @@ from ..variants import (
 from ..weights.schemes import NONE, SCHEMES, Quantization
 from .residency import read_memory
 
-_READS = (*PAINTERS, "caption", "train")  # commands that open a model
+_READS = (*IMAGE_COMMANDS, "caption", "train")  # commands that open a model
 LAYER_SIZES = ("source", "bucket")
 
 
@@ -95,11 +95,11 @@ class OpenOptions:
         kind=Parsed("a directory or a Hugging Face id, in quotes", _name), group="model", record="always", place=True,
         help="a local directory or a Hugging Face id", commands=(*_READS, "plan"), flags=("--model", "-m"),
         config=(
-            _model("model_path", DEFAULT_MODEL, "what paints a prompt: a directory or a Hugging Face id",
+            _model("model_path", DEFAULT_MODEL, "what generates a prompt: a directory or a Hugging Face id",
                    "generate", "plan", "train --task t2i"),
             _model("edit_model_path", DEFAULT_EDIT_MODEL, "the same, of the model that edits",
                    "edit", "train --task edit"),
-            _model("layered_model_path", DEFAULT_LAYERED_MODEL, "the same, of the model that takes pictures apart",
+            _model("layered_model_path", DEFAULT_LAYERED_MODEL, "the same, of the model that decomposes images",
                    "decompose", "caption", "train --task layered"),
         ), usual=DEFAULT_MODEL,
         but={"edit": {"usual": DEFAULT_EDIT_MODEL}, "compose": {"usual": DEFAULT_EDIT_MODEL},
@@ -133,27 +133,27 @@ class OpenOptions:
     )  # fmt: skip
     loras: tuple[str, ...] = option(
         (), kind=Several(Parsed("a reference", _name), 'a list of strings such as ["style.safetensors@0.8"]'),
-        group="model", commands=PAINTERS, flags=("--lora",), nargs="append", metavar="REF[@S]", record="always",
+        group="model", commands=IMAGE_COMMANDS, flags=("--lora",), nargs="append", metavar="REF[@S]", record="always",
         place=True, help="a LoRA and its strength: a file, a folder, owner/repo, owner/repo:file or a file's address "
         "on the hub; repeat for more",
         config=(Config(commands=TASKS, help="LoRAs of the models named here, with their strengths; another --model "
                        "goes without", usual="none", example=["fox-style.safetensors@0.8"]),),
     )  # fmt: skip
     lora_mode: LoRAMode = option(
-        LORA_MODES[0], kind=Choice(LORA_MODES), group="model", commands=PAINTERS, flags=("--lora-mode",),
+        LORA_MODES[0], kind=Choice(LORA_MODES), group="model", commands=IMAGE_COMMANDS, flags=("--lora-mode",),
         help="merge LoRAs into the weights, or run them beside", record="asked",
         usual="auto, which merges unless the weights are packed or too coarse",
     )  # fmt: skip
     transformer: str | None = option(
-        None, **_FILE | {"flags": ("--transformer",)}, commands=PAINTERS,
+        None, **_FILE | {"flags": ("--transformer",)}, commands=IMAGE_COMMANDS,
         help="a .safetensors or .gguf file (or a folder) to take instead of the model's own",
     )  # fmt: skip
     vae: str | None = option(
-        None, **_FILE | {"flags": ("--vae",)}, commands=PAINTERS, help="the same for the autoencoder"
+        None, **_FILE | {"flags": ("--vae",)}, commands=IMAGE_COMMANDS, help="the same for the autoencoder"
     )
     lightning: int | None = option(
-        None, kind=Choice((4, 8)), group="model", commands=PAINTERS, flags=("--lightning",),
-        help="the official LoRA of the model that paints in so many steps",
+        None, kind=Choice((4, 8)), group="model", commands=IMAGE_COMMANDS, flags=("--lightning",),
+        help="the official LoRA of the model that generates in so many steps",
     )  # fmt: skip
     zero_cond_t: str | None = option(
         None, kind=Choice(("on", "off")), group="model", commands=("edit",), flags=("--zero-cond-t",), record="asked",
@@ -171,48 +171,49 @@ class OpenOptions:
 # What is neither of the model nor of sampling. The order is that of help and of messages.
 _OTHERS = (
     Option(
-        name="prompt", kind=Text(), help="what to paint; may be empty", group="picture",
+        name="prompt", kind=Text(), help="what to generate; may be empty", group="image",
         commands=(*CANVAS, "decompose"), nargs="?", metavar="PROMPT", tasks=TASKS, default=..., line=True,
         instead=("--prompt", "-p"), record="always",
         but={"edit": {"metavar": "INSTRUCTION", "help": "what to change; may be empty"},
              "decompose": {"flags": ("--prompt", "-p"), "nargs": None, "metavar": None,
-                           "usual": "the model's own caption", "help": "what the whole picture shows"},
+                           "usual": "the model's own caption", "help": "what the whole image shows"},
              "/decompose": {"default": ""}},
     ),
     Option(
-        name="images", kind=Several(Picture()), help="a picture to start from", group="picture", commands=CANVAS,
+        name="images", kind=Several(ImageFile()), help="an image to start from", group="image", commands=CANVAS,
         flags=("--image", "--image-path"), nargs="append", metavar="IMAGE", tasks=("edit",), record="asked", place=True,
         but={"edit": {"flags": ("--image", "-i", "--image-path"),
-                      "help": "a picture to work on; repeat for more, the order counts"}},
+                      "help": "an image to work on; repeat for more, the order counts"}},
     ),
     Option(
-        name="image", kind=Picture(), group="picture", commands=("decompose", "caption"), nargs="?", metavar="PHOTO",
-        help="the picture to take apart", tasks=(*TASKS, "caption"),
-        but={"caption": {"nargs": None, "metavar": "IMAGE", "help": "the picture to describe"},
+        name="image", kind=ImageFile(), group="image", commands=("decompose", "caption"), nargs="?", metavar="PHOTO",
+        help="the image to decompose", tasks=(*TASKS, "caption"),
+        but={"caption": {"nargs": None, "metavar": "IMAGE", "help": "the image to describe"},
              "/decompose": {"default": ...}, "/caption": {"default": ...}},
     ),
     Option(
-        name="layer", kind=Text(), group="picture", commands=("edit", "decompose"), flags=("--layer",), metavar="DIR:N",
+        name="layer", kind=Text(), group="image", commands=("edit", "decompose"), flags=("--layer",), metavar="DIR:N",
         help="instead, layer N of a folder that decompose wrote (which takes the result in its place, unless --output "
         "is given), PSD or ORA", record="asked", place=True,
         but={"decompose": {"help": "instead, layer N of a folder, PSD or ORA"}},
     ),
     Option(
         name="negative_prompt", kind=Text(), help="what to avoid", usual="as the model's card says", group="sampling",
-        commands=PAINTERS, flags=("--negative-prompt", "-n"), metavar="N", tasks=TASKS, line=True, record="always",
+        commands=IMAGE_COMMANDS, flags=("--negative-prompt", "-n"), metavar="N", tasks=TASKS,
+        line=True, record="always",
         config=(Config(commands=TASKS, table=GENERATION, example="blurry"),), but={"decompose": {"usual": '" "'}},
     ),
     Option(
-        name="seed", kind=SEED, help="one picture per seed; -1 is a random one", usual="random", group="sampling",
-        commands=(*PAINTERS, "caption"), flags=("--seed", "-s"), nargs="+", metavar="N", tasks=(*TASKS, "caption"),
-        line=True, record="always",
+        name="seed", kind=SEED, help="one image per seed; -1 is a random one", usual="random", group="sampling",
+        commands=(*IMAGE_COMMANDS, "caption"), flags=("--seed", "-s"), nargs="+", metavar="N",
+        tasks=(*TASKS, "caption"), line=True, record="always",
         config=(Config(commands=TASKS, table=GENERATION, help="of the noise", example=42),),
         but={"decompose": {"nargs": None, "help": "of the noise; -1 is a random one"},
              "caption": {"nargs": None, "help": "of the draws, where the checkpoint asks for sampling", "usual": "0"},
              "/caption": {"default": 0}},
     ),
     Option(
-        name="num_images", kind=NUM_IMAGES, help="pictures per seed", usual="1", group="sampling", commands=WORDS,
+        name="num_images", kind=NUM_IMAGES, help="images per seed", usual="1", group="sampling", commands=WORDS,
         flags=("--num-images",), metavar="N", tasks=CANVAS, default=1, line=True,
     ),
     Option(name="image_index", kind=IMAGE_INDEX, record="always"),
@@ -220,12 +221,12 @@ _OTHERS = (
         name="aspect", kind=Choice(tuple(ASPECT_SIZES)), group="size", commands=("generate",), flags=("--aspect",),
         help="an official size instead: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items()),
         usual=next(iter(ASPECT_SIZES)), tasks=("generate",), line=True,
-        config=(Config(commands=("generate",), table=GENERATION, help="of a picture painted from a prompt alone",
+        config=(Config(commands=("generate",), table=GENERATION, help="of an image generated from a prompt alone",
                        example="16:9"),),
     ),
     Option(
-        name="mask", kind=Picture(), group="painting over", commands=CANVAS, flags=("--mask",), metavar="IMAGE",
-        help="white where the picture is painted anew; the rest comes back bit by bit", tasks=CANVAS, record="asked",
+        name="mask", kind=ImageFile(), group="image to image", commands=CANVAS, flags=("--mask",), metavar="IMAGE",
+        help="white where the image is regenerated; the rest comes back bit by bit", tasks=CANVAS, record="asked",
         place=True, needs=("images",),
     ),
     Option(
@@ -234,39 +235,39 @@ _OTHERS = (
         help="with --image, size of the result: about 1 MP at its aspect, the same resized to its size, or an explicit "
         "one", usual="1mp; source with a mask", tasks=("edit", "decompose"), record="asked", needs=("images",),
         but={"decompose": {"metavar": "|".join(LAYER_SIZES), "needs": (), "usual": LAYER_SIZES[0],
-                           "help": "of the layers: the picture's or the model's"},
+                           "help": "of the layers: the image's or the model's"},
              "/decompose": {"kind": Choice(LAYER_SIZES)},
-             "plan": {"metavar": "WxH", "needs": (), "help": "of the picture", "usual": "the model's own"}},
+             "plan": {"metavar": "WxH", "needs": (), "help": "of the image", "usual": "the model's own"}},
     ),
     Option(
-        name="mask_padding", kind=Integer(0), group="painting over", commands=CANVAS, flags=("--mask-padding",),
-        metavar="N", help="paint only the mask's surroundings, N pixels around it", tasks=("edit",), record="asked",
+        name="mask_padding", kind=Integer(0), group="image to image", commands=CANVAS, flags=("--mask-padding",),
+        metavar="N", help="generate only the mask's surroundings, N pixels around it", tasks=("edit",), record="asked",
         needs=("images", "mask"),
     ),
     Option(
-        name="no_composite", kind=Switch(), group="painting over", commands=CANVAS, flags=("--no-composite",),
-        help="with a mask, give the model's own picture", record="asked", needs=("mask",),
+        name="no_composite", kind=Switch(), group="image to image", commands=CANVAS, flags=("--no-composite",),
+        help="with a mask, give the model's own image", record="asked", needs=("mask",),
     ),
     Option(
-        name="reference_pixels", kind=REFERENCE_PIXELS, group="picture", commands=("edit",),
+        name="reference_pixels", kind=REFERENCE_PIXELS, group="image", commands=("edit",),
         flags=("--reference-pixels",), metavar="N", usual="about 1 MP", tasks=("edit",),
-        help="show at most N pixels of each picture to the model",
+        help="show at most N pixels of each image to the model",
         record="asked",
     ),
     Option(
-        name="keep_alpha", kind=Switch(), group="picture", commands=("edit",), flags=("--keep-alpha",), tasks=("edit",),
-        help="give the result the picture's transparency", default=False, record="asked",
+        name="keep_alpha", kind=Switch(), group="image", commands=("edit",), flags=("--keep-alpha",), tasks=("edit",),
+        help="give the result the image's transparency", default=False, record="asked",
     ),
     Option(
-        name="ignore_profile", kind=Switch(), group="picture", commands=(*_READS, "serve"), flags=("--ignore-profile",),
+        name="ignore_profile", kind=Switch(), group="image", commands=(*_READS, "serve"), flags=("--ignore-profile",),
         help="ignore the colour profiles of images and take their numbers as sRGB, as diffusers does", record="asked",
     ),
     Option(
         name="resolution", kind=SIDE, group="layers", commands=("decompose", "caption"), flags=("--resolution",),
         metavar="|".join(map(str, LAYERED_RESOLUTIONS)), usual=str(LAYERED_RESOLUTIONS[0]),
-        help="the model works at so many pixels squared, at the picture's aspect", tasks=("decompose", "caption"),
+        help="the model works at so many pixels squared, at the image's aspect", tasks=("decompose", "caption"),
         config=(Config(commands=("decompose",), usual="the model's own", example=640,
-                       help="pictures are taken apart at so many pixels squared, at their aspect"),),
+                       help="images are decomposed at so many pixels squared, at their aspect"),),
         but={"caption": {"kind": Choice(LAYERED_RESOLUTIONS), "metavar": None,
                          "help": "show it at about this side squared, in pixels"}},
     ),
@@ -276,14 +277,15 @@ _OTHERS = (
         tasks=("decompose",),
     ),
     Option(
-        name="language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="picture", commands=("caption",),
+        name="language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="image", commands=("caption",),
         flags=("--language",), usual=next(iter(CAPTION_TEMPLATES)), tasks=("caption",),
         default=next(iter(CAPTION_TEMPLATES)),
     ),
     Option(
         name="memory", kind=Parsed(
             'like "16GB" (256MiB to 1 PB), "auto", "resident", "staged" or "streamed"', read_memory, (str, int)
-        ), group="memory", commands=(*PAINTERS, "plan", "serve"), flags=("--memory",), metavar="M", usual="staged",
+        ), group="memory", commands=(*IMAGE_COMMANDS, "plan", "serve"), flags=("--memory",), metavar="M",
+        usual="staged",
         help="keep to it: 16GB, or auto for what this machine has; weights stay loaded, take turns or are streamed "
         "from the files as it demands; or say how: resident, staged, streamed",
         config=(Config(commands=(*TASKS, "plan"), help="keep to it, or say how weights are kept", example="16GB"),),

@@ -61,7 +61,7 @@ class Profile:
             self.costs.append(StageCost(name, seconds, held, max(held, mx.get_peak_memory())))
 
     def record(self) -> list[dict[str, Any]]:
-        """The costs for a picture's metadata."""
+        """The costs for an image's metadata."""
         return [asdict(cost) | {"seconds": round(cost.seconds, 3)} for cost in self.costs]
 
     def table(self) -> str:

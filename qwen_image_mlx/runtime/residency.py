@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import RequestError
+from ..registry import TEXT_ENCODER, TRANSFORMER, VISION
 
 LEAST_MEMORY = 1 << 28  # bytes that anything runs in
 MOST_MEMORY = 10**15  # more than any machine has
@@ -18,7 +19,7 @@ class Residency:
 
     Attributes:
         name: how it is called.
-        staged: encoders are released before painting, the transformer before the last picture is decoded.
+        staged: encoders are released before generating, the transformer before the last image is decoded.
         streamed: components whose layers are read from their files at each pass.
     """
 
@@ -26,14 +27,19 @@ class Residency:
     staged: bool = True
     streamed: frozenset[str] = frozenset()
 
+    @property
+    def releases(self) -> dict[str, bool]:
+        """What `pipeline.conductor.generate` is to release, and `decompose`, by the names of their arguments."""
+        return {"release_encoders": self.staged, "release_transformer": self.staged}
 
-_ENCODERS = frozenset({"text_encoder", "vision"})
+
+_ENCODERS = frozenset({TEXT_ENCODER, VISION})
 # From the fastest to the most frugal.
 RESIDENCIES = (
     Residency("resident", staged=False),
     Residency("staged"),
     Residency("staged, encoders streamed", streamed=_ENCODERS),
-    Residency("streamed", streamed=_ENCODERS | {"transformer"}),
+    Residency("streamed", streamed=_ENCODERS | {TRANSFORMER}),
 )
 DEFAULT = RESIDENCIES[1]
 

@@ -1,4 +1,4 @@
-"""One opened model and what is done with it: open, plan, run. Every front end paints through here.
+"""One opened model and what is done with it: open, plan, run. Every front end generates through here.
 
 Options are a mapping by the names of the table (`options.py`); an absent one is as the model wants it. Printing and
 files are the caller's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -17,17 +17,18 @@ import mlx.core as mx
 from ..errors import RequestError
 from ..names import Aspect, NamedSize, Task
 from ..options import options_of
+from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
+from ..pipeline.image_request import canvas_of
 from ..pipeline.limits import free_memory, limits
-from ..pipeline.metadata import describe
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.request import Request, build_request
+from ..registry import TEXT_ENCODER
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.schemes import NONE, Quantization
 from .memory import Memory, alternatives, fitting_plan, parse_memory
 from .memory_plan import MemoryPlan, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
-from .residency import DEFAULT, Residency
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,18 +36,10 @@ if TYPE_CHECKING:
     from ..images.geometry import Size
     from ..pipeline.decomposition import LayeredResult
     from ..pipeline.progress import ProgressCallback
-    from .cache import EncodingCache, RecentEncodings
+    from .cache import EncodingCache
     from .preview import Show
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Painting:
-    """A finished picture, and how the pipeline painted it."""
-
-    image: Image
-    metadata: dict[str, Any]
 
 
 class Session:
@@ -60,7 +53,7 @@ class Session:
     Attributes:
         memory: what may be used.
         force: whether to go on with what takes least where nothing fits.
-        plans: those made so far, by what was to be painted.
+        plans: those made so far, by what was to be generated.
     """
 
     def __init__(
@@ -109,7 +102,7 @@ class Session:
         self,
         asked: Mapping[str, Any],
         size: Size | Aspect | NamedSize | None = None,
-        pictures: Sequence[Image] = (),
+        images: Sequence[Image] = (),
         mask: Image | None = None,
         straight: Sequence[Image] | None = None,
     ) -> Request:
@@ -117,32 +110,32 @@ class Session:
 
         Args:
             asked: options, by their names; the model's recommendations fill what is missing.
-            size: (width, height), an aspect, or with pictures one of `NAMED_SIZES` or None; a layered model's is in
+            size: (width, height), an aspect, or with images one of `NAMED_SIZES` or None; a layered model's is in
                 `asked`.
-            pictures: to paint over or to edit, upright, RGB; a layered model takes one apart, RGBA.
-            mask: white where the first is painted anew.
-            straight: the same pictures with their transparency, RGBA, if the result is to have it.
+            images: to start from or to edit, upright, RGB; a layered model takes one apart, RGBA.
+            mask: white where the first is regenerated.
+            straight: the same images with their transparency, RGBA, if the result is to have it.
 
         Raises:
             RequestError: something is out of range or does not fit the model.
         """
         variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
         if variant.layered:
-            request = layers_of(pictures[0], asked, variant.resolutions, sampling)
+            request = layers_of(images[0], asked, variant.resolutions, sampling)
         else:
             canvas = None
-            # By now without aspects, and without pictures a pair: what a checker cannot tell.
+            # By now without aspects, and without images a pair: what a checker cannot tell.
             named = cast("Size | NamedSize | None", variant.size_of(size) if size in ASPECT_SIZES else size)
-            if pictures:
-                canvas = self.pipeline.plan_canvas(
-                    pictures, mask=mask, size=named, composite=not asked.get("no_composite"),
+            if images:
+                canvas = canvas_of(
+                    variant, images, mask=mask, size=named, composite=not asked.get("no_composite"),
                     crop_padding=asked.get("mask_padding"), straight=straight,
                 )  # fmt: skip
             recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
             request = replace(
                 build_request({**recommended, **asked}, canvas.size if canvas else cast("Size", named)),
-                images=tuple(pictures) if variant.takes_images else (),
+                images=tuple(images) if variant.takes_images else (),
                 canvas=canvas,
                 reference_pixels=asked.get("reference_pixels"),
             )
@@ -182,14 +175,14 @@ class Session:
                 plan.peak / 1e9, free / 1e9,
             )  # fmt: skip
         streamed = plan.residency.streamed
-        if pipeline.writes_caption(request) and "text_encoder" in streamed and not self.force:
+        if request.writes_caption(pipeline.variant) and TEXT_ENCODER in streamed and not self.force:
             raise RequestError(
                 "streamed, the text encoder would be read from its files again for every word of a caption",
                 cause="caption",
             )
         if self._said_memory:
             logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, budget / 1e9)
-        with limits(budget, plan.working, wire=self._wire), pipeline.keeping(streamed, plan.strip_pixels):
+        with limits(budget, plan.working, wire=self._wire), keeping(pipeline, streamed, plan.strip_pixels):
             yield plan
 
     def alternatives(self, work: Work) -> list[MemoryPlan]:
@@ -198,30 +191,32 @@ class Session:
 
     # Run ------------------------------------------------------------------------------------------------------------
 
-    def paint(self, request: Request, show: Show | None = None) -> Iterator[Painting]:
-        """Plans, then yields the request's pictures one by one.
+    def generate(self, request: Request, show: Show | None = None) -> Iterator[GeneratedImage]:
+        """Plans, then yields the request's images one by one.
 
         Args:
-            request: what to paint.
+            request: what to generate.
             show: called with a preview after each step.
 
         Raises:
             RequestError: as `planned`.
         """
         with self.planned(request) as plan:
-            yield from paint(self.pipeline, request, self.watch(request, show), self._cache, plan.residency)
+            yield from generate(
+                self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases
+            )
 
     def decompose(self, request: Request, show: Show | None = None) -> LayeredResult:
-        """Plans, then takes a picture apart; as `paint`. The cache keeps the caption with the encoding."""
+        """Plans, then decomposes an image; as `generate`. The cache keeps the caption with the encoding."""
         with self.planned(request) as plan:
-            return decompose(self.pipeline, request, self.watch(request, show), self._cache, plan.residency)
+            return decompose(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
 
     def encoded(self, request: Request) -> Any:
         """A request's encoding, from the session's cache if it is there."""
-        return self.pipeline.encoded(request, self.progress, self._cache)
+        return encoded(self.pipeline, request, self.progress, self._cache)
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
-        """Who is told while a request is painted: the session's own, behind one that shows previews if asked."""
+        """Who is told while a request is generated: the session's own, behind one that shows previews if asked."""
         if show is None:
             return self.progress
         from .preview import Preview  # here: most runs show none
@@ -262,12 +257,12 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
 
 
 def layers_of(
-    picture: Image, asked: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, Any] = {}
+    image: Image, asked: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, Any] = {}
 ) -> Request:
-    """What taking a picture apart asks of a layered model.
+    """What decomposing an image asks of a layered model.
 
     Args:
-        picture: RGBA.
+        image: RGBA.
         asked: options, by their names; absent ones are as `layers_request` has them.
         resolutions: those the model works at, the default first.
         sampling: by the names of fields, how the model wants to be sampled.
@@ -282,53 +277,6 @@ def layers_of(
     said = {row.name: asked[row.name] for row in rows if not row.field and row.name not in ("image", "prompt", "seed")}
     seed = asked["seed"]
     return layers_request(
-        picture, asked.get("prompt", ""), seed=seed[0] if isinstance(seed, list) else seed, resolutions=resolutions,
+        image, asked.get("prompt", ""), seed=seed[0] if isinstance(seed, list) else seed, resolutions=resolutions,
         sampling={**sampling, **fields}, **said,
     )  # fmt: skip
-
-
-def paint(
-    pipeline: QwenImagePipeline,
-    request: Request,
-    progress: ProgressCallback | None = None,
-    cache: EncodingCache | RecentEncodings | None = None,
-    residency: Residency = DEFAULT,
-) -> Iterator[Painting]:
-    """Yields the request's pictures one by one, with as little in memory as the residency says.
-
-    Args:
-        pipeline: the opened checkpoint.
-        request: what to paint.
-        progress: told of every stage and step, and can cancel.
-        cache: encodings of earlier runs; with a hit no encoder is loaded.
-        residency: staged, the encoders are gone before the first picture is begun, and the transformer before the last
-            is decoded.
-    """
-    if not request.prompt.strip():
-        logger.warning("the prompt is empty: the model paints whatever it likes")
-    if len(request.images) > 2:
-        logger.warning(
-            "%d pictures are shown to the model, each as costly in every step as a target of its size; fewer reference "
-            "pixels make them cheaper",
-            len(request.images),
-        )
-    encoding = pipeline.encoded(request, progress, cache)
-    pictures = pipeline.paint_encoded(
-        request, encoding, progress, release_encoders=residency.staged, release=residency.staged
-    )
-    for image, seed, index in pictures:
-        yield Painting(image, describe(pipeline, request, encoding, seed, index))
-
-
-def decompose(
-    pipeline: QwenImagePipeline,
-    request: Request,
-    progress: ProgressCallback | None = None,
-    cache: EncodingCache | RecentEncodings | None = None,
-    residency: Residency = DEFAULT,
-) -> LayeredResult:
-    """Takes a picture apart; the arguments are those of `paint`."""
-    encoding = pipeline.encoded(request, progress, cache)
-    if residency.staged:
-        pipeline.release_encoders()
-    return pipeline.decompose_request(request, encoding, progress, release=residency.staged)

@@ -1,7 +1,7 @@
-"""The one denoising loop: Euler steps with optional guidance.
+"""The one denoising loop: a solver's steps with optional guidance.
 
 Sees a function that predicts velocities and plain arrays; no model, no pipeline. Source: the loop shared by diffusers'
-QwenImage pipelines and FlowMatchEulerDiscreteScheduler.step, dtype by dtype.
+QwenImage pipelines, dtype by dtype.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import mlx.core as mx
 
 from ..gpu import finish
 from .schedule import Schedule
+from .solvers import EULER, Solver, Step
 
-# (latents, step) -> the velocity that follows the prompt, and with guidance that of the negative prompt.
+# (latents, evaluation) -> the velocity that follows the prompt, and with guidance that of the negative prompt.
 Velocities = Callable[[mx.array, int], Sequence[mx.array]]
-OnStep = Callable[[int, mx.array], None]
+# (steps done, what the last one came to).
+OnStep = Callable[[int, Step], None]
+# (steps done, latents) -> latents in which parts are put back.
 Blend = Callable[[int, mx.array], mx.array]
 
 
@@ -34,33 +37,40 @@ def denoise(
     guidance: Guidance | None,
     on_step: OnStep | None = None,
     blend: Blend | None = None,
+    solver: Solver = EULER,
 ) -> mx.array:
     """Runs every step of the schedule.
 
     Args:
-        velocities: the model, called once per step.
+        velocities: the model, called once for each of the solver's evaluations.
         latents: noise (B, N, C) in the model's dtype; latents stay in it between steps, as in the reference.
         schedule: the sigmas.
         guidance: None for a single pass.
-        on_step: called after each step with the number of steps done and the latents; who reads them waits for them,
+        on_step: called after each step with the number of steps done and the step; who reads its arrays waits for them,
             while the GPU goes on with the next step.
-        blend: replaces the latents after each step, given the number of steps done.
+        blend: replaces the latents after each step, given the number of steps done, and, as after the last one, what
+            the step points to.
+        solver: how velocities become steps.
 
     Returns:
         The clean latents (B, N, C), evaluated.
     """
-    for step in range(schedule.num_steps):
-        predictions = velocities(latents, step)
-        prediction = predictions[0] if guidance is None else guide(predictions[0], predictions[1], guidance)
-        latents = euler_step(latents, prediction, schedule.dt(step))
+
+    def evaluate(latents: mx.array, index: int) -> mx.array:
+        found = velocities(latents, index)
+        return found[0] if guidance is None else guide(found[0], found[1], guidance)
+
+    for number in range(schedule.num_steps):
+        step = solver.step(evaluate, latents, schedule, number)
         if blend is not None:
-            latents = blend(step + 1, latents)
-        if step + 1 == schedule.num_steps:
+            step = Step(blend(number + 1, step.latents), blend(schedule.num_steps, step.denoised))
+        latents = step.latents
+        if number + 1 == schedule.num_steps:
             finish(latents)
         else:
             mx.async_eval(latents)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
         if on_step is not None:
-            on_step(step + 1, latents)
+            on_step(number + 1, step)
     return latents
 
 
@@ -72,12 +82,6 @@ def guide(positive: mx.array, negative: mx.array, guidance: Guidance) -> mx.arra
     if not guidance.renormalize:
         return combined
     return combined * (_token_norm(positive) / _token_norm(combined))
-
-
-def euler_step(latents: mx.array, velocity: mx.array, dt: float) -> mx.array:
-    """latents + dt * velocity: the product in the velocity's dtype, the sum in fp32, the result in the former."""
-    change = mx.array(dt, dtype=velocity.dtype) * velocity
-    return (latents.astype(mx.float32) + change).astype(velocity.dtype)
 
 
 def _token_norm(x: mx.array) -> mx.array:

@@ -1,37 +1,94 @@
-"""Packing: a latent image (B, h, w, C) as a sequence of 2x2 patches (B, h/2 * w/2, 4C), and back.
+"""The space of latents that a model works in: its numbers, and the way from frames to a sequence of tokens and back.
 
-Tokens run in raster order, frame after frame; a token's channels are ordered (C, row, column). Source: the pipelines'
-_pack_latents.
+A token is a patch of `patch` x `patch` latents. Tokens run in raster order, frame after frame; a token's channels are
+ordered (channel, row, column). Source: the pipelines' _pack_latents.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 
-def pack_latents(latents: mx.array) -> mx.array:
-    """(B, h, w, C) with even h and w to (B, h/2 * w/2, 4C)."""
+@dataclass(frozen=True)
+class LatentSpace:
+    """What follows from the configs of an autoencoder and a transformer.
+
+    Attributes:
+        channels: of a latent.
+        factor: pixels along the side of a latent.
+        patch: latents along the side of a token.
+        size_multiple: what both sides of an image must be multiples of, in pixels.
+        pixel_channels: of an image as the autoencoder has it: 3, or 4 with alpha.
+    """
+
+    channels: int
+    factor: int
+    patch: int
+    size_multiple: int
+    pixel_channels: int
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along the side of a token."""
+        return self.factor * self.patch
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers of a token."""
+        return self.channels * self.patch**2
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image of so many pixels."""
+        return height // self.token_side, width // self.token_side
+
+    def tokens(self, width: int, height: int) -> int:
+        """How many tokens an image of so many pixels has."""
+        return width * height // self.token_side**2
+
+    def shape(self, frames: int, width: int, height: int) -> tuple[int, int, int]:
+        """Of the packed latents (1, N, C) of so many frames."""
+        rows, columns = self.grid(width, height)
+        return 1, frames * rows * columns, self.token_channels
+
+    def pack(self, latents: mx.array) -> mx.array:
+        """(B, h, w, channels) to tokens (B, N, C)."""
+        return pack_latents(latents, self.patch)
+
+    def pack_frames(self, latents: mx.array) -> mx.array:
+        """(B, F, h, w, channels) to one sequence of tokens (B, N, C)."""
+        return pack_multi_layer_latents(latents, self.patch)
+
+    def unpack_frames(self, tokens: mx.array, frames: int, width: int, height: int) -> mx.array:
+        """Tokens (B, N, C) to (B, F, h, w, channels); width and height are in pixels."""
+        return unpack_multi_layer_latents(tokens, frames, height // self.factor, width // self.factor, self.patch)
+
+
+def pack_latents(latents: mx.array, patch: int = 2) -> mx.array:
+    """(B, h, w, C), h and w multiples of the patch p, to (B, h/p * w/p, p * p * C)."""
     b, h, w, c = latents.shape
-    patches = latents.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
-    return patches.reshape(b, (h // 2) * (w // 2), 4 * c)
+    patches = latents.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 5, 2, 4)
+    return patches.reshape(b, (h // patch) * (w // patch), patch**2 * c)
 
 
-def unpack_latents(tokens: mx.array, height: int, width: int) -> mx.array:
-    """(B, height/2 * width/2, 4C) to (B, height, width, C); height and width are those of the latents."""
+def unpack_latents(tokens: mx.array, height: int, width: int, patch: int = 2) -> mx.array:
+    """(B, height/p * width/p, p * p * C) to (B, height, width, C); height and width are those of the latents."""
     b, _, channels = tokens.shape
-    patches = tokens.reshape(b, height // 2, width // 2, channels // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
-    return patches.reshape(b, height, width, channels // 4)
+    c = channels // patch**2
+    patches = tokens.reshape(b, height // patch, width // patch, c, patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    return patches.reshape(b, height, width, c)
 
 
-def pack_multi_layer_latents(latents: mx.array) -> mx.array:
-    """Frames (B, F, h, w, C) to one sequence (B, F * h/2 * w/2, 4C)."""
-    tokens = pack_latents(latents.flatten(0, 1))
+def pack_multi_layer_latents(latents: mx.array, patch: int = 2) -> mx.array:
+    """Frames (B, F, h, w, C) to one sequence (B, F * h/p * w/p, p * p * C)."""
+    tokens = pack_latents(latents.flatten(0, 1), patch)
     return tokens.reshape(latents.shape[0], -1, tokens.shape[-1])
 
 
-def unpack_multi_layer_latents(tokens: mx.array, frames: int, height: int, width: int) -> mx.array:
-    """(B, F * height/2 * width/2, 4C) to (B, F, height, width, C); height and width are those of the latents."""
+def unpack_multi_layer_latents(tokens: mx.array, frames: int, height: int, width: int, patch: int = 2) -> mx.array:
+    """(B, F * height/p * width/p, p * p * C) to (B, F, height, width, C); height and width are those of the latents."""
     b, _, channels = tokens.shape
-    return unpack_latents(tokens.reshape(b * frames, -1, channels), height, width).reshape(
-        b, frames, height, width, channels // 4
+    return unpack_latents(tokens.reshape(b * frames, -1, channels), height, width, patch).reshape(
+        b, frames, height, width, channels // patch**2
     )

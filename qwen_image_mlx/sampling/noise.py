@@ -1,7 +1,7 @@
 """Initial noise from an explicit seed; never from global random state.
 
 `torch_normal` reproduces `torch.randn(..., generator=torch.Generator("cpu").manual_seed(seed))` with numpy alone, so
-that a seed from a model card gives the same picture. Source: ATen's normal_fill (Box-Muller in blocks of 16 over
+that a seed from a model card gives the same image. Source: ATen's normal_fill (Box-Muller in blocks of 16 over
 24-bit uniforms of MT19937).
 """
 

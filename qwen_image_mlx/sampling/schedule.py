@@ -1,4 +1,4 @@
-"""Sigmas of the flow-matching Euler sampler; knows nothing of models or pictures.
+"""Sigmas of the flow-matching Euler sampler; knows nothing of models or images.
 
 Source: diffusers' FlowMatchEulerDiscreteScheduler.set_timesteps and the pipelines' calculate_shift. All arithmetic is
 numpy float32 in the reference's order, so that the values are the reference's to the last bit.
@@ -17,7 +17,7 @@ from ..config import SchedulerConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of one picture.
+    """The steps of one image.
 
     Attributes:
         sigmas: float32 (steps + 1,): noise level before each step and, last, 0.
@@ -36,7 +36,7 @@ class Schedule:
         return self.sigmas[:-1]
 
     def last(self, strength: float) -> Schedule:
-        """The last steps, for a picture that is only partly painted anew: `strength` of all, rounded as the reference.
+        """The last steps, for an image that is only partly regenerated: `strength` of all, rounded as the reference.
 
         Source: get_timesteps of diffusers' QwenImageImg2ImgPipeline. At least one step is left.
         """
@@ -61,7 +61,7 @@ def exponential_mu(config: SchedulerConfig, image_tokens: int) -> float:
 
 
 def root_mu(condition_tokens: int) -> float:
-    """mu of the layered pipeline: the root of the condition's tokens in units of a 256x256 picture's."""
+    """mu of the layered pipeline: the root of the condition's tokens in units of a 256x256 image's."""
     return math.sqrt(condition_tokens / 256)
 
 

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from .bodies import FORM, JSON
-from .pictures import DATA_URL
+from .images import DATA_URL
 from .schema import Body
 
 _REF = "#/components/schemas/{model}"
@@ -79,7 +79,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 
 def _with_files(schema: dict[str, Any]) -> dict[str, Any]:
-    """The same fields in a form, where pictures are files."""
+    """The same fields in a form, where images are files."""
     form = deepcopy(schema)
 
     def change(node: Any) -> None:

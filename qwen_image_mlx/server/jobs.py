@@ -47,12 +47,12 @@ class Feed:
         seconds: how long the work may take.
 
     Attributes:
-        pictures: how many the work paints one after another; the steps of all are counted together.
+        images: how many the work generates one after another; the steps of all are counted together.
         followed: whether previews are wanted.
     """
 
     def __init__(self, job: Job, post: Callable[..., None], seconds: float):
-        self.pictures = 1
+        self.images = 1
         self.followed: bool = job.followed
         self._job = job
         # Nobody listens to a job that is not followed: its state is written where it is, and wakes no loop.
@@ -60,7 +60,7 @@ class Feed:
         self._deadline = time.monotonic() + seconds
         self._stage = ("", "")
         self._told = 0.0
-        self._painted = 0
+        self._generated = 0
         self._pace: tuple[float, int] | None = None  # when the first step was done, and which that was
 
     def check(self) -> None:
@@ -87,9 +87,9 @@ class Feed:
         self._told = now
         step, total, left = progress.step, progress.total, None
         if denoising:
-            step, total = step + self._painted * total, total * max(self.pictures, self._painted + 1)
+            step, total = step + self._generated * total, total * max(self.images, self._generated + 1)
             left = self._seconds_left(step, total, now)
-            self._painted += progress.step == progress.total
+            self._generated += progress.step == progress.total
         self._post(self._on_step, step, total, left)
 
     def show(self, url: str) -> None:

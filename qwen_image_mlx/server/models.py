@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, HubError, QwenImageError, RequestError
+from ..pipeline.conductor import load
 from ..pipeline.pipeline import QwenImagePipeline
+from ..registry import LANGUAGE_HEAD, VISION
 from ..runtime.cache import RecentEncodings
 from ..runtime.memory import parse_memory
 from ..runtime.session import Session
@@ -158,8 +160,8 @@ class Models:
             with _usable(), warm.session.planned(request) as plan:
                 if plan.residency.staged:
                     warm.release()  # whatever an earlier job left: the first stage has the memory for itself
-                elif pipeline.variant.captions and not pipeline.writes_caption(request):
-                    pipeline.release("language_head", "vision")
+                elif pipeline.variant.captions and not request.writes_caption(pipeline.variant):
+                    pipeline.release(LANGUAGE_HEAD, VISION)
                 self._make_room(task, plan.peak)
                 with _usable(RequestError):
                     pipeline.prepare()
@@ -171,7 +173,7 @@ class Models:
         """Fetches the files of a model that is open, and loads what a request's plan keeps; raises as `planned`."""
         with self.planned(task, request) as plan:
             if not plan.residency.staged:
-                self._warm[task].pipeline.load(request)
+                load(self._warm[task].pipeline, request)
 
     def unload(self, task: str | None) -> None:
         """Gives a model's memory back, or that of all."""

@@ -22,15 +22,15 @@ from ..runtime.options import of_task
 from .api_errors import OPENAI_PREFIX, ApiError, dumps
 from .bodies import JSON, read_body
 from .document import takes
+from .images import decoded, recoded
 from .job import Job, outcome
-from .pictures import decoded, recoded
 from .schema import (
+    MAX_IMAGES,
     MAX_NUM_IMAGES,
-    MAX_PICTURES,
     Body,
     EditBody,
     GenerateBody,
-    Picture,
+    ImageFile,
     Text,
     field_of,
     from_form,
@@ -54,7 +54,7 @@ _NO_USAGE = {
 Size = Annotated[str, StringConstraints(pattern=r"^(auto|[0-9]{2,5}x[0-9]{2,5})$")]
 
 
-# How a picture is sampled, beside what OpenAI's requests say themselves; `n` is the number of pictures.
+# How an image is sampled, beside what OpenAI's requests say themselves; `n` is the number of images.
 _OURS = [row for row in of_task("generate") if row.group == "sampling" and row.name != "num_images"]
 
 
@@ -97,23 +97,23 @@ _Sampled = create_model("_Sampled", __base__=_Common, **{row.name: field_of(row)
 
 
 class Generation(_Sampled):
-    """OpenAI's request for pictures from words; what it does not know of sampling (seed, steps, …) is ours."""
+    """OpenAI's request for images from words; what it does not know of sampling (seed, steps, …) is ours."""
 
 
 class Edit(_Sampled):
-    """OpenAI's request for edited pictures; the mask is transparent where the first is painted anew."""
+    """OpenAI's request for edited images; the mask is transparent where the first is regenerated."""
 
     lists: ClassVar[tuple[str, ...]] = ("image",)
     aliases: ClassVar[Mapping[str, str]] = {"image[]": "image"}
-    image: Annotated[list[Picture], Field(min_length=1, max_length=MAX_PICTURES)]
-    mask: Picture | None = None
+    image: Annotated[list[ImageFile], Field(min_length=1, max_length=MAX_IMAGES)]
+    mask: ImageFile | None = None
     input_fidelity: Literal["high", "low"] | None = None
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
     """Adds the routes of OpenAI's API."""
 
-    async def paint(request: Request, task: str, body: _Common, translated: Callable[[], Body]) -> Response:
+    async def generate(request: Request, task: str, body: _Common, translated: Callable[[], Body]) -> Response:
         if body.model is not None and task not in _tasks_of(service, body.model):
             _known(service, body.model)
             raise ApiError("invalid_request", f"the model {body.model:.100} does not {task}", param="model")
@@ -135,17 +135,17 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/images/generations", openapi_extra=takes(Generation))
     async def generations(request: Request) -> Response:
-        """Pictures from words."""
+        """Images from words."""
         service.check_room()
         body = await read_body(request, Generation)
-        return await paint(request, "generate", body, lambda: _generate(body))
+        return await generate(request, "generate", body, lambda: _generate(body))
 
     @app.post("/v1/images/edits", openapi_extra=takes(Edit))
     async def edits(request: Request) -> Response:
-        """Pictures changed by instruction."""
+        """Images changed by instruction."""
         service.check_room()
         body = await read_body(request, Edit)
-        return await paint(request, "edit", body, lambda: _edit(body))
+        return await generate(request, "edit", body, lambda: _edit(body))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -163,7 +163,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 async def _events(
     service: Service, task: str, job: Job, body: _Common, as_asked: Callable[[str], str]
 ) -> AsyncIterator[bytes]:
-    """A job's previews, as many as are wanted and evenly spread, then its pictures, as OpenAI's events."""
+    """A job's previews, as many as are wanted and evenly spread, then its images, as OpenAI's events."""
     wanted, index = body.partial_images or 0, 0
     kind = {
         "created_at": int(time.time()), "size": body.size or "auto", "quality": body.quality or "auto",
@@ -230,16 +230,16 @@ def _generate(body: Generation) -> GenerateBody:
 
 
 def _edit(body: Edit) -> EditBody:
-    mask = None if body.mask is None else _painted_anew(body.mask)
+    mask = None if body.mask is None else _is_regenerated(body.mask)
     size = None if body.size == "auto" else body.size
     edit = {"images": body.image, "mask": mask, "size": size}
     return from_form(EditBody, _shared(body) | {name: value for name, value in edit.items() if value is not None})
 
 
-def _painted_anew(mask: bytes) -> bytes:
+def _is_regenerated(mask: bytes) -> bytes:
     """White where a mask is transparent, as a PNG; raises RequestError if it has no transparency."""
-    (picture,) = decoded([mask])
-    if not picture.has_transparency_data:
-        raise RequestError("the mask has no transparency; what is transparent in it is painted anew")
-    alpha = picture.convert("RGBA").getchannel("A")
+    (image,) = decoded([mask])
+    if not image.has_transparency_data:
+        raise RequestError("the mask has no transparency; what is transparent in it is regenerated")
+    alpha = image.convert("RGBA").getchannel("A")
     return encode_png(alpha.point([255 if value < 128 else 0 for value in range(256)]))

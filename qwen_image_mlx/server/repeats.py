@@ -1,7 +1,7 @@
 """Requests that wait for their answer, and what a cut connection does to their jobs.
 
 A job whose requests are all cut goes on for a grace; an equal request finds it until then. Where requests name a seed,
-an equal one finds it while the first still waits; without one, two that both wait want two pictures. With an
+an equal one finds it while the first still waits; without one, two that both wait want two images. With an
 Idempotency-Key a request finds the job of its first copy for as long as results are kept, cut or not.
 """
 

@@ -1,7 +1,7 @@
 """What may be asked for: the fields of every task with their types and ranges. Anything else is refused.
 
-A body is JSON, where a number is a number and a picture a data URL, or multipart/form-data, where numbers are text and
-pictures file parts. What the ranges here allow a server may still limit further.
+A body is JSON, where a number is a number and an image a data URL, or multipart/form-data, where numbers are text and
+images file parts. What the ranges here allow a server may still limit further.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..layers.stack import MAX_NAME, MAX_OFFSET
 from ..pipeline.parameters import TASKS
 from ..runtime.options import of_task
 from .api_errors import ApiError
-from .pictures import DATA_URL, picture_bytes
+from .images import DATA_URL, image_bytes
 
-MAX_PICTURES = 3
+MAX_IMAGES = 3
 MAX_NUM_IMAGES = 4
 MAX_STACK = 64
 _MAX_PROMPT = 8000
@@ -40,12 +40,12 @@ _MAX_COMMAS = 1 << 15  # in JSON: of two prompts and a stack's names, and each f
 _MAX_VALUES = 1024  # in JSON, at any depth: more than a whole stack's
 
 
-def _picture(value: Any) -> bytes:
+def _image(value: Any) -> bytes:
     if isinstance(value, bytes) and value:  # a file part
         return value
     if not isinstance(value, str):
-        raise ValueError("must be a picture: a data URL, or a file part of multipart/form-data")
-    return picture_bytes(value)
+        raise ValueError("must be an image: a data URL, or a file part of multipart/form-data")
+    return image_bytes(value)
 
 
 def _writable(text: str) -> str:
@@ -55,12 +55,12 @@ def _writable(text: str) -> str:
     return text
 
 
-Picture = Annotated[bytes, PlainValidator(_picture), WithJsonSchema({"type": "string", "pattern": DATA_URL})]
+ImageFile = Annotated[bytes, PlainValidator(_image), WithJsonSchema({"type": "string", "pattern": DATA_URL})]
 Text = Annotated[str, StringConstraints(max_length=_MAX_PROMPT), AfterValidator(_writable)]
 # Ends that a server sets where the option has none, or a wider one.
 _HIGHEST = {
     "width": _MAX_SIDE, "height": _MAX_SIDE, "mask_padding": _MAX_SIDE, "reference_pixels": 1 << 25,
-    "num_images": MAX_NUM_IMAGES, "images": MAX_PICTURES,
+    "num_images": MAX_NUM_IMAGES, "images": MAX_IMAGES,
 }  # fmt: skip
 
 
@@ -78,10 +78,10 @@ def field_of(row: kinds.Option) -> tuple[Any, Any]:
             said = Literal[kind.values]
         case kinds.Switch():
             said = bool
-        case kinds.Picture():
-            said = Picture
-        case kinds.Several(kind=kinds.Picture()):
-            said = Annotated[list[Picture], Field(min_length=1, max_length=highest)]
+        case kinds.ImageFile():
+            said = ImageFile
+        case kinds.Several(kind=kinds.ImageFile()):
+            said = Annotated[list[ImageFile], Field(min_length=1, max_length=highest)]
         case kinds.Text(pattern=""):
             said = Text
         case kinds.Text():
@@ -125,7 +125,7 @@ class Body(BaseModel):
 
     @property
     def nbytes(self) -> int:
-        """Of its pictures."""
+        """Of its images."""
         fields = [value for _, value in self]
         parts = [part for value in fields for part in (value if isinstance(value, list) else [value])]
         return sum(len(part) for part in parts if isinstance(part, bytes))
@@ -139,16 +139,16 @@ def _body_of(task: str, said: str) -> type[Body]:
     return body
 
 
-GenerateBody: type[Body] = _body_of("generate", "A picture from words, or a picture painted over.")
-EditBody: type[Body] = _body_of("edit", "Pictures changed by instruction.")
-DecomposeBody: type[Body] = _body_of("decompose", "A picture taken apart into layers.")
-CaptionBody: type[Body] = _body_of("caption", "A picture described in words.")
+GenerateBody: type[Body] = _body_of("generate", "An image from words, or an image started from.")
+EditBody: type[Body] = _body_of("edit", "Images changed by instruction.")
+DecomposeBody: type[Body] = _body_of("decompose", "An image decomposed into layers.")
+CaptionBody: type[Body] = _body_of("caption", "An image described in words.")
 
 
 class LayerBody(Body):
-    """One layer: its picture, and where and how it lies on the canvas."""
+    """One layer: its image, and where and how it lies on the canvas."""
 
-    image: Picture
+    image: ImageFile
     name: Annotated[str, StringConstraints(max_length=MAX_NAME), AfterValidator(_writable)] = ""
     x: Annotated[int, Field(ge=-MAX_OFFSET, le=MAX_OFFSET)] = 0
     y: Annotated[int, Field(ge=-MAX_OFFSET, le=MAX_OFFSET)] = 0

@@ -21,7 +21,7 @@ from .repeats import Repeats, claim_of
 from .schema import Body
 from .tasks import Limits, Tasks
 
-_DECODED_AT_ONCE = 2  # bodies whose pictures are looked at at the same time
+_DECODED_AT_ONCE = 2  # bodies whose images are looked at at the same time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Service:
         self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
     async def prepare(self, task: str, body: Any) -> Work:
-        """A body's work, its pictures looked at in another thread; raises ApiError."""
+        """A body's work, its images looked at in another thread; raises ApiError."""
         return await self.aside(self.tasks.work, task, body)
 
     async def aside(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -25,13 +25,14 @@ from ..images.sources import open_image, open_mask, open_rgba
 from ..layers.folder import LAYER_FILE, folder_files
 from ..layers.formats import FORMATS, check_formats
 from ..layers.stack import Layer, LayerStack, composite
-from ..options import Option, Picture, Several
+from ..options import ImageFile, Option, Several
+from ..pipeline.conductor import decompose, generate
 from ..pipeline.request import build_request, parsed_size
 from ..runtime.options import of_task, recorded
 from ..runtime.preview import Preview
-from ..runtime.session import Session, decompose, layers_of, paint
+from ..runtime.session import Session, layers_of
 from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
-from .pictures import data_url, decoded
+from .images import data_url, decoded
 
 if TYPE_CHECKING:
     from ..pipeline.progress import ProgressCallback
@@ -49,8 +50,8 @@ class Limits:
     """What a request may ask for.
 
     Attributes:
-        pixels: of a picture that is painted. A result may be larger, as large as a picture that was sent, which
-            `pictures.MAX_PIXELS` bounds.
+        pixels: of an image that is generated. A result may be larger, as large as an image that was sent, which
+            `images.MAX_PIXELS` bounds.
         steps: of denoising.
     """
 
@@ -68,9 +69,9 @@ class Limits:
             raise RequestError(f"{steps} steps are asked for; this server takes {self.steps}")
 
     def check_size(self, width: int, height: int) -> None:
-        """Raises RequestError for a picture too large to be painted."""
+        """Raises RequestError for an image too large to be generated."""
         if width * height > self.pixels:
-            raise RequestError(f"{width}x{height} are {width * height:,} pixels; this server paints {self.pixels:,}")
+            raise RequestError(f"{width}x{height} are {width * height:,} pixels; this server generates {self.pixels:,}")
 
 
 class Tasks:
@@ -115,11 +116,11 @@ class Tasks:
 
     def _usual(self, task: str, session: Session) -> Request:
         """What is asked of a task's model by a request that says nothing."""
-        wanted = self._wanted(task) | {"prompt": "a picture"}
+        wanted = self._wanted(task) | {"prompt": "an image"}
         variant = session.pipeline.variant
-        picture = new_image("RGB", (1024, 1024)).convert("RGBA" if variant.layered else "RGB")
-        pictures = [picture] if variant.takes_images or variant.layered else []
-        return session.request(wanted, None if pictures else self._aspect, pictures)
+        image = new_image("RGB", (1024, 1024)).convert("RGBA" if variant.layered else "RGB")
+        images = [image] if variant.takes_images or variant.layered else []
+        return session.request(wanted, None if images else self._aspect, images)
 
     @property
     def _aspect(self) -> str:
@@ -128,7 +129,7 @@ class Tasks:
     def _generate(self, body: GenerateBody) -> Work:
         for row in of_task("generate"):
             if "images" in row.needs and getattr(body, row.name) is not None and body.image is None:
-                raise RequestError(f"{row.name} needs an image to be painted over")
+                raise RequestError(f"{row.name} needs an image to be started from")
         if (body.width is None) != (body.height is None):
             raise RequestError("give both width and height, or an aspect")
         if body.width and body.aspect:
@@ -136,20 +137,20 @@ class Tasks:
         size: Any = (body.width, body.height) if body.width else body.aspect
         if size is None and body.image is None:
             size = self._aspect
-        return self._paint("generate", body, [body.image] if body.image else [], size)
+        return self._make_images("generate", body, [body.image] if body.image else [], size)
 
     def _edit(self, body: EditBody) -> Work:
         if (body.image is None) == (body.images is None):
-            raise RequestError("give the pictures to edit, as images or one image")
+            raise RequestError("give the images to edit, as images or one image")
         for row in of_task("edit"):
             if "mask" in row.of("edit").needs and getattr(body, row.name) is not None and body.mask is None:
                 raise RequestError(f"{row.name} needs a mask")
         files = body.images or [body.image]
-        return self._paint("edit", body, files, None if body.size is None else parsed_size(body.size))
+        return self._make_images("edit", body, files, None if body.size is None else parsed_size(body.size))
 
-    def _paint(self, task: str, body: Any, files: list[bytes], size: Any) -> Work:
+    def _make_images(self, task: str, body: Any, files: list[bytes], size: Any) -> Work:
         wanted = self._wanted(task, body)
-        asked = [row for row in recorded("asked") if task in row.tasks and not _is_picture(row)]
+        asked = [row for row in recorded("asked") if task in row.tasks and not _is_image(row)]
         said = {row.name: value for row in asked if (value := getattr(body, row.name)) != row.default}
         build_request(wanted | said, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
         self._check_early(task, wanted, size)
@@ -161,15 +162,15 @@ class Tasks:
         def work(feed: Feed) -> dict[str, Any]:
             sources = decoded([*files, *([body.mask] if body.mask else [])])
             mask = open_mask(sources.pop()) if body.mask else None
-            pictures = [open_image(source) for source in sources]
+            opened = [open_image(source) for source in sources]
             straight = [open_rgba(source) for source in sources] if said.get("keep_alpha") else None
             session = self._models.open(task)
-            request = session.request(wanted | said, size, pictures, mask, straight)
+            request = session.request(wanted | said, size, opened, mask, straight)
             images = []
-            with self._ready(task, session, request, feed) as ready:
-                for painting in paint(session.pipeline, request, *ready):
-                    metadata = {**painting.metadata, **said}
-                    url = data_url(encode_png(painting.image, metadata))
+            with self._ready(task, session, request, feed) as (progress, cache, residency):
+                for generated in generate(session.pipeline, request, progress, cache, **residency.releases):
+                    metadata = {**generated.metadata, **said}
+                    url = data_url(encode_png(generated.image, metadata))
                     index = metadata["image_index"]
                     images.append({"image": url, "seed": metadata["seed"], "index": index, "metadata": metadata})
             return {"images": images}
@@ -178,17 +179,17 @@ class Tasks:
 
     def _decompose(self, body: DecomposeBody) -> Work:
         wanted = self._wanted("decompose", body)
-        (picture,) = decoded([body.image])
+        (image,) = decoded([body.image])
         known = self._models.facts("decompose").get("resolutions")
-        draft = layers_of(open_rgba(picture), wanted, known or [wanted.get("resolution", LAYERED_RESOLUTIONS[0])])
+        draft = layers_of(open_rgba(image), wanted, known or [wanted.get("resolution", LAYERED_RESOLUTIONS[0])])
         self._check_early("decompose", wanted, draft.canvas.size if known else None)
 
         def work(feed: Feed) -> dict[str, Any]:
-            (picture,) = decoded([body.image])
+            (image,) = decoded([body.image])
             session = self._models.open("decompose")
-            request = session.request(wanted, pictures=[open_rgba(picture)])
-            with self._ready("decompose", session, request, feed) as ready:
-                result = decompose(session.pipeline, request, *ready)
+            request = session.request(wanted, images=[open_rgba(image)])
+            with self._ready("decompose", session, request, feed) as (progress, cache, residency):
+                result = decompose(session.pipeline, request, progress, cache, **residency.releases)
             pngs = [data for name, data in folder_files(result.stack) if LAYER_FILE.fullmatch(name)]
             psnr = result.psnr
             return {
@@ -204,12 +205,12 @@ class Tasks:
         decoded([body.image])
 
         def work(feed: Feed) -> dict[str, Any]:
-            (picture,) = decoded([body.image])
+            (image,) = decoded([body.image])
             session = self._models.open("decompose")
             if not session.pipeline.variant.captions:
                 raise RequestError(f"{self._models.name('decompose')} writes no captions")
             wanted = {**self._wanted("decompose"), "prompt": "", "resolution": body.resolution}
-            request = session.request(wanted, pictures=[open_rgba(picture)])  # which would begin with this caption
+            request = session.request(wanted, images=[open_rgba(image)])  # which would begin with this caption
             self._limits.check_size(*request.canvas.size)
             with self._models.planned("decompose", request):
                 caption = session.pipeline.caption_image(
@@ -222,7 +223,7 @@ class Tasks:
 
     def _wanted(self, task: str, body: Any = None) -> dict[str, Any]:
         """What is asked for, by the names of the command line's flags; a seed is drawn where none is given."""
-        names = [row.name for row in of_task(task) if not _is_picture(row)]
+        names = [row.name for row in of_task(task) if not _is_image(row)]
         given = {name: value for name in names if (value := getattr(body, name, None)) is not None}
         wanted = {**{name: value for name, value in self._defaults[task].items() if name in names}, **given}
         seed = wanted.get("seed")
@@ -242,7 +243,7 @@ class Tasks:
     def _ready(self, task: str, session: Session, request: Request, feed: Feed) -> Any:
         """(progress callback, cache, residency) for a request that is within the limits."""
         self._limits.check(request)
-        feed.pictures = len(request.seeds) * len(request.image_indices)
+        feed.images = len(request.seeds) * len(request.image_indices)
         with self._models.planned(task, request) as plan:
             progress: ProgressCallback = feed
             if feed.followed:
@@ -250,13 +251,13 @@ class Tasks:
             yield progress, self._models.encodings, plan.residency
 
 
-def _is_picture(row: Option) -> bool:
-    """Whether an option is one picture, or several."""
-    return isinstance(row.kind, Picture) or (isinstance(row.kind, Several) and isinstance(row.kind.kind, Picture))
+def _is_image(row: Option) -> bool:
+    """Whether an option is one image, or several."""
+    return isinstance(row.kind, ImageFile) or (isinstance(row.kind, Several) and isinstance(row.kind.kind, ImageFile))
 
 
 class _Previews:
-    """Shows pictures on a feed, a few each second."""
+    """Shows images on a feed, a few each second."""
 
     def __init__(self, feed: Feed):
         self._feed = feed
@@ -273,19 +274,19 @@ def compose(body: ComposeBody) -> dict[str, Any]:
     """Lays layers together; needs no model.
 
     Raises:
-        RequestError: a picture cannot be read, they are too large, or a format's library is missing.
+        RequestError: an image cannot be read, they are too large, or a format's library is missing.
     """
     check_formats([body.format])
-    pictures = [open_rgba(picture) for picture in decoded([layer.image for layer in body.layers])]
-    scaled = zip(pictures, body.layers, strict=True)
-    pixels = sum(int(picture.width * picture.height * max(1.0, layer.scale) ** 2) for picture, layer in scaled)
+    images = [open_rgba(image) for image in decoded([layer.image for layer in body.layers])]
+    scaled = zip(images, body.layers, strict=True)
+    pixels = sum(int(image.width * image.height * max(1.0, layer.scale) ** 2) for image, layer in scaled)
     if pixels > _COMPOSED_PIXELS:
         raise RequestError(f"the layers have {pixels:,} pixels together; at most {_COMPOSED_PIXELS:,} are taken")
     layers = tuple(
-        Layer(picture, layer.name or f"layer {number}", (layer.x, layer.y), layer.visible, layer.opacity)
-        for number, (picture, layer) in enumerate(zip(pictures, body.layers, strict=True))
+        Layer(image, layer.name or f"layer {number}", (layer.x, layer.y), layer.visible, layer.opacity)
+        for number, (image, layer) in enumerate(zip(images, body.layers, strict=True))
     )
-    size = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    size = max(image.width for image in images), max(image.height for image in images)
     stack = LayerStack(size, layers)
     for number, layer in enumerate(body.layers):
         stack = stack.scale(number, layer.scale)

@@ -1,4 +1,4 @@
-"""From a prompt, its pictures and a template to what the text encoder runs, and the rows of its output that count.
+"""From a prompt, its images and a template to what the text encoder runs, and the rows of its output that count.
 
 Sources: the pipelines' _get_qwen_prompt_embeds and encode_prompt; Qwen2VLProcessor; get_rope_index of Qwen2.5-VL.
 """
@@ -27,8 +27,8 @@ class TokenizedPrompt:
     """What the text encoder is given.
 
     Attributes:
-        ids: int32 (L,): token ids of template, pictures and prompt.
-        is_image: bool (L,): which tokens stand for a picture's features.
+        ids: int32 (L,): token ids of template, images and prompt.
+        is_image: bool (L,): which tokens stand for an image's features.
         positions: int32 (3, L): time, row and column of each token.
         first: the encoder's output rows from this one on go to the transformer.
     """
@@ -54,12 +54,12 @@ def tokenize_prompt(
         tokenizer: the checkpoint's.
         template: what stands around the prompt, and the limits.
         prompt: what the user wrote.
-        grids: for each picture, the rows and columns of its features.
-        sequential_positions: number the tokens 0, 1, 2, … although there are pictures, as libraries do that lost the
+        grids: for each image, the rows and columns of its features.
+        sequential_positions: number the tokens 0, 1, 2, … although there are images, as libraries do that lost the
             three position axes.
 
     Raises:
-        RequestError: the prompt is not a string of whole characters, or itself holds a picture's placeholder.
+        RequestError: the prompt is not a string of whole characters, or itself holds an image's placeholder.
     """
     if not isinstance(prompt, str):
         raise RequestError(f"a prompt is {prompt!r}, but must be a string")
@@ -67,9 +67,9 @@ def tokenize_prompt(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt is not valid text at character {error.start}; write it in UTF-8") from error
-    pictures = template.between.join(template.picture.format(n=n + 1) for n in range(len(grids)))
-    head = template.text.split("{prompt}")[0] + pictures
-    text = template.text.format(prompt=pictures + prompt)
+    images = template.between.join(template.image.format(n=n + 1) for n in range(len(grids)))
+    head = template.text.split("{prompt}")[0] + images
+    text = template.text.format(prompt=images + prompt)
     ids, offsets = tokenizer.encode(text)
     if max(ids, default=0) >= 2**31:
         raise CheckpointError(f"the tokenizer gives the token {max(ids)}, which no vocabulary has: download it again")
@@ -88,7 +88,7 @@ def tokenize_prompt(
     short = np.array(ids[:last], dtype=np.int32)
     slots = np.flatnonzero(short == tokenizer.token_id(IMAGE_PAD)) if grids else np.array([], dtype=np.int64)
     if len(slots) != len(grids):
-        raise RequestError(f"the prompt itself holds the token {IMAGE_PAD}, which stands for a picture; take it out")
+        raise RequestError(f"the prompt itself holds the token {IMAGE_PAD}, which stands for an image; take it out")
     counts = np.ones(len(short), dtype=np.int64)
     counts[slots] = [rows * cols for rows, cols in grids]
     long = np.repeat(short, counts)
@@ -99,15 +99,15 @@ def tokenize_prompt(
     return TokenizedPrompt(long, is_image, positions, template.drop)
 
 
-def _positions(length: int, pictures: dict[int, tuple[int, int]]) -> np.ndarray:
-    """(3, L): text counts up on all axes; a picture spreads over rows and columns, and takes its longer side."""
+def _positions(length: int, images: dict[int, tuple[int, int]]) -> np.ndarray:
+    """(3, L): text counts up on all axes; an image spreads over rows and columns, and takes its longer side."""
     runs, start, begin = [], 0, 0
-    for slot in (*sorted(pictures), length):
+    for slot in (*sorted(images), length):
         text = np.arange(slot - begin) + start
         runs.append(np.stack([text] * 3))
         start += slot - begin
         if slot < length:
-            rows, cols = pictures[slot]
+            rows, cols = images[slot]
             grid = np.stack([np.zeros((rows, cols), np.int64), *np.indices((rows, cols))])
             runs.append(grid.reshape(3, -1) + start)
             start += max(rows, cols)
@@ -116,7 +116,7 @@ def _positions(length: int, pictures: dict[int, tuple[int, int]]) -> np.ndarray:
 
 
 def replace_vision_tokens(embeddings: mx.array, is_image: np.ndarray, features: mx.array) -> mx.array:
-    """Puts pictures' features in the places of their placeholders, in order.
+    """Puts images' features in the places of their placeholders, in order.
 
     Args:
         embeddings: (1, L, C) of all tokens.
@@ -131,7 +131,7 @@ def replace_vision_tokens(embeddings: mx.array, is_image: np.ndarray, features: 
     """
     count = int(is_image.sum())
     if count != features.shape[0]:
-        raise RequestError(f"{count} places for picture features, but {features.shape[0]} features")
+        raise RequestError(f"{count} places for image features, but {features.shape[0]} features")
     source = np.where(is_image, np.cumsum(is_image) - 1, 0)
     placed = mx.take(features.astype(embeddings.dtype), mx.array(source), axis=0)
     return mx.where(mx.array(is_image)[None, :, None], placed[None], embeddings)

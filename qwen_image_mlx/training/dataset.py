@@ -1,6 +1,6 @@
 """Examples as latents and text encodings: made once by the pipeline's own encoders, kept on disk, drawn in batches.
 
-An entry's name stands for all it depends on, so that a change of a picture, a caption or the model makes another.
+An entry's name stands for all it depends on, so that a change of an image, a caption or the model makes another.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ..images.formats import check_file
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
 from ..images.sources import open_image, open_rgba
-from ..models.rope import Segment, place_images
+from ..models.qwen_image.rope import Segment, place_images
 from ..pipeline.autoencode import encode_mode
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback
-from ..sampling.latents import pack_multi_layer_latents
+from ..registry import TEXT_ENCODER, TRANSFORMER, VAE, VAE_ENCODER
 from ..weights.safetensors_files import load_tensors, read_header, save_tensors
 from .examples import Example, bucket_of, buckets_of
 from .loss import key_of
 from .network import Batch
 
 _FORMAT = "qwen_image_mlx.example.1"
-_ENLARGED = 1.1  # how much a picture may be enlarged, along a side
+_ENLARGED = 1.1  # how much an image may be enlarged, along a side
 DROPPED = " "  # what stands for a caption that is dropped, as the reference's pipelines write an empty prompt
 
 
@@ -108,11 +108,11 @@ class Dataset:
         return mx.random.uniform(key=key_of(self._seed, "caption", position)).item() < self._dropout
 
 
-def check_pictures(examples: Sequence[Example], task: str, resolution: int, report: Callable[[Progress], None]) -> None:
-    """Decodes every picture once, before any model is loaded.
+def check_images(examples: Sequence[Example], task: str, resolution: int, report: Callable[[Progress], None]) -> None:
+    """Decodes every image once, before any model is loaded.
 
     Raises:
-        RequestError: one cannot be read, is too small for the resolution, or a layer has not its picture's size.
+        RequestError: one cannot be read, is too small for the resolution, or a layer has not its image's size.
     """
     small, unequal = [], []
     for n, example in enumerate(examples):
@@ -122,21 +122,21 @@ def check_pictures(examples: Sequence[Example], task: str, resolution: int, repo
         if max(want / have for want, have in zip(wanted, size, strict=True)) > _ENLARGED:
             small.append(f"{example.image.name} ({size[0]}x{size[1]})")
         unequal += [f"{file} ({sizes[file][0]}x{sizes[file][1]})" for file in example.layers if sizes[file] != size]
-        report(Progress("check", n + 1, len(examples), "pictures"))
+        report(Progress("check", n + 1, len(examples), "images"))
     if small:
         raise RequestError(
-            f"{len(small)} of {len(examples)} pictures are smaller than the {resolution}x{resolution} pixels that "
+            f"{len(small)} of {len(examples)} images are smaller than the {resolution}x{resolution} pixels that "
             f"the resolution {resolution} trains on: {some(small)}; lower it, or take them out"
         )
     if unequal:
-        raise RequestError(f"{len(unequal)} layers have not the size of their picture: {some(unequal)}")
+        raise RequestError(f"{len(unequal)} layers have not the size of their image: {some(unequal)}")
 
 
 def target_size(size: Size, task: str, resolution: int) -> Size:
-    """(width, height) that a picture is trained on at.
+    """(width, height) that an image is trained on at.
 
-    From text, the bucket whose aspect is nearest; from pictures, what the pipeline gives a result of that area, so that
-    picture and result lie on each other.
+    From text, the bucket whose aspect is nearest; from images, what the pipeline gives a result of that area, so that
+    image and result lie on each other.
     """
     return bucket_of(size, buckets_of(resolution)) if task == "t2i" else size_of_area(resolution**2, size)
 
@@ -154,7 +154,7 @@ def encode_examples(
 
     Args:
         pipeline: of the model that is trained.
-        examples: pictures and captions.
+        examples: images and captions.
         task: "t2i", "edit" or "layered".
         resolution: as in `target_size`.
         with_dropped: encode each example without its caption too.
@@ -162,7 +162,7 @@ def encode_examples(
         progress: told of every example.
 
     Raises:
-        RequestError: a picture cannot be read, or is too small.
+        RequestError: an image cannot be read, or is too small.
         QwenImageError: an encoding is not finite.
         OutputError: an entry could not be written.
     """
@@ -170,17 +170,17 @@ def encode_examples(
     made_by = (_FORMAT, task, resolution, with_dropped, pipeline.fingerprint, str(pipeline.dtype),
                str(pipeline.quantization), profiles_are_ignored())  # fmt: skip
     paths = [folder / f"{_digest(example, made_by)}.safetensors" for example in examples]
-    widths = pipeline.components.transformer_config.in_channels, pipeline.components.text_encoder_config.hidden_size
+    widths = pipeline.components.config(TRANSFORMER).in_channels, pipeline.components.config(TEXT_ENCODER).hidden_size
     entries = [_read_entry(path, widths) for path in paths]
     new = [n for n, entry in enumerate(entries) if entry is None]
     if new:
-        check_pictures([examples[n] for n in new], task, resolution, report)
+        check_images([examples[n] for n in new], task, resolution, report)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {reason(error)}") from error
-        _ = pipeline.components.vae_encoder, pipeline.components.text_encoder  # told of, unlike what follows
-        shared = None  # without pictures all dropped captions are one
+        pipeline.components.load(VAE_ENCODER, TEXT_ENCODER)  # told of, unlike what follows
+        shared = None  # without images all dropped captions are one
         if with_dropped and not pipeline.variant.takes_images:
             shared = pipeline.encode_guidance_prompts(DROPPED, progress=_say_nothing).positive
         for done, n in enumerate(new, start=1):
@@ -207,9 +207,9 @@ def _encode(
     frames = [open_rgba(file) if layered else open_image(file) for file in (example.image, *example.layers)]
     size = target_size(frames[0].size, task, resolution)
     fit = partial(ImageOps.fit, size=size, method=Image.Resampling.LANCZOS) if task == "t2i" else (lambda image: image)
-    encode = partial(encode_mode, parts.vae_encoder, parts.vae_config)
+    encode = partial(encode_mode, parts.network(VAE_ENCODER), parts.config(VAE))
     latents = mx.stack([encode(to_pixels(fit(frame), size))[0] for frame in frames])[None]
-    grid = latents.shape[2] // 2, latents.shape[3] // 2
+    space = pipeline.latent_space
     shown = (frames[0],) if layered else example.sources
     encoding = pipeline.encode_guidance_prompts(
         example.caption,
@@ -218,15 +218,15 @@ def _encode(
         reference_pixels=resolution**2 if shown else None,
         progress=_say_nothing,
     )
-    arrays, references = {"latents": pack_multi_layer_latents(latents), "text": encoding.positive}, encoding.references
+    arrays, references = {"latents": space.pack_frames(latents), "text": encoding.positive}, encoding.references
     if with_dropped:
         arrays["dropped"] = encoding.negative if shared is None else shared
     if references:
         arrays["references"] = mx.concatenate([reference.latents for reference in references], axis=1)
     if not all_finite(arrays["latents"]):
         raise QwenImageError(f"the latents of {example.image} are not finite: check the autoencoder's weights")
-    grids = [grid] * len(frames) + [(reference.height, reference.width) for reference in references]
-    segments = place_images(grids, parts.transformer_config.use_layer3d_rope)
+    grids = [space.grid(*size)] * len(frames) + [(reference.height, reference.width) for reference in references]
+    segments = place_images(grids, parts.config(TRANSFORMER).use_layer3d_rope)
     metadata = {"format": _FORMAT, "segments": json.dumps(segments)}
     save_tensors(path, arrays, metadata)
 
@@ -255,7 +255,7 @@ def _read_entry(path: Path, widths: tuple[int, int]) -> _Entry | None:
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """Stands for all pictures and captions, in their order."""
+    """Stands for all images and captions, in their order."""
     return hashlib.sha256(repr([_digest(example, ()) for example in examples]).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""What a model is trained on: a folder of pictures with captions, or a manifest; found and checked before any work.
+"""What a model is trained on: a folder of images with captions, or a manifest; found and checked before any work.
 
 Knows no model: files in, `Example`s out.
 """
@@ -27,7 +27,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 MANIFESTS = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = (".txt", ".caption")  # endings of files that hold a caption
-# The keys of a manifest's lines, by task: what is trained to be painted, what it is painted from, and the words. The
+# The keys of a manifest's lines, by task: the image to learn, the images it is generated from, and the words. The
 # first spelling is ours; the others are those of Hugging Face's imagefolder and of its datasets of edits.
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "t2i": (("image", "file_name"), (), ("caption", "text", "prompt")),
@@ -47,10 +47,10 @@ class Example:
     """One sample.
 
     Attributes:
-        caption: of the picture, or the instruction of an edit.
-        image: the picture that is learned; of a layered model the one that is taken apart.
-        sources: the pictures an edit works on.
-        layers: what the picture is taken apart into, back to front.
+        caption: of the image, or the instruction of an edit.
+        image: the image that is learned; of a layered model the one that is decomposed.
+        sources: the images an edit works on.
+        layers: what the image is decomposed into, back to front.
     """
 
     caption: str
@@ -60,7 +60,7 @@ class Example:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All of its pictures."""
+        """All of its images."""
         return self.image, *self.sources, *self.layers
 
 
@@ -81,7 +81,7 @@ def read_examples(data: str | Path, task: str) -> list[Example]:
     """
     path = named_path(data, "data")
     if not path.exists():
-        raise RequestError(f"the data {str(data)!r} do not exist: give a folder of pictures with captions")
+        raise RequestError(f"the data {str(data)!r} do not exist: give a folder of images with captions")
     if not path.is_dir() and not path.is_file():
         raise RequestError(f"the data {str(data)!r} are neither a folder nor a file")
     manifests = [path] if path.is_file() else [path / name for name in MANIFESTS if (path / name).is_file()]
@@ -97,7 +97,7 @@ def read_examples(data: str | Path, task: str) -> list[Example]:
     if not examples:
         raise RequestError(f"{path} holds nothing to train on: {_elsewhere(path)}")
     if missing := [file for example in examples for file in example.files if not os.path.isfile(file)]:
-        raise RequestError(f"{len(missing)} pictures are missing: {some(f'{file!s:.300}' for file in missing)}")
+        raise RequestError(f"{len(missing)} images are missing: {some(f'{file!s:.300}' for file in missing)}")
     if long := [example.image for example in examples if len(example.caption) > MAX_CHARACTERS]:
         raise RequestError(f"{len(long)} captions have more than {MAX_CHARACTERS:,} characters: {some(long)}")
     if silent := [example.image for example in examples if not example.caption.strip()]:
@@ -116,7 +116,7 @@ def _elsewhere(path: Path) -> str:
     for folder in [*folders, *(_folders(path) if path.is_dir() else [])]:
         if folder.is_dir() and (_images(folder) or any((folder / name).is_file() for name in MANIFESTS)):
             return f"give {folder}, which does"
-    return "put pictures and their captions into it"
+    return "put images and their captions into it"
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -176,18 +176,18 @@ def _captioned(folder: Path) -> list[Example]:
             "to JPEG (on a Mac `sips -s format jpeg PHOTO.heic --out PHOTO.jpg`; pip install pillow-heif for HEIC), or "
             "move them away"
         )
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
-    stems = [file.stem for file in pictures]
-    if twice := [file.name for file in pictures if stems.count(file.stem) > 1]:
-        raise RequestError(f"pictures share a caption, because only their endings differ: {some(twice)}")
-    captions = {file: [c for c in map(file.with_suffix, CAPTIONS) if os.path.isfile(c)] for file in pictures}
+    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    stems = [file.stem for file in images]
+    if twice := [file.name for file in images if stems.count(file.stem) > 1]:
+        raise RequestError(f"images share a caption, because only their endings differ: {some(twice)}")
+    captions = {file: [c for c in map(file.with_suffix, CAPTIONS) if os.path.isfile(c)] for file in images}
     if missing := [file.name for file, found in captions.items() if not found]:
         raise RequestError(
-            f"{len(missing)} of {len(pictures)} pictures in {folder} have no caption in a .txt file of the same name: "
+            f"{len(missing)} of {len(images)} images in {folder} have no caption in a .txt file of the same name: "
             f"{some(missing)}"
         )
     if several := [file.name for file, found in captions.items() if len({_read(c).strip() for c in found}) > 1]:
-        raise RequestError(f"pictures have two captions, in .txt and .caption, that differ: {some(several)}")
+        raise RequestError(f"images have two captions, in .txt and .caption, that differ: {some(several)}")
     alone = [file for file in files if file.suffix.lower() in CAPTIONS and file.stem not in stems]
     _warn("have no image of the same name", alone, folder)
     return [Example(_read(found[0]).strip(), file) for file, found in captions.items()]
@@ -225,7 +225,7 @@ def _example(row: dict[str, Any], where: str, folder: Path, task: str) -> Exampl
         found = value(spellings)
         names = found if several and isinstance(found, list) else [found]
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise RequestError(f"{where} has no {_spelled(spellings)}, or not the name of a picture: correct it")
+            raise RequestError(f"{where} has no {_spelled(spellings)}, or not the name of an image: correct it")
         return tuple(folder / name for name in names)
 
     caption = "" if (found := value(words)) is None else found

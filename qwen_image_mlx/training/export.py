@@ -13,6 +13,7 @@ from ..errors import OutputError
 from ..files import atomic_folder, reason
 from ..pipeline.components import Components
 from ..pipeline.quantize_checkpoint import copy_unwritten
+from ..registry import TRANSFORMER
 from ..weights.mapping import TensorSpec, weights_map
 from ..weights.packed import Packed
 from ..weights.safetensors_files import save_tensors
@@ -26,7 +27,7 @@ def save_model(
 ) -> Path:
     """Writes a checkpoint with a trained transformer, whole or not at all; takes the place of an earlier one.
 
-    What no picture needs (the last block's text) is as in the checkpoint the training began with.
+    What no image needs (the last block's text) is as in the checkpoint the training began with.
 
     Args:
         folder: where to.
@@ -40,8 +41,8 @@ def save_model(
     trained = {name.partition(".")[2]: array.astype(components.dtype) for name, array in parameters.items()}
     try:
         with atomic_folder(folder, replacing=True) as partial:
-            copy_unwritten(components, partial, {"transformer"})
-            _write_transformer(partial / "transformer", components, trained, shard_bytes)
+            copy_unwritten(components, partial, {TRANSFORMER})
+            _write_transformer(partial / TRANSFORMER, components, trained, shard_bytes)
     except OSError as error:
         said = error if isinstance(error, OutputError) else f"{folder} could not be written: {reason(error)}"
         raise OutputError(str(said)) from error
@@ -49,8 +50,8 @@ def save_model(
 
 
 def _write_transformer(folder: Path, components: Components, trained: Mapping[str, mx.array], shard_bytes: int) -> None:
-    weights, reader = components.weights("transformer"), Reader("transformer")
-    stem, index = weights_map("transformer")["stem"], {}
+    weights, reader = components.weights(TRANSFORMER), Reader(TRANSFORMER)
+    stem, index = weights_map(weights.component.map)["stem"], {}
     folder.mkdir(exist_ok=True)
     shards = list(_shards(weights.layers(), components.dtype, shard_bytes))
     for number, specs in enumerate(shards, start=1):

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import QwenImageError
 from ..gpu import all_finite, finish
-from ..models.transformer import Modulation
+from ..models.qwen_image.transformer import Modulation
 from .loss import FlowMatching, key_of
 from .network import Batch, Network, Table
 from .optimizers import Optimizer, Parameters

@@ -12,10 +12,11 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from ..config import TransformerConfig
 from ..errors import RequestError
 from ..models import nn
-from ..models.transformer import Transformer
+from ..models.qwen_image.config import TransformerConfig
+from ..models.qwen_image.transformer import Transformer
+from ..registry import MAIN, TRANSFORMER, component_for
 from ..weights.mapping import expected_tensors
 from ..weights.safetensors_files import save_tensors
 from .loss import key_of
@@ -84,9 +85,9 @@ def add_lora(
 
 def matrices(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """(out, in) of every matrix that stays in memory, by its module's name."""
-    specs = expected_tensors("transformer", config).values()
+    specs = expected_tensors(component_for(TRANSFORMER, config), config).values()
     return {
-        spec.name.removesuffix(".weight"): spec.shape for spec in specs if spec.part == "main" and len(spec.shape) == 2
+        spec.name.removesuffix(".weight"): spec.shape for spec in specs if spec.part == MAIN and len(spec.shape) == 2
     }
 
 

@@ -11,11 +11,12 @@ from functools import cache
 
 import mlx.core as mx
 
-from ..config import TransformerConfig
 from ..models import nn
-from ..models.modulation import TimeModulation
-from ..models.rope import Rotary, Segment, rotary_tables
-from ..models.transformer import BlockRows, Modulation, Rows, Transformer, TransformerBlock
+from ..models.qwen_image.config import TransformerConfig
+from ..models.qwen_image.modulation import TimeModulation
+from ..models.qwen_image.rope import Segment, rotary_tables
+from ..models.qwen_image.transformer import BlockRows, Modulation, Rows, Transformer, TransformerBlock
+from ..models.rotary import Rotary
 
 # Indices of noise levels to a batch's rows, (D,) or (B, 1, D).
 Table = Callable[[Sequence[int]], Modulation]

@@ -1,4 +1,4 @@
-"""A run at a glance: its loss over the steps and the latest sample, as one picture, drawn by Pillow alone."""
+"""A run at a glance: its loss over the steps and the latest sample, as one image, drawn by Pillow alone."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def plot_run(path: Path, losses: Sequence[tuple[int, float]], sample: Path | Non
     Raises:
         OutputError: the file could not be written; an older one stays.
     """
-    picture = _with_sample(draw_losses(losses), sample)
+    image = _with_sample(draw_losses(losses), sample)
     data = io.BytesIO()
-    picture.save(data, "PNG")
+    image.save(data, "PNG")
     replace_file(path, data.getvalue())
 
 
@@ -34,7 +34,7 @@ def draw_losses(losses: Sequence[tuple[int, float]]) -> Image.Image:
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FINE * 12)
     smooth, steps = smoothed([loss for _, loss in losses]), [step for step, _ in losses]
-    ordered, cut = sorted(loss for _, loss in losses), len(losses) // 50  # a few peaks may leave the picture
+    ordered, cut = sorted(loss for _, loss in losses), len(losses) // 50  # a few peaks may leave the image
     low, high = min(ordered[cut], *smooth), max(ordered[-1 - cut], *smooth)
     high = high if high > low else low + 1.0
     first, last = steps[0], max(steps[-1], steps[0] + 1)

@@ -30,9 +30,10 @@ import mlx.core as mx
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
 from ..files import check_writable, is_from_macos, reason, replace_file, sweep
 from ..images.colour import profiles_are_ignored
-from ..models.modulation import TimeModulation
+from ..models.qwen_image.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
+from ..registry import TRANSFORMER
 from ..weights.loader import load_module
 from .checkpoints import KEPT, last_checkpoint, load_checkpoint, save_checkpoint
 from .dataset import Dataset, digest_of, encode_examples
@@ -44,7 +45,7 @@ from .loss import FlowMatching, training_shift
 from .network import Network
 from .optimizers import Optimizer, Rate
 from .plot import plot_run
-from .samples import Painter, Samples
+from .samples import Samples, painter_of
 from .settings import TASKS, TrainingSettings
 from .table import LevelTable
 
@@ -151,7 +152,7 @@ def _train(
     files.begin()
     if done is not None and trainer.step <= settings.steps:
         files.show()  # the run may have been cut right after its checkpoint
-    painter = Painter(parts, trainer.network, progress) if samples else None
+    painter = painter_of(parts, trainer.network, progress) if samples else None
     checkpoint = done
 
     def after(result: StepResult) -> bool:
@@ -190,7 +191,7 @@ def _check(
     """What can be wrong without reading a weight."""
     if not examples:
         raise RequestError("there is nothing to train on: give at least one example")
-    if settings.full and "transformer" in pipeline.quantization.components:
+    if settings.full and TRANSFORMER in pipeline.quantization.components:
         raise RequestError("packed weights cannot be trained: quantize nothing, or train a LoRA")
     if not settings.full:
         check_lora(matrices(pipeline.transformer_config), settings.targets, settings.rank)
@@ -214,14 +215,14 @@ def _check(
 def _record(pipeline: QwenImagePipeline, examples: Sequence[Example], settings: TrainingSettings) -> dict[str, Any]:
     """All that the numbers of a run depend on; a checkpoint carries it."""
     parts = pipeline.components
-    weights = parts.weights("transformer")
+    weights = parts.weights(TRANSFORMER)
     stored = [(spec.name, weights.stored(spec.name).tensor) for layer in weights.layers() for spec in layer]
     facts = [(name, tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in stored]
     path = Path(pipeline.model).expanduser()
     return settings.record | {
         "model": str(path.resolve()) if path.is_dir() else pipeline.model,
         "revision": pipeline.revision,
-        "transformer": hashlib.sha256(repr((facts, parts.transformer_config)).encode()).hexdigest()[:16],
+        TRANSFORMER: hashlib.sha256(repr((facts, parts.config(TRANSFORMER))).encode()).hexdigest()[:16],
         "dtype": str(pipeline.dtype),
         "quantize": str(parts.quantization),
         "data": digest_of(examples),
@@ -243,7 +244,7 @@ def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSe
         weight_decay=settings.weight_decay,
         clip=settings.clip,
     )
-    weights, table, modulation = parts.weights("transformer"), None, None
+    weights, table, modulation = parts.weights(TRANSFORMER), None, None
     if settings.full:
         if any(weights.is_packed(spec.name) for spec in weights.specs("main") if spec.name.endswith(".weight")):
             raise RequestError(f"{pipeline.model} is packed, which cannot be trained: use the model it was made from")
@@ -255,7 +256,7 @@ def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSe
             cache, weights, flow.sigmas, drawn, pipeline.dtype, config.zero_cond_t, parts.adapters, repr(files)
         )
         mx.clear_cache()
-    transformer = parts.transformer
+    transformer = parts.network(TRANSFORMER)
     network = Network(transformer, config, modulation, checkpointing=settings.checkpointing)
     if not settings.full:
         names = add_lora(transformer, matrices(config), settings.targets, settings.rank, settings.alpha, settings.seed)
@@ -315,8 +316,8 @@ class _Files:
                 self._losses.append((step, loss))
         self._folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, b"".join(line + b"\n" for line in lines))
-        painted = sorted((self._folder / SAMPLES).glob("step-*.png"))
-        self._sample = painted[-1] if painted else None
+        generated = sorted((self._folder / SAMPLES).glob("step-*.png"))
+        self._sample = generated[-1] if generated else None
         self._since = time.monotonic()
 
     def log(self, result: StepResult) -> None:
@@ -331,16 +332,16 @@ class _Files:
         except OSError as error:
             raise OutputError(f"cannot write {self._folder / LOG}: {reason(error)}") from error
 
-    def sample(self, samples: Samples, painter: Painter) -> None:
-        """Paints with the weights as they are."""
+    def sample(self, samples: Samples, painter: QwenImagePipeline) -> None:
+        """Generates with the weights as they are."""
         path = self._folder / SAMPLES / f"step-{self._trainer.step:06}.png"
         path.unlink(missing_ok=True)  # of a run that was cut and went on
         try:
             with self._trainer.weights():
-                self._sample = samples.paint(painter, path)
+                self._sample = samples.generate(painter, path)
         except OutputError:
             raise
-        except QwenImageError as error:  # training may recover from what a picture does not survive
+        except QwenImageError as error:  # training may recover from what an image does not survive
             if getattr(error, "fatal", False):  # but not from a GPU that this process can no longer use
                 raise
             logger.warning("no samples after step %d: %s", self._trainer.step, error)

@@ -1,12 +1,14 @@
-"""Pictures that show how far a training run is: its own pipeline, painting with the weights as they are."""
+"""Images that show how far a training run is: its own pipeline, generation with the weights as they are."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 from PIL import Image
 
@@ -16,15 +18,15 @@ from ..images.files import save_png
 from ..images.geometry import size_of_area
 from ..images.pixels import to_images
 from ..images.sources import open_rgba
-from ..models.modulation import TimeModulation
-from ..models.transformer import Modulation
+from ..models.qwen_image.modulation import TimeModulation
+from ..models.qwen_image.transformer import Modulation
 from ..pipeline.components import Components
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
+from ..pipeline.qwen_image.denoiser import TrainedDenoisers
 from ..pipeline.reporter import Reporter
-from ..sampling.schedule import Schedule
 from ..variants import recommended_negative_prompt
 from .examples import Example
 from .network import Network
@@ -33,44 +35,39 @@ STEPS = 20  # at most: enough to judge by
 _GAP = 8
 
 
-class Painter(QwenImagePipeline):
+def painter_of(components: Components, network: Network, progress: ProgressCallback | None = None) -> QwenImagePipeline:
     """A pipeline whose transformer is being trained.
 
     Args:
         components: those the network's transformer is one of.
         network: what is trained; its modulation is used where it has one.
-        progress: told of the pictures' steps.
+        progress: told of the images' steps.
     """
-
-    def __init__(self, components: Components, network: Network, progress: ProgressCallback | None = None):
-        super().__init__(components, Reporter(progress))
-        self._network = network
-
-    def _modulation(self, schedule: Schedule) -> list[Modulation]:
-        if "modulation" not in self._network:
-            return super()._modulation(schedule)
-        return rows_of_steps(self._network.modulation, schedule, self.dtype)
+    denoiser = None
+    if "modulation" in network:
+        denoiser = TrainedDenoisers(partial(rows_of_steps, network.modulation, dtype=components.dtype))
+    return QwenImagePipeline(components, Reporter(progress), denoiser)
 
 
-def rows_of_steps(modulation: TimeModulation, schedule: Schedule, dtype: mx.Dtype) -> list[Modulation]:
-    """The modulation of every step of a schedule, as `modulation_table` makes it from files."""
-    rows = modulation(mx.array(schedule.timesteps), dtype)
+def rows_of_steps(modulation: TimeModulation, sigmas: np.ndarray, dtype: mx.Dtype) -> list[Modulation]:
+    """The modulation at every noise level (S,), as `modulation_table` makes it from files."""
+    rows = modulation(mx.array(sigmas), dtype)
     mx.eval(rows)
 
     def of_step(step: int) -> Modulation:
         return tree_map(lambda row: row[step, 0] if row.ndim == 3 else row, rows)
 
-    table = [of_step(step) for step in range(schedule.num_steps)]
+    table = [of_step(step) for step in range(len(sigmas))]
     mx.eval(table)
     return table
 
 
 class Samples:
-    """What is painted every so often: encoded once, so that no encoder comes back.
+    """What is generated every so often: encoded once, so that no encoder comes back.
 
     Args:
         pipeline: of the model that is trained; its encoders are used here.
-        example: gives the pictures an editing or layered model works on, and its caption where there are no prompts.
+        example: gives the images an editing or layered model works on, and its caption where there are no prompts.
         prompts: what the samples show.
         resolution: they have about resolution² pixels.
         folder: where encodings are kept.
@@ -119,8 +116,8 @@ class Samples:
                 encoding.save(path)
             self._encodings.append(encoding)
 
-    def paint(self, painter: Painter, path: Path) -> Path:
-        """Paints and saves all of them, side by side; layers under each other.
+    def generate(self, painter: QwenImagePipeline, path: Path) -> Path:
+        """Generates and saves all of them, side by side; layers under each other.
 
         Raises:
             OutputError: the file could not be written.
@@ -134,12 +131,12 @@ class Samples:
 
 
 def side_by_side(columns: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures of one size as columns, on white, RGB; `Samples` has a column for each prompt."""
+    """Images of one size as columns, on white, RGB; `Samples` has a column for each prompt."""
     width, height = columns[0][0].size
     rows = max(map(len, columns))
     size = (len(columns) * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
     sheet = Image.new("RGB", size, "white")
     for x, column in enumerate(columns):
-        for y, picture in enumerate(column):
-            sheet.paste(picture, (x * (width + _GAP), y * (height + _GAP)), picture)
+        for y, image in enumerate(column):
+            sheet.paste(image, (x * (width + _GAP), y * (height + _GAP)), image)
     return sheet

@@ -42,13 +42,13 @@ class TrainingSettings:
         logit_mean, logit_std: of "logit_normal".
         shift: moves all noise levels towards noise; None is the scheduler's own for no particular size.
         weighting: of errors by noise level: "none", "sigma_sqrt" or "cosmap".
-        resolution: pictures are trained on at about resolution² pixels, at their aspect.
+        resolution: images are trained on at about resolution² pixels, at their aspect.
         caption_dropout: share of samples that are trained without their caption.
         checkpointing: compute a block's inside again instead of keeping it: slower, and a fraction of the memory.
         ema: decay of the average of all weights that --full saves; None saves the last ones.
         seed: of everything that is drawn.
         save_every: steps between checkpoints.
-        sample_every: steps between sample pictures; 0 paints none.
+        sample_every: steps between sample images; 0 generates none.
         sample_prompts: what they show; none takes the first example's caption.
 
     Raises:

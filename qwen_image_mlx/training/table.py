@@ -1,6 +1,6 @@
 """The frozen modulation of a run: the rows of every noise level it draws, on disk, read a few at a time.
 
-Its matrices, a third of the model, are read once at the start (`weights/modulation.py`) and never stay in memory. The
+Its matrices, a third of the model, are read once at the start (`modulation_table`) and never stay in memory. The
 rows of 1000 levels of the released models are 4.4 GB; a batch needs 4.4 MB of them for each sample.
 """
 
@@ -15,10 +15,10 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from ..files import check_writable
 from ..gpu import gpu_faults
-from ..models.transformer import BlockRows, Modulation
+from ..models.qwen_image.transformer import BlockRows, Modulation
+from ..pipeline.qwen_image.table import modulation_table
 from ..weights.changes import WeightChanges
 from ..weights.loader import ComponentWeights
-from ..weights.modulation import modulation_table
 from ..weights.safetensors_files import read_header, save_tensors
 
 _LEVELS_PER_FILE = 50

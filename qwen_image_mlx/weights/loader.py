@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from ..errors import CheckpointError, some
 from ..models import nn
 from ..models.layers import QuantizedEmbedding, QuantizedLinear
+from ..registry import Component
 from .changes import Placement
 from .mapping import (
     LAYOUTS,
@@ -42,20 +43,12 @@ _LAYER = re.compile(r".*?\.\d+(?=\.)|.*")  # a name up to its first number
 
 M = TypeVar("M", bound=nn.Module)
 
-# Components with the parts of them that stay in memory, and their dtype where it is not the model's.
-RESIDENT: dict[str, tuple[tuple[str, ...], mx.Dtype | None]] = {
-    "text_encoder": (("main",), None),
-    "vision": (("main",), None),
-    "transformer": (("main",), None),
-    "vae": (("encoder", "decoder"), mx.float32),
-}
-
 
 class ComponentWeights:
     """The weights of one component, checked against the weights map, read on demand.
 
     Args:
-        component: a file of the weights map: "transformer", "text_encoder", "vision", "language_head" or "vae".
+        component: whose weights they are.
         config: its config dataclass.
         tensors: what the files' headers say, by stored name.
         parts: the parts that must be complete.
@@ -64,15 +57,15 @@ class ComponentWeights:
         CheckpointError: names every missing, unexpected, mis-shaped and unreadable tensor of those parts.
     """
 
-    def __init__(self, component: str, config: Any, tensors: Mapping[str, Tensor], parts: Iterable[str]):
+    def __init__(self, component: Component, config: Any, tensors: Mapping[str, Tensor], parts: Iterable[str]):
         self.component = component
         self.config = config
         self._specs = expected_tensors(component, config)
         canonical = canonical_names(component, tensors)
-        _check_twins(component, canonical)
+        _check_twins(component.role, canonical)
         check_kind(component, tensors)
         shapes = {name: spec.shape for name, spec in self._specs.items()}
-        whole = joined({canonical[name]: tensor for name, tensor in tensors.items()}, weights_map(component))
+        whole = joined({canonical[name]: tensor for name, tensor in tensors.items()}, weights_map(component.map))
         self._stored, self._cure = stored_weights(whole, shapes), _cure(tensors)
         # Other tools lay convolutions out as MLX does; the smallest ones look the same either way, so all say it.
         moved = {name: _channels_last(spec.shape) for name, spec in self._specs.items() if len(spec.shape) > 2}
@@ -83,7 +76,7 @@ class ComponentWeights:
 
     def _check(self, parts: frozenset[str]) -> None:
         wanted = {name: spec for name, spec in self._specs.items() if spec.part in parts}
-        known = {*self._specs, *weights_map(self.component).get("markers", ())}
+        known = {*self._specs, *weights_map(self.component.map).get("markers", ())}
         problems = [
             ("lacks", [name for name in wanted if name not in self._stored]),
             (
@@ -112,7 +105,7 @@ class ComponentWeights:
         said = [f"{what} {some(names)}" for what, names in problems if names]
         if said:
             raise CheckpointError(
-                f"the {self.component} does not fit its config.json: it {'; it '.join(said)}; {self._cure}"
+                f"the {self.component.role} does not fit its config.json: it {'; it '.join(said)}; {self._cure}"
             )
 
     def _file_shape(self, spec: TensorSpec) -> tuple[int, ...]:
@@ -145,7 +138,7 @@ class ComponentWeights:
         for path, state in self._states.items():
             if _state_of(path) != state:
                 raise CheckpointError(
-                    f"{path} was changed or removed while the {self.component} was read from it: start again"
+                    f"{path} was changed or removed while the {self.component.role} was read from it: start again"
                 )
 
     @property
@@ -239,7 +232,7 @@ def load_module(
         CheckpointError: a file could not be read to its end, or a LoRA cannot be combined with packed weights.
     """
     specs = specs_of(module, weights, part, scheme)
-    fill(module, weights, specs, Reader(weights.component), dtype, scheme, placement)
+    fill(module, weights, specs, Reader(weights.component.role), dtype, scheme, placement)
     if placement:
         placement.say_what_became()
     module.eval()
@@ -253,7 +246,7 @@ def specs_of(module: nn.Module, weights: ComponentWeights, part: str, scheme: Sc
     if names != {spec.name for spec in specs}:
         raise ValueError(f"module and weights map differ in {some(sorted(names ^ {spec.name for spec in specs}))}")
     if scheme is not None:
-        say_what_does_not_fit(weights.component, specs, scheme)
+        say_what_does_not_fit(weights.component.role, specs, scheme)
     return specs
 
 

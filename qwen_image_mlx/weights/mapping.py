@@ -1,6 +1,6 @@
 """The weights map: which tensors a component has, under which names, in which shapes, and who needs them.
 
-Reads `weights_map/<component>.json` (rules over config fields, see `weights_map/README.md`); never touches a weight.
+Reads `weights_map/<class>.json` (rules over config fields, see `weights_map/README.md`); never touches a weight.
 Canonical names are those of the released checkpoints and of our modules; other spellings are dialects, replacements
 that lead to the canonical name and back.
 """
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+
+from ..registry import Component
 
 if TYPE_CHECKING:
     from .schemes import Scheme
@@ -74,18 +76,18 @@ class TensorSpec:
 
 
 @cache
-def weights_map(component: str) -> Mapping[str, Any]:
-    """The parsed map of a component: "transformer", "text_encoder", "vision" or "vae"."""
+def weights_map(name: str) -> Mapping[str, Any]:
+    """A parsed file of the map, by its name without the ending, such as `Component.map`."""
     for folder in _FOLDERS:
-        path = folder / f"{component}.json"
+        path = folder / f"{name}.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
-    raise FileNotFoundError(f"weights_map/{component}.json is missing from the installation")
+    raise FileNotFoundError(f"weights_map/{name}.json is missing from the installation")
 
 
-def expected_tensors(component: str, config: Any) -> dict[str, TensorSpec]:
+def expected_tensors(component: Component, config: Any) -> dict[str, TensorSpec]:
     """Every tensor a checkpoint of this config has, by canonical name."""
-    rules = weights_map(component)
+    rules = weights_map(component.map)
     specs = {}
     for rule in rules["tensors"]:
         for row in getattr(config, rule["for"]) if "for" in rule else [{}]:
@@ -103,72 +105,72 @@ def expected_tensors(component: str, config: Any) -> dict[str, TensorSpec]:
     return specs
 
 
-def matrix_shapes(component: str, config: Any) -> dict[str, tuple[int, ...]]:
+def matrix_shapes(component: Component, config: Any) -> dict[str, tuple[int, ...]]:
     """The modules of a component that have a weight, by canonical name, with its shape."""
     specs = expected_tensors(component, config)
     return {name.removesuffix(".weight"): spec.shape for name, spec in specs.items() if name.endswith(".weight")}
 
 
-def canonical_names(component: str, names: Iterable[str]) -> dict[str, str]:
+def canonical_names(component: Component, names: Iterable[str]) -> dict[str, str]:
     """Stored name -> canonical name, by `dialect_of`."""
     names = list(names)
-    dialect = weights_map(component)["dialects"][dialect_of(component, names)]
+    dialect = weights_map(component.map)["dialects"][dialect_of(component, names)]
     return {name: _canonical(name, dialect) for name in names}
 
 
-def known_share(component: str, names: Iterable[str]) -> float:
+def known_share(component: Component, names: Iterable[str]) -> float:
     """How much of a file's parameters belongs to a component, whatever its config; in its best dialect, 0 to 1."""
     known, canonical = _known_names(component), canonical_names(component, names)
     parameters = [name for name in canonical.values() if name.endswith(_PARAMETERS)]
     return sum(known.fullmatch(name) is not None for name in parameters) / max(len(parameters), 1)
 
 
-def is_ignored(component: str, name: str) -> bool:
+def is_ignored(component: Component, name: str) -> bool:
     """Whether a canonical name is that of a tensor some tools write which has no effect."""
-    return name.endswith(tuple(weights_map(component).get("ignored", ())))
+    return name.endswith(tuple(weights_map(component.map).get("ignored", ())))
 
 
-def dialect_of(component: str, names: Iterable[str]) -> str:
+def dialect_of(component: Component, names: Iterable[str]) -> str:
     """The dialect that leaves the fewest of the stored names unknown to the map."""
-    names, known, dialects = list(names), _known_names(component), weights_map(component)["dialects"]
+    names, known, dialects = list(names), _known_names(component), weights_map(component.map)["dialects"]
     return max(
         dialects, key=lambda key: sum(known.fullmatch(_canonical(name, dialects[key])) is not None for name in names)
     )
 
 
-def dialect_name(component: str, dialect: str, name: str) -> str:
+def dialect_name(component: Component, dialect: str, name: str) -> str:
     """How a dialect spells a canonical name; the inverse of `canonical_names`."""
-    rules = weights_map(component)["dialects"][dialect]
+    rules = weights_map(component.map)["dialects"][dialect]
     for stored, canonical in rules.get("segments", ()):
         name = _replace_segment(name, canonical, stored)
     return _replace_prefix(name, [(new, old) for old, new in rules["prefixes"]])
 
 
-def needs_tensor(component: str, stored_name: str, parts: Collection[str]) -> bool:
+def needs_tensor(component: Component, stored_name: str, parts: Collection[str]) -> bool:
     """Whether a stored tensor may belong to one of the parts, judged by its name alone, before any header is read."""
-    rules = weights_map(component)
+    rules = weights_map(component.map)
     names = {_canonical(stored_name, dialect) for dialect in rules["dialects"].values()}
     found = {other_part(component, name) for name in names} - {None}
     return not found or not found.isdisjoint(parts)
 
 
-def shown_settings(component: str, stored_names: Iterable[str]) -> dict[str, Any]:
+def shown_settings(component: Component, stored_names: Iterable[str]) -> dict[str, Any]:
     """The fields of a config that a checkpoint's own names settle, by the map's markers."""
-    markers = weights_map(component).get("markers", {})
+    markers = weights_map(component.map).get("markers", {})
     found = set(canonical_names(component, stored_names).values())
     return {field: value for name in markers if name in found for field, value in markers[name].items()}
 
 
-def other_part(component: str, name: str) -> str | None:
+def other_part(component: Component, name: str) -> str | None:
     """The part of a tensor the map names only by its prefix (`lm_head.`, `visual.`), or None."""
-    parts = weights_map(component).get("other_parts", {})
+    parts = weights_map(component.map).get("other_parts", {})
     return next((part for part, prefixes in parts.items() if name.startswith(tuple(prefixes))), None)
 
 
 @cache
-def _known_names(component: str) -> re.Pattern[str]:
+def _known_names(component: Component) -> re.Pattern[str]:
     """Matches every canonical name of any config: fields of rows are numbers, or what the map says of them."""
-    rules = weights_map(component)
+    rules = weights_map(component.map)
     fields = rules.get("fields", {})
     paths = [
         re.sub(r"\\\{(\w+)\\\}", lambda field: rf"(?:{fields.get(field[1], '[0-9]+')})", re.escape(spelling))

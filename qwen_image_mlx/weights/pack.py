@@ -61,10 +61,10 @@ def write_component(
         CheckpointError: the source could not be read.
         OutputError: a file could not be written; those written before stay for the next run.
     """
-    stem = weights_map(parts[0].weights.component)["stem"]
+    stem = weights_map(parts[0].weights.component.map)["stem"]
     shards = list(_shards(parts, shard_bytes))
     total = sum(nbytes for _, nbytes in shards)
-    readers = [Reader(part.weights.component) for part in parts]
+    readers = [Reader(part.weights.component.role) for part in parts]
     names, errors, done, index = [], {}, 0, {}
     for number, (layers, nbytes) in enumerate(shards, start=1):
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, some
+from ..registry import FOLDERS, LABELS, TRANSFORMER, Component, all_components
 from .mapping import canonical_names, known_share, other_part, weights_map
 from .safetensors_files import Tensor
 
-LABELS = {"transformer": "a transformer", "text_encoder": "a text encoder", "vae": "an autoencoder"}
 _KNOWN = 0.5  # the share of known names above which a file is a component's
 _LORA = re.compile(r"lora|hada|lokr")
 _SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.safetensors$")
@@ -27,7 +27,7 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         tensors: what the file holds, by stored name.
 
     Returns:
-        "transformer", "text_encoder" or "vae" -> its tensors; {} where no name says whose it is.
+        One of `FOLDERS` -> its tensors; {} where no name says whose it is.
     """
     names, found = _unwrapped(tensors), {}
     for kind, patterns in weights_map("files")["parts"].items():
@@ -39,25 +39,25 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def part_of(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a file's tensors belongs to one component: all of them, or a part of several.
+def part_of(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a file's tensors belongs to one folder: all of them, or a part of several.
 
     Raises:
         CheckpointError: the file holds several parts, and none of that kind.
     """
     parts = parts_of(tensors)
-    if component in parts and len(parts) == 1:  # what has no prefix belongs to it, too
-        own = {id(tensor) for tensor in parts[component].values()}
+    if folder in parts and len(parts) == 1:  # what has no prefix belongs to it, too
+        own = {id(tensor) for tensor in parts[folder].values()}
         rest = _unwrapped({name: tensor for name, tensor in tensors.items() if id(tensor) not in own})
-        if twice := parts[component].keys() & rest.keys():
+        if twice := parts[folder].keys() & rest.keys():
             raise _twice(tensors, min(twice))
-        return parts[component] | rest
-    if component in parts:
-        return parts[component]
+        return parts[folder] | rest
+    if folder in parts:
+        return parts[folder]
     if len(parts) > 1:
         held = " and ".join(LABELS[kind] for kind in parts)
         raise CheckpointError(
-            f"{_file(tensors)} is an all-in-one checkpoint with {held}, not with {LABELS[component]}: give a file "
+            f"{_file(tensors)} is an all-in-one checkpoint with {held}, not with {LABELS[folder]}: give a file "
             "that has one"
         )
     return _unwrapped(tensors)
@@ -76,14 +76,20 @@ def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """The component that most of some names belong to; None if there is none."""
+    """The folder that most of some names belong to; None if there is none."""
+    found = component_of_names(names)
+    return found and found.role
+
+
+def component_of_names(names: Iterable[str]) -> Component | None:
+    """The component, of any class, that most of some names belong to; None if there is none."""
     plain = {re.sub(r"\.qweight$", ".weight", name) for name in names}
-    shares = {kind: known_share(kind, plain) for kind in LABELS}
+    shares = {component: known_share(component, plain) for component in all_components(*FOLDERS)}
     best = max(shares, key=shares.get)
     return best if shares[best] > _KNOWN else None
 
 
-def holds(component: str, names: Iterable[str]) -> bool:
+def holds(component: Component, names: Iterable[str]) -> bool:
     """Whether some names are those of a component itself, not only of others that lie in the same files."""
     canonical = canonical_names(component, names).values()
     return any(known_share(component, [name]) and other_part(component, name) is None for name in canonical)
@@ -119,15 +125,15 @@ def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
     )
 
 
-def check_kind(component: str, tensors: Mapping[str, Tensor]) -> None:
+def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError if what is given as a component cannot be read, or is something else."""
     if not tensors:
         return
-    kind, share, what = weights_map(component).get("folder", component), known_share(component, tensors), None
+    kind, share, what = component.home, known_share(component, tensors), None
     cure = "give the file of one"
     if share < _KNOWN and (other := kind_of(tensors)) not in (None, kind):
         what = f"{LABELS[other]} of Qwen-Image's kind"
-    elif kind == "transformer" and (model := _other_model(tensors)):
+    elif kind == TRANSFORMER and (model := _other_model(tensors)):
         what = model
     elif sentence := unreadable(tensors):
         raise CheckpointError(sentence)
@@ -135,17 +141,15 @@ def check_kind(component: str, tensors: Mapping[str, Tensor]) -> None:
         what, cure = "a LoRA", "give it as one"
     elif share < _KNOWN:
         what = f"something else ({some(list(tensors))})"
-    elif component in _TEXT_PARTS and not holds(component, tensors):
-        there = next((label for part, label in _TEXT_PARTS.items() if holds(part, tensors)), "nothing")
+    elif component.label and not holds(component, tensors):
+        others = (row for row in all_components() if row.label)
+        there = next((row.label for row in others if holds(row, tensors)), "nothing")
         raise CheckpointError(
-            f"{_file(tensors)} holds {there} and not {_TEXT_PARTS[component]}: give a file that has it; an mmproj file "
+            f"{_file(tensors)} holds {there} and not {component.label}: give a file that has it; an mmproj file "
             "of llama.cpp only has to lie beside its text encoder"
         )
     if what is not None:
         raise CheckpointError(f"{_file(tensors)} holds {what}, not {LABELS[kind]} of Qwen-Image: {cure}")
-
-
-_TEXT_PARTS = {"text_encoder": "the language model", "vision": "a vision tower", "language_head": "a language head"}
 
 
 def shard_of(tensors: Mapping[str, Tensor]) -> str | None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import CheckpointError, RequestError
 from ..models import nn
+from ..registry import Component
 from .changes import WeightChanges
 from .loader import ComponentWeights, fill, place_of, specs_of
 from .mapping import TensorSpec
@@ -25,37 +26,33 @@ from .tensor_formats import Reader
 
 M = TypeVar("M", bound=nn.Module)
 
-# The list of layers in each component's module; all its other parameters stay in memory, but for the embedding.
-_LAYERS = {"transformer": "transformer_blocks", "text_encoder": "model.layers", "vision": "visual.blocks"}
-STREAMABLE = frozenset(_LAYERS)
-_EMBEDDING = "model.embed_tokens.weight"
 # How rows may lie in a file, by the format's word: as NumPy reads them, and as what MLX takes them.
 _ROWS = {"F32": (np.uint32, mx.float32), "BF16": (np.uint16, mx.bfloat16), "F16": (np.uint16, mx.float16)}
 
 
-def layer_specs(component: str, specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
+def layer_specs(component: Component, specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
     """A streamed component's tensors by layer."""
     layers: dict[str, list[TensorSpec]] = {}
-    prefix = f"{_LAYERS[component]}."
+    prefix = f"{component.layers}."
     for spec in specs:
         if spec.name.startswith(prefix):
             layers.setdefault(spec.name.removeprefix(prefix).partition(".")[0], []).append(spec)
     return list(layers.values())
 
 
-def held_specs(component: str, specs: Iterable[TensorSpec], stored: Callable[[str], str]) -> list[TensorSpec]:
+def held_specs(component: Component, specs: Iterable[TensorSpec], stored: Callable[[str], str]) -> list[TensorSpec]:
     """What of a streamed component stays in memory.
 
     Args:
-        component: one of `STREAMABLE`.
+        component: one with layers.
         specs: its tensors.
         stored: given a tensor's name, its dtype in the file; an embedding of plain rows is read by the row.
     """
-    layers = f"{_LAYERS[component]}."
+    layers = f"{component.layers}."
     return [
         spec
         for spec in specs
-        if not spec.name.startswith(layers) and (spec.name != _EMBEDDING or stored(spec.name) not in _ROWS)
+        if not spec.name.startswith(layers) and (spec.name != component.rows or stored(spec.name) not in _ROWS)
     ]
 
 
@@ -79,27 +76,30 @@ def stream_module(
         RequestError: a matrix would have to be packed into the scheme at each pass, as it does not lie so in its file.
     """
     check_streamable(weights, part, scheme)
-    path = _LAYERS[weights.component]
+    component = weights.component
+    path = component.layers
     specs = specs_of(module, weights, part, None)
     parent, place = place_of(module, path)
     parent[place] = StreamedLayers(parent[place], path, weights, part, dtype, adapters)
-    held = held_specs(weights.component, specs, lambda name: weights.stored(name).tensor.dtype)
-    if weights.component == "text_encoder" and _EMBEDDING not in {spec.name for spec in held}:
-        module.model.embed_tokens = StreamedRows(weights.stored(_EMBEDDING).tensor, dtype)
+    held = held_specs(component, specs, lambda name: weights.stored(name).tensor.dtype)
+    if component.rows and component.rows not in {spec.name for spec in held}:
+        parent, place = place_of(module, component.rows.rpartition(".")[0])
+        parent[place] = StreamedRows(weights.stored(component.rows).tensor, dtype)
     placement = adapters.placement() if adapters else None
-    fill(module, weights, held, Reader(weights.component), dtype, placement=placement)
+    fill(module, weights, held, Reader(component.role), dtype, placement=placement)
     module.eval()
     return module
 
 
 def check_streamable(weights: ComponentWeights, part: str, scheme: Scheme | None) -> None:
     """Raises RequestError if a part's matrices do not lie packed in a scheme already, which None always allows."""
+    component = weights.component
     unpacked = [
         spec for spec in weights.specs(part) if spec.is_packed_by(scheme) and weights.stored(spec.name).scheme != scheme
     ]
     if unpacked:
         raise RequestError(
-            f"the {weights.component} is read from its files at each pass and would have to be quantized to {scheme} "
+            f"the {component.role} is read from its files at each pass and would have to be quantized to {scheme} "
             "each time",
             cause="streamed quantization",
         )
@@ -136,7 +136,7 @@ class StreamedLayers:
 
     def __iter__(self) -> Iterator[nn.Module]:
         self._weights.check_unchanged()
-        reader = Reader(self._weights.component)
+        reader = Reader(self._weights.component.role)
         for layer, prefix, specs in zip(self._layers, self._prefixes, self._specs, strict=True):
             self._weights.read(specs, reader)  # at once, while the layer before runs
             layer, placement = _copied(layer), self._adapters.placement() if self._adapters else None

@@ -1,6 +1,6 @@
 """Writes checkpoints of random weights in the released layout: for smoke tests, bug reports and benchmarks.
 
-The pictures are noise, but every file, name and shape is real, so all of the code runs without a download. Weights are
+The images are noise, but every file, name and shape is real, so all of the code runs without a download. Weights are
 made and written shard by shard; any size fits in memory.
 """
 
@@ -15,49 +15,35 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import (
-    ImageProcessorConfig,
-    SchedulerConfig,
-    TextEncoderConfig,
-    TransformerConfig,
-    VAEConfig,
-    VisionConfig,
-)
-from ..variants import VARIANTS
+from ..config import ImageProcessorConfig, SchedulerConfig, config_json
+from ..models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+from ..models.qwen_image.config import TransformerConfig, VAEConfig
+from ..registry import CLASSES, FOLDERS, LANGUAGE_HEAD, TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE, VISION, components_of
+from ..registry import PROCESSOR as PROCESSOR_FOLDER
+from ..registry import SCHEDULER as SCHEDULER_FOLDER
+from ..variants import QWEN_IMAGE, VARIANTS
 from .mapping import TensorSpec, expected_tensors, weights_map
 from .safetensors_files import save_tensors
 
 TINY = {
-    "transformer": TransformerConfig(
+    TRANSFORMER: TransformerConfig(
         num_layers=2, num_attention_heads=3, attention_head_dim=32, axes_dims_rope=(8, 12, 12), joint_attention_dim=64
     ),
-    "text_encoder": TextEncoderConfig(
+    TEXT_ENCODER: TextEncoderConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=512, rms_norm_eps=1e-6, mrope_section=(2, 3, 3),
     ),
-    "vision": VisionConfig(
+    VISION: VisionConfig(
         depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
     ),
-    "vae": VAEConfig(base_dim=8),
+    VAE: VAEConfig(base_dim=8),
 }  # fmt: skip
+ROWS = components_of(QWEN_IMAGE)
 # Qwen-Image-2512 as released.
-FULL = {
-    "transformer": TransformerConfig(),
-    "text_encoder": replace(TextEncoderConfig(), rms_norm_eps=1e-6),
-    "vision": VisionConfig(),
-    "vae": VAEConfig(),
-}
+FULL = {row.role: row.released for row in ROWS.values() if row.role != LANGUAGE_HEAD}
 SCHEDULER = SchedulerConfig(max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02, use_dynamic_shifting=True)
 LAYERED_SCHEDULER = replace(SCHEDULER, time_shift_type="linear", shift_terminal=0.0)
 PROCESSOR = ImageProcessorConfig(max_pixels=28 * 28 * 16384)
-
-_CLASSES = {
-    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-    "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration"),
-    "tokenizer": ("transformers", "Qwen2Tokenizer"),
-    "transformer": ("diffusers", "QwenImageTransformer2DModel"),
-    "vae": ("diffusers", "AutoencoderKLQwenImage"),
-}
 
 
 def write_checkpoint(
@@ -74,7 +60,7 @@ def write_checkpoint(
     Args:
         folder: where to; made if missing.
         configs: each component's config dataclass, such as `TINY` or `FULL`.
-        pipeline: its class, one of `VARIANTS`; only those that are shown pictures get the vision tower.
+        pipeline: its class, one of `VARIANTS`; only those that are shown images get the vision tower.
         seed: of the weights.
         dtype: of the weights.
         shard_bytes: largest size of one file's tensors.
@@ -82,14 +68,14 @@ def write_checkpoint(
     Returns:
         The folder.
     """
-    configs = write_configs(folder, configs, pipeline=pipeline)
+    configs, rows = write_configs(folder, configs, pipeline=pipeline), components_of(VARIANTS[pipeline].classes)
     tensors: dict[str, list[TensorSpec]] = {}
     for component, config in configs.items():
-        home = weights_map(component).get("folder", component)
-        tensors.setdefault(home, []).extend(expected_tensors(component, config).values())
-    for number, (component, specs) in enumerate(tensors.items()):
+        row = rows[component]
+        tensors.setdefault(row.home, []).extend(expected_tensors(row, config).values())
+    for number, (home, specs) in enumerate(tensors.items()):
         key = mx.random.key(seed * len(tensors) + number)
-        _write_shards(folder / component, weights_map(component)["stem"], specs, key, dtype, shard_bytes)
+        _write_shards(folder / home, weights_map(rows[home].map)["stem"], specs, key, dtype, shard_bytes)
     return folder
 
 
@@ -102,24 +88,26 @@ def write_configs(folder: Path, configs: Mapping[str, Any], *, pipeline: str = "
     Returns:
         The configs of the components that such a pipeline has.
     """
-    _write_json(folder / "model_index.json", {"_class_name": pipeline} | _CLASSES)
     variant = VARIANTS[pipeline]
+    parts = {name: (CLASSES[said].library, said) for name, said in variant.classes.items()}
+    _write_json(folder / "model_index.json", {"_class_name": pipeline} | parts)
     scheduler = LAYERED_SCHEDULER if variant.layered else SCHEDULER
-    _write_json(folder / "scheduler" / "scheduler_config.json", _class("scheduler") | asdict(scheduler))
+    said = {"_class_name": variant.classes[SCHEDULER_FOLDER]} | asdict(scheduler)
+    _write_json(folder / SCHEDULER_FOLDER / "scheduler_config.json", said)
     configs = dict(configs)
     if variant.layered:
-        configs["transformer"] = replace(configs["transformer"], use_additional_t_cond=True, use_layer3d_rope=True)
-        configs["vae"] = replace(configs["vae"], input_channels=4)
-        configs["language_head"] = configs["text_encoder"]
+        configs[TRANSFORMER] = replace(configs[TRANSFORMER], use_additional_t_cond=True, use_layer3d_rope=True)
+        configs[VAE] = replace(configs[VAE], input_channels=4)
+        configs[LANGUAGE_HEAD] = configs[TEXT_ENCODER]
     if not variant.takes_images:
-        configs.pop("vision", None)
-    vision = {"vision_config": asdict(configs["vision"])} if "vision" in configs else {}
-    for component in {weights_map(component).get("folder", component) for component in configs}:
-        extra = vision if component == "text_encoder" else {}
-        _write_json(folder / component / "config.json", _config_json(component, configs[component]) | extra)
+        configs.pop(VISION, None)
+    vision = {"vision_config": asdict(configs[VISION])} if VISION in configs else {}
+    for home in FOLDERS:
+        head, extra = ({}, vision) if home == TEXT_ENCODER else ({"_class_name": variant.classes[home]}, {})
+        _write_json(folder / home / "config.json", head | config_json(configs[home]) | extra)
     if vision:
-        _write_json(folder / "processor" / "preprocessor_config.json", asdict(PROCESSOR))
-    _write_tokenizer(folder / "tokenizer")
+        _write_json(folder / PROCESSOR_FOLDER / "preprocessor_config.json", asdict(PROCESSOR))
+    _write_tokenizer(folder / TOKENIZER)
     return configs
 
 
@@ -158,18 +146,6 @@ def random_values(spec: TensorSpec, key: mx.array) -> mx.array:
     if len(spec.shape) > 1 and not spec.name.endswith("gamma"):
         return noise / prod(spec.shape[1:]) ** 0.5
     return 0.1 * noise if spec.name.endswith("bias") else 1 + 0.1 * noise
-
-
-def _config_json(component: str, config: Any) -> dict[str, Any]:
-    if component != "text_encoder":
-        return _class(component) | asdict(config)
-    fields = asdict(config)
-    section = fields.pop("mrope_section")
-    return {"model_type": "qwen2_5_vl", **fields, "rope_scaling": {"type": "mrope", "mrope_section": section}}
-
-
-def _class(component: str) -> dict[str, str]:
-    return {"_class_name": _CLASSES[component][1]}
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Trains the demo's autoencoders on scenes and writes them in the released layout.
 
-The pictures of a step follow from its number, so a run that is taken up again sees what it would have seen.
+The images of a step follow from its number, so a run that is taken up again sees what it would have seen.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from qwen_image_mlx.config import VAEConfig
-from qwen_image_mlx.models.vae import Decoder, Encoder
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.training.loss import key_of
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
 from qwen_image_mlx.weights.safetensors_files import save_tensors
@@ -24,7 +24,7 @@ from . import fast
 from .scenes import SHAPES, SIDE, Thing, analyse, coverage, draw_scene
 
 KL_WEIGHT = 1e-4
-EDGE_WEIGHT = 3.0  # how much more a pixel counts where the picture changes
+EDGE_WEIGHT = 3.0  # how much more a pixel counts where the image changes
 HELD_OUT_SEED = 7
 WARM_UP = 100  # steps
 EMA = 0.999
@@ -73,7 +73,7 @@ def reconstruction_loss(model: Autoencoder, pixels: mx.array, noise: mx.array) -
 
 
 def _edge_weights(pixels: mx.array) -> mx.array:
-    """1 where the picture is flat, up to 1 + `EDGE_WEIGHT` where it is not; (B, H, W, 1)."""
+    """1 where the image is flat, up to 1 + `EDGE_WEIGHT` where it is not; (B, H, W, 1)."""
     rows = mx.abs(pixels[:, 1:] - pixels[:, :-1]).max(axis=-1, keepdims=True)
     cols = mx.abs(pixels[:, :, 1:] - pixels[:, :, :-1]).max(axis=-1, keepdims=True)
     change = (
@@ -83,17 +83,17 @@ def _edge_weights(pixels: mx.array) -> mx.array:
     return 1 + EDGE_WEIGHT * mx.clip(2 * change, 0, 1)
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------------------------
 
 
-def training_pictures(seed: int, step: int, count: int, channels: int) -> np.ndarray:
+def training_images(seed: int, step: int, count: int, channels: int) -> np.ndarray:
     """(count, side, side, channels), uint8: half of them scenes, half shapes of any colour, size and place."""
     rng = np.random.default_rng([seed, step])
     draw = {3: _opaque, 4: _layered}[channels]
     return np.stack([draw(rng, free=n % 2 == 1) for n in range(count)])
 
 
-def held_out_pictures(count: int, channels: int, things: int = 1) -> np.ndarray:
+def held_out_images(count: int, channels: int, things: int = 1) -> np.ndarray:
     """(count, side, side, channels), uint8: scenes never trained on; with four channels, also their layers."""
     rng = np.random.default_rng(HELD_OUT_SEED)
     scenes = [draw_scene(rng, things=things, held_out=True) for _ in range(count)]
@@ -102,23 +102,23 @@ def held_out_pictures(count: int, channels: int, things: int = 1) -> np.ndarray:
     return np.stack([_with_alpha(scene.render()) if n % 2 else scene.layers()[-1] for n, scene in enumerate(scenes)])
 
 
-def to_signed(pictures: np.ndarray) -> mx.array:
+def to_signed(images: np.ndarray) -> mx.array:
     """uint8 to fp32 in [-1, 1]."""
-    return mx.array(pictures.astype(np.float32) / 127.5 - 1)
+    return mx.array(images.astype(np.float32) / 127.5 - 1)
 
 
 def _opaque(rng: np.random.Generator, free: bool) -> np.ndarray:
     if not free:
         return draw_scene(rng, things=int(rng.integers(1, 3))).render()
-    picture = np.broadcast_to(rng.integers(0, 256, 3), (SIDE, SIDE, 3)).astype(np.float64)
+    image = np.broadcast_to(rng.integers(0, 256, 3), (SIDE, SIDE, 3)).astype(np.float64)
     for _ in range(rng.integers(1, 4)):
         alpha = coverage(_any_thing(rng))[..., None]
-        picture = rng.integers(0, 256, 3) * alpha + picture * (1 - alpha)
-    return np.rint(picture).astype(np.uint8)
+        image = rng.integers(0, 256, 3) * alpha + image * (1 - alpha)
+    return np.rint(image).astype(np.uint8)
 
 
 def _layered(rng: np.random.Generator, free: bool) -> np.ndarray:
-    """An opaque picture as often as one layer of it."""
+    """An opaque image as often as one layer of it."""
     if rng.random() < 0.5:
         return _with_alpha(_opaque(rng, free))
     if not free:
@@ -132,8 +132,8 @@ def _any_thing(rng: np.random.Generator) -> Thing:
     return Thing(str(rng.choice(SHAPES)), "", *rng.uniform(0, 1, 2), radius=rng.uniform(0.1, 0.4))
 
 
-def _with_alpha(picture: np.ndarray) -> np.ndarray:
-    return np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1)
+def _with_alpha(image: np.ndarray) -> np.ndarray:
+    return np.concatenate([image, np.full_like(image[..., :1], 255)], axis=-1)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Trainer:
         config: of the VAE.
         steps: in which the learning rate falls to nothing along a cosine.
         rate: the learning rate of matrices and convolutions, by Muon; everything else has a third of it, by AdamW.
-        seed: of weights, pictures and noise.
+        seed: of weights, images and noise.
         weights: of another run's model, to begin with; channels that they lack begin at zero.
     """
 
@@ -176,7 +176,7 @@ class Trainer:
         """Steps up to a number of them; returns their mean loss."""
         losses = []
         while self.step < until:
-            pixels = to_signed(training_pictures(self.seed, self.step, batch, self.config.input_channels))
+            pixels = to_signed(training_images(self.seed, self.step, batch, self.config.input_channels))
             side = SIDE // self.config.spatial_factor
             shape = (batch, side, side, self.config.z_dim)
             noise = mx.random.normal(shape, key=key_of(self.seed, "latents", self.step))
@@ -239,33 +239,33 @@ def averaged_weights(path: Path) -> dict[str, mx.array]:
 # Judging --------------------------------------------------------------------------------------------------------------
 
 
-def reconstruct(model: Autoencoder, pictures: np.ndarray) -> np.ndarray:
-    """Pictures (N, H, W, C), uint8, through the autoencoder, by the most likely latents."""
-    mean, _ = fast.encode(model.encode_side, to_signed(pictures))
+def reconstruct(model: Autoencoder, images: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, C), uint8, through the autoencoder, by the most likely latents."""
+    mean, _ = fast.encode(model.encode_side, to_signed(images))
     out = np.array(fast.decode(model.decode_side, mean))
     return np.rint(np.clip(out * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
 def judge(model: Autoencoder, channels: int, count: int = 200) -> dict[str, float]:
-    """How well held-out pictures survive: PSNR in dB, of one and two things, and the part judged as the originals."""
-    one, two = (held_out_pictures(count, channels, things) for things in (1, 2))
+    """How well held-out images survive: PSNR in dB, of one and two things, and the part judged as the originals."""
+    one, two = (held_out_images(count, channels, things) for things in (1, 2))
     back = reconstruct(model, one)
     alike = [_judged(a) == _judged(b) for a, b in zip(one, back, strict=True)]
     return {"psnr": psnr(one, back), "psnr_two": psnr(two, reconstruct(model, two)), "alike": float(np.mean(alike))}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over pictures (N, …), uint8, of the peak signal to noise ratio in dB."""
+    """Mean over images (N, …), uint8, of the peak signal to noise ratio in dB."""
     error = np.mean((a.astype(np.float64) - b) ** 2, axis=tuple(range(1, a.ndim)))
     return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-3))))
 
 
-def _judged(picture: np.ndarray) -> tuple:
+def _judged(image: np.ndarray) -> tuple:
     """What the analyser sees; what is transparent is seen on grey."""
-    if picture.shape[-1] == 4:
-        alpha = picture[..., 3:] / 255
-        picture = np.rint(picture[..., :3] * alpha + 128 * (1 - alpha)).astype(np.uint8)
-    found = analyse(picture)
+    if image.shape[-1] == 4:
+        alpha = image[..., 3:] / 255
+        image = np.rint(image[..., :3] * alpha + 128 * (1 - alpha)).astype(np.uint8)
+    found = analyse(image)
     return found.background, found.colour, found.shape
 
 
@@ -276,8 +276,8 @@ def with_statistics(model: Autoencoder, config: VAEConfig, count: int = 1000) ->
     """The config with mean and deviation of every latent channel over scenes."""
     rng = np.random.default_rng(HELD_OUT_SEED)
     draw = {3: _opaque, 4: _layered}[config.input_channels]
-    pictures = np.stack([draw(rng, free=False) for _ in range(count)])
-    means = [fast.encode(model.encode_side, to_signed(part))[0] for part in np.split(pictures, count // 50)]
+    images = np.stack([draw(rng, free=False) for _ in range(count)])
+    means = [fast.encode(model.encode_side, to_signed(part))[0] for part in np.split(images, count // 50)]
     latents = np.array(mx.concatenate(means), np.float64)
     mean, std = (getattr(latents, name)(axis=(0, 1, 2)).round(5).tolist() for name in ("mean", "std"))
     return replace(config, latents_mean=tuple(mean), latents_std=tuple(std))

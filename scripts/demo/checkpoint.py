@@ -11,10 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen_image_mlx.config import SchedulerConfig, TransformerConfig, VAEConfig
+from qwen_image_mlx.config import SchedulerConfig
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
 from qwen_image_mlx.variants import OWN, VARIANTS
 from qwen_image_mlx.weights.mapping import TensorSpec, expected_tensors
 from qwen_image_mlx.weights.safetensors_files import save_tensors
+from qwen_image_mlx.weights.synthetic import ROWS
 
 from .scenes import SIDE
 from .text_encoder import write_text_encoder
@@ -31,7 +33,7 @@ _OWN = {
     "demo-layered": {"reference_area": SIDE**2, "resolutions": [SIDE], "captions": False, "steps": 12, "cfg_scale": 1.0,
                      "negative_prompt": " "},
 }  # fmt: skip
-# Sixteen tokens make a picture: the released shift by size would leave nearly no steps to the noise.
+# Sixteen tokens make an image: the released shift by size would leave nearly no steps to the noise.
 SCHEDULER = SchedulerConfig(use_dynamic_shifting=False, shift=2.0)
 _CLASSES = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -87,7 +89,7 @@ def write_component(
     class_name = {"transformer": "QwenImageTransformer2DModel", "vae": "AutoencoderKLQwenImage"}[component]
     tensors = {
         name: in_file_layout(spec, weights.get(name)).astype(dtype)
-        for name, spec in expected_tensors(component, config).items()
+        for name, spec in expected_tensors(ROWS[component], config).items()
     }
     (folder / component).mkdir(parents=True, exist_ok=True)
     save_tensors(folder / component / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})

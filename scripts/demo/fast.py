@@ -1,4 +1,4 @@
-"""The autoencoder's networks as they train fastest on a CPU: the same numbers as `models/vae.py` to rounding.
+"""The autoencoder's networks as they train fastest on a CPU: the same numbers as `qwen_image/vae.py` to rounding.
 
 MLX's CPU backend takes ten nanoseconds for one exponential and twenty times as long for the gradient of a strided
 convolution as for a plain one. So the sigmoid is a quotient of polynomials, a strided convolution is a plain one over
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from qwen_image_mlx.models import vae
+from qwen_image_mlx.models.qwen_image import vae
 
 # tanh(x) = x p(x^2) / q(x^2) to 2e-7 for |x| < 7.9, where it is 1 in fp32; coefficients: Eigen, ptanh_float.
 _P = (-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,

@@ -1,6 +1,6 @@
-"""Judges what the demo's models paint, by plain pixel analysis, against scenes that were never trained on.
+"""Judges what the demo's models generate, by plain pixel analysis, against scenes that were never trained on.
 
-Pictures in, numbers out: knows no model, so scripts and tests judge alike.
+Images in, numbers out: knows no model, so scripts and tests judge alike.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ NAMED_NEAR = 0.12  # how far from a named place's middle it may be
 _RIM = 2  # pixels on both sides of an edge that belong to neither what is inside nor what is outside
 
 
-def judge_paintings(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Parts of pictures (N, H, W, 3), uint8, of one thing each, that are right in each respect, and in all."""
+def judge_paintings(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Parts of images (N, H, W, 3), uint8, of one thing each, that are right in each respect, and in all."""
     rows = []
-    for picture, scene in zip(pictures, scenes, strict=True):
-        (thing,), found = scene.things, analyse(picture)
+    for image, scene in zip(images, scenes, strict=True):
+        (thing,), found = scene.things, analyse(image)
         there = PLACES.get(thing.place)
         rows.append({
             "colour": found.colour == thing.colour,
@@ -31,18 +31,18 @@ def judge_paintings(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, 
     return _means(rows)
 
 
-def judge_edits(pictures: np.ndarray, before: Sequence[Scene], after: Sequence[Scene]) -> dict[str, float]:
-    """Parts of edited pictures (N, H, W, 3), uint8, that are right, and the PSNR of what was to stay, in dB."""
+def judge_edits(images: np.ndarray, before: Sequence[Scene], after: Sequence[Scene]) -> dict[str, float]:
+    """Parts of edited images (N, H, W, 3), uint8, that are right, and the PSNR of what was to stay, in dB."""
     rows = []
-    for picture, old, new in zip(pictures, before, after, strict=True):
-        (thing,), found = new.things, analyse(picture)
+    for image, old, new in zip(images, before, after, strict=True):
+        (thing,), found = new.things, analyse(image)
         outside = old.background == new.background
         rows.append({
             "colour": found.colour == thing.colour,
             "background": found.background == new.background,
             "shape": found.shape == thing.shape,
             "place": _distance((found.x, found.y), (thing.x, thing.y)) < NEAR,
-            "psnr": psnr(picture, old.render(), _outside(thing) if outside else _inside(thing)),
+            "psnr": psnr(image, old.render(), _outside(thing) if outside else _inside(thing)),
         })  # fmt: skip
     return _means(rows)
 
@@ -62,7 +62,7 @@ def judge_layers(stacks: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float
 
 
 def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float:
-    """Peak signal to noise ratio of two uint8 pictures in dB, over the pixels of a mask (H, W)."""
+    """Peak signal to noise ratio of two uint8 images in dB, over the pixels of a mask (H, W)."""
     error = (a.astype(np.float64) - b) ** 2
     error = error if where is None else error[where]
     return float(10 * np.log10(255**2 / max(error.mean(), 1e-3)))

@@ -1,4 +1,4 @@
-"""Trains the demo's transformers from nothing, and paints with them in batches to see how they come along."""
+"""Trains the demo's transformers from nothing, and generates with them in batches to see how they come along."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from qwen_image_mlx.config import TransformerConfig
-from qwen_image_mlx.models.modulation import TimeModulation
-from qwen_image_mlx.models.transformer import Transformer
-from qwen_image_mlx.sampling.denoise import Guidance, euler_step, guide
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.modulation import TimeModulation
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
+from qwen_image_mlx.sampling.denoise import Guidance, guide
 from qwen_image_mlx.sampling.schedule import make_schedule, uniform_sigmas
+from qwen_image_mlx.sampling.solvers import euler_step
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
 from qwen_image_mlx.training.loss import FlowMatching, key_of
 from qwen_image_mlx.training.network import Batch, Network
@@ -71,14 +72,14 @@ def draw_batches(
     ]
 
 
-def paint(network: Network, samples: Samples, steps: int, scale: float, seed: int = 0) -> mx.array:
-    """Latents (N, F * 16, 64) painted anew of all samples' prompts and references.
+def generate(network: Network, samples: Samples, steps: int, scale: float, seed: int = 0) -> mx.array:
+    """Latents (N, F * 16, 64) regenerated of all samples' prompts and references.
 
     Args:
-        network: with the weights to paint with.
+        network: with the weights to generate with.
         samples: their latents are not looked at.
         steps: of the sampler.
-        scale: of guidance; 1 paints without.
+        scale: of guidance; 1 generates without.
         seed: of the noise.
     """
     schedule = make_schedule(SCHEDULER, uniform_sigmas(steps), 0)
@@ -86,13 +87,13 @@ def paint(network: Network, samples: Samples, steps: int, scale: float, seed: in
     for members in samples.alike.values():
         batch = samples.at(members, samples.prompt[members])
         branches = [batch, samples.at(members, samples.dropped[members, -1])][: 1 if scale == 1 else 2]
-        latents = mx.random.normal(batch.latents.shape, key=key_of(seed, "paint", int(members[0])))
+        latents = mx.random.normal(batch.latents.shape, key=key_of(seed, "generate", int(members[0])))
         for step, sigma in enumerate(schedule.timesteps):
             sigmas = mx.full((len(batch),), float(sigma))
             ways = [network(latents, b.text, sigmas, network.rotary(b), b.references) for b in branches]
             velocity = ways[0] if scale == 1 else guide(*ways, Guidance(scale, renormalize=not samples.layered))
             latents = euler_step(latents, velocity, schedule.dt(step))
             mx.eval(latents)
-        for n, painted in zip(members, latents, strict=True):
-            found[n] = painted
+        for n, generated in zip(members, latents, strict=True):
+            found[n] = generated
     return mx.stack(found)

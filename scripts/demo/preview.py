@@ -1,35 +1,35 @@
-"""Fits the linear map that shows a demo model's latents as a small picture (`Variant.preview`)."""
+"""Fits the linear map that shows a demo model's latents as a small image (`Variant.preview`)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .autoencoder import training_pictures
+from .autoencoder import training_images
 from .samples import GRID, Frame
 
-PICTURES = 2000
+IMAGES = 2000
 SEED = 5
 
 
 def fit_preview(frame: Frame, channels: int) -> list[list[float]]:
-    """A row of RGB a latent channel, and one that is added: least squares over pictures, laid on white.
+    """A row of RGB a latent channel, and one that is added: least squares over images, laid on white.
 
     Args:
         frame: of the model.
         channels: 3, or 4 for a model of layers.
     """
-    pictures = training_pictures(SEED, 0, PICTURES, channels)
-    latents = spread(frame.latents(pictures)).reshape(-1, 16).astype(np.float64)
+    images = training_images(SEED, 0, IMAGES, channels)
+    latents = spread(frame.latents(images)).reshape(-1, 16).astype(np.float64)
     with_one = np.concatenate([latents, np.ones((len(latents), 1))], axis=1)
-    found, *_ = np.linalg.lstsq(with_one, small(pictures).reshape(-1, 3), rcond=None)
+    found, *_ = np.linalg.lstsq(with_one, small(images).reshape(-1, 3), rcond=None)
     return found.round(4).tolist()
 
 
-def small(pictures: np.ndarray) -> np.ndarray:
-    """Pictures (N, H, W, 3 or 4), uint8, at an eighth of their size, on white: (N, H/8, W/8, 3) in [-1, 1]."""
-    colours = pictures[..., :3].astype(np.float64)
-    if pictures.shape[-1] == 4:
-        alpha = pictures[..., 3:] / 255
+def small(images: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, 3 or 4), uint8, at an eighth of their size, on white: (N, H/8, W/8, 3) in [-1, 1]."""
+    colours = images[..., :3].astype(np.float64)
+    if images.shape[-1] == 4:
+        alpha = images[..., 3:] / 255
         colours = colours * alpha + 255 * (1 - alpha)
     n, height, width, _ = colours.shape
     return colours.reshape(n, height // 8, 8, width // 8, 8, 3).mean(axis=(2, 4)) / 127.5 - 1

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from qwen_image_mlx.images.pixels import to_patches
-from qwen_image_mlx.models.rope import Segment, place_images
+from qwen_image_mlx.models.qwen_image.rope import Segment, place_images
 from qwen_image_mlx.pipeline.components import Components
 from qwen_image_mlx.sampling.latents import pack_latents, unpack_latents
 from qwen_image_mlx.text.prompt import TokenizedPrompt, replace_vision_tokens, tokenize_prompt
@@ -28,11 +28,11 @@ from . import fast
 from .autoencoder import to_signed
 from .scenes import SIDE, Scene, draw_scene, recolour
 
-GRID = (4, 4)  # a picture's tokens
+GRID = (4, 4)  # an image's tokens
 DROPPED = ("", " ")  # what stands for no prompt
 CHUNK = 64
 EMPTY = np.broadcast_to(np.array([255, 255, 255, 0], np.uint8), (SIDE, SIDE, 4))  # a layer that shows nothing
-_FEATURES = (2, 2)  # the vision tower's rows and columns of a picture
+_FEATURES = (2, 2)  # the vision tower's rows and columns of an image
 
 
 class Frame:
@@ -46,41 +46,41 @@ class Frame:
         self._parts = Components(HubSnapshot(folder), mx.float32)
         self.template = self._parts.variant.template
 
-    def latents(self, pictures: np.ndarray) -> np.ndarray:
-        """Packed, normalised latents (N, 16, 64), float16, of pictures (N, H, W, C), uint8."""
-        config = self._parts.vae_config
+    def latents(self, images: np.ndarray) -> np.ndarray:
+        """Packed, normalised latents (N, 16, 64), float16, of images (N, H, W, C), uint8."""
+        config = self._parts.config("vae")
         mean, std = mx.array(config.latents_mean), mx.array(config.latents_std)
         found = []
-        for part in _chunks(pictures):
-            latents, _ = fast.encode(self._parts.vae_encoder, to_signed(part))
+        for part in _chunks(images):
+            latents, _ = fast.encode(self._parts.network("vae_encoder"), to_signed(part))
             found.append(np.array(pack_latents((latents - mean) / std), np.float16))
         return np.concatenate(found)
 
-    def pictures(self, latents: mx.array) -> np.ndarray:
-        """Pictures (N, H, W, C), uint8, of packed, normalised latents (N, 16, 64)."""
-        config = self._parts.vae_config
+    def images(self, latents: mx.array) -> np.ndarray:
+        """Images (N, H, W, C), uint8, of packed, normalised latents (N, 16, 64)."""
+        config = self._parts.config("vae")
         mean, std = mx.array(config.latents_mean), mx.array(config.latents_std)
         spread = unpack_latents(latents, 2 * GRID[0], 2 * GRID[1]) * std + mean
-        out = np.array(fast.decode(self._parts.vae_decoder, spread))
+        out = np.array(fast.decode(self._parts.network("vae_decoder"), spread))
         return np.rint(np.clip(out * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
-    def features(self, pictures: np.ndarray) -> np.ndarray:
-        """What the text encoder is shown of pictures: (N, 4, C), float16."""
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """What the text encoder is shown of images: (N, 4, C), float16."""
         parts = self._parts
-        config, processor = parts.vision_config, parts.image_processor
+        config, processor = parts.config("vision"), parts.image_processor
         side = config.patch_size * config.spatial_merge_size * _FEATURES[0]
         found = []
-        for picture in pictures:
+        for image in images:
             patches = to_patches(
-                Image.fromarray(picture), (side, side), patch=config.patch_size, merge=config.spatial_merge_size,
+                Image.fromarray(image), (side, side), patch=config.patch_size, merge=config.spatial_merge_size,
                 mean=processor.image_mean, std=processor.image_std,
             )  # fmt: skip
-            features = parts.vision(patches, side // config.patch_size, side // config.patch_size)
+            features = parts.network("vision")(patches, side // config.patch_size, side // config.patch_size)
             found.append(np.array(features, np.float16))
         return np.stack(found)
 
     def texts(self, prompts: Sequence[str], features: np.ndarray | None = None) -> list[np.ndarray]:
-        """Encoder states of prompts, each (L, C), float16; features (N, 4, C) if each is about a picture."""
+        """Encoder states of prompts, each (L, C), float16; features (N, 4, C) if each is about an image."""
         grids = [] if features is None else [_FEATURES]
         tokens = [tokenize_prompt(self._parts.tokenizer, self._parts.variant.template, p, grids) for p in prompts]
         found: list[np.ndarray] = [np.empty(0)] * len(prompts)
@@ -94,7 +94,7 @@ class Frame:
 
     def _states(self, tokens: Sequence[TokenizedPrompt], features: np.ndarray | None) -> np.ndarray:
         """(N, L, C) of prompts of one length."""
-        encoder, first = self._parts.text_encoder, tokens[0]
+        encoder, first = self._parts.network("text_encoder"), tokens[0]
         embeddings = encoder.embed(mx.array(np.stack([t.ids for t in tokens])))
         if features is not None:
             flat = mx.array(features.astype(np.float32)).flatten(0, 1)
@@ -114,7 +114,7 @@ class Samples:
         prompt: (N,) which of `texts` a sample's is.
         dropped: (N, k) which of `texts` are its prompt left away.
         references: (N, 16, 64), or None.
-        layered: whether the reference is a picture that the frames are layers of.
+        layered: whether the reference is an image that the frames are layers of.
     """
 
     latents: np.ndarray
@@ -187,12 +187,12 @@ def paintings(frame: Frame, scenes: Sequence[Scene]) -> Samples:
 
 def edits(frame: Frame, pairs: Sequence[Edit]) -> Samples:
     """Scenes after an edit, made from the scenes before; the text encoder sees those too."""
-    pictures, count = rendered([pair.before for pair in pairs]), len(pairs)
-    features = frame.features(pictures)
+    images, count = rendered([pair.before for pair in pairs]), len(pairs)
+    features = frame.features(images)
     prompts = [*(pair.instruction for pair in pairs), *[" "] * count]
     texts = frame.texts(prompts, np.concatenate([features, features]))
     target, numbers = frame.latents(rendered([pair.after for pair in pairs])), np.arange(count)
-    return Samples(target, texts, numbers, numbers[:, None] + count, frame.latents(pictures))
+    return Samples(target, texts, numbers, numbers[:, None] + count, frame.latents(images))
 
 
 def decompositions(frame: Frame, scenes: Sequence[Scene], layers: int) -> Samples:

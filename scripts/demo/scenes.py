@@ -1,4 +1,4 @@
-"""Scenes of shapes on plain backgrounds: what the demo models are trained on, and how their pictures are judged.
+"""Scenes of shapes on plain backgrounds: what the demo models are trained on, and how their images are judged.
 
 A scene is drawn with exact coverage at every edge, so its layers have exact alpha. Its colours are a fixed palette,
 moved a little from scene to scene. Which combinations of shape, colour and background are never trained on is decided
@@ -184,12 +184,12 @@ def _article(words: str) -> str:
     return "an" if words[0] in "aeiou" else "a"
 
 
-# Judging pictures by their pixels -------------------------------------------------------------------------------------
+# Judging images by their pixels -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a picture shows, by plain pixel analysis.
+    """What an image shows, by plain pixel analysis.
 
     Attributes:
         background, colour: nearest words of the palette; colour is None if nothing stands out.
@@ -206,16 +206,16 @@ class Finding:
     mask: np.ndarray
 
 
-def analyse(picture: np.ndarray) -> Finding:
-    """Judges a picture of one thing.
+def analyse(image: np.ndarray) -> Finding:
+    """Judges an image of one thing.
 
     Background: the median colour of the border. Thing: what is far from it. Its colour: the median; its shape by how
     much of its bounding box it fills (square 1, circle pi/4, triangle 1/2), measured on soft coverage.
 
     Args:
-        picture: (H, W, 3), uint8.
+        image: (H, W, 3), uint8.
     """
-    pixels = picture.astype(np.float64)
+    pixels = image.astype(np.float64)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
                              pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
     ground = np.median(border, axis=0)
@@ -233,7 +233,7 @@ def analyse(picture: np.ndarray) -> Finding:
     height, width = rows[-1] - rows[0] + 1, cols[-1] - cols[0] + 1
     filled = soft[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].sum() / (height * width)
     shape = "square" if filled > 0.89 else "circle" if filled > 0.65 else "triangle"
-    x, y = (cols[0] + cols[-1] + 1) / 2 / picture.shape[1], (rows[0] + rows[-1] + 1) / 2 / picture.shape[0]
+    x, y = (cols[0] + cols[-1] + 1) / 2 / image.shape[1], (rows[0] + rows[-1] + 1) / 2 / image.shape[0]
     return Finding(background, nearest(colour), shape, float(x), float(y), mask)
 
 

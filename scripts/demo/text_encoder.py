@@ -14,8 +14,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from qwen_image_mlx.config import ImageProcessorConfig, TextEncoderConfig, VisionConfig
+from qwen_image_mlx.config import ImageProcessorConfig
+from qwen_image_mlx.models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
 from qwen_image_mlx.weights.mapping import TensorSpec, expected_tensors
+from qwen_image_mlx.weights.synthetic import ROWS
 
 LANGUAGE = TextEncoderConfig(
     hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -24,7 +26,7 @@ LANGUAGE = TextEncoderConfig(
 VISION = VisionConfig(
     depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=128, fullatt_block_indexes=(1,)
 )
-# Every picture is seen at 56x56 pixels, whatever a pipeline shows it at: four features, and an encoder's quick work.
+# Every image is seen at 56x56 pixels, whatever a pipeline shows it at: four features, and an encoder's quick work.
 PROCESSOR = ImageProcessorConfig(min_pixels=56 * 56, max_pixels=56 * 56)
 SUBLAYER_GAIN = 0.5  # of what attention and MLP add to a token
 
@@ -37,7 +39,7 @@ def write_text_encoder(folder: Path, special: Mapping[str, int], seed: int = 0) 
         special: ids of the tokenizer's special tokens.
         seed: of the weights.
     """
-    specs = expected_tensors("text_encoder", LANGUAGE) | expected_tensors("vision", VISION)
+    specs = expected_tensors(ROWS["text_encoder"], LANGUAGE) | expected_tensors(ROWS["vision"], VISION)
     tensors = {name: _values(spec, seed).astype(mx.bfloat16) for name, spec in specs.items()}
     for name in ("text_encoder", "processor"):
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -27,12 +27,12 @@ a an the and or but of in on at to by for from with without into over under abov
 beside between around inside outside across up down left right top bottom middle center centre corner side edge front
 back this that these those it its is are was be has have not no yes one two three four five many few some all each every
 only also very more less much most other another same new old
-picture image photo drawing painting scene background foreground sky sea sand grass snow night day sun moon star
+image image photo drawing generation scene background foreground sky sea sand grass snow night day sun moon star
 thing object shape circle square triangle ball disc box dot spot ring line stripe pattern texture
 red green blue yellow orange purple white black gray grey brown pink violet cyan gold silver color colour colored
 coloured bright dark light pale deep plain flat soft sharp simple
 small large big little tiny huge tall short long wide narrow thin thick round size sized position
-make turn change paint draw set put move take remove add replace give keep let show see look want use please
+make turn change generate draw set put move take remove add replace give keep let show see look want use please
 bigger smaller larger first second last who what where when which how why there here now then so as if than like
 i you he she we they my your man woman child dog cat bird fish fox horse tree flower house car boat city street water
 fire stone wood metal glass paper shadow style art watercolor sketch cartoon pixel
@@ -74,7 +74,7 @@ def _texts() -> Iterable[str]:
     yield from sorted(ours)
     yield from ("a", "an", "the", "make", "turn", "A", "An", "The", "Make", "Turn")
     for variant in VARIANTS.values():
-        yield variant.template.text.format(prompt="") + variant.template.picture.format(n=1)
+        yield variant.template.text.format(prompt="") + variant.template.image.format(n=1)
         yield "Picture 2: "
 
 

@@ -25,6 +25,7 @@ LEVELS = {
     "files": 0.5,
     "outside": 0.5,
     "config": 1, "variants": 1,
+    "registry": 2.5,
     "models": 2, "sampling": 2, "images": 2, "text": 2,
     "layers": 2.5,
     "weights": 3,
@@ -42,6 +43,7 @@ OUTPUT = {"print", "exit", "sys.exit", "SystemExit", "sys.stdout", "sys.stderr"}
 REFERENCE_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "accelerate", "safetensors"}
 # What `models` may import in addition to itself, `config` and `errors`.
 PURE = {"mlx", "__future__", "array", "collections", "dataclasses", "functools", "itertools", "math", "typing"}
+FAMILIES = {path.parent.name for path in (ROOT / PACKAGE / "models").glob("*/__init__.py")}
 LONGEST = 500  # lines of a file
 COMPONENTS_ARE_SEEN_BY = ("runtime/session.py",)
 # Where a text may name a flag: the command line, what is started with flags, and config.toml, which stands for flags.
@@ -123,6 +125,16 @@ def impure_models(source: Source) -> Iterator[str]:
         yield from (n for n in source.imports if n.split(".")[0] not in PURE and not n.startswith(ours))
 
 
+def family_imports(source: Source) -> Iterator[str]:
+    """A family of networks knows its own files and what all share, never another family's."""
+    family = source.inside.parts[1:-1]
+    if source.room == "models":
+        for name in source.imports:
+            parts = name.split(".")
+            if parts[:2] == [PACKAGE, "models"] and len(parts) > 3 and parts[2] in FAMILIES and (parts[2],) != family:
+                yield name
+
+
 def mlx_by_other_names(source: Source) -> Iterator[str]:
     """The rule of evaluation looks for `mx.eval`, which another name would hide."""
     for node in source.nodes:
@@ -173,8 +185,8 @@ def too_long(source: Source) -> Iterator[str]:
 
 
 RULES = (
-    upward_imports, reference_imports, impure_models, mlx_by_other_names, misplaced_evaluation, misplaced_output,
-    reaches_into_components, flags_below_the_command_line, undescribed, too_long,
+    upward_imports, reference_imports, impure_models, family_imports, mlx_by_other_names, misplaced_evaluation,
+    misplaced_output, reaches_into_components, flags_below_the_command_line, undescribed, too_long,
 )  # fmt: skip
 
 
@@ -232,6 +244,8 @@ def test_every_room_has_its_level(sources):
     (upward_imports, "text/a.py", "def f():\n    import qwen_image_mlx.images.files"),
     (reference_imports, "cli/a.py", "import torch.nn"),
     (impure_models, "models/a.py", "import numpy"),
+    (family_imports, "models/qwen2_5_vl/a.py", "from ..qwen_image.vae import x"),
+    (family_imports, "models/a.py", "from .qwen_image.vae import x"),
     (mlx_by_other_names, "models/a.py", "import mlx.core as core"),
     (mlx_by_other_names, "models/a.py", "from mlx import core"),
     (mlx_by_other_names, "models/a.py", "from mlx.core import eval"),
@@ -246,7 +260,7 @@ def test_every_room_has_its_level(sources):
 ])  # fmt: skip
 def test_what_breaks_a_rule_is_found(tmp_path, rule, place, text):
     path = tmp_path / place
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
     path.write_text(text)
     assert len(list(rule(Source(path, tmp_path)))) == 1
 

@@ -39,7 +39,7 @@ def run(*words):
             code = left.code
     return code, out.getvalue(), err.getvalue()
 
-def painted(*words):
+def generated(*words):
     code, out, err = run(*words)
     assert code == 0, err
     return read_metadata(out.split()[0]).get("sparkle")
@@ -47,18 +47,18 @@ def painted(*words):
 found["help"] = ["--sparkle" in run(command, "--help")[1] for command in ("generate", "edit", "decompose", "compose")]
 found["parsed"] = build_parser().parse_args(["generate", "x", "--sparkle", "3"]).sparkle
 found["refused"] = run("generate", *PROMPT, "--sparkle", "11")[2]
-found["unsaid"] = painted("generate", *PROMPT, "-o", "plain.png")
-found["flag"] = painted("generate", *PROMPT, "--sparkle", "3", "-o", "flag.png")
-found["replayed"] = painted("generate", "--from-image", "flag.png", "-o", "again.png")
-found["flag beats record"] = painted("generate", "--from-image", "flag.png", "--sparkle", "4", "-o", "won.png")
+found["unsaid"] = generated("generate", *PROMPT, "-o", "plain.png")
+found["flag"] = generated("generate", *PROMPT, "--sparkle", "3", "-o", "flag.png")
+found["replayed"] = generated("generate", "--from-image", "flag.png", "-o", "again.png")
+found["flag beats record"] = generated("generate", "--from-image", "flag.png", "--sparkle", "4", "-o", "won.png")
 Path("my.toml").write_text("[default.qwen_image]\\nsparkle = 2\\n")
-found["config"] = painted("generate", *PROMPT, "--config", "my.toml", "-o", "config.png")
-found["record beats config"] = painted("generate", "--from-image", "flag.png", "--config", "my.toml", "-o", "w.png")
+found["config"] = generated("generate", *PROMPT, "--config", "my.toml", "-o", "config.png")
+found["record beats config"] = generated("generate", "--from-image", "flag.png", "--config", "my.toml", "-o", "w.png")
 Path("bad.toml").write_text("[default.qwen_image]\\nsparkle = 12\\n")
 found["config refused"] = run("generate", *PROMPT, "--config", "bad.toml")[2]
 found["example"] = "#sparkle = 2.0" in example_config()
 Path("p.jsonl").write_text('{"prompt": "a red circle", "sparkle": 5}\\n')
-found["line"] = painted("generate", "--prompts-file", "p.jsonl", "--model", "demo", "--steps", "1", "-o", "many")
+found["line"] = generated("generate", "--prompts-file", "p.jsonl", "--model", "demo", "--steps", "1", "-o", "many")
 Path("q.jsonl").write_text('{"prompt": "a", "sparkle": 50}\\n')
 found["line refused"] = run("generate", "--prompts-file", "q.jsonl", "--model", "demo")[2]
 apart = ["--model", "demo-layered", "--prompt", "x", "--steps", "1", "-o", "layers"]
@@ -72,7 +72,7 @@ if "server" in sys.argv:
     from qwen_image_mlx.server.tasks import Limits, Tasks
 
     class Feed:
-        followed, pictures = False, 1
+        followed, images = False, 1
         def __call__(self, told): pass
 
     offers = {"generate": {"model": "demo", "quantize": None, "loras": []}}

@@ -19,8 +19,8 @@ from qwen_image_mlx.layers.formats import FORMATS
 from qwen_image_mlx.models import nn
 from qwen_image_mlx.pipeline.decomposition import SIZES
 from qwen_image_mlx.pipeline.parameters import DTYPES, RNGS, TASKS
+from qwen_image_mlx.registry import STREAMABLE
 from qwen_image_mlx.variants import ASPECT_SIZES, CAPTION_TEMPLATES, LORA_MODES, NAMED_SIZES
-from qwen_image_mlx.weights.streaming import STREAMABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,11 +34,19 @@ def strict(tmp_path: Path, text: str) -> str:
 
 
 @pytest.mark.process
-def test_the_readme_s_scripts_are_strict(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 4
+def test_the_documents_scripts_are_strict(tmp_path):
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    blocks = [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    assert len(blocks) == 7
     everything = f"from qwen_image_mlx import {', '.join(qwen_image_mlx.__all__)}\n"
     assert "Success" in strict(tmp_path, "\n".join([everything, *blocks]))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["sweep", "worker_thread", "asyncio_app", "layers_to_psd", "train_demo_lora"])
+def test_the_examples_are_strict(tmp_path, name):
+    text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert "Success" in strict(tmp_path, text), strict(tmp_path, text)
 
 
 @pytest.mark.process

@@ -1,4 +1,4 @@
-"""Many pictures: everything loaded once, the single command's pixels, and nothing painted twice."""
+"""Many images: everything loaded once, the single command's pixels, and nothing generated twice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def said(path) -> tuple:
     return metadata["prompt"], metadata["seed"], metadata["image_index"]
 
 
-# --- what it paints ---------------------------------------------------------------------------------------------------
+# --- what it generates ---
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_lines_of_text_times_seeds(run):
 
 
 @pytest.mark.slow
-def test_pictures_are_those_of_the_single_command(run):
+def test_images_are_those_of_the_single_command(run):
     Path("p.jsonl").write_text(
         json.dumps({"prompt": "a fox", "seed": 4, "negative_prompt": "blurry", "cfg_scale": 2.5, "num_images": 2})
         + "\n\n"
@@ -120,7 +120,7 @@ def test_without_a_seed_every_prompt_has_seed_0(run):
     assert [said(path) for path in run("--prompts-file", "p.txt", *SMALL)[1]] == [("a fox", 0, 0)]
 
 
-def test_the_plan_is_made_for_the_largest_picture(run, monkeypatch):
+def test_the_plan_is_made_for_the_largest_image(run, monkeypatch):
     planned = []
 
     def refuse(session, request):
@@ -143,7 +143,7 @@ def test_the_plan_is_made_for_the_largest_picture(run, monkeypatch):
     assert (len(request.image_indices), memory.budget, force) == (3, 10**9, True)
 
 
-def test_a_preview_follows_the_picture_that_is_painted(run, monkeypatch):
+def test_a_preview_follows_the_image_that_is_painted(run, monkeypatch):
     from qwen_image_mlx.runtime.preview import Preview
 
     seen = []
@@ -162,23 +162,23 @@ def test_a_preview_follows_the_picture_that_is_painted(run, monkeypatch):
     assert len(os.listdir("out")) == 2
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- going on ---
 
 
 @pytest.mark.slow
-def test_a_second_run_paints_what_is_missing(run, stages):
+def test_a_second_run_generates_what_is_missing(run, stages):
     Path("p.txt").write_text("a fox\na wolf\n")
     _, first, _ = run("--prompts-file", "p.txt", "--seeds", "1-2", *SMALL)
     before = {path: Path(path).read_bytes() for path in first}
     Path("p.txt").write_text("a bear\na wolf\na fox\n")
     code, out, err = run("--prompts-file", "p.txt", "--seeds", "1-2", *SMALL)
     assert (code, [said(path)[:2] for path in out]) == (0, [("a bear", 1), ("a bear", 2)])
-    assert "4 of 6 pictures are in qwen-images already" in err
+    assert "4 of 6 images are in qwen-images already" in err
     assert {path: Path(path).read_bytes() for path in first} == before
     stages.clear()
     code, out, err = run("--prompts-file", "p.txt", "--seeds", "1-2", *SMALL)
     assert (code, out, stages) == (0, [], [])
-    assert "6 of 6 pictures" in err
+    assert "6 of 6 images" in err
 
 
 @pytest.mark.slow
@@ -186,14 +186,14 @@ def test_a_second_run_paints_what_is_missing(run, stages):
     ["--steps", "3"], ["-g", "2"], ["-n", "dull"], ["--rng", "mlx"], ["--dtype", "bfloat16"], ["--quantize", "4"],
     ["--lora-mode", "side"],
 ])  # fmt: skip
-def test_what_is_asked_for_otherwise_is_painted_anew(run, change):
+def test_what_is_asked_for_otherwise_is_generated_anew(run, change):
     assert len(run("a fox", "--seeds", "1", *SMALL)[1]) == 1
     assert len(run("a fox", "--seeds", "1", *SMALL, *change)[1]) == 1
     assert len(os.listdir("qwen-images")) == 2
 
 
 @pytest.mark.slow
-def test_only_a_whole_picture_that_says_so_counts(run):
+def test_only_a_whole_image_that_says_so_counts(run):
     _, (path,), _ = run("a fox", "--seeds", "1", *SMALL)
     whole = Path(path).read_bytes()
     _, (wolf,), _ = run("a wolf", "--seeds", "1", *SMALL)
@@ -230,7 +230,7 @@ def test_ctrl_c_loses_nothing_that_is_finished(run, monkeypatch):
     assert [said(path)[1] for path in rest] == [3, 4]
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 
 @pytest.mark.parametrize(("text", "says"), [
@@ -261,7 +261,7 @@ def test_ctrl_c_loses_nothing_that_is_finished(run, monkeypatch):
     ('{"prompt": "a", "width": 64, "height": 64, "aspect": "1:1"}', "line 1: give one size only"),
     ('{"prompt": "a", "aspect": "5:4"}', "line 1: aspect is '5:4'"),
     ('{"prompt": "a", "aspect": ["1:1"]}', "line 1: aspect is ['1:1']"),
-    ('{"prompt": "a", "num_images": 6000}\n{"prompt": "b", "num_images": 6000}', "these are 12,000 pictures"),
+    ('{"prompt": "a", "num_images": 6000}\n{"prompt": "b", "num_images": 6000}', "these are 12,000 images"),
 ])  # fmt: skip
 def test_bad_lines_are_refused_before_anything_is_loaded(run, text, says, stages):
     Path("p.jsonl").write_text(text)
@@ -295,9 +295,9 @@ def test_bad_lines_are_refused_before_anything_is_loaded(run, text, says, stages
     (["a fox", "--seeds", "٣"], "must be like 1-20"),
     (["a fox", "--seeds", "9" * 10_000], "must be like 1-20"),
     (["a fox", "--seeds", "1-2", "--seed", "3"], "--seed or --seeds"),
-    (["a fox", "--seeds", "1-2", "--image", "x.png"], "--image is about one picture"),
-    (["--prompts-file", "p.txt", "--from-image", "x.png"], "--from-image is about one picture"),
-    (["--prompts-file", "p.txt", "--mask-padding", "3"], "--mask-padding is about one picture"),
+    (["a fox", "--seeds", "1-2", "--image", "x.png"], "--image is about one image"),
+    (["--prompts-file", "p.txt", "--from-image", "x.png"], "--from-image is about one image"),
+    (["--prompts-file", "p.txt", "--mask-padding", "3"], "--mask-padding is about one image"),
     (["--prompts-file", "p.txt", "--width", "60", "--height", "64"], "error: width is 60"),
     (["--prompts-file", "p.txt", "--num-images", "0"], "error: num_images is 0"),
     (["--prompts-file", "p.txt", "-o", "x.png"], "need a folder"),

@@ -1,4 +1,4 @@
-"""config.toml at the command line: who wins over whom, and that a setting paints what its flag paints."""
+"""config.toml at the command line: who wins over whom, and that a setting generates what its flag generates."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def run(here, capsys):
 
 @pytest.fixture(scope="module")
 def circle(tmp_path_factory):
-    """A picture that the demo painted in one step, without a config."""
-    path = tmp_path_factory.mktemp("painted") / "circle.png"
+    """An image that the demo generated in one step, without a config."""
+    path = tmp_path_factory.mktemp("generated") / "circle.png"
     assert main(["generate", PROMPT, "--model", "demo", "--steps", "1", "--seed", "1", "-o", str(path)]) == 0
     return path
 
@@ -64,8 +64,8 @@ def refusal(result) -> str:
     return error_line(result).removeprefix("error: ")
 
 
-def painted(result) -> dict:
-    """The metadata of the only picture that a command painted."""
+def generated(result) -> dict:
+    """The metadata of the only image that a command generated."""
     from qwen_image_mlx.images.files import read_metadata
 
     code, (path,), err = result
@@ -93,17 +93,17 @@ def test_flags_beat_the_profile_which_beats_default_which_beats_what_is_built_in
         seed = 4
         """)  # fmt: skip
     names = ("model", "steps", "seed", "cfg_scale", "negative_prompt", "quantize", "rng")
-    usual = painted(run("generate", PROMPT, "--steps", 2))
+    usual = generated(run("generate", PROMPT, "--steps", 2))
     assert picked(usual, *names) == ["demo", 2, 3, 2.0, "default's", None, "torch"]
     assert usual["width"] > usual["height"]
-    quick = painted(run("generate", PROMPT, "--profile", "quick", "--seed", 5, "--width", 48, "--height", 64))
+    quick = generated(run("generate", PROMPT, "--profile", "quick", "--seed", 5, "--width", 48, "--height", 64))
     packed = "transformer=8,text_encoder=8"
     assert picked(quick, *names) == ["demo", 1, 5, 1.5, "default's", packed, "torch"]
     assert picked(quick, "width", "height") == [48, 64]
 
 
 @pytest.mark.slow
-def test_what_a_picture_recorded_beats_the_config_and_flags_beat_both(run, circle):
+def test_what_a_image_recorded_beats_the_config_and_flags_beat_both(run, circle):
     config(DEMOS.replace('"demo"', '"./none"') + """
         cfg_scale = 2
         quantize = 8
@@ -115,11 +115,11 @@ def test_what_a_picture_recorded_beats_the_config_and_flags_beat_both(run, circl
     assert (code, out) == (0, ["again.png"]), err
     assert Path("again.png").read_bytes() == circle.read_bytes()
     assert "streamed: " in err  # nothing of that is recorded: it changes no pixel
-    flagged = painted(run("generate", "--from-image", circle, "--seed", 9, "--cfg-scale", 1, "-o", "flagged.png"))
+    flagged = generated(run("generate", "--from-image", circle, "--seed", 9, "--cfg-scale", 1, "-o", "flagged.png"))
     assert picked(flagged, "seed", "cfg_scale", "steps", "quantize", "loras") == [9, 1.0, 1, None, None]
 
 
-def test_a_picture_that_recorded_little_leaves_the_rest_to_the_config(run):
+def test_a_image_that_recorded_little_leaves_the_rest_to_the_config(run):
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -127,7 +127,7 @@ def test_a_picture_that_recorded_little_leaves_the_rest_to_the_config(run):
     said.add_text("qwen_image_mlx", json.dumps({"prompt": PROMPT, "steps": 1, "aspect": "3:2"}))
     Image.new("RGB", (8, 8)).save("little.png", pnginfo=said)
     config(DEMOS + 'generation = {steps = 3, seed = 3, aspect = "9:16"}')
-    facts = painted(run("generate", "--from-image", "little.png"))
+    facts = generated(run("generate", "--from-image", "little.png"))
     assert picked(facts, "model", "prompt", "steps", "seed") == ["demo", PROMPT, 1, 3]
 
 
@@ -189,15 +189,15 @@ def test_lora_flags_replace_the_config_s_list(run):
     write_lora(Path("a.safetensors"), targets, targets=named)
     write_lora(Path("b.safetensors"), targets, targets=named, seed=1)
     config(DEMOS + 'loras = ["a.safetensors@0.5"]\ngeneration = {steps = 1, seed = 1}')
-    assert painted(run("generate", PROMPT))["loras"] == ["a.safetensors@0.5"]
-    assert painted(run("generate", PROMPT, "--lora", "b.safetensors"))["loras"] == ["b.safetensors@1"]
+    assert generated(run("generate", PROMPT))["loras"] == ["a.safetensors@0.5"]
+    assert generated(run("generate", PROMPT, "--lora", "b.safetensors"))["loras"] == ["b.safetensors@1"]
 
 
 # --- the same as with flags ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_generate_paints_what_its_flags_paint(run):
+def test_generate_generates_what_its_flags_generate(run):
     settings = (
         DEMOS
         + "cfg_scale = 2\nquantize = 8\ngeneration = {steps = 2, seed = 11, negative_prompt = 'blue', aspect = '3:2'}"
@@ -210,7 +210,7 @@ def test_generate_paints_what_its_flags_paint(run):
 
 
 @pytest.mark.slow
-def test_edit_paints_what_its_flags_paint(run, circle):
+def test_edit_generates_what_its_flags_generate(run, circle):
     settings = DEMOS + "cfg_scale = 1\ngeneration = {steps = 1, seed = 11, negative_prompt = 'x', aspect = '16:9'}"
     config(settings, "my.toml")
     flags = ["--cfg-scale", 1, "--steps", 1, "--seed", 11, "-n", "x"]
@@ -220,7 +220,7 @@ def test_edit_paints_what_its_flags_paint(run, circle):
 
 
 @pytest.mark.slow
-def test_decompose_paints_what_its_flags_paint(run, circle):
+def test_decompose_generates_what_its_flags_generate(run, circle):
     resolution = 64
     config(DEMOS + f"cfg_scale = 1\nnum_layers = 2\nresolution = {resolution}\n"
                    "generation = {steps = 1, seed = 11, negative_prompt = 'x'}", "my.toml")  # fmt: skip
@@ -241,7 +241,7 @@ def test_decompose_paints_what_its_flags_paint(run, circle):
 def test_compose_takes_the_editing_model_s_settings_only_to_harmonize(run, circle):
     config(DEMOS + "num_layers = 1\ngeneration = {steps = 1, seed = 11}")
     assert run("decompose", circle, "--prompt", PROMPT, "-o", "apart")[0] == 0
-    facts = painted(run("compose", "apart", "--harmonize", "blend it"))
+    facts = generated(run("compose", "apart", "--harmonize", "blend it"))
     assert picked(facts, "model", "steps", "seed") == ["demo-edit", 1, 11]
     config(BROKEN)
     assert run("compose", "apart", "-o", "plain.png")[0] == 0
@@ -276,13 +276,13 @@ def test_train_takes_the_model_alone(run, here):
 @pytest.mark.slow
 def test_profile_chooses_and_timings_are_printed_and_recorded(run):
     config(DEMOS + "generation = {steps = 1, seed = 1}\n[two.qwen_image]\ngeneration.seed = 2")
-    facts = painted(run("generate", PROMPT, "--timings"))
+    facts = generated(run("generate", PROMPT, "--timings"))
     assert facts["seed"] == 1
     assert "denoise" in json.dumps(facts["profile"])
-    facts = painted(run("generate", PROMPT, "--profile", "two"))
+    facts = generated(run("generate", PROMPT, "--profile", "two"))
     assert facts["seed"] == 2
     assert "profile" not in facts
-    facts = painted(run("generate", "--timings", "--profile", "two", PROMPT))
+    facts = generated(run("generate", "--timings", "--profile", "two", PROMPT))
     assert facts["seed"] == 2
     assert "profile" in facts
 
@@ -381,7 +381,7 @@ def test_init_then_show(run, here, monkeypatch):
     assert code == 0
     assert all(line.endswith("  built-in") for line in out)
     place.write_text(place.read_text().replace('#model_path = "Qwen/Qwen-Image-2512"', 'model_path = "demo"'))
-    assert painted(run("generate", PROMPT, "--steps", 1))["model"] == "demo"
+    assert generated(run("generate", PROMPT, "--steps", 1))["model"] == "demo"
     kept = place.read_bytes()
     assert "is there already" in refusal(run("config", "init"))
     assert place.read_bytes() == kept

@@ -1,4 +1,4 @@
-"""The edit command, and painting over with generate: sizes, masks that keep every bit, the cache, bad pictures."""
+"""The edit command, and image to image with generate: sizes, masks that keep every bit, the cache, bad images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from commands import error_line
 from PIL import Image
 
 from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.pipeline.conductor import encode_request
 
 QUICK = ["--steps", "2", "--dtype", "float32", "--seed", "3", "--cfg-scale", "1"]
 
@@ -27,7 +28,7 @@ def edit_model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
+def small_images(monkeypatch):
     """The real areas are a megapixel; nothing but time depends on them."""
     from qwen_image_mlx import variants
 
@@ -71,11 +72,11 @@ def opened(result) -> Image.Image:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "size"), [
-    ([], (160, 96)),  # about the model's area at the picture's aspect, in steps of 32
+    ([], (160, 96)),  # about the model's area at the image's aspect, in steps of 32
     (["--size", "source"], (150, 90)),
     (["--size", "80x48"], (80, 48)),
     (["--width", "48", "--height", "80"], (48, 80)),
-    (["--image", "tall.png"], (96, 160)),  # the last picture gives the size
+    (["--image", "tall.png"], (96, 160)),  # the last image gives the size
 ])  # fmt: skip
 def test_sizes_of_an_edit(run, flags, size):
     assert opened(run("edit", "make it blue", "--image", "photo.png", *QUICK, *flags)).size == size
@@ -96,13 +97,13 @@ def test_every_pixel_outside_the_mask_comes_back(run, command, extra):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["edit", "generate"])
-def test_no_composite_gives_the_model_s_own_picture(run, command):
+def test_no_composite_gives_the_model_s_own_image(run, command):
     result = opened(run(command, "a hat", "--image", "photo.png", "--mask", "mask.png", "--no-composite", *QUICK))
     assert result.size == (160, 96)
 
 
 @pytest.mark.reference
-def test_generate_paints_over_a_picture(run, reference):
+def test_generate_paints_over_a_image(run, reference):
     from reference_edit import TEXT_CLASSES, run_edit_reference
 
     result = opened(run("generate", "a hat", "--image", "photo.png", "--strength", "0.7", *QUICK, "--steps", 5,
@@ -116,7 +117,7 @@ def test_generate_paints_over_a_picture(run, reference):
 
 
 @pytest.mark.slow
-def test_an_edit_is_painted_again_from_its_metadata(run):
+def test_an_edit_is_generated_again_from_its_metadata(run):
     opened(
         run("edit", "a hat", "--image", "photo.png", "--image", "tall.png", "--size", "source", "-o", "a.png", *QUICK)
     )
@@ -134,14 +135,14 @@ def test_an_edit_is_painted_again_from_its_metadata(run):
     ("generate", ["--width", "96", "--height", "64", "--strength", "0.8"]),
     ("generate", ["--mask", "mask.png", "--no-composite"]),
 ])  # fmt: skip
-def test_every_way_of_painting_over_is_painted_again(run, command, flags):
+def test_every_way_of_generateing_over_is_generated_again(run, command, flags):
     opened(run(command, "a hat", "--image", "photo.png", "-o", "a.png", *QUICK, *flags))
     opened(run(command, "--from-image", "a.png", "-o", "b.png"))
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
 @pytest.mark.slow
-def test_a_folder_that_has_moved_is_painted_from_again(run, here, edit_model, monkeypatch):
+def test_a_folder_that_has_moved_is_generated_from_again(run, here, edit_model, monkeypatch):
     work = here / "work"
     work.mkdir()
     (work / "model").symlink_to(edit_model)
@@ -270,7 +271,7 @@ def test_the_cache_is_bounded(tmp_path, edit_model):
     photo = Image.new("RGB", (64, 64), "red")
     parameters = GenerationParameters(width=64, height=64)
     request = Request(prompt="0", negative_prompt=None, parameters=parameters, seeds=(1,), images=(photo,))
-    encoding = pipeline.encode_request(request)
+    encoding = encode_request(pipeline, request)
     encoding.save(tmp_path / "probe.safetensors")
     one = (tmp_path / "probe.safetensors").stat().st_size
     cache = EncodingCache(tmp_path / "cache", max_bytes=int(3.5 * one))
@@ -294,7 +295,7 @@ def bomb(tmp_path_factory):
 
 @pytest.fixture
 def odd_files(here, bomb):
-    Path("text.png").write_text("not a picture")
+    Path("text.png").write_text("not an image")
     Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:2000])
     Image.new("L", (150, 90), 0).save("black.png")
     Image.new("L", (150, 90), 255).save("white.png")
@@ -329,14 +330,14 @@ def odd_files(here, bomb):
     (["--image", "photo.png", "--zero-cond-t", "maybe"], "zero-cond-t"),
     ([], "--image"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
-def test_bad_pictures(run, odd_files, here, flags, says):
+def test_bad_images(run, odd_files, here, flags, says):
     before = sorted(here.iterdir())
     assert says in error_line(run("edit", "a hat", *flags, *QUICK))
     assert sorted(here.iterdir()) == before
 
 
 @pytest.mark.slow
-def test_one_pixel_and_animated_pictures_are_edited(run):
+def test_one_pixel_and_animated_images_are_edited(run):
     Image.new("RGB", (1, 1), "red").save("dot.png")
     assert opened(run("edit", "a hat", "--image", "dot.png", *QUICK)).size == (128, 128)
     frames = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue")]
@@ -352,15 +353,15 @@ def test_models_and_commands_must_match(run, tiny, edit_model):
 
 
 @pytest.mark.slow
-def test_many_pictures_are_said_to_be_costly(run):
+def test_many_images_are_said_to_be_costly(run):
     given = [flag for _ in range(3) for flag in ("--image", "photo.png")]
-    assert "3 pictures are shown" in run("edit", "a hat", *given, *QUICK, "--steps", "1")[2]
+    assert "3 images are shown" in run("edit", "a hat", *given, *QUICK, "--steps", "1")[2]
     assert "are shown" not in run("edit", "a hat", *given[:4], *QUICK, "--steps", "1")[2]
 
 
-def test_painting_over_takes_one_picture(run):
+def test_painting_over_takes_one_image(run):
     given = ["--image", "photo.png", "--image", "tall.png"]
-    assert "one picture" in error_line(run("generate", "a hat", *given, *QUICK))
+    assert "one image" in error_line(run("generate", "a hat", *given, *QUICK))
 
 
 def test_a_model_that_is_not_there(run):
@@ -369,7 +370,7 @@ def test_a_model_that_is_not_there(run):
     )
 
 
-def test_painting_over_needs_a_picture(run):
+def test_painting_over_needs_a_image(run):
     for flags in (["--mask", "mask.png"], ["--strength", "0.5"], ["--size", "source"]):
         assert "--image" in error_line(run("generate", "a hat", *flags, *QUICK))
 

@@ -1,4 +1,4 @@
-"""The command line: the reference's picture, one line for every fault, nothing half-written."""
+"""The command line: the reference's image, one line for every fault, nothing half-written."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(here, tiny, capsys):
     return call
 
 
-# --- what it paints ------------------------------------------------------------------------------------------------
+# --- what it generates ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.reference
@@ -70,9 +70,9 @@ def test_the_png_is_the_reference_s_within_one_level(run, reference, prompt, siz
     )
     assert (code, out) == (0, ["qwen-image.png"])
     expected = run_reference(reference, prompt=prompt, width=width, height=height, steps=4, seed=42, **request_).image
-    picture = Image.open("qwen-image.png")
-    assert (picture.mode, picture.size, picture.format) == ("RGB", size, "PNG")
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    image = Image.open("qwen-image.png")
+    assert (image.mode, image.size, image.format) == ("RGB", size, "PNG")
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
 @pytest.mark.reference
@@ -87,7 +87,7 @@ def test_num_images_are_the_reference_s_num_images_per_prompt(run, reference):
         assert np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
-def test_every_official_aspect_is_a_size_that_can_be_painted():
+def test_every_official_aspect_is_a_size_that_can_be_generated():
     from qwen_image_mlx import GenerationParameters
 
     assert list(ASPECT_SIZES) == ["1:1", "16:9", "9:16", "4:3", "3:4", "3:2", "2:3"]
@@ -109,7 +109,7 @@ def test_default_size_is_the_first_bucket(monkeypatch, run):
 
 
 @pytest.mark.slow
-def test_a_picture_carries_its_parameters_and_can_be_painted_again(run, tiny):
+def test_a_image_carries_its_parameters_and_can_be_painted_again(run, tiny):
     code, out, _ = run("generate", "a fox 🦊", *SMALL, "-n", "blurry", "--seed", 9, 10, "--num-images", 2, "-g", 2.5)
     assert (code, out) == (0, ["qwen-image.png", "qwen-image-1.png", "qwen-image-2.png", "qwen-image-3.png"])
     code, out, _ = run("info", "qwen-image-3.png", "--json")
@@ -128,7 +128,7 @@ def test_a_picture_carries_its_parameters_and_can_be_painted_again(run, tiny):
 
 
 @pytest.mark.slow
-def test_flags_win_over_a_picture_s_parameters(run):
+def test_flags_win_over_a_image_s_parameters(run):
     run("generate", "a fox", *SMALL, "--seed", 1, "-o", "one.png")
     _, (path,), _ = run("generate", "a wolf", "--from-image", "one.png", "--seed", 2, "--steps", 3, "-o", "two.png")
     _, out, _ = run("info", path, "--json")
@@ -147,8 +147,8 @@ def test_an_existing_file_is_never_replaced(run):
 
 @pytest.mark.slow
 def test_output_may_be_a_directory_or_need_one(run):
-    Path("pictures").mkdir()
-    assert run("generate", "a fox", *SMALL, "-o", "pictures")[1] == ["pictures/qwen-image.png"]
+    Path("images").mkdir()
+    assert run("generate", "a fox", *SMALL, "-o", "images")[1] == ["images/qwen-image.png"]
     assert run("generate", "a fox", *SMALL, "-o", "new/deep/fox")[1] == ["new/deep/fox.png"]
 
 
@@ -158,7 +158,7 @@ def test_progress_goes_to_stderr_and_only_paths_to_stdout(run):
     assert [line.partition(",")[0] for line in err.splitlines() if "/" in line] == ["denoising 2/2"]
 
 
-def test_an_empty_prompt_is_painted_and_said(run):
+def test_an_empty_prompt_is_generated_and_said(run):
     code, _, err = run("generate", "", *SMALL)
     assert code == 0
     assert "prompt is empty" in err
@@ -187,7 +187,7 @@ def test_a_prompt_over_the_limit_is_cut_and_said(run):
     (["--cfg-scale", "nan"], "cfg_scale"),
     (["--seed", "-2"], "seed"),
     (["--seed", str(2**64)], "seed"),
-    (["--num-images", "0"], "pictures"),
+    (["--num-images", "0"], "images"),
     (["--dtype", "int8"], "bfloat16"),
     (["--rng", "numpy"], "torch"),
     (["--output", "fox.bmp"], ".png"),
@@ -204,17 +204,17 @@ def test_no_prompt_and_no_command(run):
     assert "COMMAND" in error_line(run())
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 30])
-def test_info_of_what_is_no_picture_of_ours(run, content):
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 30])
+def test_info_of_what_is_no_image_of_ours(run, content):
     Path("file.png").write_bytes(content)
     assert "file.png" in error_line(run("info", "file.png"))
     Image.new("RGB", (8, 8)).save("foreign.png")
     assert "carries no parameters" in error_line(run("info", "foreign.png"))
-    assert "there is no picture none.png" in error_line(run("info", "none.png"))
+    assert "there is no image none.png" in error_line(run("info", "none.png"))
 
 
 @pytest.mark.parametrize("metadata", ["[]", "{broken", '{"prompt": 3}', '{"prompt": "x", "steps": "a"}'])
-def test_a_picture_with_damaged_parameters(run, metadata):
+def test_a_image_with_damaged_parameters(run, metadata):
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -312,7 +312,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_before_anything_is_painted(run, here, tiny, damage):
+def test_a_damaged_checkpoint_is_named_before_anything_is_generated(run, here, tiny, damage):
     model = here / "model"
     shutil.copytree(tiny, model)
     harm, says = DAMAGES[damage]

@@ -28,7 +28,7 @@ def circle():
 
 @pytest.fixture
 def run(here, circle, capsys):
-    """Runs a command beside a picture and a folder to train with: (exit code, lines of stdout, stderr)."""
+    """Runs a command beside an image and a folder to train with: (exit code, lines of stdout, stderr)."""
     circle.save("circle.png")
     Path("data").mkdir()
     circle.save("data/circle.png")
@@ -44,13 +44,13 @@ def run(here, circle, capsys):
 
 @pytest.mark.parametrize(("command", "place", "text"), [
     (GENERATE, "weights/loader.py", MEMORY),
-    (GENERATE, "pipeline/encode.py", TIMEOUT),
-    (GENERATE, "weights/modulation.py", BUSY),
+    (GENERATE, "pipeline/qwen_image/states.py", TIMEOUT),
+    (GENERATE, "pipeline/qwen_image/table.py", BUSY),
     (GENERATE, "sampling/denoise.py", REFUSED),
     (GENERATE, "pipeline/autoencode.py", MEMORY),
     ((*GENERATE, "--memory", "streamed"), "weights/streaming.py", TIMEOUT),
     ((*GENERATE, "--quantize", "8"), "weights/quantize.py", TIMEOUT),
-    (EDIT, "pipeline/encode.py", BUSY),
+    (EDIT, "pipeline/qwen_image/states.py", BUSY),
     (EDIT, "pipeline/autoencode.py", MEMORY),
     (DECOMPOSE, "sampling/denoise.py", TIMEOUT),
     (DECOMPOSE, "pipeline/autoencode.py", REFUSED),
@@ -71,7 +71,8 @@ def test_a_fault_is_one_sentence_with_advice(run, monkeypatch, command, place, t
 
 
 @pytest.mark.parametrize(("command", "place"), [
-    (GENERATE, "pipeline/encode.py"), (GENERATE, "pipeline/autoencode.py"), (EDIT, "pipeline/autoencode.py"),
+    (GENERATE, "pipeline/qwen_image/states.py"), (GENERATE, "pipeline/autoencode.py"),
+    (EDIT, "pipeline/autoencode.py"),
 ])  # fmt: skip
 def test_a_fault_that_evaluating_did_not_raise_is_met_before_the_result_is_used(run, monkeypatch, command, place):
     gpu = FailingGPU(monkeypatch, MEMORY, place, functions=("synchronize",))

@@ -1,4 +1,4 @@
-"""From an empty cache to a picture, and again without the network, against a hub on this machine."""
+"""From an empty cache to an image, and again without the network, against a hub on this machine."""
 
 from __future__ import annotations
 
@@ -90,15 +90,15 @@ def test_loras_are_fetched_from_the_hub(tmp_path, sharded):
         hub.add("someone/tiny", sharded)
         hub.add("someone/one", one)
         hub.add("someone/two", two)
-        pictures = {}
+        images = {}
         for n, reference in enumerate((
             str(one / "only.safetensors"), "someone/one", "someone/two:styles/b.safetensors",
             "https://huggingface.co/someone/two/blob/main/styles/b.safetensors",
         )):  # fmt: skip
             done = run(tmp_path, hub.url, "--lora", f"{reference}@0.5", "-o", f"{n}.png")
             assert done.returncode == 0, done.stderr
-            pictures[reference] = (tmp_path / f"{n}.png").read_bytes()[-2000:]
-        assert len(set(pictures.values())) == 1
+            images[reference] = (tmp_path / f"{n}.png").read_bytes()[-2000:]
+        assert len(set(images.values())) == 1
         hub.add("someone/several", two / "styles")
         write_lora(two / "styles" / "c.safetensors", shapes)
         hub.add("someone/several", two / "styles")
@@ -110,7 +110,7 @@ def test_loras_are_fetched_from_the_hub(tmp_path, sharded):
             assert says in one_error(run(tmp_path, hub.url, "--lora", reference))
     offline = run(tmp_path, "http://127.0.0.1:9", "--lora", "someone/one@0.5", "-o", "offline.png")
     assert offline.returncode == 0, offline.stderr
-    assert (tmp_path / "offline.png").read_bytes()[-2000:] == pictures["someone/one"]
+    assert (tmp_path / "offline.png").read_bytes()[-2000:] == images["someone/one"]
 
 
 @pytest.mark.process

@@ -1,4 +1,4 @@
-"""info and lora inspect: what pictures, models, single files and LoRAs are said to be."""
+"""info and lora inspect: what images, models, single files and LoRAs are said to be."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from qwen_image_mlx.cli.main import main
-from qwen_image_mlx.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import matrix_shapes
 from qwen_image_mlx.weights.safetensors_files import read_header
 from qwen_image_mlx.weights.schemes import Quantization
 from qwen_image_mlx.weights.snapshot import DEMO_ROOT
-from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
+from qwen_image_mlx.weights.synthetic import ROWS, TINY, write_checkpoint
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def test_the_memory_that_is_announced_is_taken(tiny, bits, dtype):
     report = inspect_checkpoint(tiny, dtype=getattr(mx, dtype), quantization=quantization)
     components = QwenImagePipeline.from_pretrained(tiny, dtype=dtype, quantize=quantization).components
     loaded = {
-        "text_encoder": [components.text_encoder],
-        "transformer": [components.transformer],
-        "vae": [components.vae_encoder, components.vae_decoder],
+        "text_encoder": [components.network("text_encoder")],
+        "transformer": [components.network("transformer")],
+        "vae": [components.network("vae_encoder"), components.network("vae_decoder")],
     }
     for part in report.components:
         held = sum(array.nbytes for module in loaded[part.name] for _, array in tree_flatten(module.parameters()))
         assert part.resident_bytes == held, part.name
-    assert report.painting_bytes == sum(c.resident_bytes for c in report.components if c.name != "text_encoder")
+    assert report.generating_bytes == sum(c.resident_bytes for c in report.components if c.name != "text_encoder")
 
 
 def test_a_model_is_described(tiny, tmp_path, run):
@@ -72,7 +72,7 @@ def test_a_component_s_file_is_recognised(tiny, run, component):
 
 
 def test_a_lora_is_described(tmp_path, run):
-    shapes = matrix_shapes("transformer", TransformerConfig())
+    shapes = matrix_shapes(ROWS["transformer"], TransformerConfig())
     name = "transformer_blocks.7.attn.to_q"
     out_features, in_features = shapes[name]
     file = tmp_path / "style.safetensors"
@@ -93,7 +93,7 @@ def test_a_lora_of_the_demo_models_is_described(tmp_path, run, prefix):
     file = tmp_path / "mine.safetensors"
     config = TransformerConfig.from_dict(json.loads((DEMO_ROOT / "shared/transformer/config.json").read_bytes()))
     name = "transformer_blocks.0.attn.to_q"
-    out_features, in_features = matrix_shapes("transformer", config)[name]
+    out_features, in_features = matrix_shapes(ROWS["transformer"], config)[name]
     mx.save_safetensors(str(file), {f"{prefix}{name}.lora_A.weight": mx.ones((2, in_features)),
                                     f"{prefix}{name}.lora_B.weight": mx.ones((out_features, 2))})  # fmt: skip
     assert run("lora", "inspect", file)[0] == 0
@@ -208,7 +208,7 @@ def test_a_single_file_s_memory_is_announced(tmp_path, run):
     """A file of the real width with holes for data: only its header is read."""
     from qwen_image_mlx.weights.mapping import expected_tensors
 
-    specs = expected_tensors("transformer", TransformerConfig())
+    specs = expected_tensors(ROWS["transformer"], TransformerConfig())
     header, end = {}, 0
     for spec in specs.values():
         size = 2 * math.prod(spec.shape)

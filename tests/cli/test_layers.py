@@ -33,7 +33,7 @@ def models(tmp_path_factory):
 def small_areas(monkeypatch):
     """The real areas are of 640 pixels squared and more; nothing but time depends on them."""
     from qwen_image_mlx import variants
-    from qwen_image_mlx.pipeline import caption
+    from qwen_image_mlx.pipeline.qwen_image import caption
 
     name = "QwenImageEditPlusPipeline"
     small = replace(variants.VARIANTS[name], encoder_area=96**2, reference_area=128**2, target_area=128**2)
@@ -92,7 +92,7 @@ def stacked(images) -> Image.Image:
 
 
 @pytest.mark.slow
-def test_a_picture_is_taken_apart(run):
+def test_a_image_is_taken_apart(run):
     code, out, err = run("decompose", "photo.png", *APART)
     assert code == 0, err
     folder, psnr = out
@@ -217,7 +217,7 @@ def test_edited_layers_keep_their_alpha_and_their_place(run, layers):
 
 
 @pytest.mark.slow
-def test_an_edited_layer_is_painted_again_from_what_it_was(run, layers):
+def test_an_edited_layer_is_generated_again_from_what_it_was(run, layers):
     edited = opened(run("edit", "make it red", "--layer", f"{layers}:2", *QUICK, "--seed", "1"))
     again = opened(run("edit", "--from-image", edited.filename, "-o", "again.png"))
     np.testing.assert_array_equal(pixels(again), pixels(edited))
@@ -240,7 +240,7 @@ def test_a_composition_that_cannot_be_blended_leaves_nothing(run, layers, here):
 
 
 @pytest.mark.slow
-def test_an_edited_layer_can_go_elsewhere_and_is_painted_again(run, layers):
+def test_an_edited_layer_can_go_elsewhere_and_is_generated_again(run, layers):
     manifest = (layers / "manifest.json").read_bytes()
     opened(run("edit", "make it red", "--layer", f"{layers}:1", "-o", "red.png", *QUICK, "--seed", "1"))
     assert (layers / "manifest.json").read_bytes() == manifest
@@ -272,7 +272,7 @@ def test_a_composition_is_harmonized(run, layers):
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "says"), [
     ((), "PHOTO"),
-    (("photo.png", "--layer", "apart:1"), "one picture"),
+    (("photo.png", "--layer", "apart:1"), "one image"),
     (("none.png",), "none.png"),
     (("",), "name is empty"),
     (("photo.png", "--layers", "0"), "num_layers"),
@@ -346,7 +346,7 @@ def test_a_manifest_that_changed_meanwhile_keeps_the_edit(run, layers, monkeypat
 
 
 @pytest.mark.slow
-def test_a_distilled_lora_sets_how_pictures_are_taken_apart(run, models, here):
+def test_a_distilled_lora_sets_how_images_are_taken_apart(run, models, here):
     from lora_files import write_lora
 
     from qwen_image_mlx import QwenImagePipeline
@@ -375,14 +375,14 @@ def test_info_describes_layers(run, here, capsys, name):
     assert (facts["layers"], facts["size"]) == (2, "150x100")
 
 
-def test_a_picture_that_shows_nothing_has_no_caption(run, here):
+def test_a_image_that_shows_nothing_has_no_caption(run, here):
     Image.new("RGBA", (64, 64)).save("empty.png")
     assert "transparent everywhere" in error_line(run("caption", "empty.png"))
 
 
 @pytest.mark.slow
-def test_a_picture_with_a_profile_is_one_picture_in_every_file(run, here):
-    """Of a wide picture all that is made is as of the same picture in sRGB, and carries no profile."""
+def test_a_image_with_a_profile_is_one_image_in_every_file(run, here):
+    """Of a wide image all that is made is as of the same image in sRGB, and carries no profile."""
     from qwen_image_mlx.images.colour import _matrix_profile
     from qwen_image_mlx.images.sources import open_image
 

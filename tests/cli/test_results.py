@@ -30,7 +30,7 @@ def ended(folder, *arguments, stdout, unbuffered=False):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 @pytest.mark.parametrize(("arguments", "unbuffered"), [(["config", "show"], False), (["plan", "demo", "--json"], True),
                                                        (PAINT, False)], ids=lambda value: str(value)[:12])  # fmt: skip
-def test_a_full_stdout_is_one_sentence_and_pictures_stay(tmp_path, arguments, unbuffered):
+def test_a_full_stdout_is_one_sentence_and_images_stay(tmp_path, arguments, unbuffered):
     with open("/dev/full", "w") as full:
         code, err = ended(tmp_path, *arguments, stdout=full, unbuffered=unbuffered)
     assert code == 2

@@ -83,7 +83,7 @@ ANSWERED = [
     ("generate x --mlx-cache-limit-gb 8", "give --memory 16GB"),
     ("generate x --medvram", "give --memory auto"),
     ("generate x --device mps", "leave it out: MLX takes the GPU"),
-    ("generate x --metadata", "leave it out: every picture carries"),
+    ("generate x --metadata", "leave it out: every image carries"),
     ("generate x --config-from-metadata a.png", "give --from-image"),
     ("generate x --stepwise-image-output-dir d", "give --preview"),
     ("generate x --controlnet-image-path a.png", "leave it out: ControlNets"),
@@ -91,7 +91,7 @@ ANSWERED = [
     ("generate x -v", "give --verbose"),
     ("generate x --dry-run", "the command `plan`"),
     ("generate x --base-model qwen-image", "give --model"),
-    ("generate x --outdir pictures", "give --output DIR/"),
+    ("generate x --outdir images", "give --output DIR/"),
     ("generate x --aspect-ratio 16:9", "give --aspect"),
     ("generate x --negative blurry", "give --negative-prompt"),
     ("generate x --profile", "--timings prints what each stage takes"),
@@ -183,7 +183,7 @@ def test_a_name_may_hold_index_and_prompt(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jpg", "jpeg", "webp", "WEBP"])
-def test_other_forms_carry_the_record_and_are_painted_again(run, suffix):
+def test_other_forms_carry_the_record_and_are_generated_again(run, suffix):
     assert run(f"generate 'ein roter Kreis ●' {DEMO} --seed 3 -o a.png")[0] == 0
     code, out, err = run(f"generate 'ein roter Kreis ●' {DEMO} --seed 3 -o a.{suffix}")
     assert (code, out) == (0, [f"a.{suffix}"]), err
@@ -276,9 +276,9 @@ def test_json_tells_of_errors_too(run):
 @pytest.mark.slow
 @pytest.mark.parametrize(("line", "says"), [
     (f"generate x {DEMO} --lora-mode side", "--lora-mode has no effect: no LoRA is given"),
-    (f"generate x {DEMO} --ignore-profile", "--ignore-profile has no effect: no picture is read"),
+    (f"generate x {DEMO} --ignore-profile", "--ignore-profile has no effect: no image is read"),
     (f"generate x {DEMO} --seeds 1 --lora-mode side", "--lora-mode has no effect: no LoRA is given"),
-    ("edit x --image a.png --model demo-edit --steps 1 --keep-alpha", "--keep-alpha has no effect: the picture has no"),
+    ("edit x --image a.png --model demo-edit --steps 1 --keep-alpha", "--keep-alpha has no effect: the image has no"),
     ("decompose a.png -p x --model demo-layered --steps 1 --caption-language zh", "--caption-language has no effect"),
     ("decompose a.png -p x --model demo-layered --steps 1 -g 1 --cfg-normalize", "--cfg-normalize has no effect"),
 ])  # fmt: skip
@@ -315,7 +315,7 @@ def test_help_is_short_before_it_is_long_and_ends_with_examples_that_parse(comma
 def test_help_is_in_groups(capsys):
     lines = help_of("generate", capsys).splitlines()
     titles = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert titles[2:] == ["picture", "size", "sampling", "painting over a picture", "many pictures", "model",
+    assert titles[2:] == ["image", "size", "sampling", "image to image", "many images", "model",
                           "speed and memory", "output", "settings", "what is shown", "examples"]  # fmt: skip
 
 

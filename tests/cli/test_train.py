@@ -75,7 +75,7 @@ def test_a_run_leaves_its_lora_log_plot_samples_and_checkpoints(run):
 
 
 @pytest.mark.slow
-def test_the_result_paints_and_says_how_it_was_trained(run, capsys, tiny):
+def test_the_result_generates_and_says_how_it_was_trained(run, capsys, tiny):
     run()
     code = main(["generate", "a fox", "--model", str(tiny), "--lora", "run/lora.safetensors", "--width", "64",
                  "--height", "48", "--steps", "2", "--dtype", "float32"])  # fmt: skip
@@ -161,11 +161,11 @@ def test_faults_of_data_are_one_line(run, tmp_path, data):
     broken.mkdir()
     assert "holds nothing to train on" in error_line(run(data=broken))
     (broken / "a.png").write_bytes((data / "0.png").read_bytes()[:60])
-    assert "1 of 1 pictures in" in error_line(run(data=broken))
+    assert "1 of 1 images in" in error_line(run(data=broken))
     (broken / "a.txt").write_text("a fox")
-    assert "a.png cannot be read as a picture" in error_line(run(data=broken))
+    assert "a.png cannot be read as an image" in error_line(run(data=broken))
     Image.new("RGB", (20, 20)).save(broken / "a.png")
-    assert "1 of 1 pictures are smaller than the 64x64 pixels" in error_line(run(data=broken))
+    assert "1 of 1 images are smaller than the 64x64 pixels" in error_line(run(data=broken))
 
 
 def test_a_loss_that_is_no_number_is_one_line(run):

@@ -42,7 +42,7 @@ def test_a_dash_is_the_prompt_on_stdin(run, stdin, prompt):
 
 
 @pytest.mark.slow
-def test_many_pictures_and_layers_read_it_too(run):
+def test_many_images_and_layers_read_it_too(run):
     code, out, err = run("generate", "-", *DEMO, "--seeds", "1-2", stdin="a red circle")
     assert (code, len(out)) == (0, 2), err
     Image.new("RGB", (64, 64), "red").save("a.png")

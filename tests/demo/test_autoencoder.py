@@ -10,14 +10,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from demo import autoencoder, fast
-from demo.autoencoder import Autoencoder, Trainer, held_out_pictures, module_weights, to_signed, training_pictures
+from demo.autoencoder import Autoencoder, Trainer, held_out_images, module_weights, to_signed, training_images
 from demo.checkpoint import write_component
 from mlx.utils import tree_flatten
 
-from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.safetensors_files import component_tensors
+from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.demo
 
@@ -72,10 +73,10 @@ def test_their_gradients_are_the_models():
         assert_close(found[name], gradient)
 
 
-def test_a_few_steps_on_one_picture_bring_it_nearer(monkeypatch):
-    pictures = training_pictures(0, 0, 1, 3)
+def test_a_few_steps_on_one_image_bring_it_nearer(monkeypatch):
+    images = training_images(0, 0, 1, 3)
     monkeypatch.setattr(autoencoder, "WARM_UP", 1)
-    monkeypatch.setattr(autoencoder, "training_pictures", lambda *_: pictures)
+    monkeypatch.setattr(autoencoder, "training_images", lambda *_: images)
     trainer = Trainer(TINY, 100, rate=0.05)
     first = trainer.run(1, batch=1)
     trainer.run(9, batch=1)
@@ -107,11 +108,11 @@ def test_channels_that_the_first_weights_lack_begin_at_zero():
     assert not out[..., 3].any().item()
 
 
-def test_training_pictures_are_repeatable_and_layers_are_among_them():
-    pictures = training_pictures(0, 3, 16, 4)
-    np.testing.assert_array_equal(pictures, training_pictures(0, 3, 16, 4))
-    assert (pictures != training_pictures(0, 4, 16, 4)).any()
-    opaque = (pictures[..., 3] == 255).all(axis=(1, 2))
+def test_training_images_are_repeatable_and_layers_are_among_them():
+    images = training_images(0, 3, 16, 4)
+    np.testing.assert_array_equal(images, training_images(0, 3, 16, 4))
+    assert (images != training_images(0, 4, 16, 4)).any()
+    opaque = (images[..., 3] == 255).all(axis=(1, 2))
     assert 2 < opaque.sum() < 14
 
 
@@ -128,12 +129,12 @@ def test_diffusers_and_our_pipeline_decode_the_files_alike(tmp_path, channels):
 
     theirs = AutoencoderKLQwenImage.from_pretrained(tmp_path / "vae")
     tensors = component_tensors([tmp_path / "vae" / "diffusion_pytorch_model.safetensors"], None)
-    weights = ComponentWeights("vae", config, tensors, ("encoder", "decoder"))
+    weights = ComponentWeights(ROWS["vae"], config, tensors, ("encoder", "decoder"))
     ours = Autoencoder(config, seed=1)
     for part, module in (("encoder", ours.encode_side), ("decoder", ours.decode_side)):
         load_module(module, weights, part, mx.float32)
 
-    x = to_signed(held_out_pictures(2, channels))
+    x = to_signed(held_out_images(2, channels))
     latents = encode_mode(ours.encode_side, config, x)
     spread = latents * mx.array(config.latents_std) + mx.array(config.latents_mean)
     assert_close(spread, fast.encode(model.encode_side, x)[0])
@@ -142,6 +143,6 @@ def test_diffusers_and_our_pipeline_decode_the_files_alike(tmp_path, channels):
         seen = theirs.encode(torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)[:, :, None]).latent_dist.mode()
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
         np.testing.assert_allclose(((seen - mean) / std)[:, :, 0].permute(0, 2, 3, 1), np.array(latents), atol=1e-4)
-        pictures = theirs.decode(seen).sample[:, :, 0].permute(0, 2, 3, 1)
-    expected = np.clip(pictures.numpy() * 0.5 + 0.5, 0, 1)
+        images = theirs.decode(seen).sample[:, :, 0].permute(0, 2, 3, 1)
+    expected = np.clip(images.numpy() * 0.5 + 0.5, 0, 1)
     np.testing.assert_allclose(np.array(decode(ours.decode_side, config, latents)), expected, atol=1e-4)

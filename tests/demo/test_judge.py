@@ -1,4 +1,4 @@
-"""The judges of the demo's pictures: perfect ones pass, and each fault is seen by its own entry."""
+"""The judges of the demo's images: perfect ones pass, and each fault is seen by its own entry."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_edits_must_do_what_is_asked_and_leave_the_rest():
     assert judge_edits(noisy, SCENES, after)["psnr"] < 25
 
 
-def test_layers_must_make_up_the_picture_each_in_its_place():
+def test_layers_must_make_up_the_image_each_in_its_place():
     scenes = [draw_scene(np.random.default_rng(n), things=2, held_out=True) for n in range(10)]
     stacks = np.stack([scene.layers() for scene in scenes])
     assert judge_layers(stacks, scenes) == pytest.approx({"psnr": 78.13, "iou": 1}, abs=0.01)

@@ -11,7 +11,7 @@ from demo.checkpoint import pack, transformer_config, write_component, write_fra
 from demo.samples import EMPTY, Frame, Samples, decompositions, draw_edits, draw_scenes, edits, paintings, rendered
 
 from qwen_image_mlx import QwenImagePipeline
-from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.weights import snapshot
 
 pytestmark = pytest.mark.demo
@@ -76,7 +76,7 @@ def test_a_batch_is_of_one_length_and_now_and_then_without_prompts(model, sample
     assert len(lengths) > 1
 
 
-def test_layered_samples_are_the_picture_its_layers_and_nothing(samples, models):
+def test_layered_samples_are_the_image_its_layers_and_nothing(samples, models):
     kind, frame = samples["demo-layered"], Frame(models / "demo-layered")
     assert [segment.frame for segment in kind.segments] == [0, 1, 2, 3, -1]
     (scene,) = draw_scenes(1, 0)
@@ -140,7 +140,7 @@ def test_diffusers_reads_the_written_transformer(model, samples, tmp_path):
     np.testing.assert_allclose(np.array(ours), out.numpy(), atol=2e-4 * out.abs().max().item())
 
 
-def test_packed_models_share_and_paint(models, samples, tmp_path, monkeypatch):
+def test_packed_models_share_and_generate(models, samples, tmp_path, monkeypatch):
     for model in MODELS:
         trainer = painter.new_trainer(moved("demo-edit" if model == "demo" else model), lambda step: [], 1000)
         write_component(models / model, "transformer", transformer_config(model), painter.file_weights(trainer))
@@ -150,8 +150,8 @@ def test_packed_models_share_and_paint(models, samples, tmp_path, monkeypatch):
     assert own["demo-layered"] == ["model_index.json", "transformer", "vae"]
     monkeypatch.setattr(snapshot, "DEMO_ROOT", tmp_path)
     image = rendered(draw_scenes(1, 0))[0]
-    (painted,) = QwenImagePipeline.from_pretrained("demo").generate("a red circle", num_inference_steps=2)
-    assert painted.size == (64, 64)
+    (generated,) = QwenImagePipeline.from_pretrained("demo").generate("a red circle", num_inference_steps=2)
+    assert generated.size == (64, 64)
     (edited,) = QwenImagePipeline.from_pretrained("demo-edit").edit(
         "make it red", images=[image], num_inference_steps=2
     )

@@ -15,7 +15,7 @@ def scenes(count: int, **options):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_pictures_are_judged_rightly(held_out):
+def test_images_are_judged_rightly(held_out):
     for scene in scenes(300, held_out=held_out):
         (thing,) = scene.things
         found = analyse(scene.render())
@@ -31,7 +31,7 @@ def test_nothing_is_seen_where_nothing_is():
 
 def test_noise_is_no_scene():
     noise = np.random.default_rng(0).integers(0, 256, (100, 64, 64, 3), np.uint8)
-    right = [analyse(picture) for picture in noise]
+    right = [analyse(image) for image in noise]
     assert sum(f.colour == "red" and f.background == "blue" for f in right) < 10
 
 
@@ -42,7 +42,7 @@ def test_some_combinations_are_held_out():
     assert {shape for shape, _, _ in held} == set(SHAPES)
 
 
-def test_layers_laid_together_are_the_picture():
+def test_layers_laid_together_are_the_image():
     for scene in scenes(20, things=2):
         layers = scene.layers()
         assert layers.shape == (3, 64, 64, 4)

@@ -1,4 +1,4 @@
-"""The models inside the package: right pictures of what they were never trained on, offline and in seconds."""
+"""The models inside the package: right images of what they were never trained on, offline and in seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.demo
 # How many of each are judged: the first of those that count, and at night all of them. A share that is asked of all may
 # be missed by two standard deviations of a sample of the first.
 COUNTS = pytest.mark.parametrize("count", [24, pytest.param(100, marks=pytest.mark.nightly)])
-SEED = 12  # not that of the pictures which the training was watched with
+SEED = 12  # not that of the images which the training was watched with
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def share(asked: float, count: int) -> float:
 def test_paintings_are_right(count):
     scenes = draw_scenes(100, SEED, most_things=1, held_out=True, as_told=True)[:count]
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
-    pictures = [pipeline.generate(s.caption, negative_prompt=" ", seed=n)[0] for n, s in enumerate(scenes)]
-    found = judge_paintings(np.stack([np.asarray(picture) for picture in pictures]), scenes)
+    images = [pipeline.generate(s.caption, negative_prompt=" ", seed=n)[0] for n, s in enumerate(scenes)]
+    found = judge_paintings(np.stack([np.asarray(image) for image in images]), scenes)
     assert found["colour"] >= share(0.98, count)
     assert found["background"] >= share(0.98, count)
     assert found["shape"] >= share(0.92, count)
@@ -70,9 +70,9 @@ def test_paintings_are_right(count):
 def test_edits_are_right(count):
     pairs = draw_edits(100, SEED, held_out=True)[:count]
     pipeline = QwenImagePipeline.from_pretrained("demo-edit", dtype="float32")
-    pictures = [pipeline.edit(p.instruction, images=[p.before.render()], seed=n)[0] for n, p in enumerate(pairs)]
+    images = [pipeline.edit(p.instruction, images=[p.before.render()], seed=n)[0] for n, p in enumerate(pairs)]
     found = judge_edits(
-        np.stack([np.asarray(picture) for picture in pictures]), [p.before for p in pairs], [p.after for p in pairs]
+        np.stack([np.asarray(image) for image in images]), [p.before for p in pairs], [p.after for p in pairs]
     )
     assert found["right"] >= share(0.85, count)
     assert found["psnr"] >= 25

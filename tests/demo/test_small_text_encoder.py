@@ -10,7 +10,7 @@ from demo.samples import Frame
 from demo.scenes import COLOURS, PLACES, SHAPES, draw_scene
 
 from qwen_image_mlx import QwenImagePipeline
-from qwen_image_mlx.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 
 pytestmark = pytest.mark.demo
 
@@ -44,7 +44,7 @@ def test_transformers_reads_the_same_language_model(frames):
 
 @pytest.mark.parametrize("model", ["demo", "demo-edit"])
 def test_samples_are_encoded_as_the_pipeline_encodes(frames, model):
-    """Prompts, pictures in prompts, references: the quick batches of training against the pipeline, one by one."""
+    """Prompts, images in prompts, references: the quick batches of training against the pipeline, one by one."""
     from PIL import Image
 
     folder = frames / model

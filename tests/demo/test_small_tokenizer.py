@@ -43,7 +43,7 @@ def test_prompts_are_split_as_by_the_whole_tokenizer(small, whole):
     prompts += [" ".join(part) for part in np.array_split(WORDS.split(), 40)]
     for variant in VARIANTS.values():
         for prompt in prompts:
-            text = variant.template.text.format(prompt=variant.template.picture.format(n=1) + "the " + prompt)
+            text = variant.template.text.format(prompt=variant.template.image.format(n=1) + "the " + prompt)
             assert opened(small).encode(text).offsets == whole.encode(text).offsets, prompt
 
 

@@ -63,7 +63,7 @@ def test_a_right_model_agrees_at_every_stage(golden, tiny):
 def test_bf16_agrees_within_its_own_tolerance(make, tiny):
     outcome = compared(make("--cfg-scale", "1", "--keep", "2", dtype="bfloat16"), tiny)
     assert outcome.findings == []
-    assert set(outcome.figures) == {"text_error", "noise_error", "latents-2_error", "picture_levels", "golden"}
+    assert set(outcome.figures) == {"text_error", "noise_error", "latents-2_error", "image_levels", "golden"}
     assert outcome.figures["latents-2_error"] > 1e-3
 
 

@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.doctor import block, chip, disk, env, faults, fits, measure, rates, vae
 from qwen_image_mlx.doctor.__main__ import peak_bytes
 from qwen_image_mlx.doctor.outcome import Outcome
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
 from qwen_image_mlx.runtime import memory_plan
 from qwen_image_mlx.runtime.memory_plan import Work
 

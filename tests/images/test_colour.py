@@ -269,7 +269,7 @@ def test_threads_keep_to_the_context_they_are_given():
     assert found[0] == SCENE.tobytes() != found[1]
 
 
-def test_layers_of_different_profiles_are_one_picture(tmp_path):
+def test_layers_of_different_profiles_are_one_image(tmp_path):
     """A folder and an ORA whose layers are tagged differently, as other programs save them."""
     stack = LayerStack((30, 20), (Layer(open_rgba(SCENE)), Layer(open_rgba(SCENE))))
     save_layers(stack, tmp_path / "x", ["png", "ora"])

@@ -72,7 +72,7 @@ def test_other_files_are_named(tmp_path, head, said):
 @pytest.mark.parametrize(("path", "said"), [
     ("https://example.org/a.png", "download the file first"), ("http://example.org/a", "download the file first"),
     ("file:///tmp/a.png", "without file://"), (".", "is a folder"), ("/dev/zero", "it is not a regular file"),
-    ("none.png", "there is no picture none.png"),
+    ("none.png", "there is no image none.png"),
 ])  # fmt: skip
 def test_paths_that_are_no_files(path, said):
     assert said in refusal(path)

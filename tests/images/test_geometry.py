@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,6 +22,7 @@ def picture(width, height, seed=0):
 
 
 @pytest.mark.reference
+@settings(deadline=None)  # the first of them imports the reference
 @given(width=SIDES, height=SIDES, area=st.sampled_from([384**2, 640**2, 1024**2]))
 def test_areas_are_the_reference_s(width, height, area):
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
@@ -119,7 +120,7 @@ def test_a_feathered_mask_never_leaves_the_mask(seed):
     assert np.unique(opacity).tolist() == [0, 85, 170, 255]
 
 
-def test_a_seam_rises_inside_and_not_at_the_picture_s_border():
+def test_a_seam_rises_inside_and_not_at_the_image_s_border():
     mask = np.zeros((1024, 1024), np.uint8)
     mask[:, 500:] = 255
     opacity = np.asarray(feathered(Image.fromarray(mask)))
@@ -127,7 +128,7 @@ def test_a_seam_rises_inside_and_not_at_the_picture_s_border():
     assert (opacity[:, -1] == 255).all()
 
 
-@pytest.mark.parametrize(("size", "mask", "composite", "padding", "painted", "result"), [
+@pytest.mark.parametrize(("size", "mask", "composite", "padding", "generated", "result"), [
     (None, False, True, None, (160, 96), (160, 96)),
     ("source", False, True, None, (160, 96), (150, 90)),
     ((64, 64), False, True, None, (64, 64), (64, 64)),
@@ -139,7 +140,7 @@ def test_a_seam_rises_inside_and_not_at_the_picture_s_border():
     ("1mp", True, True, 4, (160, 96), (150, 90)),
     ((64, 64), True, False, 4, (64, 64), (150, 90)),
 ])  # fmt: skip
-def test_sizes_of_a_canvas(size, mask, composite, padding, painted, result):
+def test_sizes_of_a_canvas(size, mask, composite, padding, generated, result):
     grey = np.zeros((90, 150), np.uint8)
     grey[20:50, 30:90] = 255
     source = picture(150, 90)
@@ -147,10 +148,10 @@ def test_sizes_of_a_canvas(size, mask, composite, padding, painted, result):
         source, mask=Image.fromarray(grey) if mask else None, size=size, composite=composite, crop_padding=padding,
         area=128 * 128,
     )  # fmt: skip
-    assert (canvas.size, canvas.result_size) == (painted, result)
-    finished = canvas.finish(Image.new("RGB", painted, "red"))
+    assert (canvas.size, canvas.result_size) == (generated, result)
+    finished = canvas.finish(Image.new("RGB", generated, "red"))
     assert finished.size == result
-    if padding is not None:  # what was painted lands on the mask, and nowhere near the corners
+    if padding is not None:  # what was generated lands on the mask, and nowhere near the corners
         assert finished.getpixel((60, 35)) == (255, 0, 0)
         assert finished.getpixel((149, 89)) == source.getpixel((149, 89))
 

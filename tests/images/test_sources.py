@@ -1,4 +1,4 @@
-"""Pictures from anywhere: every mode in 8 bits, upright, and one sentence for what is no picture."""
+"""Images from anywhere: every mode in 8 bits, upright, and one sentence for what is no image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path):
+def test_every_kind_of_source_gives_the_same_image(tmp_path):
     image = Image.fromarray(COLOURS)
     image.save(tmp_path / "a.png")
     for source in (image, COLOURS, tmp_path / "a.png", str(tmp_path / "a.png"), encoded(image)):
@@ -76,12 +76,12 @@ def test_transparency_is_laid_on_white_and_said(caplog):
     (np.zeros((4, 4), np.float32), "as uint8"),
     (np.zeros((4, 4), np.int32), "as uint8"),
     (Image.new("F", (4, 4)), "32 bits"),
-    ("none.png", "there is no picture none.png"),
+    ("none.png", "there is no image none.png"),
     (Path(__file__).parent, "is a folder"),
     (encoded(Image.new("1", (10_000, 10_000))), "too large"),  # beyond Pillow's first limit
     (encoded(Image.new("1", (20_000, 20_000))), "too large"),  # beyond its second
 ])  # fmt: skip
-def test_what_is_no_picture_is_said(source, says):
+def test_what_is_no_image_is_said(source, says):
     with pytest.raises(RequestError, match=says):
         open_image(source)
 
@@ -93,11 +93,11 @@ def test_whatever_a_decoder_raises_is_one_sentence(tmp_path, monkeypatch, error)
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "load", fails)
-    with pytest.raises(RequestError, match=r"a.png cannot be read as a picture: not implemented"):
+    with pytest.raises(RequestError, match=r"a.png cannot be read as an image: not implemented"):
         open_image(tmp_path / "a.png")
 
 
-def test_a_picture_that_breaks_off_when_it_is_loaded(tmp_path):
+def test_a_image_that_breaks_off_when_it_is_loaded(tmp_path):
     (tmp_path / "cut.png").write_bytes(encoded(Image.fromarray(COLOURS))[:200])
     with pytest.raises(RequestError, match="cannot be read"):
         open_image(Image.open(tmp_path / "cut.png"))

@@ -169,14 +169,14 @@ def test_what_changes_nothing_is_not_named(tmp_path, caplog, change):
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 255)])
-def test_a_picture_that_is_not_that_of_its_layers_is_said(tmp_path, caplog, colour):
-    """Whatever the field, the file's own merged picture tells."""
+def test_a_image_that_is_not_that_of_its_layers_is_said(tmp_path, caplog, colour):
+    """Whatever the field, the file's own merged image tells."""
     document = psd_tools.PSDImage.frompil(Image.new("RGB", (8, 6), colour))
     document.create_pixel_layer(plain("red").convert("RGB"), name="red")
     with open(tmp_path / "x.psd", "wb") as file:
         document._record.write(file)
     load_layers(tmp_path / "x.psd")
-    assert ("are not the picture that it shows" in caplog.text) is (colour != (255, 0, 0))
+    assert ("are not the image that it shows" in caplog.text) is (colour != (255, 0, 0))
 
 
 def ora(path: Path, attributes: str, inside: str = "") -> Path:

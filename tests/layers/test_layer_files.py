@@ -34,7 +34,7 @@ STACK = LayerStack(
     ),
     {"seed": 7, "prompt": "一只狐狸 🦊"},
 )
-PICTURES = {"composite.png", "contact_sheet.png"}
+IMAGES = {"composite.png", "contact_sheet.png"}
 READABLE = [name for name, row in FORMATS.items() if row.read]
 small = LayerStack((8, 6), (Layer(plain("red")), Layer(plain((0, 0, 255, 128)), "blue", (2, 1))))
 
@@ -104,7 +104,7 @@ def test_files_are_told_apart_by_what_they_are(saved, tmp_path):
 
 def test_a_folder_holds_what_its_formats_say(saved, tmp_path):
     layers = {f"layer_{n}.png" for n in range(5)} | {"manifest.json"}
-    assert {path.name for path in saved.iterdir()} == layers | PICTURES | {row.file for row in FORMATS.values()} - {""}
+    assert {path.name for path in saved.iterdir()} == layers | IMAGES | {row.file for row in FORMATS.values()} - {""}
     paths = save_layers(small, tmp_path / "a" / "b", ["ora", "ora"])
     assert [path.name for path in paths] == ["composite.png", "contact_sheet.png", "layers.ora"]
     assert all(path.is_file() for path in paths)

@@ -88,7 +88,7 @@ def psd_layers(data: bytes):
 def test_a_psd_says_by_the_specification_what_its_layers_are(saved):
     size, count, layers = psd_layers((saved / "layers.psd").read_bytes())
     assert size == STACK.size
-    assert count == -5, "the merged picture's fourth channel is its transparency"
+    assert count == -5, "the merged image's fourth channel is its transparency"
     assert layers == [
         (la.name, la.offset, la.image.size, la.visible, round(la.opacity * 255), la.image.tobytes())
         for la in STACK.layers
@@ -96,7 +96,7 @@ def test_a_psd_says_by_the_specification_what_its_layers_are(saved):
 
 
 def test_pillow_reads_the_psd(saved):
-    """Its merged picture and the layers' places; of names it knows Mac Roman only, and it mixes up the channels."""
+    """Its merged image and the layers' places; of names it knows Mac Roman only, and it mixes up the channels."""
     with Image.open(saved / "layers.psd") as image:
         assert (image.mode, image.size) == ("RGBA", STACK.size)
         assert [(mode, box) for _, mode, box, _ in image.layers] == [
@@ -111,7 +111,7 @@ def test_pillow_reads_the_psd(saved):
     np.testing.assert_array_equal(merged[opaque], expected[opaque])
 
 
-def test_the_merged_picture_of_a_psd_is_laid_on_white(tmp_path):
+def test_the_merged_image_of_a_psd_is_laid_on_white(tmp_path):
     save_layers(LayerStack((8, 6), (Layer(plain((200, 100, 0, 51))),)), tmp_path / "x", ["psd"])
     with Image.open(tmp_path / "x" / "layers.psd") as image:
         assert image.getpixel((0, 0)) == (244, 224, 204, 51)

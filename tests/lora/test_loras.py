@@ -18,14 +18,14 @@ from qwen_image_mlx.models.layers import QuantizedLinear
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
 from qwen_image_mlx.weights.mapping import expected_tensors
 from qwen_image_mlx.weights.schemes import Quantization
-from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
+from qwen_image_mlx.weights.synthetic import ROWS, TINY, write_checkpoint
 
 REQUEST = {"prompt": "a fox", "negative_prompt": "blurry", "width": 64, "height": 48, "steps": 3, "cfg_scale": 3.0,
            "seed": 5}  # fmt: skip
 
 
 def shapes_of(config) -> dict[str, tuple[int, ...]]:
-    return {n.removesuffix(".weight"): s.shape for n, s in expected_tensors("transformer", config).items()}
+    return {n.removesuffix(".weight"): s.shape for n, s in expected_tensors(ROWS["transformer"], config).items()}
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def shapes(tiny):
     return QwenImagePipeline.from_pretrained(tiny).components.lora_targets()
 
 
-def paint(folder, dtype="float32", **options):
-    """8-bit picture and the pipeline."""
+def generate(folder, dtype="float32", **options):
+    """8-bit image and the pipeline."""
     pipeline = QwenImagePipeline.from_pretrained(folder, dtype=dtype, **options)
-    return repaint(pipeline), pipeline
+    return regenerate(pipeline), pipeline
 
 
-def repaint(pipeline):
+def regenerate(pipeline):
     encoding = pipeline.encode_guidance_prompts(REQUEST["prompt"], REQUEST["negative_prompt"])
     parameters = GenerationParameters(width=64, height=48, num_inference_steps=3, cfg_scale=3.0)
     return np.asarray(to_images(pipeline.generate_pixels(parameters, encoding, seed=5))[0]).astype(int)
@@ -55,9 +55,9 @@ def test_pixels_are_the_reference_s(tiny, shapes, tmp_path, strength):
     reference.load_lora_weights(file, adapter_name="one")
     reference.set_adapters(["one"], [strength])
     expected = np.asarray(run_reference(reference, **REQUEST).image).astype(int)
-    plain, _ = paint(tiny)
+    plain, _ = generate(tiny)
     for mode in ("auto", "merge", "side"):
-        ours, _ = paint(tiny, loras=[(file, strength)], lora_mode=mode)
+        ours, _ = generate(tiny, loras=[(file, strength)], lora_mode=mode)
         assert np.abs(ours - expected).max() <= 1
     assert np.abs(plain - expected).max() > 8
 
@@ -66,7 +66,7 @@ def test_pixels_are_the_reference_s(tiny, shapes, tmp_path, strength):
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_gives_the_same_pixels(tiny, shapes, tmp_path, dialect):
     one, other = (write_lora(tmp_path / f"{name}.safetensors", shapes, name) for name in ("peft", dialect))
-    np.testing.assert_array_equal(paint(tiny, loras=[str(one)])[0], paint(tiny, loras=[str(other)])[0])
+    np.testing.assert_array_equal(generate(tiny, loras=[str(one)])[0], generate(tiny, loras=[str(other)])[0])
 
 
 @pytest.mark.reference
@@ -81,9 +81,9 @@ def test_several_loras_add_up(tiny, shapes, tmp_path):
     reference.set_adapters(["n0", "n1"], [0.7, -0.4])
     expected = np.asarray(run_reference(reference, **REQUEST).image).astype(int)
     for mode in ("merge", "side"):
-        ours, pipeline = paint(tiny, loras=references, lora_mode=mode)
+        ours, pipeline = generate(tiny, loras=references, lora_mode=mode)
         assert np.abs(ours - expected).max() <= 1
-    layer = pipeline.components.transformer.transformer_blocks[1].attn.to_q
+    layer = pipeline.components.network("transformer").transformer_blocks[1].attn.to_q
     assert type(layer) is SideBranch
     assert layer.a.shape[0] == 8, "one branch of both ranks"
 
@@ -103,23 +103,23 @@ def pack(wide, tmp_path_factory):
 
 
 def kinds(pipeline):
-    return {name: type(m) for name, m in pipeline.components.transformer.named_modules() if name in TARGETS}
+    return {name: type(m) for name, m in pipeline.components.network("transformer").named_modules() if name in TARGETS}
 
 
 @pytest.mark.slow
 def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
     caplog.set_level("INFO")
     file = write_lora(tmp_path / "lora.safetensors", WIDE_SHAPES)
-    beside, pipeline = paint(pack, loras=[str(file)])
+    beside, pipeline = generate(pack, loras=[str(file)])
     assert set(kinds(pipeline).values()) == {SideBranch}
     assert "running beside 9 matrices" in caplog.text
-    merged_first, running = paint(wide, loras=[str(file)], quantize="transformer=4")
+    merged_first, running = generate(wide, loras=[str(file)], quantize="transformer=4")
     assert set(kinds(running).values()) == {QuantizedLinear}
-    exact, _ = paint(wide, loras=[str(file)])
-    without, _ = paint(pack)
+    exact, _ = generate(wide, loras=[str(file)])
+    without, _ = generate(pack)
     change = np.abs(exact - without).mean()
-    for picture in (beside, merged_first):
-        assert np.abs(picture - exact).mean() < 0.5 * change
+    for image in (beside, merged_first):
+        assert np.abs(image - exact).mean() < 0.5 * change
     with pytest.raises(CheckpointError, match="packing them again would lose it"):
         QwenImagePipeline.from_pretrained(pack, loras=[str(file)], lora_mode="merge").prepare()
     name = "transformer_blocks.0.attn.to_q"
@@ -127,12 +127,12 @@ def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
     mx.save_safetensors(str(tmp_path / "whole.safetensors"), whole)
     with pytest.raises(CheckpointError, match=r"whole\.safetensors cannot run beside packed weights"):
         pipeline.set_loras([str(tmp_path / "whole.safetensors")])
-    np.testing.assert_array_equal(repaint(pipeline), beside)
+    np.testing.assert_array_equal(regenerate(pipeline), beside)
     broken = {key: value * mx.nan for key, value in mx.load(str(file)).items()}
     mx.save_safetensors(str(tmp_path / "nan.safetensors"), broken)
     with pytest.raises(CheckpointError, match="NaN"):
         pipeline.set_loras([str(tmp_path / "nan.safetensors")])
-    np.testing.assert_array_equal(repaint(pipeline), beside)
+    np.testing.assert_array_equal(regenerate(pipeline), beside)
     for odd in ([5], [(str(file),)], [[str(file), 1]]):
         with pytest.raises(RequestError, match="a LoRA is"):
             pipeline.set_loras(odd)
@@ -142,7 +142,7 @@ def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
 def test_a_lora_at_strength_nothing_changes_nothing(tiny, shapes, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", shapes)
     for mode in ("auto", "merge", "side"):
-        np.testing.assert_array_equal(paint(tiny, loras=[f"{file}@0"], lora_mode=mode)[0], paint(tiny)[0])
+        np.testing.assert_array_equal(generate(tiny, loras=[f"{file}@0"], lora_mode=mode)[0], generate(tiny)[0])
 
 
 @pytest.mark.slow
@@ -151,14 +151,14 @@ def test_changes_too_small_for_bf16_run_beside_it(wide, tmp_path, caplog):
     caplog.set_level("INFO")
     folder = write_checkpoint(tmp_path / "bf16", WIDE)
     large, small = (write_lora(tmp_path / f"{size}.safetensors", WIDE_SHAPES, size=size) for size in (0.3, 0.0005))
-    _, pipeline = paint(folder, dtype="bfloat16", loras=[str(large)])
+    _, pipeline = generate(folder, dtype="bfloat16", loras=[str(large)])
     assert SideBranch not in kinds(pipeline).values()
     assert pipeline.components.placement.share_kept > 0.99
     assert "merged into 9 matrices; 100.0% of the change is in the stored weights" in caplog.text
-    _, pipeline = paint(folder, dtype="bfloat16", loras=[str(small)])
+    _, pipeline = generate(folder, dtype="bfloat16", loras=[str(small)])
     assert set(kinds(pipeline).values()) == {SideBranch}
     caplog.clear()
-    _, pipeline = paint(folder, dtype="bfloat16", loras=[str(small)], lora_mode="merge")
+    _, pipeline = generate(folder, dtype="bfloat16", loras=[str(small)], lora_mode="merge")
     assert pipeline.components.placement.share_kept < 0.9
     assert next(r for r in caplog.records if "merged into" in r.getMessage()).levelname == "WARNING"
 
@@ -173,38 +173,38 @@ def test_loras_are_swapped(request, base, mode, kept, tmp_path):
         str(write_lora(tmp_path / f"{n}.safetensors", WIDE_SHAPES, seed=n, targets=TARGETS[n:] + MODULATION))
         for n in range(2)
     ]
-    pictures = {n: paint(folder, loras=[files[n]], lora_mode=mode)[0] for n in range(2)}
-    plain, pipeline = paint(folder)
-    transformer = pipeline.components.transformer
+    images = {n: generate(folder, loras=[files[n]], lora_mode=mode)[0] for n in range(2)}
+    plain, pipeline = generate(folder)
+    transformer = pipeline.components.network("transformer")
     pipeline.set_loras([files[0]], mode)
     assert pipeline.is_transformer_loaded == kept
-    np.testing.assert_array_equal(repaint(pipeline), pictures[0])
+    np.testing.assert_array_equal(regenerate(pipeline), images[0])
     pipeline.set_loras([files[1]], mode)
-    np.testing.assert_array_equal(repaint(pipeline), pictures[1])
-    assert (pipeline.components.transformer is transformer) == kept
+    np.testing.assert_array_equal(regenerate(pipeline), images[1])
+    assert (pipeline.components.network("transformer") is transformer) == kept
     with pytest.raises(RequestError):
         pipeline.set_loras(["none.safetensors"])
-    np.testing.assert_array_equal(repaint(pipeline), pictures[1])
+    np.testing.assert_array_equal(regenerate(pipeline), images[1])
     pipeline.set_loras([])
-    np.testing.assert_array_equal(repaint(pipeline), plain)
+    np.testing.assert_array_equal(regenerate(pipeline), plain)
 
 
 @pytest.mark.slow
 def test_loras_are_taken_away_when_their_files_are_gone(pack, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", WIDE_SHAPES)
-    plain, pipeline = paint(pack)
+    plain, pipeline = generate(pack)
     pipeline.set_loras([str(file)])
-    assert not np.array_equal(repaint(pipeline), plain)
+    assert not np.array_equal(regenerate(pipeline), plain)
     file.unlink()
     pipeline.set_loras([])
     assert pipeline.is_transformer_loaded
-    np.testing.assert_array_equal(repaint(pipeline), plain)
+    np.testing.assert_array_equal(regenerate(pipeline), plain)
 
 
 @pytest.mark.reference
 def test_strengths_are_recorded_to_the_last_digit(tiny, shapes, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", shapes)
-    _, pipeline = paint(tiny, loras=[(file, 0.123456789012345)])
+    _, pipeline = generate(tiny, loras=[(file, 0.123456789012345)])
     (reference,) = pipeline.components.adapters.references
     assert float(reference.rpartition("@")[2]) == 0.123456789012345
 
@@ -218,7 +218,7 @@ def test_what_bound_is_said(tiny, shapes, tmp_path, caplog):
         "stranger.lora_B.weight": mx.ones((8, 4)),
     }
     mx.save_safetensors(str(file), tensors)
-    paint(tiny, loras=[f"{file}@0.5"])
+    generate(tiny, loras=[f"{file}@0.5"])
     matrices = sum(len(shape) == 2 for shape in shapes.values())
     assert f"LoRA style.safetensors at 0.5: changes 9 of {matrices} matrices" in caplog.text
     warning = next(record for record in caplog.records if record.levelname == "WARNING")
@@ -308,11 +308,11 @@ def test_loras_that_are_no_list_are_refused(tiny, loras):
         QwenImagePipeline.from_pretrained(tiny).set_loras(loras)
 
 
-def test_a_picture_finds_its_lora_beside_it(run, shapes, tmp_path, monkeypatch):
+def test_a_image_finds_its_lora_beside_it(run, shapes, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     write_lora(tmp_path / "fox.safetensors", shapes)
     _, (path,), _ = run("--lora", "fox.safetensors@0.7", "--steps", "1")
-    picture = (tmp_path / path).read_bytes()
+    image = (tmp_path / path).read_bytes()
     monkeypatch.chdir(tmp_path / "elsewhere")
     code, (again,), err = run("--from-image", f"../{path}", "-o", "again.png")
     assert code == 0, err
@@ -320,7 +320,7 @@ def test_a_picture_finds_its_lora_beside_it(run, shapes, tmp_path, monkeypatch):
     from PIL import Image
 
     np.testing.assert_array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(tmp_path / path)))
-    assert (tmp_path / path).read_bytes() == picture
+    assert (tmp_path / path).read_bytes() == image
 
 
 def test_what_cannot_run_beside_packed_weights_is_refused_before_any_work(pack, tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_what_cannot_run_beside_packed_weights_is_refused_before_any_work(pack, 
     }
     mx.save_safetensors(str(tmp_path / "dora.safetensors"), tensors)
     pipeline = QwenImagePipeline.from_pretrained(pack, loras=[tmp_path / "dora.safetensors"])
-    monkeypatch.setattr(pipeline, "encode_request", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(pipeline, "encode_guidance_prompts", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(CheckpointError, match="cannot run beside packed weights"):
         pipeline.generate("a fox", width=64, height=48, num_inference_steps=1)
 
@@ -353,7 +353,7 @@ def test_each_load_counts_anew(tiny, shapes, tmp_path, caplog):
     file = write_lora(tmp_path / "lora.safetensors", shapes, targets=[*TARGETS, *MODULATION])
     pipeline = QwenImagePipeline.from_pretrained(tiny, dtype="float32", loras=[file])
     for _ in range(2):
-        repaint(pipeline)
+        regenerate(pipeline)
         pipeline.release_transformer()
     said = [record.getMessage() for record in caplog.records]
     assert sum(f"merged into {len(TARGETS)} matrices" in line for line in said) == 2

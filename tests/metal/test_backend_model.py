@@ -9,7 +9,7 @@ from metal_backend.graph import VIEWS, Evaluation, Graph, Op, Spec, blank, kerne
 from metal_backend.machine import GIB, PAGE, Buffer, Machine, View, row_strides
 from metal_backend.replay import evaluation_order, replay, reshaped
 
-from qwen_image_mlx.models import transformer
+from qwen_image_mlx.models.qwen_image import transformer
 
 MI = 1 << 20
 

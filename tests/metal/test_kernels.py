@@ -10,19 +10,22 @@ import pytest
 from graphs import kernels, primitives
 from mlx.utils import tree_map
 
-from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.lora.branch import SideBranch
 from qwen_image_mlx.models import layers
-from qwen_image_mlx.models.layers import Linear, QuantizedLinear, attention, periods, rotate_half, turns
-from qwen_image_mlx.models.rope import Rotary, Segment, rotary_tables, rotate
-from qwen_image_mlx.models.transformer import (
-    BlockRows,
-    Modulation,
-    Transformer,
-    TransformerBlock,
+from qwen_image_mlx.models.layers import (
+    Linear,
+    QuantizedLinear,
+    attention,
     gated_add,
     gelu_tanh,
+    periods,
+    rotate_half,
+    turns,
 )
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.rope import Segment, rotary_tables
+from qwen_image_mlx.models.qwen_image.transformer import BlockRows, Modulation, Transformer, TransformerBlock
+from qwen_image_mlx.models.rotary import Rotary, rotate
 
 DTYPES = [mx.bfloat16, mx.float16, mx.float32]
 

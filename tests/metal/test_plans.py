@@ -21,7 +21,7 @@ from qwen_image_mlx.runtime.residency import DEFAULT, RESIDENCIES
 from qwen_image_mlx.weights.synthetic import FULL, write_configs
 
 GB = 10**9
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "memory.md"
 # GiB of a Mac's memory, and GB that Metal recommends as a working set.
 MACS = {8: 5.73, 16: 11.45, 18: 13.36, 24: 17.18, 32: 22.9, 36: 28.99, 48: 38.65, 64: 51.54, 96: 77.31, 128: 103.08}
 TEXT = Work(width=1328, height=1328, steps=50)
@@ -158,17 +158,17 @@ def test_everything_fits_every_mac(opened, mac, title, gib):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gib", MACS)
-def test_readme_s_table_follows_from_the_plans(opened, mac, gib):
+def test_the_documented_table_follows_from_the_plans(opened, mac, gib):
     budget = mac(gib)
     cells = []
     for bits in QUANTIZATIONS:
         plan = plan_on(opened("QwenImagePipeline", bits), TEXT, budget)
         cells.append(f"{plan.residency.name} {plan.peak / GB:.1f}{' (saved)' if plan.needs_pack else ''}")
     row = f"| {gib} GB | {budget / GB:.1f} | {' | '.join(cells)} |"
-    assert row in README.read_text(encoding="utf-8"), row
+    assert row in DOCUMENT.read_text(encoding="utf-8"), row
 
 
-def test_whole_pictures_are_decoded_at_once_where_memory_allows(opened, mac):
+def test_whole_images_are_decoded_at_once_where_memory_allows(opened, mac):
     work = Work(width=1536, height=1536)
     for gib, whole in ((8, False), (64, True)):
         plan = plan_on(opened("QwenImagePipeline", "4"), work, mac(gib))

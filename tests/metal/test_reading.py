@@ -13,6 +13,7 @@ from lora_files import MODULATION, TARGETS, write_lora
 
 from qwen_image_mlx import Cancelled, GenerationParameters, GuidanceEncoding, QwenImagePipeline
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
+from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.training.table import LevelTable
 from qwen_image_mlx.weights.safetensors_files import load_tensors, save_tensors
 from qwen_image_mlx.weights.schemes import Quantization
@@ -31,8 +32,8 @@ def model(tmp_path_factory):
 
 def run(folder, **options):
     pipeline = QwenImagePipeline.from_pretrained(folder, **options)
-    picture = np.zeros((64, 64, 3), np.uint8)
-    encoding = pipeline.encode_guidance_prompts("a fox", "blurry", images=[picture], reference_pixels=64 * 64)
+    image = np.zeros((64, 64, 3), np.uint8)
+    encoding = pipeline.encode_guidance_prompts("a fox", "blurry", images=[image], reference_pixels=64 * 64)
     pipeline.generate_pixels(PARAMETERS, encoding, seed=1)
 
 
@@ -87,7 +88,7 @@ def test_a_caption_holds_few_streamed_layers(tmp_path):
         write_checkpoint(folder, configs, pipeline="QwenImageLayeredPipeline", dtype=mx.float32)
         pipeline = QwenImagePipeline.from_pretrained(folder, dtype="float32", streamed=["text_encoder"])
         parts = pipeline.components
-        _ = parts.vision, parts.text_encoder, parts.language_head
+        _ = parts.network("vision"), parts.network("text_encoder"), parts.network("language_head")
         specs = parts.weights("text_encoder").specs("main")
         layer = sum(4 * prod(spec.shape) for spec in specs if ".layers.0." in spec.name)
         mx.reset_peak_memory()
@@ -110,7 +111,7 @@ def test_other_forms_are_read_by_themselves(model, tmp_path, monkeypatch, form):
         foreign.save(file, foreign.comfy_fp8(tensors)[0])
     with evaluations(monkeypatch) as seen:
         pipeline = QwenImagePipeline.from_pretrained(model, transformer=file)
-        _ = pipeline.components.transformer
+        _ = pipeline.components.network("transformer")
     assert seen
     assert not mixed(seen)
 
@@ -139,15 +140,15 @@ def test_no_evaluation_mixes_a_file_with_other_work(model, tmp_path, monkeypatch
 def test_the_modulation_is_made_of_weights_that_are_there(model, monkeypatch):
     pipeline = QwenImagePipeline.from_pretrained(model)
     with evaluations(monkeypatch) as seen:
-        pipeline._modulation(pipeline._schedule(PARAMETERS, 12, ()))
+        modulation_table(pipeline.components.weights("transformer"), [1.0, 0.5], pipeline.dtype)
     assert any(names & READS for names in seen)
     assert not mixed(seen)
 
 
 def test_encodings_are_read_by_themselves(model, tmp_path, monkeypatch):
     pipeline = QwenImagePipeline.from_pretrained(model)
-    picture = np.zeros((64, 64, 3), np.uint8)
-    encoding = pipeline.encode_guidance_prompts("a fox", images=[picture], reference_pixels=64 * 64)
+    image = np.zeros((64, 64, 3), np.uint8)
+    encoding = pipeline.encode_guidance_prompts("a fox", images=[image], reference_pixels=64 * 64)
     encoding.save(tmp_path / "fox.safetensors")
     with evaluations(monkeypatch) as seen:
         GuidanceEncoding.load(tmp_path / "fox.safetensors")

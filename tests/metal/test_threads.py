@@ -66,12 +66,12 @@ def test_cancelled_in_one_thread_and_repeated_in_another(model, cancel_at, strea
 @pytest.mark.slow
 def test_what_a_call_returns_belongs_to_no_thread(model):
     pipeline = QwenImagePipeline.from_pretrained(model)
-    picture = np.zeros((48, 64, 3), np.uint8)
+    image = np.zeros((48, 64, 3), np.uint8)
     parameters = GenerationParameters(width=64, height=48, num_inference_steps=1)
 
     def results():
         encoding = pipeline.encode_guidance_prompts("a fox", "blurry")
-        initial = pipeline.encode_initial_image(picture, (64, 48), picture[..., 0])
+        initial = pipeline.encode_initial_image(image, (64, 48), image[..., 0])
         latents = pipeline.denoise_latents(parameters, encoding)
         frames = list(pipeline.decode_frames(parameters, latents))
         made = [encoding.positive, encoding.negative, initial.mean, initial.std, initial.mask, latents, *frames]
@@ -86,7 +86,7 @@ def test_what_a_call_returns_belongs_to_no_thread(model):
 def test_one_thread_s_table_serves_the_others(model):
     pipeline = QwenImagePipeline.from_pretrained(model)
     first = in_thread(lambda: pixels(pipeline))
-    assert not [name for name in primitives(pipeline._table[1]) if name]
+    assert not [name for name in primitives(pipeline.components.kept["modulation table"][1]) if name]
     np.testing.assert_array_equal(in_thread(lambda: pixels(pipeline)), first)
 
 
@@ -97,6 +97,6 @@ def test_loras_put_beside_in_one_thread_run_in_another(model, tmp_path):
     file = write_lora(tmp_path / "lora.safetensors", pipeline.components.lora_targets(), targets=TARGETS)
     in_thread(lambda: pipeline.set_loras([file], "side"))
     assert pipeline.is_transformer_loaded
-    assert not primitives([array for _, array in tree_flatten(pipeline.components.transformer.parameters())])
+    assert not primitives([array for _, array in tree_flatten(pipeline.components.network("transformer").parameters())])
     expected = pixels(QwenImagePipeline.from_pretrained(model, loras=[file], lora_mode="side"))
     np.testing.assert_array_equal(in_thread(lambda: pixels(pipeline)), expected)

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from reference import to_numpy
 from reference_21 import full_size_meta_21, make_transformer_21, make_vae_21
 
-from qwen_image_mlx.models import vae as first_vae
+from qwen_image_mlx.models.qwen_image import vae as first_vae
 from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig, VAEConfig
 from qwen_image_mlx.models.qwen_image_21.denoiser import Condition, Denoiser, Reference, kept_values
 from qwen_image_mlx.models.qwen_image_21.modulation import TimeModulation

@@ -10,10 +10,11 @@ from checkpoints import TINY
 from mlx.utils import tree_flatten
 from reference import make_text_encoder, to_numpy
 
-from qwen_image_mlx.config import TextEncoderConfig
-from qwen_image_mlx.models.text_encoder import TextEncoder, mrope_tables
+from qwen_image_mlx.models.qwen2_5_vl.config import TextEncoderConfig
+from qwen_image_mlx.models.qwen2_5_vl.text import TextEncoder, mrope_tables
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
+from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.reference
 
@@ -29,7 +30,7 @@ def both(request, tmp_path_factory):
     file = folder / "model.safetensors"
     tensors = component_tensors([file], dict.fromkeys(read_header(file)[0], file.name))
     ours_config = TextEncoderConfig.from_dict(config)
-    weights = ComponentWeights("text_encoder", ours_config, tensors, ["main"])
+    weights = ComponentWeights(ROWS["text_encoder"], ours_config, tensors, ["main"])
 
     def load(dtype=mx.float32):
         return load_module(TextEncoder(ours_config), weights, "main", dtype)

@@ -10,12 +10,13 @@ from checkpoints import TINY
 from mlx.utils import tree_flatten, tree_map
 from reference import make_transformer, to_numpy
 
-from qwen_image_mlx.config import TransformerConfig
-from qwen_image_mlx.models.rope import Segment, rotary_tables, text_start
-from qwen_image_mlx.models.transformer import Modulation, Transformer
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.rope import Segment, rotary_tables, text_start
+from qwen_image_mlx.models.qwen_image.transformer import Modulation, Transformer
+from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
-from qwen_image_mlx.weights.modulation import modulation_table
 from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
+from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.reference
 
@@ -44,7 +45,7 @@ class Pair:
         file = folder / "diffusion_pytorch_model.safetensors"
         self.config = TransformerConfig.from_dict({k: v for k, v in config.items() if not k.startswith("_")})
         tensors = component_tensors([file], dict.fromkeys(read_header(file)[0], file.name))
-        self.weights = ComponentWeights("transformer", self.config, tensors, ["main", "modulation"])
+        self.weights = ComponentWeights(ROWS["transformer"], self.config, tensors, ["main", "modulation"])
         self.ours = load_module(Transformer(self.config), self.weights, "main", dtype)
 
     def inputs(self, grid, length, seed=0):

@@ -10,13 +10,14 @@ from checkpoints import TINY
 from mlx.utils import tree_flatten
 from reference import make_vae, to_numpy
 
-from qwen_image_mlx.config import VAEConfig
-from qwen_image_mlx.models import vae
-from qwen_image_mlx.models.vae import Decoder, Encoder
+from qwen_image_mlx.models.qwen_image import vae
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.pipeline import autoencode
 from qwen_image_mlx.pipeline.autoencode import decode, decode_tail, encode_mode
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
+from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.reference
 
@@ -37,7 +38,7 @@ class Pair:
         file = folder / "diffusion_pytorch_model.safetensors"
         self.config = VAEConfig.from_dict({k: v for k, v in config.items() if not k.startswith("_")})
         tensors = component_tensors([file], dict.fromkeys(read_header(file)[0], file.name))
-        weights = ComponentWeights("vae", self.config, tensors, ["encoder", "decoder"])
+        weights = ComponentWeights(ROWS["vae"], self.config, tensors, ["encoder", "decoder"])
         self.encoder = load_module(Encoder(self.config), weights, "encoder", mx.float32)
         self.decoder = load_module(Decoder(self.config), weights, "decoder", mx.float32)
         self.mean, self.std = np.array(self.config.latents_mean), np.array(self.config.latents_std)
@@ -110,7 +111,7 @@ def test_the_halo_is_exactly_the_receptive_field(pair, monkeypatch):
     assert (touched[0], touched[-1]) == (2 * (20 - reach), 2 * (20 + reach) + 1)
 
 
-def test_big_pictures_are_decoded_in_strips_of_their_own_accord(pair, monkeypatch):
+def test_big_images_are_decoded_in_strips_of_their_own_accord(pair, monkeypatch):
     both = pair()
     latents = mx.array(both.random_latents(24, 16))
     counts = []
@@ -140,7 +141,7 @@ def test_attention_in_chunks_is_exact(pair, monkeypatch):
     both = pair()
     latents = mx.array(both.random_latents(12, 10))
     whole = decode(both.decoder, both.config, latents)
-    monkeypatch.setattr("qwen_image_mlx.models.vae.ATTENTION_CHUNK", 7)
+    monkeypatch.setattr("qwen_image_mlx.models.qwen_image.vae.ATTENTION_CHUNK", 7)
     np.testing.assert_allclose(np.array(decode(both.decoder, both.config, latents)), np.array(whole), atol=1e-5)
 
 
@@ -158,7 +159,7 @@ def test_dead_temporal_weights_do_not_matter(tmp_path):
             tensor[:, :, :2] = float("nan")
     save_file(tensors, file)
     weights = ComponentWeights(
-        "vae", clean.config, component_tensors([file], dict.fromkeys(tensors, file.name)), ["decoder"]
+        ROWS["vae"], clean.config, component_tensors([file], dict.fromkeys(tensors, file.name)), ["decoder"]
     )
     poisoned = load_module(Decoder(clean.config), weights, "decoder", mx.float32)
     latents = mx.array(clean.random_latents(6, 6))
@@ -169,7 +170,7 @@ def test_taps_that_are_not_used_are_not_kept_in_memory(tmp_path):
     both = Pair(tmp_path, {"base_dim": 32})
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = component_tensors([file], dict.fromkeys(read_header(file)[0], file.name))
-    weights = ComponentWeights("vae", both.config, tensors, ["decoder"])
+    weights = ComponentWeights(ROWS["vae"], both.config, tensors, ["decoder"])
     mx.clear_cache()
     before = mx.get_active_memory()
     decoder = load_module(Decoder(both.config), weights, "decoder", mx.float32)

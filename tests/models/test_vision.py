@@ -10,10 +10,11 @@ from checkpoints import TINY
 from mlx.utils import tree_flatten
 from reference import make_text_encoder, to_numpy
 
-from qwen_image_mlx.config import VisionConfig
-from qwen_image_mlx.models.vision import VisionTower, window_index
+from qwen_image_mlx.models.qwen2_5_vl.config import VisionConfig
+from qwen_image_mlx.models.qwen2_5_vl.vision import VisionTower, window_index
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
+from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.reference
 
@@ -30,7 +31,7 @@ def both(tmp_path_factory):
     file = folder / "model.safetensors"
     tensors = component_tensors([file], dict.fromkeys(read_header(file)[0], file.name))
     vision = VisionConfig.from_dict(config)
-    weights = ComponentWeights("vision", vision, tensors, ["main"])
+    weights = ComponentWeights(ROWS["vision"], vision, tensors, ["main"])
     return (
         theirs.model.visual,
         lambda dtype=mx.float32: load_module(VisionTower(vision), weights, "main", dtype),
@@ -62,8 +63,8 @@ def test_features_equal_the_reference(both, grid):
     assert relative(features(load(), mx.array(patches), grid), expected) < 1e-5
 
 
-def test_pictures_of_a_batch_never_see_each_other(both):
-    """The reference runs all pictures in one sequence; here each is a call of its own."""
+def test_images_of_a_batch_never_see_each_other(both):
+    """The reference runs all images in one sequence; here each is a call of its own."""
     theirs, load, config = both
     tower, grids = load(), [(10, 6), (4, 12)]
     patches = [random_patches(config, grid, seed) for seed, grid in enumerate(grids)]

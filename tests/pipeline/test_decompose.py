@@ -1,4 +1,4 @@
-"""Taking pictures apart: the layers' size, the way back, captions that stand in for prompts, memory by the layer."""
+"""Taking images apart: the layers' size, the way back, captions that stand in for prompts, memory by the layer."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from qwen_image_mlx import (
     variants,
 )
 from qwen_image_mlx.images.geometry import size_of_area
-from qwen_image_mlx.pipeline import caption, decomposition
+from qwen_image_mlx.pipeline import decomposition
+from qwen_image_mlx.pipeline.conductor import decompose
+from qwen_image_mlx.pipeline.qwen_image import caption
 from qwen_image_mlx.runtime.cache import EncodingCache
-from qwen_image_mlx.runtime.session import decompose
 from qwen_image_mlx.settings import SCHEMA
 
 QUICK = {"num_inference_steps": 2, "seed": 3, "resolution": 96}
@@ -47,7 +48,7 @@ def pipeline(layered):
     return QwenImagePipeline.from_pretrained(layered, dtype="float32")
 
 
-def picture(width: int = 150, height: int = 100) -> Image.Image:
+def image(width: int = 150, height: int = 100) -> Image.Image:
     values = np.random.default_rng(0).integers(0, 256, (5, 7, 4), np.uint8)
     values[..., 3] = 255
     values[1:3, 2:4, 3] = 0
@@ -67,11 +68,11 @@ def test_layers_are_the_reference_s(layered, pipeline, monkeypatch, resolution, 
     calculate = module.calculate_dimensions
     monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: calculate(resolution**2, ratio))
     _, (expected,) = run_edit_reference(
-        load_edit_reference(layered, "layered"), image=picture(), prompt="a fox", negative_prompt=" ", steps=3,
+        load_edit_reference(layered, "layered"), image=image(), prompt="a fox", negative_prompt=" ", steps=3,
         layers=num_layers, resolution=640, cfg_normalize=cfg_normalize, cfg_scale=4.0, seed=3,
     )  # fmt: skip
     result = pipeline.decompose(
-        picture(), "a fox", num_layers=num_layers, resolution=resolution, size="bucket", num_inference_steps=3,
+        image(), "a fox", num_layers=num_layers, resolution=resolution, size="bucket", num_inference_steps=3,
         cfg_scale=4.0, cfg_normalize=cfg_normalize, seed=3,
     )  # fmt: skip
     assert len(result.layers) == num_layers
@@ -81,9 +82,9 @@ def test_layers_are_the_reference_s(layered, pipeline, monkeypatch, resolution, 
 
 
 @pytest.mark.slow
-def test_layers_come_back_at_the_picture_s_size(pipeline):
-    result = pipeline.decompose(picture(151, 99), "a fox", **QUICK)
-    bucket = pipeline.decompose(picture(151, 99), "a fox", size="bucket", **QUICK)
+def test_layers_come_back_at_the_image_s_size(pipeline):
+    result = pipeline.decompose(image(151, 99), "a fox", **QUICK)
+    bucket = pipeline.decompose(image(151, 99), "a fox", size="bucket", **QUICK)
     assert {layer.size for layer in result.layers} == {result.source.size} == {(151, 99)}
     assert {layer.size for layer in bucket.layers} == {bucket.source.size} == {size_of_area(96**2, (151, 99))}
     assert bucket.layers[0].resize((151, 99), Image.Resampling.LANCZOS) == result.layers[0]
@@ -91,7 +92,7 @@ def test_layers_come_back_at_the_picture_s_size(pipeline):
 
 @pytest.mark.slow
 def test_saved_layers_laid_together_are_the_layers_laid_over_each_other(pipeline, tmp_path):
-    result = pipeline.decompose(picture(), "a fox", num_layers=3, **QUICK)
+    result = pipeline.decompose(image(), "a fox", num_layers=3, **QUICK)
     expected = result.layers[0]
     for layer in result.layers[1:]:
         expected = Image.alpha_composite(expected, layer)
@@ -104,7 +105,7 @@ def test_saved_layers_laid_together_are_the_layers_laid_over_each_other(pipeline
 
 @pytest.mark.slow
 def test_what_made_the_layers_is_recorded(pipeline):
-    result = pipeline.decompose(picture(), "a fox", negative_prompt="blurry", cfg_scale=2.0, **QUICK)
+    result = pipeline.decompose(image(), "a fox", negative_prompt="blurry", cfg_scale=2.0, **QUICK)
     recorded = result.stack.metadata
     assert (recorded["prompt"], recorded["negative_prompt"], recorded["seed"]) == ("a fox", "blurry", 3)
     assert (recorded["steps"], recorded["cfg_scale"], recorded["resolution"]) == (2, 2.0, 96)
@@ -113,13 +114,11 @@ def test_what_made_the_layers_is_recorded(pipeline):
 
 @pytest.mark.slow
 def test_an_empty_prompt_is_answered_with_a_caption(pipeline):
-    written = {
-        language: pipeline.caption_image(picture(), language=language, resolution=96) for language in ("en", "zh")
-    }
+    written = {language: pipeline.caption_image(image(), language=language, resolution=96) for language in ("en", "zh")}
     assert written["en"] != written["zh"]
     for language, text in written.items():
-        result = pipeline.decompose(picture(), caption_language=language, **QUICK)
-        told = pipeline.decompose(picture(), text, **QUICK)
+        result = pipeline.decompose(image(), caption_language=language, **QUICK)
+        told = pipeline.decompose(image(), text, **QUICK)
         assert result.prompt == text
         assert result.layers == told.layers
         assert result.stack.metadata["caption_language"] == language
@@ -134,7 +133,7 @@ def test_captions_of_a_checkpoint_that_transformers_5_saved_again(layered, tmp_p
     assert not (folders[1] / "processor" / "preprocessor_config.json").exists()
     configs = [model.components.image_processor for model in models]
     assert configs[0] == configs[1] != configs[2]
-    released, resaved = (model.caption_image(picture(), resolution=96) for model in models[:2])
+    released, resaved = (model.caption_image(image(), resolution=96) for model in models[:2])
     assert released == resaved
 
 
@@ -162,7 +161,7 @@ def test_a_cached_caption_loads_no_language_model(layered, tmp_path):
             "caption_language": "en", "rng": "torch", **QUICK, **change,
         }  # fmt: skip
         settings["sampling"] = {name: settings.pop(name) for name in ("num_inference_steps", "cfg_scale")}
-        request = decomposition.layers_request(picture(), "", resolutions=(96, 160), **settings)
+        request = decomposition.layers_request(image(), "", resolutions=(96, 160), **settings)
         return decompose(pipeline, request, cache=EncodingCache(tmp_path))
 
     first = run()
@@ -178,9 +177,9 @@ def test_a_cached_caption_loads_no_language_model(layered, tmp_path):
 
 @pytest.mark.slow
 def test_decoding_takes_no_more_memory_for_more_layers(pipeline):
-    encoding = pipeline.encode_guidance_prompts("a fox", None, images=[picture()], reference_pixels=96**2)
+    encoding = pipeline.encode_guidance_prompts("a fox", None, images=[image()], reference_pixels=96**2)
     pipeline.release_encoders()
-    width, height = size_of_area(96**2, picture().size)
+    width, height = size_of_area(96**2, image().size)
     peaks = {}
     for layers in (1, 1, 4, 8):  # the first loads the decoder
         parameters = GenerationParameters(width=width, height=height, num_layers=layers, num_inference_steps=1)
@@ -211,13 +210,13 @@ def test_packing_is_undone():
     ({"caption_language": "de"}, "en or zh"),
     ({"image": Image.new("RGBA", (64, 64))}, "transparent everywhere"),
     ({"image": Image.new("RGB", (6400, 10))}, "6400x10"),
-    ({"image": "none.png"}, "no picture none.png"),
+    ({"image": "none.png"}, "no image none.png"),
     ({"cfg_scale": 0.5}, "cfg_scale"),
     ({"seed": -1}, "seed"),
 ])  # fmt: skip
 def test_impossible_requests_are_refused_before_any_work(pipeline, arguments, says):
     with pytest.raises(RequestError, match=says):
-        pipeline.decompose(**{"image": picture(), "prompt": "a fox", **QUICK, **arguments})
+        pipeline.decompose(**{"image": image(), "prompt": "a fox", **QUICK, **arguments})
     assert not pipeline.is_text_encoder_loaded
     assert not pipeline.is_vae_loaded
 
@@ -226,9 +225,9 @@ def test_impossible_requests_are_refused_before_any_work(pipeline, arguments, sa
 def test_models_do_what_they_are_made_for(pipeline, tiny, tmp_path):
     painter = QwenImagePipeline.from_pretrained(tiny, dtype="float32")
     with pytest.raises(RequestError, match="use generate"):
-        painter.decompose(picture(), "a fox")
+        painter.decompose(image(), "a fox")
     editor = QwenImagePipeline.from_pretrained(write_edit(tmp_path / "edit", "edit_plus"), dtype="float32")
     with pytest.raises(RequestError, match="use edit"):
         editor.generate("a fox")
     with pytest.raises(RequestError, match="use decompose"):
-        pipeline.edit("make it blue", images=[picture()])
+        pipeline.edit("make it blue", images=[image()])

@@ -139,7 +139,7 @@ def test_edit_at_the_real_area(edit):
 
 @pytest.mark.parametrize("name", ["edit_plus", "edit_plus_resaved", "edit_2511"])
 @pytest.mark.parametrize("sizes", [[(300, 200)], [(300, 200), (64, 181)], [(90, 90), (200, 120), (75, 300)]], ids=len)
-def test_edit_plus_with_pictures_of_different_aspects(request, small_areas, name, sizes):
+def test_edit_plus_with_images_of_different_aspects(request, small_areas, name, sizes):
     folder = request.getfixturevalue(name)
     small_areas(96 * 96, 128 * 128)
     images = [picture(*size, seed=n) for n, size in enumerate(sizes)]
@@ -151,7 +151,7 @@ def test_edit_plus_with_pictures_of_different_aspects(request, small_areas, name
     assert_same(run_ours(folder, images=images, size=(128, 96), **call), theirs)
 
 
-def test_order_of_pictures_matters(edit_plus, small_areas):
+def test_order_of_images_matters(edit_plus, small_areas):
     small_areas(96 * 96, 128 * 128)
     images = [picture(100, 100, 1), picture(120, 80, 2)]
     call = {"size": (64, 64), "steps": 2, "cfg_scale": 1.0, "seed": 9}
@@ -159,7 +159,7 @@ def test_order_of_pictures_matters(edit_plus, small_areas):
     assert relative(a[-1], b[-1]) > 1e-2
 
 
-def test_zero_cond_t_changes_the_picture(edit_plus, edit_2511, small_areas):
+def test_zero_cond_t_changes_the_image(edit_plus, edit_2511, small_areas):
     small_areas(96 * 96, 128 * 128)
     call = {"images": [picture(100, 100)], "size": (64, 64), "steps": 2, "cfg_scale": 1.0, "seed": 9}
     (a, _), (b, _) = (run_ours(folder, **call) for folder in (edit_plus, edit_2511))
@@ -221,7 +221,7 @@ def test_painting_the_mask_s_surroundings_alone(tiny, padding):
     assert np.array_equal(finished[np.asarray(mask) < 128], np.asarray(image)[np.asarray(mask) < 128])
 
 
-def test_several_pictures_of_one_seed_share_the_sampled_image(tiny):
+def test_several_images_of_one_seed_share_the_sampled_image(tiny):
     image, mask, call = picture(150, 100), disc(150, 100), {"steps": 3, "cfg_scale": 1.0, "seed": 4}
     latents, images = run_edit_reference(
         load_edit_reference(tiny, "inpaint"),

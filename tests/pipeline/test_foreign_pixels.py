@@ -1,4 +1,4 @@
-"""What other programs wrote paints what the same numbers paint in the released layout."""
+"""What other programs wrote generates what the same numbers generate in the released layout."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def copied(models, tmp_path):
     return copy
 
 
-def paint(folder: Path, **options) -> np.ndarray:
+def generate(folder: Path, **options) -> np.ndarray:
     pipeline = QwenImagePipeline.from_pretrained(folder, dtype="float32", **options)
     images = [PHOTO.convert("RGBA" if pipeline.variant.layered else "RGB")] if pipeline.variant.takes_images else []
     encoding = pipeline.encode_guidance_prompts("a fox", " ", images=images, reference_pixels=4096)
@@ -93,7 +93,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray, *, packed: bool = False
 def test_comfy_transformers(models, copied, tmp_path, form, prefix):
     written, numbers = foreign.COMFY[form](foreign.read(models["generate"] / "transformer"))
     file = foreign.save(tmp_path / "comfy.safetensors", foreign.prefixed(written, prefix))
-    assert_same(paint(models["generate"], transformer=file), paint(copied("generate", transformer=numbers)))
+    assert_same(generate(models["generate"], transformer=file), generate(copied("generate", transformer=numbers)))
 
 
 @pytest.mark.parametrize("form", foreign.COMFY)
@@ -108,7 +108,7 @@ def test_comfy_text_encoders(models, copied, tmp_path, form, spelling):
             for n, t in written.items()
         }
     file = foreign.save(tmp_path / "qwen_2.5_vl.safetensors", written)
-    assert_same(paint(models["edit"], text_encoder=str(file)), paint(copied("edit", text_encoder=numbers)))
+    assert_same(generate(models["edit"], text_encoder=str(file)), generate(copied("edit", text_encoder=numbers)))
 
 
 def mx_like(shape):
@@ -124,7 +124,7 @@ def test_wan_named_autoencoders(models, copied, tmp_path, task, form):
     file = foreign.save(tmp_path / "vae.safetensors", {foreign_names.wan_name(n): t for n, t in written.items()})
     channels = {"generate": 3, "edit": 3, "decompose": 4}[task]
     assert written["encoder.conv_in.weight"].shape[1] == channels
-    assert_same(paint(models[task], vae=file), paint(copied(task, vae=numbers)))
+    assert_same(generate(models[task], vae=file), generate(copied(task, vae=numbers)))
 
 
 @pytest.mark.parametrize("modulation", [None, 8, 4])
@@ -132,7 +132,7 @@ def test_the_swift_port_s_single_file(models, copied, tmp_path, modulation):
     written, numbers = foreign.swift_single(foreign.read(models["edit"] / "transformer"), 4, modulation)
     file = foreign.save(tmp_path / "dit.safetensors", written, dit_bits="4", group_size="64",
                         modulation_bits=str(modulation or "none"))  # fmt: skip
-    assert_same(paint(models["edit"], transformer=file), paint(copied("edit", transformer=numbers)), packed=True)
+    assert_same(generate(models["edit"], transformer=file), generate(copied("edit", transformer=numbers)), packed=True)
 
 
 GGUF = {"Q4_0": True, "Q4_1": True, "Q8_0": True, "Q5_0": False, "BF16": False, "F16": False, "F32": False,
@@ -152,7 +152,9 @@ def test_gguf_transformers(models, copied, tmp_path, word, prefix, metadata):
     file = tmp_path / "transformer.gguf"
     numbers = foreign.write_gguf(file, foreign.read(models["generate"] / "transformer"), word, prefix, metadata)
     assert_same(
-        paint(models["generate"], transformer=file), paint(copied("generate", transformer=numbers)), packed=GGUF[word]
+        generate(models["generate"], transformer=file),
+        generate(copied("generate", transformer=numbers)),
+        packed=GGUF[word],
     )
 
 
@@ -164,7 +166,7 @@ def test_what_mlx_can_use_stays_packed_and_the_rest_is_packed_when_asked(models,
     file = tmp_path / "transformer.gguf"
     foreign.write_gguf(file, foreign.read(models["generate"] / "transformer"), word)
     pipeline = QwenImagePipeline.from_pretrained(models["generate"], transformer=file, quantize=quantize)
-    layer = pipeline.components.transformer.transformer_blocks[0].attn.to_q
+    layer = pipeline.components.network("transformer").transformer_blocks[0].attn.to_q
     assert type(layer) is kind
     if kind is QuantizedLinear:
         expected = (4, 64) if quantize else (8 if word == "Q8_0" else 4, 32)
@@ -174,7 +176,7 @@ def test_what_mlx_can_use_stays_packed_and_the_rest_is_packed_when_asked(models,
 def test_gguf_of_a_layered_model(models, copied, tmp_path):
     file = tmp_path / "layered.gguf"
     numbers = foreign.write_gguf(file, foreign.read(models["decompose"] / "transformer"), "Q5_K")
-    assert_same(paint(models["decompose"], transformer=file), paint(copied("decompose", transformer=numbers)))
+    assert_same(generate(models["decompose"], transformer=file), generate(copied("decompose", transformer=numbers)))
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "gguf"])
@@ -185,14 +187,14 @@ def test_the_only_file_of_a_folder_needs_no_usual_name(models, copied, ending):
     if ending == "gguf":
         foreign.write_gguf(folder / "transformer" / "qwen-image-F32.gguf", tensors, "F32")
         foreign.write_gguf(folder.parent / "same.gguf", tensors, "F32")
-        expected = paint(models["generate"], transformer=folder.parent / "same.gguf")
+        expected = generate(models["generate"], transformer=folder.parent / "same.gguf")
     else:
         foreign.save(folder / "transformer" / "qwen_image_fp32.safetensors", tensors)
-        expected = paint(models["generate"])
-    assert_same(paint(folder), expected)
+        expected = generate(models["generate"])
+    assert_same(generate(folder), expected)
     foreign.save(folder / "transformer" / "another.safetensors", tensors)
     with pytest.raises(CheckpointError, match="not plain which of them belong together"):
-        paint(folder)
+        generate(folder)
 
 
 # --- llama.cpp's text encoders, all-in-one files, rare types ---------------------------------------------------------
@@ -212,8 +214,8 @@ def test_text_encoders_of_llama_cpp(models, copied, tmp_path, word):
     numbers = {
         n: torch.from_numpy(np.array(decode(t).astype(mx.float32))) for n, t in zip(language, stored, strict=True)
     }
-    expected = paint(copied("generate", text_encoder=numbers))
-    assert_same(paint(models["generate"], text_encoder=file), expected, packed=word.startswith("Q"))
+    expected = generate(copied("generate", text_encoder=numbers))
+    assert_same(generate(models["generate"], text_encoder=file), expected, packed=word.startswith("Q"))
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -227,8 +229,8 @@ def test_the_vision_tower_of_llama_cpp_lies_beside_the_text_encoder(models, copi
     foreign.write_llama(tmp_path / "Qwen2.5-VL-7B-Instruct-mmproj-F16.gguf", vision, "F16", split=not joined)
     foreign.write_llama(tmp_path / "another-mmproj-F32.gguf", {n: t * 2 for n, t in vision.items()})
     halved = {n: t.half().float() if t.ndim == 2 else t for n, t in vision.items()}
-    expected = paint(copied("edit", text_encoder=language | halved))
-    assert_same(paint(models["edit"], text_encoder=file if place == "file" else tmp_path), expected)
+    expected = generate(copied("edit", text_encoder=language | halved))
+    assert_same(generate(models["edit"], text_encoder=file if place == "file" else tmp_path), expected)
 
 
 @pytest.mark.parametrize("form", ["gguf", "safetensors"])
@@ -240,14 +242,14 @@ def test_without_one_the_model_s_own_vision_tower_is_used(models, copied, tmp_pa
         file = foreign.write_llama(tmp_path / "text.gguf", language)
     else:
         file = foreign.save(tmp_path / "text.safetensors", language)
-    assert_same(paint(models["edit"], text_encoder=file), paint(copied("edit", text_encoder=language | vision)))
+    assert_same(generate(models["edit"], text_encoder=file), generate(copied("edit", text_encoder=language | vision)))
 
 
 def test_a_vision_tower_alone_is_no_text_encoder(models, tmp_path):
     _, vision = split(foreign.read(models["edit"] / "text_encoder"))
     file = foreign.write_llama(tmp_path / "mmproj-F32.gguf", vision)
     with pytest.raises(CheckpointError, match=r"a vision tower and not the language model.*beside"):
-        paint(models["edit"], text_encoder=file)
+        generate(models["edit"], text_encoder=file)
 
 
 def test_a_cached_encoding_is_not_that_of_another_vision_tower(models, tmp_path):
@@ -279,8 +281,10 @@ def test_each_flag_takes_its_part_of_an_all_in_one_file(models, copied, tmp_path
         "text_encoders.qwen25_7b.logit_scale": mx_like(()),
     })  # fmt: skip
     for part in STEMS:
-        assert_same(paint(models[task], **{part: file}), paint(copied(task, f"other {part}", **{part: numbers[part]})))
-    assert_same(paint(models[task], **dict.fromkeys(STEMS, file)), paint(copied(task, "all", **numbers)))
+        assert_same(
+            generate(models[task], **{part: file}), generate(copied(task, f"other {part}", **{part: numbers[part]}))
+        )
+    assert_same(generate(models[task], **dict.fromkeys(STEMS, file)), generate(copied(task, "all", **numbers)))
 
 
 def test_an_all_in_one_file_without_the_part_is_refused(models, tmp_path):
@@ -289,7 +293,7 @@ def test_an_all_in_one_file_without_the_part_is_refused(models, tmp_path):
         **foreign.prefixed(parts["transformer"], "model.diffusion_model."), **foreign.prefixed(parts["vae"], "vae."),
     })  # fmt: skip
     with pytest.raises(CheckpointError, match="all-in-one checkpoint with a transformer and an autoencoder, not with"):
-        paint(models["generate"], text_encoder=file)
+        generate(models["generate"], text_encoder=file)
 
 
 @pytest.mark.parametrize(("part", "form"), [
@@ -310,9 +314,9 @@ def test_types_that_mlx_does_not_open(models, copied, tmp_path, part, form):
             if "scaled" in form:
                 written[name.replace("weight", "weight_scale")] = scale
     file = foreign.save(tmp_path / "rare.safetensors", written)
-    expected = paint(copied("generate", **{part: numbers}))
-    assert_same(paint(models["generate"], **{part: file}), expected)
-    assert_same(paint(copied("generate", "folder", **{part: written})), expected)
+    expected = generate(copied("generate", **{part: numbers}))
+    assert_same(generate(models["generate"], **{part: file}), expected)
+    assert_same(generate(copied("generate", "folder", **{part: written})), expected)
 
 
 # --- zero_cond_t ----------------------------------------------------------------------------------------------------
@@ -328,8 +332,8 @@ def test_the_marker_of_2511(models, tmp_path, marker, said, expected, prefix):
     file = foreign.save(tmp_path / "2511.safetensors", foreign.prefixed(tensors | extra, prefix))
     options = {"transformer": file, "zero_cond_t": said}
     components = QwenImagePipeline.from_pretrained(models["edit"], **options).components
-    assert components.transformer_config.zero_cond_t is expected
-    assert_same(paint(models["edit"], **options), paint(models["edit"], zero_cond_t=expected))
+    assert components.config("transformer").zero_cond_t is expected
+    assert_same(generate(models["edit"], **options), generate(models["edit"], zero_cond_t=expected))
 
 
 # --- whole snapshots ------------------------------------------------------------------------------------------------
@@ -343,7 +347,7 @@ def test_swift_snapshots(copied, task, bits, group, mode):
     packed = json.loads((folder / "quantization.json").read_text())["layers"]
     names = {layer["name"] for layer in packed}
     assert {"model.embed_tokens", "img_in", "transformer_blocks.0.img_mod.1"} <= names
-    assert_same(paint(folder), paint(copied(task, "dense", **numbers)), packed=True)
+    assert_same(generate(folder), generate(copied(task, "dense", **numbers)), packed=True)
 
 
 RECORDS = {
@@ -361,7 +365,7 @@ def test_mflux_saves(copied, task, bits, record):
     folder = copied(task, "mflux")
     numbers = foreign.write_mflux(folder, bits, RECORDS[record])
     dense = copied(task, "dense", **numbers)
-    assert_same(paint(folder), paint(dense), packed=bits is not None)
+    assert_same(generate(folder), generate(dense), packed=bits is not None)
     report = inspect_checkpoint(folder)
     assert report.class_name == CLASSES[task]
 
@@ -379,7 +383,7 @@ def test_numbered_shards_without_an_index(copied):
     numbers = foreign.write_mflux(folder, 8, None)
     for index in folder.glob("*/*.index.json"):
         index.unlink()
-    assert_same(paint(folder), paint(copied("generate", "dense", **numbers)), packed=True)
+    assert_same(generate(folder), generate(copied("generate", "dense", **numbers)), packed=True)
 
 
 @pytest.mark.parametrize(("record", "class_name", "zero_cond_t"), [
@@ -398,10 +402,10 @@ def test_what_stands_in_for_missing_configs(copied, caplog, record, class_name, 
         components = Components(HubSnapshot(folder), mx.float32)
     assert components.sources.index["_class_name"] == class_name
     assert f"taken for a {class_name}" in caplog.text
-    assert components.transformer_config == replace(FULL["transformer"], zero_cond_t=zero_cond_t)
-    assert components.text_encoder_config == FULL["text_encoder"]
-    assert components.vision_config == FULL["vision"]
-    assert components.vae_config == FULL["vae"]
+    assert components.config("transformer") == replace(FULL["transformer"], zero_cond_t=zero_cond_t)
+    assert components.config("text_encoder") == FULL["text_encoder"]
+    assert components.config("vision") == FULL["vision"]
+    assert components.config("vae") == FULL["vae"]
     assert components.scheduler_config == SCHEDULER
     assert components.image_processor == PROCESSOR
     guessed = record is None or record.get("model_name") == "flux"
@@ -412,7 +416,7 @@ def test_an_mflux_save_can_be_packed_anew(copied, tmp_path):
     folder = copied("edit", "mflux")
     foreign.write_mflux(folder, None, None)
     out = quantize_checkpoint(folder, tmp_path / "pack", Quantization.parse("4"))
-    assert_same(paint(out), paint(folder, quantize="4"))
+    assert_same(generate(out), generate(folder, quantize="4"))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -428,7 +432,7 @@ def test_text_encoders_converted_by_mlx_vlm(models, copied, tmp_path, bits, plac
     (encoder / "config.json").write_text(json.dumps(config))
     if place == "beside it":
         folder, options = models["edit"], {"text_encoder": encoder}
-    assert_same(paint(folder, **options), paint(copied("edit", "dense", text_encoder=numbers)), packed=True)
+    assert_same(generate(folder, **options), generate(copied("edit", "dense", text_encoder=numbers)), packed=True)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -519,7 +523,7 @@ def test_bad_transformers_are_one_sentence(models, tmp_path, bad):
     change, says = BAD[bad]
     file = foreign.save(tmp_path / "bad.safetensors", change(foreign.read(models["generate"] / "transformer")))
     with pytest.raises(CheckpointError, match=says) as error:
-        paint(models["generate"], transformer=file)
+        generate(models["generate"], transformer=file)
     assert "\n" not in str(error.value)
 
 
@@ -532,7 +536,7 @@ def test_bad_transformers_are_one_sentence(models, tmp_path, bad):
 def test_files_of_another_part_are_named(models, tmp_path, given, wanted, says):
     file = foreign.save(tmp_path / "file.safetensors", foreign.read(models["generate"] / given))
     with pytest.raises(CheckpointError, match=says):
-        paint(models["generate"], **{wanted: file})
+        generate(models["generate"], **{wanted: file})
 
 
 @pytest.mark.parametrize(("name", "content", "error", "says"), [
@@ -550,7 +554,7 @@ def test_files_that_are_none(models, tmp_path, part, name, content, error, says)
     if name:
         path.write_bytes(content)
     with pytest.raises(error, match=says):
-        paint(models["generate"], **{part: path})
+        generate(models["generate"], **{part: path})
 
 
 def test_cut_files_are_said_to_be(models, tmp_path):
@@ -561,7 +565,7 @@ def test_cut_files_are_said_to_be(models, tmp_path):
         cut = tmp_path / f"cut{whole.suffix}"
         cut.write_bytes(whole.read_bytes()[:-1000])
         with pytest.raises(CheckpointError, match="download it again"):
-            paint(models["generate"], transformer=cut)
+            generate(models["generate"], transformer=cut)
 
 
 def test_gguf_types_that_are_not_read_are_said_before_loading(models, tmp_path):
@@ -579,7 +583,7 @@ def test_gguf_types_that_are_not_read_are_said_before_loading(models, tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(CheckpointError, match="quantized as GGUF's IQ4_XS, which is not read here"):
-        paint(models["generate"], transformer=tmp_path / "iq.gguf")
+        generate(models["generate"], transformer=tmp_path / "iq.gguf")
 
 
 @pytest.mark.parametrize("task", ["generate", "edit"])
@@ -588,7 +592,7 @@ def test_damaged_mflux_saves(copied, task):
     foreign.write_mflux(folder, 4, {"model_name": ["nonsense"], "upstream": 3})
     (folder / "transformer" / "1.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"transformer/1\.safetensors"):
-        paint(folder)
+        generate(folder)
 
 
 def test_folders_that_are_no_model_say_so(tmp_path):

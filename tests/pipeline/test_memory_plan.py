@@ -12,11 +12,12 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
+from qwen_image_mlx import QwenImagePipeline, RequestError
 from qwen_image_mlx.cli.hints import HINTS
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.pipeline.limits import limits
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
+from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.runtime import memory, memory_plan
 from qwen_image_mlx.runtime.memory import Memory, fitting_plan, parse_memory
 from qwen_image_mlx.runtime.memory_plan import STRIPS, Work, make_plan
@@ -77,25 +78,25 @@ def test_weights_are_counted_to_the_byte(model, packed, residency, quantize):
     pipeline = QwenImagePipeline.from_pretrained(model, dtype="float32", quantize=quantize, streamed=residency.streamed)
     components = pipeline.components
     encode, load, denoise, decode = make_plan(components, WORK, residency).stages
-    encoders = nbytes(components.text_encoder)
+    encoders = nbytes(components.network("text_encoder"))
     assert encode.resident == encoders
-    schedule = pipeline._schedule(GenerationParameters(width=64, height=48, num_inference_steps=2), 12, ())
+    weights = components.weights("transformer")
     table = sum(
         array.nbytes
-        for m in pipeline._modulation(schedule)
+        for m in modulation_table(weights, [1.0, 0.5], pipeline.dtype)
         for _, array in tree_flatten([m.out, [b[:2] for b in m.blocks]])
     )
     kept = 0 if residency.staged else encoders
-    assert load.resident == denoise.resident == kept + table + nbytes(components.transformer)
-    painting = kept if residency.staged else denoise.resident
-    assert decode.resident == painting + nbytes(components.vae_decoder)
+    assert load.resident == denoise.resident == kept + table + nbytes(components.network("transformer"))
+    generated = kept if residency.staged else denoise.resident
+    assert decode.resident == generated + nbytes(components.network("vae_decoder"))
 
 
 def test_an_edit_counts_its_towers(tmp_path):
     folder = write_checkpoint(tmp_path / "edit", TINY, dtype=mx.float32, pipeline="QwenImageEditPlusPipeline")
     components = QwenImagePipeline.from_pretrained(folder, dtype="float32").components
     one, two = (make_plan(components, Work(64, 64, shown=((64, 64),) * n, encoded=64 * 64, steps=2)) for n in (1, 2))
-    held = nbytes(components.text_encoder, components.vision, components.vae_encoder)
+    held = nbytes(components.network("text_encoder"), components.network("vision"), components.network("vae_encoder"))
     assert one.stages[0].resident == two.stages[0].resident == held
     assert two.stages[2].peak > one.stages[2].peak
 
@@ -113,7 +114,7 @@ def test_the_first_that_fits_is_chosen(model):
 
 
 @pytest.mark.slow
-def test_large_pictures_are_decoded_in_smaller_strips_where_memory_is_short(model, monkeypatch):
+def test_large_images_are_decoded_in_smaller_strips_where_memory_is_short(model, monkeypatch):
     costs = replace(memory_plan.COSTS["cpu"], scores=0.0, image=0.0, prompt=0.0)  # decoding is what takes most
     monkeypatch.setattr(memory_plan, "COSTS", {"cpu": costs})
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
@@ -201,7 +202,7 @@ def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run,
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_refused_with_the_table_and_painted_by_force(model, run, monkeypatch, tmp_path):
+def test_what_does_not_fit_is_refused_with_the_table_and_generated_by_force(model, run, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
     code, out, err = run("--memory", "2MB", "-o", "no.png")
     assert (code, out) == (2, "")
@@ -244,7 +245,7 @@ def test_plan_prints_every_way_and_its_alternatives(model, run):
     assert [plan["needs_pack"] for plan in facts["plans"]] == [False, False, True, True]
     assert [plan["residency"] for plan in facts["plans"]] == [residency.name for residency in RESIDENCIES]
     files = sum(file.stat().st_size for file in model.glob("*/*.safetensors"))
-    assert files * 0.9 < facts["disk"] < files, "all but the headers and what no picture needs"
+    assert files * 0.9 < facts["disk"] < files, "all but the headers and what no image needs"
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def own(tmp_path):
     return write
 
 
-def test_a_small_model_paints_at_its_own_size(own):
+def test_a_small_model_generates_at_its_own_size(own):
     pipeline = QwenImagePipeline.from_pretrained(own(target_area=64**2, steps=2, cfg_scale=1.0), dtype="float32")
     assert pipeline.recommended[:2] == (2, 1.0)
     (image,) = pipeline.generate("a fox")

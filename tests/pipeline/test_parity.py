@@ -29,7 +29,7 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def run_ours(pipeline, *, prompt, negative_prompt, width, height, steps, cfg_scale, seed, index=0, **parameters):
-    """(latents after every step, first of them the noise; 8-bit picture)."""
+    """(latents after every step, first of them the noise; 8-bit image)."""
     encoding = pipeline.encode_guidance_prompts(prompt, negative_prompt)
     latents = []
     pixels = pipeline.generate_pixels(
@@ -44,13 +44,13 @@ def run_ours(pipeline, *, prompt, negative_prompt, width, height, steps, cfg_sca
 
 def assert_same(pipeline, reference, **request):
     theirs = run_reference(reference, **request)
-    (noise, *latents), picture = run_ours(pipeline, **request)
+    (noise, *latents), image = run_ours(pipeline, **request)
     assert relative(noise, theirs.initial_noise) < 1e-6
     assert len(latents) == len(theirs.latents)
     assert max(relative(a, b) for a, b in zip(latents, theirs.latents, strict=True)) < 1e-4
     expected = np.asarray(theirs.image).astype(int)
-    assert picture.shape == expected.shape
-    assert np.abs(picture - expected).max() <= 1
+    assert image.shape == expected.shape
+    assert np.abs(image - expected).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -114,18 +114,18 @@ def test_custom_sigmas(pipeline, reference):
     assert relative(latents[-1], theirs.latents[-1]) < 1e-4
 
 
-def test_several_pictures_of_one_seed(pipeline, reference):
+def test_several_images_of_one_seed(pipeline, reference):
     theirs = run_reference(reference, **BASE, cfg_scale=4.0, seed=11, num_images=3)
     for index in range(3):
-        latents, picture = run_ours(pipeline, **BASE, cfg_scale=4.0, seed=11, index=index)
+        latents, image = run_ours(pipeline, **BASE, cfg_scale=4.0, seed=11, index=index)
         assert relative(latents[-1], theirs.latents[-1][index : index + 1]) < 1e-4
-        assert np.abs(picture - np.asarray(theirs.images[index]).astype(int)).max() <= 1
+        assert np.abs(image - np.asarray(theirs.images[index]).astype(int)).max() <= 1
 
 
-def test_one_step_gives_a_picture_where_the_reference_divides_by_zero(pipeline):
-    (_, latents), picture = run_ours(pipeline, **{**BASE, "steps": 1}, cfg_scale=4.0, seed=1)
+def test_one_step_gives_a_image_where_the_reference_divides_by_zero(pipeline):
+    (_, latents), image = run_ours(pipeline, **{**BASE, "steps": 1}, cfg_scale=4.0, seed=1)
     assert np.isfinite(latents).all()
-    assert picture.std() > 1
+    assert image.std() > 1
 
 
 @pytest.mark.parametrize("scheduler", [
@@ -159,7 +159,7 @@ def test_bfloat16_follows_the_reference_s_rounding(tiny, reference):
     request = {**BASE, "steps": 4, "cfg_scale": 4.0, "seed": 42}
     exact = run_reference(reference, **request).latents[-1]
     theirs = run_reference(load_reference(tiny, torch.bfloat16), **request)
-    ours, picture = run_ours(QwenImagePipeline.from_pretrained(tiny, dtype="bfloat16"), **request)
+    ours, image = run_ours(QwenImagePipeline.from_pretrained(tiny, dtype="bfloat16"), **request)
 
     def error(x, y):
         return float(np.sqrt(np.mean((x - y) ** 2) / np.mean(exact**2)))
@@ -168,4 +168,4 @@ def test_bfloat16_follows_the_reference_s_rounding(tiny, reference):
     reference_error = error(theirs.latents[-1], exact)
     assert error(ours[-1], exact) < 1.2 * reference_error
     assert error(ours[-1], theirs.latents[-1]) < 0.5 * reference_error
-    assert np.abs(picture - np.asarray(theirs.image).astype(int)).mean() < 2
+    assert np.abs(image - np.asarray(theirs.image).astype(int)).mean() < 2

@@ -41,7 +41,7 @@ from qwen_image_mlx.weights.safetensors_files import component_tensors
 
 pytestmark = pytest.mark.reference
 
-TEMPLATE = Template(text=facts.TEMPLATE, drop=facts.DROP, picture=facts.IMAGE, between=facts.BETWEEN_IMAGES)
+TEMPLATE = Template(text=facts.TEMPLATE, drop=facts.DROP, image=facts.IMAGE, between=facts.BETWEEN_IMAGES)
 PROMPT = "make <image1> blue, 让它变蓝 🦊 {like} <this>"
 AREA = 96**2
 SCHEDULER = SchedulerConfig.from_dict({k: v for k, v in REAL_CONFIGS["scheduler"].items() if k[0] != "_"})
@@ -70,19 +70,19 @@ class Ours:
         self.tower = load_module(VisionTower(self.vision_config), found, "main", mx.float32)
         self.tokenizer = QwenTokenizer.from_files({path.name: path for path in (folder / "tokenizer").iterdir()})
 
-    def features(self, picture, size):
+    def features(self, image, size):
         patches = to_patches(
-            on_white(picture), size, patch=16, merge=2, mean=TINY_PROCESSOR["image_mean"],
+            on_white(image), size, patch=16, merge=2, mean=TINY_PROCESSOR["image_mean"],
             std=TINY_PROCESSOR["image_std"],
         )  # fmt: skip
         return self.tower(patches, size[1] // 16, size[0] // 16)
 
-    def condition(self, prompt, pictures):
-        grids = [(picture.height // 32, picture.width // 32) for picture in pictures]
+    def condition(self, prompt, images):
+        grids = [(image.height // 32, image.width // 32) for image in images]
         tokens = tokenize_prompt(self.tokenizer, TEMPLATE, prompt or facts.EMPTY_PROMPT, grids)
         embeddings, additions = self.text_encoder.embed(mx.array(tokens.ids)[None]), []
-        if pictures:
-            seen = [self.features(picture, picture.size) for picture in pictures]
+        if images:
+            seen = [self.features(image, image.size) for image in images]
             merged, *taps = (mx.concatenate(parts) for parts in zip(*([f.merged, *f.taps] for f in seen), strict=True))
             embeddings = replace_vision_tokens(embeddings, tokens.is_image, merged)
             nothing = mx.zeros_like(embeddings)
@@ -90,12 +90,12 @@ class Ours:
         (states,) = self.text_encoder.together([Prompt(embeddings, mx.array(tokens.positions), additions)])
         return Condition(states[:, tokens.first :], image_starts(tokens, grids))
 
-    def generate(self, prompts, size, *, seed, pictures=(), cfg_scale=1.0, steps=3, sigmas=None, keep=True):
-        pictures = [picture.convert("RGBA") for picture in pictures]
-        pictures = [p.resize(size_of_area(AREA, p.size), 1) for p in pictures]
+    def generate(self, prompts, size, *, seed, images=(), cfg_scale=1.0, steps=3, sigmas=None, keep=True):
+        images = [image.convert("RGBA") for image in images]
+        images = [p.resize(size_of_area(AREA, p.size), 1) for p in images]
         references = []
-        for picture in pictures:
-            latents = encode_mode(self.encoder, self.vae_config, to_pixels(picture, picture.size))
+        for opened in images:
+            latents = encode_mode(self.encoder, self.vae_config, to_pixels(opened, opened.size))
             references.append(Reference(latents.flatten(1, 2), *latents.shape[1:3]))
         height, width = size[1] // 16, size[0] // 16
         noise = generator("torch", seed).normal((1, 1, 64, height, width))
@@ -107,7 +107,7 @@ class Ours:
         *table, still = self.modulation.table(mx.array([*schedule.timesteps.tolist(), 0.0]), mx.float32)
         denoiser = Denoiser(
             self.transformer, self.transformer_config, table=table, still=still,
-            conditions=[self.condition(prompt, pictures) for prompt in prompts], references=references,
+            conditions=[self.condition(prompt, images) for prompt in prompts], references=references,
             grid=(height, width), dtype=mx.float32, keep_prefix=keep,
         )  # fmt: skip
         mx.eval(denoiser.prepared)
@@ -135,15 +135,15 @@ def both(tmp_path_factory):
     return pipeline, pipeline(), Ours(folder)
 
 
-PICTURES = [image(90, 90), image(200, 120, 1, mode="RGBA"), image(75, 300, 2)]
+IMAGES = [image(90, 90), image(200, 120, 1, mode="RGBA"), image(75, 300, 2)]
 RUNS = {
     "text": {"size": (96, 64)},
     "guided": {"size": (64, 96), "negative": "blurry", "cfg_scale": 3.7},
     "an empty negative prompt": {"size": (64, 64), "negative": "", "cfg_scale": 4.0},
-    "one reference": {"size": (96, 96), "pictures": PICTURES[1:2]},
-    "three references": {"size": (96, 64), "pictures": PICTURES},
-    "three references, guided": {"size": (64, 64), "pictures": PICTURES, "negative": "blurry", "cfg_scale": 4.0},
-    "ten references": {"size": (32, 64), "pictures": [image(50 + 9 * n, 120 - 8 * n, n) for n in range(10)]},
+    "one reference": {"size": (96, 96), "images": IMAGES[1:2]},
+    "three references": {"size": (96, 64), "images": IMAGES},
+    "three references, guided": {"size": (64, 64), "images": IMAGES, "negative": "blurry", "cfg_scale": 4.0},
+    "ten references": {"size": (32, 64), "images": [image(50 + 9 * n, 120 - 8 * n, n) for n in range(10)]},
     "Turbo": {"size": (96, 64), "sigmas": facts.TURBO_SIGMAS},
 }
 
@@ -151,22 +151,22 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_latents_of_every_step_and_the_image_equal_the_reference(both, name):
     pipeline, usual, ours = both
-    run = {"pictures": [], "negative": None, "cfg_scale": 1.0, "sigmas": None} | RUNS[name]
+    run = {"images": [], "negative": None, "cfg_scale": 1.0, "sigmas": None} | RUNS[name]
     sigmas = run["sigmas"] and [*run["sigmas"]]
     pipe = pipeline(sample_sigmas=sigmas) if sigmas else usual
-    expected, (picture,) = run_pipeline_21(
+    expected, (image,) = run_pipeline_21(
         pipe, prompt=PROMPT, negative_prompt=run["negative"], true_cfg_scale=run["cfg_scale"],
-        image=run["pictures"] or None, width=run["size"][0], height=run["size"][1], num_inference_steps=3,
+        image=run["images"] or None, width=run["size"][0], height=run["size"][1], num_inference_steps=3,
         output_resolution=96, seed=7,
     )  # fmt: skip
     prompts = [PROMPT, *([] if run["negative"] is None else [run["negative"]])]
-    request = {"seed": 7, "pictures": run["pictures"], "cfg_scale": run["cfg_scale"], "sigmas": sigmas}
+    request = {"seed": 7, "images": run["images"], "cfg_scale": run["cfg_scale"], "sigmas": sigmas}
     latents, made = ours.generate(prompts, run["size"], **request)
     assert len(latents) == len(expected) == (len(sigmas) if sigmas else 3)
     errors = [float(np.abs(a - b).max()) for a, b in zip(latents, expected, strict=True)]
     assert max(errors) <= 1e-4, errors
-    assert (made.mode, made.size) == (picture.mode, picture.size) == ("RGBA", run["size"])
-    assert np.abs(np.asarray(made, int) - np.asarray(picture, int)).max() <= 1
+    assert (made.mode, made.size) == (image.mode, image.size) == ("RGBA", run["size"])
+    assert np.abs(np.asarray(made, int) - np.asarray(image, int)).max() <= 1
     without, _ = ours.generate(prompts, run["size"], keep=False, **request)
     assert max(np.abs(a - b).max() for a, b in zip(latents, without, strict=True)) <= 1e-6
 

@@ -182,8 +182,8 @@ def test_guidance_needs_a_negative_prompt_and_a_scale_above_one(pipeline, encodi
     """The second pass is skipped unless it changes the result."""
     calls = []
     pipeline.generate_pixels(PARAMETERS, encoding)  # loads
-    block = type(pipeline.components.transformer.transformer_blocks[0])
-    forward, blocks = block.__call__, len(pipeline.components.transformer.transformer_blocks)
+    block = type(pipeline.components.network("transformer").transformer_blocks[0])
+    forward, blocks = block.__call__, len(pipeline.components.network("transformer").transformer_blocks)
     monkeypatch.setattr(block, "__call__", lambda self, *args: calls.append(1) or forward(self, *args))
     alone = GuidanceEncoding(encoding.positive)
     for scale, given, passes in ((1.0, encoding, 3), (4.0, alone, 3), (4.0, encoding, 6), (1.01, encoding, 6)):
@@ -281,14 +281,14 @@ def test_an_encoding_of_another_model_is_refused(pipeline):
         pipeline.generate_pixels(PARAMETERS, GuidanceEncoding(mx.zeros((1, 5, 63))))
 
 
-def test_numbers_that_are_not_finite_are_an_error_not_a_black_picture(pipeline, encoding):
+def test_numbers_that_are_not_finite_are_an_error_not_a_black_image(pipeline, encoding):
     poisoned = GuidanceEncoding(mx.full(encoding.positive.shape, float("nan")))
     with pytest.raises(QwenImageError, match="not finite"):
         pipeline.generate_pixels(PARAMETERS, poisoned)
 
 
-def test_a_broken_decoder_is_an_error_not_a_black_picture(pipeline, encoding):
-    decoder = pipeline.components.vae_decoder
+def test_a_broken_decoder_is_an_error_not_a_black_image(pipeline, encoding):
+    decoder = pipeline.components.network("vae_decoder")
     decoder.update(tree_map(lambda array: array * mx.nan, decoder.parameters()))
     with pytest.raises(QwenImageError, match="not finite"):
         pipeline.generate_pixels(PARAMETERS, encoding)
@@ -330,9 +330,9 @@ def test_impossible_seeds_are_refused(pipeline, encoding, seed):
 
 
 @pytest.mark.reference
-def test_an_encoding_with_pictures_does_not_fit_a_text_model(pipeline, encoding):
+def test_an_encoding_with_images_does_not_fit_a_text_model(pipeline, encoding):
     reference = Reference(mx.zeros((1, 16, 64)), 4, 4)
-    with pytest.raises(RequestError, match="paints from text"):
+    with pytest.raises(RequestError, match="generates from text"):
         pipeline.generate_pixels(PARAMETERS, replace(encoding, references=(reference,)))
 
 
@@ -366,7 +366,7 @@ def test_painting_a_mask_s_surroundings_keeps_the_rest(pipeline):
     assert not np.array_equal(np.asarray(image), np.asarray(PHOTO))
 
 
-def test_without_a_negative_prompt_generate_paints_unguided(pipeline, caplog):
+def test_without_a_negative_prompt_generate_generates_unguided(pipeline, caplog):
     size = {"width": 64, "height": 64, "num_inference_steps": 2}
     (plain,), (unguided,) = (pipeline.generate("a fox", **size, **more) for more in ({}, {"cfg_scale": 1.0}))
     assert plain == unguided

@@ -43,7 +43,7 @@ def source(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("source") / "wide", WIDE, dtype=mx.float32)
 
 
-def paint(folder, quantize=None, dtype="float32"):
+def generate(folder, quantize=None, dtype="float32"):
     pipeline = QwenImagePipeline.from_pretrained(folder, dtype=dtype, quantize=quantize)
     encoding = pipeline.encode_guidance_prompts("a fox", " ")
     return np.array(pipeline.generate_pixels(PARAMETERS, encoding, seed=1)), pipeline.components
@@ -52,15 +52,15 @@ def paint(folder, quantize=None, dtype="float32"):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bits", ["4", "8/32", "mxfp4", "nvfp4", "transformer=5,text_encoder=mxfp8"])
-def test_a_pack_paints_what_a_run_that_quantizes_paints(source, tmp_path, bits, dtype):
+def test_a_pack_generates_what_a_run_that_quantizes_generates(source, tmp_path, bits, dtype):
     folder = quantize_checkpoint(source, tmp_path / "pack", Quantization.parse(bits))
-    packed, components = paint(folder, dtype=dtype)
-    running, _ = paint(source, bits, dtype)
+    packed, components = generate(folder, dtype=dtype)
+    running, _ = generate(source, bits, dtype)
     np.testing.assert_array_equal(packed, running)
     if dtype == "float32":
-        assert np.abs(packed - paint(source)[0]).max() > 0
-    assert type(components.transformer.transformer_blocks[0].attn.to_q) is QuantizedLinear
-    assert type(components.text_encoder.model.embed_tokens) is QuantizedEmbedding
+        assert np.abs(packed - generate(source)[0]).max() > 0
+    assert type(components.network("transformer").transformer_blocks[0].attn.to_q) is QuantizedLinear
+    assert type(components.network("text_encoder").model.embed_tokens) is QuantizedEmbedding
 
 
 def test_a_pack_says_what_it_is(source, tmp_path):
@@ -124,7 +124,7 @@ def test_a_pack_in_several_files_is_the_same(source, tmp_path):
     assert len(files) > 3
     index = json.loads((parts / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
     assert index == {name: file.name for file in files for name in read_header(file)[0]}
-    np.testing.assert_array_equal(paint(whole)[0], paint(parts)[0])
+    np.testing.assert_array_equal(generate(whole)[0], generate(parts)[0])
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_a_run_that_was_cut_goes_on(source, tmp_path, monkeypatch):
     quantize_checkpoint(source, out, **arguments)
     assert damaged.name in done
     assert not {path.name for path in before} - {damaged.name} & set(done)
-    np.testing.assert_array_equal(paint(out)[0], paint(source, "4")[0])
+    np.testing.assert_array_equal(generate(out)[0], generate(source, "4")[0])
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_other_bits_do_not_go_on_from_what_lies_there(source, tmp_path, monkeypa
         quantize_checkpoint(source, out, Quantization.parse("4"))
     monkeypatch.undo()
     quantize_checkpoint(source, out, Quantization.parse("8"))
-    np.testing.assert_array_equal(paint(out)[0], paint(source, "8")[0])
+    np.testing.assert_array_equal(generate(out)[0], generate(source, "8")[0])
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_another_model_does_not_go_on_from_what_lies_there(source, tmp_path, mon
         quantize_checkpoint(other, out, Quantization.parse("4"))
     monkeypatch.undo()
     quantize_checkpoint(source, out, Quantization.parse("4"))
-    np.testing.assert_array_equal(paint(out)[0], paint(source, "4")[0])
+    np.testing.assert_array_equal(generate(out)[0], generate(source, "4")[0])
     assert not (out / "plan.txt").exists()
 
 
@@ -217,8 +217,8 @@ def test_impossible_quantizations_are_refused(source, quantize):
 def test_a_pack_is_packed_again(source, tmp_path):
     eight = quantize_checkpoint(source, tmp_path / "eight", Quantization.parse("8"))
     four = quantize_checkpoint(eight, tmp_path / "four", Quantization.parse("4"))
-    np.testing.assert_array_equal(paint(four)[0], paint(eight, "4")[0])
-    np.testing.assert_array_equal(paint(eight)[0], paint(eight, "8")[0])
+    np.testing.assert_array_equal(generate(four)[0], generate(eight, "4")[0])
+    np.testing.assert_array_equal(generate(eight)[0], generate(eight, "8")[0])
 
 
 @pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageLayeredPipeline"])
@@ -234,16 +234,16 @@ def test_a_processor_that_transformers_5_saved_again_is_kept(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_pictures_models_keep_their_vision_tower(tmp_path):
+def test_images_models_keep_their_vision_tower(tmp_path):
     configs = {**WIDE, "vision": replace(TINY["vision"], out_hidden_size=128)}
     folder = write_checkpoint(tmp_path / "edit", configs, pipeline="QwenImageEditPlusPipeline")
     out = quantize_checkpoint(folder, tmp_path / "pack", Quantization.parse("transformer=4,vision=8/32"))
     tensors = read_header(next((out / "text_encoder").glob("*.safetensors")))[0]
     assert {name for name in tensors if name.startswith("visual.")}
     assert (out / "processor/preprocessor_config.json").is_file()
-    picture = np.zeros((64, 64, 3), np.uint8)
+    image = np.zeros((64, 64, 3), np.uint8)
     packed, running = (
-        pipeline.encode_guidance_prompts("x", images=[picture], reference_pixels=4096).positive
+        pipeline.encode_guidance_prompts("x", images=[image], reference_pixels=4096).positive
         for pipeline in (
             QwenImagePipeline.from_pretrained(out),
             QwenImagePipeline.from_pretrained(folder, quantize="transformer=4,vision=8/32"),
@@ -319,7 +319,7 @@ def test_two_bits_are_read_though_not_made(small, tmp_path, capsys):
     mx.save_safetensors(str(file), arrays)
     assert main(["info", str(folder)]) == 0
     assert "packed 2/64" in capsys.readouterr().out
-    paint(folder)
+    generate(folder)
 
 
 @pytest.mark.slow
@@ -337,7 +337,7 @@ def test_two_runs_into_one_folder_are_kept_apart(source, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "write_component", meanwhile)
     quantize_checkpoint(source, out, Quantization.parse("4"))
     assert refused
-    np.testing.assert_array_equal(paint(out)[0], paint(source, "4")[0])
+    np.testing.assert_array_equal(generate(out)[0], generate(source, "4")[0])
     assert [path.name for path in tmp_path.iterdir()] == ["pack"]
 
 
@@ -365,4 +365,4 @@ def test_packing_a_pack_is_done_and_said(small, tmp_path, caplog):
     folder = quantize_checkpoint(small, tmp_path / "pack", Quantization.parse("4/32"))
     assert "is packed 8/32 already" in caplog.text
     assert "(F32, packed 8/32), with quantized weights" in (folder / "README.md").read_text()
-    paint(folder)
+    generate(folder)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import to_numpy
 
-from qwen_image_mlx.sampling.denoise import Guidance, denoise, euler_step, guide
+from qwen_image_mlx.sampling.denoise import Guidance, denoise, guide
 from qwen_image_mlx.sampling.schedule import Schedule
+from qwen_image_mlx.sampling.solvers import EULER, Solver, Step, euler_step
 
 pytestmark = pytest.mark.reference
 
@@ -122,13 +123,13 @@ def test_the_loop_is_the_reference_s(guidance):
 @pytest.mark.parametrize("guidance", [None, Guidance(4.0, True), Guidance(4.0, False)])
 def test_latents_stay_in_their_dtype(dtype, guidance):
     seen = set()
-    model, result = run(guidance, dtype, on_step=lambda _, latents: seen.add(latents.dtype))
+    model, result = run(guidance, dtype, on_step=lambda _, step: seen.add(step.latents.dtype))
     assert model.dtypes | seen | {result.dtype} == {DTYPES[dtype]}
 
 
 def test_the_callback_is_told_of_every_step_and_may_read_its_latents():
     done = []
-    model, result = run(None, on_step=lambda step, latents: done.append((step, np.array(latents))))
+    model, result = run(None, on_step=lambda count, step: done.append((count, np.array(step.latents))))
     assert [step for step, _ in done] == [1, 2, 3, 4]
     assert len(model.calls) == 4
     np.testing.assert_array_equal(done[-1][1], np.array(result))
@@ -167,7 +168,7 @@ def test_each_step_is_the_model_then_the_blend_then_the_callback():
         lambda step, _: events.append(("callback", step)),
         lambda step, latents: events.append(("blend", step)) or latents,
     )
-    expected = [[("model", n), ("blend", n + 1), ("callback", n + 1)] for n in range(4)]
+    expected = [[("model", n), ("blend", n + 1), ("blend", 4), ("callback", n + 1)] for n in range(4)]
     assert events == [event for step in expected for event in step]
 
 
@@ -177,8 +178,8 @@ def test_an_exception_of_the_callback_stops_the_loop():
 
     model = Model(1)
 
-    def stop(step: int, _latents: mx.array) -> None:
-        if step == 2:
+    def stop(count: int, _step: Step) -> None:
+        if count == 2:
             raise Stop
 
     with pytest.raises(Stop):
@@ -190,7 +191,7 @@ def test_blending_replaces_the_latents_of_every_step():
     seen = []
     model, result = run(
         None,
-        on_step=lambda step, latents: seen.append((step, latents)),
+        on_step=lambda count, step: seen.append((count, step.latents)),
         blend=lambda step, latents: mx.full(latents.shape, float(step)),
     )
     assert [np.unique(np.array(latents)).tolist() for _, latents in seen] == [[1.0], [2.0], [3.0], [4.0]]
@@ -198,11 +199,50 @@ def test_blending_replaces_the_latents_of_every_step():
     assert len(model.calls) == 4
 
 
+def test_a_step_says_where_it_points():
+    """On a straight path that is the image, from the first step on; in fp32 whatever the latents are."""
+    (noise, _), (image, _) = random_pair(0, "float32"), random_pair(1, "float32")
+    found = []
+    denoise(
+        lambda *_: [(noise - image).astype(mx.bfloat16)], noise.astype(mx.bfloat16), Schedule(SIGMAS), None,
+        lambda _, step: found.append(step.denoised),
+    )  # fmt: skip
+    assert {array.dtype for array in found} == {mx.float32}
+    assert max(float(mx.abs(array - image).max()) for array in found) < 0.05
+
+
+def test_another_solver_says_first_where_it_evaluates():
+    """Heun's method, as a solver of two evaluations a step: it meets the loop's promises and no more of its names."""
+
+    def evaluations(schedule):
+        return np.repeat(schedule.sigmas, 2)[1:-1]
+
+    def heun(evaluate, latents, schedule, step):
+        first = evaluate(latents, 2 * step)
+        there = euler_step(latents, first, schedule.dt(step))
+        mean = (first + evaluate(there, 2 * step + 1)) / 2
+        return Step(euler_step(latents, mean, schedule.dt(step)), latents - float(schedule.sigmas[step]) * mean)
+
+    schedule, solver = Schedule(SIGMAS), Solver(evaluations, heun, lambda steps: 2 * steps)
+    asked = []
+
+    def velocities(latents, evaluation):
+        asked.append(evaluation)
+        return [latents * float(solver.evaluations(schedule)[evaluation])]
+
+    latents, exact = mx.ones(SHAPE), np.exp(-0.5)  # dx/ds = s x, from s = 1 to 0
+    result = denoise(velocities, latents, schedule, None, solver=solver)
+    assert asked == [*range(8)] == [*range(solver.count(4))]
+    euler = denoise(lambda x, n: [x * float(SIGMAS[n])], latents, schedule, None)
+    assert abs(float(result[0, 0, 0]) - exact) < 0.2 * abs(float(euler[0, 0, 0]) - exact)
+    assert EULER.evaluations(schedule).tolist() == SIGMAS[:-1].tolist()
+
+
 @settings(deadline=None)
 @given(levels=st.sets(st.integers(1, 999), max_size=8))
 def test_a_straight_path_arrives_whatever_the_steps(levels):
-    """Where the velocity is noise minus picture, any number of Euler steps from sigma 1 ends at the picture."""
+    """Where the velocity is noise minus image, any number of Euler steps from sigma 1 ends at the image."""
     sigmas = np.array([1, *(level / 1000 for level in sorted(levels, reverse=True)), 0], np.float32)
-    (noise, _), (picture, _) = random_pair(0, "float32", (1, 4, 64)), random_pair(1, "float32", (1, 4, 64))
-    result = denoise(lambda *_: [noise - picture], noise, Schedule(sigmas), None)
-    np.testing.assert_allclose(np.array(result), np.array(picture), atol=1e-5)
+    (noise, _), (image, _) = random_pair(0, "float32", (1, 4, 64)), random_pair(1, "float32", (1, 4, 64))
+    result = denoise(lambda *_: [noise - image], noise, Schedule(sigmas), None)
+    np.testing.assert_allclose(np.array(result), np.array(image), atol=1e-5)

@@ -53,7 +53,7 @@ def test_consecutive_draws_continue_torch_s_stream(seed, counts):
 @pytest.mark.reference
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_pictures_drawn_one_by_one_are_those_of_a_batch(seed, count):
+def test_images_drawn_one_by_one_are_those_of_a_batch(seed, count):
     import torch
 
     batch = torch.randn((count, 1, 16, 10, 14), generator=torch_generator(seed))
@@ -120,6 +120,6 @@ def test_global_random_state_is_neither_read_nor_changed(rng):
 
 
 def test_too_few_values_are_an_assertion_not_other_noise():
-    """Below 16 values torch draws in another way, which no picture ever needs."""
+    """Below 16 values torch draws in another way, which no image ever needs."""
     with pytest.raises(AssertionError):
         generator("torch", 0).normal((15,))

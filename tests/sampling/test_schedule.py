@@ -142,7 +142,7 @@ def test_a_part_of_the_schedule_is_the_one_image_to_image_takes(steps, strength)
     pipeline = SimpleNamespace(scheduler=scheduler)
     timesteps, count = QwenImageImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")
     part = ours(config, uniform_sigmas(steps), 1024).last(strength)
-    if count == 0:  # the reference refuses; one step is the nearest that can be painted
+    if count == 0:  # the reference refuses; one step is the nearest that can be generated
         assert part.num_steps == 1
     else:
         np.testing.assert_array_equal(part.timesteps * np.float32(1000), timesteps.numpy())

@@ -1,4 +1,4 @@
-"""The API over real HTTP: the very pictures of the command line, jobs and their events, models that come and go."""
+"""The API over real HTTP: the very images of the command line, jobs and their events, models that come and go."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def png_of(url: str) -> bytes:
     return base64.b64decode(data, validate=True)
 
 
-def picture_of(url: str) -> Image.Image:
+def image_of(url: str) -> Image.Image:
     return Image.open(io.BytesIO(png_of(url)))
 
 
@@ -69,19 +69,19 @@ def circle(server) -> str:
         return ask(client, "generate", prompt=PROMPT, seed=1)["images"][0]["image"]
 
 
-# --- the same pictures ------------------------------------------------------------------------------------------------
+# --- the same images ------------------------------------------------------------------------------------------------
 
 
-def test_server_command_line_and_python_paint_the_same(circle, tmp_path, monkeypatch, capsys):
+def test_server_command_line_and_python_generate_the_same(circle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", PROMPT, "--model", "demo", "--seed", "1", "-o", "cli.png"]) == 0
     assert Path("cli.png").read_bytes() == png_of(circle)
     pipeline = QwenImagePipeline.from_pretrained("demo")
     (image,) = pipeline.generate(PROMPT, negative_prompt=" ", seed=1)
-    assert np.array_equal(np.asarray(image), np.asarray(picture_of(circle)))
+    assert np.array_equal(np.asarray(image), np.asarray(image_of(circle)))
 
 
-def test_several_pictures_are_those_of_the_command_line(api, tmp_path, monkeypatch):
+def test_several_images_are_those_of_the_command_line(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--steps", "3", "--aspect", "16:9", "-n", "blurry", "-g", "2.5", "--num-images", "2", "--seed", "9"]
     assert main(["generate", "一只猫 🦊", "--model", "demo", *flags, "-o", "cli.png"]) == 0
@@ -90,7 +90,7 @@ def test_several_pictures_are_those_of_the_command_line(api, tmp_path, monkeypat
     assert [image["index"] for image in images] == [0, 1]
     for name, image in zip(("cli.png", "cli-1.png"), images, strict=True):
         assert Path(name).read_bytes() == png_of(image["image"])
-        assert json.loads(picture_of(image["image"]).text[METADATA_KEY]) == image["metadata"]
+        assert json.loads(image_of(image["image"]).text[METADATA_KEY]) == image["metadata"]
 
 
 def test_edits_are_those_of_the_command_line(api, circle, tmp_path, monkeypatch):
@@ -106,9 +106,9 @@ def test_edits_are_those_of_the_command_line(api, circle, tmp_path, monkeypatch)
     plain = ask(api, "edit", image=circle, **fields)["images"][0]
     masked = ask(api, "edit", images=[circle], mask=url_of(mask), strength=0.9, **fields)["images"][0]
     for file, image in (("plain.png", plain), ("masked.png", masked)):
-        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(picture_of(image["image"])))
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(image_of(image["image"])))
     kept = np.asarray(mask) == 0
-    assert np.array_equal(np.asarray(picture_of(masked["image"]))[kept], np.asarray(picture_of(circle))[kept])
+    assert np.array_equal(np.asarray(image_of(masked["image"]))[kept], np.asarray(image_of(circle))[kept])
 
 
 def test_a_form_with_files_is_the_same_request(api, circle):
@@ -127,14 +127,14 @@ def test_jpeg_and_webp_are_taken_and_turned_upright(api):
     turned = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
     for url, size in ((turned, (48, 96)), (url_of(wide, "webp"), (96, 48))):
         image = ask(api, "edit", prompt="x", image=url, size="source", steps=1)["images"][0]
-        assert picture_of(image["image"]).size == size
+        assert image_of(image["image"]).size == size
 
 
 def test_keep_alpha_keeps_alpha(api):
     picture = Image.new("RGBA", (64, 64), (200, 0, 0, 255))
     picture.putalpha(Image.linear_gradient("L").resize((64, 64)))
     image = ask(api, "edit", prompt="x", image=url_of(picture), size="source", keep_alpha=True, steps=1)["images"][0]
-    assert np.array_equal(np.asarray(picture_of(image["image"]))[..., 3], np.asarray(picture)[..., 3])
+    assert np.array_equal(np.asarray(image_of(image["image"]))[..., 3], np.asarray(picture)[..., 3])
 
 
 def test_layers_are_those_of_the_command_line_and_compose_again(api, circle, tmp_path, monkeypatch, capsys):
@@ -149,7 +149,7 @@ def test_layers_are_those_of_the_command_line_and_compose_again(api, circle, tmp
     assert (result["prompt"], result["seed"]) == (PROMPT, 3)
     assert f"PSNR {result['psnr']:.2f} dB" in capsys.readouterr().out
     layers = [{"image": layer["image"]} for layer in result["layers"]]
-    composed = picture_of(ask(api, "compose", layers=layers)["image"])
+    composed = image_of(ask(api, "compose", layers=layers)["image"])
     assert np.array_equal(np.asarray(composed), np.asarray(Image.open("layers/composite.png")))
 
 
@@ -158,12 +158,12 @@ def test_a_profile_is_applied_and_gone(api, tmp_path):
     Image.new("RGB", (64, 64), (200, 90, 40)).save(tmp_path / "wide.png", icc_profile=wide)
     url = f"data:image/png;base64,{base64.b64encode((tmp_path / 'wide.png').read_bytes()).decode()}"
     converted = open_image(tmp_path / "wide.png")
-    composed = picture_of(ask(api, "compose", layers=[{"image": url}])["image"])
+    composed = image_of(ask(api, "compose", layers=[{"image": url}])["image"])
     assert composed.convert("RGB").tobytes() == converted.tobytes()
     edited = [ask(api, "edit", prompt="x", image=image, size="source", seed=1, steps=1)["images"][0]["image"]
               for image in (url, url_of(converted))]  # fmt: skip
-    assert picture_of(edited[0]).tobytes() == picture_of(edited[1]).tobytes()
-    assert not any("icc_profile" in image.info for image in (composed, *map(picture_of, edited)))
+    assert image_of(edited[0]).tobytes() == image_of(edited[1]).tobytes()
+    assert not any("icc_profile" in image.info for image in (composed, *map(image_of, edited)))
 
 
 def test_compose_moves_scales_hides_and_exports(api, tmp_path):
@@ -173,7 +173,7 @@ def test_compose_moves_scales_hides_and_exports(api, tmp_path):
         {"image": url_of(dot), "x": 20, "y": 5, "scale": 0.4, "opacity": 0.5},
         {"image": url_of(red), "visible": False},
     ]
-    composed = np.asarray(picture_of(ask(api, "compose", layers=layers)["image"]))
+    composed = np.asarray(image_of(ask(api, "compose", layers=layers)["image"]))
     blended = (composed == [128, 0, 128, 255]).all(axis=-1)
     assert composed.shape == (30, 40, 4)
     assert [(int(axis.min()), int(axis.max())) for axis in np.nonzero(blended)] == [(8, 11), (23, 26)]
@@ -200,18 +200,18 @@ def test_a_job_tells_its_stages_and_steps_in_order(api):
     assert steps[-1] == {"step": 10, "total": 10, "seconds_left": 0.0}
     assert all(data["total"] == 10 for data in steps)
     stages = [data["stage"] for name, data in events if name == "stage"]
-    painted = [stage for stage in stages if stage != "load"]  # a fresh server loads on the way
-    assert painted[-4:] == ["denoise", "decode", "denoise", "decode"]
+    generated = [stage for stage in stages if stage != "load"]  # a fresh server loads on the way
+    assert generated[-4:] == ["denoise", "decode", "denoise", "decode"]
     previews = [data for name, data in events if name == "preview"]
     assert previews
-    assert picture_of(previews[0]["image"]).size == (64, 64)
+    assert image_of(previews[0]["image"]).size == (64, 64)
     said = api.get(f"/jobs/{job}").json()
     assert (said["status"], said["error"], said["task"]) == ("done", None, "generate")
     assert said["result"] == ask(api, "generate", prompt=PROMPT, seed=1, steps=5, num_images=2)
     assert list(events_of(api, job)) == [("done", {})]
 
 
-def test_a_job_can_be_cancelled_while_it_waits_and_while_it_paints(api):
+def test_a_job_can_be_cancelled_while_it_waits_and_while_it_generates(api):
     running, waiting = submit(api, **LONG), submit(api, **LONG)
     stream = events_of(api, running)
     for name, _ in stream:
@@ -391,7 +391,7 @@ def test_what_is_refused_at_the_start(server, tmp_path, capsys):
     assert "--allow-origin" in refusal("--allow-origin", "https://example.org/page")
     for name in ("http://host.docker.internal", "host.docker.internal:8000", "two names", ""):
         assert "a name alone" in refusal("--allow-host", name)
-    for alias in ("gpt-image-1", "gpt-image-1=paint", "=edit"):
+    for alias in ("gpt-image-1", "gpt-image-1=generate", "=edit"):
         assert "--alias is" in refusal("--alias", alias)
     assert "--grace" in refusal("--grace", "soon")
     assert "profile" in refusal("--profile", "none")

@@ -1,4 +1,4 @@
-"""What is meant to break the server gets a sentence and a 4xx, and the server goes on painting."""
+"""What is meant to break the server gets a sentence and a 4xx, and the server goes on generation."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 def text_bomb() -> bytes:
-    picture = file_of()
+    image = file_of()
     text = b"a\0\0" + zlib.compress(bytes(200 << 20), 9)
     chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
-    return picture[:33] + chunk + picture[33:]
+    return image[:33] + chunk + image[33:]
 
 
 def transparent() -> bytes:
@@ -217,7 +217,7 @@ def assert_refused(answer: httpx.Response) -> None:
         assert secret not in answer.text
 
 
-def assert_paints(api: httpx.Client) -> None:
+def assert_generates(api: httpx.Client) -> None:
     answer = api.post(GENERATE, json=P)
     assert answer.status_code == 200, answer.text
 
@@ -335,10 +335,10 @@ def test_what_is_no_http_at_all_or_never_ends_does_not_keep_others_from_painting
     connections = [socket.create_connection(address) for _ in raw]
     for connection, data in zip(connections, raw, strict=True):
         connection.sendall(data)
-    assert_paints(api)
+    assert_generates(api)
     for connection in connections:
         connection.close()
-    assert_paints(api)
+    assert_generates(api)
 
 
 def test_answers_carry_what_keeps_a_browser_in_bounds(api):
@@ -397,11 +397,11 @@ def test_our_own_document_leads_to_no_fault(server, api):
         check()
     assert len({label for label, _ in seen}) == sum(len(path) for path in document["paths"].values())
     assert len(seen) >= 60
-    assert_paints(api)
+    assert_generates(api)
 
 
-def test_it_still_paints_and_nothing_is_stuck(api, server):
-    assert_paints(api)
+def test_it_still_generates_and_nothing_is_stuck(api, server):
+    assert_generates(api)
     end = time.monotonic() + 20
     while api.get("/health").json()["queue"] != {"running": 0, "waiting": 0}:
         assert time.monotonic() < end

@@ -182,7 +182,7 @@ def test_a_slow_listener_gets_the_latest_preview_and_all_steps():
             heard.wait(10)
             for step in range(5):
                 feed(Progress("denoise", step, 4))
-                feed.show(f"picture {step}")
+                feed.show(f"image {step}")
 
         job = jobs.submit("x", work, followed=True)
         stream = jobs.events(job)
@@ -193,14 +193,14 @@ def test_a_slow_listener_gets_the_latest_preview_and_all_steps():
 
     events = run(scenario)
     assert [data["step"] for name, data, _ in events if name == "step"] == [0, 1, 2, 3, 4]
-    assert [data for name, data, _ in events if name == "preview"] == [{"step": 4, "image": "picture 4"}]
+    assert [data for name, data, _ in events if name == "preview"] == [{"step": 4, "image": "image 4"}]
     assert events[-1][:2] == ("done", {})
 
 
-def test_seconds_left_follow_the_pace_since_the_first_step_over_all_pictures():
+def test_seconds_left_follow_the_pace_since_the_first_step_over_all_images():
     async def scenario(jobs):
         def work(feed):
-            feed.pictures = 2
+            feed.images = 2
             for step, seconds in enumerate((0, 0.5, 0.1, 0.1)):
                 time.sleep(seconds)
                 feed(Progress("denoise", step, 3))
@@ -311,7 +311,7 @@ class Words(BaseModel):
 
 
 def claim(prompt="a fox", key="", **more):
-    return claim_of("/paint", {"idempotency-key": key}, Words(prompt=prompt, **more))
+    return claim_of("/generate", {"idempotency-key": key}, Words(prompt=prompt, **more))
 
 
 def test_a_listener_that_heard_everything_hears_nothing_twice():
@@ -337,7 +337,7 @@ def test_a_cut_request_keeps_its_job_for_the_grace_and_an_equal_one_finds_it():
 
         job = begun(claim())
         with repeats.waiting(job):
-            assert repeats.find(claim()) is None  # two that both wait want two pictures
+            assert repeats.find(claim()) is None  # two that both wait want two images
         assert repeats.awaited
         for other in (claim("a wolf"), claim(images=[b"x"]), claim(key="1")):
             assert repeats.find(other) is None
@@ -374,7 +374,7 @@ def test_a_job_that_ends_while_its_request_is_cut_still_answers_an_equal_one():
     async def scenario(jobs):
         repeats = Repeats(jobs, grace=0.6)
         for comes_back in (True, False):
-            job = jobs.submit("x", lambda feed: time.sleep(0.1) or "a picture")
+            job = jobs.submit("x", lambda feed: time.sleep(0.1) or "an image")
             job.claim = claim()
             with repeats.waiting(job):
                 pass
@@ -382,7 +382,7 @@ def test_a_job_that_ends_while_its_request_is_cut_still_answers_an_equal_one():
             if comes_back:
                 assert repeats.find(claim()) is job
                 with repeats.waiting(job):
-                    assert job.result == b'"a picture"'
+                    assert job.result == b'"an image"'
             else:
                 await asyncio.sleep(0.8)
             assert repeats.find(claim()) is None
@@ -394,7 +394,7 @@ def test_a_job_that_ends_while_its_request_is_cut_still_answers_an_equal_one():
 def test_a_key_finds_its_job_at_any_time_and_belongs_to_one_request():
     async def scenario(jobs):
         repeats = Repeats(jobs, grace=0.1)
-        job = jobs.submit("x", lambda feed: "a picture")
+        job = jobs.submit("x", lambda feed: "an image")
         job.claim = claim(key="one")
         with repeats.waiting(job):
             assert repeats.find(claim(key="one")) is job

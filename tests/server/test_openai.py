@@ -35,7 +35,7 @@ def client(served):
         yield client
 
 
-def picture_of(image) -> Image.Image:
+def image_of(image) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(image.b64_json)))
 
 
@@ -50,32 +50,32 @@ def test_it_generates(client):
     assert answer.created > 1_700_000_000
     expected = QwenImagePipeline.from_pretrained("demo").generate(PROMPT, negative_prompt=" ", seed=1, num_images=2)
     for image, picture in zip(answer.data, expected, strict=True):
-        assert np.array_equal(np.asarray(picture_of(image)), np.asarray(picture))
+        assert np.array_equal(np.asarray(image_of(image)), np.asarray(picture))
 
 
 def test_sizes_are_obeyed_and_auto_is_the_model_s_own(client):
     for size, expected in (("auto", (64, 64)), ("96x48", (96, 48)), (openai.omit, (64, 64))):
         answer = client.images.generate(prompt=PROMPT, size=size, response_format="b64_json", extra_body={"steps": 1})
-        assert picture_of(answer.data[0]).size == expected
+        assert image_of(answer.data[0]).size == expected
 
 
 def test_it_edits_what_a_mask_leaves_transparent(client):
     picture = Image.new("RGB", (64, 64), (30, 90, 200))
     mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (8, 8, 32, 40))
-    files = [("picture.png", png_of(picture)), ("mask.png", png_of(mask))]
+    files = [("image.png", png_of(picture)), ("mask.png", png_of(mask))]
     answer = client.images.edit(
         model="demo-edit", image=files[0], mask=files[1], prompt="a yellow square", extra_body={"seed": 1, "steps": 4}
     )
-    edited, kept = np.asarray(picture_of(answer.data[0])), np.asarray(mask)[..., 3] == 255
+    edited, kept = np.asarray(image_of(answer.data[0])), np.asarray(mask)[..., 3] == 255
     assert (edited[kept] == (30, 90, 200)).all()
     assert (edited[~kept] != (30, 90, 200)).any()
 
 
-def test_it_edits_several_pictures(client):
+def test_it_edits_several_images(client):
     files = [("a.png", png_of(Image.new("RGB", (64, 64), colour))) for colour in ("red", "blue")]
     answer = client.images.edit(image=files, prompt="put one on the other", n=2, extra_body={"steps": 1})
-    assert [picture_of(image).size for image in answer.data] == [(64, 64), (64, 64)]
+    assert [image_of(image).size for image in answer.data] == [(64, 64), (64, 64)]
 
 
 def test_models_are_listed(client):
@@ -129,16 +129,16 @@ def test_values_that_ask_for_nothing_are_as_if_they_were_not_there(served):
     headers = {"authorization": f"Bearer {TOKEN}"}
     with served.client(headers=headers) as client:
 
-        def painted(**more) -> str:
+        def generated(**more) -> str:
             body = {"prompt": PROMPT, "seed": 1, "steps": 1} | more
             answer = client.post("/v1/images/generations", json=body)
             assert answer.status_code == 200, (more, answer.text)
             return answer.json()["data"][0]["b64_json"]
 
-        plain = painted()
+        plain = generated()
         for fields in NOTHING:
-            assert painted(**fields) == plain, fields
-        assert painted(**{name: value for fields in NOTHING for name, value in fields.items()}) == plain
+            assert generated(**fields) == plain, fields
+        assert generated(**{name: value for fields in NOTHING for name, value in fields.items()}) == plain
 
 
 def test_blank_fields_of_a_form_are_as_if_they_were_not_there(served):
@@ -157,13 +157,13 @@ def test_blank_fields_of_a_form_are_as_if_they_were_not_there(served):
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
-def test_pictures_come_as_jpeg_and_webp(client, kind):
+def test_images_come_as_jpeg_and_webp(client, kind):
     fields = {"prompt": PROMPT, "extra_body": {"seed": 1}, "size": "128x128"}
-    plain = np.asarray(picture_of(client.images.generate(**fields).data[0]), float)
+    plain = np.asarray(image_of(client.images.generate(**fields).data[0]), float)
     sizes = []
     for compression in (openai.omit, 100, 10):
         answer = client.images.generate(output_format=kind, output_compression=compression, **fields)
-        picture = picture_of(answer.data[0])
+        picture = image_of(answer.data[0])
         assert picture.format == kind.upper()
         assert answer.output_format == kind
         assert np.abs(np.asarray(picture.convert("RGB"), float) - plain).mean() < 8
@@ -182,7 +182,7 @@ def test_what_would_be_missed_is_refused(client, fields):
 
 
 @pytest.mark.parametrize(("partial", "kind"), [(0, "png"), (1, "webp"), (3, "jpeg")])
-def test_partial_pictures_are_streamed(client, partial, kind):
+def test_partial_images_are_streamed(client, partial, kind):
     with client.images.generate(
         prompt=PROMPT, stream=True, partial_images=partial, output_format=kind, size="64x64",
         extra_body={"seed": 1, "steps": 60},
@@ -192,10 +192,10 @@ def test_partial_pictures_are_streamed(client, partial, kind):
     assert [part.partial_image_index for part in parts] == list(range(len(parts)))
     assert len(parts) == partial
     assert (last.type, last.output_format, last.usage.total_tokens) == ("image_generation.completed", kind, 0)
-    assert {picture_of(image).format for image in (*parts, last)} == {kind.upper()}
+    assert {image_of(image).format for image in (*parts, last)} == {kind.upper()}
     if kind == "png":
         plain = client.images.generate(prompt=PROMPT, size="64x64", extra_body={"seed": 1, "steps": 60})
-        assert np.array_equal(np.asarray(picture_of(last)), np.asarray(picture_of(plain.data[0])))
+        assert np.array_equal(np.asarray(image_of(last)), np.asarray(image_of(plain.data[0])))
 
 
 def test_an_edit_is_streamed_and_a_fault_is_told(client):
@@ -242,8 +242,8 @@ def test_other_names_and_hosts_are_let_in_by_flags():
 
 
 @pytest.mark.parametrize("edits", [False, True])
-def test_a_client_that_loses_patience_and_asks_again_gets_its_picture_painted_once(served, edits):
-    """OpenAI's own retries, with its 600 s as 1, its two as many, and a picture that takes longer."""
+def test_a_client_that_loses_patience_and_asks_again_gets_its_image_painted_once(served, edits):
+    """OpenAI's own retries, with its 600 s as 1, its two as many, and an image that takes longer."""
     before = len(served.log)
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key=TOKEN, max_retries=30, timeout=1.0) as client:
         more = {"prompt": PROMPT, "size": "128x128", "extra_body": {"steps": 100, "seed": 3}}
@@ -252,7 +252,7 @@ def test_a_client_that_loses_patience_and_asks_again_gets_its_picture_painted_on
             answer = client.images.edit(image=image, **more)
         else:
             answer = client.images.generate(**more)
-        assert picture_of(answer.data[0]).size == (128, 128)
+        assert image_of(answer.data[0]).size == (128, 128)
     said = "".join(served.log[before:])
     assert (said.count("done in"), said.count("cancelled in")) == (1, 0), said
     assert "a repeated request found its job" in said

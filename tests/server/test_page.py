@@ -1,6 +1,6 @@
 """The page in a real browser, on a real server with the demo models: all three tabs, at desk and phone width.
 
-`PAGE_PICTURES=docs/page python -m pytest tests/server/test_page.py` keeps a picture of every tab in that folder.
+`PAGE_PICTURES=docs/page python -m pytest tests/server/test_page.py` keeps an image of every tab in that folder.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def fill(panel, **fields: object) -> None:
 
 
 def png(image: Image.Image) -> dict[str, object]:
-    """A picture as a file that is chosen."""
+    """An image as a file that is chosen."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return {"name": "scene.png", "mimeType": "image/png", "buffer": file.getvalue()}
@@ -132,7 +132,7 @@ def drag(page: Page, selector: str, start: tuple[float, float], end: tuple[float
 
 
 def check_phone_width(page: Page, name: str = "") -> None:
-    """Nothing sticks out at the width of a phone; keeps pictures at both widths if asked to and given a name."""
+    """Nothing sticks out at the width of a phone; keeps images at both widths if asked to and given a name."""
     folder = os.environ.get("PAGE_PICTURES") if name else None
     for width, viewport in (("desktop", DESK), ("phone", PHONE)):
         page.set_viewport_size(viewport)
@@ -154,7 +154,7 @@ def test_generate_tells_how_far_it_is_and_remembers(page: Page):
     generate = panel(page, "generate")
     fill(generate, prompt=PROMPT, steps=60, seed=11)
     generate.locator("[name=prompt]").press("Control+Enter")
-    expect(generate.locator(".progress")).to_contain_text(re.compile(r"Painting, step [1-9]\d* of 60"))
+    expect(generate.locator(".progress")).to_contain_text(re.compile(r"Generation, step [1-9]\d* of 60"))
     expect(generate.locator(".progress")).to_contain_text(re.compile(r"\d s left|second left"))
     expect(generate.locator(".progress img")).to_be_visible()
     expect(generate.locator(".result")).to_contain_text("64 × 64 · seed 11")
@@ -189,7 +189,7 @@ def test_escape_and_button_cancel(page: Page):
     for cancel in (lambda: page.keyboard.press("Escape"), lambda: generate.locator("[data-cancel]").click()):
         fill(generate, prompt=PROMPT, steps=100, num_images=4)
         generate.locator("[data-go]").click()
-        expect(generate.locator(".progress")).to_contain_text("Painting, step")
+        expect(generate.locator(".progress")).to_contain_text("Generation, step")
         check_phone_width(page)
         cancel()
         expect(generate.locator("[data-go]")).to_be_visible()
@@ -201,19 +201,19 @@ def test_escape_and_button_cancel(page: Page):
 def test_edit_with_a_mask(page: Page):
     edit = panel(page, "edit")
     edit.locator("[data-go]").click()
-    expect(edit.get_by_role("alert")).to_have_text("Choose a picture first.")
+    expect(edit.get_by_role("alert")).to_have_text("Choose an image first.")
     other = Image.new("RGB", (48, 64), (240, 240, 240))
     edit.locator("input[type=file]").set_input_files([png(scene()), {**png(other), "name": "other.png"}])
-    names = edit.locator(".pictures .name")
+    names = edit.locator(".images .name")
     expect(names).to_have_text(["scene.png", "other.png"])
-    edit.get_by_label("Move picture 1 later").click()
+    edit.get_by_label("Move image 1 later").click()
     expect(names).to_have_text(["other.png", "scene.png"])
-    box = edit.locator(".pictures li").first.bounding_box()
-    drag(page, "#panel-edit .pictures li:nth-child(2) .shown", (0.5, 0.5), (0.5, -box["height"] / 96))
+    box = edit.locator(".images li").first.bounding_box()
+    drag(page, "#panel-edit .images li:nth-child(2) .shown", (0.5, 0.5), (0.5, -box["height"] / 96))
     expect(names).to_have_text(["scene.png", "other.png"])
-    edit.get_by_label("Remove picture 2").click()
+    edit.get_by_label("Remove image 2").click()
 
-    edit.get_by_text("Paint a mask").click()
+    edit.get_by_text("Generate a mask").click()
     page.locator("#mask [name=brush]").fill("60")
     drag(page, "#mask canvas", (0.1, 0.9), (0.9, 0.9))
     page.keyboard.press("Control+z")
@@ -302,10 +302,10 @@ def test_results_go_on_and_themes_and_tabs_follow_the_keyboard(page: Page):
     check_phone_width(page, "generate")
     for task in ("edit", "decompose"):
         panel(page, "generate").locator(f"[data-do={task}]").click()
-        expect(page.locator(f"#panel-{task} .pictures .name")).to_have_text("a-red-circle-on-a-blue-background-4.png")
-    panel(page, "generate").get_by_text("Paint over a picture").click()
+        expect(page.locator(f"#panel-{task} .images .name")).to_have_text("a-red-circle-on-a-blue-background-4.png")
+    panel(page, "generate").get_by_text("Generate over an image").click()
     generate.locator("input[type=file]").set_input_files(png(scene().crop((0, 0, 64, 48))))
-    expect(generate.locator("[data-aspects]")).to_be_hidden()  # the picture says which shape
+    expect(generate.locator("[data-aspects]")).to_be_hidden()  # the image says which shape
     fill(generate, steps=4)
     with page.expect_request("**/jobs") as sent:
         generate.locator("[data-go]").click()

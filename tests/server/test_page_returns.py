@@ -126,7 +126,7 @@ def opened(context, line, task: str = "generate"):
 
 
 def begin(shown, steps: int = LONG, **fields: object) -> None:
-    """Begins to paint, and waits until it is under way."""
+    """Begins to generate, and waits until it is under way."""
     fill(shown, **{"prompt": PROMPT, "steps": steps, "seed": 7} | fields)
     shown.locator("[data-go]").click()
     expect(shown.locator(".progress")).to_contain_text(re.compile(r"step \d+ of"))

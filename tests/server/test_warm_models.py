@@ -19,8 +19,8 @@ from served import serving
 from qwen_image_mlx import variants
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import Cancelled, HubError, RequestError
-from qwen_image_mlx.pipeline import caption
-from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
+from qwen_image_mlx.pipeline import conductor
+from qwen_image_mlx.pipeline.qwen_image import caption
 from qwen_image_mlx.runtime.memory_plan import make_plan
 from qwen_image_mlx.server.models import Models
 from qwen_image_mlx.server.schema import CaptionBody, DecomposeBody, EditBody, GenerateBody
@@ -37,7 +37,7 @@ HEAVY = {"text_encoder", "transformer"}
 class Told:
     """A job's feed, which cancels at a step of denoising."""
 
-    followed, pictures = False, 1
+    followed, images = False, 1
 
     def __init__(self, last: int | None = None):
         self.stages: list[str] = []
@@ -69,14 +69,14 @@ def png(size: tuple[int, int] = (64, 64), colour: str = "blue", kind: str = "png
 def encoding(monkeypatch) -> list[set[str]]:
     """What is loaded when prompts have just been encoded, each time."""
     seen: list[set[str]] = []
-    encode = QwenImagePipeline.encode_request
+    encode = conductor.encode_request
 
-    def watched(self, *arguments, **more):
-        encoded = encode(self, *arguments, **more)
-        seen.append(set(self.components._loaded))
+    def watched(pipeline, *arguments, **more):
+        encoded = encode(pipeline, *arguments, **more)
+        seen.append(set(pipeline.components._loaded))
         return encoded
 
-    monkeypatch.setattr(QwenImagePipeline, "encode_request", watched)
+    monkeypatch.setattr(conductor, "encode_request", watched)
     return seen
 
 
@@ -92,7 +92,7 @@ def test_what_a_cancelled_job_left_is_gone_when_the_next_encodes(encoding):
     assert [parts & HEAVY for parts in encoding] == [{"text_encoder"}] * 2
 
 
-def test_a_picture_that_is_staged_finds_no_rest_of_one_that_was_resident(encoding):
+def test_a_image_that_is_staged_finds_no_rest_of_one_that_was_resident(encoding):
     models, tasks = models_of(None)
     tasks.work("generate", GenerateBody(prompt="a", steps=1))(Told())
     assert parts_of(models, "generate") >= HEAVY
@@ -148,7 +148,7 @@ def layered(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def captioning(layered, monkeypatch) -> Path:
-    """A tiny layered checkpoint that writes captions, of small pictures and in a few words."""
+    """A tiny layered checkpoint that writes captions, of small images and in a few words."""
     name = "QwenImageLayeredPipeline"
     monkeypatch.setitem(variants.VARIANTS, name, replace(variants.VARIANTS[name], resolutions=(96, 160)))
     monkeypatch.setattr(caption, "MAX_TOKENS", 3)
@@ -171,7 +171,7 @@ def test_a_caption_has_a_plan_with_all_that_it_loads(captioning):
 
 @pytest.mark.parametrize(("memory", "pixels", "resolution", "says"), [
     ("streamed", 1 << 22, None, "every word of a caption"),
-    (None, 1024, None, "this server paints 1,024"),
+    (None, 1024, None, "this server generates 1,024"),
     (None, 1 << 22, 4096, "resolution is 4096"),
 ])  # fmt: skip
 def test_a_caption_is_bounded_in_memory_and_size(captioning, memory, pixels, resolution, says):
@@ -227,10 +227,10 @@ def test_a_model_that_cannot_be_used_is_said_without_its_place(broken, tmp_path)
     )
     models = ("--model", str(broken), "--edit-model", "demo-edit", "--config", str(tmp_path / "config.toml"))
     with serving(models=models) as server, server.client() as api:
-        picture = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+        image = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
         asked = [
             ("/api/qwen-image/generate", {"prompt": "x", "steps": 1}),
-            ("/api/qwen-image/decompose", {"prompt": "x", "image": picture, "steps": 1}),
+            ("/api/qwen-image/decompose", {"prompt": "x", "image": image, "steps": 1}),
             ("/models/load", {"task": "generate"}),
             ("/models/load", {"task": "decompose"}),
             ("/v1/images/generations", {"prompt": "x"}),
@@ -240,7 +240,7 @@ def test_a_model_that_cannot_be_used_is_said_without_its_place(broken, tmp_path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_error"), (path, answer.text)
             assert "secret-place" not in answer.text
             assert ".safetensors" not in answer.text
-        assert api.post("/api/qwen-image/edit", json={"prompt": "x", "image": picture, "steps": 1}).status_code == 200
+        assert api.post("/api/qwen-image/edit", json={"prompt": "x", "image": image, "steps": 1}).status_code == 200
     assert any("secret-place" in line for line in server.log)
 
 
@@ -286,12 +286,12 @@ def test_a_mask_s_padding_of_zero_is_a_padding():
     file = io.BytesIO()
     mask.save(file, "png")
     fields = {"prompt": "x", "image": png((96, 96)), "mask": file.getvalue(), "steps": 1, "seed": 1}
-    painted = [
+    generated = [
         tasks.work("edit", EditBody(**fields, mask_padding=padding))(Told())["images"][0] for padding in (None, 0, 4)
     ]
-    assert [image["metadata"].get("mask_padding") for image in painted] == [None, 0, 4]
-    assert len({image["image"] for image in painted}) == 3
-    assert "keep_alpha" not in painted[0]["metadata"]
+    assert [image["metadata"].get("mask_padding") for image in generated] == [None, 0, 4]
+    assert len({image["image"] for image in generated}) == 3
+    assert "keep_alpha" not in generated[0]["metadata"]
 
 
 def test_a_phone_s_photo_is_taken_apart_and_edited_at_its_own_size():
@@ -302,8 +302,8 @@ def test_a_phone_s_photo_is_taken_apart_and_edited_at_its_own_size():
         ("edit", EditBody(image=photo, prompt="x", steps=1, size="source")),
     ):
         result = tasks.work(task, body)(Told())
-        ((picture,),) = [list(result[name]) for name in ("layers", "images") if name in result]
-        data = base64.b64decode(picture["image"].partition(",")[2])
+        ((image,),) = [list(result[name]) for name in ("layers", "images") if name in result]
+        data = base64.b64decode(image["image"].partition(",")[2])
         assert Image.open(io.BytesIO(data)).size == (4032, 3024)
 
 

@@ -1,4 +1,4 @@
-"""Prompts to tokens: templates, cuts, pictures' places and positions, as the reference has them."""
+"""Prompts to tokens: templates, cuts, images' places and positions, as the reference has them."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_editing_never_cuts(tokenizer, caplog):
 
 
 @pytest.mark.parametrize("grids", [[(2, 3)], [(2, 3), (4, 1)], [(1, 1), (7, 2), (5, 6)]], ids=len)
-def test_pictures_take_their_places(tokenizer, grids):
+def test_images_take_their_places(tokenizer, grids):
     tokens = tokenize_prompt(tokenizer, PLUS, "a fox", grids)
     expected = []
     for n, (rows, cols) in enumerate(grids):
@@ -106,7 +106,7 @@ def test_pictures_take_their_places(tokenizer, grids):
     np.testing.assert_array_equal(tokens.is_image, tokens.ids == IMAGE_PAD)
 
 
-def test_a_single_picture_has_no_number(tokenizer):
+def test_a_single_image_has_no_number(tokenizer):
     tokens = tokenize_prompt(tokenizer, EDIT, "x", [(2, 3)])
     assert kept(tokens) == [151652, *[IMAGE_PAD] * 6, 151653, *tokenizer.encode("x").ids, *SUFFIX]
 
@@ -156,5 +156,5 @@ def test_features_replace_placeholders_in_order():
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_features_and_places_that_do_not_match_in_number_are_refused(count):
-    with pytest.raises(RequestError, match=f"3 places for picture features, but {count}"):
+    with pytest.raises(RequestError, match=f"3 places for image features, but {count}"):
         replace_vision_tokens(mx.zeros((1, 6, 2)), np.arange(6) % 2 == 1, mx.zeros((count, 2)))

@@ -11,13 +11,14 @@ from checkpoints import TINY
 from mlx.utils import tree_flatten
 from reference import make_transformer
 
-from qwen_image_mlx.config import TransformerConfig
-from qwen_image_mlx.models.modulation import TimeModulation
-from qwen_image_mlx.models.rope import Segment, place_images
-from qwen_image_mlx.models.transformer import Transformer
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image.modulation import TimeModulation
+from qwen_image_mlx.models.qwen_image.rope import Segment, place_images
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
 from qwen_image_mlx.training.network import Batch, Network
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
+from qwen_image_mlx.weights.synthetic import ROWS
 
 TASKS = {
     "t2i": {},
@@ -29,7 +30,7 @@ GRIDS = {
     "t2i": [(4, 6)],
     "edit": [(4, 5), (3, 5), (2, 2)],
     "edit, references noisy": [(4, 5), (4, 4)],
-    "layered": [(4, 3)] * 4,  # the whole picture, two layers, and what they come from
+    "layered": [(4, 3)] * 4,  # the whole image, two layers, and what they come from
 }
 
 
@@ -43,7 +44,7 @@ class Twins:
         file = folder / "diffusion_pytorch_model.safetensors"
         self.config = TransformerConfig.from_dict({k: v for k, v in config.items() if not k.startswith("_")})
         tensors = component_tensors([file], dict.fromkeys(read_header(file)[0], file.name))
-        self.weights = ComponentWeights("transformer", self.config, tensors, ["main", "modulation"])
+        self.weights = ComponentWeights(ROWS["transformer"], self.config, tensors, ["main", "modulation"])
 
     def network(self, *, full: bool, checkpointing: bool = False) -> Network:
         """Ours; its modulation is in it if it is trained whole."""

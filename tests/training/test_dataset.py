@@ -13,8 +13,7 @@ from PIL import Image
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.models.rope import Segment
-from qwen_image_mlx.pipeline.core import PipelineCore
+from qwen_image_mlx.models.qwen_image.rope import Segment
 from qwen_image_mlx.sampling.latents import pack_latents
 from qwen_image_mlx.training.dataset import Dataset, digest_of, encode_examples
 from qwen_image_mlx.training.examples import Example
@@ -24,8 +23,8 @@ SIZES = {"wide": (150, 60), "square": (100, 100), "tall": (70, 140)}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, size in SIZES.items():
         coarse = rng.integers(0, 256, (5, 5, 4), np.uint8)
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{name}.png")
@@ -49,9 +48,9 @@ def encode(pipeline, examples, task, folder, resolution=64, with_dropped=False, 
 
 
 @pytest.mark.slow
-def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, pictures, tmp_path):
+def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, images, tmp_path):
     pipeline = open_model(models, "t2i")
-    examples = [Example(f"a {name} fox", pictures / f"{name}-rgb.png") for name in SIZES]
+    examples = [Example(f"a {name} fox", images / f"{name}-rgb.png") for name in SIZES]
     dataset = encode(pipeline, examples, "t2i", tmp_path)
     grids = {name: entry.segments for name, entry in zip(SIZES, dataset._entries, strict=True)}
     assert grids == {"wide": (Segment(0, 3, 6),), "square": (Segment(0, 4, 4),), "tall": (Segment(0, 6, 3),)}
@@ -59,31 +58,31 @@ def test_text_to_image_crops_to_buckets_and_keeps_the_pipeline_s_states(models, 
     assert (batch.latents.shape, batch.references) == ((1, 18, 64), None)
     own = pipeline.encode_guidance_prompts("a wide fox").positive
     assert mx.array_equal(batch.text, own)
-    picture = Image.open(pictures / "wide-rgb.png")
-    cropped = picture.resize((96, 48), Image.Resampling.LANCZOS, box=(15, 0, 135, 60))
+    image = Image.open(images / "wide-rgb.png")
+    cropped = image.resize((96, 48), Image.Resampling.LANCZOS, box=(15, 0, 135, 60))
     initial = pipeline.encode_initial_image(cropped, (96, 48))
-    config = pipeline.components.vae_config
+    config = pipeline.components.config("vae")
     expected = (initial.mean - mx.array(config.latents_mean)) / mx.array(config.latents_std)
     assert mx.allclose(batch.latents, pack_latents(expected), atol=1e-5)
 
 
 @pytest.mark.slow
-def test_edits_are_encoded_as_the_pipeline_encodes_its_requests(models, pictures, tmp_path):
+def test_edits_are_encoded_as_the_pipeline_encodes_its_requests(models, images, tmp_path):
     pipeline = open_model(models, "edit")
-    sources = (pictures / "square-rgb.png", pictures / "wide-rgb.png")
-    example = Example("join them", pictures / "square-rgb.png", sources)
+    sources = (images / "square-rgb.png", images / "wide-rgb.png")
+    example = Example("join them", images / "square-rgb.png", sources)
     (batch,) = encode(pipeline, [example], "edit", tmp_path, with_dropped=True).batches(0)[:1]
     own = pipeline.encode_guidance_prompts("join them", images=sources, reference_pixels=64**2)
     assert mx.array_equal(batch.text[:1], own.positive)
     assert mx.array_equal(batch.references[:1], mx.concatenate([r.latents for r in own.references], axis=1))
     assert batch.segments == (Segment(0, 4, 4), Segment(1, 4, 4), Segment(2, 2, 6))
-    assert mx.array_equal(batch.latents[:1], own.references[0].latents), "source and target are one picture here"
+    assert mx.array_equal(batch.latents[:1], own.references[0].latents), "source and target are one image here"
 
 
 @pytest.mark.slow
-def test_layers_follow_the_whole_picture_and_it_is_shown_at_frame_minus_one(models, pictures, tmp_path):
+def test_layers_follow_the_whole_image_and_it_is_shown_at_frame_minus_one(models, images, tmp_path):
     pipeline = open_model(models, "layered")
-    whole, layers = pictures / "wide.png", (pictures / "wide-rgb.png", pictures / "wide.png")
+    whole, layers = images / "wide.png", (images / "wide-rgb.png", images / "wide.png")
     (batch,) = encode(pipeline, [Example("a fox", whole, layers=layers)], "layered", tmp_path).batches(0)[:1]
     grid = (1 * 2, 3 * 2)
     assert batch.segments == (*(Segment(n, *grid) for n in range(3)), Segment(-1, *grid))
@@ -95,23 +94,23 @@ def test_layers_follow_the_whole_picture_and_it_is_shown_at_frame_minus_one(mode
     assert not mx.array_equal(frames[1], frames[0])
 
 
-def test_what_is_encoded_once_is_kept_and_no_encoder_is_loaded(models, pictures, tmp_path, monkeypatch):
-    examples = [Example("a fox", pictures / "square.png"), Example("a hare", pictures / "tall.png")]
+def test_what_is_encoded_once_is_kept_and_no_encoder_is_loaded(models, images, tmp_path, monkeypatch):
+    examples = [Example("a fox", images / "square.png"), Example("a hare", images / "tall.png")]
     pipeline = open_model(models, "t2i")
     first = encode(pipeline, examples, "t2i", tmp_path).batches(0)
     assert not pipeline.is_text_encoder_loaded
     assert not pipeline.is_vae_loaded
     calls = []
-    real = PipelineCore.encode_guidance_prompts
+    real = QwenImagePipeline.encode_guidance_prompts
     monkeypatch.setattr(
-        PipelineCore, "encode_guidance_prompts", lambda self, prompt, *a, **k: calls.append(prompt) or real(
+        QwenImagePipeline, "encode_guidance_prompts", lambda self, prompt, *a, **k: calls.append(prompt) or real(
             self, prompt, *a, **k)
     )  # fmt: skip
     again = open_model(models, "t2i")
     second = encode(again, examples, "t2i", tmp_path).batches(0)
     assert (calls, again.is_vae_loaded) == ([], False)
     assert all(mx.array_equal(a.text, b.text) for a, b in zip(first, second, strict=True))
-    changed = [Example("a fox", pictures / "square.png"), Example("another hare", pictures / "tall.png")]
+    changed = [Example("a fox", images / "square.png"), Example("another hare", images / "tall.png")]
     encode(again, changed, "t2i", tmp_path)
     assert calls == ["another hare"]
     damaged = next(iter(sorted(tmp_path.iterdir())))
@@ -122,8 +121,8 @@ def test_what_is_encoded_once_is_kept_and_no_encoder_is_loaded(models, pictures,
 
 
 @pytest.mark.parametrize("harm", ["latents", "text", "segments", "deep", "cut"])
-def test_a_kept_entry_of_another_shape_is_made_anew(models, pictures, tmp_path, harm):
-    examples = [Example("a fox", pictures / "square.png")]
+def test_a_kept_entry_of_another_shape_is_made_anew(models, images, tmp_path, harm):
+    examples = [Example("a fox", images / "square.png")]
     (whole,) = encode(open_model(models, "t2i"), examples, "t2i", tmp_path).batches(0)
     (path,) = tmp_path.glob("*.safetensors")
     arrays, metadata = load_tensors(path)
@@ -139,9 +138,9 @@ def test_a_kept_entry_of_another_shape_is_made_anew(models, pictures, tmp_path, 
     assert mx.array_equal(batch.text, whole.text)
 
 
-def test_dropped_captions_are_those_of_an_empty_prompt(models, pictures, tmp_path):
+def test_dropped_captions_are_those_of_an_empty_prompt(models, images, tmp_path):
     pipeline = open_model(models, "t2i")
-    entries = encode_examples(pipeline, [Example("a fox", pictures / "square.png")], "t2i", 64, True, tmp_path)
+    entries = encode_examples(pipeline, [Example("a fox", images / "square.png")], "t2i", 64, True, tmp_path)
     empty = pipeline.encode_guidance_prompts(" ").positive
     always, never = (Dataset(entries, 0, 1, caption_dropout=share).batches(0)[0].text for share in (1.0, 0.0))
     assert mx.array_equal(always, empty)
@@ -152,8 +151,8 @@ def test_dropped_captions_are_those_of_an_empty_prompt(models, pictures, tmp_pat
 
 
 @pytest.mark.slow
-def test_every_epoch_has_each_example_once_in_an_order_of_its_own(models, pictures, tmp_path):
-    examples = [Example(f"fox {n}", pictures / "square.png") for n in range(10)]
+def test_every_epoch_has_each_example_once_in_an_order_of_its_own(models, images, tmp_path):
+    examples = [Example(f"fox {n}", images / "square.png") for n in range(10)]
     entries = encode_examples(open_model(models, "t2i"), examples, "t2i", 64, False, tmp_path)
     names = {entry.path: n for n, entry in enumerate(entries)}
 
@@ -169,9 +168,9 @@ def test_every_epoch_has_each_example_once_in_an_order_of_its_own(models, pictur
     assert Counter(order(straddling, range(5))) == dict.fromkeys(range(10), 2)
 
 
-def test_a_step_s_samples_are_batched_by_shape(models, pictures, tmp_path):
+def test_a_step_s_samples_are_batched_by_shape(models, images, tmp_path):
     names = ["square", "square", "square", "tall"]
-    examples = [Example(f"fox {n}", pictures / f"{name}.png") for n, name in enumerate(names)]
+    examples = [Example(f"fox {n}", images / f"{name}.png") for n, name in enumerate(names)]
     entries = encode_examples(open_model(models, "t2i"), examples, "t2i", 64, False, tmp_path)
     dataset = Dataset(entries, 0, batch_size=2, accumulate=2)
     batches = dataset.batches(0)
@@ -180,9 +179,9 @@ def test_a_step_s_samples_are_batched_by_shape(models, pictures, tmp_path):
     assert len({batch.segments for batch in batches}) == 2
 
 
-def test_pictures_that_cannot_be_trained_on_are_named(models, pictures, tmp_path):
+def test_images_that_cannot_be_trained_on_are_named(models, images, tmp_path):
     damaged = tmp_path / "damaged.png"
-    damaged.write_bytes((pictures / "square.png").read_bytes()[:200])
+    damaged.write_bytes((images / "square.png").read_bytes()[:200])
     pipeline = open_model(models, "t2i")
 
     def fails(examples, task="t2i", resolution=64):
@@ -191,21 +190,21 @@ def test_pictures_that_cannot_be_trained_on_are_named(models, pictures, tmp_path
         assert not pipeline.is_text_encoder_loaded
         return str(raised.value)
 
-    assert "damaged.png cannot be read as a picture" in fails([Example("x", damaged)])
+    assert "damaged.png cannot be read as an image" in fails([Example("x", damaged)])
     Image.new("RGB", (112, 112)).save(tmp_path / "large.png")
-    files = [tmp_path / "large.png", *(pictures / f"{name}.png" for name in ("wide", "tall"))]
+    files = [tmp_path / "large.png", *(images / f"{name}.png" for name in ("wide", "tall"))]
     small = fails([Example("x", file) for file in files], resolution=112)
-    assert small.startswith("2 of 3 pictures are smaller than the 112x112 pixels that the resolution 112 trains on: ")
+    assert small.startswith("2 of 3 images are smaller than the 112x112 pixels that the resolution 112 trains on: ")
     assert "wide.png (150x60), tall.png (70x140)" in small
-    odd = Example("x", pictures / "square.png", layers=(pictures / "tall.png",))
-    assert "1 layers have not the size of their picture" in fails([odd], "layered")
+    odd = Example("x", images / "square.png", layers=(images / "tall.png",))
+    assert "1 layers have not the size of their image" in fails([odd], "layered")
 
 
-def test_a_digest_stands_for_pictures_and_captions(pictures, tmp_path):
-    fox = Example("a fox", pictures / "square.png")
+def test_a_digest_stands_for_images_and_captions(images, tmp_path):
+    fox = Example("a fox", images / "square.png")
     copy = tmp_path / "copy.png"
     copy.write_bytes(fox.image.read_bytes())
     assert digest_of([fox]) == digest_of([Example("a fox", copy)])
-    others = [[Example("a hare", fox.image)], [Example("a fox", pictures / "tall.png")], [fox, fox],
+    others = [[Example("a hare", fox.image)], [Example("a fox", images / "tall.png")], [fox, fox],
               [Example("a fox", fox.image, sources=(fox.image,))]]  # fmt: skip
     assert len({digest_of(examples) for examples in ([fox], *others)}) == 5

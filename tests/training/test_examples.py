@@ -13,7 +13,7 @@ from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.training.examples import Example, bucket_of, buckets_of, read_examples
 
 
-def picture(path, size=(8, 8), kind=None):
+def image(path, size=(8, 8), kind=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size).save(path, kind)
     return path
@@ -25,10 +25,10 @@ def manifest(folder, *rows):
     return path
 
 
-def test_a_folder_of_pictures_with_captions(tmp_path):
+def test_a_folder_of_images_with_captions(tmp_path):
     for name, caption in {"b.PNG": "ein Fuchs 🦊\n", "a.jpg": "a fox"}.items():
-        picture(tmp_path / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
-    (tmp_path / "notes.md").write_text("no picture")
+        image(tmp_path / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
+    (tmp_path / "notes.md").write_text("no image")
     for hidden in ("._a.jpg", "._a.txt", ".DS_Store"):  # which macOS writes
         (tmp_path / hidden).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     assert read_examples(tmp_path, "t2i") == [
@@ -39,7 +39,7 @@ def test_a_folder_of_pictures_with_captions(tmp_path):
 @pytest.mark.parametrize("given", ["folder", "file"])
 def test_manifests_of_every_task(tmp_path, given):
     for name in ("a.png", "b.png", "sub/0.png", "sub/1.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     a, b, layers = tmp_path / "a.png", tmp_path / "b.png", (tmp_path / "sub/0.png", tmp_path / "sub/1.png")
     rows = {
         "t2i": ({"image": "a.png", "caption": "x"}, Example("x", a)),
@@ -60,7 +60,7 @@ def broken(tmp_path):
     def folder(name):
         path = tmp_path / name
         path.mkdir()
-        picture(path / "a.png")
+        image(path / "a.png")
         return path
 
     yield tmp_path / "none", "t2i", "do not exist"
@@ -68,12 +68,12 @@ def broken(tmp_path):
     yield "~nosuchuser/x", "t2i", "leads nowhere"
     yield "", "t2i", "data is empty"
     yield (tmp_path / "empty", (tmp_path / "empty").mkdir())[0], "t2i", "holds nothing to train on"
-    yield folder("silent"), "t2i", r"1 of 1 pictures in .* have no caption in a .txt file of the same name: a.png"
+    yield folder("silent"), "t2i", r"1 of 1 images in .* have no caption in a .txt file of the same name: a.png"
     blank = folder("blank")
     (blank / "a.txt").write_text(" \n")
     yield blank, "t2i", r"1 of 1 captions are missing or empty: .*a\.png"
     twice = folder("twice")
-    picture(twice / "a.jpg")
+    image(twice / "a.jpg")
     (twice / "a.txt").write_text("x")
     yield twice, "t2i", r"share a caption, because only their endings differ: a\.jpg, a\.png"
     yield folder("edit"), "edit", r"has no metadata\.jsonl; training edit needs one, with target, source, instruction"
@@ -83,8 +83,8 @@ def broken(tmp_path):
         ("no text", {"image": "a.png", "caption": 5}, "line 1 .* has no caption"),
         ("half a character", r'{"image": "a.png", "caption": "\ud800"}',
          r"line 1 .* has no caption \(text, prompt\), or no text in it"),
-        ("gone", {"image": "b.png", "caption": "x"}, r"1 pictures are missing: .*b\.png"),
-        ("too long", {"image": "a" * 5000, "caption": "x"}, r"1 pictures are missing: .{300}$"),
+        ("gone", {"image": "b.png", "caption": "x"}, r"1 images are missing: .*b\.png"),
+        ("too long", {"image": "a" * 5000, "caption": "x"}, r"1 images are missing: .{300}$"),
         ("no caption", {"image": "a.png"}, "1 of 1 captions are missing or empty"),
     ]  # fmt: skip
     for name, row, said in rows:
@@ -107,7 +107,7 @@ def test_every_fault_is_one_sentence(tmp_path):
 
 
 def test_a_line_of_a_manifest_ends_with_a_line_feed_alone(tmp_path):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     for space in "\u2028\x85":
         (tmp_path / "metadata.jsonl").write_bytes(f'{{"image": "a.png", "caption": "a{space}fox"}}\r\n'.encode())
         assert read_examples(tmp_path, "t2i") == [Example(f"a{space}fox", tmp_path / "a.png")]
@@ -128,7 +128,7 @@ def test_a_line_that_means_nothing_is_one_sentence(tmp_path, row):
 @pytest.mark.parametrize("name", ["x" * 251 + ".png", "狐" * 83 + ".png"])
 def test_names_too_long_for_a_caption_are_said(tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / name)
-    with pytest.raises(RequestError, match=r"1 of 1 pictures .* have no caption"):
+    with pytest.raises(RequestError, match=r"1 of 1 images .* have no caption"):
         read_examples(tmp_path, "t2i")
 
 
@@ -143,13 +143,13 @@ def test_captions_and_manifests_have_a_bound(tmp_path, name):
 
 def test_long_lists_are_cut_short(tmp_path):
     for n in range(9):
-        picture(tmp_path / f"{n}.png")
+        image(tmp_path / f"{n}.png")
     with pytest.raises(RequestError, match=r"9 of 9 .*: 0\.png, 1\.png, 2\.png, 3\.png, 4\.png and 4 more$"):
         read_examples(tmp_path, "t2i")
 
 
 def captioned(path, caption="a fox", ending=".txt"):
-    picture(path).with_suffix(ending).write_text(caption)
+    image(path).with_suffix(ending).write_text(caption)
     return path
 
 
@@ -185,7 +185,7 @@ def test_captions_of_other_trainers(tmp_path):
 def test_what_is_left_out_is_named(tmp_path, caplog):
     captioned(tmp_path / "a.png")
     (tmp_path / "alone.txt").write_text("x")
-    picture(tmp_path / "samples" / "s.png")
+    image(tmp_path / "samples" / "s.png")
     assert len(read_examples(tmp_path, "t2i")) == 1
     assert "1 files in" in caplog.text
     assert "have no image of the same name and are left out: alone.txt" in caplog.text
@@ -195,7 +195,7 @@ def test_what_is_left_out_is_named(tmp_path, caplog):
 @pytest.mark.parametrize("listed", [True, False])
 def test_images_deep_inside_are_named(tmp_path, caplog, listed):
     for place in ("a.png", "set/b.png", "set/deep/c.jfif", "10_fox/d.png", "10_fox/more/e.avif", ".hidden/f.png"):
-        picture(tmp_path / place, kind="PNG").with_suffix(".txt").write_text("x")
+        image(tmp_path / place, kind="PNG").with_suffix(".txt").write_text("x")
     (tmp_path / "set/g.jxl").write_bytes(b"x")
     if listed:
         manifest(tmp_path, {"image": "a.png", "caption": "x"})
@@ -210,7 +210,7 @@ def test_images_deep_inside_are_named(tmp_path, caplog, listed):
 
 @pytest.mark.parametrize("ending", [".jfif", ".jpe", ".JPEG"])
 def test_jpegs_by_other_names_are_trained_on(tmp_path, ending):
-    picture(tmp_path / f"a{ending}", kind="JPEG").with_suffix(".txt").write_text("x")
+    image(tmp_path / f"a{ending}", kind="JPEG").with_suffix(".txt").write_text("x")
     assert [example.image.name for example in read_examples(tmp_path, "t2i")] == [f"a{ending}"]
 
 
@@ -220,7 +220,7 @@ def test_folders_that_say_how_often_they_count(tmp_path, caplog):
     found = read_examples(tmp_path, "t2i")
     assert [example.caption for example in found] == ["a cat", "a fox", "a fox", "a fox"]
     assert "3_red fox: 1 images, each counted 3 times" in caplog.text
-    picture(tmp_path / "1_cat" / "silent.png")
+    image(tmp_path / "1_cat" / "silent.png")
     with pytest.raises(RequestError, match=r"have no caption .*silent\.png"):
         read_examples(tmp_path, "t2i")
 
@@ -235,7 +235,7 @@ def test_folders_that_say_how_often_they_count(tmp_path, caplog):
 ])  # fmt: skip
 def test_manifests_of_others(tmp_path, task, row):
     for name in ("a.png", "b.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     manifest(tmp_path, row)
     (example,) = read_examples(tmp_path, task)
     assert (example.caption, example.image) == ("a fox", tmp_path / "a.png")
@@ -245,7 +245,7 @@ def test_manifests_of_others(tmp_path, task, row):
 
 def test_a_manifest_as_csv(tmp_path, caplog):
     for name in ("a.png", "b.png", "c.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     path = tmp_path / "metadata.csv"
     path.write_text('file_name,text\na.png,"a fox, red"\nb.png,a cat\n')
     found = read_examples(tmp_path, "t2i")
@@ -272,7 +272,7 @@ def test_examples_one_folder_down_are_found(tmp_path, inside):
 
 
 @given(st.sampled_from([64, 256, 512, 768, 1024, 2048]), st.integers(1, 5000), st.integers(1, 5000))
-def test_buckets_are_sizes_that_a_model_paints_at_the_area_that_was_asked_for(resolution, width, height):
+def test_buckets_are_sizes_that_a_model_generates_at_the_area_that_was_asked_for(resolution, width, height):
     buckets = buckets_of(resolution)
     assert buckets[0] == (resolution, resolution)
     assert len({*buckets}) == len(buckets) <= 35

@@ -10,9 +10,9 @@ from mlx.utils import tree_flatten
 from nets import TASKS, Twins, named, relative
 from peft import LoraConfig
 
-from qwen_image_mlx.config import TransformerConfig
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.models.transformer import gelu_tanh
+from qwen_image_mlx.models.layers import gelu_tanh
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
 from qwen_image_mlx.training.lora import add_lora, check_lora, matrices
 from qwen_image_mlx.training.loss import FlowMatching

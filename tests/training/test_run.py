@@ -1,4 +1,4 @@
-"""Whole runs on tiny checkpoints: their folder, going on, and results that the reference's pipeline paints alike."""
+"""Whole runs on tiny checkpoints: their folder, going on, and results that the reference's pipeline generates alike."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def wide(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     files = []
     for n, size in enumerate([(96, 96), (128, 64), (96, 96)]):
         coarse = rng.integers(0, 256, (5, 5, 4), np.uint8)
@@ -83,8 +83,8 @@ def losses_of(folder):
     return [(row["step"], row["loss"], row["gradient_norm"], row["rate"]) for row in log_of(folder)]
 
 
-def paint(folder, images=(), **options):
-    """8-bit picture by our pipeline."""
+def generate(folder, images=(), **options):
+    """8-bit image by our pipeline."""
     pipeline = QwenImagePipeline.from_pretrained(folder, dtype="float32", **options)
     encoding = pipeline.encode_guidance_prompts(
         PAINTED["prompt"], PAINTED["negative_prompt"], images=images, sequential_positions=False
@@ -120,9 +120,9 @@ def test_a_trained_lora_gives_the_reference_s_pixels(models, examples, tmp_path,
     said = json.loads(read_header(outcome.result)[1]["lora_adapter_metadata"])
     assert set(said["transformer.target_modules"]) == branched, "the file names every matrix that it trains"
     expected = np.asarray(run_reference(reference, **PAINTED).image).astype(int)
-    plain = paint(models["t2i"])
+    plain = generate(models["t2i"])
     for mode in ("merge", "side"):
-        ours = paint(models["t2i"], loras=[str(outcome.result)], lora_mode=mode)
+        ours = generate(models["t2i"], loras=[str(outcome.result)], lora_mode=mode)
         assert np.abs(ours - expected).max() <= 1
     assert np.abs(plain - expected).max() > 8
 
@@ -143,9 +143,9 @@ def test_an_edit_lora_gives_the_reference_s_pixels(models, examples, tmp_path, m
     reference.load_lora_weights(outcome.result)
     wanted = {name: PAINTED[name] for name in ("prompt", "negative_prompt", "steps", "cfg_scale", "seed")}
     _, (expected,) = run_edit_reference(reference, image=[source], width=64, height=48, **wanted)
-    ours = paint(models["edit"], [source], loras=[str(outcome.result)])
+    ours = generate(models["edit"], [source], loras=[str(outcome.result)])
     assert np.abs(ours - np.asarray(expected).astype(int)).max() <= 1
-    assert np.abs(ours - paint(models["edit"], [source])).max() > 8
+    assert np.abs(ours - generate(models["edit"], [source])).max() > 8
 
 
 @pytest.mark.reference
@@ -157,9 +157,9 @@ def test_a_fully_trained_model_gives_the_reference_s_pixels(models, examples, tm
     outcome = train(open_model(models), examples["t2i"], wanted, tmp_path / "run")
     assert outcome.result == tmp_path / "run" / "model"
     expected = np.asarray(run_reference(load_reference(outcome.result), **PAINTED).image).astype(int)
-    ours = paint(outcome.result)
+    ours = generate(outcome.result)
     assert np.abs(ours - expected).max() <= 1
-    assert np.abs(ours - paint(models["t2i"])).max() > 8
+    assert np.abs(ours - generate(models["t2i"])).max() > 8
     state = mx.load(str(outcome.checkpoint))
     names = {name.split("/", 1)[1] for name in state if name.startswith("parameters/")}
     saved = mx.load(str(outcome.result / "transformer" / "diffusion_pytorch_model.safetensors"))
@@ -182,7 +182,7 @@ def test_losses_fall_and_samples_are_those_of_the_result(models, examples, tmp_p
         models[task], dtype="float32", loras=[str(outcome.result)], lora_mode="side"
     )
     own = samples.Samples(again, examples[task][0], ("a fox", "a hare"), 64, tmp_path / "cache", seed=0)
-    own.paint(again, tmp_path / "own.png")
+    own.generate(again, tmp_path / "own.png")
     ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (sheets[-1], tmp_path / "own.png"))
     assert np.abs(ours - theirs).max() <= 1
     first = np.asarray(Image.open(sheets[0])).astype(int)
@@ -196,7 +196,7 @@ def test_samples_of_a_full_run_use_the_trained_modulation(models, examples, tmp_
     outcome = train(open_model(models), examples["t2i"], wanted, tmp_path / "run")
     trained = QwenImagePipeline.from_pretrained(outcome.result, dtype="float32")
     own = samples.Samples(trained, examples["t2i"][0], ("a fox",), 64, tmp_path / "cache", seed=0)
-    own.paint(trained, tmp_path / "own.png")
+    own.generate(trained, tmp_path / "own.png")
     sheets = (tmp_path / "run" / "samples" / "step-000004.png", tmp_path / "own.png")
     ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in sheets)
     assert np.abs(ours - theirs).max() <= 1
@@ -209,7 +209,7 @@ def test_a_packed_base_is_trained_beside(wide, examples, tmp_path, bits):
     outcome = train(pipeline, examples["t2i"], settings(steps=12), tmp_path / "run")
     losses = [loss for _, loss, *_ in losses_of(tmp_path / "run")]
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
-    branches = [m for _, m in pipeline.components.transformer.named_modules() if isinstance(m, LoRALinear)]
+    branches = [m for _, m in pipeline.components.network("transformer").named_modules() if isinstance(m, LoRALinear)]
     assert len(branches) == 14
     assert all(isinstance(branch.layer, QuantizedLinear) for branch in branches)
     assert {tensor.dtype for tensor in read_header(outcome.result)[0].values()} == {"F32"}
@@ -425,14 +425,14 @@ def test_a_disk_without_room_for_checkpoints_is_found_before_training(models, ex
 
 
 @pytest.mark.slow
-def test_a_sample_that_cannot_be_painted_does_not_stop_a_run(models, examples, tmp_path, monkeypatch, caplog):
+def test_a_sample_that_cannot_be_generated_does_not_stop_a_run(models, examples, tmp_path, monkeypatch, caplog):
     def fail(*_):
-        raise QwenImageError("the painted latents are not finite")
+        raise QwenImageError("the generated latents are not finite")
 
-    monkeypatch.setattr(samples.Samples, "paint", fail)
+    monkeypatch.setattr(samples.Samples, "generate", fail)
     wanted = settings(sample_every=2)
     assert train(open_model(models), examples["t2i"], wanted, tmp_path / "run").steps == 4
-    assert "no samples after step 2: the painted latents are not finite" in caplog.text
+    assert "no samples after step 2: the generated latents are not finite" in caplog.text
 
 
 @pytest.mark.slow
@@ -440,6 +440,6 @@ def test_a_gpu_that_refuses_its_process_in_a_sample_stops_a_run(models, examples
     def fail(*_):
         raise GPUError("the GPU refuses this process", fault="refused", fatal=True)
 
-    monkeypatch.setattr(samples.Samples, "paint", fail)
+    monkeypatch.setattr(samples.Samples, "generate", fail)
     with pytest.raises(GPUError, match="refuses this process"):
         train(open_model(models), examples["t2i"], settings(sample_every=2), tmp_path / "run")

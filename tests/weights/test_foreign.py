@@ -9,8 +9,8 @@ import foreign_names
 import mlx.core as mx
 import pytest
 
-from qwen_image_mlx.config import VAEConfig
 from qwen_image_mlx.errors import CheckpointError
+from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.weights.gguf import GgufTensor
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import (
@@ -24,9 +24,9 @@ from qwen_image_mlx.weights.mapping import (
 from qwen_image_mlx.weights.recognize import foreign_format, kinds_of, part_of
 from qwen_image_mlx.weights.safetensors_files import Tensor, read_header
 from qwen_image_mlx.weights.snapshot import read_tensors, weight_file
-from qwen_image_mlx.weights.synthetic import FULL, TINY, random_values
+from qwen_image_mlx.weights.synthetic import FULL, ROWS, TINY, random_values
 
-NAMES = {component: list(expected_tensors(component, FULL[component])) for component in FULL}
+NAMES = {component: list(expected_tensors(ROWS[component], FULL[component])) for component in FULL}
 SPELLINGS = {
     ("vae", "Wan"): foreign_names.wan_name,
     ("transformer", "mflux"): foreign_names.mflux_transformer_name,
@@ -46,9 +46,9 @@ SPELLINGS = {
 def test_full_size_names_lead_back(component, dialect):
     spelled = {SPELLINGS[component, dialect](name): name for name in NAMES[component]}
     assert len(spelled) == len(NAMES[component])
-    assert canonical_names(component, spelled) == spelled
-    assert dialect_of(component, spelled) == dialect
-    assert known_share(component, spelled) == 1
+    assert canonical_names(ROWS[component], spelled) == spelled
+    assert dialect_of(ROWS[component], spelled) == dialect
+    assert known_share(ROWS[component], spelled) == 1
 
 
 @pytest.mark.reference
@@ -56,9 +56,9 @@ def test_full_size_names_of_mflux_s_autoencoder_lead_back():
     import foreign
     import torch
 
-    shapes = {spec.name: spec.shape for spec in expected_tensors("vae", FULL["vae"]).values()}
+    shapes = {spec.name: spec.shape for spec in expected_tensors(ROWS["vae"], FULL["vae"]).values()}
     written = foreign.mflux_vae({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    found = canonical_names("vae", written)
+    found = canonical_names(ROWS["vae"], written)
     assert set(shapes) - set(found.values()) == {
         f"encoder.down_blocks.5.time_conv.{word}" for word in ("weight", "bias")
     }
@@ -76,10 +76,10 @@ def test_the_smallest_convolutions_are_not_mistaken_for_each_other(tmp_path, for
     import torch
     from mlx.utils import tree_flatten
 
-    from qwen_image_mlx.models.vae import Decoder, Encoder
+    from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 
     config = VAEConfig(base_dim=TINY["vae"].base_dim, input_channels=channels)
-    specs = expected_tensors("vae", config)
+    specs = expected_tensors(ROWS["vae"], config)
     keys = mx.random.split(mx.random.key(0), len(specs))
     tensors = {n: torch.from_numpy(np.array(random_values(s, keys[i]))) for i, (n, s) in enumerate(specs.items())}
     spelled = {"released": lambda t: t, "Wan": lambda t: {foreign_names.wan_name(n): v for n, v in t.items()},
@@ -87,7 +87,7 @@ def test_the_smallest_convolutions_are_not_mistaken_for_each_other(tmp_path, for
     modules = []
     for written in (tensors, spelled):
         file = foreign.save(tmp_path / f"{len(modules)}.safetensors", written)
-        weights = ComponentWeights("vae", config, weight_file(file).tensors, ("encoder", "decoder"))
+        weights = ComponentWeights(ROWS["vae"], config, weight_file(file).tensors, ("encoder", "decoder"))
         modules.append([load_module(c(config), weights, p, mx.float32) for c, p in ((Encoder, "encoder"), (Decoder, "decoder"))])  # fmt: skip  # noqa: E501
     for one, other in zip(*modules, strict=True):
         pairs = zip(tree_flatten(one.parameters()), tree_flatten(other.parameters()), strict=True)
@@ -97,15 +97,15 @@ def test_the_smallest_convolutions_are_not_mistaken_for_each_other(tmp_path, for
 @pytest.mark.parametrize("prefix", foreign_names.PREFIXES)
 def test_the_marker_of_2511_is_seen_under_every_prefix(prefix):
     names = [prefix + name for name in (*NAMES["transformer"], "__index_timestep_zero__")]
-    assert shown_settings("transformer", names) == {"zero_cond_t": True}
-    assert shown_settings("transformer", names[:-1]) == {}
+    assert shown_settings(ROWS["transformer"], names) == {"zero_cond_t": True}
+    assert shown_settings(ROWS["transformer"], names[:-1]) == {}
 
 
 def test_what_says_nothing_is_passed_over():
-    assert is_ignored("text_encoder", "model.layers.0.self_attn.rotary_emb.inv_freq")
-    assert is_ignored("transformer", "scaled_fp8")
-    assert not is_ignored("transformer", "img_in.weight")
-    assert not is_ignored("vae", "scaled_fp8")
+    assert is_ignored(ROWS["text_encoder"], "model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert is_ignored(ROWS["transformer"], "scaled_fp8")
+    assert not is_ignored(ROWS["transformer"], "img_in.weight")
+    assert not is_ignored(ROWS["vae"], "scaled_fp8")
 
 
 def entries(names, dtype="F32", file="x.safetensors"):
@@ -186,7 +186,7 @@ def test_quantizations_that_are_not_read_are_called_by_name(name, component):
         for word, dtype in FORMATS[name].items():
             tensors |= entries([base + word], dtype)
     with pytest.raises(CheckpointError, match=name) as caught:
-        ComponentWeights(component, FULL[component], tensors, ("main",))
+        ComponentWeights(ROWS[component], FULL[component], tensors, ("main",))
     assert "download" not in str(caught.value)
     assert "use a bf16" in str(caught.value)
     assert list(kinds_of(tensors)) == [component]
@@ -198,14 +198,14 @@ def test_types_of_gguf_that_are_not_read_are_called_by_name(dtype):
     name = Q.format(0) + "weight"
     tensors = {**entries(NAMES["transformer"]), name: GgufTensor(name, dtype, (2, 2), Path("x.gguf"), 16, 0)}
     with pytest.raises(CheckpointError, match=f"GGUF's {dtype}"):
-        ComponentWeights("transformer", FULL["transformer"], tensors, ("main",))
+        ComponentWeights(ROWS["transformer"], FULL["transformer"], tensors, ("main",))
 
 
 def test_a_single_shard_is_told_from_a_file_that_does_not_fit():
     names = NAMES["transformer"][: len(NAMES["transformer"]) // 3]
     file = "diffusion_pytorch_model-00001-of-00009.safetensors"
     with pytest.raises(CheckpointError, match="shard 1 of 9, so give the folder"):
-        ComponentWeights("transformer", FULL["transformer"], entries(names, file=file), ("main",))
+        ComponentWeights(ROWS["transformer"], FULL["transformer"], entries(names, file=file), ("main",))
 
 
 @pytest.mark.parametrize(("start", "says"), [
@@ -235,4 +235,4 @@ def test_other_models_are_named(tmp_path, names, says):
 
     file = foreign.save(tmp_path / "other.safetensors", {name: torch.ones(2, 2) for name in names})
     with pytest.raises(CheckpointError, match=says):
-        ComponentWeights("transformer", FULL["transformer"], read_tensors([file]), ("main",))
+        ComponentWeights(ROWS["transformer"], FULL["transformer"], read_tensors([file]), ("main",))

@@ -10,13 +10,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from qwen_image_mlx.errors import CheckpointError
-from qwen_image_mlx.models.transformer import Transformer
-from qwen_image_mlx.models.vae import Decoder, Encoder
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
+from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
+from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import LAYOUTS, UNUSED, expected_tensors
-from qwen_image_mlx.weights.modulation import modulation_table
 from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
-from qwen_image_mlx.weights.synthetic import TINY, random_values
+from qwen_image_mlx.weights.synthetic import ROWS, TINY, random_values
 
 CONFIG = replace(TINY["transformer"], num_layers=6, num_attention_heads=8)  # 256 wide: 1 MB per big matrix
 SMALL = TINY["transformer"]
@@ -24,7 +24,7 @@ SMALL = TINY["transformer"]
 
 def write(folder, change=lambda tensors: None, config=CONFIG, component="transformer"):
     """(headers, tensors) of a file with every tensor of the config, after `change`."""
-    specs = list(expected_tensors(component, config).values())
+    specs = list(expected_tensors(ROWS[component], config).values())
     keys = mx.random.split(mx.random.key(0), len(specs))
     tensors = {spec.name: random_values(spec, keys[n]) for n, spec in enumerate(specs)}
     change(tensors)
@@ -35,7 +35,7 @@ def write(folder, change=lambda tensors: None, config=CONFIG, component="transfo
 
 
 def weights(headers, config=CONFIG, parts=("main", "modulation")):
-    return ComponentWeights("transformer", config, headers, parts)
+    return ComponentWeights(ROWS["transformer"], config, headers, parts)
 
 
 @pytest.mark.slow
@@ -54,8 +54,8 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_no_picture_needs_is_neither_read_nor_missed(tmp_path):
-    unused = [spec.name for spec in expected_tensors("transformer", CONFIG).values() if spec.part == UNUSED]
+def test_what_no_image_needs_is_neither_read_nor_missed(tmp_path):
+    unused = [spec.name for spec in expected_tensors(ROWS["transformer"], CONFIG).values() if spec.part == UNUSED]
     assert any("txt_mlp" in name for name in unused)
     for change in (
         lambda tensors: tensors.update({name: mx.full(tensors[name].shape, mx.nan) for name in unused}),
@@ -78,7 +78,7 @@ def test_a_part_can_be_had_without_the_others(tmp_path):
 def test_files_of_other_parts_are_never_opened(tmp_path):
     """What is not asked for lies in a file that is gone once the headers are read."""
     _, tensors = write(tmp_path)
-    asked = {spec.name for spec in expected_tensors("transformer", CONFIG).values() if spec.part == "main"}
+    asked = {spec.name for spec in expected_tensors(ROWS["transformer"], CONFIG).values() if spec.part == "main"}
     here, gone = tmp_path / "here.safetensors", tmp_path / "gone.safetensors"
     mx.save_safetensors(str(here), {name: a for name, a in tensors.items() if name in asked})
     mx.save_safetensors(str(gone), {name: a for name, a in tensors.items() if name not in asked})
@@ -103,8 +103,8 @@ def test_every_parameter_has_the_dtype_asked_for_and_its_rounded_value(tmp_path,
 def test_all_modules_of_the_autoencoder_get_their_weights_laid_out(tmp_path):
     config = TINY["vae"]
     headers, tensors = write(tmp_path, config=config, component="vae")
-    source = ComponentWeights("vae", config, headers, ("encoder", "decoder"))
-    specs = expected_tensors("vae", config)
+    source = ComponentWeights(ROWS["vae"], config, headers, ("encoder", "decoder"))
+    specs = expected_tensors(ROWS["vae"], config)
     for build, part in ((Encoder, "encoder"), (Decoder, "decoder")):
         for name, array in tree_flatten(load_module(build(config), source, part, mx.float32).parameters()):
             assert mx.array_equal(array, LAYOUTS[specs[name].layout](tensors[name])), name

@@ -17,11 +17,12 @@ from reference import full_size_meta, rename_text_encoder_keys
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from qwen_image_mlx import QwenImagePipeline
-from qwen_image_mlx.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
-from qwen_image_mlx.models.text_encoder import TextEncoder
-from qwen_image_mlx.models.transformer import Transformer
-from qwen_image_mlx.models.vae import Decoder, Encoder
-from qwen_image_mlx.models.vision import VisionTower
+from qwen_image_mlx.models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+from qwen_image_mlx.models.qwen2_5_vl.text import TextEncoder
+from qwen_image_mlx.models.qwen2_5_vl.vision import VisionTower
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
+from qwen_image_mlx.models.qwen_image.vae import Decoder, Encoder
 from qwen_image_mlx.weights.mapping import (
     LAYOUTS,
     canonical_names,
@@ -31,6 +32,7 @@ from qwen_image_mlx.weights.mapping import (
     weights_map,
 )
 from qwen_image_mlx.weights.safetensors_files import read_header
+from qwen_image_mlx.weights.synthetic import ROWS
 
 pytestmark = pytest.mark.reference
 
@@ -59,7 +61,7 @@ MODULES = {
 
 def shapes(component, config):
     """What the map states, by name in the released files."""
-    return {spec.name: spec.shape for spec in expected_tensors(component, config).values()}
+    return {spec.name: spec.shape for spec in expected_tensors(ROWS[component], config).values()}
 
 
 def reference_shapes(build, *args, **fields):
@@ -79,8 +81,8 @@ def test_text_encoder_and_vision_tower_cover_the_text_encoder_but_its_head():
     assert language | vision == {name: shape for name, shape in real.items() if name != "lm_head.weight"}
     for name in real:
         part = "vision" if name in vision else "language" if name in language else "head"
-        assert other_part("text_encoder", name) == (None if part == "language" else part), name
-        assert other_part("vision", name) == (None if part == "vision" else part), name
+        assert other_part(ROWS["text_encoder"], name) == (None if part == "language" else part), name
+        assert other_part(ROWS["vision"], name) == (None if part == "vision" else part), name
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -90,7 +92,7 @@ def test_full_size_modules_have_exactly_the_map_s_parameters(name):
     found = {name: tuple(array.shape) for name, array in tree_flatten(build(config).parameters())}
     stated = {
         spec.name: tuple(LAYOUTS[spec.layout](mx.zeros(spec.shape)).shape)
-        for spec in expected_tensors(component, config).values()
+        for spec in expected_tensors(ROWS[component], config).values()
         if spec.part == part
     }
     assert found == stated
@@ -100,11 +102,11 @@ def test_full_size_modules_have_exactly_the_map_s_parameters(name):
 @pytest.mark.parametrize("component", ["transformer", "text_encoder", "vision", "vae"])
 def test_every_dialect_leads_to_the_canonical_names_and_back(component):
     config = {"text_encoder": TEXT, "vision": VISION}.get(component) or REAL[component][1]
-    names = list(expected_tensors(component, config))
-    for dialect in weights_map(component)["dialects"]:
-        spelled = [dialect_name(component, dialect, name) for name in names]
+    names = list(expected_tensors(ROWS[component], config))
+    for dialect in weights_map(ROWS[component].map)["dialects"]:
+        spelled = [dialect_name(ROWS[component], dialect, name) for name in names]
         assert len(set(spelled)) == len(names)
-        assert list(canonical_names(component, spelled).values()) == names
+        assert list(canonical_names(ROWS[component], spelled).values()) == names
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_every_spelling_of_the_text_encoder_is_recognised(respelled, spelling):
     language = shapes("text_encoder", TextEncoderConfig.from_dict(config))
     vision = shapes("vision", VisionConfig.from_dict(config))
     for component in ("text_encoder", "vision"):
-        assert {*canonical_names(component, stored).values()} == {*language, *vision, "lm_head.weight"}
+        assert {*canonical_names(ROWS[component], stored).values()} == {*language, *vision, "lm_head.weight"}
 
 
 @pytest.mark.parametrize("spelling", ["official", "nested", "bare"])
@@ -145,7 +147,7 @@ def test_spellings_in_the_wild_lead_to_the_canonical_names(language, vision, hea
     split = {name: name.partition(".") for name in full_size_meta("text_encoder")}
     spelled = {prefixes[first] + rest: name for name, (first, _, rest) in split.items()}
     for component in ("text_encoder", "vision"):
-        assert canonical_names(component, spelled) == spelled
+        assert canonical_names(ROWS[component], spelled) == spelled
 
 
 @settings(deadline=None, max_examples=15)
@@ -188,7 +190,7 @@ def test_small_text_encoders_are_stated_like_the_reference(layers, groups, depth
     config = tiny | {"num_hidden_layers": layers, "num_key_value_heads": groups, "vocab_size": 300}
     config |= {"max_window_layers": layers, "vision_config": vision}
     theirs = reference_shapes(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig.from_dict(config))
-    theirs = {name: theirs[stored] for stored, name in canonical_names("text_encoder", theirs).items()}
+    theirs = {name: theirs[stored] for stored, name in canonical_names(ROWS["text_encoder"], theirs).items()}
     ours = shapes("text_encoder", TextEncoderConfig.from_dict(config))
     ours |= shapes("vision", VisionConfig.from_dict(config))
     assert ours | {"lm_head.weight": (300, 64)} == theirs

@@ -13,7 +13,7 @@ from test_loader import CONFIG, Memory, nbytes, weights, write
 from qwen_image_mlx import Quantization
 from qwen_image_mlx.errors import RequestError
 from qwen_image_mlx.models.layers import Linear, QuantizedEmbedding, QuantizedLinear
-from qwen_image_mlx.models.transformer import Transformer
+from qwen_image_mlx.models.qwen_image.transformer import Transformer
 from qwen_image_mlx.weights.loader import load_module
 from qwen_image_mlx.weights.packed import Packed
 from qwen_image_mlx.weights.quantize import quantize_matrix, relative_error

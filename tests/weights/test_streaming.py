@@ -30,8 +30,8 @@ def opened(folder, streamed=(), dtype="float32", **options):
     return QwenImagePipeline.from_pretrained(folder, dtype=dtype, streamed=streamed, **options)
 
 
-def painted(pipeline, cfg_scale=3.0):
-    """The prompts' states and the picture."""
+def generated(pipeline, cfg_scale=3.0):
+    """The prompts' states and the image."""
     encoding = pipeline.encode_guidance_prompts("a fox", "blurry")
     pixels = pipeline.generate_pixels(replace(PARAMETERS, cfg_scale=cfg_scale), encoding, seed=1)
     return [np.array(array.astype(mx.float32)) for array in (encoding.positive, encoding.negative, pixels)]
@@ -47,15 +47,15 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pixels_do_not_depend_on_streaming(model, dtype, cfg_scale):
     one, other = (opened(model, streamed, dtype) for streamed in ((), ALL))
-    assert_same(painted(one, cfg_scale), painted(other, cfg_scale))
-    assert_same(painted(other, cfg_scale), painted(other, cfg_scale))
+    assert_same(generated(one, cfg_scale), generated(other, cfg_scale))
+    assert_same(generated(other, cfg_scale), generated(other, cfg_scale))
 
 
 @pytest.mark.slow
 def test_packs_are_streamed(model, tmp_path):
     pack = quantize_checkpoint(model, tmp_path / "pack", Quantization.parse("4/32"))
-    assert_same(painted(opened(pack)), painted(opened(pack, ALL)))
-    assert_same(painted(opened(pack)), painted(opened(pack, ALL, quantize="4/32")))
+    assert_same(generated(opened(pack)), generated(opened(pack, ALL)))
+    assert_same(generated(opened(pack)), generated(opened(pack, ALL, quantize="4/32")))
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "transformer"])
@@ -63,7 +63,7 @@ def test_nothing_is_quantized_while_it_streams(model, component, monkeypatch):
     monkeypatch.setattr("qwen_image_mlx.weights.loader.quantize_matrix", lambda *_: pytest.fail("quantized"))
     pipeline = opened(model, [component], quantize=f"{component}=8/32")
     with pytest.raises(RequestError, match=f"the {component} is read .* quantized to 8/32 each time"):
-        painted(pipeline)
+        generated(pipeline)
 
 
 @pytest.mark.slow
@@ -71,21 +71,21 @@ def test_nothing_is_quantized_while_it_streams(model, component, monkeypatch):
 def test_loras_are_streamed(model, tmp_path, mode):
     shapes = opened(model).components.lora_targets()
     file = write_lora(tmp_path / "lora.safetensors", shapes, targets=[*TARGETS, *MODULATION])
-    plain = painted(opened(model))[-1]
+    plain = generated(opened(model))[-1]
     one, other = (opened(model, streamed, loras=[file], lora_mode=mode) for streamed in ((), ALL))
-    assert_same(painted(one), painted(other))
-    assert np.abs(painted(other)[-1] - plain).max() > 0.01
+    assert_same(generated(one), generated(other))
+    assert np.abs(generated(other)[-1] - plain).max() > 0.01
     other.set_loras([])
-    np.testing.assert_array_equal(painted(other)[-1], plain)
+    np.testing.assert_array_equal(generated(other)[-1], plain)
 
 
 @pytest.mark.slow
-def test_pictures_are_shown_through_streamed_towers(tmp_path):
+def test_images_are_shown_through_streamed_towers(tmp_path):
     folder = write_checkpoint(tmp_path / "edit", TINY, dtype=mx.float32, pipeline="QwenImageEditPlusPipeline")
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     states = [
         np.array(
-            opened(folder, streamed).encode_guidance_prompts("redder", images=[picture], reference_pixels=4096).positive
+            opened(folder, streamed).encode_guidance_prompts("redder", images=[image], reference_pixels=4096).positive
         )
         for streamed in ((), ALL)
     ]
@@ -110,7 +110,7 @@ def test_a_pass_takes_the_memory_of_a_few_layers(deep):
     layer = sum(4 * int(np.prod(spec.shape)) for spec in weights.specs("main") if ".5." in spec.name)
     encoding = pipeline.encode_guidance_prompts("a fox", "blurry")
     pipeline.release_encoders()
-    transformer = pipeline.components.transformer
+    transformer = pipeline.components.network("transformer")
     assert sum(array.nbytes for _, array in tree_flatten(transformer.parameters())) < 2 * layer
     pipeline.denoise_latents(PARAMETERS, encoding)
     mx.clear_cache()
@@ -123,14 +123,17 @@ def test_a_pass_takes_the_memory_of_a_few_layers(deep):
 
 @pytest.mark.slow
 def test_the_embedding_is_read_by_the_row(deep):
-    streamed, held = opened(deep, ALL).components.text_encoder, opened(deep).components.text_encoder
+    streamed, held = (
+        opened(deep, ALL).components.network("text_encoder"),
+        opened(deep).components.network("text_encoder"),
+    )
     ids = mx.array([[3, 0, 3999, 3]])
     np.testing.assert_array_equal(np.array(streamed.embed(ids)), np.array(held.embed(ids)))
     assert "embed_tokens.weight" not in dict(tree_flatten(streamed.model.parameters()))
 
 
 @pytest.mark.parametrize("accident", ["removed", "rewritten", "cut"])
-def test_a_file_that_changes_meanwhile_is_an_error_and_no_picture(model, tmp_path, accident):
+def test_a_file_that_changes_meanwhile_is_an_error_and_no_image(model, tmp_path, accident):
     folder = shutil.copytree(model, tmp_path / "model")
     (file,) = (folder / "transformer").glob("*.safetensors")
     pipeline = opened(folder, ALL)

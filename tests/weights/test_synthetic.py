@@ -35,23 +35,23 @@ def test_an_editing_checkpoint_has_the_vision_tower_and_edits(tmp_path):
     _, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)
     assert not report["unexpected_keys"]
     assert set(report["missing_keys"]) <= {"lm_head.weight"}
-    picture = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 64))
     pipeline = QwenImagePipeline.from_pretrained(tmp_path)
     options = {"size": (64, 64), "reference_pixels": 64 * 64, "num_inference_steps": 1}
-    one, other = (pipeline.edit("paint it red", images=[shown], **options) for shown in (picture, picture.rotate(90)))
+    one, other = (pipeline.edit("generate it red", images=[shown], **options) for shown in (image, image.rotate(90)))
     assert one != other
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 300_000])
-def test_it_paints_the_same_picture_from_the_same_seed(tmp_path, shard_bytes):
+def test_it_paints_the_same_image_from_the_same_seed(tmp_path, shard_bytes):
     deeper = {**TINY, "transformer": replace(TINY["transformer"], num_layers=3)}
-    pictures = []
+    images = []
     for n, seed in enumerate((1, 1, 2)):
         folder = write_checkpoint(tmp_path / str(n), deeper, seed=seed, shard_bytes=shard_bytes)
         pipeline = QwenImagePipeline.from_pretrained(folder)
-        pictures += pipeline.generate("a fox", negative_prompt=" ", width=64, height=64, num_inference_steps=2)
-    assert pictures[0] == pictures[1]
-    assert pictures[0] != pictures[2]
+        images += pipeline.generate("a fox", negative_prompt=" ", width=64, height=64, num_inference_steps=2)
+    assert images[0] == images[1]
+    assert images[0] != images[2]
     assert (tmp_path / "0/transformer/diffusion_pytorch_model.safetensors.index.json").exists() == (shard_bytes < 10**6)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...config import _read as read_config
+from ...config import read_config
 from ...errors import CheckpointError
 
 

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import nn
-from ..layers import Embedding, Linear, OnLayer, Turns, attention, rotate_half
-from ..transformer import gelu_tanh
-from ..vision import rotary_tables
+from ..layers import Embedding, Linear, OnLayer, Turns, attention, gelu_tanh, rotate_half
+from ..rotary import patch_tables as rotary_tables
 from .config import VisionConfig
 
 EPS = 1e-6

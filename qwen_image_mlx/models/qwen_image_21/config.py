@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ...config import _PACKS as PACKS
-from ...config import _read as read_config
+from ...config import PACKS, read_config
 from ...errors import CheckpointError
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..layers import OnLayer
-from ..rope import Rotary
+from ..rotary import Rotary
 from .config import TransformerConfig
 from .rope import MAX_HALF_SIDE, MAX_POSITION, Run, last_position, lay_out, rotary_tables
 from .transformer import Branch, Prefix, Rows, Transformer

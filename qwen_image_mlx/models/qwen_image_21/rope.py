@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..layers import periods, turns
-from ..rope import Rotary
+from ..rotary import Rotary
 
 THETA = 10000.0
 MAX_POSITION = 8192  # the reference's tables end here, for text and for the place of an image in the sequence

@@ -17,9 +17,8 @@ import mlx.core as mx
 
 from .. import nn
 from ..causal import causal_attention
-from ..layers import Linear, OnLayer, attention
-from ..rope import Rotary, rotate
-from ..transformer import gated_add, gelu_tanh
+from ..layers import Linear, OnLayer, attention, gated_add, gelu_tanh
+from ..rotary import Rotary, rotate
 from .config import TransformerConfig
 from .rope import Run
 

@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 
 from .. import nn
+from ..autoencoder import BAND, BandedConv2d, ChannelNorm, Downsample, MidBlock, ResidualBlock, Stage, Upsample
 from ..layers import Conv2d, Linear, OnLayer
-from ..vae import BAND, BandedConv2d, ChannelNorm, Downsample, MidBlock, ResidualBlock, Stage, Upsample
 from .config import VAEConfig
 
 Layer = Callable[[mx.array], Any]

@@ -1,0 +1,238 @@
+"""The dual-stream diffusion transformer (MMDiT) of the Qwen-Image family.
+
+Takes packed latents, projected text, one step's modulation and rotary tables; knows nothing of timesteps, schedules
+or guidance. A third of the checkpoint's weights only turn the timestep into modulation: they are not part of this
+module, see `Modulation`, `modulation.py` and `pipeline/qwen_image/table.py`.
+
+Formulas: diffusers' transformer_qwenimage.py. Shapes: B batch, N image tokens, L text tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .. import nn
+from ..layers import Linear, OnLayer, attention, gated_add, gelu_tanh
+from ..rotary import Rotary, rotate
+from .config import TransformerConfig
+
+EPS = 1e-6
+
+Rows = Sequence[mx.array]
+
+
+class BlockRows(NamedTuple):
+    """One block's modulation in one step.
+
+    Each is six arrays (D,): shift, 1 + scale and gate of the attention half, then of the MLP half; or (B, 1, D), where
+    every sample has a timestep of its own, as in training. Reference tokens have rows of their own where the model sees
+    them at timestep 0 (`zero_cond_t`), else they share the target's.
+    """
+
+    text: Rows
+    target: Rows
+    references: Rows
+
+
+class Modulation(NamedTuple):
+    """What the timestep contributes to one forward pass.
+
+    Attributes:
+        blocks: the rows of each block.
+        out: two arrays (D,) or (B, 1, D): 1 + scale and shift of the final norm.
+    """
+
+    blocks: list[BlockRows]
+    out: Rows
+
+
+# A block, its images, its text, its rows and the rotary tables, to the streams after it.
+RunBlock = Callable[..., tuple[list[mx.array], mx.array]]
+
+
+class Transformer(nn.Module):
+    """Predicts the velocity of every target token."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.img_in: Linear = Linear(config.in_channels, config.dim)
+        self.txt_norm: nn.RMSNorm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
+        self.txt_in: Linear = Linear(config.joint_attention_dim, config.dim)
+        self.transformer_blocks: list[TransformerBlock] = [
+            TransformerBlock(config, row["last"]) for row in config.blocks
+        ]
+        self.proj_out: Linear = Linear(config.dim, config.patch_channels)
+
+    def project_text(self, embeddings: mx.array) -> mx.array:
+        """Encoder states (B, L, joint_attention_dim) to text tokens (B, L, D); the same in every step."""
+        return self.txt_in(self.txt_norm(embeddings))
+
+    def project_references(self, latents: mx.array) -> mx.array:
+        """Packed reference latents (B, R, in_channels) to image tokens (B, R, D); the same in every step."""
+        return self.img_in(latents)
+
+    def __call__(
+        self,
+        latents: mx.array,
+        text: mx.array,
+        modulation: Modulation,
+        rotary: Rotary,
+        references: mx.array | None = None,
+        run_block: RunBlock | None = None,
+    ) -> mx.array:
+        """Velocity (B, N, patch channels) of the packed target latents (B, N, in_channels).
+
+        Args:
+            latents: packed latents of the target.
+            text: `project_text`'s result (B, L, D), without padding.
+            modulation: this step's rows.
+            rotary: tables for L + N (+ R) tokens: text, target, references.
+            references: `project_references`' result (B, R, D), or None.
+            run_block: runs a block in another way, as training does to save memory.
+        """
+        (velocity,) = self.velocities(latents, [text], modulation, [rotary], references, run_block)
+        return velocity
+
+    def velocities(
+        self,
+        latents: mx.array,
+        texts: Sequence[mx.array],
+        modulation: Modulation,
+        rotary: Sequence[Rotary],
+        references: mx.array | None = None,
+        run_block: RunBlock | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> list[mx.array]:
+        """The same for several texts, each with its tables; every block serves all of them before the next one."""
+        images = [self.img_in(latents)]
+        if references is not None:
+            images.append(references)
+        streams = [(images, text) for text in texts]
+        for block, rows in zip(self.transformer_blocks, modulation.blocks, strict=True):
+            before = streams
+            streams = [
+                (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
+                for (images, txt), tables in zip(streams, rotary, strict=True)
+            ]
+            if on_layer is not None:  # the last block hands its text on as it is
+                texts_before = {id(txt) for _, txt in before}
+                on_layer([x for images, txt in streams for x in (*images, txt) if id(x) not in texts_before])
+        return [self.proj_out(modulate(images[0], *modulation.out)) for images, _ in streams]
+
+
+class TransformerBlock(nn.Module):
+    """Joint attention, then an MLP on every stream; target and references share the image weights.
+
+    The last block yields the target alone: its text and its references are read by nobody.
+    """
+
+    def __init__(self, config: TransformerConfig, last: bool):
+        super().__init__()
+        self.attn: JointAttention = JointAttention(config, last)
+        self.img_mlp: FeedForward = FeedForward(config.dim)
+        if not last:
+            self.txt_mlp: FeedForward = FeedForward(config.dim)
+        self._last = last
+
+    def __call__(
+        self, images: list[mx.array], txt: mx.array, rows: BlockRows, rotary: Rotary
+    ) -> tuple[list[mx.array], mx.array]:
+        """The streams after the block; images are the target (B, N, D) and, if any, the references (B, R, D)."""
+        streams = [(txt, rows.text), *zip(images, rows[1:], strict=False)]
+        normed = [modulate(x, scale, shift) for x, (shift, scale, *_) in streams]
+        attended = self.attn(normed[0], normed[1:], rotary)
+        if self._last:
+            return [_add_mlp(self.img_mlp, images[0], rows.target, attended[0])], txt
+        txt = _add_mlp(self.txt_mlp, txt, rows.text, attended[0])
+        return [
+            _add_mlp(self.img_mlp, x, row, out) for (x, row), out in zip(streams[1:], attended[1:], strict=True)
+        ], txt
+
+
+def _add_mlp(mlp: FeedForward, x: mx.array, rows: Rows, attended: Sequence[mx.array]) -> mx.array:
+    """Adds a stream's attention, given as terms, and then its MLP, each through its gate."""
+    _, _, gate1, shift2, scale2, gate2 = rows
+    x = gated_add(x, gate1, *attended)
+    return gated_add(x, gate2, *mlp.terms(modulate(x, scale2, shift2)))
+
+
+class JointAttention(nn.Module):
+    """Attention over text and image tokens together, with weights of their own for each kind."""
+
+    def __init__(self, config: TransformerConfig, last: bool):
+        super().__init__()
+        dim, head_dim = config.dim, config.attention_head_dim
+        self.to_q: Linear = Linear(dim, dim)
+        self.to_k: Linear = Linear(dim, dim)
+        self.to_v: Linear = Linear(dim, dim)
+        self.to_out: list[Linear] = [Linear(dim, dim)]
+        self.norm_q: nn.RMSNorm = nn.RMSNorm(head_dim, eps=EPS)
+        self.norm_k: nn.RMSNorm = nn.RMSNorm(head_dim, eps=EPS)
+        self.add_k_proj: Linear = Linear(dim, dim)
+        self.add_v_proj: Linear = Linear(dim, dim)
+        self.norm_added_k: nn.RMSNorm = nn.RMSNorm(head_dim, eps=EPS)
+        if not last:
+            self.add_q_proj: Linear = Linear(dim, dim)
+            self.to_add_out: Linear = Linear(dim, dim)
+            self.norm_added_q: nn.RMSNorm = nn.RMSNorm(head_dim, eps=EPS)
+        self._last = last
+        self._heads = (config.num_attention_heads, head_dim)
+
+    def __call__(self, txt: mx.array, images: list[mx.array], rotary: Rotary) -> list[tuple[mx.array, ...]]:
+        """What each stream gathered, as terms, text first; in the last block the target's alone."""
+        lengths = [x.shape[1] for x in (txt, *images)]
+        keys = [self.norm_added_k(self._split(self.add_k_proj(txt)))]
+        keys += [self.norm_k(self._split(self.to_k(x))) for x in images]
+        values = [self._split(self.add_v_proj(txt)), *(self._split(self.to_v(x)) for x in images)]
+        if self._last:
+            asking = slice(lengths[0], lengths[0] + lengths[1])
+            queries = [self.norm_q(self._split(self.to_q(images[0])))]
+        else:
+            asking = slice(None)
+            queries = [self.norm_added_q(self._split(self.add_q_proj(txt)))]
+            queries += [self.norm_q(self._split(self.to_q(x))) for x in images]
+        q = rotate(mx.concatenate(queries, axis=1), *(table[asking] for table in rotary))
+        k = rotate(mx.concatenate(keys, axis=1), *rotary)
+        out = attention(q, k, mx.concatenate(values, axis=1))
+        if self._last:
+            return [self.to_out[0].terms(out)]
+        bounds = [sum(lengths[: n + 1]) for n in range(len(lengths) - 1)]
+        text_out, *image_outs = mx.split(out, bounds, axis=1)
+        return [self.to_add_out.terms(text_out), *map(self.to_out[0].terms, image_outs)]
+
+    def _split(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:-1], *self._heads)
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, Linear; the list gives the checkpoint's names `net.0.proj` and `net.2`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net: list[nn.Module] = [_GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)]
+
+    def terms(self, x: mx.array) -> tuple[mx.array, ...]:
+        """What adds up to the output (…, D)."""
+        return self.net[2].terms(self.net[0](x))
+
+
+class _GELUProjection(nn.Module):
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.proj = Linear(dim, inner)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu_tanh(*self.proj.terms(x))
+
+
+def modulate(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """Layer norm of x (B, N, D), times scale (which holds its 1 already), plus shift.
+
+    Rows (D,) that all samples share make it one kernel; rows (B, 1, D) of each sample do not fit in it.
+    """
+    if scale.ndim == 1:
+        return mx.fast.layer_norm(x, scale, shift, EPS)
+    return mx.fast.layer_norm(x, None, None, EPS) * scale + shift

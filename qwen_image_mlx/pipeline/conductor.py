@@ -1,0 +1,261 @@
+"""A request worked through, in one order for everybody: fetch and check, encode, release, denoise, decode.
+
+Which networks go in between is the caller's choice: `QwenImagePipeline` and `runtime/session.py` both call here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, Protocol
+
+import mlx.core as mx
+
+from ..images.pixels import to_images
+from ..names import CaptionLanguage
+from ..registry import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE_DECODER, VAE_ENCODER, VISION
+from ..variants import Variant
+from .conditioning import EncodingModel, Encodings, GuidanceEncoding, InitialImage
+from .metadata import Described, describe
+from .parameters import GenerationParameters, check_size
+from .progress import ProgressCallback
+from .request import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..images.geometry import Size
+    from .decomposition import LayeredResult
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+
+class Conducted(Described, EncodingModel, Protocol):
+    """What is conducted: the core calls of a pipeline, and what it holds in memory; `QwenImagePipeline` is one."""
+
+    strip_pixels: int
+
+    @property
+    def variant(self) -> Variant:
+        """What the checkpoint's pipeline class implies."""
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the text encoder and the transformer."""
+
+    def prepare(self) -> None:
+        """Fetches and checks all files."""
+
+    def caption_image(
+        self, image: Image, *, language: CaptionLanguage, resolution: int, progress: ProgressCallback | None
+    ) -> str:
+        """An image's caption."""
+
+    def encode_guidance_prompts(
+        self, prompt: str, negative_prompt: str | None = None, *, images: Sequence[Image],
+        reference_pixels: int | None, progress: ProgressCallback | None,
+    ) -> GuidanceEncoding:  # fmt: skip
+        """Encoded prompts and images."""
+
+    def encode_initial_image(
+        self, image: Image, size: Size, mask: Image | None = None, *, progress: ProgressCallback | None
+    ) -> InitialImage:
+        """An encoded image to start from."""
+
+    def denoise_latents(
+        self, parameters: GenerationParameters, encoding: GuidanceEncoding, *, seed: int, image_index: int,
+        initial: InitialImage | None, progress: ProgressCallback | None,
+    ) -> mx.array:  # fmt: skip
+        """Clean latents."""
+
+    def decode_frames(
+        self, parameters: GenerationParameters, latents: mx.array, *, progress: ProgressCallback | None
+    ) -> Iterator[mx.array]:
+        """Pixels, frame by frame."""
+
+    def release_encoders(self) -> None:
+        """Gives back the memory of all that encodes."""
+
+    def release_transformer(self) -> None:
+        """Gives back the transformer's memory."""
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A finished image, and how the pipeline made it."""
+
+    image: Image
+    metadata: dict[str, Any]
+
+
+def generate(
+    pipeline: Conducted,
+    request: Request,
+    progress: ProgressCallback | None = None,
+    cache: Encodings | None = None,
+    *,
+    release_encoders: bool = False,
+    release_transformer: bool = False,
+) -> Iterator[GeneratedImage]:
+    """Yields the request's images one by one.
+
+    Args:
+        pipeline: the opened checkpoint.
+        request: what to generate.
+        progress: told of every stage and step, and can cancel.
+        cache: encodings of earlier runs; with a hit no encoder is loaded.
+        release_encoders: before the first image is begun.
+        release_transformer: before the last image is decoded.
+    """
+    if not request.prompt.strip():
+        logger.warning("the prompt is empty: the model generates whatever it likes")
+    if len(request.images) > 2:
+        logger.warning(
+            "%d images are shown to the model, each as costly in every step as a target of its size; fewer reference "
+            "pixels make them cheaper",
+            len(request.images),
+        )
+    encoding = encoded(pipeline, request, progress, cache)
+    initial = encode_canvas(pipeline, request, progress)
+    if release_encoders:
+        pipeline.release_encoders()
+    for image, seed, index in generate_encoded(pipeline, request, encoding, initial, progress, release_transformer):
+        yield GeneratedImage(image, describe(pipeline, request, encoding, seed, index))
+
+
+def decompose(
+    pipeline: Conducted,
+    request: Request,
+    progress: ProgressCallback | None = None,
+    cache: Encodings | None = None,
+    *,
+    release_encoders: bool = False,
+    release_transformer: bool = False,
+) -> LayeredResult:
+    """Decomposes an image; layers are decoded, resized and turned into 8 bits one by one. Arguments: `generate`'s."""
+    from .decomposition import layered_result  # here: most runs make no layers
+
+    encoding = encoded(pipeline, request, progress, cache)
+    if release_encoders:
+        pipeline.release_encoders()
+    images = [
+        image for image, _, _ in generate_encoded(pipeline, request, encoding, None, progress, release_transformer)
+    ]
+    return layered_result(images, request, describe(pipeline, request, encoding, request.seeds[0]))
+
+
+def encoded(
+    pipeline: Conducted,
+    request: Request,
+    progress: ProgressCallback | None = None,
+    cache: Encodings | None = None,
+) -> GuidanceEncoding:
+    """A request's prompts and images, encoded now or by an earlier run; all files are fetched and checked before.
+
+    Args:
+        pipeline: the opened checkpoint.
+        request: what is to be generated.
+        progress: told of every stage, and can cancel.
+        cache: of earlier runs; what is encoded now is put there.
+
+    Raises:
+        RequestError: the model generates no image of that size.
+    """
+    parameters = request.parameters
+    check_size(parameters.width, parameters.height, pipeline.variant.size_multiple)
+    pipeline.prepare()
+    encoding = cache.get(pipeline, request) if cache else None
+    if encoding is None:
+        encoding = encode_request(pipeline, request, progress)
+        if cache:
+            cache.put(pipeline, request, encoding)
+    return encoding
+
+
+def encode_request(pipeline: Conducted, request: Request, progress: ProgressCallback | None = None) -> GuidanceEncoding:
+    """`encode_guidance_prompts` for a request; the negative prompt is left out where it would change nothing.
+
+    Where a layered model is given no prompt it captions the image, always with the same draws: a seed stands for the
+    noise alone.
+    """
+    prompt = request.prompt
+    if request.writes_caption(pipeline.variant):
+        assert request.caption_language is not None
+        assert request.reference_pixels is not None
+        prompt = pipeline.caption_image(
+            request.images[0], language=request.caption_language, resolution=math.isqrt(request.reference_pixels),
+            progress=progress,
+        )  # fmt: skip
+        logger.info("caption: %s", prompt)
+    return pipeline.encode_guidance_prompts(
+        prompt,
+        request.guiding_prompt,
+        images=request.images,
+        reference_pixels=request.reference_pixels,
+        progress=progress,
+    )
+
+
+def encode_canvas(
+    pipeline: Conducted, request: Request, progress: ProgressCallback | None = None
+) -> InitialImage | None:
+    """`encode_initial_image` for a request; None where generation begins with noise alone."""
+    if not request.starts_from_canvas(pipeline.variant):
+        return None
+    canvas = request.canvas
+    assert canvas is not None
+    image, mask = canvas.initial
+    if not math.isclose(image.width / image.height, canvas.size[0] / canvas.size[1], rel_tol=0.05):
+        logger.warning("an image of %dx%d pixels is stretched to %dx%d to be started from", *image.size, *canvas.size)
+    return pipeline.encode_initial_image(image, canvas.size, mask, progress=progress)
+
+
+def generate_encoded(
+    pipeline: Conducted,
+    request: Request,
+    encoding: GuidanceEncoding,
+    initial: InitialImage | None,
+    progress: ProgressCallback | None = None,
+    release_transformer: bool = False,
+) -> Iterator[tuple[Image, int, int]]:
+    """Yields a request's images, (image, seed, index) each; may drop the transformer before the last is decoded."""
+    draws = list(product(request.seeds, request.image_indices))
+    for seed, index in draws:
+        latents = pipeline.denoise_latents(
+            request.parameters, encoding, seed=seed, image_index=index, initial=initial, progress=progress
+        )
+        if release_transformer and (seed, index) == draws[-1]:
+            pipeline.release_transformer()
+        for frame in pipeline.decode_frames(request.parameters, latents, progress=progress):
+            (image,) = to_images(frame[None])
+            yield request.canvas.finish(image) if request.canvas else image, seed, index
+
+
+@contextmanager
+def keeping(pipeline: Conducted, streamed: Collection[str], strip_pixels: int) -> Iterator[None]:
+    """Meanwhile reads the layers of these components from their files, and decodes at most so many pixels at once.
+
+    What was loaded otherwise is released, before and afterwards.
+    """
+    before = pipeline.components.streamed, pipeline.strip_pixels
+    pipeline.components.stream(streamed)
+    pipeline.strip_pixels = strip_pixels
+    try:
+        yield
+    finally:
+        pipeline.components.stream(before[0])
+        pipeline.strip_pixels = before[1]
+
+
+def load(pipeline: Conducted, request: Request) -> None:
+    """Loads now what a request needs, unless it is loaded."""
+    components = pipeline.components
+    components.load(TOKENIZER, TEXT_ENCODER, TRANSFORMER, VAE_DECODER)
+    if request.images:
+        components.load(VAE_ENCODER)
+    if request.images and pipeline.variant.encoder_area:
+        components.load(VISION)

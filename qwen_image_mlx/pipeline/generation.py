@@ -1,0 +1,182 @@
+"""From an encoding to latents, and from latents to pixels: the work of the two core calls, as functions.
+
+They have no policy: they release nothing and print nothing. What they return is evaluated.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import QwenImageError, RequestError
+from ..gpu import all_finite
+from ..registry import TRANSFORMER, VAE, VAE_DECODER
+from ..sampling.denoise import Guidance, denoise
+from ..sampling.schedule import Schedule, exponential_mu, make_schedule, root_mu, static_shift, uniform_sigmas
+from ..sampling.solvers import EULER, Solver
+from .autoencode import decode, strips_of
+from .components import Components
+from .conditioning import GuidanceEncoding, InitialImage, Reference
+from .parameters import GenerationParameters, check_size
+from .progress import Progress, ProgressCallback
+from .reporter import Reporter
+from .seams import Conditions, DenoiserClass
+from .start import Start, draw_start
+from .working import working
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+
+def frames_of(components: Components, parameters: GenerationParameters) -> int:
+    """How many images are generated together: with a layered model the whole and its layers."""
+    return parameters.num_layers + 1 if components.variant.layered else 1
+
+
+def denoise_latents(
+    components: Components,
+    make_denoiser: DenoiserClass,
+    report: Reporter,
+    parameters: GenerationParameters,
+    encoding: GuidanceEncoding,
+    *,
+    seed: int,
+    image_index: int,
+    latents: mx.array | np.ndarray | None,
+    initial: InitialImage | None,
+    progress: ProgressCallback | None,
+    solver: Solver = EULER,
+) -> mx.array:
+    """The work of `QwenImagePipeline.denoise_latents`; its arguments and errors, and:
+
+    Args:
+        components: the checkpoint's parts.
+        make_denoiser: makes what gives the velocities.
+        report: where progress goes.
+        solver: how velocities become steps.
+    """
+    variant, space = components.variant, components.latent_space
+    check_size(parameters.width, parameters.height, space.size_multiple)
+    _check_encoding(components, encoding, initial)
+    rows, columns = space.grid(parameters.width, parameters.height)
+    schedule = schedule_of(components, parameters, rows * columns, encoding.references)
+    start = _start(components, parameters, schedule, seed, image_index, latents, initial)
+    references = encoding.references
+    if start.blended and variant.samples_references:
+        assert start.image is not None
+        references = (Reference(start.image, rows, columns),)
+    negative = encoding.negative if parameters.cfg_scale > 1 else None
+    if parameters.cfg_scale > 1 and negative is None:
+        logger.warning("guidance %g has no effect: the encoding has no negative prompt", parameters.cfg_scale)
+    conditions = Conditions(
+        branches=(encoding.positive,) if negative is None else (encoding.positive, negative),
+        references=references,
+        frames=frames_of(components, parameters),
+        rows=rows,
+        columns=columns,
+        sigmas=solver.evaluations(start.schedule),
+    )
+    make_denoiser.check(components, conditions)
+
+    renormalize = variant.renormalize if parameters.cfg_normalize is None else parameters.cfg_normalize
+    steps, sigmas = start.schedule.num_steps, start.schedule.sigmas
+    with working(components, report, progress):
+        denoiser = make_denoiser(components, conditions, report)
+        report(Progress("denoise", 0, steps, sigma=float(sigmas[0]), latents=start.latents))
+        with components.passing(TRANSFORMER) as pace:
+            result = denoise(
+                lambda x, evaluation: denoiser.velocities(x, evaluation, pace),
+                start.latents,
+                start.schedule,
+                None if negative is None else Guidance(parameters.cfg_scale, renormalize),
+                lambda n, step: report(
+                    Progress("denoise", n, steps, sigma=float(sigmas[n]), latents=step.latents, denoised=step.denoised)
+                ),
+                start.blend if start.blended else None,
+                solver,
+            )
+    if not all_finite(result):
+        raise QwenImageError("the generated latents are not finite: try the dtype bfloat16, or check the weights")
+    return result
+
+
+def decode_frames(
+    components: Components,
+    report: Reporter,
+    parameters: GenerationParameters,
+    latents: mx.array,
+    strip_pixels: int,
+    progress: ProgressCallback | None,
+) -> Iterator[mx.array]:
+    """The work of `QwenImagePipeline.decode_frames`, at most `strip_pixels` pixels at once."""
+    frames = frames_of(components, parameters)
+    unpacked = components.latent_space.unpack_frames(latents, frames, parameters.width, parameters.height)[0]
+    first = 1 if components.variant.layered else 0
+    strips = strips_of(parameters.width * parameters.height, strip_pixels)
+    for n in range(first, frames):
+        with working(components, report, progress):
+            decoder = components.network(VAE_DECODER)
+            with report.stage("decode", f"layer {n}" if first else ""):
+                pixels = decode(decoder, components.config(VAE), unpacked[n : n + 1], strips)[0]
+        if not all_finite(pixels):
+            raise QwenImageError("the decoded image is not finite: check the autoencoder's weights")
+        yield pixels
+
+
+def schedule_of(
+    components: Components, parameters: GenerationParameters, frame_tokens: int, references: Sequence[Reference]
+) -> Schedule:
+    """The steps of an image of so many tokens a frame."""
+    config = components.scheduler_config
+    if parameters.shift is not None:
+        config = static_shift(config, parameters.shift)
+    sigmas = parameters.sigmas or uniform_sigmas(parameters.num_inference_steps)
+    if components.variant.shift_by_root:
+        mu = root_mu(references[0].height * references[0].width)
+    else:
+        mu = exponential_mu(config, frame_tokens)
+    return make_schedule(config, sigmas, mu)
+
+
+def _check_encoding(components: Components, encoding: GuidanceEncoding, initial: InitialImage | None) -> None:
+    """Raises RequestError for an encoding of another kind of model."""
+    variant, model = components.variant, components.snapshot.model
+    if variant.takes_images != bool(encoding.references):
+        kinds = ("works on images", "none") if variant.takes_images else ("generates from text", "images")
+        raise RequestError("{} {}; the encoding holds {}".format(model, *kinds))
+    if variant.max_images is not None and len(encoding.references) > variant.max_images:
+        raise RequestError(
+            f"{model} works on {variant.max_images} image, but the encoding has {len(encoding.references)}"
+        )
+    if variant.layered and initial is not None:
+        raise RequestError(f"{model} decomposes an image; it does not change one")
+
+
+def _start(
+    components: Components,
+    parameters: GenerationParameters,
+    schedule: Schedule,
+    seed: int,
+    image_index: int,
+    latents: mx.array | np.ndarray | None,
+    initial: InitialImage | None,
+) -> Start:
+    space, size = components.latent_space, (parameters.width, parameters.height)
+    frames = frames_of(components, parameters)
+    if latents is not None:
+        shape = space.shape(frames, *size)
+        if tuple(latents.shape) != shape:
+            raise RequestError(
+                f"latents have the shape {tuple(latents.shape)}, but {size[0]}x{size[1]} pixels need {shape}"
+            )
+        latents = mx.array(latents)
+    if initial is not None:
+        height, width = (space.factor * side for side in initial.mean.shape[1:3])
+        if (width, height) != size:
+            raise RequestError(f"the initial image was encoded at {width}x{height}, not at {size[0]}x{size[1]}")
+    return draw_start(
+        components.config(VAE), space, schedule, parameters, frames, seed, image_index, latents, initial,
+        components.dtype,
+    )  # fmt: skip

@@ -1,0 +1,143 @@
+"""What generating or editing in one call asks of a model: the arguments of `QwenImagePipeline`, made a `Request`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..images.canvas import Canvas, plan_canvas
+from ..images.colour import alpha_range
+from ..images.sources import ImageSource, open_image, open_mask, open_rgba
+from ..names import NamedSize, Rng
+from ..variants import Variant
+from .parameters import GenerationParameters, check_num_images, explicit_size
+from .request import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..images.geometry import Size
+
+
+def canvas_of(
+    variant: Variant,
+    images: Sequence[Image],
+    *,
+    mask: Image | None = None,
+    size: NamedSize | Size | None = None,
+    composite: bool = True,
+    crop_padding: int | None = None,
+    straight: Sequence[Image] | None = None,
+) -> Canvas:
+    """The frame around an image that is changed, or that gives an edit its size: with a mask the first, else the
+    model's choice.
+
+    Args:
+        variant: of the model.
+        images: upright, RGB.
+        mask, size, composite, crop_padding: as in `images.canvas.plan_canvas`.
+        straight: the same images with their transparency, RGBA, if the result is to have it.
+    """
+    index = 0 if mask is not None else variant.size_from
+    return plan_canvas(
+        images[index],
+        mask=mask,
+        size=size,
+        composite=composite,
+        crop_padding=crop_padding,
+        straight=None if straight is None or alpha_range(straight[index])[0] == 255 else straight[index],
+        area=variant.target_area,
+    )
+
+
+def image_request(
+    variant: Variant,
+    prompt: str,
+    negative_prompt: str | None,
+    images: Sequence[Image],
+    canvas: Canvas | None,
+    sampling: Mapping[str, Any],
+    *,
+    size: Size | None = None,
+    seed: int,
+    num_images: int,
+    rng: Rng,
+    strength: float,
+    reference_pixels: int | None = None,
+) -> Request:
+    """A request for images of one prompt and seed.
+
+    Args:
+        variant: of the model.
+        images: those that it works on, opened.
+        canvas: the frame around one of them; None generates from text alone.
+        sampling: fields of `GenerationParameters`.
+        size: (width, height) without a canvas; None is the model's own.
+        prompt, negative_prompt, seed, num_images, rng, strength, reference_pixels: as in `QwenImagePipeline.edit`.
+
+    Raises:
+        RequestError: one of them is out of range.
+    """
+    width, height = canvas.size if canvas else size or variant.size_of("1:1")
+    return Request(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        parameters=GenerationParameters(width=width, height=height, rng=rng, strength=strength, **sampling),
+        seeds=(seed,),
+        image_indices=range(check_num_images(num_images)),
+        images=tuple(images),
+        canvas=canvas,
+        reference_pixels=reference_pixels,
+    )
+
+
+def canvas_or_size(
+    variant: Variant,
+    image: ImageSource | None,
+    *,
+    mask: ImageSource | None,
+    size: NamedSize | Size | None,
+    width: int | None,
+    height: int | None,
+    composite: bool,
+    mask_padding: int | None,
+) -> tuple[Canvas | None, Size | None]:
+    """What `QwenImagePipeline.generate` generates on: around an image a canvas, without one a size, or neither.
+
+    Raises:
+        RequestError: an image cannot be read, or what needs one is given without it.
+    """
+    size = explicit_size(width, height) if size is None else size
+    if image is not None:
+        opened_mask = None if mask is None else open_mask(mask)
+        canvas = canvas_of(
+            variant, [open_image(image)], mask=opened_mask, size=size, composite=composite, crop_padding=mask_padding
+        )
+        return canvas, None
+    if mask is not None or mask_padding is not None or isinstance(size, str):
+        raise RequestError("a mask, a padding around it, and a size by name need an image to be started from")
+    return None, size
+
+
+def edit_canvas(
+    variant: Variant,
+    sources: Sequence[ImageSource],
+    images: Sequence[Image],
+    *,
+    mask: ImageSource | None,
+    size: NamedSize | Size | None,
+    composite: bool,
+    mask_padding: int | None,
+    keep_alpha: bool,
+) -> Canvas:
+    """The canvas of `QwenImagePipeline.edit`; `images` are the sources, opened."""
+    return canvas_of(
+        variant,
+        images,
+        mask=None if mask is None else open_mask(mask),
+        size=size,
+        composite=composite,
+        crop_padding=mask_padding,
+        straight=[open_rgba(source) for source in sources] if keep_alpha else None,
+    )

@@ -1,0 +1,94 @@
+"""Opens a checkpoint: the arguments of `QwenImagePipeline.from_pretrained`, checked, to its parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..errors import RequestError
+from ..names import Dtype, LoRAMode, StrPath
+from ..weights.schemes import Quantization
+from ..weights.snapshot import HubSnapshot
+from .components import Components
+from .parameters import DTYPES, Recommended
+from .progress import Progress
+from .reporter import Reporter
+
+if TYPE_CHECKING:
+    from ..lora.adapters import Adapters
+    from ..lora.fetch import LoRAReference
+
+
+def open_components(
+    model: StrPath,
+    report: Reporter,
+    *,
+    revision: str | None,
+    dtype: Dtype,
+    offline: bool,
+    zero_cond_t: bool | None,
+    quantize: Quantization | str | int | None,
+    loras: Sequence[LoRAReference],
+    lora_mode: LoRAMode,
+    files: Mapping[str, StrPath | None],
+    streamed: Collection[str],
+) -> Components:
+    """The parts of a checkpoint, nothing of it loaded.
+
+    Args:
+        report: told of downloads, loading and layers.
+        files: by folder, what stands in for the checkpoint's own.
+        model, revision, dtype, offline, zero_cond_t, quantize, loras, lora_mode, streamed: as in `from_pretrained`.
+
+    Raises:
+        RequestError, HubError, CheckpointError: as `from_pretrained`.
+    """
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise RequestError(f"model is {model!r:.80}, but must be a directory or a model's id")
+    if isinstance(quantize, str | int) and not isinstance(quantize, bool):
+        quantize = Quantization.parse(quantize)
+    if not isinstance(quantize, Quantization | None):
+        raise RequestError(f"quantize is {quantize!r:.80}, but must be bits, component=bits, or None")
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+    snapshot = HubSnapshot(model, revision=revision, offline=offline, progress=report.download)
+    return Components(
+        snapshot,
+        getattr(mx, dtype),
+        lambda name: report.stage("load", name),
+        zero_cond_t=zero_cond_t,
+        quantization=quantize,
+        read_loras=_lora_reader(loras, lora_mode, offline, report) if loras else None,
+        replaced={folder: path for folder, path in files.items() if path is not None},
+        streamed=streamed,
+        on_layer=lambda name, layer, layers: report(Progress("layer", layer, layers, name)),
+    )
+
+
+def replace_loras(components: Components, report: Reporter, loras: Sequence[LoRAReference], mode: LoRAMode) -> None:
+    """The work of `QwenImagePipeline.set_loras`; its arguments and errors."""
+    adapters = None
+    if loras:
+        adapters = _lora_reader(loras, mode, components.snapshot.offline, report)(components.lora_targets())
+    components.replace_adapters(adapters)
+
+
+def recommended_of(components: Components) -> Recommended:
+    """How a checkpoint wants to be sampled: as its card says, or as a distilled LoRA was trained."""
+    distilled = components.adapters.distillation if components.adapters else None
+    if distilled is None:
+        return Recommended(components.variant.steps, components.variant.cfg_scale, None)
+    return Recommended(distilled.steps, distilled.cfg_scale, distilled.shift)
+
+
+def _lora_reader(
+    loras: Sequence[LoRAReference], mode: LoRAMode, offline: bool, report: Reporter
+) -> Callable[[Mapping[str, tuple[int, ...]]], Adapters]:
+    """What reads LoRAs, given the modules they may change and their weights' shapes; see `lora.fetch.read_adapters`."""
+    from ..lora.fetch import read_adapters  # here: most runs have no LoRA
+
+    return partial(read_adapters, loras, mode, offline=offline, download=report.download)

@@ -1,0 +1,127 @@
+"""The velocities of Qwen-Image 1.x for one image: modulation table, rotary tables and projections, made once.
+
+It stands above `models/` because it reads weights: the modulation's matrices, a third of the transformer, are read from
+their file, used for all steps at once, and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+import numpy as np
+
+from ...errors import RequestError
+from ...models.layers import OnLayer
+from ...models.qwen_image.config import TransformerConfig
+from ...models.qwen_image.rope import Segment, place_images, rotary_tables, text_start
+from ...models.qwen_image.transformer import Modulation, Transformer
+from ...registry import TRANSFORMER
+from ..components import Components
+from ..reporter import Reporter
+from ..seams import Conditions
+from .states import check_length
+from .table import modulation_table
+
+# Noise levels to the rows of each: what a network in training has instead of files.
+Rows = Callable[[np.ndarray], list[Modulation]]
+
+_TABLE = "modulation table"
+
+
+class QwenImageDenoiser:
+    """The `Denoiser` of Qwen-Image 1.x.
+
+    Args:
+        components, conditions, report: as `DenoiserClass` says.
+        rows: makes the modulation where it is not in the checkpoint's files.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        conditions: Conditions,
+        report: Reporter,
+        *,
+        rows: Rows | None = None,
+    ):
+        config: TransformerConfig = components.config(TRANSFORMER)
+        segments = _segments(config, conditions)
+        if rows is not None:
+            self._table = rows(conditions.sigmas)
+        else:
+            self._table = _table(components, conditions.sigmas, report)
+        self._transformer: Transformer = components.network(TRANSFORMER)
+        self._text = [self._transformer.project_text(states.astype(components.dtype)) for states in conditions.branches]
+        self._rotary = [
+            rotary_tables(segments, states.shape[1], config.axes_dims_rope) for states in conditions.branches
+        ]
+        self._references = None
+        if conditions.references:
+            shown = mx.concatenate([r.latents for r in conditions.references], axis=1).astype(components.dtype)
+            self._references = self._transformer.project_references(shown)
+        mx.eval(self._text, self._rotary, [] if self._references is None else self._references)
+
+    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+        """As `Denoiser.velocities`."""
+        return self._transformer.velocities(
+            latents, self._text, self._table[evaluation], self._rotary, self._references, on_layer=on_layer
+        )
+
+    @staticmethod
+    def check(components: Components, conditions: Conditions) -> None:
+        """As `DenoiserClass.check`."""
+        config: TransformerConfig = components.config(TRANSFORMER)
+        dim, start = config.joint_attention_dim, text_start(_segments(config, conditions))
+        for states in conditions.branches:
+            if states.ndim != 3 or states.shape[0] != 1 or states.shape[2] != dim:
+                raise RequestError(
+                    f"the encoding has the shape {tuple(states.shape)}, but this model needs (1, tokens, {dim})"
+                )
+            check_length(states.shape[1], start)
+
+    @staticmethod
+    def kept_values(config: TransformerConfig, evaluations: int, prefix_tokens: int, branches: int) -> int:
+        """As `DenoiserClass.kept_values`: the modulation of every evaluation."""
+        return evaluations * config.modulation_size
+
+
+@dataclass(frozen=True)
+class TrainedDenoisers:
+    """Makes denoisers of a network in training, whose modulation is not the files'.
+
+    Attributes:
+        rows: makes the modulation.
+    """
+
+    rows: Rows
+    check: ClassVar = staticmethod(QwenImageDenoiser.check)
+    kept_values: ClassVar = staticmethod(QwenImageDenoiser.kept_values)
+
+    def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> QwenImageDenoiser:
+        """As `DenoiserClass` says."""
+        return QwenImageDenoiser(components, conditions, report, rows=self.rows)
+
+
+def _segments(config: TransformerConfig, conditions: Conditions) -> list[Segment]:
+    """The target's frames, then the references."""
+    grids = [(conditions.rows, conditions.columns)] * conditions.frames
+    grids += [(reference.height, reference.width) for reference in conditions.references]
+    return place_images(grids, config.use_layer3d_rope)
+
+
+def _table(components: Components, sigmas: np.ndarray, report: Reporter) -> list[Modulation]:
+    """The modulation of every evaluation; the last one is kept, so that a sweep over seeds makes it once."""
+    kept = components.kept
+    if _TABLE not in kept or not np.array_equal(kept[_TABLE][0], sigmas):
+        kept.pop(_TABLE, None)  # there is never room for two
+        with report.stage("load", "modulation"):
+            made = modulation_table(
+                components.weights(TRANSFORMER), sigmas, components.dtype, components.config(TRANSFORMER).zero_cond_t,
+                components.adapters,
+            )  # fmt: skip
+        kept[_TABLE] = sigmas, made
+    table: list[Modulation] = kept[_TABLE][1]
+    return table

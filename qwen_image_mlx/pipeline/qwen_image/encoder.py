@@ -1,0 +1,55 @@
+"""The condition encoder of Qwen-Image 1.x: template, Qwen2.5-VL, and captions where the checkpoint can write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from PIL import Image
+
+from ...names import CaptionLanguage
+from ...registry import TEXT_ENCODER, VISION
+from ...text.prompt import tokenize_prompt
+from ..components import Components
+from ..reporter import Reporter
+from .states import check_length, encode_prompts, encode_vision, feature_grid
+
+
+class QwenImageEncoder:
+    """The `ConditionEncoder` of Qwen-Image 1.x.
+
+    Args:
+        components: the checkpoint's parts; loads the text encoder and, for images, the vision tower.
+    """
+
+    def __init__(self, components: Components):
+        self._components = components
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image],
+        report: Reporter,
+        sequential_positions: bool = False,
+    ) -> list[mx.array]:
+        """As `ConditionEncoder.encode`."""
+        parts, area = self._components, self._components.variant.encoder_area
+        grids = [feature_grid(parts, image, area) for image in images]
+        template = parts.variant.template
+        tokens = [tokenize_prompt(parts.tokenizer, template, text, grids, sequential_positions) for text in prompts]
+        check_length(max(len(prompt.ids) - prompt.first for prompt in tokens))
+        features = None
+        if images:
+            parts.load(VISION)
+            with report.stage("encode", "images"):
+                features = encode_vision(parts, images, area)
+        parts.load(TEXT_ENCODER)
+        with report.stage("encode", "prompts"):
+            return encode_prompts(parts, tokens, features)
+
+    def caption(self, image: Image.Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
+        """As `ConditionEncoder.caption`."""
+        from .caption import write_caption  # here: most runs write no caption
+
+        self._components.prepare_captions()
+        return write_caption(self._components, image, area, language, seed, report)

@@ -1,0 +1,111 @@
+"""Where generations of the model differ: three seams, of which `registry.py` finds the two that compute.
+
+`LatentSpace` (sampling/latents.py) is data. A `ConditionEncoder` is made once for a checkpoint; a `Denoiser` for one
+image, from all that is known before its first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from ..models.layers import OnLayer
+from ..names import CaptionLanguage
+from .conditioning import Reference
+from .reporter import Reporter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .components import Components
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """All that one image depends on but its noise; what another conditioner needs is another field.
+
+    Attributes:
+        branches: encoder states (1, L, C) of the prompt and, with guidance, of the negative prompt.
+        references: the images that the model is shown, in order.
+        frames: images that are generated together: 1, or layers and the whole.
+        rows, columns: of a frame's tokens.
+        sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
+    """
+
+    branches: tuple[mx.array, ...]
+    references: tuple[Reference, ...]
+    frames: int
+    rows: int
+    columns: int
+    sigmas: np.ndarray
+
+
+class Denoiser(Protocol):
+    """The velocity of one image's latents. Whatever does not change from step to step is made when it is."""
+
+    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+        """Of each branch, (1, N, C) in the model's dtype.
+
+        Args:
+            latents: packed latents (1, N, C) of the target.
+            evaluation: index into `Conditions.sigmas`.
+            on_layer: called after each layer with the arrays it made.
+        """
+
+
+class DenoiserClass(Protocol):
+    """What makes the `Denoiser` of an image."""
+
+    def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
+        """Prepares an image.
+
+        Args:
+            components: the checkpoint's parts; the transformer is loaded. `Components.kept` is for what another image
+                of the same conditions may use.
+            conditions: what the image depends on.
+            report: told of what takes long.
+
+        Raises:
+            RequestError: the conditions do not fit the model.
+        """
+
+    def check(self, components: Components, conditions: Conditions) -> None:
+        """Raises RequestError where the conditions do not fit the model, before anything is loaded."""
+
+    def kept_values(self, config: Any, evaluations: int, prefix_tokens: int, branches: int) -> int:
+        """How many numbers, of the model's dtype, it keeps from step to step: what a plan of memory counts.
+
+        Args:
+            config: of the transformer.
+            evaluations: how often a velocity is asked for.
+            prefix_tokens: tokens of prompt and references.
+            branches: 1, or 2 with guidance.
+        """
+
+
+class ConditionEncoder(Protocol):
+    """Prompts and images to the states that a denoiser is given."""
+
+    def encode(
+        self, prompts: Sequence[str], images: Sequence[Image], report: Reporter, sequential_positions: bool = False
+    ) -> list[mx.array]:
+        """States (1, L, C) of each prompt's rows that count, evaluated.
+
+        Args:
+            prompts: of any length.
+            images: what the text encoder is shown of the images, upright; [] for none.
+            report: told of the stages.
+            sequential_positions: number the tokens 0, 1, 2, … in spite of images.
+
+        Raises:
+            RequestError: a prompt is too long, or holds what stands for an image.
+            CheckpointError: the tokenizer is another model's.
+            QwenImageError: the states are not finite, which float16 can cause.
+        """
+
+    def caption(self, image: Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
+        """The caption of an image, shown at about `area` pixels; raises CheckpointError if it cannot write."""

@@ -1,0 +1,218 @@
+"""What a class of a checkpoint leads to: its config, its networks, its weights map, what is streamed, what stays.
+
+`_class_name` of a config.json, or the class that `variants.py` names for a pipeline, finds a row here, and everything
+else reads the row. Networks are named, not imported: this file is importable without MLX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from .models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+from .models.qwen_image.config import TransformerConfig, VAEConfig
+
+# What a component is for: the name of its folder, and of what else lies in the text encoder's.
+TRANSFORMER = "transformer"
+TEXT_ENCODER = "text_encoder"
+VISION = "vision"
+LANGUAGE_HEAD = "language_head"
+VAE = "vae"
+# Networks that are loaded by themselves, where a component has several; else they are called as the component is.
+VAE_ENCODER = "vae_encoder"
+VAE_DECODER = "vae_decoder"
+# What is no network.
+TOKENIZER = "tokenizer"
+SCHEDULER = "scheduler"
+PROCESSOR = "processor"
+
+FOLDERS = (TRANSFORMER, TEXT_ENCODER, VAE)  # those with weights; a file may stand in for each
+LABELS = {TRANSFORMER: "a transformer", TEXT_ENCODER: "a text encoder", VAE: "an autoencoder"}
+ENCODING = (TEXT_ENCODER, VISION, LANGUAGE_HEAD)  # of the text encoder's folder
+MAIN = "main"
+
+
+class Network(NamedTuple):
+    """A network of a component.
+
+    Attributes:
+        name: how it is asked for.
+        part: of the weights map, its tensors.
+        place: its class, as "module:name" below `models/`.
+    """
+
+    name: str
+    part: str
+    place: str
+
+    def build(self, config: Any) -> Any:
+        """The network of a config, its parameters zeros."""
+        return resolve(f"models.{self.place}")(config)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Component:
+    """What of a class is loaded, checked and counted as one.
+
+    Attributes:
+        role: what it is for, such as `TRANSFORMER`; how messages and options call it.
+        map: its file in `weights_map/`, without the ending.
+        config: the dataclass that reads its config.json.
+        networks: what its weights are loaded into.
+        folder: where its files lie, if it is not its role.
+        label: how sentences call it, where it shares its folder.
+        beside: parts of the weights map that are read and never become resident.
+        layers: the path of its network's list of layers, which can be read anew at each pass; "" if it has none.
+        depth: the config's field that says how many there are.
+        rows: the embedding of which, streamed, only the rows that are used are read; "" if it has none.
+        full_precision: computes in fp32, whatever the dtype of the others, and is never quantized.
+        released: the config of the released models.
+    """
+
+    role: str
+    map: str
+    config: Any
+    networks: tuple[Network, ...]
+    folder: str = ""
+    label: str = ""
+    beside: tuple[str, ...] = ()
+    layers: str = ""
+    depth: str = ""
+    rows: str = ""
+    full_precision: bool = False
+    released: Any
+
+    @property
+    def home(self) -> str:
+        """The folder of its files."""
+        return self.folder or self.role
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The parts of its weights that become resident."""
+        return tuple(network.part for network in self.networks)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of its weights that are read."""
+        return (*self.resident, *self.beside)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Class:
+    """A class of a checkpoint's model_index.json.
+
+    Attributes:
+        library: where it is from.
+        components: what is in its folder.
+        use: what works with it, as "module:name" of this package: of a transformer a `Denoiser`, of a text encoder a
+            `ConditionEncoder` (`pipeline/seams.py`).
+    """
+
+    library: str = "diffusers"
+    components: tuple[Component, ...] = ()
+    use: str = ""
+
+
+CLASSES: dict[str, Class] = {
+    "QwenImageTransformer2DModel": Class(
+        components=(
+            Component(
+                role=TRANSFORMER,
+                map="QwenImageTransformer2DModel",
+                config=TransformerConfig,
+                networks=(Network(TRANSFORMER, MAIN, "qwen_image.transformer:Transformer"),),
+                beside=("modulation",),
+                layers="transformer_blocks",
+                depth="num_layers",
+                released=TransformerConfig(),
+            ),
+        ),
+        use="pipeline.qwen_image.denoiser:QwenImageDenoiser",
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Class(
+        library="transformers",
+        components=(
+            Component(
+                role=TEXT_ENCODER,
+                map="Qwen2_5_VLForConditionalGeneration",
+                config=TextEncoderConfig,
+                networks=(Network(TEXT_ENCODER, MAIN, "qwen2_5_vl.text:TextEncoder"),),
+                label="the language model",
+                layers="model.layers",
+                depth="num_hidden_layers",
+                rows="model.embed_tokens.weight",
+                released=TextEncoderConfig(rms_norm_eps=1e-6),
+            ),
+            Component(
+                role=VISION,
+                map="Qwen2_5_VLForConditionalGeneration.vision",
+                config=VisionConfig,
+                networks=(Network(VISION, MAIN, "qwen2_5_vl.vision:VisionTower"),),
+                folder=TEXT_ENCODER,
+                label="a vision tower",
+                layers="visual.blocks",
+                depth="depth",
+                released=VisionConfig(),
+            ),
+            Component(
+                role=LANGUAGE_HEAD,
+                map="Qwen2_5_VLForConditionalGeneration.language_head",
+                config=TextEncoderConfig,
+                networks=(Network(LANGUAGE_HEAD, MAIN, "qwen2_5_vl.text:LanguageHead"),),
+                folder=TEXT_ENCODER,
+                label="a language head",
+                released=TextEncoderConfig(rms_norm_eps=1e-6),
+            ),
+        ),
+        use="pipeline.qwen_image.encoder:QwenImageEncoder",
+    ),
+    "AutoencoderKLQwenImage": Class(
+        components=(
+            Component(
+                role=VAE,
+                map="AutoencoderKLQwenImage",
+                config=VAEConfig,
+                networks=(
+                    Network(VAE_ENCODER, "encoder", "qwen_image.vae:Encoder"),
+                    Network(VAE_DECODER, "decoder", "qwen_image.vae:Decoder"),
+                ),
+                full_precision=True,
+                released=VAEConfig(),
+            ),
+        ),
+    ),
+    "FlowMatchEulerDiscreteScheduler": Class(),
+    "Qwen2Tokenizer": Class(library="transformers"),
+}
+
+STREAMABLE = frozenset(row.role for entry in CLASSES.values() for row in entry.components if row.layers)
+
+
+def components_of(classes: Mapping[str, str]) -> dict[str, Component]:
+    """The components of a pipeline by role, from its classes by folder."""
+    return {row.role: row for folder in FOLDERS for row in CLASSES[classes[folder]].components}
+
+
+def component_of(map_name: str) -> Component:
+    """The component whose weights map has that name."""
+    return next(row for row in all_components() if row.map == map_name)
+
+
+def component_for(role: str, config: object) -> Component:
+    """The component of a role that a config is one of."""
+    return next(row for row in all_components(role) if type(config) is row.config)
+
+
+def all_components(*roles: str) -> Iterator[Component]:
+    """The components of all classes; with roles those alone."""
+    for entry in CLASSES.values():
+        yield from (row for row in entry.components if not roles or row.role in roles)
+
+
+def resolve(place: str) -> Any:
+    """What stands at "module:name" below this package."""
+    module, name = place.split(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)
