@@ -33,7 +33,7 @@ def write_pptx(stack: LayerStack, path: Path) -> None:
     for layer in stack.layers:
         buffer = io.BytesIO()
         layer.image.save(buffer, "PNG")
-        shape = slide.shapes.add_image(buffer, *(round(n * unit) for n in (*layer.offset, *layer.image.size)))
+        shape = slide.shapes.add_picture(buffer, *(round(n * unit) for n in (*layer.offset, *layer.image.size)))
         shape.name = layer.name
         if not layer.visible:
             shape._element.nvPicPr.cNvPr.set("hidden", "1")
