@@ -184,7 +184,7 @@ class Guard:
             The bytes that count, for `give_back`.
 
         Raises:
-            ApiError: the body is too large, or there is no room for it.
+            ApiError: the body is too large, or too many bodies are in memory.
         """
         if taken > self._max_body_bytes:
             raise self._too_large()

@@ -1,4 +1,4 @@
-"""What is meant to break the server gets a sentence and a 4xx, and the server goes on generation."""
+"""What is meant to break the server gets a sentence and a 4xx, and the server keeps generating."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_what_has_very_many_parts_is_refused_before_they_are_looked_at(body):
     assert time.process_time() - begun < 0.5
 
 
-def test_a_body_is_taken_apart_while_others_are_answered(monkeypatch):
+def test_a_body_is_parsed_while_others_are_answered(monkeypatch):
     """The event loop keeps running while a large body is parsed and checked."""
     threads = []
 

@@ -44,12 +44,12 @@ def test_a_token_that_no_client_can_send_is_refused(file, content, says):
 
 
 @pytest.mark.parametrize(("path", "says"), [
-    ("", "no name"),
+    ("", "is empty"),
     (os.devnull, "not a regular file"),
     ("/dev/zero", "not a regular file"),
     (".", "not a regular file"),
-    ("~nosuchuser-of-this-machine/x", "not known"),
-    ("a\0b", "no file can have"),
+    ("~nosuchuser-of-this-machine/x", "unknown user"),
+    ("a\0b", "not a valid file name"),
     ("none/of/it", "cannot be read"),
 ])  # fmt: skip
 def test_what_is_no_token_file_is_refused(path, says):

@@ -11,7 +11,7 @@ const NUDGE = 24; // presses of an arrow key that cross the image
  *
  * @param {{url: string, width: number, height: number}} image the image under the mask.
  * @param {?{strokes: Array}} before the mask to change.
- * @returns {Promise<?{url: string, overlay: string, strokes: Array}>} null if there is no mask;
+ * @returns {Promise<?{url: string, overlay: string, strokes: Array}>} null without a mask;
  *   `url` is a PNG of the image's size, `overlay` a tinted PNG for the thumbnail.
  */
 export async function drawMask(image, before) {
