@@ -85,7 +85,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray, *, packed: bool = False
         np.testing.assert_array_equal(found, expected)
 
 
-# --- single files beside a model ------------------------------------------------------------------------------------
+# --- single files next to a model ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", foreign_names.PREFIXES)
@@ -220,7 +220,7 @@ def test_text_encoders_of_llama_cpp(models, copied, tmp_path, word):
 
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("place", ["file", "folder"])
-def test_the_vision_tower_of_llama_cpp_lies_beside_the_text_encoder(models, copied, tmp_path, joined, place):
+def test_the_vision_tower_of_llama_cpp_lies_next_to_the_text_encoder(models, copied, tmp_path, joined, place):
     """Other numbers than the model's own, so that these cannot have been used."""
     own = foreign.read(models["edit"] / "text_encoder")
     other = {n: t * 1.25 if n.endswith("weight") else t + 0.1 for n, t in own.items()}
@@ -420,7 +420,7 @@ def test_an_mflux_save_can_be_packed_anew(copied, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("place", ["in the model", "beside it"])
+@pytest.mark.parametrize("place", ["in the model", "next to it"])
 def test_text_encoders_converted_by_mlx_vlm(models, copied, tmp_path, bits, place):
     written, numbers = foreign.mlx_vlm(foreign.read(models["edit"] / "text_encoder"), bits)
     folder, options = copied("edit", "mlx-vlm"), {}
@@ -430,7 +430,7 @@ def test_text_encoders_converted_by_mlx_vlm(models, copied, tmp_path, bits, plac
     quantization = {"group_size": 64, "bits": bits, "mode": "affine"}
     config |= {"quantization": quantization, "quantization_config": quantization}
     (encoder / "config.json").write_text(json.dumps(config))
-    if place == "beside it":
+    if place == "next to it":
         folder, options = models["edit"], {"text_encoder": encoder}
     assert_same(generate(folder, **options), generate(copied("edit", "dense", text_encoder=numbers)), packed=True)
 
@@ -438,7 +438,7 @@ def test_text_encoders_converted_by_mlx_vlm(models, copied, tmp_path, bits, plac
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def test_flags_metadata_and_painting_again(models, tmp_path, monkeypatch, capsys):
+def test_flags_metadata_and_generating_again(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     files = {}
     for part in STEMS:
