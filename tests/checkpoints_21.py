@@ -12,6 +12,7 @@ from checkpoints import PROCESSOR, Config, merged, spread
 
 from qwen_image_mlx.models.qwen3_vl.config import TextEncoderConfig, VisionConfig
 from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig, VAEConfig
+from qwen_image_mlx.registry import component_of
 from qwen_image_mlx.weights.mapping import expected_tensors
 
 # The class's own defaults are the released values of the transformer and of the autoencoder.
@@ -122,7 +123,7 @@ def values_21(network: str) -> dict[str, np.ndarray]:
     """A network's tensors, fp32, by name in the released files; each has its own stream of them."""
     component, config_class, config = NETWORKS[network]
     random = np.random.RandomState(zlib.crc32(component.encode()) % 0x10000)
-    specs = expected_tensors(component, config_class.from_dict(config))
+    specs = expected_tensors(component_of(component), config_class.from_dict(config))
     shapes = {name: spec.shape for name, spec in specs.items()}
     values = {name: spread(name, (random.random_sample(shape) - 0.5) * 12**0.5) for name, shape in shapes.items()}
     dimmed = {name: _DIM_PIXELS * value for name, value in values.items() if name.startswith("decoder.conv_out.")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -87,19 +87,38 @@ class DenoiserClass(Protocol):
         """
 
 
+class Encoded(NamedTuple):
+    """What a `ConditionEncoder` makes.
+
+    Attributes:
+        states: (1, L, C) of each prompt's rows that count, evaluated.
+        starts: the row where each image's places begin, the same for all prompts; () where the transformer does not
+            read images in the midst of a prompt.
+    """
+
+    states: list[mx.array]
+    starts: tuple[int, ...] = ()
+
+
 class ConditionEncoder(Protocol):
     """Prompts and images to the states that a denoiser is given."""
 
     def encode(
-        self, prompts: Sequence[str], images: Sequence[Image], report: Reporter, sequential_positions: bool = False
-    ) -> list[mx.array]:
-        """States (1, L, C) of each prompt's rows that count, evaluated.
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        report: Reporter,
+        sequential_positions: bool = False,
+        reference_pixels: int | None = None,
+    ) -> Encoded:
+        """The prompts' states.
 
         Args:
             prompts: of any length.
             images: what the text encoder is shown of the images, upright; [] for none.
             report: told of the stages.
             sequential_positions: number the tokens 0, 1, 2, … in spite of images.
+            reference_pixels: at most so many pixels of each image are shown to the transformer; None: the usual area.
 
         Raises:
             RequestError: a prompt is too long, or holds what stands for an image.

@@ -355,7 +355,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     parameters, variant = request.parameters, pipeline.variant
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
     shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
-    begun = request.starts_from_canvas(variant)
+    begun = request.starts_from_canvas
     encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * begun
     return Work(
         width=parameters.width,

@@ -29,6 +29,7 @@ from qwen_image_mlx.models.qwen_image_21.modulation import TimeModulation
 from qwen_image_mlx.models.qwen_image_21.transformer import Transformer
 from qwen_image_mlx.models.qwen_image_21.vae import Decoder, Encoder
 from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
+from qwen_image_mlx.registry import component_of
 from qwen_image_mlx.sampling.denoise import Guidance, denoise
 from qwen_image_mlx.sampling.noise import generator
 from qwen_image_mlx.sampling.schedule import exponential_mu, make_schedule, uniform_sigmas
@@ -53,7 +54,7 @@ class Ours:
     def __init__(self, folder):
         def weights(component, config, parts=("main",), home=None):
             files = list((folder / (home or component)).glob("*.safetensors"))
-            return ComponentWeights(component, config, component_tensors(files, None), parts)
+            return ComponentWeights(component_of(component), config, component_tensors(files, None), parts)
 
         self.transformer_config = TransformerConfig.from_dict(TINY_TRANSFORMER)
         self.vae_config = VAEConfig.from_dict(TINY_VAE)
@@ -113,7 +114,9 @@ class Ours:
         mx.eval(denoiser.prepared)
         latents = []
         guidance = Guidance(cfg_scale, facts.RENORMALIZE) if len(prompts) > 1 else None
-        clean = denoise(denoiser.velocities, noise, schedule, guidance, lambda _n, x: latents.append(np.array(x)))
+        clean = denoise(
+            denoiser.velocities, noise, schedule, guidance, lambda _n, x: latents.append(np.array(x.latents))
+        )
         pixels = decode(self.decoder, self.vae_config, clean.reshape(1, height, width, 64))
         return latents, to_images(pixels)[0]
 
