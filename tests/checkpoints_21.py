@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from checkpoints import PROCESSOR, Config, merged, spread
+from checkpoints import PROCESSOR, REAL_CONFIGS, Config, merged, spread
 
 from qwen_image_mlx.models.qwen3_vl.config import TextEncoderConfig, VisionConfig
 from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig, VAEConfig
-from qwen_image_mlx.registry import component_of
+from qwen_image_mlx.registry import CLASSES, component_of
+from qwen_image_mlx.variants import OWN, VARIANTS
 from qwen_image_mlx.weights.mapping import expected_tensors
 
 # The class's own defaults are the released values of the transformer and of the autoencoder.
@@ -96,6 +98,43 @@ TINY_TEXT_ENCODER = merged(
 TINY_PROCESSOR = PROCESSOR | {
     "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "max_pixels": 4096**2, "min_pixels": 32**2, "patch_size": 16,
 }  # fmt: skip
+
+SMALL_AREA = 96**2
+
+
+def write_rest_21(folder: Path, sigmas: tuple[float, ...] | None = None, area: int = SMALL_AREA) -> Path:
+    """Writes what a checkpoint has beside weights and tokenizer, into `folder` or, for Turbo, into one beside it.
+
+    Args:
+        folder: has transformer/, text_encoder/, vae/ and processor/ with the tokenizer's files.
+        sigmas: those of Turbo; the weights are linked.
+        area: of references and of an edit, in pixels.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    classes = VARIANTS["QwenImage21Pipeline"].classes
+    said = {"_class_name": "QwenImage21Pipeline"} | {k: [CLASSES[c].library, c] for k, c in classes.items()}
+    areas = dict.fromkeys(("encoder_area", "reference_area", "target_area"), area)
+    said |= {"sample_sigmas": sigmas, OWN: areas}
+    scheduler = dict(REAL_CONFIGS["scheduler"])
+    if sigmas:
+        scheduler |= {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
+        turbo = folder.with_name(f"{folder.name}-turbo")
+        turbo.mkdir()
+        for part in ("transformer", "text_encoder", "vae", "processor"):
+            (turbo / part).symlink_to(folder / part)
+        folder = turbo
+    files = {
+        "model_index.json": said,
+        "scheduler/scheduler_config.json": scheduler,
+        "processor/preprocessor_config.json": TINY_PROCESSOR,
+    }
+    for name, value in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
 
 # --- goldens -------------------------------------------------------------------------------------------------------
 

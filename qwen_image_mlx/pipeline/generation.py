@@ -143,7 +143,7 @@ def schedule_of(
 def _check_encoding(components: Components, encoding: GuidanceEncoding, initial: InitialImage | None) -> None:
     """Raises RequestError for an encoding of another kind of model."""
     variant, model = components.variant, components.snapshot.model
-    if encoding.references and not variant.takes_images or variant.needs_images and not encoding.references:
+    if not variant.takes_images if encoding.references else variant.needs_images:
         kinds = ("works on images", "none") if variant.takes_images else ("generates from text", "images")
         raise RequestError("{} {}; the encoding holds {}".format(model, *kinds))
     if variant.max_images is not None and len(encoding.references) > variant.max_images:

@@ -54,6 +54,7 @@ class Session:
         memory: what may be used.
         force: whether to go on with what takes least where nothing fits.
         plans: those made so far, by what was to be generated.
+        task: what images are for where a request does not say: to be edited, or to be started from.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Session:
     ):
         memory = asked.get("memory")
         self.pipeline = pipeline
+        self.task: Task = pipeline.variant.task
         self.progress = progress
         self.plans: dict[Work, MemoryPlan] = {}
         self._said_memory = memory is not None
@@ -94,7 +96,13 @@ class Session:
         session = cls(open_pipeline(OpenOptions.asked(asked, default_model), progress), asked, progress)
         if task is not None:
             session.pipeline.check_task(task)
+            session.task = task
         return session
+
+    @property
+    def shows_alpha(self) -> bool:
+        """Whether the model sees the transparency of images, so that they are opened as RGBA."""
+        return self.pipeline.latent_space.pixel_channels == 4
 
     # What is asked for ----------------------------------------------------------------------------------------------
 
@@ -105,6 +113,8 @@ class Session:
         images: Sequence[Image] = (),
         mask: Image | None = None,
         straight: Sequence[Image] | None = None,
+        *,
+        task: Task | None = None,
     ) -> Request:
         """The request that the model is to work on; warns, once, of a negative prompt that has no effect.
 
@@ -115,11 +125,13 @@ class Session:
             images: to start from or to edit, upright, RGB; a layered model takes one apart, RGBA.
             mask: white where the first is regenerated.
             straight: the same images with their transparency, RGBA, if the result is to have it.
+            task: whether images are edited or started from; None is what the session was opened for, or the model's.
 
         Raises:
             RequestError: something is out of range or does not fit the model.
         """
         variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
+        task = task or self.task
         if variant.layered:
             request = layers_of(images[0], asked, variant.resolutions, sampling)
         else:
@@ -135,7 +147,7 @@ class Session:
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
             request = replace(
                 build_request({**recommended, **asked}, canvas.size if canvas else cast("Size", named)),
-                images=tuple(images) if variant.takes_images else (),
+                images=tuple(images) if task == "edit" else (),
                 canvas=canvas,
                 reference_pixels=asked.get("reference_pixels"),
             )

@@ -162,10 +162,10 @@ class Tasks:
         def work(feed: Feed) -> dict[str, Any]:
             sources = decoded([*files, *([body.mask] if body.mask else [])])
             mask = open_mask(sources.pop()) if body.mask else None
-            opened = [open_image(source) for source in sources]
             straight = [open_rgba(source) for source in sources] if said.get("keep_alpha") else None
             session = self._models.open(task)
-            request = session.request(wanted | said, size, opened, mask, straight)
+            opened = [(open_rgba if session.shows_alpha else open_image)(source) for source in sources]
+            request = session.request(wanted | said, size, opened, mask, straight, task=task)
             images = []
             with self._ready(task, session, request, feed) as (progress, cache, residency):
                 for generated in generate(session.pipeline, request, progress, cache, **residency.releases):

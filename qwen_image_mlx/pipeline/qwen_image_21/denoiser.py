@@ -7,6 +7,7 @@ at once, and dropped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -39,7 +40,13 @@ class QwenImage21Denoiser:
 
     Args:
         components, conditions, report: as `DenoiserClass` says.
+
+    Attributes:
+        keep_prefix: whether the keys and values of text and references are kept between steps; without, the same
+            numbers in less memory and much more time.
     """
+
+    keep_prefix: ClassVar[bool] = True
 
     def __init__(self, components: Components, conditions: Conditions, report: Reporter):
         *table, still = _table(components, conditions.sigmas, report)
@@ -52,6 +59,7 @@ class QwenImage21Denoiser:
             references=[Shown(shown.latents, shown.height, shown.width) for shown in conditions.references],
             grid=(conditions.rows, conditions.columns),
             dtype=components.dtype,
+            keep_prefix=self.keep_prefix,
         )
         mx.eval(self._denoiser.prepared)
 
