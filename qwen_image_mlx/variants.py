@@ -40,6 +40,12 @@ MODEL_ALIASES = {
     "edit-2511": "Qwen/Qwen-Image-Edit-2511",
     "qwen-edit-2511": "Qwen/Qwen-Image-Edit-2511",
     "qwen-image-edit-2511": "Qwen/Qwen-Image-Edit-2511",
+    "2.1": "Qwen/Qwen-Image-2.1",
+    "qwen-2.1": "Qwen/Qwen-Image-2.1",
+    "qwen-image-2.1": "Qwen/Qwen-Image-2.1",
+    "2.1-turbo": "Qwen/Qwen-Image-2.1-Turbo",
+    "qwen-2.1-turbo": "Qwen/Qwen-Image-2.1-Turbo",
+    "qwen-image-2.1-turbo": "Qwen/Qwen-Image-2.1-Turbo",
     "layered": "Qwen/Qwen-Image-Layered",
     "qwen-layered": "Qwen/Qwen-Image-Layered",
     "qwen-image-layered": "Qwen/Qwen-Image-Layered",
@@ -270,7 +276,7 @@ class Variant:
     negative_prompt: str
     preview: tuple[tuple[float, ...], ...] = WAN_PREVIEW
     sigmas: tuple[float, ...] = ()
-    transparent: Callable[[str], str] | None = None
+    transparent: Callable[[str], str] | None = field(default=None, repr=False)  # caches are keyed by the repr
     sizes: Mapping[Aspect, tuple[int, int]] = field(default_factory=lambda: ASPECT_SIZES, hash=False)
     licence: str = APACHE
     size_multiple: int = 16

@@ -214,7 +214,7 @@ class Planner:
         held = before + self.count(VAE, self.network(VAE_DECODER), mx.float32)
         strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
         strip = self.costs.pixel_out * min(pixels, strip)
-        working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
+        working = int(config.decoder_width * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
         return Stage("decode", held, held + working + 2 * 4 * pixels * config.input_channels)
 
     def held(self, name: str) -> int:

@@ -145,8 +145,13 @@ class Session:
                 )  # fmt: skip
             recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
+            wanted = {**recommended, **asked}
+            if asked.get("transparent"):
+                if variant.transparent is None:
+                    raise RequestError(f"{self.pipeline.model} makes no transparent images", cause="transparent")
+                wanted["prompt"] = variant.transparent(wanted["prompt"])
             request = replace(
-                build_request({**recommended, **asked}, canvas.size if canvas else cast("Size", named)),
+                build_request(wanted, canvas.size if canvas else cast("Size", named)),
                 images=tuple(images) if task == "edit" else (),
                 canvas=canvas,
                 reference_pixels=asked.get("reference_pixels"),
@@ -230,6 +235,9 @@ class Session:
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """Who is told while a request is generated: the session's own, behind one that shows previews if asked."""
         if show is None:
+            return self.progress
+        if not self.pipeline.variant.preview:
+            logger.warning("no preview is shown: how the latents of %s look is not known", self.pipeline.model)
             return self.progress
         from .preview import Preview  # here: most runs show none
 

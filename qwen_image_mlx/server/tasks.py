@@ -117,10 +117,9 @@ class Tasks:
     def _usual(self, task: str, session: Session) -> Request:
         """What is asked of a task's model by a request that says nothing."""
         wanted = self._wanted(task) | {"prompt": "an image"}
-        variant = session.pipeline.variant
-        image = new_image("RGB", (1024, 1024)).convert("RGBA" if variant.layered else "RGB")
-        images = [image] if variant.takes_images or variant.layered else []
-        return session.request(wanted, None if images else self._aspect, images)
+        image = new_image("RGBA" if session.shows_alpha else "RGB", (1024, 1024))
+        images = [image] if task != "generate" else []
+        return session.request(wanted, None if images else self._aspect, images, task=task)
 
     @property
     def _aspect(self) -> str:
@@ -246,7 +245,7 @@ class Tasks:
         feed.images = len(request.seeds) * len(request.image_indices)
         with self._models.planned(task, request) as plan:
             progress: ProgressCallback = feed
-            if feed.followed:
+            if feed.followed and session.pipeline.variant.preview:
                 progress = Preview(_Previews(feed), feed, session.pipeline, request)
             yield progress, self._models.encodings, plan.residency
 

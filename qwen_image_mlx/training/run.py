@@ -189,6 +189,8 @@ def _check(
     resume: bool,
 ) -> None:
     """What can be wrong without reading a weight."""
+    if not isinstance(pipeline.transformer_config, TransformerConfig):
+        raise RequestError(f"{pipeline.model} cannot be trained: only the first generation's transformer can")
     if not examples:
         raise RequestError("there is nothing to train on: give at least one example")
     if settings.full and TRANSFORMER in pipeline.quantization.components:

@@ -199,7 +199,8 @@ def too_long(source: Source) -> Iterator[str]:
 
 RULES = (
     upward_imports, knowing_facts, reference_imports, impure_models, family_imports, mlx_by_other_names,
-    misplaced_evaluation, misplaced_output, reaches_into_components, flags_below_the_command_line, undescribed, too_long,
+    misplaced_evaluation, misplaced_output, reaches_into_components, flags_below_the_command_line, undescribed,
+    too_long,
 )  # fmt: skip
 
 
