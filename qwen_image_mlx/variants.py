@@ -238,6 +238,7 @@ class Variant:
         reference_area: area in pixels that images are resized to, at most, for the transformer.
         target_area: area in pixels of a result whose size follows from an image.
         size_from: index of the image whose aspect the result takes.
+        keeps_references: images are computed once, not in every step.
         samples_references: with a mask, the transformer is shown the sampled latents that the loop blends with,
             rather than the most likely ones.
         layered: it generates a frame with everything, which is dropped, and one for each layer.
@@ -265,6 +266,7 @@ class Variant:
     reference_area: int = 0
     target_area: int = _USUAL_AREA
     size_from: int = 0
+    keeps_references: bool = False
     samples_references: bool = False
     layered: bool = False
     captions: bool = False
@@ -361,6 +363,7 @@ VARIANTS: dict[str, Variant] = {
         reference_area=qwen_image_21.REFERENCE_AREA,
         target_area=qwen_image_21.TARGET_AREA,
         size_from=qwen_image_21.SIZE_FROM,
+        keeps_references=True,
         renormalize=qwen_image_21.RENORMALIZE,
         steps=qwen_image_21.STEPS,
         cfg_scale=qwen_image_21.CFG_SCALE,

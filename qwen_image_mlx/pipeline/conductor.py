@@ -113,7 +113,7 @@ def generate(
     """
     if not request.prompt.strip():
         logger.warning("the prompt is empty: the model generates whatever it likes")
-    if len(request.images) > 2:
+    if len(request.images) > 2 and not pipeline.variant.keeps_references:
         logger.warning(
             "%d images are shown to the model, each as costly in every step as a target of its size; fewer reference "
             "pixels make them cheaper",

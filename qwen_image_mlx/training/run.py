@@ -30,6 +30,7 @@ import mlx.core as mx
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
 from ..files import check_writable, is_from_macos, reason, replace_file, sweep
 from ..images.colour import profiles_are_ignored
+from ..models.qwen_image.config import TransformerConfig
 from ..models.qwen_image.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
