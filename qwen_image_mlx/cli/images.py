@@ -33,6 +33,8 @@ def run_images(arguments: argparse.Namespace, default_model: str, task: str, com
         stack.enter_context(ignore_profiles(bool(chosen.options.get("ignore_profile"))))  # from a flag or the record
         images, mask, straight = chosen.open_images()
         session = Session.open(chosen.options, default_model, timings or console, task=task)
+        if images and session.shows_alpha:
+            images, _, _ = chosen.open_images(alpha=True)
         request = session.request(chosen.options, chosen.size, images, mask, straight)
         warn_idle(command or task, chosen.given, request)
         if chosen.drawn:

@@ -168,7 +168,7 @@ class QwenImagePipeline(Answering):
 
     def check_task(self, task: Task) -> None:
         """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
-        if self.variant.task != task:
+        if task not in self.variant.tasks:
             raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
 
     # The core calls ------------------------------------------------------------------------------------------------
