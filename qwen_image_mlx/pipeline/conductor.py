@@ -233,9 +233,10 @@ def generate_encoded(
             pipeline.release_transformer()
         for frame in pipeline.decode_frames(request.parameters, latents, progress=progress):
             (image,) = to_images(frame[None])
-            if not pipeline.variant.layered:
-                image = opaque_as_rgb(image)
-            yield request.canvas.finish(image) if request.canvas else image, seed, index
+            finished = request.canvas.finish(image) if request.canvas else image
+            if image.mode == "RGBA" and not pipeline.variant.layered:
+                finished = opaque_as_rgb(finished)
+            yield finished, seed, index
 
 
 @contextmanager
