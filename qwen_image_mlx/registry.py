@@ -25,7 +25,7 @@ VAE = "vae"
 # Networks that are loaded by themselves, where a component has several; else they are called as the component is.
 VAE_ENCODER = "vae_encoder"
 VAE_DECODER = "vae_decoder"
-# What is no network.
+# What is not a network.
 TOKENIZER = "tokenizer"
 SCHEDULER = "scheduler"
 PROCESSOR = "processor"
@@ -40,7 +40,7 @@ class Network(NamedTuple):
     """A network of a component.
 
     Attributes:
-        name: how it is asked for.
+        name: its name for callers.
         part: of the weights map, its tensors.
         place: its class, as "module:name" below `models/`.
     """
@@ -66,7 +66,7 @@ class Component:
         folder: where its files lie, if it is not its role.
         label: how sentences call it, where it shares its folder.
         beside: parts of the weights map that are read and never become resident.
-        layers: the path of its network's list of layers, which can be read anew at each pass; "" if it has none.
+        layers: the path of its network's list of layers, which can be read again at each pass; "" if it has none.
         depth: the config's field that says how many there are.
         rows: the embedding of which, streamed, only the rows that are used are read; "" if it has none.
         full_precision: computes in fp32, whatever the dtype of the others, and is never quantized.

@@ -48,7 +48,7 @@ class Reference:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """All but the latents: what is saved beside them."""
+        """All but the latents, as it is saved with them."""
         whole = (self.height, self.width, self.start)
         return tuple(number for number in whole if number is not None)
 

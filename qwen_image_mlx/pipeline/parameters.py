@@ -173,7 +173,7 @@ def check_size(width: int, height: int, step: int = SIZE_STEP) -> None:
 
 
 def check_fits(parameters: GenerationParameters, variant: Variant) -> None:
-    """Raises RequestError where a model generates no image of that size, or not in so many steps."""
+    """Raises RequestError where a model does not generate images of that size, or not in that number of steps."""
     check_size(parameters.width, parameters.height, variant.size_multiple)
     if variant.sigmas and parameters.sigmas is None and parameters.num_inference_steps != len(variant.sigmas):
         raise RequestError(
