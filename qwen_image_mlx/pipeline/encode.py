@@ -106,15 +106,13 @@ def opened_images(components: Components, images: Sequence[ImageSource]) -> list
     if images and not variant.takes_images:
         raise RequestError(f"{model} generates from text; only an editing model takes images to work on")
     if variant.max_images is not None and len(images) > variant.max_images:
-        raise RequestError(
-            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, "
-            f"but {len(images)} are given"
-        )
+        limit = "1 image" if variant.max_images == 1 else f"at most {variant.max_images} images"
+        raise RequestError(f"{model} works on {limit} at a time, but {len(images)} are given")
     return [opened_for(components, image) for image in images]
 
 
 def opened_for(components: Components, image: ImageSource) -> Image.Image:
-    """An image, upright, with the channels of a model's autoencoder."""
+    """An image, upright, with the channels that a model's autoencoder has."""
     return (open_rgba if components.latent_space.pixel_channels == 4 else open_image)(image)
 
 
@@ -123,7 +121,7 @@ def _references(
 ) -> tuple[Reference, ...]:
     """The reference latents of each image, resized to the pipeline's area (at most `max_pixels`) at its own aspect.
 
-    `starts` are as in `Encoded`.
+    `starts` are those of `Encoded`.
     """
     area, space = components.variant.reference_area, components.latent_space
     area = area if max_pixels is None else min(area, max_pixels)

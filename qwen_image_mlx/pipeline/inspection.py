@@ -38,7 +38,7 @@ class CheckpointReport:
         model: its directory or repository id.
         class_name: its pipeline class.
         task: its task: "generate", "edit" or "decompose"; several with commas.
-        licence: the licence of the released weights of its kind.
+        licence: of the released weights of its kind.
         blocks: number of blocks of its transformer.
         components: its components.
     """

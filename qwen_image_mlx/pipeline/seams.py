@@ -118,7 +118,7 @@ class ConditionEncoder(Protocol):
             images: the images for the text encoder, upright; [] for none.
             report: receives the stages.
             sequential_positions: number the tokens 0, 1, 2, … even with images.
-            reference_pixels: the maximum pixels of each reference image; None is the model's usual area.
+            reference_pixels: maximum pixels of each image that the transformer sees; None is the model's own area.
 
         Raises:
             RequestError: a prompt is too long, or holds what stands for an image.

@@ -54,7 +54,7 @@ class Session:
         memory: the memory that may be used.
         force: whether to run the plan with the lowest peak if none fits.
         plans: the plans made so far, keyed by their work.
-        task: whether images are edited or started from, if a request does not say.
+        task: what images are for where a request does not say: to be edited, or to be started from.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Session:
             images: the images to start from or to edit, upright, RGB; for a layered model one to decompose, RGBA.
             mask: white where the first image is inpainted.
             straight: the same images as RGBA, if the result keeps their transparency.
-            task: whether images are edited or started from; None is the session's task.
+            task: whether images are edited or started from; None is what the session was opened for, or the model's.
 
         Raises:
             RequestError: something is out of range or does not fit the model.
