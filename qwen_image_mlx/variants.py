@@ -388,7 +388,7 @@ SIGMAS = "sample_sigmas"
 OWN = "_qwen_image_mlx"
 _OWN_FIELDS = ("encoder_area", "reference_area", "target_area", "resolutions", "captions", "steps", "cfg_scale",
                "negative_prompt", "preview")  # fmt: skip
-# What numbers among them may be, ends included; areas beside 0 are at least a token's.
+# What numbers among them may be, ends included; areas other than 0 are at least a token's.
 _OWN_RANGES = {
     "encoder_area": (28**2, 4096**2), "reference_area": (16**2, 4096**2), "target_area": (16**2, 4096**2),
     "resolutions": (16, 4096), "steps": (1, 1000), "cfg_scale": (0.0, 1000.0),
