@@ -25,7 +25,7 @@ VAE = "vae"
 # Networks that are loaded by themselves, where a component has several; else they are called as the component is.
 VAE_ENCODER = "vae_encoder"
 VAE_DECODER = "vae_decoder"
-# What is no network.
+# What is not a network.
 TOKENIZER = "tokenizer"
 SCHEDULER = "scheduler"
 PROCESSOR = "processor"
@@ -40,7 +40,7 @@ class Network(NamedTuple):
     """A network of a component.
 
     Attributes:
-        name: how it is asked for.
+        name: its name for callers.
         part: of the weights map, its tensors.
         place: its class, as "module:name" below `models/`.
     """
@@ -65,8 +65,8 @@ class Component:
         networks: what its weights are loaded into.
         folder: where its files lie, if it is not its role.
         label: how sentences call it, where it shares its folder.
-        beside: parts of the weights map that are read and never become resident.
-        layers: the path of its network's list of layers, which can be read anew at each pass; "" if it has none.
+        transient: parts of the weights map that are read and never become resident.
+        layers: the path of its network's list of layers, which can be read again at each pass; "" if it has none.
         depth: the config's field that says how many there are.
         rows: the embedding of which, streamed, only the rows that are used are read; "" if it has none.
         full_precision: computes in fp32, whatever the dtype of the others, and is never quantized.
@@ -79,7 +79,7 @@ class Component:
     networks: tuple[Network, ...]
     folder: str = ""
     label: str = ""
-    beside: tuple[str, ...] = ()
+    transient: tuple[str, ...] = ()
     layers: str = ""
     depth: str = ""
     rows: str = ""
@@ -99,7 +99,7 @@ class Component:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of its weights that are read."""
-        return (*self.resident, *self.beside)
+        return (*self.resident, *self.transient)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,7 +126,7 @@ CLASSES: dict[str, Class] = {
                 map="QwenImageTransformer2DModel",
                 config=TransformerConfig,
                 networks=(Network(TRANSFORMER, MAIN, "qwen_image.transformer:Transformer"),),
-                beside=("modulation",),
+                transient=("modulation",),
                 layers="transformer_blocks",
                 depth="num_layers",
                 released=TransformerConfig(),
@@ -193,7 +193,7 @@ CLASSES: dict[str, Class] = {
                 map="QwenImage21Transformer2DModel",
                 config=qwen_image_21.TransformerConfig,
                 networks=(Network(TRANSFORMER, MAIN, "qwen_image_21.transformer:Transformer"),),
-                beside=("modulation",),
+                transient=("modulation",),
                 layers="transformer_blocks",
                 depth="num_layers",
                 released=qwen_image_21.TransformerConfig(),

@@ -164,7 +164,7 @@ class Planner:
         generated = kept + self.table() + self.held(TRANSFORMER)
         streams = TRANSFORMER in self.residency.streamed
         loading = generated + (0 if streams else self.largest(TRANSFORMER, MAIN))
-        beside = (self.largest(TRANSFORMER, part) for part in self.components.rows[TRANSFORMER].beside)
+        beside = (self.largest(TRANSFORMER, part) for part in self.components.rows[TRANSFORMER].transient)
         folding = kept + self.table() + int(self.costs.read * max(beside, default=0))
         load = Stage("load", generated, max(loading, folding))
         denoise = Stage("denoise", generated, generated + self.moving())

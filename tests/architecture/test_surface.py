@@ -32,8 +32,8 @@ PAINTER = MODEL | {
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--guidance", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
-    "--no-composite", "--cache", "--from-image", "--ignore-profile", "-W", "-H", "-o", "--prompt", "-p",
-    "--image-path",
+    "--no-composite", "--transparent", "--cache", "--from-image", "--ignore-profile", "-W", "-H", "-o", "--prompt",
+    "-p", "--image-path",
 }  # fmt: skip
 FLAGS = {
     "generate": PAINTING | {"--aspect", "--prompts-file", "--seeds"},

@@ -148,6 +148,7 @@ def test_a_mask_keeps_what_it_keeps(pipeline):
     assert np.array_equal(np.asarray(image.convert("RGBA"))[kept], np.asarray(source)[kept])
 
 
+@pytest.mark.slow
 def test_the_command_line_generates_edits_packs_and_plans(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for n, picture in enumerate(GENERATIONS_21["edit_21"]["images"]):

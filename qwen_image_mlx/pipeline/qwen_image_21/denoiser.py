@@ -110,7 +110,7 @@ def _table(components: Components, sigmas: np.ndarray, report: Reporter) -> list
         with report.stage("load", "modulation"):
             adapters = components.adapters
             placement = adapters.placement() if adapters else None
-            (part,) = components.rows[TRANSFORMER].beside
+            (part,) = components.rows[TRANSFORMER].transient
             network = TimeModulation(components.config(TRANSFORMER))
             weights = components.weights(TRANSFORMER)
             network = load_module(network, weights, part, components.dtype, None, placement)
