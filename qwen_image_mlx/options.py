@@ -1,6 +1,6 @@
-"""What an option is and what its value may be; knows no option by name. Importable without MLX.
+"""The types of options and of their values; names no particular option. Importable without MLX.
 
-An `Option` says once all that the front ends need: the command line makes a flag of it, config.toml a setting, the
+An `Option` states once what all front ends need: the command line makes a flag of it, config.toml a setting, the
 server a field, a file of prompts a key, and a PNG a line of its record. The table of all is `runtime/options.py`.
 """
 
@@ -14,26 +14,26 @@ from typing import Any
 
 from .errors import RequestError
 
-# What a value may be --------------------------------------------------------------------------------------------------
+# Kinds of values ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind(ABC):
-    """What a value may be; the children say which.
+    """A kind of value; each subclass is one.
 
     Attributes:
-        allowed: in words, to stand after "must be".
-        read: what reads a word of the command line; None keeps the word.
+        allowed: the allowed values as text, to follow "must be".
+        read: parses a word of the command line; None keeps the word.
     """
 
     @property
     @abstractmethod
     def allowed(self) -> str:
-        """What is allowed, in words."""
+        """The allowed values as text, to follow "must be"."""
 
     @property
     def read(self) -> Callable[[str], Any] | None:
-        """What reads a word of the command line; None keeps the word."""
+        """The parser of a word on the command line; None keeps the word."""
         return None
 
     @abstractmethod
@@ -41,7 +41,7 @@ class Kind(ABC):
         """Whether a value, as JSON or TOML gives it, is allowed."""
 
     def store(self, value: Any, /) -> Any:
-        """What is kept of an allowed value."""
+        """An allowed value in the form in which it is stored."""
         return value
 
     def has_type(self, value: Any) -> bool:
@@ -49,7 +49,7 @@ class Kind(ABC):
         return self.accepts(value)
 
     def check(self, name: str, value: Any) -> Any:
-        """What is kept of a value; raises RequestError, which calls it `name`, if it is not allowed."""
+        """The stored form of a value; raises RequestError, which calls the value `name`, if it is not allowed."""
         if not self.accepts(value):
             raise RequestError(f"{name} is {value!r:.80}, but must be {self.allowed}")
         return self.store(value)
@@ -67,13 +67,13 @@ class Integer(Kind):
 
     @property
     def allowed(self) -> str:
-        """Its range, in words."""
+        """Its range as text."""
         return (
             f"an integer of at least {self.low}" if self.high is None else f"an integer from {self.low} to {self.high}"
         )
 
     def accepts(self, value: Any) -> bool:
-        """Whether it is one in the range; True and False are not."""
+        """Whether it is an integer in the range; True and False are not integers here."""
         return self.has_type(value) and self.low <= value and (self.high is None or value <= self.high)
 
     def has_type(self, value: Any) -> bool:
@@ -92,16 +92,16 @@ class Number(Kind):
     read = float
 
     def store(self, value: Any, /) -> float:
-        """It as a float."""
+        """The value as a float."""
         return float(value)
 
     @property
     def allowed(self) -> str:
-        """Its range, in words."""
+        """Its range as text."""
         return f"above {self.low} and at most {self.high}" if self.above else f"a number from {self.low} to {self.high}"
 
     def accepts(self, value: Any) -> bool:
-        """Whether it is one in the range; NaN is not."""
+        """Whether it is a number in the range; NaN is not."""
         return self.has_type(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def has_type(self, value: Any) -> bool:
@@ -111,13 +111,13 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of some words."""
+    """One of a list of words or numbers."""
 
     values: tuple[Any, ...]
 
     @property
     def allowed(self) -> str:
-        """The words."""
+        """The list as text."""
         return f"one of {', '.join(map(str, self.values))}"
 
     def accepts(self, value: Any) -> bool:
@@ -134,7 +134,7 @@ class Text(Kind):
     allowed = "a string"
 
     def accepts(self, value: Any) -> bool:
-        """Whether it is a text, whatever it says."""
+        """Whether it is a text; its content is not checked."""
         return isinstance(value, str)
 
 
@@ -162,12 +162,12 @@ class ImageFile(Kind):
 
 @dataclass(frozen=True)
 class Parsed(Kind):
-    """A text that another room reads.
+    """A text that a parser of another room reads.
 
     Attributes:
-        words: what is allowed.
-        parse: raises RequestError for what is not.
-        types: that JSON or TOML may give it in; it is kept as a text.
+        words: the allowed values as text.
+        parse: the parser; raises RequestError for a text that is not allowed.
+        types: the types it may have in JSON or TOML; it is stored as a text.
     """
 
     words: str
@@ -175,16 +175,16 @@ class Parsed(Kind):
     types: tuple[type, ...] = (str,)
 
     def store(self, value: Any, /) -> str:
-        """It as a text."""
+        """The value as a text."""
         return str(value)
 
     @property
     def allowed(self) -> str:
-        """In words."""
+        """The allowed values as text."""
         return self.words
 
     def accepts(self, value: Any) -> bool:
-        """Whether the other room can read it."""
+        """Whether the parser accepts it."""
         if type(value) not in self.types:
             return False
         try:
@@ -200,23 +200,23 @@ class Parsed(Kind):
 
 @dataclass(frozen=True)
 class Several(Kind):
-    """A list of what is of one kind."""
+    """A list of values of one kind."""
 
     kind: Kind
     words: str = ""
 
     def store(self, value: Any, /) -> list[Any]:
-        """A list of its own."""
+        """The items in a new list."""
         return list(value)
 
     @property
     def allowed(self) -> str:
-        """In words."""
+        """The allowed values as text."""
         return self.words or f"a list, each item {self.kind.allowed}"
 
     @property
     def read(self) -> Callable[[str], Any] | None:
-        """How each item is read."""
+        """The parser of each item."""
         return self.kind.read
 
     def accepts(self, value: Any) -> bool:
@@ -228,7 +228,7 @@ class Several(Kind):
         return isinstance(value, list) and all(map(self.kind.has_type, value))
 
 
-# What is said of an option --------------------------------------------------------------------------------------------
+# Options --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,13 +236,13 @@ class Config:
     """An option's setting in config.toml.
 
     Attributes:
-        commands: whose flag's place it takes; () is all the option's commands that generate.
-        key: its name; "" is the option's.
-        table: within `[PROFILE.qwen_image]`; "" is that one itself.
-        help: what it decides; "" is the option's.
-        usual: what holds where it is not set; "" is the option's.
+        commands: the commands whose flag it sets; () is all the option's commands that generate.
+        key: its name; "" is the option's name.
+        table: the table within `[PROFILE.qwen_image]`; "" is that table itself.
+        help: its description; "" is the option's.
+        usual: the default, as text; "" is the option's.
         example: a value for the commented example.
-        kind: what it may be; None is as the option.
+        kind: its kind of value; None is the option's.
     """
 
     commands: tuple[str, ...] = ()
@@ -256,31 +256,31 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One row: an option, and where it is found under which name.
+    """One row of the table: an option, with its name in every front end.
 
     Attributes:
-        kind: what its value may be.
-        help: what it decides, to follow the flag.
-        name: in mappings, JSON and records; "" is the dataclass field's.
-        field: the dataclass field that holds it, if it is one.
-        usual: what holds where it is not given, in words.
-        group: the heading of its flag in help.
-        commands: whose flag it is.
-        flags: how the flag is written, the long form first; () with commands is a place on the line.
-        instead: of a place on the line, flags that say the same.
-        metavar: what stands for its value in help.
-        nargs: of its flag, as argparse has it; "append" collects a flag that is repeated.
-        tasks: of the server, whose bodies have it as a field.
-        default: of that field; None is "not said", and ... is "must be said".
-        page: whether the page's form has it, if it is of sampling.
+        kind: the kind of its value.
+        help: its description, to follow the flag.
+        name: its key in mappings, JSON and records; "" is the dataclass field's name.
+        field: the dataclass field that holds it, if there is one.
+        usual: the default, as text.
+        group: the key of its heading in help.
+        commands: the commands that have it as a flag.
+        flags: the spellings of the flag, the long form first; () with commands is a positional argument.
+        instead: for a positional argument, flags that mean the same.
+        metavar: the name of its value in help.
+        nargs: argparse's nargs of the flag; "append" collects a repeated flag.
+        tasks: the server's tasks whose bodies have it as a field.
+        default: the default of that field; None is "not given", and ... is "required".
+        page: whether the page's form has it, for an option of sampling.
         line: whether a line of a .jsonl file of prompts may have it.
-        config: its settings.
-        record: when a PNG's record has it: "always"; "started from", "layered" (with such a request); "set", where it
-            is not the dataclass's default; "asked", where the front end was asked for it; "" never.
-        needs: names of options without which it means nothing.
-        place: whether it names a file, which may have moved together with an image or a config.
-        of_model: whether it means nothing for another model than the one it was recorded with.
-        but: what differs for a command, by its name, or for a task, by "/" and its name.
+        config: its settings in config.toml.
+        record: when a PNG's record has it: "always"; "started from" or "layered" for such a request; "set" if it
+            differs from the dataclass's default; "asked" if the user gave it; "" never.
+        needs: names of options without which it has no meaning.
+        place: whether it names a file, which may have been moved together with an image or a config.
+        of_model: whether it has a meaning only for the model it was recorded with.
+        but: the fields that differ, keyed by a command's name, or by "/" and a task's name.
     """
 
     kind: Kind
@@ -306,29 +306,29 @@ class Option:
     but: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def of(self, command: str) -> Option:
-        """The option as a command, or "/" and a task, has it."""
+        """The option with the fields that differ for a command, or for "/" and a task."""
         return replace(self, **self.but.get(command, {}))
 
     @property
     def flag(self) -> str:
-        """How it is called on the command line: --steps."""
+        """Its long flag, such as --steps."""
         return self.flags[0] if self.flags else self.name
 
 
-def option(default: Any = dataclasses.MISSING, **said: Any) -> Any:
-    """A dataclass field that carries its option; `said` are the fields of `Option`."""
-    return dataclasses.field(default=default, metadata={"option": Option(**said)})
+def option(default: Any = dataclasses.MISSING, **fields: Any) -> Any:
+    """A dataclass field that carries its option; `fields` are those of `Option`."""
+    return dataclasses.field(default=default, metadata={"option": Option(**fields)})
 
 
 def options_of(kind: type) -> Iterator[Option]:
-    """The options of a dataclass's fields, in their order."""
+    """The options of a dataclass's fields, in order."""
     for field in dataclasses.fields(kind):
         if found := field.metadata.get("option"):
             yield replace(found, name=found.name or field.name, field=field.name)
 
 
 def by_name(options: Sequence[Option]) -> dict[str, Option]:
-    """Options by their names; two of one name are a fault of this program."""
+    """Options keyed by name; two options with one name are a bug."""
     found = {row.name: row for row in options}
     assert len(found) == len(options), "two options have one name"
     return found

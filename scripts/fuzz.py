@@ -120,7 +120,7 @@ def _lora(folder: Path, file: Path) -> object:
 
 
 def _kept(folder: Path, file: Path) -> object:
-    """An example that was encoded before: read as it is, or found damaged and made anew."""
+    """An example that was encoded before: read as it is, or found damaged and encoded again."""
     from qwen_image_mlx.training.dataset import Dataset, _read_entry
 
     entry = _read_entry(file, (64, 64))
@@ -128,7 +128,7 @@ def _kept(folder: Path, file: Path) -> object:
 
 
 def _checkpoint(folder: Path, file: Path) -> object:
-    """A run's checkpoint, and the log beside it."""
+    """A run's checkpoint, and the log next to it."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -399,7 +399,7 @@ def serve(folder: str, pipe: Connection) -> None:
 
     os.environ["QWEN_IMAGE_CONFIG"] = os.devnull
     os.chdir(folder)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings are no faults
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings are not faults
     tempfile.tempdir = str(Path(folder) / "tmp")
     pipe.send(None)
     while (message := pipe.recv()) is not None:
@@ -416,7 +416,7 @@ def serve(folder: str, pipe: Connection) -> None:
 
 
 class Reader:
-    """The process that reads, started anew when it dies, hangs or has grown."""
+    """The process that reads; started again when it dies, hangs or has grown."""
 
     def __init__(self, folder: Path):
         self._folder, self._process = folder, None

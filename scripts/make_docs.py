@@ -380,7 +380,7 @@ def parts_of(path: Path) -> list[str]:
 
 
 def renewed(text: str, only: str | None = None) -> str:
-    """A document with its generated parts, or one of them, made anew; raises KeyError for a name not in `PARTS`."""
+    """A document with its generated parts, or one of them, renewed; raises KeyError for a name not in `PARTS`."""
 
     def part(match: re.Match[str]) -> str:
         return f"{match[1]}\n{PARTS[match[2]]()}\n\n{match[3]}" if only in (None, match[2]) else match[0]

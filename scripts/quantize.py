@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a model anew with quantized weights: the same as `qwen-image-mlx quantize`.
+"""Save a copy of a model with quantized weights: the same as `qwen-image-mlx quantize`.
 
 python scripts/quantize.py Qwen/Qwen-Image-2512 qwen-image-2512-4bit --bits 4
 python -m qwen_image_mlx generate "a red fox" --model qwen-image-2512-4bit

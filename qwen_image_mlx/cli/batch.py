@@ -20,7 +20,7 @@ from ..runtime.options import OpenOptions
 from ..variants import ASPECT_SIZES
 from .config import configured
 from .flags import FOLDER, rows, rows_of
-from .idle import say_idle
+from .idle import warn_idle
 from .words import RANDOM, filled, read_prompt
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -35,14 +35,14 @@ def is_batch(arguments: argparse.Namespace) -> bool:
 
 
 def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
-    """Generates and saves every image that the folder does not hold; all that is asked for is checked before."""
+    """Generates and saves every image that is missing from the folder; all options are checked first."""
     from ..files import check_writable, named_path
     from ..images.files import save_png
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     for row in rows_of("generate"):
         if row.name in given and (row.name in ("images", "from_image") or {"images", "mask"} & {*row.needs}):
-            raise RequestError(f"{row.flag} is about one image: it does not go with --prompts-file or --seeds")
+            raise RequestError(f"{row.flag} applies to one image: it cannot be combined with --prompts-file or --seeds")
     if ("prompt" in given) == ("prompts_file" in given):
         raise RequestError("give one source of prompts: PROMPT or --prompts-file")
     read_prompt(given)
@@ -77,7 +77,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         for one in wanted:
             with _at(one.place):
                 requests.append(session.request(one.said, one.size))
-        say_idle("generate", given, requests[0])
+        warn_idle("generate", given, requests[0])
         opened = {row.name for row in options_of(OpenOptions) if row.record == "asked"}
         provenance = {name: value for name, value in given.items() if name in opened}
         asked = asked_images(session.pipeline, requests, folder, provenance)
@@ -97,11 +97,11 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
             logger.info("%s", timings.table())
 
 
-# What is asked for ----------------------------------------------------------------------------------------------------
+# Options of each line -------------------------------------------------------------------------------------------------
 
 
 class _Line(NamedTuple):
-    """What is asked for by the names of flags, where that stands, and the size of the image."""
+    """The options of one line keyed by flag name, the line's place in the file, and the size of the image."""
 
     place: str
     said: dict[str, Any]
@@ -109,7 +109,7 @@ class _Line(NamedTuple):
 
 
 def _wanted(line: _Line, usual: Mapping[str, Any], given: Mapping[str, Any]) -> _Line:
-    """All that a line of the file asks for: its own words, then the flags, then what is usual."""
+    """A line with all its options: its own keys override the flags, which override the defaults."""
     said = line.said
     with _at(line.place):
         for name in ("prompt", "negative_prompt"):
@@ -126,7 +126,7 @@ def _wanted(line: _Line, usual: Mapping[str, Any], given: Mapping[str, Any]) -> 
 
 
 def _draft(one: _Line) -> Request:
-    """The request as far as it can be told without the model."""
+    """The request, as far as it is known without the model."""
     with _at(one.place):
         return build_request(one.said, ASPECT_SIZES[one.size] if isinstance(one.size, str) else one.size)
 
@@ -153,7 +153,7 @@ def _seeds(text: str) -> list[int]:
         first = int(match[1])
         last = check_seed(first if match[2] is None else int(match[2]))
         if last < first:
-            raise RequestError(f"--seeds has {part.strip()}, which runs backwards; say {last}-{first}")
+            raise RequestError(f"--seeds has {part.strip()}, which runs backwards; write {last}-{first}")
         if len(found) + last - first >= MAX_IMAGES:
             raise RequestError(f"--seeds has more than {MAX_IMAGES:,} seeds, which is as many images as work")
         found += range(first, last + 1)
@@ -173,16 +173,16 @@ def _folder(output: str | None) -> Path:
 
 
 def _lines(path: Path) -> Iterator[_Line]:
-    """What a file says of every prompt; raises RequestError."""
+    """Each prompt of a file with its options; raises RequestError."""
     readers = {".txt": _text_line, ".jsonl": _json_line}
     if path.suffix.lower() not in readers:
         raise RequestError(f"--prompts-file is {path}, but its name must end in {' or '.join(readers)}")
     try:
         size = path.stat().st_size
         if not path.is_file():  # a pipe may never end, nor begin
-            raise RequestError(f"--prompts-file is {path}, which cannot be read: it is no regular file")
+            raise ValueError("it is not a regular file")
         if size > _MAX_BYTES:
-            raise RequestError(f"{path} has more than {_MAX_BYTES // 10**6} MB, which is too much for prompts")
+            raise ValueError(f"it has more than {_MAX_BYTES // 10**6} MB, which is too much for prompts")
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not text in UTF-8") from error
@@ -213,12 +213,12 @@ def _json_line(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"this is not JSON: {error}") from error
     if not isinstance(said, dict):
-        raise RequestError('this is no JSON object, as in {"prompt": "a fox"}')
+        raise RequestError('this is not a JSON object, such as {"prompt": "a fox"}')
     for name in said:
         if name not in _KEYS:
             near = difflib.get_close_matches(name, _KEYS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_KEYS)}"
-            raise RequestError(f"{name!r:.80} is no key: {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(_KEYS)}"
+            raise RequestError(f"{name!r:.80} is not a key: {hint}")
     said = {name: value for name, value in said.items() if value is not None}
     if "prompt" not in said:
         raise RequestError("the prompt is missing")
@@ -234,7 +234,7 @@ def _check_text(name: str, value: Any) -> None:
 
 @contextmanager
 def _at(place: str) -> Iterator[None]:
-    """Says where a fault is."""
+    """Adds the place in the file to a RequestError."""
     try:
         yield
     except RequestError as error:

@@ -1,4 +1,4 @@
-"""qwen-image-mlx caption: an image in words."""
+"""qwen-image-mlx caption: write a caption of an image."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "caption",
-        help="describe an image in words",
+        help="write a caption of an image",
         description="Describe an image with the language model of a checkpoint, as decompose does without a prompt; "
-        "stdout gets the caption.",
+        "the caption is printed on stdout.",
     )
     add_options(parser, "caption")
     return parser

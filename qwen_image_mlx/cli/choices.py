@@ -1,5 +1,6 @@
-"""What the options of `generate` and `edit` add up to: flags over the image's record over config.toml, checked without
-the model."""
+"""The options of `generate` and `edit` in force: flags override an image's record, which overrides config.toml.
+
+All of them are checked without the model."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from .words import RANDOM, draw_seed, filled, read_prompt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What only a front end knows of an image, added to its metadata.
+# Metadata of an image that only a front end knows.
 _PROVENANCE = [row.name for row in recorded("asked")]
 
 
@@ -34,11 +35,11 @@ class Choices:
 
     Attributes:
         given: the flags alone.
-        options: all that is set, by the names of the table.
+        options: all options that are set, keyed by their names in the table.
         size: (width, height), "1mp", "source", an aspect, or None for the default.
         sources: the images to work on, or their names.
         draft: the request, as far as it is known without the model.
-        drawn: whether a seed is a random one.
+        drawn: whether a seed was drawn at random.
         layer: the layer's file that takes the result in its place; None is an ordinary output.
     """
 
@@ -62,7 +63,7 @@ class Choices:
         return self._path(self.draft.seeds[0], 1)
 
     def path(self, seed: int, index: int) -> Path:
-        """Where an image goes, none over another of this run.
+        """The path of an image; no two images of a run have the same.
 
         Args:
             seed: the image's.
@@ -88,7 +89,7 @@ class Choices:
 
 
 def choose(arguments: argparse.Namespace, task: str) -> Choices:
-    """The options in force; all that can be wrong without the model is found here.
+    """The options in force. Every fault that can be found without the model is found here.
 
     Args:
         arguments: the flags.
@@ -147,16 +148,16 @@ def _check_sources(given: Mapping[str, Any], sources: list[Any], task: str, repl
     """Raises RequestError for too few or too many images to work on."""
     if task == "edit" and not sources and replays:
         raise RequestError(
-            f"{given['from_image']} was generated from words, not edited: give --image, or `generate --from-image`"
+            f"{given['from_image']} was generated from text, not edited: give --image, or `generate --from-image`"
         )
     if task == "edit" and not sources:
         raise RequestError("an image to edit is missing: give --image")
     if task == "generate" and len(sources) > 1:
-        raise RequestError(f"generate makes over one image, but {len(sources)} are given with --image")
+        raise RequestError(f"generate starts from one image, but {len(sources)} are given with --image")
 
 
 def _check_needs(given: Mapping[str, Any], options: Mapping[str, Any], task: str, has_images: bool) -> None:
-    """Raises RequestError for a flag without which what it is about is missing: an image, a mask."""
+    """Raises RequestError for a flag whose image or mask is missing."""
     missing = {"images"} if not has_images else set()
     missing |= {"mask"} - options.keys()
     for need, why in (("images", ""), ("mask", ": without one an edit begins with noise alone")):
@@ -180,7 +181,7 @@ def _sources(given: Mapping[str, Any], options: dict[str, Any]) -> list[Any]:
     options["keep_alpha"] = True
     with ignore_profiles(bool(options.get("ignore_profile"))):
         image, file = open_layer(options["layer"]).image, layer_file(options["layer"])
-    if file is not None:  # said as itself: the layer of that number may be another one tomorrow
+    if file is not None:  # recorded as a file: the layer of that number may be a different one tomorrow
         del options["layer"]
         options["images"] = [str(file)]
     return [image]
@@ -189,7 +190,7 @@ def _sources(given: Mapping[str, Any], options: dict[str, Any]) -> list[Any]:
 def _size(
     given: Mapping[str, Any], record: Mapping[str, Any], from_image_input: bool, aspect: str | None
 ) -> tuple[int, int] | str | None:
-    """(width, height), "1mp", "source", an aspect, or None for what is usual: of flags, image or config."""
+    """(width, height), "1mp", "source", an aspect, or None for the default; from flags, record or config."""
     if ("width" in given) != ("height" in given):
         raise RequestError("give both --width and --height, or --aspect")
     explicit = []

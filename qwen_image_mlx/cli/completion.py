@@ -63,17 +63,17 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, t
 
 
 def _words(parser: argparse.ArgumentParser) -> list[str]:
-    """What may stand after a command: the actions it has, and its flags."""
+    """The words that may follow a command: its actions and its flags."""
     return [*_inner(parser), *chain(*(names for _, names in _flags(parser)))]
 
 
 def _inner(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """The actions of a command that has some: `show`, `init` and `path` of `config`."""
+    """The actions of a command, such as `show`, `init` and `path` of `config`."""
     return chain(*(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)))
 
 
 def _case(indent: int, patterns: Iterable[str], words: Iterable[Any]) -> str:
-    """One case of bash: what is offered after any of some words."""
+    """One case of bash: the words offered after any of some patterns."""
     quoted = "|".join('"' + pattern + '"' for pattern in patterns)
     return " " * indent + quoted + ') words="' + " ".join(map(str, words)) + '";;'
 

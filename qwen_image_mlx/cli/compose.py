@@ -1,4 +1,4 @@
-"""qwen-image-mlx compose: lay layers together into an image again."""
+"""qwen-image-mlx compose: composite layers into an image again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .words import filled
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Options that a composition has without a model.
+# Options that have an effect without a model.
 _BARE = ("output", "ignore_profile", "quiet", "verbose", "json")
 
 
@@ -25,23 +25,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "compose",
-        help="lay layers together into an image again",
-        description="Lay layers together, from back to front, and save the image as PNG; stdout gets its path.",
+        help="composite layers into an image again",
+        description="Composite layers, from back to front, and save the image as PNG; its path is printed on stdout.",
     )
     add = parser.add_argument
     add("layers", metavar="DIR|PSD|ORA", help="a folder that decompose wrote, its zip, a PSD or an ORA")
     add("--hide", type=int, action="append", default=[], metavar="N", help="leave layer N out; repeat for more")
     add("--move", action="append", default=[], metavar="N:X,Y", help="move layer N, right and down by pixels, as in "
         "3:+40,-10; repeat for more")  # fmt: skip
-    add("--scale", action="append", default=[], metavar="N:F", help="scale what layer N shows about its middle; repeat "
-        "for more")  # fmt: skip
+    add("--scale", action="append", default=[], metavar="N:F", help="scale the content of layer N about its centre; "
+        "repeat for more")  # fmt: skip
     add("--harmonize", metavar="PROMPT", help='let an editing model blend the result, as in "match light and shadows"')
-    add_options(parser, "compose", heading="with --harmonize", beside=_BARE)
+    add_options(parser, "compose", heading="with --harmonize", bare=_BARE)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Lays the layers together, and has the result edited if that is asked for."""
+    """Composites the layers; with --harmonize, an editing model then edits the result."""
     from ..images.files import OPAQUE, save_image
     from ..layers.recompose import compose
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _composed(image: Image, path: Path, made_from: dict[str, Any]) -> tuple[Path, bool]:
-    """The file of what is harmonized, and whether an earlier run left the very same."""
+    """The composite's file, and whether an earlier run already wrote the same one."""
     from ..images.files import encode_png, save_png
 
     if path.is_file() and path.read_bytes() == encode_png(image, made_from):
@@ -93,7 +93,7 @@ def _composed(image: Image, path: Path, made_from: dict[str, Any]) -> tuple[Path
 def _by_layer(flag: str, texts: list[str], kind: type, count: int) -> dict[int, Any]:
     numbered = [_numbered(text, flag, kind, count) for text in texts]
     if len(dict(numbered)) < len(numbered):
-        raise RequestError(f"{flag} is given twice for one layer; add the two up")
+        raise RequestError(f"{flag} is given twice for one layer; give their sum once")
     return dict(numbered)
 
 

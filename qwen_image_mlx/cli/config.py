@@ -1,4 +1,4 @@
-"""qwen-image-mlx config: what config.toml says, and where it is; and the way of its settings into other commands."""
+"""qwen-image-mlx config: shows, writes and finds config.toml; gives its settings to the other commands."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from .flags import add_option, rows
 from .results import json_text, print_table
 
 DESCRIPTION = """\
-Say what config.toml sets, write one, or say which is in force: the one named by --config or by QWEN_IMAGE_CONFIG; or
-config.toml in the working directory, if it has a table like [default.qwen_image]; or that of the platform's config
-folder. Flags win over an image's own metadata (--from-image), that over the profile, and that over "default"."""
+Show the settings of config.toml, write one, or print the path of the one in force: the file named by --config or by
+QWEN_IMAGE_CONFIG; or config.toml in the working directory, if it has a table like [default.qwen_image]; or the one in
+the platform's config folder. Flags override an image's own metadata (--from-image), which overrides the profile, which
+overrides "default"."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds `config show`, `config init` and `config path` with their flags."""
-    parser = commands.add_parser("config", help="show, begin or find config.toml", description=DESCRIPTION,
+    parser = commands.add_parser("config", help="show, write or find config.toml", description=DESCRIPTION,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     show = actions.add_parser("show", help="print every setting, its value and where it came from")
-    show.add_argument("--json", action="store_true", help="print JSON; what is not set is null")
+    show.add_argument("--json", action="store_true", help="print JSON; unset settings are null")
     _add(show, "config", "profile")
     show.set_defaults(act=_show)
     init = actions.add_parser("init", help="write a config.toml in which every setting is explained and none is set")
-    init.add_argument("path", nargs="?", metavar="PATH", help="a file that is not there yet (default: config.toml in "
+    init.add_argument("path", nargs="?", metavar="PATH", help="a new file (default: config.toml in "
                       "the platform's config folder)")  # fmt: skip
     init.set_defaults(act=_init)
     path = actions.add_parser("path", help="print the path of the file in force")
@@ -44,7 +45,7 @@ def _add(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints or writes what is asked for."""
+    """Runs `show`, `init` or `path`."""
     arguments.act(arguments)
 
 
@@ -72,26 +73,26 @@ def _init(arguments: argparse.Namespace) -> None:
 
     path = default_place() if arguments.path is None else named_path(arguments.path, "PATH")
     if os.path.lexists(path):
-        raise OutputError(f"{path} is there already, and is kept")
+        raise OutputError(f"{path} already exists and was not overwritten")
     print(new_file(path, example_config().encode()))
 
 
 def _path(arguments: argparse.Namespace) -> None:
     path = find_config(arguments.config)
     if path is None:
-        raise RequestError("there is no config.toml in force; qwen-image-mlx config init writes one")
+        raise RequestError("no config.toml is in force; qwen-image-mlx config init writes one")
     print(path)
 
 
 def configured(arguments: argparse.Namespace, command: str, recorded: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """What the config says for a command, by the names of flags; flags go over it.
+    """The settings of the config for a command, keyed by flag name; flags override them.
 
-    What belongs together is taken or left together: --lightning says how its LoRA is sampled.
+    Settings that belong together are used or ignored together: --lightning decides how its LoRA is sampled.
 
     Args:
         arguments: the flags.
         command: a key of `Setting.feeds`.
-        recorded: the metadata of an image that is generated again; of what stands in it the config says nothing.
+        recorded: the metadata of an image that is generated again; it overrides the config.
 
     Raises:
         RequestError: the config is wrong, or has no such profile.

@@ -1,5 +1,4 @@
-"""What is shown while a command runs: progress bars and messages on stderr, without tearing each other; or, for an app
-that runs it with --json, events on stdout, one a line."""
+"""The output of a running command: progress bars and messages on stderr; with --json, events on stdout, one a line."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from ..pipeline.progress import Progress
     from ..runtime.profile import Profile
 
-_MOST = 20_000  # characters of a message; tables are long
+_MAX_CHARACTERS = 20_000  # of a message; tables are long
 
 
 class Console:
@@ -49,16 +48,16 @@ class Console:
         elif not self._quiet:
             self._bars(progress)
 
-    def timings(self, asked: bool) -> Profile | None:
-        """What measures every stage, between a call and this; None unless it is asked for, or with verbose."""
-        if not asked and not self.verbose:
+    def timings(self, requested: bool) -> Profile | None:
+        """A callback that measures every stage and then calls this one; None without --timings and --verbose."""
+        if not requested and not self.verbose:
             return None
         from ..runtime.profile import Profile
 
         return Profile(self)
 
     def result(self, path: Path | str, *lines: str, **facts: Any) -> None:
-        """Says what was made: its path and further lines, or an event with the facts."""
+        """Prints a result: its path and further lines, or an event with the facts."""
         self.close()
         if self._json:
             event("result", path=str(path), **facts)
@@ -88,7 +87,7 @@ class _EventHandler(logging.Handler):
     """Prints the package's messages as events."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        event("message", level=record.levelname.lower(), text=record.getMessage()[:_MOST])
+        event("message", level=record.levelname.lower(), text=record.getMessage()[:_MAX_CHARACTERS])
 
 
 class _ConsoleHandler(logging.Handler):
@@ -96,7 +95,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(prefix + printable(record.getMessage(), _MOST), file=sys.stderr)
+        tqdm.write(prefix + printable(record.getMessage(), _MAX_CHARACTERS), file=sys.stderr)
 
 
 @contextmanager

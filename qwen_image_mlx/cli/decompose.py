@@ -14,7 +14,7 @@ from ..errors import OutputError, RequestError
 from ..variants import DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .config import configured
 from .flags import add_options
-from .idle import say_idle
+from .idle import warn_idle
 from .words import RANDOM, draw_seed, filled, read_prompt
 
 if TYPE_CHECKING:
@@ -29,15 +29,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "decompose",
         help="decompose an image into layers",
-        description="Decompose an image into RGBA layers, from back to front, in a folder of their own; stdout gets "
-        "the folder, and how near the layers laid together come to the image.",
+        description="Decompose an image into RGBA layers, from back to front, in a new folder; stdout gets the folder "
+        "and how close the composite of the layers is to the image.",
     )
     add_options(parser, "decompose")
     return parser
 
 
 def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
-    """Saves into the first free folder, which another run may have taken meanwhile."""
+    """Saves into the first free folder; tries the next one if another run has taken it meanwhile."""
     from ..layers.formats import free_folder, is_free
 
     while True:
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         timings = console.timings(bool(arguments.timings))
         session = Session.open(wanted, DEFAULT_LAYERED_MODEL, timings or console, task="decompose")
         request = session.request(wanted, images=[image])
-        say_idle("decompose", given, request)
+        warn_idle("decompose", given, request)
         if drawn:
             logger.info("seed %d", wanted["seed"])
         show = stack.enter_context(preview_file(folder)) if arguments.preview else None

@@ -1,4 +1,4 @@
-"""qwen-image-mlx doctor: whether this machine computes what it should, how fast, and in how much memory."""
+"""qwen-image-mlx doctor: checks whether this machine computes correctly, how fast, and in how much memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..errors import OutputError, RequestError
 
 _WIDTH = max(len(name) for name in NAMES)
 DESCRIPTION = """\
-Say whether this machine computes what it should, how fast, and in how much memory. Nothing is downloaded, no model is
-needed. On a Mac it is made to stay below three minutes and 2.5 GB of memory (modelled for an M1 with 8 GPU cores). Each
-group of checks runs in a process of its own.
+Check whether this machine computes correctly, how fast, and in how much memory. Nothing is downloaded, no model is
+needed. On a Mac it should take less than three minutes and 2.5 GB of memory (modelled for an M1 with 8 GPU cores). Each
+group of checks runs in its own process.
 
 """ + "\n".join(f"  {group.name:{_WIDTH}}  {group.what}" for group in GROUPS)
 EPILOG = """\
-Ends with a body for a GitHub issue that holds every figure and names no user, host or path. Speed and memory are judged
-on Apple's GPU only. Exit codes: 0 sound, 1 slow or odd or a group lost, 2 wrong numbers or a bad argument.
+The output ends with text for a GitHub issue: it has every figure and names no user, host or path. Speed and memory are
+judged on Apple's GPU only. Exit codes: 0 sound; 1 slow, odd, or a group was lost; 2 wrong numbers or a bad argument.
 
 Self-tests: --env QWEN_IMAGE_DOCTOR_FALSIFY=CHECK puts one check's results 1 % off, QWEN_IMAGE_DOCTOR_CRASH=GROUP and
 QWEN_IMAGE_DOCTOR_HANG=GROUP end or hold up a group's process."""
@@ -32,15 +32,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "doctor",
-        help="say whether this machine computes what it should, and how fast",
+        help="check whether this machine computes correctly, and how fast",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--only", metavar="GROUPS", help="some groups, separated by commas")
-    add("--json", metavar="FILE", help="write the report as JSON; another name if the file is there")
-    add("--compare", metavar="FILE", help="say what changed since an earlier report")
+    add("--json", metavar="FILE", help="write the report as JSON; under a new name if the file exists")
+    add("--compare", metavar="FILE", help="print what changed since an earlier report")
     add("--golden", metavar="FILE", help="compare a model with what diffusers computed, a file of "
         "scripts/make_golden.py; other groups run only with --only")  # fmt: skip
     add("--model", "-m", help="for --golden: a directory or a Hugging Face id")
@@ -116,7 +116,7 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise RequestError(f"--env is {text!r}, but must be NAME=VALUE, as MLX_ENABLE_TF32=0")
+            raise RequestError(f"--env is {text!r}, but must be NAME=VALUE, such as MLX_ENABLE_TF32=0")
         if name.startswith(SELF_TESTS) and name not in (FALSIFY, CRASH, HANG):
             raise RequestError(f"--env has {name}, but the self-tests are {FALSIFY}, {CRASH} and {HANG}")
         if name in (CRASH, HANG) and value not in NAMES:

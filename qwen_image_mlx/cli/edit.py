@@ -15,12 +15,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "edit",
         help="change images by instruction",
-        description="Change one or more images by instruction and save the result as PNG; stdout gets its path.",
+        description="Edit one or more images by instruction and save the result as PNG; its path is printed on stdout.",
     )
     add_options(parser, "edit")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Edits and saves every image asked for."""
+    """Edits and saves every image."""
     run_images(arguments, DEFAULT_EDIT_MODEL, task="edit")

@@ -1,4 +1,4 @@
-"""Flags, made from the table of options and from what only a command line has."""
+"""Flags, made from the table of options and from those that only the command line has."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _HEADINGS = {
     "image": "image",
     "size": "size",
     "sampling": "sampling",
-    "image to image": "image to image",
+    "image to image": "image to image and inpainting",
     "layers": "layers",
     "many": "many images",
     "model": "model",
     "memory": "speed and memory",
     "output": "output",
     "settings": "settings",
-    "shown": "what is shown",
+    "shown": "messages and progress",
 }
 _SHOWS = (*IMAGE_COMMANDS, "caption")
 _SETTLED = (*IMAGE_COMMANDS, "caption", "train", "plan", "serve")
@@ -36,20 +36,20 @@ _OWN = (
         name="prompts_file", kind=Text(), group="many", commands=("generate",), flags=("--prompts-file",),
         metavar="FILE",
         help="generate every prompt of a .txt file (one a line; empty lines and those with # are skipped) or a .jsonl "
-        f"file (objects with prompt and any of {_LINES}, which win over the flags; seed 0 unless told otherwise) into "
-        f"the folder --output (default: ./{FOLDER}); a second run generates what is missing",
+        f"file (objects with prompt and any of {_LINES}, which override the flags; the default seed is 0) into "
+        f"the folder --output (default: ./{FOLDER}); a second run generates the missing images",
     ),
     Option(
         name="seeds", kind=Text(), group="many", commands=("generate",), flags=("--seeds",), metavar="A-B,C",
-        help="generate a prompt, or all of them, with each of these seeds, as in 1-20 or 1,5,9-12, into such a folder",
+        help="generate one prompt or all prompts with each of these seeds, such as 1-20 or 1,5,9-12, into a folder",
     ),
     Option(
         name="force", kind=Switch(), group="memory", commands=IMAGE_COMMANDS, flags=("--force",),
-        help="generate although the plan does not fit the memory",
+        help="generate even if the plan does not fit in memory",
     ),
     Option(
         name="wire", kind=Switch(), group="memory", commands=IMAGE_COMMANDS, flags=("--wire",),
-        help="keep macOS from paging out what is in use; may help with 64 GB and more, and makes macOS panic on some "
+        help="keep macOS from paging out memory in use; may help with 64 GB and more, and makes macOS panic on some "
         "machines",
     ),
     Option(
@@ -69,11 +69,11 @@ _OWN = (
     ),
     Option(
         name="preview", kind=Switch(), group="output", commands=IMAGE_COMMANDS, flags=("--preview",),
-        help="while it generates, keep a small image of what it is heading for beside the output",
+        help="during generation, keep a small preview image next to the output",
     ),
     Option(
         name="from_image", kind=Text(), group="settings", commands=CANVAS, flags=("--from-image",), metavar="IMAGE",
-        help="generate an image again from its own metadata; flags win",
+        help="generate an image again from its own metadata; flags override it",
     ),
     Option(
         name="config", kind=Text(), group="settings", commands=_SETTLED, flags=("--config",), metavar="PATH",
@@ -81,23 +81,23 @@ _OWN = (
     ),
     Option(
         name="profile", kind=Text(), group="settings", commands=_SETTLED, flags=("--profile",), metavar="NAME",
-        help="take the config's profile NAME", usual="default",
+        help="use the config's profile NAME", usual="default",
     ),
     Option(
         name="quiet", kind=Switch(), group="shown", commands=_SHOWS, flags=("--quiet",),
-        help="show no progress and no messages but warnings; results go to stdout as ever",
+        help="show warnings only, no progress and no other messages; results still go to stdout",
     ),
     Option(
         name="verbose", kind=Switch(), group="shown", commands=_SHOWS, flags=("--verbose",),
-        help="show also what was asked for, all told, and what each stage takes",
+        help="also show all options in force, and the time and memory of each stage",
     ),
     Option(
         name="json", kind=Switch(), group="shown", commands=_SHOWS, flags=("--json",),
-        help="for an app that runs this: progress, messages and results on stdout, as JSON, one event a line",
+        help="for apps: print progress, messages and results on stdout as JSON, one event a line",
     ),
     Option(
         name="timings", kind=Switch(), group="shown", commands=IMAGE_COMMANDS, flags=("--timings",),
-        help="print what each stage takes, and record it",
+        help="print the time and memory of each stage, and record them",
     ),
 )  # fmt: skip
 
@@ -129,28 +129,28 @@ _EXAMPLES = {
 
 @cache
 def rows() -> dict[str, Option]:
-    """All options that any command has, by their names."""
+    """The options of all commands, keyed by name."""
     return by_name([*OPTIONS.values(), *_OWN])
 
 
 def rows_of(command: str) -> list[Option]:
-    """The options of a command, as it has them."""
+    """The options of a command, with what differs for it."""
     return [row.of(command) for row in rows().values() if command in row.commands]
 
 
 def flag_of(name: str) -> str:
-    """How an option is called on the command line: --mask-padding."""
+    """The long flag of an option, such as --mask-padding."""
     return rows()[name].flag
 
 
-def add_options(parser: argparse.ArgumentParser, command: str, heading: str = "", beside: Iterable[str] = ()) -> None:
-    """Adds the flags of a command, under headings; every default is None, so that a flag given is a flag meant.
+def add_options(parser: argparse.ArgumentParser, command: str, heading: str = "", bare: Iterable[str] = ()) -> None:
+    """Adds the flags of a command, under headings. Every default is None, so a value always comes from the user.
 
     Args:
         parser: the command's.
         command: its name.
-        heading: one for all of them.
-        beside: names of options that stand under no heading.
+        heading: a single heading for all of them; "" gives each group its own.
+        bare: names of options without a heading.
     """
     found = rows_of(command)
     if command in _EXAMPLES:
@@ -158,12 +158,12 @@ def add_options(parser: argparse.ArgumentParser, command: str, heading: str = ""
     titles = dict.fromkeys(_HEADINGS[row.group] for row in sorted(found, key=lambda row: [*_HEADINGS].index(row.group)))
     groups = {title: parser.add_argument_group(title) for title in ([heading] if heading else titles)}
     for row in found:
-        bare = not row.flags or row.name in beside
-        add_option(parser if bare else groups[heading or _HEADINGS[row.group]], row)
+        loose = not row.flags or row.name in bare
+        add_option(parser if loose else groups[heading or _HEADINGS[row.group]], row)
 
 
 def add_option(place: argparse._ActionsContainer, row: Option) -> None:
-    """Adds one flag, or place on the line."""
+    """Adds one flag or one positional argument."""
     said: dict[str, Any] = {"help": _help(row), "default": None}
     kind = row.kind.kind if isinstance(row.kind, Several) else row.kind
     if isinstance(kind, Switch):
@@ -184,7 +184,7 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
         del said["type"]
     if row.flags:
         place.add_argument(*row.flags, dest=row.name, **said)
-    elif row.instead:  # a place on the line, or a flag
+    elif row.instead:  # a positional argument, or a flag
         place.add_argument(row.name, **said | {"action": _Once, "default": argparse.SUPPRESS})
         place.add_argument(*row.instead, dest=row.name, action=_Once, metavar=row.metavar, help="the same as a flag")
     else:
@@ -192,7 +192,7 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
 
 
 class _Once(argparse._StoreAction):
-    """Stores what is said once, at its place or by its flag."""
+    """Stores a value that may be given once, as an argument or by its flag."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if getattr(namespace, self.dest, None) is not None:

@@ -1,4 +1,4 @@
-"""Flags and commands of other programs, and what is given here instead. Pure data, used only to answer."""
+"""Flags and commands of other programs, and their equivalents here. Pure data, used only in error messages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _NO_CACHE = "nothing: every step is computed; --lightning 8 or fewer --steps are
 _NO_SAMPLER = "nothing: the schedule is the model's own flow-matching Euler"
 _RECORDED = "nothing: every image carries its parameters; `info` prints them and --from-image repeats them"
 _MEMORY = "--memory auto"
-_UNATTENDED = "nothing: nothing is ever asked"
+_UNATTENDED = "nothing: this program never asks a question"
 
 # mflux, diffusers and its scripts, mlx-lm, A1111 and its relatives, ComfyUI's command line, Draw Things.
 FOREIGN = {
-    # the words
+    # prompts
     "--text": "--prompt",
     "--neg": "--negative-prompt",
     "--negative": "--negative-prompt",
@@ -104,8 +104,8 @@ FOREIGN = {
     "--offload": _MEMORY,
     "--mlx-cache-limit-gb": "--memory 16GB",
     "--max-memory": "--memory 16GB",
-    "--vae-tiling": "nothing: images are decoded in strips, as the memory wants it",
-    "--battery-percentage-stop-limit": "nothing: Ctrl-C stops, and the same command goes on with what is missing",
+    "--vae-tiling": "nothing: images are decoded in strips, sized for the memory",
+    "--battery-percentage-stop-limit": "nothing: Ctrl-C stops, and the same command continues with the missing images",
     # results
     "--out": "--output",
     "--outdir": "--output DIR/",
@@ -121,7 +121,7 @@ FOREIGN = {
     "--silent": "--quiet",
     "--debug": "--verbose",
     "-v": "--verbose",
-    "--dry-run": "the command `plan`, which says what generation takes",
+    "--dry-run": "the command `plan`, which estimates memory use",
     "--yes": _UNATTENDED,
     "-y": _UNATTENDED,
 }
@@ -157,7 +157,7 @@ COMMANDS = {
 
 
 def answer(name: str) -> str:
-    """What to do instead of a flag or command of another program; "" for what is not known."""
+    """What to use instead of a flag or command of another program; "" if it is not known."""
     ours = FOREIGN.get(name) or COMMANDS.get(name, "")
     head, _, why = ours.partition("nothing: ")
     return f"leave it out: {why}" if why and not head else f"give {ours}" if ours else ""

@@ -16,14 +16,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "generate",
         help="generate an image from a prompt",
-        description="Generate an image from a prompt, or change one, and save it as PNG; stdout gets its path.",
+        description="Generate an image from a prompt, or from an image and a prompt, and save it as PNG; its path is "
+        "printed on stdout.",
     )
     add_options(parser, "generate")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generates and saves every image asked for."""
+    """Generates and saves every image."""
     if is_batch(arguments):
         run_batch(arguments, DEFAULT_MODEL)
     else:

@@ -1,4 +1,4 @@
-"""What helps against a fault, in flags, where the rooms below know only what is wrong."""
+"""The cure of an error in terms of flags, which the lower rooms do not know."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from ..outside import one_line
 
 # By `QwenImageError.cause`.
 HINTS = {
-    "budget": "try a smaller image or --quantize 4, or generate all the same with --force",
-    "residency": "try --memory auto or --quantize 4, or generate all the same with --force",
+    "budget": "try a smaller image or --quantize 4, or generate anyway with --force",
+    "residency": "try --memory auto or --quantize 4, or generate anyway with --force",
     "streamed quantization": "save the model quantized once (qwen-image-mlx quantize MODEL FOLDER --bits 4) and give "
     "--model FOLDER without --quantize, allow more memory, or leave --quantize out",
-    "caption": "say with --prompt what the image shows, allow more memory, or go on with --force",
-    "prompt": "give one in quotes, or --from-image; one that begins with a dash comes last, as in -- -portrait",
+    "caption": "describe the image with --prompt, allow more memory, or continue with --force",
+    "prompt": "give one in quotes, or --from-image; a prompt that begins with a dash comes last, as in -- -portrait",
     "group size": "--group-size needs --quantize",
     "lightning": "give one with --lora",
     "fault: memory": "--memory auto and --quantize 4 take less",
     "ema": "give --full with it",
-    "cut run": "--resume goes on",
-    "no run": "leave --resume away",
-    "earlier run": "--resume goes on with it",
+    "cut run": "--resume continues it",
+    "no run": "leave --resume out",
+    "earlier run": "--resume continues it",
 }
 
 
 def sentence(error: QwenImageError) -> str:
-    """What an error says, on one line, with its cure where there is one."""
+    """An error's message on one line, with its cure where there is one."""
     cure = HINTS.get(error.cause)
     return one_line(error) + (f"; {cure}" if cure else "")

@@ -1,4 +1,4 @@
-"""Flags that do nothing: what was asked for, and why it has no effect here."""
+"""Flags without effect: warns of each, with the reason."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ def _without_metal(given: Mapping[str, Any], request: Request) -> bool:
     return not mx.metal.is_available()
 
 
-# By the names of options: when they have no effect, and why.
+# Keyed by option: when it has no effect, and why.
 _IDLE: dict[str, tuple[Callable[[Mapping[str, Any], Request], bool], str]] = {
     "lora_mode": (lambda given, request: not {"loras", "lightning"} & given.keys(), "no LoRA is given"),
-    "caption_language": (lambda given, request: bool(request.prompt.strip()), "a prompt is given, so none is written"),
+    "caption_language": (
+        lambda given, request: bool(request.prompt.strip()),
+        "a prompt is given, so no caption is written",
+    ),
     "cfg_normalize": (lambda given, request: request.guiding_prompt is None, "guidance is off"),
     "ignore_profile": (lambda given, request: request.canvas is None, "no image is read"),
     "keep_alpha": (
         lambda given, request: request.canvas is not None and request.canvas.straight is None,
         "the image has no transparency",
     ),
-    "wire": (_without_metal, "there is no Metal on this machine"),
+    "wire": (_without_metal, "this machine has no Metal"),
 }
 
 
-def say_idle(command: str, given: Mapping[str, Any], request: Request) -> None:
+def warn_idle(command: str, given: Mapping[str, Any], request: Request) -> None:
     """Warns of flags that have no effect on a request.
 
     Args:
-        command: which was typed; what it has no flag for was not asked for by anybody.
-        given: options that the command line gives, by their names.
+        command: the command that was typed; only its own flags are judged.
+        given: the options on the command line, keyed by name.
         request: what is generated.
     """
     for row in rows_of(command):

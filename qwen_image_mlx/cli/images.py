@@ -1,4 +1,4 @@
-"""What `generate` and `edit` share: the way from flags to saved images."""
+"""The part that `generate` and `edit` share: from flags to saved images."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import logging
 from contextlib import ExitStack
 
 from .choices import choose
-from .idle import say_idle
+from .idle import warn_idle
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
 def run_images(arguments: argparse.Namespace, default_model: str, task: str, command: str | None = None) -> None:
-    """Generates and saves the images; what can be wrong without the model is found before it is touched.
+    """Generates and saves the images. Every fault that can be found without the model is found before it is opened.
 
     Args:
         arguments: the flags.
-        default_model: where neither they nor the config name one.
-        task: what the model must be made for.
-        command: whose flags these are; None is that of the task's name.
+        default_model: the model, if neither the flags nor the config name one.
+        task: the task that the model must be made for: "generate" or "edit".
+        command: the command whose flags these are; None is the one with the task's name.
     """
     chosen = choose(arguments, task)
 
@@ -30,11 +30,11 @@ def run_images(arguments: argparse.Namespace, default_model: str, task: str, com
 
     with Console(arguments) as console, ExitStack() as stack:
         timings = console.timings("timings" in chosen.given)
-        stack.enter_context(ignore_profiles(bool(chosen.options.get("ignore_profile"))))  # a flag's, or recorded
+        stack.enter_context(ignore_profiles(bool(chosen.options.get("ignore_profile"))))  # from a flag or the record
         images, mask, straight = chosen.open_images()
         session = Session.open(chosen.options, default_model, timings or console, task=task)
         request = session.request(chosen.options, chosen.size, images, mask, straight)
-        say_idle(command or task, chosen.given, request)
+        warn_idle(command or task, chosen.given, request)
         if chosen.drawn:
             logger.info("seed %s", ", ".join(map(str, request.seeds)))
         show = None

@@ -1,4 +1,4 @@
-"""qwen-image-mlx lora: what a LoRA file is."""
+"""qwen-image-mlx lora: describes LoRA files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
-    parser = commands.add_parser("lora", help="look into LoRA files", description="Look into LoRA files.")
+    parser = commands.add_parser("lora", help="describe LoRA files", description="Describe LoRA files.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     inspect = actions.add_parser(
         "inspect",

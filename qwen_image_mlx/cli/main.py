@@ -1,4 +1,4 @@
-"""Entry point: finds the command, and turns what goes wrong into one line and an exit code.
+"""Entry point: finds the command, and turns an error into one line and an exit code.
 
 0 done; 1 a fault of this program, with its traceback, or `serve` gave up, in one line; 2 the user's input, or a
 fault of the GPU; 129 SIGHUP; 130 Ctrl-C; 141 nobody reads stdout any more; 143 SIGTERM. stdout is for results, stderr
@@ -21,7 +21,7 @@ from .parser import Parser
 from .results import Unread, messages_kept, results
 from .signals import GaveUp, HungUp, Terminated, terminable
 
-# Modules beside this one; they are imported where Ctrl-C is understood.
+# Modules next to this one, each imported after the handlers for Ctrl-C are in place.
 COMMANDS = (
     "generate", "edit", "decompose", "compose", "caption", "train", "quantize", "lora", "plan", "info", "config",
     "serve", "doctor", "completion",
@@ -29,7 +29,7 @@ COMMANDS = (
 
 
 def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
-    """The command line with some of its commands; what none of them needs is not imported."""
+    """The parser with some of its commands; only what these need is imported."""
     parser = Parser(
         prog="qwen-image-mlx",
         description="Run the Qwen-Image family on a Mac.",
@@ -67,7 +67,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return 1
     except Unread:
         return 141
-    except HungUp:  # nobody is left to read a word
+    except HungUp:  # nobody is left to read a message
         return 129
     except Terminated:
         print("terminated", file=sys.stderr)
@@ -79,7 +79,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _say_error(message: str) -> None:
-    """The same for an app that reads events on stdout, if it still does."""
+    """Prints an error event for an app that reads stdout, if it still does."""
     from .console import event
 
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Where --output leads."""
+"""The path that --output means."""
 
 from __future__ import annotations
 

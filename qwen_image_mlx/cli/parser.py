@@ -1,4 +1,4 @@
-"""The parser of the command line: what it does not know it answers with what is meant, in one sentence."""
+"""The parser of the command line; it answers an unknown flag with the probable one, in one sentence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from ..errors import RequestError
 from .foreign import answer
 
-_FEW_FLAGS = 12  # that a usage can list
+_FEW_FLAGS = 12  # that fit in a usage line
 _INTEGERS = r"-?\d+(,-?\d+)*"
 _NUMBER = r"-?(\d+\.?\d*|\.\d+)"
 _DASHED = "a prompt that begins with a dash comes last, after two dashes, as in -- -portrait"
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         raise RequestError(f"{message}{self._cure(message)} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Reads a text that begins with a dash where a flag wants one; what is unknown is this command's own fault."""
+        """Parses flags whose text begins with a dash; an unknown flag is reported by the command itself."""
         args = None if args is None else list(self._joined(args))
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def _joined(self, words: Sequence[str]) -> Iterator[str]:
-        """The words as argparse reads them, which takes no word with a dash for a value and knows no pairs.
+        """The words in a form that argparse reads: it takes no value that begins with a dash, and no pairs.
 
         `-n -blurry` is `-n=-blurry`; `--lora FILE 0.7` is `--lora FILE@0.7`; `--seed 1,2` is `--seed 1 2`.
         """
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
                 yield from (word, *rest)
                 return
             glued = self._option_string_actions.get(word[:2]) if action is None and word[1:2] != "-" else None
-            if glued is not None and glued.dest == "prompt":  # -portrait is no prompt "ortrait"
+            if glued is not None and glued.dest == "prompt":  # -portrait is not the prompt "ortrait"
                 self.error(f"unrecognized arguments: {word}; {_DASHED}")
             if action is not None and action.nargs == "+" and action.type is int:
                 yield flag
@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
         return word[:2] in self._option_string_actions and word[2:].isdecimal()
 
     def _answer(self, unknown: Sequence[str]) -> str:
-        """What is meant by words that no flag or place takes."""
+        """A hint for words that no flag or argument takes."""
         known = [name for name in self._option_string_actions if name.startswith("--")]
         asks = any(action.dest == "prompt" and not action.option_strings for action in self._actions)
         for word in unknown:
@@ -107,10 +107,10 @@ class Parser(argparse.ArgumentParser):
             ours = answer(name)
             if ours and (
                 {*re.findall(r"^give (--[\w-]+)", ours)} <= {*known}
-            ):  # what this command does not have is no help
+            ):  # a flag of other commands only does not help
                 return f"; {ours}"
             if owners := _owners(name):
-                return f"; it means nothing here: {name} is a flag of {', '.join(owners)}"
+                return f"; it has no meaning here: {name} is a flag of {', '.join(owners)}"
             if name.startswith("--") and (near := get_close_matches(name, known, 1)):
                 return f"; did you mean {near[0]}?"
             if asks and re.match("-[^-]", word):
@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
 
 def _owners(flag: str) -> list[str]:
     """The commands that have a flag."""
-    from .flags import rows  # here, because it is much, and a slip of the pen is rare
+    from .flags import rows  # here, because it is slow to import and typing errors are rare
 
     found = [command for row in rows().values() for command in row.commands if flag in row.of(command).flags]
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""qwen-image-mlx plan: what generation will take in memory, before anything is downloaded or loaded."""
+"""qwen-image-mlx plan: estimates memory use before anything is downloaded or loaded."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Say what each stage of generating will take in memory, in GB, for every way to keep weights there, and which fits.
+Estimate the memory that each stage of generation takes, in GB, for every residency of the weights, and show which fits.
 
   resident   everything stays loaded, for the next image
   staged     encoders, transformer and autoencoder one after another (what generate does)
   streamed   layers are read from the files again at each pass
 
-Reads configs, and of a model on disk the headers of its files; no weights are downloaded."""
+Reads configs and, for a model on disk, the headers of its files; no weights are downloaded."""
 
-_OTHERS = ("8", "6", "4")  # quantizations worth a look where nothing is said
+_OTHERS = ("8", "6", "4")  # quantizations that are shown too if none is given
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "plan",
-        help="say what a model will take in memory",
+        help="estimate the memory that a model takes",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add_options(parser, "plan")
-    add("--references", type=int, metavar="N", help="images an editing model is shown (default: 1)")
+    add("--references", type=int, metavar="N", help="reference images of an editing model (default: 1)")
     add("--json", action="store_true", help="print JSON, in bytes")
     return parser
 

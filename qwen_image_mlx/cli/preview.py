@@ -1,4 +1,4 @@
-"""What --preview shows: a small image beside the output, replaced at each step and removed in the end."""
+"""The file of --preview: a small image next to the output, replaced at each step and removed at the end."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 @contextmanager
 def preview_file(output: Path) -> Iterator[Show]:
-    """Writes what it is shown to `<stem>-preview.png` beside `output`, or the first free name after it.
+    """Writes previews to `<stem>-preview.png` next to `output`, or to the first free name after it.
 
-    The file is there from the first step until the `with` ends, however it ends. Where it cannot be written that is
-    said once, and generation goes on without.
+    The file exists from the first step until the `with` block ends, for whatever reason. If it cannot be written, one
+    warning is logged, and generation continues without previews.
     """
     from PIL import PngImagePlugin
 

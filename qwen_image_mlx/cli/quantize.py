@@ -1,4 +1,4 @@
-"""qwen-image-mlx quantize: write a model anew with quantized weights."""
+"""qwen-image-mlx quantize: save a copy of a model with quantized weights."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import argparse
 from typing import Any
 
 DESCRIPTION = """\
-Write a model anew with quantized weights, into a folder that loads like any other model and with no flag.
+Save a copy of a model with quantized weights, in a folder that loads like any other model, without a flag.
 
-At 8 bits a transformer takes 14.4 GB of memory instead of 27.0 and is hard to tell from the original, at 4 bits 7.6.
+At 8 bits a transformer takes 14.4 GB of memory instead of 27.0, and its images are hard to tell from the original's;
+at 4 bits it takes 7.6 GB.
 The VAE, norms and the modulation, which is in the file but never stays in memory, are as exact as they were.
-quantization_report.json in the new folder has every matrix's error. A run that was cut goes on when it is started
-again; half a folder never loads."""
+quantization_report.json in the new folder has every matrix's error. An interrupted run continues when it is
+started again; an incomplete folder never loads."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""
     parser = commands.add_parser(
         "quantize",
-        help="write a model anew with quantized weights",
+        help="save a copy of a model with quantized weights",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Writes the pack and prints its path."""
+    """Writes the quantized model and prints its path."""
     from ..pipeline.quantize_checkpoint import quantize_checkpoint
     from ..weights.schemes import Quantization
     from .console import ProgressBars, messages

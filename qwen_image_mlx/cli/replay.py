@@ -1,4 +1,4 @@
-"""An image that is generated again: the options that its PNG recorded, checked, and its files where they are now."""
+"""Generates an image again: the options in its record, checked, with its files at their present places."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from ..errors import RequestError
 from ..options import Choice, Several
 from ..runtime.options import OPTIONS, recorded
 
-# What --from-image reads; other keys are for people.
+# The keys that --from-image reads; the others are for people.
 _RECORDED = recorded("always", "started from", "set", "asked")
 
 
 def replayed(path: str, metadata: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that an image recorded, by their names; the flags that are given decide which of them still hold.
+    """The options in an image's record, keyed by name, except those that a flag makes meaningless.
 
     Args:
-        path: the image, beside which files are looked for that are not at their recorded places.
+        path: the image; files that are not at their recorded places are searched for in its folder.
         metadata: its record.
-        given: options that the command line gives.
+        given: the options on the command line.
 
     Raises:
         RequestError: a value is of the wrong type.
     """
-    found = _beside(Path(path).parent, _checked(metadata))
-    if "model" in given:  # what was recorded for one model means nothing for another
+    found = _found_nearby(Path(path).parent, _checked(metadata))
+    if "model" in given:  # values recorded for one model are wrong for another
         found = {name: value for name, value in found.items() if not OPTIONS[name].of_model}
     return found
 
@@ -41,12 +41,12 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, (_, value) in found.items()}
 
 
-def _beside(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Looks for what an image was made from beside it, where it is not at its recorded place."""
+def _found_nearby(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Searches the image's folder for source files that are not at their recorded places."""
 
     def find(place: str) -> str:
-        beside = folder / place
-        return str(beside) if beside.exists() and not Path(place).exists() else place
+        nearby = folder / place
+        return str(nearby) if nearby.exists() and not Path(place).exists() else place
 
     def moved(name: str, value: str) -> str:
         head, mark, tail = value.rpartition(_SUFFIXES[name]) if name in _SUFFIXES else (value, "", "")
@@ -59,4 +59,4 @@ def _beside(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_SUFFIXES = {"loras": "@", "layer": ":"}  # what stands between a file's name and what else is said of it
+_SUFFIXES = {"loras": "@", "layer": ":"}  # the mark after a file's name: REF@STRENGTH, FILE:LAYER

@@ -1,7 +1,7 @@
 """stdout, where results go, and stderr, where messages go.
 
-What cannot be written to stdout ends a command as what cannot be written anywhere does; a message that cannot be
-written is dropped, because nobody can be told. A character that the encoding of a stream lacks is written as an escape.
+If stdout cannot be written, the command ends with an error, as for any other output. If stderr cannot be written, the
+message is dropped. A character that the encoding of a stream lacks is written as an escape.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..errors import OutputError
 from ..outside import escaped, one_line, printable
 
 _ESCAPED = "qwen_image_mlx.escaped"
-_MOST = 20_000  # characters of a table's cell
+_MAX_CHARACTERS = 20_000  # of a table's cell
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What stands for characters that an encoding does not have: an escape, or the byte of a file's name itself."""
+    """The replacement for characters that an encoding lacks: an escape, or the original byte of a file's name."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     try:
@@ -35,7 +35,7 @@ codecs.register_error(_ESCAPED, _escaped)
 
 
 class Unread(Exception):
-    """Whoever read stdout has gone, as `head` does: nothing is wrong, and nothing more is to be done."""
+    """The reader of stdout has closed it, as `head` does. This is not a fault; the command just ends."""
 
 
 class _Guarded:
@@ -61,14 +61,14 @@ class _Guarded:
         return getattr(self._stream, name)
 
     def _failed(self, error: OSError) -> None:
-        """Nothing is written any more: what still waits is written when Python ends, and would fail again."""
+        """Stops writing, because buffered text would be written when Python ends and fail again."""
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
         os.close(null)
 
 
 class _Results(_Guarded):
-    """A stream whose faults are `Unread` and OutputError."""
+    """A stream whose faults are raised as `Unread` or OutputError."""
 
     def _failed(self, error: OSError) -> NoReturn:
         super()._failed(error)
@@ -78,12 +78,12 @@ class _Results(_Guarded):
 
 
 class _Messages(_Guarded):
-    """A stream that may fail: a full disk or a closed terminal must not undo what is finished."""
+    """A stream whose faults are ignored: a full disk or a closed terminal must not undo finished work."""
 
 
 @contextmanager
 def _escaping(stream: TextIO) -> Iterator[None]:
-    """Escapes for a while what the stream's encoding does not have."""
+    """Inside the block, characters that the stream's encoding lacks are escaped."""
     errors = getattr(stream, "errors", None)
     if not hasattr(stream, "reconfigure") or errors is None:
         yield
@@ -97,7 +97,7 @@ def _escaping(stream: TextIO) -> Iterator[None]:
 
 @contextmanager
 def messages_kept() -> Iterator[None]:
-    """For a while, no message on stderr can end a command."""
+    """Inside the block, a fault of stderr does not end the command."""
     stream = sys.stderr
     closed = open(os.devnull, "w", encoding="utf-8") if stream is None else None  # noqa: SIM115
     sys.stderr = _Messages(closed or stream)  # type: ignore[assignment]  # as much of one as is used
@@ -113,18 +113,20 @@ def messages_kept() -> Iterator[None]:
             closed.close()
 
 
-def print_table(rows: Sequence[Sequence[object]], most: int = _MOST) -> None:
+def print_table(rows: Sequence[Sequence[object]], max_characters: int = _MAX_CHARACTERS) -> None:
     """Prints rows of cells, each column as wide as its widest cell; the last may have several lines."""
     if not rows:
         return
-    lines = [[*(one_line(cell, most) for cell in row[:-1]), printable(row[-1], most)] for row in rows]
+    lines = [
+        [*(one_line(cell, max_characters) for cell in row[:-1]), printable(row[-1], max_characters)] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*(line[:-1] for line in lines), strict=True)]
     for line in lines:
         print(*(f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)), line[-1], sep="  ")
 
 
 def json_text(facts: Any) -> str:
-    """JSON for stdout: as it is where its encoding has all characters, else with JSON's own escapes."""
+    """JSON for stdout, with JSON's own escapes if its encoding lacks a character."""
     text = json.dumps(facts, ensure_ascii=False, indent=2)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -135,14 +137,14 @@ def json_text(facts: Any) -> str:
 
 @contextmanager
 def results() -> Iterator[None]:
-    """For a while, raises where stdout cannot be written, at the latest at the end.
+    """Inside the block, a fault of stdout is raised, at the latest at the end.
 
     Raises:
         Unread: nobody reads it any more.
         OutputError: its disk is full, or it is broken otherwise.
     """
     stream = sys.stdout
-    if stream is None:  # closed before we began; print says nothing then
+    if stream is None:  # closed before the program began; print ignores it then
         yield
         return
     sys.stdout = _Results(stream)  # type: ignore[assignment]  # as much of one as is used

@@ -31,37 +31,39 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "serve",
         help="serve models over HTTP, with a page for the browser",
         description="Keep models warm and serve them over HTTP: a page for the browser at /, an API with jobs, and "
-        "OpenAI's images API. stdout gets the address. Ctrl-C or SIGTERM cancels what is running and ends it. It ends "
-        "by itself, with exit code 1, when the GPU does not work for its process any more.",
+        "OpenAI's images API. The address is printed on stdout. Ctrl-C or SIGTERM cancels the running job and ends "
+        "the server. It ends by itself, with exit code 1, when the GPU no longer works for its process.",
     )
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; another than this machine's own needs a token "
+    add("--host", default="127.0.0.1", help="address to listen on; any non-loopback address needs a token "
         "(default: %(default)s)")  # fmt: skip
-    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
     add_options(parser, "serve")
-    add("--model", "-m", help=f"to generate with: a directory or a Hugging Face id (default: {DEFAULT_MODEL})")
-    add("--edit-model", metavar="MODEL", help=f"to edit with (default: {DEFAULT_EDIT_MODEL})")
-    add("--layered-model", metavar="MODEL", help=f"to decompose with (default: {DEFAULT_LAYERED_MODEL})")
-    add("--token-file", metavar="FILE", help="ask for the token in it: Authorization: Bearer TOKEN")
-    add("--allow-origin", action="append", default=[], metavar="O", help="let pages of another web origin use the "
-        "server, as in https://example.org; repeat for more")  # fmt: skip
-    add("--allow-host", action="append", default=[], metavar="NAME", help="let clients reach the server by another "
-        "name, as in host.docker.internal for those in Docker; repeat for more")  # fmt: skip
+    add("--model", "-m", help=f"model for generating: a directory or a Hugging Face id (default: {DEFAULT_MODEL})")
+    add("--edit-model", metavar="MODEL", help=f"model for editing (default: {DEFAULT_EDIT_MODEL})")
+    add("--layered-model", metavar="MODEL", help=f"model for decomposing (default: {DEFAULT_LAYERED_MODEL})")
+    add("--token-file", metavar="FILE", help="require the token in this file: Authorization: Bearer TOKEN")
+    add("--allow-origin", action="append", default=[], metavar="O", help="let pages of a web origin use the "
+        "server, such as https://example.org; repeat for more")  # fmt: skip
+    add("--allow-host", action="append", default=[], metavar="NAME", help="let clients reach the server by an "
+        "additional name, such as host.docker.internal from Docker; repeat for more")  # fmt: skip
     add("--alias", action="append", default=[], metavar="NAME=TASK", help="give the model of a task (generate or edit) "
-        "another name in OpenAI's API; repeat for more (gpt-image-1, dall-e-3 and the like are known)")  # fmt: skip
-    add("--idle-unload", default="10m", metavar="T", help="release a model that was not used for so long: 90s, 10m, "
+        "an additional name in OpenAI's API; repeat for more (gpt-image-1, dall-e-3 and others are known)")  # fmt: skip
+    add("--idle-unload", default="10m", metavar="T", help="release a model that was not used for this long: 90s, 10m, "
         "1h, or never (default: %(default)s)")  # fmt: skip
     add("--job-limit", default="1h", metavar="T", help="cancel a job that takes longer (default: %(default)s)")
-    add("--grace", default="1m", metavar="T", help="a request whose connection is cut keeps its job for so long: an "
-        "equal request finds it until then, and without one it is cancelled (default: %(default)s)")  # fmt: skip
-    add("--queue", type=int, default=16, metavar="N", help="most jobs that wait (default: %(default)s)")
-    add("--max-pixels", type=int, default=1 << 22, metavar="N", help="of an image (default: %(default)s)")
-    add("--max-steps", type=int, default=100, metavar="N", help="denoising steps (default: %(default)s)")
+    add("--grace", default="1m", metavar="T", help="keep the job of a request whose connection was cut for this "
+        "long; an equal request finds it, else it is cancelled (default: %(default)s)")  # fmt: skip
+    add("--queue", type=int, default=16, metavar="N", help="maximum number of waiting jobs (default: %(default)s)")
+    add(
+        "--max-pixels", type=int, default=1 << 22, metavar="N", help="maximum pixels of an image (default: %(default)s)"
+    )
+    add("--max-steps", type=int, default=100, metavar="N", help="maximum denoising steps (default: %(default)s)")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Serves until it is told to end."""
+    """Serves until a signal ends it."""
     from ..server.listen import allowed_host, is_loopback, listen, own_hosts, read_token
     from ..settings import find_config, load_settings
 
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise RequestError(f"--allow-origin is {origin!r}, but must be like https://example.org, without a path")
     token = None if arguments.token_file is None else read_token(arguments.token_file)
     if token is None and not is_loopback(arguments.host):
-        raise RequestError(f"--host is {arguments.host}, which others can reach: give a --token-file as well")
+        raise RequestError(f"--host is {arguments.host}, which other machines can reach: give a --token-file as well")
     settings = load_settings(find_config(arguments.config), arguments.profile)
     said = {task: settings.of_command(task, getattr(arguments, flag)) for task, (flag, _) in _MODELS.items()}
     setup = {
@@ -111,13 +113,13 @@ def run(arguments: argparse.Namespace) -> None:
             try:
                 ended_by = serve(Setup(**setup, limits=limits), listener, lambda: print(address, flush=True))
             except GPUError as error:
-                raise GaveUp(f"the server ends, to be started again: {error}") from error
+                raise GaveUp(f"the server ends and must be started again: {error}") from error
         if ended_by == signal.SIGINT:
             raise KeyboardInterrupt
 
 
 def _offer(arguments: argparse.Namespace, task: str, said: dict[str, Any]) -> dict[str, Any]:
-    """What is to be opened for a task: flags win."""
+    """The options for opening the model of a task; flags override the config."""
     flag, usual = _MODELS[task]
     return {
         "model": full_name(getattr(arguments, flag) or said.get("model") or usual),
@@ -127,7 +129,7 @@ def _offer(arguments: argparse.Namespace, task: str, said: dict[str, Any]) -> di
 
 
 def _check_local(task: str, model: str) -> None:
-    """Raises QwenImageError for a model on this machine that is none, or not made for the task."""
+    """Raises QwenImageError if a folder on this machine is not a model, or not one for the task."""
     from ..pipeline.pipeline import QwenImagePipeline
     from ..weights.snapshot import HubSnapshot
 
@@ -136,7 +138,7 @@ def _check_local(task: str, model: str) -> None:
 
 
 def _aliases(given: list[str]) -> dict[str, list[str]]:
-    """Tasks by the other names that their models are given."""
+    """The additional names of each task's model."""
     aliases: dict[str, list[str]] = {}
     for text in given:
         name, _, task = text.rpartition("=")
@@ -147,7 +149,7 @@ def _aliases(given: list[str]) -> dict[str, list[str]]:
 
 
 def _seconds(flag: str, text: str) -> float | None:
-    """Seconds of 90s, 10m, 1h; None of "never"."""
+    """Seconds of a duration such as 90s, 10m or 1h; None for "never"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip().lower())
     if text.strip().lower() == "never":
         return None

@@ -1,6 +1,6 @@
-"""How commands are ended from outside: Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGHUP exceptions of its kind.
+"""Signals that end a command: Ctrl-C raises KeyboardInterrupt; SIGTERM and SIGHUP raise subclasses of it.
 
-A server that cannot work any more ends itself: GaveUp.
+A server that can no longer work ends itself with GaveUp.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: the command ends as by Ctrl-C, and nothing half-written stays."""
+    """SIGTERM: the command ends as after Ctrl-C, and leaves no incomplete file."""
 
 
 class HungUp(Terminated):
@@ -33,9 +33,9 @@ ENDS: dict[int, type[BaseException]] = {
 
 @contextmanager
 def handled(handlers: Mapping[int, Any]) -> Iterator[None]:
-    """Other handlers of signals for a while, but not of those that are ignored, as under `nohup`.
+    """Replaces signal handlers inside the block, except for ignored signals, as under `nohup`.
 
-    Nothing happens in threads, where signals cannot be asked for.
+    It does nothing in threads other than the main one, where Python cannot set handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

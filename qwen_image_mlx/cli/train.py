@@ -29,10 +29,10 @@ DIR holds images with captions in .txt files of the same names, or a metadata.js
   edit     {"source": "a.png", "target": "b.png", "instruction": "make it blue"}   (several sources as a list)
   layered  {"image": "a.png", "layers": ["0.png", "1.png"], "caption": "a fox"}     (back to front)
 
-Images and captions are encoded once; then only the transformer is in memory. --quantize 4 keeps it in 4 bits beside
-the LoRA, --checkpointing computes again what would not fit. OUT gets checkpoints, samples, log.jsonl, plot.png and at
-the end lora.safetensors, or with --full the folder model. Ctrl-C saves and stops; --resume goes on to the same
-numbers."""
+Images and captions are encoded once; then only the transformer is in memory. --quantize 4 keeps its
+frozen weights in 4 bits; --checkpointing saves memory by computing blocks again. OUT gets checkpoints, samples,
+log.jsonl, plot.png and at the end lora.safetensors, or with --full the folder model. Ctrl-C saves and stops; --resume
+continues to the same numbers."""
 
 _DEFAULT_MODELS = {"t2i": DEFAULT_MODEL, "edit": DEFAULT_EDIT_MODEL, "layered": DEFAULT_LAYERED_MODEL}
 
@@ -47,39 +47,39 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     default = {field.name: field.default for field in fields(TrainingSettings)}
-    add("--data", required=True, metavar="DIR", help="what to learn from: a folder, or a .jsonl file")
+    add("--data", required=True, metavar="DIR", help="training examples: a folder, or a .jsonl file")
     add("--output", "-o", required=True, metavar="OUT", help="folder of the run")
-    add("--task", choices=_DEFAULT_MODELS, help="what kind of model is trained (default: what --model is made for)")
+    add("--task", choices=_DEFAULT_MODELS, help="the kind of model that is trained (default: the task of --model)")
     add_options(parser, "train")
     add("--steps", type=int, required=True, metavar="N", help="optimizer steps")
-    add("--rank", type=int, metavar="R", help=f"of the LoRA (default: {default['rank']})")
-    add("--alpha", type=float, metavar="A", help="the LoRA counts A / R (default: R)")
+    add("--rank", type=int, metavar="R", help=f"LoRA rank (default: {default['rank']})")
+    add("--alpha", type=float, metavar="A", help="LoRA scale is A / R (default: R)")
     add("--targets", metavar="T", help=f"matrices it changes: {', '.join(TARGETS)}, or ends of names, separated by "
         f"commas (default: {default['targets']})")  # fmt: skip
     add("--full", action="store_true", default=None, help="train all weights instead of a LoRA")
-    add("--learning-rate", type=float, metavar="L", help="(default: 1e-4, with --full 1e-5)")
+    add("--learning-rate", type=float, metavar="L", help="learning rate (default: 1e-4, with --full 1e-5)")
     add("--warmup", type=int, metavar="N", help="steps in which the rate rises (default: 0)")
-    add("--schedule", choices=SCHEDULES, help=f"of the rate (default: {default['schedule']})")
+    add("--schedule", choices=SCHEDULES, help=f"learning rate schedule (default: {default['schedule']})")
     add("--batch-size", type=int, metavar="B", help="samples computed together (default: 1)")
     add("--accumulate", type=int, metavar="N", help="B x N samples a step (default: 1)")
     add("--weight-decay", type=float, metavar="W", help=f"(default: {default['weight_decay']})")
     add("--timesteps", choices=TIMESTEPS, help=f"density of the noise levels (default: {default['timesteps']})")
-    add("--logit-mean", type=float, metavar="M", help="of logit_normal (default: 0)")
-    add("--logit-std", type=float, metavar="S", help="of logit_normal (default: 1)")
+    add("--logit-mean", type=float, metavar="M", help="mean of logit_normal (default: 0)")
+    add("--logit-std", type=float, metavar="S", help="standard deviation of logit_normal (default: 1)")
     add("--shift", type=float, metavar="S", help="moves the noise levels towards noise (default: the scheduler's)")
-    add("--weighting", choices=WEIGHTINGS, help=f"of errors by noise level (default: {default['weighting']})")
+    add("--weighting", choices=WEIGHTINGS, help=f"weighting of errors by noise level (default: {default['weighting']})")
     add("--resolution", type=int, metavar="P", help=f"images have about P x P pixels (default: "
         f"{default['resolution']})")  # fmt: skip
     add("--caption-dropout", type=float, metavar="P", help="share of samples without their caption (default: 0)")
     add("--checkpointing", action="store_true", default=None, help="compute each block again for the gradient: slower, "
         "in a fraction of the memory")  # fmt: skip
     add("--ema", type=float, metavar="D", help="with --full, save a moving average of this decay")
-    add("--seed", "-s", type=int, metavar="N", help="of all that is drawn (default: 0)")
+    add("--seed", "-s", type=int, metavar="N", help="seed of all random draws (default: 0)")
     add("--save-every", type=int, metavar="N", help=f"steps between checkpoints (default: {default['save_every']})")
     add("--sample-every", type=int, metavar="N", help="steps between sample images (default: none)")
-    add("--sample-prompt", dest="sample_prompts", action="append", metavar="P", help="what they show; repeat for more "
-        "(default: the first caption)")  # fmt: skip
-    add("--resume", action="store_true", help="go on from OUT's last checkpoint")
+    add("--sample-prompt", dest="sample_prompts", action="append", metavar="P", help="prompt of the sample images; "
+        "repeat for more (default: the first caption)")  # fmt: skip
+    add("--resume", action="store_true", help="continue from OUT's last checkpoint")
     return parser
 
 
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     data, folder = named_path(arguments.data, "--data"), named_path(arguments.output, "--output")
     if given.get("task"):
-        _read(data, given["task"])  # before a model is looked for
+        _read(data, given["task"])  # before the model is opened
 
     from ..runtime.session import Session
     from ..training.run import train
@@ -158,7 +158,7 @@ class _LossLine:
     def tell(self, progress: Progress) -> None:
         """While a sample is generated."""
         if self._bar is not None and progress.stage == "denoise":
-            self._bar.set_postfix_str(f"generation a sample, step {progress.step} of {progress.total}")
+            self._bar.set_postfix_str(f"generating a sample, step {progress.step} of {progress.total}")
 
     def close(self) -> None:
         """Ends the line."""
@@ -175,11 +175,11 @@ class _LossLine:
 
 
 class _Interrupt:
-    """What ends a command: at once while nothing is trained, else after the step that is running; another one at once.
+    """Handles signals that end a command: at once before training, else after the current step; a second one at once.
 
     Attributes:
         gently: whether there is something to save.
-        asked: the signal that came since; None if none did.
+        asked: the signal that was received; None if none was.
     """
 
     def __init__(self) -> None:
@@ -188,7 +188,7 @@ class _Interrupt:
         self._handled = handled(dict.fromkeys(ENDS, self._handle))
 
     def end(self) -> NoReturn:
-        """Raises what stands for the signal that came."""
+        """Raises the exception of the signal that was received."""
         raise ENDS[self.asked]
 
     def _handle(self, number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""Runs the autoencoder block by block, and its hungry end in strips of rows."""
+"""Runs the autoencoder block by block, and its last blocks, which take the most memory, in strips of rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from ..gpu import Pace, finish
 
-# Rows, and optionally whom to tell of each band of them made, to more rows, whole or in pieces.
+# From rows (B, H, W, C), and optionally a callback for each finished band, to rows, whole or in pieces.
 Stage = Callable[..., "mx.array | Iterator[mx.array]"]
 
 
 class Statistics(Protocol):
-    """What a config says of latents: the mean and deviation of each channel."""
+    """The part of a config that describes latents: the mean and standard deviation of each channel."""
 
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
@@ -26,27 +26,27 @@ class Encoder(Protocol):
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """All of it."""
+        """All stages."""
 
 
 class Decoder(Protocol):
-    """Latents to pixels, not clamped, as consecutive functions: of the whole image, then of strips of rows."""
+    """Latents (B, h, w, z) to pixels (B, H, W, C), not clamped, as functions: on the whole image, then on strips."""
 
     @property
     def band(self) -> int:
-        """Rows of the tail's input on whose multiples strips begin."""
+        """Strips begin at multiples of this number of rows of the tail's input."""
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """Everything that needs the whole image."""
+        """The stages that need the whole image."""
 
     @property
     def tail(self) -> Sequence[Stage]:
-        """The rest, purely local."""
+        """The remaining stages, which are purely local."""
 
     @property
     def tail_halo(self) -> int:
-        """Rows above and below a strip that the tail must be given, of its input."""
+        """Rows of the tail's input that it needs above and below a strip."""
 
     @property
     def tail_scale(self) -> int:
@@ -82,7 +82,7 @@ def encode_moments(encoder: Encoder, config: Statistics, pixels: mx.array) -> tu
 
 
 def sample_latents(config: Statistics, mean: mx.array, std: mx.array, noise: mx.array) -> mx.array:
-    """Normalised latents drawn from `encode_moments`' result with standard normal noise of its shape."""
+    """Normalised latents (B, h, w, z), fp32: `mean + std * noise`, with standard normal noise of the same shape."""
     latent_mean, latent_std = _latent_statistics(config)
     return (mean + std * noise - latent_mean) / latent_std
 
@@ -94,7 +94,7 @@ def decode(decoder: Decoder, config: Statistics, latents: mx.array, strips: int 
         decoder: the VAE's decoder.
         config: its config.
         latents: normalised (B, h, w, z).
-        strips: strips the last blocks are run in; None chooses by size.
+        strips: the number of strips for the last blocks; None chooses by size.
 
     Returns:
         (B, 8h, 8w, C) in [0, 1], fp32, evaluated.
@@ -106,9 +106,9 @@ def decode(decoder: Decoder, config: Statistics, latents: mx.array, strips: int 
     return decode_tail(decoder, x, strips)
 
 
-def strips_of(pixels: int, most: int) -> int:
-    """How many strips an image is decoded in, so that one has about `most` pixels."""
-    return max(1, pixels // most)
+def strips_of(pixels: int, max_pixels: int) -> int:
+    """How many strips an image is decoded in, so that each has about `max_pixels` pixels."""
+    return max(1, pixels // max_pixels)
 
 
 def decode_tail(decoder: Decoder, x: mx.array, strips: int) -> mx.array:
@@ -124,7 +124,7 @@ def decode_tail(decoder: Decoder, x: mx.array, strips: int) -> mx.array:
 
 
 def _strip(decoder: Decoder, x: mx.array, top: int, bottom: int) -> mx.array:
-    """Finished pixels that rows top … bottom of the tail's input turn into."""
+    """The pixels (B, rows, W, C) that rows top … bottom of the tail's input turn into."""
     above, below = max(0, top - decoder.tail_halo), min(x.shape[1], bottom + decoder.tail_halo)
     scale = decoder.tail_scale
     pixels = _run(decoder.tail, x[:, above:below])[:, (top - above) * scale : (bottom - above) * scale]

@@ -1,4 +1,4 @@
-"""Progress on stderr, for whoever runs a pipeline and gives no callback of their own: one line that changes."""
+"""Progress on stderr for callers without a callback of their own: one changing line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ProgressBars:
             self._line.refresh()
 
     def _show_layer(self, progress: Progress) -> None:
-        """Says behind the line where a long step is."""
+        """Shows the current layer of a long step at the end of the line."""
         now = time.monotonic()
         if self._line is not None and now - self._looked >= _LAYER_PAUSE:
             self._looked = now
@@ -74,7 +74,7 @@ class ProgressBars:
 
 
 def _line_of(progress: Progress) -> _Line:
-    """The line of a stage that begins."""
+    """The line for a stage that begins."""
     in_bytes = progress.stage in _IN_BYTES
     words = f"{_WORDS.get(progress.stage, progress.stage)} {progress.detail}".rstrip()
     return _Line(
@@ -97,7 +97,7 @@ class _Line(tqdm):  # type: ignore[misc]  # tqdm has no types
         super().__init__(**settings)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Writes it; whether a terminal shows it."""
+        """Writes the line; returns whether stderr is a terminal."""
         if self.fp.isatty():
             return bool(super().display(msg, pos))
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""The parts of one checkpoint: each is loaded when first needed, released when told, and comes back by itself."""
+"""The components of one checkpoint: each is loaded when it is needed, and can be released at any time."""
 
 from __future__ import annotations
 
@@ -55,25 +55,25 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_conf
 
 
 class Components:
-    """Lazily loaded parts of a checkpoint.
+    """The lazily loaded components of a checkpoint.
 
     Args:
         snapshot: where the files are.
-        dtype: of the text encoder and the transformer; the VAE always computes in fp32, as Metal's fast convolutions
+        dtype: that of the text encoder and the transformer; the VAE always computes in fp32: Metal's fast convolutions
             are too coarse in bf16.
         loading: given a component's name, a context to load it in.
         zero_cond_t: overrides the transformer's flag; None obeys the checkpoint.
-        quantization: what matrices are packed into while they are loaded; None leaves them as they are stored.
+        quantization: the scheme matrices are quantized to while loading; None leaves them as they are stored.
         read_loras: given the transformer's modules and their weights' shapes, the LoRAs for them; called once.
-        replaced: files that stand in for the checkpoint's own, as in `Sources`.
-        streamed: of `STREAMABLE`, those whose layers are read from their files at each pass instead of held.
-        on_layer: told of each layer that a model runs: component, layer, layers; what it raises ends the work.
+        replaced: files that replace the checkpoint's own, keyed by folder.
+        streamed: of `STREAMABLE`, those whose layers are read from their files at each pass and not kept.
+        on_layer: called for each layer that a model runs: component, layer, layers; an exception from it ends the work.
 
     Attributes:
-        variant: what its pipeline class implies.
-        rows: what its classes lead to, by role.
-        kept: what a denoiser made that another image of the same conditions may use; it goes with the transformer.
-        placement: what became of the LoRAs when the transformer was loaded last; None without any.
+        variant: the variant of its pipeline class.
+        rows: the registry's rows of its classes, by role.
+        kept: results of a denoiser for later images with the same conditions; released with the transformer.
+        placement: which LoRAs were merged when the transformer was last loaded; None without LoRAs.
     """
 
     def __init__(
@@ -111,15 +111,15 @@ class Components:
             if name not in (TRANSFORMER, *self.encoders):
                 raise RequestError(f"{snapshot.model} has no {name} that could be quantized")
 
-    # What it says of itself --------------------------------------------------------------------------------------
+    # Configs -----------------------------------------------------------------------------------------------------
 
     def declared(self, role: str) -> Any:
-        """A component's config.json as it is; read without the weights."""
+        """A component's config.json, uncorrected; read without the weights."""
         row = self.rows[role]
         return self._parsed(row.config, row.home, expected=self.variant.classes[row.home])
 
     def config(self, role: str) -> Any:
-        """A component's config, corrected by what its weights show."""
+        """A component's config, corrected by the names and shapes of its weights."""
         if role not in self._configs:
             row = self.rows[role]
             self._configs[role] = self._corrected(row, self.declared(role))
@@ -145,7 +145,7 @@ class Components:
         return config
 
     def _sized(self, row: Component, config: Any, sized: Mapping[str, str]) -> Any:
-        """A config with the sizes that its file leaves out, as the tensors have them."""
+        """A config whose missing sizes are filled in from the tensors' shapes."""
         said = self.sources.config(row.home, CONFIG)
         for tensor, name in sized.items():
             if name not in said:
@@ -156,7 +156,7 @@ class Components:
         return config
 
     def use_of(self, folder: str) -> Any:
-        """What works with the class of a folder: `registry.Class.use`."""
+        """The code that works with the class of a folder: `registry.Class.use`."""
         return resolve(CLASSES[self.variant.classes[folder]].use)
 
     def depth(self, role: str) -> int:
@@ -180,7 +180,7 @@ class Components:
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
-        """How the language model writes, by generation_config.json; its class's defaults without one."""
+        """The language model's sampling, from generation_config.json; its class's defaults if there is none."""
         name = f"{TEXT_ENCODER}/generation_config.json"
         return GenerationConfig.from_dict(self.snapshot.read_json(name) if self.snapshot.exists(name) else {})
 
@@ -207,13 +207,13 @@ class Components:
             adapters.check({path for path, is_packed in self._resident_modules().items() if is_packed})
 
     def _resident_modules(self) -> dict[str, bool]:
-        """The transformer's modules that stay in memory, and whether their weights are packed in the files."""
+        """The transformer's modules that stay in memory, and whether their weights are quantized in the files."""
         weights = self.weights(TRANSFORMER)
         names = [spec.name for spec in weights.specs(MAIN) if spec.name.endswith(".weight")]
         return {name.removesuffix(".weight"): weights.is_packed(name) for name in names}
 
     def replace_adapters(self, adapters: Adapters | None) -> None:
-        """Other LoRAs from now on; a loaded transformer is kept where all of them, old and new, run beside it."""
+        """Replaces the LoRAs; a loaded transformer is kept if all of them, old and new, are unmerged."""
         self._check_adapters(adapters)
         self.kept.clear()
         transformer, branches = self._loaded.get(TRANSFORMER), None
@@ -230,10 +230,10 @@ class Components:
         for path in there | branches.keys():
             put_beside(transformer, path, branches.get(path))
         if branches:
-            logger.info("running beside %d matrices", len(branches))
+            logger.info("unmerged at %d matrices", len(branches))
 
     def _branches(self, adapters: Adapters | None) -> dict[str, Branch] | None:
-        """What LoRAs put beside the resident weights; None if they are merged into some."""
+        """The branches of unmerged LoRAs by module; None if some LoRA is merged."""
         if adapters is None:
             return {}
         resident = self._resident_modules()
@@ -244,7 +244,7 @@ class Components:
         branches = {path: adapters.branch(path, self.dtype) for path in paths}
         return {path: branch for path, branch in branches.items() if branch is not None}
 
-    # What is loaded --------------------------------------------------------------------------------------------------
+    # Networks --------------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> QwenTokenizer:
@@ -252,7 +252,7 @@ class Components:
         return self._ensure(TOKENIZER, lambda: QwenTokenizer.from_files(self._tokenizer_files()))
 
     def network(self, name: str) -> Any:
-        """A network by its name in the registry, resident; loaded if it is not."""
+        """A network by its name in the registry; loads it if necessary."""
         row, network = self._networks[name]
         return self._ensure(name, lambda: self._load(row, network))
 
@@ -263,14 +263,14 @@ class Components:
 
     @contextmanager
     def passing(self, name: str) -> Iterator[Pace]:
-        """One or many passes through a component, layer by layer; of streamed layers one runs and one is read.
+        """A context for passes through a component, layer by layer; streaming reads one layer while another runs.
 
         Yields:
-            What its model takes as `on_layer`.
+            The `on_layer` argument of its model.
 
         Raises:
-            CheckpointError: a file of streamed layers was changed or removed meanwhile, so that what came of them is
-                worth nothing.
+            CheckpointError: a file of streamed layers was changed or removed meanwhile, so that the results are
+                worthless.
         """
         streams, layers = name in self.streamed, self.depth(name)
         yield Pace(lambda count: self._on_layer(name, (count - 1) % layers + 1, layers), 1 if streams else 2)
@@ -287,29 +287,29 @@ class Components:
         return name in self._loaded
 
     def release(self, *names: str) -> None:
-        """Gives the memory of components back; those not loaded are passed over."""
+        """Frees the memory of components; those not loaded are skipped."""
         if TRANSFORMER in names:
             self.kept.clear()
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
 
     def stream(self, streamed: Collection[str]) -> None:
-        """Says which components' layers are read from their files; those that are loaded otherwise are released."""
+        """Sets which components are streamed; those that were loaded in a different way are released."""
         self.release(*(self.streamed ^ frozenset(streamed)))
         self.streamed = frozenset(streamed)
 
     def release_all(self) -> None:
-        """Gives the memory of all components back."""
+        """Frees the memory of all components."""
         self.release(TRANSFORMER, *self.loaded)
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """What of the text encoder's folder this kind of checkpoint uses."""
+        """The networks of the text encoder's folder that this kind of checkpoint uses."""
         vision = (VISION,) if self.variant.encoder_area or self.variant.captions else ()
         return (TEXT_ENCODER, *vision, *((LANGUAGE_HEAD,) if self.variant.captions else ()))
 
     def prepare(self) -> None:
-        """Fetches all that generation needs and checks it by its headers, so that no work is lost to a damaged file."""
+        """Fetches all files that generation needs and checks their headers, so no work is lost to a damaged file."""
         _ = self.scheduler_config, self.adapters
         self._tokenizer_files()
         shown = self.variant.encoder_area > 0
@@ -320,11 +320,11 @@ class Components:
         self._check_adapters(self.adapters)
 
     def prepare_captions(self) -> None:
-        """The same for what writing captions needs."""
+        """Fetches all files that captions need and checks their headers; raises CheckpointError without a captioner."""
         if not self._writes():
             raise CheckpointError(
-                f"{self.snapshot.model} cannot write captions: it comes without what does it (lm_head.weight of its "
-                "text encoder, and processor/); say what the image shows, or use another model such as "
+                f"{self.snapshot.model} cannot write captions: it lacks the files for them (lm_head.weight of its "
+                "text encoder, and processor/); describe the image in the prompt, or use a different model such as "
                 "Qwen/Qwen-Image-Layered"
             )
         _ = self.image_processor, self.generation_config
@@ -333,14 +333,14 @@ class Components:
             self.weights(component)
 
     def _writes(self) -> bool:
-        """Whether the checkpoint has a captioner at all."""
+        """Whether the checkpoint has a captioner."""
         row = self.rows[LANGUAGE_HEAD]
         prepares = not self.snapshot.is_local or bool(self.snapshot.names(PROCESSOR))
         return holds(row, self._files(row).tensors) and prepares
 
     @property
     def fingerprint(self) -> str:
-        """Tells apart what encodes: the commit, or a directory's files by name, size and time."""
+        """Identifies the files an encoding depends on: the commit, or a directory's files by name, size and time."""
         parts, files = (TEXT_ENCODER, VAE, TOKENIZER, PROCESSOR), []
         if self.snapshot.is_local:
             files = [self.snapshot.file(name) for part in parts for name in self.snapshot.names(part)]
@@ -351,7 +351,7 @@ class Components:
         return commit + repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found])
 
     def weights(self, role: str) -> ComponentWeights:
-        """A component's tensors, fetched and checked once, not read."""
+        """A component's tensors, fetched and checked once, not yet read."""
         if role not in self._weights:
             row = self.rows[role]
             self._weights[role] = ComponentWeights(row, self.config(role), self._files(row).tensors, row.parts)
@@ -388,12 +388,12 @@ class Components:
         return {name: self.snapshot.file(f"{TOKENIZER}/{name}") for name in names}
 
     def _parsed(self, cls: Any, folder: str, name: str = CONFIG, expected: str | None = None) -> Any:
-        """A part's config; whatever is impossible in it is a CheckpointError.
+        """A component's config; raises CheckpointError for impossible values.
 
         Args:
             cls: its dataclass.
-            folder, name: where the file lies.
-            expected: the class that it must be that of, if it names one.
+            folder, name: the file's place.
+            expected: the class that the file must name, if it names one.
         """
         reads_processor = folder == PROCESSOR  # which has two spellings
         data = self.sources.image_processor() if reads_processor else self.sources.config(folder, name)

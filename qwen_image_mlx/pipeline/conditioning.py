@@ -1,4 +1,4 @@
-"""The results of encoding: what guides the generation, independent of the encoders that made it."""
+"""The results of encoding, which guide the generation and do not depend on the encoders any more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FORMAT = "qwen_image_mlx.guidance_encoding.1"
 
 @dataclass(frozen=True)
 class EncodingSource:
-    """Where an encoding came from; kept for the record, never used to decide anything."""
+    """The origin of an encoding; kept for the record, never used for a decision."""
 
     model: str = ""
     revision: str | None = None
@@ -33,7 +33,7 @@ class EncodingSource:
 
 @dataclass(frozen=True)
 class Reference:
-    """An image the transformer is shown.
+    """An encoded reference image, an input of the transformer.
 
     Attributes:
         latents: packed, normalised latents (1, height * width, C), fp32.
@@ -47,13 +47,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class GuidanceEncoding:
-    """Encoded prompts and images, evaluated: all `generate_pixels` needs to know about them.
+    """Encoded prompts and images, evaluated: everything that `generate_pixels` needs of them.
 
     Attributes:
         positive: encoder states of the prompt (1, L, C).
         negative: encoder states of the negative prompt (1, M, C), or None for generating without guidance.
         references: the images an editing model works on, in order.
-        source: model and prompts it was made from.
+        source: the model and prompts it was made from.
     """
 
     positive: mx.array
@@ -82,7 +82,7 @@ class GuidanceEncoding:
 
     @classmethod
     def load(cls, path: StrPath) -> GuidanceEncoding:
-        """Reads what `save` wrote, evaluated; raises CheckpointError for any other file."""
+        """Reads a file that `save` wrote, evaluated; raises CheckpointError for any other file."""
         try:
             arrays, metadata = load_tensors(Path(path))
         except (OSError, RuntimeError, ValueError) as error:
@@ -104,11 +104,11 @@ class GuidanceEncoding:
 
 @dataclass(frozen=True)
 class InitialImage:
-    """An image that generation starts from, instead of from noise alone.
+    """An encoded image that generation starts from, instead of from noise alone.
 
     Attributes:
         mean, std: of its latents (1, h, w, z), as the autoencoder sees them, fp32.
-        mask: (1, h, w, 1), 1 where it is regenerated and 0 where it is kept; None: everywhere anew.
+        mask: (1, h, w, 1), fp32, 1 where it is regenerated and 0 where it is kept; None regenerates everything.
     """
 
     mean: mx.array
@@ -117,19 +117,19 @@ class InitialImage:
 
 
 class EncodingModel(Protocol):
-    """What an encoding depends on, other than the request; `QwenImagePipeline` is one."""
+    """Everything an encoding depends on besides the request; `QwenImagePipeline` is one."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells the checkpoint's files apart."""
+        """Identifies the checkpoint's files."""
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Of the text encoder."""
+        """Dtype of the text encoder."""
 
     @property
     def quantization(self) -> Quantization:
-        """What matrices are packed into while they are loaded."""
+        """The schemes matrices are quantized to while loading."""
 
     @property
     def variant(self) -> Variant:
@@ -137,10 +137,10 @@ class EncodingModel(Protocol):
 
 
 class Encodings(Protocol):
-    """Encodings that were kept, by what was asked for."""
+    """Stored encodings, keyed by request."""
 
     def get(self, pipeline: EncodingModel, request: Request) -> GuidanceEncoding | None:
         """The encoding of an equal request, or None."""
 
     def put(self, pipeline: EncodingModel, request: Request, encoding: GuidanceEncoding) -> None:
-        """Keeps an encoding."""
+        """Stores an encoding."""

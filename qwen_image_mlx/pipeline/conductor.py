@@ -1,6 +1,6 @@
-"""A request worked through, in one order for everybody: fetch and check, encode, release, denoise, decode.
+"""Runs a request in the one order that all front ends share: fetch and check, encode, release, denoise, decode.
 
-Which networks go in between is the caller's choice: `QwenImagePipeline` and `runtime/session.py` both call here.
+The caller chooses which networks are released in between: `QwenImagePipeline` and `runtime/session.py` both call here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Conducted(Described, EncodingModel, Protocol):
-    """What is conducted: the core calls of a pipeline, and what it holds in memory; `QwenImagePipeline` is one."""
+    """The core calls of a pipeline and its control over memory; `QwenImagePipeline` is one."""
 
     strip_pixels: int
 
@@ -45,7 +45,7 @@ class Conducted(Described, EncodingModel, Protocol):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Of the text encoder and the transformer."""
+        """Dtype of the text encoder and the transformer."""
 
     def prepare(self) -> None:
         """Fetches and checks all files."""
@@ -64,7 +64,7 @@ class Conducted(Described, EncodingModel, Protocol):
     def encode_initial_image(
         self, image: Image, size: Size, mask: Image | None = None, *, progress: ProgressCallback | None
     ) -> InitialImage:
-        """An encoded image to start from."""
+        """Encodes an image to start from."""
 
     def denoise_latents(
         self, parameters: GenerationParameters, encoding: GuidanceEncoding, *, seed: int, image_index: int,
@@ -78,15 +78,15 @@ class Conducted(Described, EncodingModel, Protocol):
         """Pixels, frame by frame."""
 
     def release_encoders(self) -> None:
-        """Gives back the memory of all that encodes."""
+        """Frees the memory of all encoders."""
 
     def release_transformer(self) -> None:
-        """Gives back the transformer's memory."""
+        """Frees the transformer's memory."""
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A finished image, and how the pipeline made it."""
+    """A finished image with its metadata."""
 
     image: Image
     metadata: dict[str, Any]
@@ -105,17 +105,17 @@ def generate(
 
     Args:
         pipeline: the opened checkpoint.
-        request: what to generate.
-        progress: told of every stage and step, and can cancel.
-        cache: encodings of earlier runs; with a hit no encoder is loaded.
-        release_encoders: before the first image is begun.
-        release_transformer: before the last image is decoded.
+        request: the request.
+        progress: called for every stage and step; can cancel.
+        cache: encodings of earlier runs; on a hit no encoder is loaded.
+        release_encoders: whether encoders are released before the first image.
+        release_transformer: whether the transformer is released before the last image is decoded.
     """
     if not request.prompt.strip():
         logger.warning("the prompt is empty: the model generates whatever it likes")
     if len(request.images) > 2:
         logger.warning(
-            "%d images are shown to the model, each as costly in every step as a target of its size; fewer reference "
+            "%d reference images are given, each as costly in every step as a target of its size; fewer reference "
             "pixels make them cheaper",
             len(request.images),
         )
@@ -136,7 +136,7 @@ def decompose(
     release_encoders: bool = False,
     release_transformer: bool = False,
 ) -> LayeredResult:
-    """Decomposes an image; layers are decoded, resized and turned into 8 bits one by one. Arguments: `generate`'s."""
+    """Decomposes an image; layers are decoded, resized and stored in 8 bits one by one. Arguments as in `generate`."""
     from .decomposition import layered_result  # here: most runs make no layers
 
     encoding = encoded(pipeline, request, progress, cache)
@@ -158,12 +158,12 @@ def encoded(
 
     Args:
         pipeline: the opened checkpoint.
-        request: what is to be generated.
-        progress: told of every stage, and can cancel.
-        cache: of earlier runs; what is encoded now is put there.
+        request: the request.
+        progress: called for every stage; can cancel.
+        cache: encodings of earlier runs; a new encoding is stored there.
 
     Raises:
-        RequestError: the model generates no image of that size.
+        RequestError: the model does not generate images of that size.
     """
     parameters = request.parameters
     check_size(parameters.width, parameters.height, pipeline.variant.size_multiple)
@@ -177,10 +177,10 @@ def encoded(
 
 
 def encode_request(pipeline: Conducted, request: Request, progress: ProgressCallback | None = None) -> GuidanceEncoding:
-    """`encode_guidance_prompts` for a request; the negative prompt is left out where it would change nothing.
+    """Encodes a request's prompts and images; the negative prompt is left out if it has no effect.
 
-    Where a layered model is given no prompt it captions the image, always with the same draws: a seed stands for the
-    noise alone.
+    A layered model without a prompt captions the image, always with the same random draws, because the seed is that of
+    the noise alone.
     """
     prompt = request.prompt
     if request.writes_caption(pipeline.variant):
@@ -203,14 +203,16 @@ def encode_request(pipeline: Conducted, request: Request, progress: ProgressCall
 def encode_canvas(
     pipeline: Conducted, request: Request, progress: ProgressCallback | None = None
 ) -> InitialImage | None:
-    """`encode_initial_image` for a request; None where generation begins with noise alone."""
+    """Encodes a request's initial image and mask; None if generation begins with noise alone."""
     if not request.starts_from_canvas(pipeline.variant):
         return None
     canvas = request.canvas
     assert canvas is not None
     image, mask = canvas.initial
     if not math.isclose(image.width / image.height, canvas.size[0] / canvas.size[1], rel_tol=0.05):
-        logger.warning("an image of %dx%d pixels is stretched to %dx%d to be started from", *image.size, *canvas.size)
+        logger.warning(
+            "an image of %dx%d pixels is stretched to %dx%d, the size of the result", *image.size, *canvas.size
+        )
     return pipeline.encode_initial_image(image, canvas.size, mask, progress=progress)
 
 
@@ -237,9 +239,9 @@ def generate_encoded(
 
 @contextmanager
 def keeping(pipeline: Conducted, streamed: Collection[str], strip_pixels: int) -> Iterator[None]:
-    """Meanwhile reads the layers of these components from their files, and decodes at most so many pixels at once.
+    """Inside the block, streams these components and decodes at most `strip_pixels` pixels at once.
 
-    What was loaded otherwise is released, before and afterwards.
+    Components loaded in a different way are released, before and afterwards.
     """
     before = pipeline.components.streamed, pipeline.strip_pixels
     pipeline.components.stream(streamed)
@@ -252,7 +254,7 @@ def keeping(pipeline: Conducted, streamed: Collection[str], strip_pixels: int) -
 
 
 def load(pipeline: Conducted, request: Request) -> None:
-    """Loads now what a request needs, unless it is loaded."""
+    """Loads the components that a request needs, unless they are loaded."""
     components = pipeline.components
     components.load(TOKENIZER, TEXT_ENCODER, TRANSFORMER, VAE_DECODER)
     if request.images:

@@ -1,4 +1,4 @@
-"""An image decomposed: what is asked for, and the layers that come of it."""
+"""Decomposing an image: the request, and the result with its layers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SIZES: tuple[LayersSize, ...] = ("source", "bucket")
 
 @dataclass(frozen=True)
 class LayeredResult:
-    """An image decomposed.
+    """A decomposed image.
 
     Attributes:
         source: the image itself at the layers' size, RGBA.
-        stack: its layers on their canvas, with the parameters that made them as metadata.
+        stack: its layers on their canvas, with the generation's parameters as metadata.
     """
 
     source: Image
@@ -43,25 +43,25 @@ class LayeredResult:
 
     @property
     def prompt(self) -> str:
-        """What the model was told the image shows; the caption it wrote itself if it was told nothing."""
+        """The prompt; if it was empty, the caption that the model wrote."""
         prompt: str = self.stack.metadata["prompt"]
         return prompt
 
     @property
     def psnr(self) -> float:
-        """How near the layers laid together come to the image, both on white, in dB."""
+        """Peak signal-to-noise ratio between the composite and the image, both on white, in dB."""
         return psnr(on_white(self.source), on_white(self.composite()))
 
     def composite(self) -> Image:
-        """The layers laid together, RGBA."""
+        """The composite of the layers, RGBA."""
         return composite(self.stack)
 
     def save(self, folder: StrPath, formats: Iterable[LayersFormat] = ("png",)) -> list[Path]:
-        """Writes the layers into a folder, all files or none, and returns their paths.
+        """Writes the layers into a folder, either all files or none, and returns their paths.
 
         Args:
             folder: made if it is missing.
-            formats: of "png" (a file per layer and a manifest), "psd", "ora", "zip", "pptx".
+            formats: any of "png" (a file per layer and a manifest), "psd", "ora", "zip", "pptx".
 
         Raises:
             RequestError: a format is unknown, or its library is not installed.
@@ -71,7 +71,7 @@ class LayeredResult:
 
 
 def layered_result(images: Iterable[Image], request: Request, metadata: Mapping[str, Any]) -> LayeredResult:
-    """What came of a request: its layers' images, back to front, each of the result's size, with their record."""
+    """The result of a request from its layers' images, back to front, each of the result's size, and their record."""
     canvas = request.canvas
     assert canvas is not None
     layers = tuple(Layer(image, f"layer {n}") for n, image in enumerate(images))
@@ -93,15 +93,15 @@ def layers_request(
     caption_language: CaptionLanguage = "en",
     rng: Rng = RNGS[0],
 ) -> Request:
-    """What decomposing an image asks of a layered model; the arguments are those of `QwenImagePipeline.decompose`,
-    and so are the defaults, which every front end leaves to this function.
+    """A request that decomposes an image. The arguments and their meaning are those of `QwenImagePipeline.decompose`;
+    this function has the defaults for all front ends.
 
     Args:
-        resolutions: those the model works at, the default first.
-        sampling: fields of `GenerationParameters`, such as steps, guidance, shift; they win.
+        resolutions: the model's resolutions, the default first.
+        sampling: fields of `GenerationParameters`, such as steps, guidance, shift; they override the defaults.
 
     Raises:
-        RequestError: one of them is out of range, or the image shows nothing.
+        RequestError: an argument is out of range, or the image is fully transparent.
     """
     resolution = resolutions[0] if resolution is None else resolution
     for name, value, allowed in (
@@ -112,7 +112,9 @@ def layers_request(
         if isinstance(value, list | dict | set) or value not in allowed:
             raise RequestError(f"{name} is {value!r}, but must be {' or '.join(map(str, allowed))}")
     if not isinstance(prompt, str):
-        raise RequestError(f"the prompt is {prompt!r:.80}, but must be a string; an empty one asks for a caption")
+        raise RequestError(
+            f"the prompt is {prompt!r:.80}, but must be a string; an empty one makes the model write a caption"
+        )
     check_visible(image)
     canvas = plan_canvas(image, size="source" if size == "source" else None, area=resolution**2)
     return Request(

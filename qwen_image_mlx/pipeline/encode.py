@@ -1,4 +1,4 @@
-"""The encoding half of the core calls: prompts and images to what guides a generation, images to where it starts.
+"""The encoding half of the core calls: prompts and images to a guidance encoding, an image to the initial latents.
 
 Functions over a checkpoint's components; each evaluates what it returns.
 """
@@ -99,20 +99,23 @@ def caption_image(
 
 
 def opened_images(components: Components, images: Sequence[ImageSource]) -> list[Image.Image]:
-    """The images that a model works on, upright; raises RequestError if it does not take so many."""
+    """The images that a model works on, upright; raises RequestError if it does not take this number of images."""
     images, variant, model = listed(images), components.variant, components.snapshot.model
     if variant.takes_images and not images:
         raise RequestError(f"{model} works on images; give it at least one")
     if images and not variant.takes_images:
         raise RequestError(f"{model} generates from text; only an editing model takes images to work on")
     if variant.max_images is not None and len(images) > variant.max_images:
-        raise RequestError(f"{model} works on {variant.max_images} image at a time, but {len(images)} are given")
+        raise RequestError(
+            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, "
+            f"but {len(images)} are given"
+        )
     opens = open_rgba if components.latent_space.pixel_channels == 4 else open_image
     return [opens(image) for image in images]
 
 
 def _references(components: Components, images: Sequence[Image.Image], max_pixels: int | None) -> tuple[Reference, ...]:
-    """What the transformer is shown of each image, at its own size of the pipeline's area (at most `max_pixels`)."""
+    """The reference latents of each image, resized to the pipeline's area (at most `max_pixels`) at its own aspect."""
     area, space = components.variant.reference_area, components.latent_space
     area = area if max_pixels is None else min(area, max_pixels)
     references = []

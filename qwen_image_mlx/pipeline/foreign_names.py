@@ -1,4 +1,4 @@
-"""What users of diffusers would type, answered with what it is called here."""
+"""Names that users of diffusers type, answered with the name here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ METHODS = {
 
 
 def answering(method: Callable[P, T]) -> Callable[P, T]:
-    """Makes a method answer another library's argument with its own; raises TypeError that names it."""
+    """Makes a method raise a TypeError for another library's argument name that states the name here."""
     known = inspect.signature(method).parameters
 
     @wraps(method)
@@ -55,12 +55,12 @@ def answering(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class Answering:
-    """Answers a pipeline's call, and methods that it has elsewhere."""
+    """Raises errors with a hint for a pipeline's call and for methods that only diffusers' pipelines have."""
 
-    if not TYPE_CHECKING:  # a checker knows better that there are none
+    if not TYPE_CHECKING:  # hidden from type checkers, which find a wrong name themselves
 
         def __call__(self, *_args, **_kwargs):
-            """Raises TypeError, which says how it is done here."""
+            """Raises TypeError with the equivalent here."""
             raise TypeError(f"a pipeline is not called: {METHODS['__call__']}")
 
         def __getattr__(self, name):

@@ -31,7 +31,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 def frames_of(components: Components, parameters: GenerationParameters) -> int:
-    """How many images are generated together: with a layered model the whole and its layers."""
+    """Number of images generated together: 1, or the whole image and its layers with a layered model."""
     return parameters.num_layers + 1 if components.variant.layered else 1
 
 
@@ -53,9 +53,9 @@ def denoise_latents(
 
     Args:
         components: the checkpoint's parts.
-        make_denoiser: makes what gives the velocities.
-        report: where progress goes.
-        solver: how velocities become steps.
+        make_denoiser: makes the `Denoiser` of the image.
+        report: receives progress.
+        solver: turns velocities into steps.
     """
     variant, space = components.variant, components.latent_space
     check_size(parameters.width, parameters.height, space.size_multiple)
@@ -128,7 +128,7 @@ def decode_frames(
 def schedule_of(
     components: Components, parameters: GenerationParameters, frame_tokens: int, references: Sequence[Reference]
 ) -> Schedule:
-    """The steps of an image of so many tokens a frame."""
+    """The schedule of an image with a number of tokens per frame."""
     config = components.scheduler_config
     if parameters.shift is not None:
         config = static_shift(config, parameters.shift)
@@ -141,14 +141,15 @@ def schedule_of(
 
 
 def _check_encoding(components: Components, encoding: GuidanceEncoding, initial: InitialImage | None) -> None:
-    """Raises RequestError for an encoding of another kind of model."""
+    """Raises RequestError for an encoding of a different kind of model."""
     variant, model = components.variant, components.snapshot.model
     if variant.takes_images != bool(encoding.references):
         kinds = ("works on images", "none") if variant.takes_images else ("generates from text", "images")
         raise RequestError("{} {}; the encoding holds {}".format(model, *kinds))
     if variant.max_images is not None and len(encoding.references) > variant.max_images:
         raise RequestError(
-            f"{model} works on {variant.max_images} image, but the encoding has {len(encoding.references)}"
+            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, "
+            f"but the encoding has {len(encoding.references)}"
         )
     if variant.layered and initial is not None:
         raise RequestError(f"{model} decomposes an image; it does not change one")

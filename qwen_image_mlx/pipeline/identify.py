@@ -1,4 +1,4 @@
-"""What a single file of weights is: a component of which kind, or a LoRA; told from its header alone."""
+"""Identifies a single weights file from its header: which component it is, or whether it is a LoRA."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from ..weights.snapshot import DEMO_ROOT, weight_file
 
 @dataclass(frozen=True)
 class FileReport:
-    """A file of weights.
+    """A description of a weights file.
 
     Attributes:
-        path: where it is.
+        path: the file.
         kind: one of `FOLDERS`, several of these, or "LoRA".
-        tensors: how many it holds.
-        file_bytes: of their data.
-        forms: how they lie in it, and how many bytes so.
-        facts: what else is to be said, by label.
-        resident_bytes: what it takes in memory once it is loaded, in bf16 (an autoencoder in fp32); None for a LoRA,
-            and for a component that is not of the released models' size.
+        tensors: the number of tensors.
+        file_bytes: bytes of their data.
+        forms: bytes by storage format.
+        facts: further facts, by label.
+        resident_bytes: bytes in memory after loading in bf16 (an autoencoder in fp32); None for a LoRA, and for a
+            component of a size that no released model has.
     """
 
     path: str
@@ -47,10 +47,10 @@ class FileReport:
 
 
 def identify(path: Path) -> FileReport:
-    """Says what a safetensors or GGUF file is.
+    """Identifies a safetensors or GGUF file.
 
     Raises:
-        RequestError: there is no such file.
+        RequestError: the file does not exist.
         CheckpointError: it is damaged, a pickle, or holds nothing this package knows.
     """
     tensors = weight_file(path).tensors
@@ -81,10 +81,11 @@ def identify(path: Path) -> FileReport:
 
 
 def read_known_lora(path: Path, strength: float = 1.0) -> tuple[LoRA, str]:
-    """A LoRA for one of the sizes of model that are known, and which that is.
+    """A LoRA for the released or the demo models, and which of the two.
 
     Raises:
-        RequestError, CheckpointError: as `read_lora`, for the released models.
+        RequestError: the file does not exist.
+        CheckpointError: it is damaged, or not a LoRA for the released models.
     """
     transformer = next(all_components(TRANSFORMER))
     try:
@@ -100,7 +101,7 @@ def read_known_lora(path: Path, strength: float = 1.0) -> tuple[LoRA, str]:
 
 
 def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
-    """What is to be said of a file with components in it."""
+    """Further facts on a file that holds components."""
     flags = weights_map("files")["flags"]
     facts: dict[str, str] = {}
     for kind, tensors in parts.items():
@@ -111,11 +112,11 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
         if kind == TEXT_ENCODER:
             facts["vision tower"] = "yes" if any(holds(row, tensors) for row in all_components(VISION)) else "no"
             if not holds(component, tensors):
-                facts["language model"] = "no: this file only has to lie beside the text encoder's"
+                facts["language model"] = "no: put this file next to the text encoder's"
         if form := foreign_format(tensors):
             facts |= {"format": form, "cannot be used": unreadable(tensors) or ""}
     if is_gguf(path):
-        facts["architecture"] = _architecture(path).removeprefix(" of ") or "not said"
+        facts["architecture"] = _architecture(path).removeprefix(" of ") or "not stated"
     if len(parts) == 1 and (shard := shard_of(next(iter(parts.values())))):
         facts["part"] = f"{shard}: give the folder that has all of them"
     elif "cannot be used" not in facts:
@@ -124,7 +125,7 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
 
 
 def _architecture(path: Path) -> str:
-    """What a GGUF file says its model is, as " of qwen2vl"; "" if nothing."""
+    """The architecture that a GGUF file states, such as " of qwen2vl"; "" if it states none."""
     said = read_gguf(path)[1].get("general.architecture")
     return f" of {one_line(said, 80)}" if isinstance(said, str) else ""
 

@@ -1,4 +1,4 @@
-"""What generating or editing in one call asks of a model: the arguments of `QwenImagePipeline`, made a `Request`."""
+"""Makes a `Request` from the arguments of `QwenImagePipeline.generate` and `edit`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def canvas_of(
     crop_padding: int | None = None,
     straight: Sequence[Image] | None = None,
 ) -> Canvas:
-    """The frame around an image that is changed, or that gives an edit its size: with a mask the first, else the
-    model's choice.
+    """The canvas: the image that is changed, or that gives an edit its size. It is the first image with a mask, else
+    the variant's choice.
 
     Args:
-        variant: of the model.
+        variant: the model's variant.
         images: upright, RGB.
-        mask, size, composite, crop_padding: as in `images.canvas.plan_canvas`.
-        straight: the same images with their transparency, RGBA, if the result is to have it.
+        mask, size, composite, crop_padding: the arguments of `images.canvas.plan_canvas`.
+        straight: the same images as RGBA, if the result keeps their transparency.
     """
     index = 0 if mask is not None else variant.size_from
     return plan_canvas(
@@ -69,15 +69,15 @@ def image_request(
     """A request for images of one prompt and seed.
 
     Args:
-        variant: of the model.
-        images: those that it works on, opened.
-        canvas: the frame around one of them; None generates from text alone.
+        variant: the model's variant.
+        images: the images that it works on, opened.
+        canvas: the canvas; None generates from text alone.
         sampling: fields of `GenerationParameters`.
-        size: (width, height) without a canvas; None is the model's own.
+        size: (width, height) without a canvas; None is the model's default.
         prompt, negative_prompt, seed, num_images, rng, strength, reference_pixels: as in `QwenImagePipeline.edit`.
 
     Raises:
-        RequestError: one of them is out of range.
+        RequestError: an argument is out of range.
     """
     width, height = canvas.size if canvas else size or variant.size_of("1:1")
     return Request(
@@ -103,10 +103,10 @@ def canvas_or_size(
     composite: bool,
     mask_padding: int | None,
 ) -> tuple[Canvas | None, Size | None]:
-    """What `QwenImagePipeline.generate` generates on: around an image a canvas, without one a size, or neither.
+    """The canvas and size of `QwenImagePipeline.generate`: a canvas with an image; without one a size or None.
 
     Raises:
-        RequestError: an image cannot be read, or what needs one is given without it.
+        RequestError: an image cannot be read, or an argument that needs an image is given without one.
     """
     size = explicit_size(width, height) if size is None else size
     if image is not None:
@@ -116,7 +116,7 @@ def canvas_or_size(
         )
         return canvas, None
     if mask is not None or mask_padding is not None or isinstance(size, str):
-        raise RequestError("a mask, a padding around it, and a size by name need an image to be started from")
+        raise RequestError("a mask, its padding, and a size by name need an image to start from")
     return None, size
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, what it holds and what it will cost, told from configs and headers alone."""
+"""Describes a checkpoint and its memory use, from configs and headers alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .components import Components
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """One component of a checkpoint.
+    """A description of one component.
 
     Attributes:
         name: its role, such as `registry.TRANSFORMER`.
-        file_bytes: its weights in the files.
-        forms: how they lie there, and how many bytes so.
-        resident_bytes: what it takes in memory once it is loaded.
+        file_bytes: bytes of its weights in the files.
+        forms: bytes by storage format.
+        resident_bytes: bytes in memory after loading.
     """
 
     name: str
@@ -32,14 +32,14 @@ class ComponentReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A checkpoint.
+    """A description of a checkpoint.
 
     Attributes:
-        model: where it is.
+        model: its directory or repository id.
         class_name: its pipeline class.
-        task: what it is for: "generate", "edit" or "decompose".
-        blocks: of its transformer.
-        components: its parts.
+        task: its task: "generate", "edit" or "decompose".
+        blocks: number of blocks of its transformer.
+        components: its components.
     """
 
     model: str
@@ -50,12 +50,12 @@ class CheckpointReport:
 
     @property
     def encoding_bytes(self) -> int:
-        """What is in memory while prompts and images are encoded."""
+        """Bytes of weights in memory during encoding."""
         return sum(c.resident_bytes for c in self.components if c.name != TRANSFORMER)
 
     @property
     def generating_bytes(self) -> int:
-        """What is in memory while it generates and decodes, apart from the image itself."""
+        """Bytes of weights in memory during generation and decoding."""
         return sum(c.resident_bytes for c in self.components if c.name in (TRANSFORMER, VAE))
 
 
@@ -66,9 +66,9 @@ def inspect_checkpoint(
     """Reads a checkpoint's configs and headers.
 
     Args:
-        model, revision: as in `QwenImagePipeline.from_pretrained`; what a hub model lacks is downloaded.
-        dtype: what it would be run in.
-        quantization: what it would be packed into while it is loaded.
+        model, revision: a directory, or a repository id and its branch, tag or commit; missing headers are downloaded.
+        dtype: the dtype it would run in.
+        quantization: the quantization it would be loaded with.
 
     Raises:
         CheckpointError: the files are not those of a pipeline this package runs.
@@ -77,7 +77,7 @@ def inspect_checkpoint(
     components = Components(HubSnapshot(model, revision=revision), dtype, quantization=quantization)
     reports = []
     for name in (*components.encoders, TRANSFORMER, VAE):
-        if name == LANGUAGE_HEAD:  # which is there for captions alone
+        if name == LANGUAGE_HEAD:  # used for captions only
             continue
         weights, component = components.weights(name), components.rows[name]
         own, scheme = mx.float32 if component.full_precision else dtype, getattr(components.quantization, name, None)

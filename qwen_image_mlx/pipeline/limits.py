@@ -1,4 +1,4 @@
-"""How much memory may be used on this machine, and MLX's own limits while work is done."""
+"""The memory that may be used on this machine, and MLX's own limits during work."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import mlx.core as mx
 _SHARE = 0.9  # of what Metal recommends, or Linux has available
 _KEPT_FOR_MACOS = 4 * 10**9  # bytes, on Macs of up to 24 GB
 _SMALL = 25 << 30  # bytes of a Mac that counts as one of these
-# Bytes that MLX may keep for reuse at least, on machines from 16 GB: with less it would give memory back and zero it
-# anew in every block of a step.
+# Bytes that MLX may keep for reuse at least, on machines from 16 GB: with less it would free memory and
+# allocate it again in every block of a step.
 _LEAST_CACHE = 3 << 29
 _SMALLEST_CACHE = 1 << 29  # on smaller ones
-_CPU_CACHE = 32 << 20  # MLX's own cache limit on a CPU, which is not somebody's wish
+_CPU_CACHE = 32 << 20  # MLX's default cache limit on a CPU, which no user has set
 _lock, _entered = threading.Lock(), 0  # how many calls are inside `limits`, in all threads
 _outside = (0, 0)  # the cache and memory limits before the first of them
 
@@ -30,10 +30,10 @@ def memory_size() -> int:
 
 
 def usable_memory() -> int:
-    """Bytes that may be planned with on this machine.
+    """Bytes that a plan may use on this machine.
 
-    On a Mac nine tenths of what Metal recommends as a working set, and on those of up to 24 GB at most what leaves 4 GB
-    to macOS and its programs; on Linux nine tenths of what is available.
+    On a Mac nine tenths of what Metal recommends as a working set, and on those of up to 24 GB at least 4 GB are left
+    to macOS and other programs; on Linux nine tenths of what is available.
     """
     if mx.metal.is_available():
         budget = int(_SHARE * _of_gpu("max_recommended_working_set_size"))
@@ -42,12 +42,12 @@ def usable_memory() -> int:
 
 
 def _of_gpu(fact: str) -> int:
-    """What MLX says of the GPU, whatever an app's default device is."""
+    """A fact that MLX states about the GPU, whatever an app's default device is."""
     return int(mx.device_info(mx.gpu)[fact])
 
 
 def free_memory() -> int:
-    """Bytes that are free now, or could be at once; all where the system does not say."""
+    """Bytes that are free now or can be freed at once; the whole memory if the system does not tell."""
     if mx.metal.is_available():
         try:
             level = subprocess.run(
@@ -65,16 +65,16 @@ def free_memory() -> int:
 
 @contextmanager
 def limits(budget: int | None = None, working: int = 0, *, wire: bool = False) -> Iterator[None]:
-    """MLX's memory and cache limits while work is done; as they were afterwards.
+    """Sets MLX's memory and cache limits inside the block, and restores them afterwards.
 
-    Past the memory limit MLX waits for work that is under way instead of taking more. Limits that are tighter already,
+    Above the memory limit MLX waits for running work before it allocates more. Limits that are tighter already,
     an app's or those of a call around this one, stay.
 
     Args:
         budget: bytes that may be used; None is `usable_memory()`, unless a call around this one has set limits.
-        working: bytes that work takes beside weights. One and a half times that is kept for reuse, so that no block of
-            a step allocates anew (modelled).
-        wire: also keep what is in use from being paged out (macOS 15 and newer). Off, because macOS panics on some
+        working: bytes that work takes in addition to weights. 1.5 times that is kept for reuse, so that no block of a
+            step allocates again (modelled).
+        wire: also keep memory in use from being paged out (macOS 15 and newer). Off, because macOS panics on some
             machines while wired memory comes and goes: https://github.com/ml-explore/mlx/issues/3186
     """
     global _entered, _outside
@@ -98,7 +98,7 @@ def limits(budget: int | None = None, working: int = 0, *, wire: bool = False) -
 
 
 def _limits_now() -> tuple[int, int]:
-    """MLX's cache and memory limits, which it tells only when they are set."""
+    """MLX's cache and memory limits; MLX returns them only when they are set."""
     cached, memory = mx.set_cache_limit(1 << 40), mx.set_memory_limit(1 << 40)
     mx.set_cache_limit(cached)
     mx.set_memory_limit(memory)
@@ -124,7 +124,7 @@ def _set(budget: int, working: int, wire: bool) -> Iterator[None]:
 
 
 def _tightened(set_limit: Callable[[int], int], nbytes: int) -> int:
-    """Sets one of MLX's limits unless somebody has set a tighter one; returns what it was."""
+    """Sets one of MLX's limits unless somebody has set a tighter one; returns the old limit."""
     before = set_limit(nbytes)
     if before < nbytes and before != _CPU_CACHE:
         set_limit(before)

@@ -1,4 +1,4 @@
-"""What is recorded of a result, so that it can be made again."""
+"""The record of a result, from which it can be made again."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .request import Request
 
 
 class Described(Protocol):
-    """What a record tells of a pipeline; `QwenImagePipeline` is one."""
+    """The properties of a pipeline that a record has; `QwenImagePipeline` is one."""
 
     components: Components
 
     @property
     def model(self) -> str:
-        """The checkpoint's place or id."""
+        """The checkpoint's directory or id."""
 
     @property
     def revision(self) -> str | None:
@@ -31,7 +31,7 @@ class Described(Protocol):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Of the text encoder and the transformer."""
+        """Dtype of the text encoder and the transformer."""
 
     @property
     def variant(self) -> Variant:
@@ -41,9 +41,9 @@ class Described(Protocol):
 def describe(
     pipeline: Described, request: Request, encoding: GuidanceEncoding | None, seed: int, image_index: int = 0
 ) -> dict[str, Any]:
-    """The metadata of one result: all that the pipeline knows of how it was generated, JSON-serialisable.
+    """The metadata of one result: everything that the pipeline knows about its generation, JSON-serialisable.
 
-    Before there is an encoding (None), the prompt is the request's own.
+    Without an encoding (None), the prompt is the request's own.
     """
     parameters, parts = request.parameters, pipeline.components
     sampled = parameters.recorded("always", "started from", "set")
@@ -54,7 +54,7 @@ def describe(
         "revision": pipeline.revision,
         "prompt": encoding.source.prompt if encoding else request.prompt,
         "negative_prompt": request.guiding_prompt,
-        # The order stays: names of files of batches are made from it.
+        # Keep the order: the file names of batches are made from it.
         **{name: sampled.pop(name) for name in ("width", "height", "steps", "cfg_scale")},
         "seed": seed,
         "image_index": image_index,

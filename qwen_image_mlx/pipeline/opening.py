@@ -1,4 +1,4 @@
-"""Opens a checkpoint: the arguments of `QwenImagePipeline.from_pretrained`, checked, to its parts."""
+"""Opens a checkpoint: checks the arguments of `QwenImagePipeline.from_pretrained` and makes its components."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def open_components(
     files: Mapping[str, StrPath | None],
     streamed: Collection[str],
 ) -> Components:
-    """The parts of a checkpoint, nothing of it loaded.
+    """The components of a checkpoint; none is loaded.
 
     Args:
-        report: told of downloads, loading and layers.
-        files: by folder, what stands in for the checkpoint's own.
+        report: receives downloads, loading and layers.
+        files: files that replace the checkpoint's own, keyed by folder.
         model, revision, dtype, offline, zero_cond_t, quantize, loras, lora_mode, streamed: as in `from_pretrained`.
 
     Raises:
@@ -78,7 +78,7 @@ def replace_loras(components: Components, report: Reporter, loras: Sequence[LoRA
 
 
 def recommended_of(components: Components) -> Recommended:
-    """How a checkpoint wants to be sampled: as its card says, or as a distilled LoRA was trained."""
+    """The recommended sampling of a checkpoint: its model card's, or a distilled LoRA's."""
     distilled = components.adapters.distillation if components.adapters else None
     if distilled is None:
         return Recommended(components.variant.steps, components.variant.cfg_scale, None)
@@ -88,7 +88,7 @@ def recommended_of(components: Components) -> Recommended:
 def _lora_reader(
     loras: Sequence[LoRAReference], mode: LoRAMode, offline: bool, report: Reporter
 ) -> Callable[[Mapping[str, tuple[int, ...]]], Adapters]:
-    """What reads LoRAs, given the modules they may change and their weights' shapes; see `lora.fetch.read_adapters`."""
+    """A function that reads the LoRAs, given the modules they may change and their weights' shapes."""
     from ..lora.fetch import read_adapters  # here: most runs have no LoRA
 
     return partial(read_adapters, loras, mode, offline=offline, download=report.download)

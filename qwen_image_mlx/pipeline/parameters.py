@@ -1,6 +1,6 @@
-"""What an image is asked for with, validated once.
+"""The parameters of a generation, validated once.
 
-Importable without MLX: the command line builds its flags from here.
+Importable without MLX: the command line makes its flags from this module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..options import Choice, Config, Integer, Number, Several, Switch, option, 
 
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 RNGS: tuple[Rng, ...] = ("torch", "mlx")
-SIZE_STEP = 16  # what every model wants sides to be multiples of; `LatentSpace.size_multiple` is a model's own
+SIZE_STEP = 16  # sides are multiples of it for every model; `LatentSpace.size_multiple` is a model's own
 MAX_PIXELS = 4096 * 4096
 MAX_STEPS = 1000
 MAX_LAYERS = 8
@@ -25,11 +25,11 @@ MAX_SEED = 2**64 - 1
 SEED = Integer(0, MAX_SEED)
 IMAGE_INDEX = Integer(0, MAX_IMAGES - 1)
 NUM_IMAGES = Integer(1, MAX_IMAGES)
-SIDE = Integer(32, 4096)  # of a square of as many pixels
+SIDE = Integer(32, 4096)  # of a square with the same area
 REFERENCE_PIXELS = Integer(32 * 32)  # the smallest image
 
 
-# Commands that generate a canvas, that sample from words, and all that generate.
+# Commands with a canvas, commands that sample from a prompt, and all that generate.
 CANVAS = ("generate", "edit")
 WORDS = (*CANVAS, "compose")
 IMAGE_COMMANDS = (*WORDS, "decompose")
@@ -38,7 +38,7 @@ GENERATION = "generation"  # the table of config.toml for what changes from imag
 
 
 class Recommended(NamedTuple):
-    """How a model wants to be sampled; the fields are those of `GenerationParameters`.
+    """A model's recommended sampling; the fields are those of `GenerationParameters`.
 
     Attributes:
         num_inference_steps: denoising steps.
@@ -51,13 +51,13 @@ class Recommended(NamedTuple):
     shift: float | None
 
     def unless(self, **given: float | None) -> dict[str, Any]:
-        """The fields by name; those given, and not None, instead of the recommended ones."""
+        """The fields by name; arguments that are not None override the recommended values."""
         return self._asdict() | {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationParameters:
-    """How `generate_pixels` generates; the prompt is in the encoding, the seed beside it.
+    """The parameters of `generate_pixels`, without the prompt, which is in the encoding, and the seed.
 
     Each field carries its `Option`: the flag, setting, JSON field and record by which the front ends know it.
 
@@ -66,12 +66,12 @@ class GenerationParameters:
         num_inference_steps: denoising steps, 1 … 1000.
         cfg_scale: classifier-free guidance; 1 turns it off, as does an encoding without a negative prompt.
         rng: "torch" draws the noise `torch.Generator("cpu")` would, "mlx" MLX's own.
-        sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid; their number is the step count.
-        num_layers: with a layered model, layers to decompose an image into, 1 … 8.
-        cfg_normalize: whether guidance keeps the length of each token's velocity; None is the model's habit (layered
+        sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid, one for each step.
+        num_layers: with a layered model, the number of layers to decompose an image into, 1 … 8.
+        cfg_normalize: whether guidance keeps the length of each token's velocity; None is the model's default (layered
             models: no, all others: yes).
         strength: how much of an initial image is regenerated, above 0 and at most 1; without one it has no effect.
-        shift: one static shift instead of the checkpoint's resolution-dependent one, as distilled models want it
+        shift: one static shift instead of the checkpoint's resolution-dependent one, as distilled models need it
             (3 for Lightning).
 
     Raises:
@@ -79,11 +79,11 @@ class GenerationParameters:
     """
 
     width: int = option(
-        kind=Integer(SIZE_STEP, step=SIZE_STEP), help="in pixels, a multiple of 16",
+        kind=Integer(SIZE_STEP, step=SIZE_STEP), help="pixels, a multiple of 16",
         group="size", commands=CANVAS, flags=("--width", "-W"), tasks=("generate",), line=True, record="always",
     )  # fmt: skip
     height: int = option(
-        kind=Integer(SIZE_STEP, step=SIZE_STEP), help="in pixels, a multiple of 16",
+        kind=Integer(SIZE_STEP, step=SIZE_STEP), help="pixels, a multiple of 16",
         group="size", commands=CANVAS, flags=("--height", "-H"), tasks=("generate",), line=True, record="always",
     )  # fmt: skip
     num_inference_steps: int = option(
@@ -94,26 +94,26 @@ class GenerationParameters:
         but={"edit": {"usual": "40"}, "compose": {"usual": "40"}, "plan": {"usual": "the model's own"}},
     )  # fmt: skip
     cfg_scale: float = option(
-        4.0, kind=Number(1, 100), help="guidance; 1 turns it off", usual="4.0",
+        4.0, kind=Number(1, 100), help="guidance scale; 1 turns guidance off", usual="4.0",
         group="sampling", commands=IMAGE_COMMANDS, flags=("--cfg-scale", "-g", "--guidance"), metavar="S",
         tasks=TASKS, line=True, record="always", config=(Config(commands=TASKS, usual="the model's own", example=4.0),),
     )  # fmt: skip
     rng: Rng = option(
-        "torch", kind=Choice(RNGS), help="whose noise a seed stands for: PyTorch's on the CPU, or MLX's", usual="torch",
+        "torch", kind=Choice(RNGS), help="the generator of the noise: PyTorch's on the CPU, or MLX's", usual="torch",
         group="sampling", commands=IMAGE_COMMANDS, flags=("--rng",), tasks=TASKS, line=True, record="always",
         page=False,
     )  # fmt: skip
     sigmas: tuple[float, ...] | None = option(None, kind=Several(Number(0, 1, above=True)), record="always")
     shift: float | None = option(None, kind=Number(0, 100, above=True), record="always")
     strength: float = option(
-        0.6, kind=Number(0, 1, above=True), help="how much is regenerated, above 0 and at most 1", usual="0.6",
+        0.6, kind=Number(0, 1, above=True), help="how much of the image changes, above 0 and at most 1", usual="0.6",
         group="image to image", commands=CANVAS, flags=("--strength",), metavar="S", tasks=CANVAS,
         record="started from", needs=("images",), but={"edit": {"needs": ("images", "mask")}},
     )  # fmt: skip
     num_layers: int = option(
-        4, kind=Integer(1, MAX_LAYERS), help=f"1 to {MAX_LAYERS}", usual="4",
+        4, kind=Integer(1, MAX_LAYERS), help=f"number of layers, 1 to {MAX_LAYERS}", usual="4",
         group="layers", commands=("decompose", "plan"), flags=("--layers",), metavar="N", tasks=("decompose",),
-        record="layered", but={"plan": {"help": "of a layered model"}},
+        record="layered", but={"plan": {"help": "number of layers of a layered model"}},
         config=(Config(help="how many layers an image is decomposed into", example=4),),
     )  # fmt: skip
     cfg_normalize: bool | None = option(
@@ -133,11 +133,11 @@ class GenerationParameters:
 
     @classmethod
     def asked(cls, asked: Mapping[str, Any], **fixed: Any) -> GenerationParameters:
-        """The parameters that a request's options come to.
+        """Makes parameters from a request's options.
 
         Args:
-            asked: by the names of options; what is missing or None is as usual, what is no parameter is left out.
-            fixed: by the names of fields, instead of what is asked for.
+            asked: options, keyed by name; missing ones and None take the defaults; other options are ignored.
+            fixed: values that override the options, keyed by field.
 
         Raises:
             RequestError: a value is out of range.
@@ -146,7 +146,7 @@ class GenerationParameters:
         return cls(**(said | fixed))
 
     def recorded(self, *kinds: str) -> dict[str, Any]:
-        """What an image's record says of those whose `Option.record` is one of `kinds`, by the names of options."""
+        """The values for an image's record whose `Option.record` is one of `kinds`, keyed by option."""
         values = [(row, getattr(self, row.field)) for row in options_of(type(self)) if row.record in kinds]
         return {
             row.name: value for row, value in values if row.record != "set" or value != getattr(type(self), row.field)
@@ -195,7 +195,7 @@ def check_num_images(count: int) -> int:
 
 
 def check_side(resolution: int) -> None:
-    """Raises RequestError unless it is an integer from 32 to 4096: the side of a square of as many pixels."""
+    """Raises RequestError unless it is an integer from 32 to 4096: the side of a square with the same area."""
     SIDE.check("resolution", resolution)
 
 

@@ -1,4 +1,4 @@
-"""The public pipeline: a checkpoint opened, what it can do step by step and in one call, and what it holds in memory.
+"""The public pipeline: opens a checkpoint, generates step by step or in one call, and controls memory.
 
 The core calls have no policy: they do not release, cache or print, and they evaluate what they return, because an
 unevaluated encoding would keep the text encoder alive. The conveniences go through `conductor.py`, like all front ends.
@@ -53,12 +53,12 @@ class QwenImagePipeline(Answering):
     """Images from text and from images, with a Qwen-Image checkpoint. Make one with `from_pretrained`.
 
     Args:
-        components: the checkpoint's parts.
-        report: where progress goes.
-        denoiser: makes what gives the velocities; None is what the transformer's class leads to.
+        components: the checkpoint's components.
+        report: receives progress.
+        denoiser: makes the denoiser of an image; None uses the one of the transformer's class.
 
     Attributes:
-        components: the checkpoint's parts, for what works on them.
+        components: the checkpoint's components.
         strip_pixels: maximum pixels decoded at once; changes memory, never a bit of the result.
     """
 
@@ -84,19 +84,19 @@ class QwenImagePipeline(Answering):
             model: a local directory in the Hugging Face layout, or a repository id.
             revision: branch, tag or commit; None is the default branch.
             dtype: "bfloat16", "float16" or "float32", for the text encoder and the transformer.
-            offline: never ask the network.
+            offline: never use the network.
             zero_cond_t: overrides the transformer's flag, for files that lost it; None obeys the checkpoint.
-            quantize: pack matrices while they are loaded: 4 or "mxfp8" (the transformer; the text encoder takes 8),
+            quantize: quantize matrices while loading: 4 or "mxfp8" (the transformer; the text encoder takes 8),
                 "transformer=4,text_encoder=8,vision=none", or a `Quantization`; None loads them as they are stored.
             loras: `REF` or `REF@STRENGTH`, or (REF, strength); REF is a file, a folder, `owner/repo`,
                 `owner/repo:file` or the address of a file on the hub. Read with the transformer's config.
-            lora_mode: "merge" into the weights, "side" to run beside them, "auto" to merge unless the weights are
-                packed already or too coarse.
-            transformer, text_encoder, vae: a .safetensors or .gguf file, or a folder, to take instead of the
-                checkpoint's own; its configs are the checkpoint's, corrected by what the file shows.
-            streamed: of "transformer", "text_encoder" and "vision", those whose layers are never held: each pass reads
-                them from the files again. Same pixels, less memory, more time; the transformer is read once a step.
-            progress: told of downloads, loading and work; it can cancel.
+            lora_mode: "merge" into the weights, "side" to run unmerged, "auto" to merge unless the weights are
+                quantized already or too coarse.
+            transformer, text_encoder, vae: a .safetensors or .gguf file, or a folder, to use instead of the
+                checkpoint's own, with the checkpoint's configs, corrected by the file's tensors.
+            streamed: of "transformer", "text_encoder" and "vision", those whose layers are not kept: each pass reads
+                them from the files again. Same pixels, less memory, more time: the transformer is read once a step.
+            progress: called for downloads, loading and work; can cancel.
 
         Raises:
             HubError: the hub has no such model, or cannot be reached and nothing is cached.
@@ -110,7 +110,7 @@ class QwenImagePipeline(Answering):
         )  # fmt: skip
         return cls(components, report)
 
-    # What it is -------------------------------------------------------------------------------------------------
+    # Properties --------------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> str:
@@ -129,41 +129,41 @@ class QwenImagePipeline(Answering):
 
     @property
     def variant(self) -> Variant:
-        """What the checkpoint's pipeline class implies: template, defaults."""
+        """The variant of the checkpoint's pipeline class: template, limits, defaults."""
         return self.components.variant
 
     @property
     def recommended(self) -> Recommended:
-        """How it wants to be sampled: as its card says, or as a distilled LoRA was trained."""
+        """The recommended sampling: the model card's, or a distilled LoRA's."""
         return recommended_of(self.components)
 
     @property
     def class_name(self) -> str | None:
-        """Of the checkpoint's pipeline, as its index says."""
+        """The class of the checkpoint's pipeline, from its index."""
         return self.components.sources.index.get("_class_name")
 
     @property
     def latent_space(self) -> LatentSpace:
-        """The numbers of its latents."""
+        """The layout of its latents: channels, factor, patch."""
         return self.components.latent_space
 
     @property
     def transformer_config(self) -> Any:
-        """What the checkpoint says of its transformer, corrected by what its files show."""
+        """The transformer's config, corrected by its tensors."""
         return self.components.config(r.TRANSFORMER)
 
     @property
     def quantization(self) -> Quantization:
-        """How matrices are packed while they are loaded."""
+        """The schemes matrices are quantized to while loading."""
         return self.components.quantization
 
     @property
     def fingerprint(self) -> str:
-        """Tells apart what encodes: the commit, or a directory's files by name, size and time."""
+        """Identifies the files an encoding depends on: the commit, or a directory's files by name, size and time."""
         return self.components.fingerprint
 
     def prepare(self) -> None:
-        """Fetches all that generation needs and checks the files, loading nothing; raises HubError, CheckpointError."""
+        """Fetches and checks all files that generation needs, loading nothing; raises HubError, CheckpointError."""
         self.components.prepare()
 
     def check_task(self, task: Task) -> None:
@@ -181,19 +181,19 @@ class QwenImagePipeline(Answering):
         """Encodes what to generate, what to avoid, and the images to work on; evaluated, independent of the encoders.
 
         Args:
-            prompt: what to generate; may be empty (the image is then the model's own idea), and is cut at the limit of
-                the reference with a warning.
+            prompt: what to generate; may be empty, and is cut at the reference's limit of tokens
+                with a warning.
             negative_prompt: what to avoid; None generates without guidance, "" and " " are prompts like any other.
             images: the images an editing or layered model works on: PIL images, uint8 arrays (H, W, 3 or 4), paths
                 or bytes.
-            reference_pixels: at most so many pixels of each image are shown to the transformer; None is the model's
+            reference_pixels: maximum pixels of each reference image that the transformer sees; None is the model's
                 own area, about 1 MP. Every reference costs as much time per step as a target of its size.
-            sequential_positions: number the tokens 0, 1, 2, … in spite of images, to compare with libraries that
-                lost the three position axes.
+            sequential_positions: number the tokens 0, 1, 2, … even with images, to compare with libraries that
+                have lost the three position axes.
             progress: replaces the pipeline's own callback during the call.
 
         Raises:
-            RequestError: an image cannot be read, or the model does not take so many.
+            RequestError: an image cannot be read, or the model does not take this number of images.
             QwenImageError: the encoder's output is not finite, which float16 can cause.
         """
         return encode.encode_guidance_prompts(
@@ -220,22 +220,22 @@ class QwenImagePipeline(Answering):
         self, image: ImageSource, *, language: CaptionLanguage = "en", resolution: int = 640, seed: int = 0,
         progress: ProgressCallback | None = None,
     ) -> str:  # fmt: skip
-        """Describes an image in words, with the checkpoint's own language model; deterministic for a seed.
+        """Captions an image with the checkpoint's own language model; deterministic for a seed.
 
         Args:
             image: the image; shown on white where it is transparent.
             language, resolution: "en" or "zh"; the image is shown at about `resolution`² pixels.
-            seed: of the draws, where the checkpoint's generation_config.json asks for sampling.
-            progress: told of every token, and can cancel.
+            seed: the sampling seed, used if the checkpoint's generation_config.json turns sampling on.
+            progress: called for every token; can cancel.
 
         Raises:
-            RequestError: the image cannot be read or shows nothing, or the language is another.
+            RequestError: the image cannot be read or is fully transparent, or the language is unknown.
             CheckpointError: the checkpoint has no language head or no vision tower.
         """
         return encode.caption_image(self.components, self._report, image, language, resolution, seed, progress)
 
     def output_size(self, images: Sequence[ImageSource]) -> Size:
-        """(width, height) that an edit of these images has unless another is asked for: about 1 MP."""
+        """Default (width, height) of an edit of these images: about 1 MP."""
         opened = encode.opened_images(self.components, images)
         return size_of_area(self.variant.target_area, opened[self.variant.size_from].size)
 
@@ -248,12 +248,12 @@ class QwenImagePipeline(Answering):
 
         Args:
             parameters: size, steps, guidance and noise source.
-            encoding: from `encode_guidance_prompts`, of this process or another.
-            seed: of the initial noise, 0 … 2**64 - 1.
-            image_index: which of the images that one seed gives, as in the reference's num_images_per_prompt.
+            encoding: from `encode_guidance_prompts`, made by this process or loaded from a file.
+            seed: the seed of the initial noise, 0 … 2**64 - 1.
+            image_index: the index among the images of one seed, as with the reference's num_images_per_prompt.
             latents: packed initial noise (1, N, C) instead of the seed's.
             initial: from `encode_initial_image`: an image of which `parameters.strength` is regenerated.
-            progress: replaces the pipeline's own callback during the call; told of every step, and can cancel.
+            progress: replaces the pipeline's own callback during the call; called for every step; can cancel.
 
         Returns:
             Pixels (frames, height, width, channels) in [0, 1], fp32, evaluated; one RGB frame, or a layered model's
@@ -261,7 +261,7 @@ class QwenImagePipeline(Answering):
 
         Raises:
             RequestError: encoding, latents or initial image do not fit the model or the size.
-            Cancelled: the callback asked to stop.
+            Cancelled: the callback cancelled.
             QwenImageError: the result is not finite.
         """
         with self._report.using(progress):
@@ -295,7 +295,7 @@ class QwenImagePipeline(Answering):
         """
         return generation.decode_frames(self.components, self._report, parameters, latents, self.strip_pixels, progress)
 
-    # In one call ---------------------------------------------------------------------------------------------------
+    # Conveniences --------------------------------------------------------------------------------------------------
 
     @answering
     def generate(
@@ -306,30 +306,30 @@ class QwenImagePipeline(Answering):
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
-        """Generates from text, or generates an image over with a text-to-image model.
+        """Generates images from text, or from text and an image, with a text-to-image model.
 
         Args:
             prompt: what to generate.
             negative_prompt: what to avoid; None generates without guidance, as the reference does.
             image: an image to start from.
-            mask: white where the image is regenerated; the rest comes back bit by bit.
+            mask: white is inpainted; all other pixels come back bit for bit.
             strength: how much of the image is regenerated, above 0 and at most 1.
-            mask_padding: generate only the mask's surroundings, with so many pixels around it.
+            mask_padding: generate only the mask and this number of pixels around it.
             size: with an image, "1mp" (about 1 MP at its aspect), "source" (its own size) or (width, height); None is
                 "source" with a composited mask, else "1mp".
             width, height: the same as two numbers, multiples of 16; None is the model's own size without an image,
                 1328x1328 for the released ones.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
-            seed, rng: of the initial noise; rng is "torch" or "mlx".
+            seed, rng: seed and generator of the initial noise; rng is "torch" or "mlx".
             num_images: images from this seed, each with its own noise.
             composite: with a mask, put the image back where the mask is black; False returns the model's own pixels.
             staged: release the encoders before generating, so that they and the transformer never share the memory.
-            progress: told of every stage and step, and can cancel; False shows nothing. None shows progress bars on
+            progress: called for every stage and step; can cancel; False shows nothing. None shows progress bars on
                 stderr, unless the pipeline was opened with a callback.
 
         Returns:
-            PIL images. Each carries how it was made, as JSON in `info["qwen_image_mlx"]`, and keeps it when it is
+            PIL images. Each has its parameters as JSON in `info["qwen_image_mlx"]`, and keeps them when it is
             saved as PNG, JPEG or WebP. A parameter out of range and an unreadable image raise RequestError.
         """
         self.check_task("generate")
@@ -357,16 +357,16 @@ class QwenImagePipeline(Answering):
 
         Args:
             prompt: what to change.
-            images: the images: PIL images, uint8 arrays, paths or bytes; each is shown at its own size.
-            mask: white where the first image is regenerated; the rest comes back bit by bit.
+            images: the reference images: PIL images, uint8 arrays (H, W, 3 or 4), paths or bytes, of any sizes.
+            mask: white is inpainted in the first image; all other pixels come back bit for bit.
             negative_prompt: what to avoid; None generates without guidance.
             size: "1mp" (about 1 MP at the image's aspect), "source" (the image's own size) or (width, height);
                 None is "source" with a composited mask, else "1mp".
-            strength: with a mask, how much of what is inside is regenerated, above 0 and at most 1.
-            mask_padding: with a mask, generate only its surroundings, with so many pixels around it.
+            strength: with a mask, how much changes inside it, above 0 and at most 1.
+            mask_padding: generate only the mask and this number of pixels around it.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             seed, num_images, rng: as in `generate`.
-            reference_pixels: at most so many pixels of each image are shown to the transformer.
+            reference_pixels: maximum pixels of each reference image that the transformer sees.
             composite: with a mask, put the image back where the mask is black.
             keep_alpha: give the result the image's transparency.
             staged, progress: as in `generate`.
@@ -397,16 +397,16 @@ class QwenImagePipeline(Answering):
 
         Args:
             image: the image; without alpha it counts as opaque.
-            prompt: what the whole image shows; if it is empty the model writes a caption itself.
+            prompt: what the whole image shows; if it is empty, the model writes a caption.
             negative_prompt: what to avoid; None works without guidance.
             num_layers: 1 … 8.
             resolution: 640 (which None is) or 1024; the model works at that squared, in pixels, at the image's
                 aspect.
-            size: of the layers, "source" (the image's) or "bucket" (the model's).
+            size: the size of the layers, "source" (the image's) or "bucket" (the model's).
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             cfg_normalize: guidance keeps the length of each token's velocity.
             caption_language: "en" or "zh".
-            seed, rng, staged, progress: as in `generate`, and so is what is raised.
+            seed, rng, staged, progress: as in `generate`, which also lists what is raised.
         """
         from .decomposition import layers_request  # here: most runs make no layers
 
@@ -425,42 +425,42 @@ class QwenImagePipeline(Answering):
             paintings = generate(self, request, release_encoders=staged)
             return [recorded(generated.image, generated.metadata) for generated in paintings]
 
-    # What it holds in memory: a released component comes back by itself when it is needed ----------------------------
+    # Memory: a released component is loaded again when it is needed ---------------------------------------------------
 
     def lora_targets(self) -> Mapping[str, tuple[int, ...]]:
-        """The transformer's modules that have a weight, with its shape: what a LoRA may change."""
+        """The transformer's modules that a LoRA can change, with the shapes of their weights."""
         return self.components.lora_targets()
 
     @property
     def is_loaded(self) -> bool:
-        """Whether anything of it is in memory."""
+        """Whether any component is in memory."""
         return bool(self.components.loaded)
 
     def release(self, *parts: str) -> None:
-        """Gives back the memory of parts by their names, as `Components` has them; of all, with no name."""
+        """Frees the memory of components by name; of all components without a name."""
         self.components.release(*(parts or self.components.loaded))
 
     def release_encoders(self) -> None:
-        """Gives back the memory of all that encodes: text encoder, vision tower, tokenizer, the VAE's encoder."""
+        """Frees the memory of all encoders: text encoder, vision tower, tokenizer, the VAE's encoder."""
         self.components.release(*r.ENCODING, r.TOKENIZER, r.VAE_ENCODER)
 
     def release_text_encoder(self) -> None:
-        """Gives back the memory of the text encoder, its vision tower and its head."""
+        """Frees the memory of the text encoder, its vision tower and its head."""
         self.components.release(*r.ENCODING)
 
     def release_tokenizer(self) -> None:
-        """Gives back the tokenizer's memory."""
+        """Frees the tokenizer's memory."""
         self.components.release(r.TOKENIZER)
 
     def release_transformer(self) -> None:
-        """Gives back the memory of the transformer and of what was made for it."""
+        """Frees the memory of the transformer and its modulation table."""
         self.components.release(r.TRANSFORMER)
 
     def set_loras(self, loras: Sequence[LoRAReference], mode: LoRAMode = "auto") -> None:
-        """Other LoRAs from now on, as in `from_pretrained`, instead of all that were there; () takes all away.
+        """Replaces all LoRAs; the arguments are those of `from_pretrained`, and () removes all.
 
-        Where all of them, old and new, run beside the weights (packed ones, or mode "side"), the transformer stays
-        loaded; otherwise it is loaded anew when it is next needed.
+        If all of them, old and new, are unmerged (quantized weights, or mode "side"), the transformer stays loaded;
+        otherwise it is loaded again when it is next needed.
 
         Raises:
             RequestError, CheckpointError, HubError: one cannot be found or does not fit; the old ones stay.
@@ -468,7 +468,7 @@ class QwenImagePipeline(Answering):
         replace_loras(self.components, self._report, loras, mode)
 
     def release_vae(self) -> None:
-        """Gives back the autoencoder's memory."""
+        """Frees the autoencoder's memory."""
         self.components.release(r.VAE_ENCODER, r.VAE_DECODER)
 
     def reload_text_encoder(self) -> None:
@@ -496,5 +496,5 @@ class QwenImagePipeline(Answering):
 
     @property
     def is_vae_loaded(self) -> bool:
-        """Whether any half of the autoencoder is in memory."""
+        """Whether the VAE's encoder or decoder is in memory."""
         return self.components.is_loaded(r.VAE_ENCODER) or self.components.is_loaded(r.VAE_DECODER)

@@ -1,4 +1,4 @@
-"""What a running call tells its caller."""
+"""Progress: the state that a running call reports to its caller."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """What a progress callback is told.
+    """The argument of a progress callback.
 
     Attributes:
         stage: "download", "load", "caption", "encode", "denoise", "decode" or "quantize"; and "layer", within "encode"
             and "denoise", after each layer of a model, so that long steps can be followed and cancelled.
         step, total: units done and units in all: bytes for "download", tokens written and at most for "caption",
             denoising steps for "denoise", layers for "layer", else 0 of 1 when the work begins and 1 of 1 when it is
-            done. Steps and layers are told when the GPU has at most two layers left to do.
+            done. Steps and layers are reported when the GPU has at most two layers left to compute.
         detail: file or component, for "download", "load" and "layer".
-        sigma: noise level after the step, for "denoise".
+        sigma: the noise level after the step, for "denoise".
         latents: packed latents (1, N, C) after the step, for "denoise"; reading them waits until they are there.
         denoised: the clean latents (1, N, C), fp32, that the step points to, for "denoise"; None before the first.
-            They are computed when they are read, which the callback must do itself.
+            They are computed only if the callback reads them, inside the call.
     """
 
     stage: Stage

@@ -1,7 +1,7 @@
-"""A checkpoint written anew with quantized weights: a folder that loads like any other model.
+"""Saves a copy of a checkpoint with quantized weights, in a folder that loads like any other model.
 
-It is written as OUT.partial and renamed when all is there, so that there is never half of a pack; a run that was cut
-goes on where it stopped.
+It is written as OUT.partial and renamed when all is there, so that an incomplete copy never has its name; an
+interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ SHARD_BYTES = 2 << 30
 REPORT = "quantization_report.json"
 _PLAN = ".qwen-image-mlx-plan"
 _CARD = "README.md"
-_MOST_OF_A_CARD = 1 << 16  # characters, of which the first lines say the licence
-# What of a checkpoint is copied; other weights that may lie at its root are not of this layout.
+_MAX_CARD = 1 << 16  # characters; the first lines state the licence
+# The files that are copied; other weights at the root are not part of the layout.
 _COPIED = (SCHEDULER, TOKENIZER, PROCESSOR, *reversed(FOLDERS))
 _COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".safetensors")
 _MARGIN = 1 << 26
@@ -48,8 +48,8 @@ _EXAMPLES = {
     "generate": '"A red fox"',
     "edit": '"Make the coat green" --image portrait.jpg',
     "decompose": "lake.png",
-}  # what stands behind a command on the card
-# The parts that go into each folder that is written anew.
+}  # the arguments of the command on the card
+# The networks of each folder that is quantized.
 Folders = Mapping[str, list[Part]]
 
 
@@ -65,24 +65,24 @@ def quantize_checkpoint(
 ) -> Path:
     """Writes a model with quantized weights.
 
-    The transformer's modulation, whatever enters and leaves it, norms and the VAE are copied as they are; the README of
-    the result lists every matrix's error.
+    The transformer's modulation, its input and output layers, norms and the VAE are copied unchanged; the README of the
+    result lists the errors of matrices.
 
     Args:
         model: a local directory in the Hugging Face layout, or a repository id.
         out: a folder that does not exist yet.
         quantization: the scheme of each component.
         revision, offline: as in `QwenImagePipeline.from_pretrained`.
-        shard_bytes: most bytes of a file, and of memory beside the largest layer.
-        progress: told of downloads and of bytes written; it can cancel.
+        shard_bytes: maximum bytes of a file, and of memory in addition to the largest layer.
+        progress: called for downloads and bytes written; can cancel.
 
     Returns:
         `out`.
 
     Raises:
-        RequestError: nothing is to be quantized, or what lies at OUT.partial is another run's or no run's.
+        RequestError: the quantization names no component, or OUT.partial belongs to a different run or to none.
         CheckpointError, HubError: the model is damaged or cannot be fetched.
-        OutputError: `out` exists, or could not be written; a run that was cut goes on when it is repeated.
+        OutputError: `out` exists, or could not be written; an interrupted run continues when it is repeated.
     """
     out, report = Path(out).expanduser(), Reporter(progress)
     if quantization == Quantization():
@@ -101,25 +101,25 @@ def quantize_checkpoint(
     forms = {form for parts in folders.values() for part in parts for form in part.weights.forms}
     if packed := sorted(forms - set(FLOATS)):
         logger.warning(
-            "%s is %s already; what that lost stays lost, and errors are counted from there: start from the full model",
+            "%s is %s already; that loss stays, and errors are relative to it: start from the full model",
             model, some(packed),
         )  # fmt: skip
     partial = out.with_name(f"{out.name}.partial")
     plan = repr((components.fingerprint, str(quantization), shard_bytes, __version__))
     try:
-        if os.path.lexists(out):  # whole, but for the last step of a run that was killed
+        if os.path.lexists(out):  # complete, except for the last step of a run that was killed
             if (out / _PLAN).read_text() != plan:
                 raise OutputError(f"{out} exists already; name a new folder")
             (out / _PLAN).unlink()
             return out
         _require_space(partial, folders)
-        with _begun(partial, plan):
+        with _locked_folder(partial, plan):
             _write(components, partial, out.name, folders, shard_bytes, report)
             os.replace(partial, out)
             (out / _PLAN).unlink()
     except OSError as error:
         said = error if isinstance(error, OutputError) else f"{out} could not be written: {error.strerror or error}"
-        raise OutputError(f"{said}; run again to go on") from error
+        raise OutputError(f"{said}; run again to continue") from error
     return out
 
 
@@ -148,8 +148,8 @@ def _telling(report: Reporter, folder: str) -> Callable[[int, int], None]:
 
 
 @contextmanager
-def _begun(partial: Path, plan: str) -> Iterator[None]:
-    """The folder, new or with what an earlier run of the same plan left in it, for this run alone."""
+def _locked_folder(partial: Path, plan: str) -> Iterator[None]:
+    """Locks the folder for this run; it is new, or has files of an earlier run with the same plan."""
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with claim(partial):
@@ -160,12 +160,12 @@ def _begun(partial: Path, plan: str) -> Iterator[None]:
 
 
 def _take_over(partial: Path, plan: str) -> None:
-    """Keeps what an earlier run of the same plan left in a folder, and removes another plan's."""
+    """Keeps the files of an earlier run with the same plan, and removes those of any other plan."""
     found = partial / _PLAN
     there = {path.name for path in partial.iterdir() if not is_from_macos(path.name)}
     strangers = there - {_PLAN, INDEX, REPORT, _CARD, *_COPIED}
     if strangers or (there and not found.is_file()):
-        raise RequestError(f"{partial} is not what an earlier run left there; remove it or name another folder")
+        raise RequestError(f"{partial} was not written by an earlier run; remove it or name another folder")
     if found.is_file() and found.read_text() != plan:
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -185,7 +185,7 @@ def _folders(components: Components) -> Folders:
 
 
 def copy_unwritten(components: Components, partial: Path, written: set[str]) -> None:
-    """Copies a checkpoint into a folder: what is no weight, and the weights of folders that are not written anew."""
+    """Copies the rest of a checkpoint: files other than weights, and the weights of folders that are not quantized."""
     snapshot = components.snapshot
     if snapshot.exists(INDEX):
         shutil.copyfile(snapshot.file(INDEX), partial / INDEX)
@@ -210,13 +210,13 @@ def _require_space(partial: Path, folders: Folders) -> None:
     free = shutil.disk_usage(next(place for place in (partial, *partial.absolute().parents) if place.is_dir())).free
     if free + there < needed + _MARGIN:
         raise OutputError(
-            f"{partial.parent} has {free / 1e6:,.0f} MB left, but the pack takes {(needed + _MARGIN) / 1e6:,.0f} MB; "
+            f"{partial.parent} has {free / 1e6:,.0f} MB left, but the result takes {(needed + _MARGIN) / 1e6:,.0f} MB; "
             "free some space"
         )
 
 
 def _card(components: Components, name: str, errors: Mapping[str, Mapping[str, float]]) -> str:
-    """The pack's README."""
+    """The README of the quantized model."""
     source = components.snapshot
     origin = f"{source.model} at commit {source.revision}" if source.revision else Path(source.model).name
     rows = [
@@ -241,8 +241,8 @@ qwen-image-mlx {components.variant.task} {_EXAMPLES[components.variant.task]} --
 ```
 
 Matrices are in MLX's quantized form: `x.weight` holds packed elements (uint32), `x.scales` and `x.biases` one number
-for each group of columns; `quantization` in each `config.json` gives bits, group size and mode, and `false` for what
-stays as it was. Scales are bf16, refitted by least squares. Norms, what enters and leaves the transformer, its
+for each group of columns; `quantization` in each `config.json` gives bits, group size and mode, and `false` for
+unchanged ones. Scales are bf16, refitted by least squares. Norms, what enters and leaves the transformer, its
 modulation (which never stays in memory) and the VAE are as in the source.
 
 ## Error of each kind of matrix
@@ -256,10 +256,10 @@ modulation (which never stays in memory) and the VAE are as in the source.
 
 
 def _licence(source: HubSnapshot) -> list[str]:
-    """What the model's own card says of its licence, line by line; nothing where it says nothing."""
+    """The lines on the licence in the model's own card; empty if there are none."""
     try:
         with open(source.file(_CARD), encoding="utf-8", errors="replace") as file:
-            head = re.match(r"---\s*\n(.*?)\n---", file.read(_MOST_OF_A_CARD), re.DOTALL)
+            head = re.match(r"---\s*\n(.*?)\n---", file.read(_MAX_CARD), re.DOTALL)
     except (QwenImageError, OSError):
         return []
     said = re.findall(r"^license(?:_name|_link)?:[ \t]*\S.*", head[1] if head else "", re.MULTILINE)

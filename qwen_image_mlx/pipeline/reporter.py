@@ -1,4 +1,4 @@
-"""How a running call tells its caller where it is: the only upward call in the package."""
+"""Reports a running call's progress to its caller: the only upward call in the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .progress import Progress, ProgressCallback, Shown
 
 
 class Reporter:
-    """Hands progress to the callback in force.
+    """Hands progress to the current callback.
 
     Args:
         callback: the one used outside of `using`.
@@ -27,7 +27,7 @@ class Reporter:
 
     @contextmanager
     def shown(self, progress: Shown) -> Iterator[None]:
-        """What is told meanwhile goes to `progress`."""
+        """Inside the block, progress goes to `progress`."""
         if progress is None and not self.is_heard:
             from .bars import ProgressBars
 
@@ -39,7 +39,7 @@ class Reporter:
 
     @contextmanager
     def using(self, callback: ProgressCallback | None) -> Iterator[None]:
-        """Replaces the callback for a while; None keeps it."""
+        """Replaces the callback inside the block; None keeps it."""
         previous = self._callback
         self._callback = callback or previous
         try:
@@ -48,7 +48,7 @@ class Reporter:
             self._callback = previous
 
     def __call__(self, progress: Progress) -> None:
-        """Reports; raises Cancelled if the callback asked for it."""
+        """Reports progress; raises Cancelled if the callback cancelled."""
         if self._callback is not None:
             self._callback(progress)
             if progress._cancelled:

@@ -1,4 +1,4 @@
-"""What a user asks for: prompts, images, parameters, seeds; validated once, importable without MLX."""
+"""A user's request: prompts, images, parameters, seeds; validated once, importable without MLX."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Request:
         negative_prompt: what to avoid; None generates without guidance.
         parameters: how to generate.
         seeds: at least one.
-        image_indices: for each seed, which of its images (the reference's num_images_per_prompt counts from 0).
+        image_indices: for each seed, the index of its image, from 0 (as with the reference's num_images_per_prompt).
         images: upright RGB images for an editing model to work on.
-        canvas: the image that is started from, or whose size the result takes.
-        reference_pixels: at most so many pixels of each of `images` are shown to the transformer.
-        caption_language: of the caption that a layered model writes where the prompt is empty; a key of
+        canvas: the image that generation starts from, or that gives the result its size.
+        reference_pixels: maximum pixels of each of `images` that the transformer sees.
+        caption_language: the language of the caption that a layered model writes if the prompt is empty; a key of
             `CAPTION_TEMPLATES`.
     """
 
@@ -50,15 +50,15 @@ class Request:
 
     @property
     def guiding_prompt(self) -> str | None:
-        """The negative prompt where it guides; None where one pass is enough."""
+        """The negative prompt if it has an effect; None if one pass is enough."""
         return self.negative_prompt if self.parameters.cfg_scale > 1 else None
 
     def writes_caption(self, variant: Variant) -> bool:
-        """Whether the model says itself what the image shows."""
+        """Whether the model captions the image."""
         return variant.captions and not self.prompt.strip()
 
     def starts_from_canvas(self, variant: Variant) -> bool:
-        """Whether generation begins with the canvas: an edit without a mask begins with noise alone."""
+        """Whether generation starts from the canvas; an edit without a mask starts from noise alone."""
         return self.canvas is not None and (self.canvas.mask is not None or not variant.takes_images)
 
     def __post_init__(self) -> None:
@@ -70,18 +70,18 @@ class Request:
             check_seed(seed)
         indices = self.image_indices
         if not indices or indices[0] < 0 or indices[-1] >= MAX_IMAGES or len(indices) * len(self.seeds) > MAX_IMAGES:
-            raise RequestError(f"the number of images must be from 1 to {MAX_IMAGES}")
+            raise RequestError(f"there are {len(self.seeds):,} images, but the number must be from 1 to {MAX_IMAGES:,}")
 
 
 def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
-    """What flags, a recorded image and the model's recommendations add up to.
+    """Makes a request from flags, a record and the model's recommendations.
 
     Args:
-        wanted: by the names of flags; a seed may be a number or a list of them.
+        wanted: options, keyed by name; a seed may be a number or a list of numbers.
         size: (width, height) of the image.
 
     Raises:
-        RequestError: the prompt is missing or something is out of range.
+        RequestError: the prompt is missing, or an option is out of range.
     """
     if wanted.get("prompt") is None:
         raise RequestError("a prompt is missing", cause="prompt")

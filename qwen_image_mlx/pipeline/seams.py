@@ -1,7 +1,7 @@
-"""Where generations of the model differ: three seams, of which `registry.py` finds the two that compute.
+"""The three seams at which generations of the model differ; `registry.py` finds the two that compute.
 
 `LatentSpace` (sampling/latents.py) is data. A `ConditionEncoder` is made once for a checkpoint; a `Denoiser` for one
-image, from all that is known before its first step.
+image, from everything that is known before its first step.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conditions:
-    """All that one image depends on but its noise; what another conditioner needs is another field.
+    """Everything that one image depends on except its noise; a second conditioner adds a field.
 
     Attributes:
         branches: encoder states (1, L, C) of the prompt and, with guidance, of the negative prompt.
-        references: the images that the model is shown, in order.
+        references: the encoded reference images, in order.
         frames: images that are generated together: 1, or layers and the whole.
         rows, columns: of a frame's tokens.
         sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
@@ -45,10 +45,10 @@ class Conditions:
 
 
 class Denoiser(Protocol):
-    """The velocity of one image's latents. Whatever does not change from step to step is made when it is."""
+    """The velocity of one image's latents. It computes whatever is equal in all steps when it is made."""
 
     def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
-        """Of each branch, (1, N, C) in the model's dtype.
+        """The velocity of each branch, (1, N, C), in the model's dtype.
 
         Args:
             latents: packed latents (1, N, C) of the target.
@@ -58,37 +58,37 @@ class Denoiser(Protocol):
 
 
 class DenoiserClass(Protocol):
-    """What makes the `Denoiser` of an image."""
+    """Makes the `Denoiser` of an image."""
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
         """Prepares an image.
 
         Args:
-            components: the checkpoint's parts; the transformer is loaded. `Components.kept` is for what another image
-                of the same conditions may use.
+            components: the checkpoint's components; the transformer is loaded. `Components.kept` is for results that a
+                later image with the same conditions may use.
             conditions: what the image depends on.
-            report: told of what takes long.
+            report: receives progress of long work.
 
         Raises:
             RequestError: the conditions do not fit the model.
         """
 
     def check(self, components: Components, conditions: Conditions) -> None:
-        """Raises RequestError where the conditions do not fit the model, before anything is loaded."""
+        """Raises RequestError if the conditions do not fit the model, before anything is loaded."""
 
     def kept_values(self, config: Any, evaluations: int, prefix_tokens: int, branches: int) -> int:
-        """How many numbers, of the model's dtype, it keeps from step to step: what a plan of memory counts.
+        """The number of values, in the model's dtype, that it keeps from step to step; the memory plan counts them.
 
         Args:
             config: of the transformer.
-            evaluations: how often a velocity is asked for.
+            evaluations: the number of calls of `velocities`.
             prefix_tokens: tokens of prompt and references.
             branches: 1, or 2 with guidance.
         """
 
 
 class ConditionEncoder(Protocol):
-    """Prompts and images to the states that a denoiser is given."""
+    """Turns prompts and images into the states that a denoiser takes."""
 
     def encode(
         self, prompts: Sequence[str], images: Sequence[Image], report: Reporter, sequential_positions: bool = False
@@ -97,13 +97,13 @@ class ConditionEncoder(Protocol):
 
         Args:
             prompts: of any length.
-            images: what the text encoder is shown of the images, upright; [] for none.
-            report: told of the stages.
-            sequential_positions: number the tokens 0, 1, 2, … in spite of images.
+            images: the images for the text encoder, upright; [] for none.
+            report: receives the stages.
+            sequential_positions: number the tokens 0, 1, 2, … even with images.
 
         Raises:
             RequestError: a prompt is too long, or holds what stands for an image.
-            CheckpointError: the tokenizer is another model's.
+            CheckpointError: the tokenizer belongs to a different model.
             QwenImageError: the states are not finite, which float16 can cause.
         """
 

@@ -1,7 +1,7 @@
-"""Where the parts of a model come from: a checkpoint, files given instead of its own, and what a tool left out.
+"""Finds the files of a model's components: the checkpoint's own, replacements, and defaults for missing configs.
 
-Some tools save weights alone. What the released configs say then stands in for theirs, and the class is told from a
-record beside the weights, or from the weights; `weights_map/packs.json` has both tables.
+Some tools save weights alone. The released models' configs then replace the missing ones, and the class is found from a
+record next to the weights, or from the weights; `weights_map/packs.json` has both tables.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CONFIG = "config.json"
 
 
 class Sources:
-    """The files of a model's parts.
+    """The files of a model's components.
 
     Args:
         snapshot: the checkpoint.
-        replaced: by the name of its folder, a part's file, or its folder, that stands in for the checkpoint's own.
+        replaced: files or folders that replace the checkpoint's own components, keyed by the component's folder.
 
     Raises:
         RequestError: one of them does not exist.
@@ -42,21 +42,21 @@ class Sources:
         self.replaced: dict[str, Path] = {name: Path(path).expanduser() for name, path in (replaced or {}).items()}
         for name, path in self.replaced.items():
             if not path.exists():
-                raise RequestError(f"the {name} {str(path)!r} does not exist: give a file of weights or its folder")
-        # A folder of one part is a checkpoint whose root has what a whole one keeps in that folder.
+                raise RequestError(f"the {name} {str(path)!r} does not exist: give a weights file or its folder")
+        # A folder of one component counts as a checkpoint whose root is that component's folder.
         self._folders = {name: HubSnapshot(path) for name, path in self.replaced.items() if path.is_dir()}
         self._read: dict[str, WeightFiles] = {}
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """model_index.json, or what the weights show that it would say."""
+        """model_index.json, or an equivalent derived from the weights."""
         return {"_class_name": self._pack["class"]} if self._pack else self.snapshot.read_json(INDEX)
 
     def config(self, folder: str, name: str = CONFIG) -> dict[str, Any]:
-        """A part's JSON; of a file without one that of the checkpoint, of a checkpoint without any the usual one.
+        """A component's JSON; a file without one takes the checkpoint's, a checkpoint without any the released models'.
 
         Raises:
-            CheckpointError: the checkpoint should have it, but has not.
+            CheckpointError: the checkpoint should have it, but does not.
         """
         path = f"{folder}/{name}"
         if folder in self._folders and self._folders[folder].exists(name):
@@ -81,7 +81,7 @@ class Sources:
         return self.config(PROCESSOR, "preprocessor_config.json")
 
     def stand_ins(self) -> dict[str, dict[str, Any]]:
-        """The JSON files, by their place, that the checkpoint should have and has not; {} where it has its own."""
+        """Replacements for the checkpoint's missing JSON files, keyed by path; {} if it has its own."""
         if not self._pack:
             return {}
         missing = [path for path in weights_map("packs")["usual"] if not self.snapshot.exists(path)]
@@ -89,16 +89,16 @@ class Sources:
         return {INDEX: self.index} | configs
 
     def weights(self, component: Component, keep: Callable[[str], bool] | None = None) -> WeightFiles:
-        """A component's files; of a checkpoint with an index only those with a tensor to `keep`."""
+        """A component's files; with an index, only those with a tensor to `keep`."""
         files = self._given(component.home, weights_map(component.map)["stem"], keep)
         if component.folder and not holds(component, {*files.tensors, *(files.index or ())}):
-            files = self._beside(component, files) or files
+            files = self._missing_vision(component, files) or files
         return files
 
     def _given(self, folder: str, stem: str, keep: Callable[[str], bool] | None = None) -> WeightFiles:
-        """The files of a part: those that stand in for it, else the checkpoint's; of several parts in a file its own.
+        """A component's files: its replacement's, else the checkpoint's; from a shared file, its own tensors only.
 
-        Names are as in a file of its own.
+        The tensors' names are those of a file with this component alone.
         """
         if folder in self._folders:
             files = self._folders[folder].weight_files("", stem, keep)
@@ -110,8 +110,8 @@ class Sources:
             files = self.snapshot.weight_files(folder, stem, keep)
         return replace(files, tensors=part_of(folder, files.tensors))
 
-    def _beside(self, component: Component, files: WeightFiles) -> WeightFiles | None:
-        """What a text encoder's file lacks: llama.cpp's mmproj beside it, else the checkpoint's own; None without."""
+    def _missing_vision(self, component: Component, files: WeightFiles) -> WeightFiles | None:
+        """The vision tower that a text encoder's file lacks: llama.cpp's mmproj next to it, else the checkpoint's."""
         if component.role == VISION and (found := vision_beside(files.files)):
             logger.info("the vision tower is read from %s", found)
             return weight_file(found)
@@ -123,13 +123,13 @@ class Sources:
         )
 
     def names(self, component: Component) -> set[str]:
-        """What a component's files hold, as they spell it; told from its index where there is one."""
+        """The tensor names of a component's files; read from its index if there is one."""
         files = self.weights(component, keep=lambda name: False)
         return {*files.tensors, *(files.index or ())}
 
     @cached_property
     def _pack(self) -> dict[str, Any] | None:
-        """What stands in for a checkpoint's JSON files; None where it has its own."""
+        """The replacements for a checkpoint's JSON files; None if it has its own."""
         usual = {f"{row.role}/{weights_map(row.map)['stem']}" for row in all_components(TRANSFORMER)}
         # then it is damaged
         released = any(name.startswith(tuple(usual)) for name in self.snapshot.names(TRANSFORMER))
@@ -143,7 +143,7 @@ class Sources:
             )
         logger.info("%s has no %s: it is taken for a %s", self.snapshot.model, INDEX, pack["class"])
         if "advice" in pack:
-            logger.warning("what kind of model %s is can only be guessed; %s", self.snapshot.model, pack["advice"])
+            logger.warning("the kind of model of %s can only be guessed; %s", self.snapshot.model, pack["advice"])
         return pack
 
     def _recorded(self) -> dict[str, Any] | None:

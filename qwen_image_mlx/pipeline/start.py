@@ -1,4 +1,4 @@
-"""Where the denoising loop starts: noise, or an image with noise added, and what a mask blends in after each step.
+"""The start of the denoising loop: noise, or an image with noise added, and the image a mask keeps at each step.
 
 Sources: prepare_latents of diffusers' QwenImage, QwenImageImg2Img and QwenImageInpaint pipelines, in their order of
 random draws: the image's latents first, then the noise.
@@ -24,10 +24,10 @@ class Start:
     """The beginning of the loop; all arrays packed, in the model's dtype.
 
     Attributes:
-        latents: what the first step gets (1, N, C).
-        schedule: the steps that are left to do.
-        noise: the noise in it.
-        image: latents of the initial image, or None.
+        latents: the input of the first step (1, N, C).
+        schedule: the remaining steps.
+        noise: the noise in it (1, N, C).
+        image: latents of the initial image (1, N, C), or None.
         mask: 1 where the image is regenerated (1, N, C), or None.
     """
 
@@ -39,11 +39,11 @@ class Start:
 
     @property
     def blended(self) -> bool:
-        """Whether parts of the initial image are put back after each step."""
+        """Whether a mask keeps parts of the initial image."""
         return self.mask is not None
 
     def blend(self, done: int, latents: mx.array) -> mx.array:
-        """Puts the initial image, as noisy as the latents are after `done` steps, back where the mask is 0."""
+        """Latents (1, N, C) with the initial image, noised to the level after `done` steps, where the mask is 0."""
         assert self.image is not None
         assert self.mask is not None
         kept = add_noise(self.image, self.noise, float(self.schedule.sigmas[done]))
@@ -62,18 +62,18 @@ def draw_start(
     initial: InitialImage | None,
     dtype: mx.Dtype,
 ) -> Start:
-    """Draws what has to be drawn and adds the noise the first step expects.
+    """Draws the random numbers and adds the noise that the first step expects.
 
     Args:
-        config: the autoencoder's, for the statistics of its latents.
-        space: the latents'.
+        config: the autoencoder's config, for the statistics of its latents.
+        space: the layout of the latents.
         schedule: all steps.
         parameters: size, strength and source of the noise.
         frames: images that are generated together.
-        seed, image_index: of the noise.
-        latents: packed noise instead of the seed's.
+        seed, image_index: seed and index of the noise.
+        latents: packed noise (1, N, C) instead of the seed's.
         initial: the image to start from.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     # Drawn in the reference's order: frames, then channels, rows, columns.
     shape = (frames, space.channels, parameters.height // space.factor, parameters.width // space.factor)
@@ -98,6 +98,6 @@ def draw_start(
 
 
 def add_noise(image: mx.array, noise: mx.array, sigma: float) -> mx.array:
-    """sigma * noise + (1 - sigma) * image, in their dtype. Source: FlowMatchEulerDiscreteScheduler.scale_noise."""
+    """sigma * noise + (1 - sigma) * image, (1, N, C), in their dtype. Source: FlowMatchEulerDiscreteScheduler."""
     level = mx.array(sigma, dtype=image.dtype)
     return level * noise + (1 - level) * image

@@ -1,4 +1,4 @@
-"""The surroundings of every core call: limits of memory, faults of the GPU, and whom to tell."""
+"""The context of every core call: memory limits, GPU faults, and the progress callback."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .reporter import Reporter
 
 @contextmanager
 def working(components: Components, report: Reporter, progress: ProgressCallback | None) -> Iterator[None]:
-    """Keeps to limits and tells a callback meanwhile; a fault of the GPU unloads everything: it may hold zeros."""
+    """Sets limits and a callback inside the block; after a GPU fault all weights are released, as they may be zeros."""
     try:
         with limits(), gpu_faults(), report.using(progress):
             yield
     except BaseException as error:
         with suppress(RuntimeError):
-            mx.synchronize()  # what is still queued ends here, and its errors do not meet the next call
+            mx.synchronize()  # waits for queued work, so that its errors do not reach the next call
         if isinstance(error, GPUError):
             components.release_all()
         raise

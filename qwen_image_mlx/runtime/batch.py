@@ -1,7 +1,7 @@
-"""Works many images from text through with every component loaded once: encode everything, then generate everything.
+"""Generates many images from text with every component loaded once: first all encodings, then all images.
 
 Encodings wait on disk in between, so that a thousand prompts take the memory of one. An image has a file name that
-follows from its options, and its PNG says how it was generated; so a run knows what an earlier one has finished.
+follows from its options, and its PNG has the options on record; so a run knows which images an earlier one finished.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Asked:
 
     Attributes:
         request: for this image alone.
-        facts: what its PNG says of how it was generated, JSON-like; not by which version.
+        facts: its PNG's record of how it is generated, JSON-like, without the package's version.
         path: its file.
     """
 
@@ -45,7 +45,7 @@ class Asked:
     path: Path
 
     def is_in(self, path: Path) -> bool:
-        """Whether a file is a whole PNG that says that it is this image."""
+        """Whether a file is a complete PNG with the record of this image."""
         try:
             said = read_metadata(path)
         except RequestError:
@@ -56,11 +56,11 @@ class Asked:
 def asked_images(
     pipeline: QwenImagePipeline, requests: Sequence[Request], folder: Path, provenance: Mapping[str, Any] = {}
 ) -> list[Asked]:
-    """Every image of requests that generate from text, the same one only once; nothing is loaded.
+    """Every image of requests that generate from text, without duplicates; nothing is loaded.
 
     Args:
         pipeline: the opened checkpoint.
-        requests: what is asked for.
+        requests: the requests, each for one or more images.
         folder: for the images.
         provenance: what the caller adds to each image's metadata.
     """
@@ -77,7 +77,7 @@ def asked_images(
 
 
 def missing_images(asked: Sequence[Asked]) -> list[Asked]:
-    """Those of which no file has the name, or one that `save_png` chose beside it, and says that it is this image."""
+    """The images without a finished file, under their own name or under a numbered one that `save_png` chose."""
     there: dict[tuple[Path, str], list[Path]] = {}
     for folder in {one.path.parent for one in asked}:
         for file in sorted(folder.glob("*.png")):
@@ -87,7 +87,7 @@ def missing_images(asked: Sequence[Asked]) -> list[Asked]:
 
 
 def heaviest(asked: Sequence[Asked]) -> Request:
-    """A request that takes at least the memory of each of these: the largest size, the most steps, all images."""
+    """A request that takes at least the memory of each of these: the largest size, the longest schedule, all images."""
     requests = [one.request for one in asked]
     largest = max(requests, key=lambda request: request.parameters.width * request.parameters.height)
     return replace(
@@ -106,10 +106,10 @@ def heaviest(asked: Sequence[Asked]) -> Request:
 def generate_all(
     session: Session, asked: Sequence[Asked], show: Show | None = None
 ) -> Iterator[tuple[Asked, GeneratedImage]]:
-    """Plans for the heaviest, then yields the images, those of a schedule together: it has one modulation table.
+    """Plans for the heaviest image, then yields the images; those with equal schedules share one modulation table.
 
     Args:
-        session: of the opened checkpoint; where its cache has all encodings no encoder is loaded.
+        session: of the opened checkpoint; if its cache has all encodings, no encoder is loaded.
         asked: from `asked_images`, at least one.
         show: called with a preview after each step.
 
@@ -140,7 +140,7 @@ def generate_all(
 
 
 def _prompts(request: Request) -> tuple[str, str | None]:
-    """What an encoding depends on, for one pipeline and images from text."""
+    """The part of a request that an encoding depends on, for one pipeline and images from text."""
     return request.prompt, request.guiding_prompt
 
 

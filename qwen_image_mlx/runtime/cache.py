@@ -1,7 +1,7 @@
 """Encodings on disk or in memory, so that the same prompt and images are never encoded twice; bounded in size.
 
 Keyed by everything an encoding depends on: the checkpoint, its template, the dtype, the prompts, the pixels of the
-images. A damaged entry is made anew.
+images. A damaged entry is encoded again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EncodingCache:
 
     Args:
         folder: made when the first entry is put.
-        max_bytes: the entries used longest ago are removed beyond this.
+        max_bytes: beyond this, the least recently used entries are removed.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES):
@@ -56,7 +56,7 @@ class EncodingCache:
         try:
             encoding = GuidanceEncoding.load(path)
         except CheckpointError as error:
-            logger.warning("a cached encoding is damaged and is made anew: %s", error)
+            logger.warning("a cached encoding is damaged and is encoded again: %s", error)
             return None
         with suppress(OSError):
             os.utime(path)
@@ -64,7 +64,7 @@ class EncodingCache:
         return encoding
 
     def put(self, pipeline: EncodingModel, request: Request, encoding: GuidanceEncoding) -> None:
-        """Keeps an encoding; a cache that cannot be written is said and otherwise ignored."""
+        """Stores an encoding; if the cache cannot be written, logs a warning."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             encoding.save(self._path(pipeline, request))
@@ -85,10 +85,10 @@ class EncodingCache:
 
 
 class RecentEncodings:
-    """The encodings that were used last, in memory, for a process that stays.
+    """The most recently used encodings, in memory, for a process that keeps running.
 
     Args:
-        max_bytes: those used longest ago go beyond this.
+        max_bytes: beyond this, the least recently used ones are dropped.
     """
 
     def __init__(self, max_bytes: int = MAX_RECENT_BYTES):
@@ -103,7 +103,7 @@ class RecentEncodings:
         return self._entries.get(key)
 
     def put(self, pipeline: EncodingModel, request: Request, encoding: GuidanceEncoding) -> None:
-        """Keeps an encoding, unless it is larger than all of them may be."""
+        """Stores an encoding, unless it is larger than the whole cache may be."""
         if encoding.nbytes > self._max_bytes:
             return
         key = _key(pipeline, request)
@@ -113,12 +113,12 @@ class RecentEncodings:
             self._entries.popitem(last=False)
 
     def clear(self) -> None:
-        """Gives all of them back."""
+        """Frees all of them."""
         self._entries.clear()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that are kept."""
+        """Bytes of all stored encodings."""
         return sum(encoding.nbytes for encoding in self._entries.values())
 
 

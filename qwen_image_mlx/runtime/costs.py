@@ -1,4 +1,4 @@
-"""What work takes in memory beside weights and results: a model, with constants for each backend.
+"""Memory that work takes in addition to weights and results: a model, with constants for each backend.
 
 Those of a CPU are measured by benchmarks/full_size.py and benchmarks/vae.py; those of Metal are modelled.
 """
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class Rate:
-    """What each of many costs: `each` for all of them, and `first` more for as many as `until`, if that is not 0.
+    """The cost of many units: `each` for every unit, plus `first` for each of the first `until` units.
 
     What a GPU has in flight grows with the work only as far as MLX queues it.
     """
@@ -28,19 +28,19 @@ class Rate:
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes that work takes beside weights and results.
+    """Bytes that work takes in addition to weights and results.
 
     Attributes:
         text: of the tokens of all prompts, per byte of the text encoder's width (hidden and intermediate together).
         patch: of an image's patches in the vision tower, per byte of its width.
         image, reference, prompt: per token of each kind in a step, and byte of the transformer's width.
-        guided: more for each of them, where there is a second pass.
+        guided: extra per token of each kind, if guidance adds a second pass.
         queued: of the tokens of the larger of target and references, the same way.
         scores: per head, byte and pair of the transformer's tokens; 0 where attention is one fused kernel.
         pixel_in: per pixel and base channel of the VAE that it encodes.
-        pixel_whole, pixel_out: the same of an image that it decodes, before the strips, and of a strip with its halo.
-        read: parts of a modulation weight that are there at once while the table is made.
-        base, step: whatever the work, and whatever a step's.
+        pixel_whole, pixel_out: per pixel of a decoded image before the strips, and of a strip with its halo.
+        read: copies of a modulation weight in memory while the table is made.
+        base, step: constant bytes of any work, and of any step.
     """
 
     text: Rate
@@ -64,15 +64,15 @@ COSTS = {
         text=Rate(1.0), patch=Rate(0.0), image=20.0, reference=20.0, prompt=20.0, guided=0.0, queued=Rate(0.0),
         scores=1.2, pixel_in=115.0, pixel_whole=26.0, pixel_out=40.0, read=1.19, base=40 << 20, step=0,
     ),
-    # Modelled: the least that covers what benchmarks/metal_model.py says of Metal, whether a command buffer takes 40 or
-    # 50 kernels.
+    # Modelled: the smallest constants that cover the results of benchmarks/metal_model.py for Metal, with command
+    # buffers of 40 or 50 kernels.
     "gpu": Costs(
         text=Rate(0.75, 2.5, 2000), patch=Rate(0.1, 5.2, 5476), image=11.4, reference=7.3, prompt=11.0, guided=6.6,
         queued=Rate(0.0, 12.5, 3000), scores=0.0, pixel_in=26.4, pixel_whole=13.6, pixel_out=22.3,
         read=1.19, base=80 * 10**6, step=220 * 10**6,
     ),
 }  # fmt: skip
-HALO = 144  # rows of pixels that a strip is decoded with and that are not its own
+HALO = 144  # extra rows of pixels that a strip is decoded with
 
 
 def backend() -> str:

@@ -1,4 +1,4 @@
-"""The memory that a user allows, and the plan that fits it."""
+"""The memory that a user allows, and the choice of a plan that fits it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ..errors import RequestError
 from ..pipeline.components import Components
 from ..pipeline.limits import usable_memory
 from .memory_plan import MemoryPlan, Planner, Work, strips_for
-from .residency import LEAST_MEMORY, RESIDENCIES, Residency, read_memory
+from .residency import MIN_MEMORY, RESIDENCIES, Residency, read_memory
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a user said of memory.
+    """The user's choice for memory.
 
     Attributes:
         budget: bytes that may be used.
-        residencies: those that may be chosen, in this order.
+        residencies: the allowed residencies, in order of preference.
     """
 
     budget: int
@@ -26,7 +26,7 @@ class Memory:
 
 
 def parse_memory(text: str | None) -> Memory:
-    """What was said of memory: a figure or "auto" for any residency, a residency's name, or None for the usual one.
+    """Parses the option memory: a size or "auto" for any residency, a residency's name, or None for the default.
 
     Args:
         text: such as "16GB", "12.5 GiB", "16000000000", "auto", "streamed".
@@ -34,15 +34,15 @@ def parse_memory(text: str | None) -> Memory:
     Raises:
         RequestError: it is none of these, less than 256 MiB, or more than 1 PB.
     """
-    budget, residencies = read_memory(text, LEAST_MEMORY)
+    budget, residencies = read_memory(text, MIN_MEMORY)
     return Memory(usable_memory() if budget is None else budget, residencies)
 
 
 def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPlan:
-    """The plan of the first residency that fits, in the fewest strips; if none does, the one that takes least.
+    """The plan of the first residency that fits, in the fewest strips; if none fits, the plan with the lowest peak.
 
     Raises:
-        RequestError: every residency would quantize layers anew at each pass.
+        RequestError: every residency would quantize layers again at each pass.
     """
     planners = [Planner(components, work, residency) for residency in memory.residencies]
     able = [planner for planner in planners if not planner.needs_pack]
@@ -55,15 +55,15 @@ def fitting_plan(components: Components, work: Work, memory: Memory) -> MemoryPl
 
 
 def _first_that_fits(planners: Sequence[Planner], budget: int) -> MemoryPlan:
-    least: MemoryPlan | None = None
+    smallest: MemoryPlan | None = None
     for plan in (planner.plan(strip) for planner in planners for strip in strips_for(planner.work)):
         if plan.peak <= budget:
             return plan
-        least = plan if least is None or plan.peak < least.peak else least
-    assert least is not None
-    return least
+        smallest = plan if smallest is None or plan.peak < smallest.peak else smallest
+    assert smallest is not None
+    return smallest
 
 
 def alternatives(components: Components, work: Work, budget: int) -> list[MemoryPlan]:
-    """The plan of each residency, in the strips that a budget in bytes asks for."""
+    """The plan of each residency, with strips that fit a budget in bytes."""
     return [_first_that_fits([Planner(components, work, residency)], budget) for residency in RESIDENCIES]

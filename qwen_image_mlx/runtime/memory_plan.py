@@ -1,7 +1,7 @@
-"""What generation will take in memory, told before it begins from configs and headers alone.
+"""Predicts the memory that generation takes, from configs and headers alone.
 
-A plan has four stages. Weights are counted to the byte; what work takes beside them is a model (`costs.py`). A
-residency says which weights are there at which stage.
+A plan has four stages. Weights are counted to the byte; the rest is a model (`costs.py`). A
+residency decides which weights are in memory in which stage.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """What is generated, as far as memory depends on it.
+    """The properties of a request that memory depends on.
 
     Attributes:
         width, height: of an image.
         frames: images generated together: 1, or layers + 1.
-        shown: (width, height) of each image as the transformer is shown it.
+        shown: (width, height) of each reference image, as the transformer sees it.
         encoded: area in pixels that the VAE encodes at once; 0 for none.
-        captioned: area in pixels of the image that a caption is written of first; 0 for none.
-        text_tokens: of a prompt, its template included, its images not.
+        captioned: area in pixels of the image that is captioned first; 0 for none.
+        text_tokens: tokens of a prompt with its template, without its images.
         guided: whether there are two passes in each step.
         steps: denoising steps.
         images: how many are generated one after another.
@@ -66,8 +66,8 @@ class Stage:
 
     Attributes:
         name: "encode", "load", "denoise" or "decode".
-        resident: weights, and what stays beside them.
-        peak: the most there is at any moment.
+        resident: weights, and results that are kept with them.
+        peak: the maximum at any moment.
     """
 
     name: str
@@ -77,13 +77,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one piece of work takes with one residency.
+    """The predicted memory of one piece of work with one residency.
 
     Attributes:
         residency: which weights are there when.
         stages: in their order.
         disk: bytes of the files that are read.
-        strip_pixels: most pixels that are decoded at once.
+        strip_pixels: maximum pixels decoded at once.
         needs_pack: whether the model must be saved quantized first: nothing is quantized while it streams.
     """
 
@@ -99,12 +99,12 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The most bytes in memory at any moment."""
+        """Maximum bytes in memory at any moment."""
         return max(stage.peak for stage in self.stages)
 
     @property
     def working(self) -> int:
-        """The most bytes that work takes at any moment beside what is resident."""
+        """Maximum bytes that work takes in addition to the resident ones."""
         return max(stage.peak - stage.resident for stage in self.stages)
 
 
@@ -126,7 +126,7 @@ def make_plan(
         components: an opened checkpoint; its configs are read, and of one on disk the headers of its weights.
         work: what is to be generated.
         residency: which weights are there when.
-        strip_pixels: most pixels that are decoded at once.
+        strip_pixels: maximum pixels decoded at once.
 
     Raises:
         CheckpointError, HubError: a config or a header cannot be read.
@@ -135,7 +135,7 @@ def make_plan(
 
 
 class Planner:
-    """Counts what a residency holds in each stage of a piece of work; all in bytes."""
+    """Counts the memory of each stage of a piece of work under a residency, in bytes."""
 
     def __init__(self, components: Components, work: Work, residency: Residency):
         self.components, self.work, self.residency = components, work, residency
@@ -143,18 +143,18 @@ class Planner:
         self.said_config = cache(lambda name: components.sources.config(components.rows[name].home))
         self.costs = COSTS[backend()]
         self.itemsize = components.dtype.size
-        # What only the weights' names tell of the transformer changes nothing here.
+        # Config fields that are corrected by the weights' names do not change memory.
         self.transformer_config = components.declared(TRANSFORMER)
 
     def plan(self, strip_pixels: int) -> MemoryPlan:
-        """The plan, with at most so many pixels decoded at once."""
+        """The plan, with at most `strip_pixels` pixels decoded at once."""
         before, stages = self.before_decode
         decode = self.decode(before, strip_pixels)
         return MemoryPlan(self.residency, (*stages, decode), self.disk, strip_pixels, self.needs_pack)
 
     @cached_property
     def before_decode(self) -> tuple[int, tuple[Stage, ...]]:
-        """What is there when an image is decoded, and the stages before."""
+        """Bytes in memory when an image is decoded, and the stages before that."""
         shows = self.work.shown and self.components.variant.encoder_area
         vision = self.held(VISION) if shows or self.work.captioned else 0
         head = self.held(LANGUAGE_HEAD) if self.work.captioned else 0
@@ -184,7 +184,7 @@ class Planner:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of a prompt with the images that stand in it."""
+        """Tokens of a prompt with its images."""
         seen = len(self.work.shown) * self.components.variant.encoder_area + self.work.captioned
         if not seen:
             return self.work.text_tokens
@@ -192,13 +192,13 @@ class Planner:
         return self.work.text_tokens + seen // (config.patch_size * config.spatial_merge_size) ** 2
 
     def looking(self) -> int:
-        """What the vision tower takes for an image, beside its weights."""
+        """Bytes that the vision tower takes for an image, in addition to its weights."""
         config = self.components.config(VISION)
         patches = max(self.components.variant.encoder_area, self.work.captioned) // config.patch_size**2
         return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing(VISION)
 
     def moving(self) -> int:
-        """What a step takes beside the transformer."""
+        """Bytes that a step takes in addition to the transformer."""
         costs, work, config = self.costs, self.work, self.transformer_config
         tokens = self.target_tokens + self.reference_tokens + self.prompt_tokens
         units = costs.image * self.target_tokens + costs.reference * self.reference_tokens
@@ -218,7 +218,7 @@ class Planner:
         return Stage("decode", held, held + working + 2 * 4 * pixels * config.input_channels)
 
     def held(self, name: str) -> int:
-        """A component's weights that stay."""
+        """Bytes of a component's weights that stay loaded."""
         specs = self.specs(name, MAIN)
         if name in self.residency.streamed:
             from ..weights.streaming import held_specs  # here: the usual residency streams nothing
@@ -228,22 +228,24 @@ class Planner:
 
     @property
     def needs_pack(self) -> bool:
-        """Whether a streamed component would be packed anew at each pass, as it does not lie so in its files."""
+        """Whether a streamed component would be quantized again at each pass, because its files are not quantized."""
         return any(self.packs(name) for name in self.residency.streamed & {*self.components.quantization.components})
 
     def packs(self, name: str) -> bool:
-        """Whether a component's matrices are packed while they are loaded."""
+        """Whether a component's matrices are quantized while they are loaded."""
         scheme = getattr(self.components.quantization, name)
         return any(
             spec.is_packed_by(scheme) and self.stored_scheme(name, spec) != scheme for spec in self.specs(name, MAIN)
         )
 
     def stored_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
-        """How a tensor lies packed in its file."""
-        return self.components.weights(name).stored(spec.name).scheme if self.is_here else self.said_scheme(name, spec)
+        """The scheme of a tensor that is quantized in its file."""
+        return (
+            self.components.weights(name).stored(spec.name).scheme if self.is_here else self.declared_scheme(name, spec)
+        )
 
     def passing(self, name: str) -> int:
-        """What of a streamed component's layers is there at once: one as it runs, and the next as it is read."""
+        """Bytes of a streamed component's layers in memory: one that runs, and the next that is read."""
         if name not in self.residency.streamed:
             return 0
         from ..weights.streaming import layer_specs  # here: the usual residency streams nothing
@@ -252,7 +254,7 @@ class Planner:
         return max(self.moved(name, layer) + self.read(name, layer) for layer in layers)
 
     def table(self) -> int:
-        """What the denoiser keeps from step to step."""
+        """Bytes that the denoiser keeps from step to step."""
         prefix, branches = self.prompt_tokens + self.reference_tokens, 2 if self.work.guided else 1
         denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
         values = denoiser.kept_values(self.transformer_config, EULER.count(self.work.steps), prefix, branches)
@@ -260,12 +262,12 @@ class Planner:
 
     @property
     def target_tokens(self) -> int:
-        """Image tokens of what is generated."""
+        """Image tokens of the target."""
         return self.work.frames * self.components.latent_space.tokens(self.work.width, self.work.height)
 
     @property
     def reference_tokens(self) -> int:
-        """Image tokens of the images that the transformer is shown."""
+        """Image tokens of the reference images."""
         return sum(self.components.latent_space.tokens(*size) for size in self.work.shown)
 
     def largest(self, name: str, part: str) -> int:
@@ -273,38 +275,38 @@ class Planner:
         return max(self.moved(name, [spec]) for spec in self.specs(name, part))
 
     def moved(self, name: str, specs: Sequence[TensorSpec]) -> int:
-        """Tensors as they are read, and as they are cast or packed where they have to be."""
+        """Bytes of tensors as they are read, plus their cast or quantized copies where these are needed."""
         read, kept = self.read(name, specs), self.count(name, specs)
         return read if kept == read else read + kept
 
-    # Tensors: from the files' headers where they are on disk, else from what the configs say of them.
+    # Tensors: from the headers of files on disk, else from the configs.
 
     def count(self, name: str, specs: Sequence[TensorSpec], dtype: mx.Dtype | None = None) -> int:
-        """Tensors once they are loaded."""
+        """Bytes of tensors after loading."""
         dtype, scheme = dtype or self.components.dtype, getattr(self.components.quantization, name, None)
         if self.is_here:
             return self.components.weights(name).bytes_of(specs, dtype, scheme)
-        schemes = [scheme if spec.is_packed_by(scheme) else self.said_scheme(name, spec) for spec in specs]
+        schemes = [scheme if spec.is_packed_by(scheme) else self.declared_scheme(name, spec) for spec in specs]
         return sum(spec.loaded_bytes(dtype, form) for spec, form in zip(specs, schemes, strict=True))
 
     def read(self, name: str, specs: Sequence[TensorSpec]) -> int:
-        """Tensors in their files."""
+        """Bytes of tensors in their files."""
         if self.is_here:
             weights = self.components.weights(name)
             return sum(weights.stored(spec.name).nbytes for spec in specs)
-        schemes = [self.said_scheme(name, spec) for spec in specs]
+        schemes = [self.declared_scheme(name, spec) for spec in specs]
         return sum(
             form.nbytes(spec.shape) if form else 2 * prod(spec.shape) for spec, form in zip(specs, schemes, strict=True)
         )
 
     def stored_dtype(self, name: str, tensor: str) -> str:
-        """How a tensor lies in its file, in the format's words; what is not here is packed or bf16."""
+        """A tensor's dtype in its file, in safetensors' spelling; a missing file counts as quantized or bf16."""
         if self.is_here:
             return self.components.weights(name).stored(tensor).tensor.dtype
-        return PACKED if self.said_scheme(name, self.tensors(name)[tensor]) else "BF16"
+        return PACKED if self.declared_scheme(name, self.tensors(name)[tensor]) else "BF16"
 
-    def said_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
-        """How config.json says that a tensor is packed, in mlx-lm's way."""
+    def declared_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
+        """The scheme of a tensor that config.json declares, in mlx-lm's form."""
         said = self.said_config(name).get("quantization")
         if not spec.quantized or not isinstance(said, dict):
             return None
@@ -329,7 +331,7 @@ class Planner:
 
     @cached_property
     def disk(self) -> int:
-        """The files of all components."""
+        """Bytes of the files of all components."""
         names = (TRANSFORMER, *self.components.encoders, VAE)
         if self.is_here:
             return sum(self.components.weights(name).nbytes for name in names)
@@ -337,7 +339,7 @@ class Planner:
 
     @cached_property
     def is_here(self) -> bool:
-        """Whether weights are on disk, so that headers tell how they are stored; a folder may hold configs only."""
+        """Whether weights are on disk, so that headers show how they are stored; a folder may hold configs only."""
         snapshot = self.components.snapshot
         return snapshot.is_local and any(
             name.endswith((".safetensors", ".gguf"))
@@ -346,12 +348,12 @@ class Planner:
 
 
 def _width(config: TextEncoderConfig | VisionConfig) -> int:
-    """Numbers that a token or patch is at most while it passes a layer of GatedMLP and attention."""
+    """Maximum numbers per token or patch inside a layer of GatedMLP and attention."""
     return 2 * config.intermediate_size + 6 * config.hidden_size
 
 
 def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
-    """What a request asks of a pipeline."""
+    """The work of a request on a pipeline."""
     parameters, variant = request.parameters, pipeline.variant
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
     shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
@@ -371,7 +373,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
 
 
 def table_of(plans: Sequence[MemoryPlan], budget: int) -> str:
-    """Plans as a table for people: GB resident / at most in every stage; a mark for what fits a budget."""
+    """Plans as a table for people: GB resident / peak of every stage, and whether each fits a budget."""
     names = [stage.name for stage in plans[0].stages]
     head = ["GB resident/peak", *names, "most", "fits"]
     rows = [

@@ -1,8 +1,8 @@
-"""The one table of options: what can be asked for when images are generated. Importable without MLX.
+"""The one table of options for generating images. Importable without MLX.
 
 The command line, config.toml, the server's bodies, files of prompts, records in PNGs and the page's form are made from
 it. An option of sampling is a field of `GenerationParameters`, one of the model a field of `OpenOptions`; the rest
-stands here.
+is here.
 """
 
 from __future__ import annotations
@@ -81,25 +81,25 @@ class OpenOptions:
     Attributes:
         model: a directory or a Hugging Face id.
         revision: branch, tag or commit on the hub.
-        dtype: of the text encoder and the transformer.
-        quantize: as in `Quantization.parse`; None leaves weights as they are stored.
-        group_size: columns that share a scale; None is the usual.
+        dtype: dtype of the text encoder and the transformer.
+        quantize: a string for `Quantization.parse`; None leaves weights as they are stored.
+        group_size: columns that share a scale; None is the default of the mode.
         loras: references with their strengths.
         lora_mode: one of `LORA_MODES`.
         lightning: steps of the model's official distilled LoRA, which is added.
         text_encoder, transformer, vae: files that stand in for the model's own.
-        zero_cond_t: "on" or "off" instead of what the checkpoint says.
+        zero_cond_t: "on" or "off", which overrides the checkpoint's flag.
     """
 
     model: str = option(
         kind=Parsed("a directory or a Hugging Face id, in quotes", _name), group="model", record="always", place=True,
         help="a local directory or a Hugging Face id", commands=(*_READS, "plan"), flags=("--model", "-m"),
         config=(
-            _model("model_path", DEFAULT_MODEL, "what generates a prompt: a directory or a Hugging Face id",
+            _model("model_path", DEFAULT_MODEL, "model to generate with: a directory or a Hugging Face id",
                    "generate", "plan", "train --task t2i"),
-            _model("edit_model_path", DEFAULT_EDIT_MODEL, "the same, of the model that edits",
+            _model("edit_model_path", DEFAULT_EDIT_MODEL, "model to edit with: a directory or a Hugging Face id",
                    "edit", "train --task edit"),
-            _model("layered_model_path", DEFAULT_LAYERED_MODEL, "the same, of the model that decomposes images",
+            _model("layered_model_path", DEFAULT_LAYERED_MODEL, "layered model: a directory or a Hugging Face id",
                    "decompose", "caption", "train --task layered"),
         ), usual=DEFAULT_MODEL,
         but={"edit": {"usual": DEFAULT_EDIT_MODEL}, "compose": {"usual": DEFAULT_EDIT_MODEL},
@@ -111,17 +111,18 @@ class OpenOptions:
         commands=(*_READS, "plan"), flags=("--revision",), of_model=True,
     )  # fmt: skip
     dtype: Dtype = option(
-        DTYPES[0], kind=Choice(DTYPES), help="of the text encoder and the transformer", usual=DTYPES[0], group="model",
+        DTYPES[0], kind=Choice(DTYPES), help="dtype of the text encoder and the transformer", usual=DTYPES[0],
+        group="model",
         commands=(*_READS, "plan"), flags=("--dtype",), record="always",
     )  # fmt: skip
     quantize: str | None = option(
         None, kind=_QUANTIZATION, group="model", commands=(*_READS, "plan", "serve"), flags=("--quantize", "-q"),
-        help="pack weights while they are loaded: 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the transformer's; the text "
+        help="quantize weights while loading: 3, 4, 5, 6, 8, mxfp4, mxfp8 or nvfp4 (the transformer's; the text "
         "encoder's take 8), or transformer=4,text_encoder=8,vision=8", metavar="Q", record="always",
-        config=(Config(commands=(*TASKS, "caption", "plan"), help="pack weights while they are loaded",
+        config=(Config(commands=(*TASKS, "caption", "plan"), help="quantize weights while loading",
                        usual="as they are stored", example=4),),
-        but={"plan": {"help": "pack weights while they are loaded, as in generate"},
-             "serve": {"help": "pack weights while they are loaded, as in generate"}},
+        but={"plan": {"help": "quantize weights while loading, as in generate"},
+             "serve": {"help": "quantize weights while loading, as in generate"}},
     )  # fmt: skip
     group_size: int | None = option(
         None, kind=Integer(1), group="model", commands=(*_READS, "plan"), flags=("--group-size",), metavar="G",
@@ -129,7 +130,7 @@ class OpenOptions:
     )  # fmt: skip
     text_encoder: str | None = option(
         None, **_FILE | {"flags": ("--text-encoder",)}, commands=_READS, help="a .safetensors file (or a folder) to "
-        "take instead of the model's own text encoder with its vision tower, as other programs use them",
+        "use instead of the model's own text encoder and vision tower, in the form of other programs",
     )  # fmt: skip
     loras: tuple[str, ...] = option(
         (), kind=Several(Parsed("a reference", _name), 'a list of strings such as ["style.safetensors@0.8"]'),
@@ -141,34 +142,34 @@ class OpenOptions:
     )  # fmt: skip
     lora_mode: LoRAMode = option(
         LORA_MODES[0], kind=Choice(LORA_MODES), group="model", commands=IMAGE_COMMANDS, flags=("--lora-mode",),
-        help="merge LoRAs into the weights, or run them beside", record="asked",
-        usual="auto, which merges unless the weights are packed or too coarse",
+        help="merge LoRAs into the weights, or run them unmerged", record="asked",
+        usual="auto, which merges unless the weights are quantized or too coarse",
     )  # fmt: skip
     transformer: str | None = option(
         None, **_FILE | {"flags": ("--transformer",)}, commands=IMAGE_COMMANDS,
-        help="a .safetensors or .gguf file (or a folder) to take instead of the model's own",
+        help="a .safetensors or .gguf file (or a folder) to use instead of the model's own",
     )  # fmt: skip
     vae: str | None = option(
         None, **_FILE | {"flags": ("--vae",)}, commands=IMAGE_COMMANDS, help="the same for the autoencoder"
     )
     lightning: int | None = option(
         None, kind=Choice((4, 8)), group="model", commands=IMAGE_COMMANDS, flags=("--lightning",),
-        help="the official LoRA of the model that generates in so many steps",
+        help="add the model's official LoRA for 4 or 8 steps",
     )  # fmt: skip
     zero_cond_t: str | None = option(
         None, kind=Choice(("on", "off")), group="model", commands=("edit",), flags=("--zero-cond-t",), record="asked",
-        help="override the transformer's flag, for files that lost it",
+        help="override the transformer's flag of this name, for files that lost it",
     )  # fmt: skip
 
     @classmethod
     def asked(cls, asked: Mapping[str, Any], default_model: str) -> OpenOptions:
-        """What a request's options, by their names, say of opening a model; raises RequestError."""
+        """The opening options among a request's options, keyed by name; raises RequestError."""
         said = {row.field: asked[row.name] for row in options_of(cls) if asked.get(row.name) is not None}
         model = full_name(said.get("model", default_model))
         return cls(**said | {"model": model, "loras": tuple(said.get("loras", ()))})
 
 
-# What is neither of the model nor of sampling. The order is that of help and of messages.
+# Options of neither the model nor sampling, in the order of help and messages.
 _OTHERS = (
     Option(
         name="prompt", kind=Text(), help="what to generate; may be empty", group="image",
@@ -180,22 +181,22 @@ _OTHERS = (
              "/decompose": {"default": ""}},
     ),
     Option(
-        name="images", kind=Several(ImageFile()), help="an image to start from", group="image", commands=CANVAS,
+        name="images", kind=Several(ImageFile()), help="start from this image", group="image", commands=CANVAS,
         flags=("--image", "--image-path"), nargs="append", metavar="IMAGE", tasks=("edit",), record="asked", place=True,
         but={"edit": {"flags": ("--image", "-i", "--image-path"),
-                      "help": "an image to work on; repeat for more, the order counts"}},
+                      "help": "image to edit; repeat for more, in the order of the prompt"}},
     ),
     Option(
         name="image", kind=ImageFile(), group="image", commands=("decompose", "caption"), nargs="?", metavar="PHOTO",
         help="the image to decompose", tasks=(*TASKS, "caption"),
-        but={"caption": {"nargs": None, "metavar": "IMAGE", "help": "the image to describe"},
+        but={"caption": {"nargs": None, "metavar": "IMAGE", "help": "the image to caption"},
              "/decompose": {"default": ...}, "/caption": {"default": ...}},
     ),
     Option(
         name="layer", kind=Text(), group="image", commands=("edit", "decompose"), flags=("--layer",), metavar="DIR:N",
-        help="instead, layer N of a folder that decompose wrote (which takes the result in its place, unless --output "
-        "is given), PSD or ORA", record="asked", place=True,
-        but={"decompose": {"help": "instead, layer N of a folder, PSD or ORA"}},
+        help="instead of an image, layer N of a folder that decompose wrote, a PSD or an ORA; the result replaces the "
+        "layer in a folder, unless --output is given", record="asked", place=True,
+        but={"decompose": {"help": "instead of an image, layer N of a folder, a PSD or an ORA"}},
     ),
     Option(
         name="negative_prompt", kind=Text(), help="what to avoid", usual="as the model's card says", group="sampling",
@@ -204,12 +205,12 @@ _OTHERS = (
         config=(Config(commands=TASKS, table=GENERATION, example="blurry"),), but={"decompose": {"usual": '" "'}},
     ),
     Option(
-        name="seed", kind=SEED, help="one image per seed; -1 is a random one", usual="random", group="sampling",
+        name="seed", kind=SEED, help="one image per seed; -1 draws a random seed", usual="random", group="sampling",
         commands=(*IMAGE_COMMANDS, "caption"), flags=("--seed", "-s"), nargs="+", metavar="N",
         tasks=(*TASKS, "caption"), line=True, record="always",
-        config=(Config(commands=TASKS, table=GENERATION, help="of the noise", example=42),),
-        but={"decompose": {"nargs": None, "help": "of the noise; -1 is a random one"},
-             "caption": {"nargs": None, "help": "of the draws, where the checkpoint asks for sampling", "usual": "0"},
+        config=(Config(commands=TASKS, table=GENERATION, help="noise seed", example=42),),
+        but={"decompose": {"nargs": None, "help": "noise seed; -1 draws a random seed"},
+             "caption": {"nargs": None, "help": "sampling seed, if the checkpoint samples captions", "usual": "0"},
              "/caption": {"default": 0}},
     ),
     Option(
@@ -219,14 +220,14 @@ _OTHERS = (
     Option(name="image_index", kind=IMAGE_INDEX, record="always"),
     Option(
         name="aspect", kind=Choice(tuple(ASPECT_SIZES)), group="size", commands=("generate",), flags=("--aspect",),
-        help="an official size instead: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items()),
+        help="an official size: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items()),
         usual=next(iter(ASPECT_SIZES)), tasks=("generate",), line=True,
-        config=(Config(commands=("generate",), table=GENERATION, help="of an image generated from a prompt alone",
+        config=(Config(commands=("generate",), table=GENERATION, help="aspect ratio of an image from a prompt alone",
                        example="16:9"),),
     ),
     Option(
         name="mask", kind=ImageFile(), group="image to image", commands=CANVAS, flags=("--mask",), metavar="IMAGE",
-        help="white where the image is regenerated; the rest comes back bit by bit", tasks=CANVAS, record="asked",
+        help="white is inpainted; all other pixels come back bit for bit", tasks=CANVAS, record="asked",
         place=True, needs=("images",),
     ),
     Option(
@@ -235,23 +236,23 @@ _OTHERS = (
         help="with --image, size of the result: about 1 MP at its aspect, the same resized to its size, or an explicit "
         "one", usual="1mp; source with a mask", tasks=("edit", "decompose"), record="asked", needs=("images",),
         but={"decompose": {"metavar": "|".join(LAYER_SIZES), "needs": (), "usual": LAYER_SIZES[0],
-                           "help": "of the layers: the image's or the model's"},
+                           "help": "size of the layers: the image's or the model's"},
              "/decompose": {"kind": Choice(LAYER_SIZES)},
-             "plan": {"metavar": "WxH", "needs": (), "help": "of the image", "usual": "the model's own"}},
+             "plan": {"metavar": "WxH", "needs": (), "help": "size of the image", "usual": "the model's own"}},
     ),
     Option(
         name="mask_padding", kind=Integer(0), group="image to image", commands=CANVAS, flags=("--mask-padding",),
-        metavar="N", help="generate only the mask's surroundings, N pixels around it", tasks=("edit",), record="asked",
+        metavar="N", help="generate only the mask and N pixels around it", tasks=("edit",), record="asked",
         needs=("images", "mask"),
     ),
     Option(
         name="no_composite", kind=Switch(), group="image to image", commands=CANVAS, flags=("--no-composite",),
-        help="with a mask, give the model's own image", record="asked", needs=("mask",),
+        help="with a mask, save the model's own image, not composited", record="asked", needs=("mask",),
     ),
     Option(
         name="reference_pixels", kind=REFERENCE_PIXELS, group="image", commands=("edit",),
         flags=("--reference-pixels",), metavar="N", usual="about 1 MP", tasks=("edit",),
-        help="show at most N pixels of each image to the model",
+        help="maximum pixels of each reference image that the model sees",
         record="asked",
     ),
     Option(
@@ -260,20 +261,21 @@ _OTHERS = (
     ),
     Option(
         name="ignore_profile", kind=Switch(), group="image", commands=(*_READS, "serve"), flags=("--ignore-profile",),
-        help="ignore the colour profiles of images and take their numbers as sRGB, as diffusers does", record="asked",
+        help="ignore the colour profiles of images and read their values as sRGB, as diffusers does", record="asked",
     ),
     Option(
         name="resolution", kind=SIDE, group="layers", commands=("decompose", "caption"), flags=("--resolution",),
         metavar="|".join(map(str, LAYERED_RESOLUTIONS)), usual=str(LAYERED_RESOLUTIONS[0]),
-        help="the model works at so many pixels squared, at the image's aspect", tasks=("decompose", "caption"),
+        help="side in pixels of the square whose area the model works at",
+        tasks=("decompose", "caption"),
         config=(Config(commands=("decompose",), usual="the model's own", example=640,
-                       help="images are decomposed at so many pixels squared, at their aspect"),),
+                       help="side in pixels of the square whose area the model works at"),),
         but={"caption": {"kind": Choice(LAYERED_RESOLUTIONS), "metavar": None,
-                         "help": "show it at about this side squared, in pixels"}},
+                         "help": "side in pixels of the square whose area the image is shown at"}},
     ),
     Option(
         name="caption_language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="layers", commands=("decompose",),
-        flags=("--caption-language",), help="of the model's own caption", usual=next(iter(CAPTION_TEMPLATES)),
+        flags=("--caption-language",), help="language of the model's own caption", usual=next(iter(CAPTION_TEMPLATES)),
         tasks=("decompose",),
     ),
     Option(
@@ -286,12 +288,12 @@ _OTHERS = (
             'like "16GB" (256MiB to 1 PB), "auto", "resident", "staged" or "streamed"', read_memory, (str, int)
         ), group="memory", commands=(*IMAGE_COMMANDS, "plan", "serve"), flags=("--memory",), metavar="M",
         usual="staged",
-        help="keep to it: 16GB, or auto for what this machine has; weights stay loaded, take turns or are streamed "
-        "from the files as it demands; or say how: resident, staged, streamed",
-        config=(Config(commands=(*TASKS, "plan"), help="keep to it, or say how weights are kept", example="16GB"),),
-        but={"plan": {"help": "what may be used, as 16GB; auto is this machine's", "usual": "auto"},
-             "serve": {"help": "keep to it, as in generate",
-                       "usual": "auto, which keeps a model loaded where it fits"}},
+        help="memory limit, such as 16GB, or auto for this machine's; weights stay loaded, are loaded stage by stage "
+        "or are streamed from the files to fit it; or choose: resident, staged, streamed",
+        config=(Config(commands=(*TASKS, "plan"), help="memory limit, or how weights are kept", example="16GB"),),
+        but={"plan": {"help": "memory limit, such as 16GB; auto is this machine's", "usual": "auto"},
+             "serve": {"help": "memory limit, as in generate",
+                       "usual": "auto, which keeps a model loaded if it fits"}},
     ),
 )  # fmt: skip
 
@@ -299,10 +301,10 @@ OPTIONS = by_name([*options_of(OpenOptions), *_OTHERS, *options_of(GenerationPar
 
 
 def of_task(task: str) -> list[Option]:
-    """The options that a task of the server has as fields of its body, as it has them."""
+    """The options that are fields of the body of a server's task, with what differs for it."""
     return [row.of(f"/{task}") for row in OPTIONS.values() if task in row.tasks]
 
 
 def recorded(*kinds: str) -> list[Option]:
-    """The options that a PNG's record has, of some kinds of `Option.record`."""
+    """The options in a PNG's record whose `Option.record` is one of `kinds`."""
     return [row for row in OPTIONS.values() if row.record in kinds]

@@ -1,4 +1,4 @@
-"""Small images of what is being generated, step by step, made of nothing but what a step reports anyway.
+"""Small images of the generation after each step, made from the latents that a step reports anyway.
 
 No pass of the model and no decoder: the clean latents that a step points to, through a linear map to RGB
 (`Variant.preview`). A 1024x1024 generation costs a product of (4096, 64) with (64, 12) and a resize of 128x128 pixels.
@@ -24,17 +24,17 @@ Show = Callable[[Image.Image, int, int], None]
 
 
 class Preview:
-    """A progress callback that shows what each denoising step is heading for, after handing everything on.
+    """A progress callback that hands everything on and then shows the clean image that each step predicts.
 
     The clean latents that a step points to come with it (`Progress.denoised`), whatever the solver. Where a mask keeps
-    an image they are exactly that image. An edit's references are not in the latents. Of a layered model the layers are
-    shown side by side, back to front, in rows; the frame with everything is not.
+    an image they are exactly that image. An edit's references are not in the latents. The layers of a layered
+    model are shown side by side, back to front, in rows, without the first frame, which is the whole image.
 
     Args:
         show: called with an RGB image, at most `MAX_SIDE` pixels and never larger than the generation, the number of
-            steps done and of all; what it raises ends the generation.
-        inner: the callback that it stands before; it is told first, and can cancel as ever.
-        pipeline: the opened checkpoint, which knows its map and its frames.
+            steps done and of all; an exception from it ends the generation.
+        inner: the next callback; it is called first, and can cancel as usual.
+        pipeline: the opened checkpoint, for its map to RGB and its frames.
         request: what is generated.
     """
 
@@ -52,7 +52,7 @@ class Preview:
         self._bias = np.array(bias, np.float32)
 
     def __call__(self, progress: Progress) -> None:
-        """Hands on, then shows, if it was a denoising step."""
+        """Hands the progress on, then shows a preview if it was a denoising step."""
         if self._inner is not None:
             self._inner(progress)
         if progress.stage == "denoise" and progress.denoised is not None:
@@ -60,7 +60,7 @@ class Preview:
             self._show(self._image(colours), progress.step, progress.total)
 
     def _image(self, colours: np.ndarray) -> Image.Image:
-        """The image of mapped latents (N, 3 patch²), in [-1, 1] but for the bias."""
+        """The image of mapped latents (N, 3 patch²), float32, in [-1, 1] before the bias."""
         rows, columns, patch = self._rows, self._columns, self._space.patch
         cells = colours.reshape(-1, rows, columns, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         frames = cells.reshape(-1, patch * rows, patch * columns, 3)[self._hidden :]
@@ -72,7 +72,7 @@ class Preview:
 
 
 def _tiled(frames: np.ndarray) -> np.ndarray:
-    """Frames (F, H, W, 3) in rows of a grid that is about as wide as high; what is left over is white."""
+    """Frames (F, H, W, 3) in rows of a grid that is about as wide as high; unused places are white."""
     count, height, width, _ = frames.shape
     across = math.ceil(math.sqrt(count))
     down = -(-count // across)

@@ -1,4 +1,4 @@
-"""What each stage took: seconds, and bytes as MLX counts them."""
+"""Measures each stage: seconds, and bytes as MLX counts them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage that is done.
+    """The cost of one finished stage.
 
     Attributes:
         stage: as `Progress` names it, with its detail.
         seconds: from its beginning to its end.
         resident: bytes in use after it.
-        peak: most bytes in use during it.
+        peak: maximum bytes in use during it.
     """
 
     stage: str
@@ -30,13 +30,13 @@ class StageCost:
 
 
 class Profile:
-    """A progress callback that notes what stages took and hands everything on.
+    """A progress callback that measures stages and hands everything on.
 
     Args:
-        inner: the callback that it stands before; it can cancel as ever.
+        inner: the next callback; it can cancel as usual.
 
     Attributes:
-        costs: of the stages that are done.
+        costs: the finished stages.
     """
 
     def __init__(self, inner: ProgressCallback | None = None):

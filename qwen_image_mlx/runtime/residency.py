@@ -1,4 +1,4 @@
-"""How weights may be kept in memory, and how that, or a budget, is written. Importable without MLX."""
+"""Residencies (which weights are in memory when), and how the option memory is written. Importable without MLX."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from ..errors import RequestError
 from ..registry import TEXT_ENCODER, TRANSFORMER, VISION
 
-LEAST_MEMORY = 1 << 28  # bytes that anything runs in
-MOST_MEMORY = 10**15  # more than any machine has
+MIN_MEMORY = 1 << 28  # bytes; nothing runs in less
+MAX_MEMORY = 10**15  # bytes; more than any machine has
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 @dataclass(frozen=True)
 class Residency:
-    """Which weights are in memory when.
+    """A rule for which weights are in memory in which stage.
 
     Attributes:
-        name: how it is called.
+        name: its name in options and tables.
         staged: encoders are released before generating, the transformer before the last image is decoded.
         streamed: components whose layers are read from their files at each pass.
     """
@@ -29,7 +29,7 @@ class Residency:
 
     @property
     def releases(self) -> dict[str, bool]:
-        """What `pipeline.conductor.generate` is to release, and `decompose`, by the names of their arguments."""
+        """The arguments of `pipeline.conductor.generate` and `decompose` that decide what they release."""
         return {"release_encoders": self.staged, "release_transformer": self.staged}
 
 
@@ -45,20 +45,20 @@ DEFAULT = RESIDENCIES[1]
 
 
 def memory_figure(text: str) -> int | None:
-    """Bytes of 16GB, 12.5 GiB, 16000000000; None of what is no figure, of whatever size."""
+    """Bytes of a size such as 16GB, 12.5 GiB or 16000000000, unchecked; None for any other text."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmg]i?)?b?", text.strip().lower(), re.ASCII)
     return int(float(match[1]) * _UNITS[match[2] or ""]) if match else None
 
 
-def read_memory(text: str | None, least: int = LEAST_MEMORY) -> tuple[int | None, tuple[Residency, ...]]:
-    """What was said of memory: (budget in bytes, or None for what this machine has; the residencies to choose from).
+def read_memory(text: str | None, minimum: int = MIN_MEMORY) -> tuple[int | None, tuple[Residency, ...]]:
+    """Parses the option memory: (budget in bytes, or None for this machine's; the residencies to choose from).
 
     Args:
-        text: such as "16GB", "12.5 GiB", "16000000000", "auto", "streamed"; None is the usual residency.
-        least: bytes that a budget has at least.
+        text: such as "16GB", "12.5 GiB", "16000000000", "auto", "streamed"; None is the default residency.
+        minimum: minimum bytes of a budget.
 
     Raises:
-        RequestError: it is none of these, less than `least`, or more than 1 PB.
+        RequestError: it is none of these, less than `minimum`, or more than 1 PB.
     """
     said = DEFAULT.name if text is None else text.strip().lower()
     if named := tuple(residency for residency in RESIDENCIES if residency.name == said):
@@ -68,8 +68,8 @@ def read_memory(text: str | None, least: int = LEAST_MEMORY) -> tuple[int | None
     nbytes = memory_figure(said)
     if nbytes is None:
         raise RequestError(f"memory is {text!r:.80}, but must be like 16GB, 12.5GiB, a number of bytes, or auto")
-    if nbytes < least:
-        raise RequestError(f"memory is {text!r}; nothing runs in less than {least >> 20} MiB")
-    if nbytes > MOST_MEMORY:
-        raise RequestError(f"memory is {text!r}, but at most {MOST_MEMORY // 10**15} PB can be said")
+    if nbytes < minimum:
+        raise RequestError(f"memory is {text!r}; nothing runs in less than {minimum >> 20} MiB")
+    if nbytes > MAX_MEMORY:
+        raise RequestError(f"memory is {text!r}, but at most {MAX_MEMORY // 10**15} PB is allowed")
     return nbytes, RESIDENCIES

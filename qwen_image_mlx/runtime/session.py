@@ -1,7 +1,7 @@
-"""One opened model and what is done with it: open, plan, run. Every front end generates through here.
+"""A session opens a model, plans memory and runs requests. Every front end generates through here.
 
-Options are a mapping by the names of the table (`options.py`); an absent one is as the model wants it. Printing and
-files are the caller's.
+Options are a mapping keyed by their names in the table (`options.py`); absent ones take the model's defaults. The
+caller prints and writes files.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Session:
 
     Args:
         pipeline: the opened checkpoint.
-        asked: of the options memory, force, wire and cache; memory may be what `parse_memory` gave.
-        progress: told of every stage and step, and can cancel.
+        asked: the options memory, force, wire and cache; memory may be a result of `parse_memory`.
+        progress: called for every stage and step; can cancel.
 
     Attributes:
-        memory: what may be used.
-        force: whether to go on with what takes least where nothing fits.
-        plans: those made so far, by what was to be generated.
+        memory: the memory that may be used.
+        force: whether to run the plan with the lowest peak if none fits.
+        plans: the plans made so far, keyed by their work.
     """
 
     def __init__(
@@ -79,16 +79,18 @@ class Session:
         *,
         task: Task | None = None,
     ) -> Session:
-        """The model that is asked for.
+        """Opens a model.
 
         Args:
-            asked: options, by their names.
-            default_model: where no model is asked for.
-            progress: told of every stage and step, and can cancel.
-            task: what the model must be made for: "generate", "edit" or "decompose"; None is anything.
+            asked: options, keyed by name.
+            default_model: the model if the options name none.
+            progress: called for every stage and step; can cancel.
+            task: the task that the model must be made for: "generate", "edit" or "decompose"; None allows any.
 
         Raises:
-            RequestError, CheckpointError, HubError: as `from_pretrained`; or the model is not made for the task.
+            RequestError: an option is out of range, or the model is not made for the task.
+            CheckpointError: the files are not those of a pipeline this package runs.
+            HubError: the model cannot be fetched.
         """
         logger.debug("asked: %s", ", ".join(f"{name} {asked[name]!r:.200}" for name in OPTIONS if name in asked))
         session = cls(open_pipeline(OpenOptions.asked(asked, default_model), progress), asked, progress)
@@ -96,7 +98,7 @@ class Session:
             session.pipeline.check_task(task)
         return session
 
-    # What is asked for ----------------------------------------------------------------------------------------------
+    # Requests -------------------------------------------------------------------------------------------------------
 
     def request(
         self,
@@ -106,15 +108,15 @@ class Session:
         mask: Image | None = None,
         straight: Sequence[Image] | None = None,
     ) -> Request:
-        """The request that the model is to work on; warns, once, of a negative prompt that has no effect.
+        """Makes a request for the model; warns, once, of a negative prompt that has no effect.
 
         Args:
-            asked: options, by their names; the model's recommendations fill what is missing.
-            size: (width, height), an aspect, or with images one of `NAMED_SIZES` or None; a layered model's is in
-                `asked`.
-            images: to start from or to edit, upright, RGB; a layered model takes one apart, RGBA.
-            mask: white where the first is regenerated.
-            straight: the same images with their transparency, RGBA, if the result is to have it.
+            asked: options, keyed by name; the model's recommendations fill the missing ones.
+            size: (width, height), an aspect, or with images one of `NAMED_SIZES` or None; for a layered model the
+                size is in `asked`.
+            images: the images to start from or to edit, upright, RGB; for a layered model one to decompose, RGBA.
+            mask: white where the first image is inpainted.
+            straight: the same images as RGBA, if the result keeps their transparency.
 
         Raises:
             RequestError: something is out of range or does not fit the model.
@@ -124,7 +126,7 @@ class Session:
             request = layers_of(images[0], asked, variant.resolutions, sampling)
         else:
             canvas = None
-            # By now without aspects, and without images a pair: what a checker cannot tell.
+            # Here it has no aspect, and without images it is a pair; a type checker cannot know that.
             named = cast("Size | NamedSize | None", variant.size_of(size) if size in ASPECT_SIZES else size)
             if images:
                 canvas = canvas_of(
@@ -151,11 +153,11 @@ class Session:
 
     @contextmanager
     def planned(self, request: Request) -> Iterator[MemoryPlan]:
-        """The plan for a request, which the pipeline and MLX keep to meanwhile.
+        """The plan for a request; inside the block the pipeline and MLX keep to it.
 
         Raises:
-            RequestError: nothing fits the memory, or a caption would be written with a streamed text encoder; unless
-                the session is told to go on by force, with what takes least.
+            RequestError: nothing fits the memory, or a caption would be written with a streamed text encoder. With
+                `force` there is a warning instead, and the plan with the lowest peak is used.
         """
         pipeline, budget = self.pipeline, self.memory.budget
         work = work_of(request, pipeline)
@@ -186,7 +188,7 @@ class Session:
             yield plan
 
     def alternatives(self, work: Work) -> list[MemoryPlan]:
-        """For each residency the plan of a piece of work that fits the session's memory, or takes least."""
+        """For each residency, the plan of a piece of work that fits the session's memory, or has the lowest peak."""
         return alternatives(self.pipeline.components, work, self.memory.budget)
 
     # Run ------------------------------------------------------------------------------------------------------------
@@ -207,16 +209,16 @@ class Session:
             )
 
     def decompose(self, request: Request, show: Show | None = None) -> LayeredResult:
-        """Plans, then decomposes an image; as `generate`. The cache keeps the caption with the encoding."""
+        """Plans, then decomposes an image; raises RequestError if nothing fits. The cache stores the caption too."""
         with self.planned(request) as plan:
             return decompose(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
 
     def encoded(self, request: Request) -> Any:
-        """A request's encoding, from the session's cache if it is there."""
+        """A request's encoding, from the session's cache if possible."""
         return encoded(self.pipeline, request, self.progress, self._cache)
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
-        """Who is told while a request is generated: the session's own, behind one that shows previews if asked."""
+        """The progress callback for a request: the session's own, wrapped in a `Preview` if `show` is given."""
         if show is None:
             return self.progress
         from .preview import Preview  # here: most runs show none
@@ -231,7 +233,7 @@ def _cache() -> EncodingCache:
 
 
 def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None) -> QwenImagePipeline:
-    """The checkpoint that is asked for; raises RequestError, CheckpointError and HubError as `from_pretrained` does."""
+    """Opens a checkpoint by its options; raises RequestError, CheckpointError and HubError like `from_pretrained`."""
     if options.group_size is not None and options.quantize is None:
         raise RequestError("a group size is given, but no quantization", cause="group size")
     loras = list(options.loras)
@@ -259,13 +261,13 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
 def layers_of(
     image: Image, asked: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, Any] = {}
 ) -> Request:
-    """What decomposing an image asks of a layered model.
+    """Makes a layered model's request from options.
 
     Args:
         image: RGBA.
-        asked: options, by their names; absent ones are as `layers_request` has them.
-        resolutions: those the model works at, the default first.
-        sampling: by the names of fields, how the model wants to be sampled.
+        asked: options, keyed by name; absent ones take the defaults of `layers_request`.
+        resolutions: the model's resolutions, the default first.
+        sampling: the model's recommended `GenerationParameters`, keyed by field.
 
     Raises:
         RequestError: something is out of range.

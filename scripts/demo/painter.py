@@ -65,7 +65,7 @@ def file_weights(trainer: Trainer) -> dict[str, mx.array]:
 def draw_batches(
     kinds: Sequence[Samples], sizes: Sequence[int], seed: int, drop: float
 ) -> Callable[[int], Sequence[Batch]]:
-    """A step's batches: one of every kind, of so many samples; a part of `drop` without their prompts."""
+    """A step's batches: one of every kind, with a number of samples each; the share `drop` has no prompt."""
     return lambda step: [
         kind.batch(np.random.default_rng([seed, step, n]), size, drop)
         for n, (kind, size) in enumerate(zip(kinds, sizes, strict=True))

@@ -137,7 +137,7 @@ class Samples:
 
     @cached_property
     def alike(self) -> dict[int, np.ndarray]:
-        """By a number of tokens, the samples whose prompts have so many."""
+        """The samples, keyed by the number of tokens of their prompts."""
         return by_length(self.lengths)
 
     def batch(self, rng: np.random.Generator, size: int, drop: float = 0.1) -> Batch:
@@ -218,7 +218,7 @@ def _captioned(frame: Frame, scenes: Sequence[Scene]) -> tuple[list[np.ndarray],
 
 
 class Edit(NamedTuple):
-    """A scene, the scene after an edit, and what was asked for."""
+    """A scene, the scene after an edit, and the instruction."""
 
     before: Scene
     after: Scene

@@ -167,7 +167,7 @@ def _draw_thing(rng: np.random.Generator, colour: str, named: bool, as_told: boo
 
 
 def _overlapping(angle: float, back: Thing, front: Thing) -> list[Thing]:
-    """The thing behind, large, its middle beside the front one's, in a direction (radians), so that both are seen."""
+    """The object behind, large; its centre is offset from the front one's in a direction (radians), so both show."""
     radius = 0.24
     x, y = (
         float(np.clip(middle + 0.24 * part, radius + 0.02, 0.98 - radius))

@@ -2,7 +2,7 @@
 
 Kept are the 256 bytes, the special tokens, and the merges that spell the templates and a few hundred words; whatever
 else is written falls back to bytes. A text of kept words alone is split as by the whole tokenizer, so a template is as
-long in tokens as it really is. Ids are given anew, in the order of the whole vocabulary.
+long in tokens as it really is. Ids are assigned again, in the order of the whole vocabulary.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_flags_beat_the_profile_which_beats_default_which_beats_what_is_built_in
 
 
 @pytest.mark.slow
-def test_what_a_image_recorded_beats_the_config_and_flags_beat_both(run, circle):
+def test_what_an_image_recorded_beats_the_config_and_flags_beat_both(run, circle):
     config(DEMOS.replace('"demo"', '"./none"') + """
         cfg_scale = 2
         quantize = 8
@@ -119,7 +119,7 @@ def test_what_a_image_recorded_beats_the_config_and_flags_beat_both(run, circle)
     assert picked(flagged, "seed", "cfg_scale", "steps", "quantize", "loras") == [9, 1.0, 1, None, None]
 
 
-def test_a_image_that_recorded_little_leaves_the_rest_to_the_config(run):
+def test_an_image_that_recorded_little_leaves_the_rest_to_the_config(run):
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -296,7 +296,7 @@ def test_profile_without_a_name_is_answered_with_both_meanings(run, command):
 def test_an_unknown_profile_names_those_there_are(run):
     config(DEMOS + "[fast.qwen_image]\n[other.program]\n")
     message = refusal(run("config", "show", "--profile", "slow"))
-    assert message == "there is no profile 'slow': config.toml has default, fast"
+    assert message == "the profile 'slow' does not exist: config.toml has default, fast"
     assert "has default, fast" in refusal(run("plan", "--profile", "slow"))
 
 
@@ -314,7 +314,7 @@ def test_a_fault_has_its_file_and_line(run, command):
     assert refusal(run(*command, "--config", path)) == (
         "other/my.toml, line 3: num_layers is 99, but must be an integer from 1 to 8"
     )
-    assert refusal(run(*command, "--config", "none.toml")).startswith("the config none.toml is not there")
+    assert refusal(run(*command, "--config", "none.toml")).startswith("the config none.toml does not exist")
 
 
 def test_caption_reads_the_config_too(run, circle):
@@ -374,7 +374,7 @@ def test_init_then_show(run, here, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(here / "xdg"))
     monkeypatch.setattr("sys.platform", "linux")
     place = here / "xdg" / "qwen-image-mlx" / "config.toml"
-    assert refusal(run("config", "path")).startswith("there is no config.toml in force")
+    assert refusal(run("config", "path")).startswith("no config.toml is in force")
     assert run("config", "init") == (0, [str(place)], "")
     assert run("config", "path") == (0, [str(place)], "")
     code, out, _ = run("config", "show")
@@ -383,16 +383,16 @@ def test_init_then_show(run, here, monkeypatch):
     place.write_text(place.read_text().replace('#model_path = "Qwen/Qwen-Image-2512"', 'model_path = "demo"'))
     assert generated(run("generate", PROMPT, "--steps", 1))["model"] == "demo"
     kept = place.read_bytes()
-    assert "is there already" in refusal(run("config", "init"))
+    assert "already exists" in refusal(run("config", "init"))
     assert place.read_bytes() == kept
 
 
 def test_init_never_writes_over_anything(run):
     config("mine")
-    assert "is there already" in refusal(run("config", "init", "config.toml"))
+    assert "already exists" in refusal(run("config", "init", "config.toml"))
     assert Path("config.toml").read_text() == "mine"
     os.symlink("nowhere", "link.toml")
-    assert "is there already" in refusal(run("config", "init", "link.toml"))
+    assert "already exists" in refusal(run("config", "init", "link.toml"))
     assert "cannot write config.toml/below.toml" in refusal(run("config", "init", "config.toml/below.toml"))
     assert "leads nowhere" in refusal(run("config", "init", "~nosuchuser/my.toml"))
     assert run("config", "init", "new/folder/my.toml")[0] == 0

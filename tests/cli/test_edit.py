@@ -103,7 +103,7 @@ def test_no_composite_gives_the_model_s_own_image(run, command):
 
 
 @pytest.mark.reference
-def test_generate_paints_over_a_image(run, reference):
+def test_generate_paints_over_an_image(run, reference):
     from reference_edit import TEXT_CLASSES, run_edit_reference
 
     result = opened(run("generate", "a hat", "--image", "photo.png", "--strength", "0.7", *QUICK, "--steps", 5,
@@ -355,7 +355,7 @@ def test_models_and_commands_must_match(run, tiny, edit_model):
 @pytest.mark.slow
 def test_many_images_are_said_to_be_costly(run):
     given = [flag for _ in range(3) for flag in ("--image", "photo.png")]
-    assert "3 images are shown" in run("edit", "a hat", *given, *QUICK, "--steps", "1")[2]
+    assert "3 reference images are given" in run("edit", "a hat", *given, *QUICK, "--steps", "1")[2]
     assert "are shown" not in run("edit", "a hat", *given[:4], *QUICK, "--steps", "1")[2]
 
 
@@ -365,12 +365,12 @@ def test_painting_over_takes_one_image(run):
 
 
 def test_a_model_that_is_not_there(run):
-    assert "there is no directory 'tiny-edit'" in error_line(
+    assert "no directory 'tiny-edit' exists" in error_line(
         run("edit", "a hat", "--image", "photo.png", "--model", "tiny-edit", *QUICK)
     )
 
 
-def test_painting_over_needs_a_image(run):
+def test_painting_over_needs_an_image(run):
     for flags in (["--mask", "mask.png"], ["--strength", "0.5"], ["--size", "source"]):
         assert "--image" in error_line(run("generate", "a hat", *flags, *QUICK))
 

@@ -109,7 +109,7 @@ def test_default_size_is_the_first_bucket(monkeypatch, run):
 
 
 @pytest.mark.slow
-def test_a_image_carries_its_parameters_and_can_be_painted_again(run, tiny):
+def test_an_image_carries_its_parameters_and_can_be_painted_again(run, tiny):
     code, out, _ = run("generate", "a fox 🦊", *SMALL, "-n", "blurry", "--seed", 9, 10, "--num-images", 2, "-g", 2.5)
     assert (code, out) == (0, ["qwen-image.png", "qwen-image-1.png", "qwen-image-2.png", "qwen-image-3.png"])
     code, out, _ = run("info", "qwen-image-3.png", "--json")
@@ -128,7 +128,7 @@ def test_a_image_carries_its_parameters_and_can_be_painted_again(run, tiny):
 
 
 @pytest.mark.slow
-def test_flags_win_over_a_image_s_parameters(run):
+def test_flags_win_over_an_image_s_parameters(run):
     run("generate", "a fox", *SMALL, "--seed", 1, "-o", "one.png")
     _, (path,), _ = run("generate", "a wolf", "--from-image", "one.png", "--seed", 2, "--steps", 3, "-o", "two.png")
     _, out, _ = run("info", path, "--json")
@@ -210,11 +210,11 @@ def test_info_of_what_is_no_image_of_ours(run, content):
     assert "file.png" in error_line(run("info", "file.png"))
     Image.new("RGB", (8, 8)).save("foreign.png")
     assert "carries no parameters" in error_line(run("info", "foreign.png"))
-    assert "there is no image none.png" in error_line(run("info", "none.png"))
+    assert "the image none.png does not exist" in error_line(run("info", "none.png"))
 
 
 @pytest.mark.parametrize("metadata", ["[]", "{broken", '{"prompt": 3}', '{"prompt": "x", "steps": "a"}'])
-def test_a_image_with_damaged_parameters(run, metadata):
+def test_an_image_with_damaged_parameters(run, metadata):
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -254,7 +254,7 @@ def lie_about_shape(header) -> None:
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 DAMAGES = {
     "no model_index.json": (lambda m: (m / "model_index.json").unlink(), "model_index.json"),
-    "model_index.json is no JSON": (lambda m: (m / "model_index.json").write_text("{"), "model_index.json"),
+    "model_index.json is not JSON": (lambda m: (m / "model_index.json").write_text("{"), "model_index.json"),
     "unknown pipeline class": (lambda m: edit_json(m / "model_index.json", _class_name="MyPipeline"), "MyPipeline"),
     "another model": (
         lambda m: edit_json(m / "model_index.json", _class_name="StableDiffusionXLPipeline"),

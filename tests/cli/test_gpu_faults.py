@@ -28,7 +28,7 @@ def circle():
 
 @pytest.fixture
 def run(here, circle, capsys):
-    """Runs a command beside an image and a folder to train with: (exit code, lines of stdout, stderr)."""
+    """Runs a command next to an image and a folder to train with: (exit code, lines of stdout, stderr)."""
     circle.save("circle.png")
     Path("data").mkdir()
     circle.save("data/circle.png")

@@ -92,7 +92,7 @@ def stacked(images) -> Image.Image:
 
 
 @pytest.mark.slow
-def test_a_image_is_taken_apart(run):
+def test_an_image_is_decomposed(run):
     code, out, err = run("decompose", "photo.png", *APART)
     assert code == 0, err
     folder, psnr = out
@@ -249,7 +249,7 @@ def test_an_edited_layer_can_go_elsewhere_and_is_generated_again(run, layers):
 
 
 @pytest.mark.slow
-def test_a_layer_is_taken_apart_again(run, layers):
+def test_a_layer_is_decomposed_again(run, layers):
     code, (folder, _), err = run("decompose", "--layer", f"{layers}:1", "--layers", "2", *APART)
     assert code == 0, err
     assert folder == "apart-1-layers"
@@ -326,7 +326,7 @@ def test_a_manifest_never_leaves_its_folder(run, layers):
     for file in ("../photo.png", str(Path("photo.png").resolve()), "gone.png"):
         manifest["layers"][0]["file"] = file
         (layers / "manifest.json").write_text(json.dumps(manifest))
-        assert "no such file" in error_line(run("compose", layers))
+        assert "lacks this file" in error_line(run("compose", layers))
 
 
 @pytest.mark.slow
@@ -346,7 +346,7 @@ def test_a_manifest_that_changed_meanwhile_keeps_the_edit(run, layers, monkeypat
 
 
 @pytest.mark.slow
-def test_a_distilled_lora_sets_how_images_are_taken_apart(run, models, here):
+def test_a_distilled_lora_sets_how_images_are_decomposed(run, models, here):
     from lora_files import write_lora
 
     from qwen_image_mlx import QwenImagePipeline
@@ -375,13 +375,13 @@ def test_info_describes_layers(run, here, capsys, name):
     assert (facts["layers"], facts["size"]) == (2, "150x100")
 
 
-def test_a_image_that_shows_nothing_has_no_caption(run, here):
+def test_an_image_that_shows_nothing_has_no_caption(run, here):
     Image.new("RGBA", (64, 64)).save("empty.png")
     assert "transparent everywhere" in error_line(run("caption", "empty.png"))
 
 
 @pytest.mark.slow
-def test_a_image_with_a_profile_is_one_image_in_every_file(run, here):
+def test_an_image_with_a_profile_is_one_image_in_every_file(run, here):
     """Of a wide image all that is made is as of the same image in sRGB, and carries no profile."""
     from qwen_image_mlx.images.colour import _matrix_profile
     from qwen_image_mlx.images.sources import open_image

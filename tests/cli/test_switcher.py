@@ -130,7 +130,7 @@ def test_it_is_answered(here, capsys, line, says):
 
 
 def test_an_answer_is_what_the_command_has():
-    """`caption` has no guidance: what another program calls it is no answer there."""
+    """`caption` has no guidance: what another program calls it is not an answer there."""
     with pytest.raises(Exception, match="unrecognized arguments") as refused:
         build_parser().parse_args(["caption", "a.png", "--guidance-scale", "3"])
     assert "--cfg-scale" not in str(refused.value)
@@ -139,8 +139,8 @@ def test_an_answer_is_what_the_command_has():
 def test_no_foreign_name_is_one_of_ours():
     parsers = build_parser()._subparsers._group_actions[0].choices
     assert not COMMANDS.keys() & parsers.keys()
-    painters = [parsers[name] for name in ("generate", "edit")]
-    assert not FOREIGN.keys() & {name for parser in painters for name in parser._option_string_actions}
+    image_parsers = [parsers[name] for name in ("generate", "edit")]
+    assert not FOREIGN.keys() & {name for parser in image_parsers for name in parser._option_string_actions}
 
 
 # --- short names of models -------------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def test_help_is_short_before_it_is_long_and_ends_with_examples_that_parse(comma
 def test_help_is_in_groups(capsys):
     lines = help_of("generate", capsys).splitlines()
     titles = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert titles[2:] == ["image", "size", "sampling", "image to image", "many images", "model",
-                          "speed and memory", "output", "settings", "what is shown", "examples"]  # fmt: skip
+    assert titles[2:] == ["image", "size", "sampling", "image to image and inpainting", "many images", "model",
+                          "speed and memory", "output", "settings", "messages and progress", "examples"]  # fmt: skip
 
 
 @pytest.mark.process

@@ -1,4 +1,4 @@
-"""Taking images apart: the layers' size, the way back, captions that stand in for prompts, memory by the layer."""
+"""Decomposing images: the layers' size, the way back, captions in place of prompts, memory by the layer."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ PROMPT = "make the fox blue, 让它变蓝 🦊"
 NEGATIVE = "blurry"
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def sample_image(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth random colours, so that resampling matters and does not drown in noise."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -117,7 +117,7 @@ def test_edit(edit, monkeypatch, size, cfg_scale):
     row = variants.VARIANTS["QwenImageEditPipeline"]
     changed = replace(row, encoder_area=area, reference_area=area)
     monkeypatch.setitem(variants.VARIANTS, "QwenImageEditPipeline", changed)
-    image = picture(*size)
+    image = sample_image(*size)
     request = {"steps": 3, "cfg_scale": cfg_scale, "seed": 5}
     theirs = run_edit_reference(
         load_edit_reference(edit, "edit"), image=image, prompt=PROMPT, negative_prompt=NEGATIVE, **request
@@ -129,7 +129,7 @@ def test_edit(edit, monkeypatch, size, cfg_scale):
 
 @pytest.mark.nightly
 def test_edit_at_the_real_area(edit):
-    image = picture(300, 280)
+    image = sample_image(300, 280)
     request = {"steps": 1, "cfg_scale": 1.0, "seed": 5}
     pipe = load_edit_reference(edit, "edit")
     pipe.scheduler.register_to_config(shift_terminal=None)
@@ -142,7 +142,7 @@ def test_edit_at_the_real_area(edit):
 def test_edit_plus_with_images_of_different_aspects(request, small_areas, name, sizes):
     folder = request.getfixturevalue(name)
     small_areas(96 * 96, 128 * 128)
-    images = [picture(*size, seed=n) for n, size in enumerate(sizes)]
+    images = [sample_image(*size, seed=n) for n, size in enumerate(sizes)]
     call = {"steps": 3, "cfg_scale": 4.0, "seed": 9}
     theirs = run_edit_reference(
         load_edit_reference(folder, "edit_plus"),
@@ -153,7 +153,7 @@ def test_edit_plus_with_images_of_different_aspects(request, small_areas, name, 
 
 def test_order_of_images_matters(edit_plus, small_areas):
     small_areas(96 * 96, 128 * 128)
-    images = [picture(100, 100, 1), picture(120, 80, 2)]
+    images = [sample_image(100, 100, 1), sample_image(120, 80, 2)]
     call = {"size": (64, 64), "steps": 2, "cfg_scale": 1.0, "seed": 9}
     (a, _), (b, _) = (run_ours(edit_plus, images=order, **call) for order in (images, images[::-1]))
     assert relative(a[-1], b[-1]) > 1e-2
@@ -161,14 +161,14 @@ def test_order_of_images_matters(edit_plus, small_areas):
 
 def test_zero_cond_t_changes_the_image(edit_plus, edit_2511, small_areas):
     small_areas(96 * 96, 128 * 128)
-    call = {"images": [picture(100, 100)], "size": (64, 64), "steps": 2, "cfg_scale": 1.0, "seed": 9}
+    call = {"images": [sample_image(100, 100)], "size": (64, 64), "steps": 2, "cfg_scale": 1.0, "seed": 9}
     (a, _), (b, _) = (run_ours(folder, **call) for folder in (edit_plus, edit_2511))
     assert relative(a[-1], b[-1]) > 1e-2
 
 
 def test_sequential_positions_equal_the_reference_that_lost_the_axes(edit_plus, small_areas):
     small_areas(96 * 96, 128 * 128)
-    images, call = [picture(100, 140)], {"steps": 2, "cfg_scale": 4.0, "seed": 9}
+    images, call = [sample_image(100, 140)], {"steps": 2, "cfg_scale": 4.0, "seed": 9}
     theirs = run_edit_reference(
         load_edit_reference(edit_plus, "edit_plus", sequential_positions=True),
         image=images, prompt=PROMPT, negative_prompt=NEGATIVE, width=64, height=64, **call,
@@ -181,7 +181,7 @@ def test_sequential_positions_equal_the_reference_that_lost_the_axes(edit_plus, 
 @pytest.mark.parametrize("strength", [0.2, 0.6, 0.85, 1.0])
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 def test_image_to_image(tiny, strength, cfg_scale):
-    image, call = picture(150, 100), {"steps": 6, "cfg_scale": cfg_scale, "seed": 4}
+    image, call = sample_image(150, 100), {"steps": 6, "cfg_scale": cfg_scale, "seed": 4}
     theirs = run_edit_reference(
         load_edit_reference(tiny, "img2img"),
         prompt=PROMPT, negative_prompt=NEGATIVE, image=image, width=96, height=64, strength=strength, **call,
@@ -192,7 +192,7 @@ def test_image_to_image(tiny, strength, cfg_scale):
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("mode", ["L", "RGB", "1"])
 def test_inpainting(tiny, strength, mode):
-    image, mask, call = picture(150, 100), disc(150, 100), {"steps": 4, "cfg_scale": 3.0, "seed": 4}
+    image, mask, call = sample_image(150, 100), disc(150, 100), {"steps": 4, "cfg_scale": 3.0, "seed": 4}
     theirs = run_edit_reference(
         load_edit_reference(tiny, "inpaint"),
         prompt=PROMPT, negative_prompt=NEGATIVE, image=image, mask_image=mask, width=96, height=64,
@@ -203,8 +203,8 @@ def test_inpainting(tiny, strength, mode):
 
 
 @pytest.mark.parametrize("padding", [0, 9])
-def test_painting_the_mask_s_surroundings_alone(tiny, padding):
-    image, size, call = picture(180, 130), (96, 64), {"steps": 3, "cfg_scale": 1.0, "seed": 4}
+def test_inpainting_the_mask_s_surroundings_alone(tiny, padding):
+    image, size, call = sample_image(180, 130), (96, 64), {"steps": 3, "cfg_scale": 1.0, "seed": 4}
     mask = Image.new("L", image.size)
     mask.paste(disc(60, 40), (100, 30))
     latents, images = run_edit_reference(
@@ -222,7 +222,7 @@ def test_painting_the_mask_s_surroundings_alone(tiny, padding):
 
 
 def test_several_images_of_one_seed_share_the_sampled_image(tiny):
-    image, mask, call = picture(150, 100), disc(150, 100), {"steps": 3, "cfg_scale": 1.0, "seed": 4}
+    image, mask, call = sample_image(150, 100), disc(150, 100), {"steps": 3, "cfg_scale": 1.0, "seed": 4}
     latents, images = run_edit_reference(
         load_edit_reference(tiny, "inpaint"),
         prompt=PROMPT, image=image, mask_image=mask, width=96, height=64, num_images_per_prompt=2, **call,
@@ -245,7 +245,7 @@ def test_edit_inpainting(edit, monkeypatch, cfg_scale):
     row = variants.VARIANTS["QwenImageEditPipeline"]
     changed = replace(row, encoder_area=area, reference_area=area)
     monkeypatch.setitem(variants.VARIANTS, "QwenImageEditPipeline", changed)
-    image, mask, call = picture(150, 100), disc(150, 100), {"steps": 4, "cfg_scale": cfg_scale, "seed": 4}
+    image, mask, call = sample_image(150, 100), disc(150, 100), {"steps": 4, "cfg_scale": cfg_scale, "seed": 4}
     theirs = run_edit_reference(
         load_edit_reference(edit, "edit_inpaint"),
         image=image, mask_image=mask, prompt=PROMPT, negative_prompt=NEGATIVE, strength=0.7, **call,

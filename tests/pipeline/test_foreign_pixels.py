@@ -108,7 +108,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray, *, packed: bool = False
         np.testing.assert_array_equal(found, expected)
 
 
-# --- single files beside a model ------------------------------------------------------------------------------------
+# --- single files next to a model ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", foreign_names.PREFIXES)
@@ -216,7 +216,7 @@ def test_the_only_file_of_a_folder_needs_no_usual_name(models, copied, ending):
         expected = generate(models["generate"])
     assert_same(generate(folder), expected)
     foreign.save(folder / "transformer" / "another.safetensors", tensors)
-    with pytest.raises(CheckpointError, match="not plain which of them belong together"):
+    with pytest.raises(CheckpointError, match="not clear which of them belong together"):
         generate(folder)
 
 
@@ -243,7 +243,7 @@ def test_text_encoders_of_llama_cpp(models, dense, tmp_path, word):
 
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("place", ["file", "folder"])
-def test_the_vision_tower_of_llama_cpp_lies_beside_the_text_encoder(models, dense, tmp_path, joined, place):
+def test_the_vision_tower_of_llama_cpp_lies_next_to_the_text_encoder(models, dense, tmp_path, joined, place):
     """Other numbers than the model's own, so that these cannot have been used."""
     own = foreign.read(models["edit"] / "text_encoder")
     other = {n: t * 1.25 if n.endswith("weight") else t + 0.1 for n, t in own.items()}
@@ -271,7 +271,7 @@ def test_without_one_the_model_s_own_vision_tower_is_used(models, dense, tmp_pat
 def test_a_vision_tower_alone_is_no_text_encoder(models, tmp_path):
     _, vision = split(foreign.read(models["edit"] / "text_encoder"))
     file = foreign.write_llama(tmp_path / "mmproj-F32.gguf", vision)
-    with pytest.raises(CheckpointError, match=r"a vision tower and not the language model.*beside"):
+    with pytest.raises(CheckpointError, match=r"a vision tower and not the language model.*text encoder's folder"):
         generate(models["edit"], text_encoder=file)
 
 
@@ -440,7 +440,7 @@ def test_an_mflux_save_can_be_packed_anew(copied, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("place", ["in the model", "beside it"])
+@pytest.mark.parametrize("place", ["in the model", "next to it"])
 def test_text_encoders_converted_by_mlx_vlm(models, copied, dense, tmp_path, bits, place):
     written, numbers = foreign.mlx_vlm(foreign.read(models["edit"] / "text_encoder"), bits)
     folder, options = copied("edit", "mlx-vlm"), {}
@@ -450,7 +450,7 @@ def test_text_encoders_converted_by_mlx_vlm(models, copied, dense, tmp_path, bit
     quantization = {"group_size": 64, "bits": bits, "mode": "affine"}
     config |= {"quantization": quantization, "quantization_config": quantization}
     (encoder / "config.json").write_text(json.dumps(config))
-    if place == "beside it":
+    if place == "next to it":
         folder, options = models["edit"], {"text_encoder": encoder}
     assert_same(generate(folder, **options), dense("edit", text_encoder=numbers), packed=True)
 
@@ -458,7 +458,7 @@ def test_text_encoders_converted_by_mlx_vlm(models, copied, dense, tmp_path, bit
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def test_flags_metadata_and_painting_again(models, tmp_path, monkeypatch, capsys):
+def test_flags_metadata_and_generating_again(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     files = {}
     for part in STEMS:

@@ -23,7 +23,7 @@ PROMPT = "a fox in front of trees, 狐狸 🦊"
 SMALL = {640: 96, 1024: 160}
 
 
-def picture(width: int, height: int, seed: int = 0, holes: bool = False) -> Image.Image:
+def sample_image(width: int, height: int, seed: int = 0, holes: bool = False) -> Image.Image:
     """Smooth random colours; with holes, parts that are transparent and half transparent."""
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 256, (5, 7, 4), np.uint8)
@@ -91,7 +91,7 @@ def assert_same(ours, theirs, layers):
     ],
 )
 def test_latents_and_layers(layered, small_areas, resolution, layers, size, holes, negative, cfg_scale, normalize):
-    image, call = picture(*size, holes=holes), {"steps": 3, "cfg_scale": cfg_scale, "seed": 7}
+    image, call = sample_image(*size, holes=holes), {"steps": 3, "cfg_scale": cfg_scale, "seed": 7}
     theirs = run_edit_reference(
         load_edit_reference(layered, "layered"), image=image, prompt=PROMPT, negative_prompt=negative, layers=layers,
         resolution=resolution, cfg_normalize=bool(normalize), **call,
@@ -105,7 +105,7 @@ def test_latents_and_layers(layered, small_areas, resolution, layers, size, hole
 @pytest.mark.nightly
 @pytest.mark.parametrize("resolution", [640, 1024])
 def test_the_real_areas(layered, resolution):
-    image, call = picture(320, 240, holes=True), {"steps": 1, "cfg_scale": 1.0, "seed": 7}
+    image, call = sample_image(320, 240, holes=True), {"steps": 1, "cfg_scale": 1.0, "seed": 7}
     theirs = run_edit_reference(
         load_edit_reference(layered, "layered"), image=image, prompt=PROMPT, layers=2, resolution=resolution, **call
     )
@@ -122,14 +122,14 @@ def test_channels_come_from_the_tensors_where_the_config_is_silent(layered, tmp_
     del config["input_channels"]
     (folder / "vae" / "config.json").write_text(json.dumps(config))
     call = {"negative": None, "layers": 1, "cfg_scale": 1.0, "normalize": None, "steps": 1, "seed": 1}
-    (_, (one,)), (_, (other,)) = (run_ours(path, picture(80, 80), 64, **call) for path in (layered, folder))
+    (_, (one,)), (_, (other,)) = (run_ours(path, sample_image(80, 80), 64, **call) for path in (layered, folder))
     assert one == other
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize(("language", "english"), [("en", True), ("zh", False)])
 def test_captions_are_the_reference_s_greedy_ones(layered, language, english, penalty, monkeypatch):
-    image = picture(200, 120, seed=3, holes=True)
+    image = sample_image(200, 120, seed=3, holes=True)
     reference = load_edit_reference(layered, "layered")
     reference.text_encoder.generation_config.update(
         repetition_penalty=penalty, do_sample=False, eos_token_id=[151645, 151643], max_new_tokens=None
@@ -162,7 +162,7 @@ def test_sampled_captions_follow_the_seed_and_leave_the_application_s_randomness
     pipeline = QwenImagePipeline.from_pretrained(layered, dtype="float32")
     config = GenerationConfig(do_sample=True, temperature=2.0, top_k=40, top_p=0.9, repetition_penalty=1.05)
     monkeypatch.setattr(type(pipeline.components), "generation_config", config)
-    image = picture(100, 100)
+    image = sample_image(100, 100)
     mx.random.seed(5)
     expected = mx.random.normal((3,)).tolist()
     mx.random.seed(5)

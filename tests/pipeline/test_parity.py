@@ -122,7 +122,7 @@ def test_several_images_of_one_seed(pipeline, reference):
         assert np.abs(image - np.asarray(theirs.images[index]).astype(int)).max() <= 1
 
 
-def test_one_step_gives_a_image_where_the_reference_divides_by_zero(pipeline):
+def test_one_step_gives_an_image_where_the_reference_divides_by_zero(pipeline):
     (_, latents), image = run_ours(pipeline, **{**BASE, "steps": 1}, cfg_scale=4.0, seed=1)
     assert np.isfinite(latents).all()
     assert image.std() > 1

@@ -356,7 +356,7 @@ def test_impossible_calls_are_refused(pipeline, arguments, says):
         pipeline.generate("a hat", **arguments)
 
 
-def test_painting_a_mask_s_surroundings_keeps_the_rest(pipeline):
+def test_inpainting_a_mask_s_surroundings_keeps_the_rest(pipeline):
     (image,) = pipeline.generate(
         "a hat", image=PHOTO, mask=DISC, mask_padding=16, width=64, height=64, num_inference_steps=2
     )

@@ -56,9 +56,9 @@ def shown(pipeline, wanted, reports):
     return found
 
 
-def small(picture: Image.Image) -> np.ndarray:
+def small(image: Image.Image) -> np.ndarray:
     """Means of 8x8 pixels, in [0, 1]."""
-    values = np.asarray(picture.convert("RGB"), np.float64) / 255
+    values = np.asarray(image.convert("RGB"), np.float64) / 255
     height, width, _ = values.shape
     return values.reshape(height // 8, 8, width // 8, 8, 3).mean(axis=(1, 3))
 
@@ -79,11 +79,11 @@ def test_colours_are_the_linear_map_of_the_clean_latents_at_every_step(patch):
     expected = np.clip((expected + 1) / 2, 0, 1)
     found = shown(checkpoint, request(), [space.pack_frames(latents)] * 3)
     assert [(step, total) for _, step, total in found] == [(1, 3), (2, 3), (3, 3)]
-    for picture, _, _ in found:
-        assert (picture.mode, picture.size) == ("RGB", (64, 48))
-        small = np.asarray(picture.resize(expected.shape[1::-1], Image.Resampling.BOX)) / 255
+    for image, _, _ in found:
+        assert (image.mode, image.size) == ("RGB", (64, 48))
+        small = np.asarray(image.resize(expected.shape[1::-1], Image.Resampling.BOX)) / 255
         assert np.corrcoef(small.ravel(), expected.ravel())[0, 1] > 0.95  # but for the bicubic way up
-        assert picture.tobytes() == found[0][0].tobytes()
+        assert image.tobytes() == found[0][0].tobytes()
 
 
 @pytest.mark.parametrize(("size", "expected"), [
@@ -95,8 +95,8 @@ def test_colours_are_the_linear_map_of_the_clean_latents_at_every_step(patch):
 def test_previews_are_small(size, expected):
     width, height = size
     clean = mx.zeros((1, width * height // 256, 64))
-    ((picture, _, _),) = shown(Checkpoint(), request(width, height), [clean])
-    assert picture.size == expected
+    ((image, _, _),) = shown(Checkpoint(), request(width, height), [clean])
+    assert image.size == expected
 
 
 def test_layers_are_tiled_back_to_front_without_the_frame_of_everything():
@@ -105,9 +105,9 @@ def test_layers_are_tiled_back_to_front_without_the_frame_of_everything():
     grey = (*([(1 / 16, 1 / 16, 1 / 16)] * 16), (0.0, 0.0, 0.0))
     checkpoint = Checkpoint("QwenImageLayeredPipeline", preview=grey)
     wanted = request(32, 32, num_layers=3)
-    ((picture, _, _),) = shown(checkpoint, wanted, [clean])
-    assert picture.size == (64, 64)
-    values = [picture.getpixel(place)[0] for place in ((8, 8), (56, 8), (8, 56), (56, 56))]
+    ((image, _, _),) = shown(checkpoint, wanted, [clean])
+    assert image.size == (64, 64)
+    values = [image.getpixel(place)[0] for place in ((8, 8), (56, 8), (8, 56), (56, 56))]
     assert values == pytest.approx([0, 64, 191, 255], abs=2)
 
 
@@ -124,7 +124,7 @@ def test_progress_is_handed_on_first_and_nothing_else_is_shown():
 
 def generated(pipeline, wanted, encoding, initial=None):
     found = []
-    watch = Preview(lambda picture, *_: found.append(picture), None, pipeline, wanted)
+    watch = Preview(lambda image, *_: found.append(image), None, pipeline, wanted)
     pictures = [image for image, _, _ in generate_encoded(pipeline, wanted, encoding, initial, watch)]
     return found, pictures
 
@@ -134,36 +134,36 @@ def test_the_demo_s_previews_come_to_resemble_the_image():
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
     wanted = request(64, 64, cfg_scale=3.0)
     encoding, reports = encode_request(pipeline, wanted), []
-    found, (picture,) = generated(pipeline, wanted, encoding)
-    likeness = [psnr(small(preview), small(picture)) for preview in found]
+    found, (image,) = generated(pipeline, wanted, encoding)
+    likeness = [psnr(small(preview), small(image)) for preview in found]
     assert len(found) == 12
     assert likeness[-1] > 22
     assert likeness[5] > 22 > 18 > likeness[0]
     list(generate_encoded(pipeline, wanted, encoding, None, lambda told: reports.append(told.denoised)))
     other = shown(Checkpoint(preview=WAN_PREVIEW), wanted, [denoised for denoised in reports if denoised is not None])
-    assert psnr(small(other[-1][0]), small(picture)) < 16, "another model's map shows something else"
+    assert psnr(small(other[-1][0]), small(image)) < 16, "another model's map shows something else"
 
 
 @pytest.mark.slow
 def test_what_a_mask_keeps_is_there_from_the_first_step():
     pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
-    picture = Image.new("RGB", (64, 64), (40, 90, 200))
-    picture.paste((230, 200, 40), (0, 0, 64, 24))
+    image = Image.new("RGB", (64, 64), (40, 90, 200))
+    image.paste((230, 200, 40), (0, 0, 64, 24))
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 40, 64, 64))
-    canvas = canvas_of(pipeline.variant, [picture], mask=mask, size=(64, 64))
+    canvas = canvas_of(pipeline.variant, [image], mask=mask, size=(64, 64))
     wanted = replace(request(64, 64, strength=1.0), canvas=canvas)
     found, _ = generated(pipeline, wanted, encode_request(pipeline, wanted), encode_canvas(pipeline, wanted))
-    first, kept = small(found[0])[:4], small(picture)[:4]
+    first, kept = small(found[0])[:4], small(image)[:4]
     assert psnr(first, kept) > 20
 
 
 @pytest.mark.slow
 def test_an_edit_shows_its_target_alone():
     pipeline = QwenImagePipeline.from_pretrained("demo-edit", dtype="float32")
-    picture = Image.new("RGB", (64, 64), (40, 90, 200))
-    canvas = canvas_of(pipeline.variant, [picture])
-    wanted = replace(request(64, 64, cfg_scale=1.0), prompt="make it green", images=(picture,), canvas=canvas)
+    image = Image.new("RGB", (64, 64), (40, 90, 200))
+    canvas = canvas_of(pipeline.variant, [image])
+    wanted = replace(request(64, 64, cfg_scale=1.0), prompt="make it green", images=(image,), canvas=canvas)
     found, (image,) = generated(pipeline, wanted, encode_request(pipeline, wanted))
     assert found[-1].size == (64, 64)
     assert psnr(small(found[-1]), small(image)) > 20
@@ -172,10 +172,10 @@ def test_an_edit_shows_its_target_alone():
 @pytest.mark.slow
 def test_a_decomposition_shows_its_layers():
     pipeline = QwenImagePipeline.from_pretrained("demo-layered", dtype="float32")
-    picture = Image.new("RGBA", (64, 64), (40, 90, 200, 255))
-    picture.paste((230, 40, 40, 255), (20, 20, 44, 44))
+    image = Image.new("RGBA", (64, 64), (40, 90, 200, 255))
+    image.paste((230, 40, 40, 255), (20, 20, 44, 44))
     wanted = layers_request(
-        picture, PROMPT, negative_prompt=None, num_layers=2, resolution=None, resolutions=(64,), size="source",
+        image, PROMPT, negative_prompt=None, num_layers=2, resolution=None, resolutions=(64,), size="source",
         cfg_normalize=False, caption_language="en", seed=1, rng="torch", sampling=pipeline.recommended._asdict(),
     )  # fmt: skip
     found, layers = generated(pipeline, wanted, encode_request(pipeline, wanted))

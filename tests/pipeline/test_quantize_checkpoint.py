@@ -349,7 +349,7 @@ def test_a_failed_write_is_said_once(source, tmp_path, monkeypatch):
     with pytest.raises(OutputError) as refusal:
         quantize_checkpoint(source, tmp_path / "pack", Quantization.parse("4"))
     assert str(refusal.value).count("could not be written") == 1
-    assert str(refusal.value).endswith("run again to go on")
+    assert str(refusal.value).endswith("run again to continue")
 
 
 def test_nothing_is_left_where_there_is_no_space(source, tmp_path, monkeypatch):

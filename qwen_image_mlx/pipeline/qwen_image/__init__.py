@@ -1,1 +1,1 @@
-"""What Qwen-Image 1.x does in its own way: how prompts become states, and how latents get their velocity."""
+"""The seams of Qwen-Image 1.x: its condition encoder and its denoiser."""

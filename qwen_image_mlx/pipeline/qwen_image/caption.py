@@ -37,12 +37,12 @@ def write_caption(
     """The caption of an image, shown at about `area` pixels.
 
     Args:
-        components: the checkpoint's parts; loads the text encoder, its head and the vision tower.
+        components: the checkpoint's components; loads the text encoder, its head and the vision tower.
         image: RGB, or RGBA, which is shown on white.
         area: in pixels.
         language: a key of `CAPTION_TEMPLATES`.
-        seed: of the draws, where generation_config.json asks for sampling.
-        report: told of every token.
+        seed: the sampling seed, used if generation_config.json turns sampling on.
+        report: receives every token.
     """
     components.load(VISION, TEXT_ENCODER, LANGUAGE_HEAD)
     grid = feature_grid(components, image, area)
@@ -85,7 +85,7 @@ def _continue(
 
 
 def _chooser(config: GenerationConfig, seed: int) -> Callable[[list[int], mx.array], int]:
-    """What picks the next token from all before it and its scores (1, vocabulary), fp32."""
+    """A function that picks the next token from the previous ones and its scores (1, vocabulary), fp32."""
     from mlx_lm.sample_utils import apply_top_k, apply_top_p, make_repetition_penalty
 
     penalize = make_repetition_penalty(config.repetition_penalty, context_size=1 << 20)

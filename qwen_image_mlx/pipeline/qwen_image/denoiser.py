@@ -25,7 +25,7 @@ from ..seams import Conditions
 from .states import check_length
 from .table import modulation_table
 
-# Noise levels to the rows of each: what a network in training has instead of files.
+# From noise levels to their modulation rows; a network in training has this instead of files.
 Rows = Callable[[np.ndarray], list[Modulation]]
 
 _TABLE = "modulation table"
@@ -35,8 +35,8 @@ class QwenImageDenoiser:
     """The `Denoiser` of Qwen-Image 1.x.
 
     Args:
-        components, conditions, report: as `DenoiserClass` says.
-        rows: makes the modulation where it is not in the checkpoint's files.
+        components, conditions, report: the arguments of `DenoiserClass`.
+        rows: makes the modulation if it is not read from the checkpoint's files.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class QwenImageDenoiser:
         mx.eval(self._text, self._rotary, [] if self._references is None else self._references)
 
     def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
-        """As `Denoiser.velocities`."""
+        """The velocity (1, N, C) of each branch, in the model's dtype; see `Denoiser.velocities`."""
         return self._transformer.velocities(
             latents, self._text, self._table[evaluation], self._rotary, self._references, on_layer=on_layer
         )
 
     @staticmethod
     def check(components: Components, conditions: Conditions) -> None:
-        """As `DenoiserClass.check`."""
+        """Raises RequestError if states do not have the width that the transformer takes."""
         config: TransformerConfig = components.config(TRANSFORMER)
         dim, start = config.joint_attention_dim, text_start(_segments(config, conditions))
         for states in conditions.branches:
@@ -84,7 +84,7 @@ class QwenImageDenoiser:
 
     @staticmethod
     def kept_values(config: TransformerConfig, evaluations: int, prefix_tokens: int, branches: int) -> int:
-        """As `DenoiserClass.kept_values`: the modulation of every evaluation."""
+        """The number of values in the modulation rows of all evaluations."""
         return evaluations * config.modulation_size
 
 
@@ -101,7 +101,7 @@ class TrainedDenoisers:
     kept_values: ClassVar = staticmethod(QwenImageDenoiser.kept_values)
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> QwenImageDenoiser:
-        """As `DenoiserClass` says."""
+        """Makes the denoiser of an image; see `DenoiserClass`."""
         return QwenImageDenoiser(components, conditions, report, rows=self.rows)
 
 
@@ -116,7 +116,7 @@ def _table(components: Components, sigmas: np.ndarray, report: Reporter) -> list
     """The modulation of every evaluation; the last one is kept, so that a sweep over seeds makes it once."""
     kept = components.kept
     if _TABLE not in kept or not np.array_equal(kept[_TABLE][0], sigmas):
-        kept.pop(_TABLE, None)  # there is never room for two
+        kept.pop(_TABLE, None)  # released first: there may not be room for two
         with report.stage("load", "modulation"):
             made = modulation_table(
                 components.weights(TRANSFORMER), sigmas, components.dtype, components.config(TRANSFORMER).zero_cond_t,

@@ -1,4 +1,4 @@
-"""The condition encoder of Qwen-Image 1.x: template, Qwen2.5-VL, and captions where the checkpoint can write them."""
+"""The condition encoder of Qwen-Image 1.x: template, Qwen2.5-VL, and captions if the checkpoint can write them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class QwenImageEncoder:
     """The `ConditionEncoder` of Qwen-Image 1.x.
 
     Args:
-        components: the checkpoint's parts; loads the text encoder and, for images, the vision tower.
+        components: the checkpoint's components; loads the text encoder and, for images, the vision tower.
     """
 
     def __init__(self, components: Components):
@@ -32,7 +32,7 @@ class QwenImageEncoder:
         report: Reporter,
         sequential_positions: bool = False,
     ) -> list[mx.array]:
-        """As `ConditionEncoder.encode`."""
+        """States (1, L, C) of each prompt, in the model's dtype, evaluated; see `ConditionEncoder.encode`."""
         parts, area = self._components, self._components.variant.encoder_area
         grids = [feature_grid(parts, image, area) for image in images]
         template = parts.variant.template
@@ -48,7 +48,7 @@ class QwenImageEncoder:
             return encode_prompts(parts, tokens, features)
 
     def caption(self, image: Image.Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
-        """As `ConditionEncoder.caption`."""
+        """The caption of an image, shown at about `area` pixels; see `ConditionEncoder.caption`."""
         from .caption import write_caption  # here: most runs write no caption
 
         self._components.prepare_captions()

@@ -1,4 +1,4 @@
-"""What Qwen2.5-VL makes of prompts and images: features in their places, the language model once.
+"""Encodes prompts and images with Qwen2.5-VL: image features are put in their places, then the language model runs.
 
 Each function evaluates what it returns.
 """
@@ -21,7 +21,7 @@ from ..components import Components
 
 
 def check_length(tokens: int, start: int = 0) -> None:
-    """Raises RequestError where prompt tokens after `start` positions of images reach past the rotary tables."""
+    """Raises RequestError if prompt tokens after `start` positions of images reach past the rotary tables."""
     if start + tokens > MAX_POSITION:
         raise RequestError(
             f"{tokens} prompt tokens after the {start} positions of images reach past {MAX_POSITION}; shorten "

@@ -49,7 +49,7 @@ def modulation_table(
         value = weights.open(specs[name], reader)
         value = value.dequantize() if isinstance(value, Packed) else value
         if adapters and adapters.changes(name):
-            return adapters.apply(name, value)  # in fp32, where nothing of it is lost
+            return adapters.apply(name, value)  # in fp32, so that nothing is lost
         return value.astype(dtype)
 
     def linear(name: str, x: mx.array) -> mx.array:
@@ -65,7 +65,7 @@ def modulation_table(
     )
 
     def rows(name: str, scales: tuple[int, ...]) -> list[Rows]:
-        """The rows (D,) of each step, with 1 added to those that scale; the last are of timestep 0."""
+        """The rows (D,) of each step, with 1 added to scales; the last ones are for timestep 0."""
         out = split_rows(linear(name, embedding), embedding.shape[-1], scales)
         mx.eval(out)
         views: list[Rows] = [[step[row] for row in range(out.shape[1])] for step in (out[n] for n in range(steps + 1))]

@@ -61,7 +61,7 @@ def test_what_is_not_a_prompt_on_stdin(run, stdin, said):
 
 
 def test_a_negative_prompt_is_not_read_from_stdin(run):
-    assert "only a prompt is read from stdin" in error_line(run("generate", "x", "-n", "-", *DEMO, stdin="x"))
+    assert "only the prompt is read from stdin" in error_line(run("generate", "x", "-n", "-", *DEMO, stdin="x"))
 
 
 @pytest.mark.slow
@@ -114,8 +114,8 @@ def test_a_folder_of_layers_may_hold_the_seed(run):
      "--output has {date}, but only {seed}, {index}, {prompt} are filled in"),
     (["generate", "x", *DEMO, "--output", "{}.png"],
      "--output has {}, but only {seed}, {index}, {prompt} are filled in"),
-    (["generate", "x", *DEMO, "--seeds", "1-2", "--output", "{seed}"], "--output has {seed}, but there"),
-    (["compose", "a", "--output", "{seed}.png"], "--output has {seed}, but there is not one seed"),
+    (["generate", "x", *DEMO, "--seeds", "1-2", "--output", "{seed}"], "--output has {seed}, but the saved files"),
+    (["compose", "a", "--output", "{seed}.png"], "--output has {seed}, but the saved files have no single seed"),
 ])  # fmt: skip
 def test_other_placeholders_are_refused(run, arguments, said):
     assert said in error_line(run(*arguments))
@@ -145,5 +145,5 @@ def test_a_model_without_a_captioner_says_so(run, model):
 def test_a_generated_image_is_not_an_edit(run):
     run("generate", "a red circle", *DEMO)
     said = error_line(run("edit", "--from-image", "qwen-image.png", "--model", "demo-edit"))
-    assert "qwen-image.png was generated from words, not edited" in said
+    assert "qwen-image.png was generated from text, not edited" in said
     assert "`generate --from-image`" in said
