@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("pink"), help="a new folder")
     arguments = parser.parse_args()
 
+    if arguments.output.exists():
+        parser.error(f"{arguments.output} exists already: give a new folder with --output")
     data, run = arguments.output / "data", arguments.output / "run"
     draw(data)
     flags = "--batch-size 16 --rank 8 --targets all --learning-rate 2e-3 --warmup 20"

@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself, read from its own JSON into frozen dataclasses; here those that all share.
+"""A checkpoint's JSON configs as frozen dataclasses; here those that all models share.
 
-The configs of the networks stand with them, in `models/<family>/config.py`.
+The configs of the networks are with them, in `models/<family>/config.py`.
 
-Knows nothing of files, arrays or pipelines. A key this package does not know is reported, never dropped in silence: a
+Independent of files, arrays and pipelines. A key this package does not know is reported, never silently dropped: a
 flag such as `zero_cond_t` changes the image. Field names are the checkpoint's, even where misspelt.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-# What quantizers write into a config.json; the files themselves say how each tensor lies.
+# Keys that quantizers write into a config.json; the weights files determine how each tensor is stored.
 PACKS = ("quantization", "quantization_config", "mlx_format")
 
 T = TypeVar("T", bound="DataclassInstance")
@@ -36,13 +36,13 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_list(value: Any, accepts: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and len(value) <= _LONGEST and all(map(accepts, value))
+    return isinstance(value, list) and len(value) <= _MAX_ENTRIES and all(map(accepts, value))
 
 
-# Far above any model's, far below what would never be finished.
-_HIGHEST = {"num_layers": 1000, "num_hidden_layers": 1000, "depth": 1000, "num_res_blocks": 100,
+# Far above any model's, but small enough to finish.
+_MAXIMA = {"num_layers": 1000, "num_hidden_layers": 1000, "depth": 1000, "num_res_blocks": 100,
             "num_train_timesteps": 1_000_000}  # fmt: skip
-_LONGEST = 1000  # entries of a list
+_MAX_ENTRIES = 1000  # entries of a list
 
 # What each annotation used below accepts from JSON, and how it is stored.
 _READERS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
@@ -57,7 +57,7 @@ _READERS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
 
 
 def read_config(cls: type[T], data: Mapping[str, Any], where: str, ignored: frozenset[str] | None) -> T:
-    """Builds the dataclass `cls` from JSON; `ignored` names keys that may be passed over (None: any key may)."""
+    """Builds the dataclass `cls` from JSON; `ignored` names unknown keys to skip without a warning (None: all)."""
     known = {field.name: field for field in fields(cls)}
     values = {}
     for key, value in data.items():
@@ -65,8 +65,8 @@ def read_config(cls: type[T], data: Mapping[str, Any], where: str, ignored: froz
             accepts, convert, expected = _READERS[str(known[key].type)]
             if not accepts(value):
                 raise CheckpointError(f"{where}: {key} is {value!r:.80}, but must be {expected}")
-            if key in _HIGHEST and value > _HIGHEST[key]:
-                raise CheckpointError(f"{where}: {key} is {value}, but at most {_HIGHEST[key]:,} work")
+            if key in _MAXIMA and value > _MAXIMA[key]:
+                raise CheckpointError(f"{where}: {key} is {value}, but at most {_MAXIMA[key]:,} work")
             values[key] = convert(value)
         elif ignored is not None and key not in ignored and not key.startswith("_"):
             logger.warning("%s: the key %r (%r) is not known to this version and has no effect", where, key, value)
@@ -77,7 +77,7 @@ def read_config(cls: type[T], data: Mapping[str, Any], where: str, ignored: froz
 
 
 def config_json(config: DataclassInstance) -> dict[str, Any]:
-    """What a config.json of it holds: its fields, or what its own `to_dict` lays out."""
+    """The contents of its config.json: its fields, or the result of its own `to_dict`."""
     laid_out: Callable[[], dict[str, Any]] | None = getattr(config, "to_dict", None)
     return laid_out() if laid_out else asdict(config)
 
@@ -118,7 +118,7 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "text_encoder/generation_config.json") -> GenerationConfig:
-        """Reads the JSON object; a single `eos_token_id` may stand without its list, and a `top_k` of 0 keeps all."""
+        """Reads the JSON object; `eos_token_id` may be a single number, and a `top_k` of 0 keeps all."""
         end = data.get("eos_token_id")
         data = {**data, "eos_token_id": end if isinstance(end, list) else [end]}
         if data.get("top_k") == 0:
@@ -130,7 +130,7 @@ class GenerationConfig:
 class SchedulerConfig:
     """`scheduler/scheduler_config.json` of a FlowMatchEulerDiscreteScheduler.
 
-    Defaults are the pipelines' fall-backs for absent keys, which differ from what the released files say.
+    Defaults are the pipelines' fall-backs for absent keys, which differ from the released files.
     """
 
     base_image_seq_len: int = 256
@@ -149,7 +149,7 @@ class SchedulerConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "scheduler/scheduler_config.json") -> SchedulerConfig:
-        """Reads and checks the JSON object; raises CheckpointError on what this package does not sample."""
+        """Reads and checks the JSON object; raises CheckpointError for an unsupported kind of sampling."""
         on = [key for key in cls._UNSUPPORTED if data.get(key)]
         if on:
             raise CheckpointError(f"{where}: {on[0]} is on; Qwen-Image models are not sampled that way")

@@ -1,6 +1,6 @@
 """Everything this package raises on purpose.
 
-Each message is one sentence a person can act on: the offending value, what is allowed, the cure. The command line
+Each message is one sentence a person can act on: the offending value, the allowed ones, the cure. The command line
 turns any of them into exit code 2; a bug raises something else and keeps its traceback.
 """
 
@@ -18,7 +18,7 @@ class QwenImageError(Exception):
 
     Args:
         message: the sentence.
-        cause: what is wrong in a word or two, where whoever asked may know a cure in terms of its own.
+        cause: the fault in a word or two, for callers that add a cure in their own terms.
     """
 
     def __init__(self, message: str = "", *, cause: str = ""):
@@ -31,7 +31,7 @@ class RequestError(QwenImageError, ValueError):
 
 
 class CheckpointError(QwenImageError):
-    """A checkpoint's files are missing, damaged, or not what this package runs."""
+    """A checkpoint's files are missing, damaged, or of a kind this package does not run."""
 
 
 class GPUError(QwenImageError):
@@ -50,7 +50,7 @@ class GPUError(QwenImageError):
 
 
 class HubError(QwenImageError):
-    """The Hugging Face Hub could not give what was asked."""
+    """The Hugging Face Hub could not provide a model or file."""
 
 
 class OutputError(QwenImageError, OSError):
@@ -62,7 +62,7 @@ class Cancelled(QwenImageError):
 
 
 def some(names: Iterable[object], count: int = _NAMES_SHOWN) -> str:
-    """The first few of many names, and how many more there are, for a sentence."""
-    shown = [str(name) for name in names]
-    more = len(shown) - count
-    return ", ".join(shown[:count]) + (f" and {more} more" if more > 0 else "")
+    """The first few of many names and the number of the others, for a sentence."""
+    listed = [str(name) for name in names]
+    more = len(listed) - count
+    return ", ".join(listed[:count]) + (f" and {more} more" if more > 0 else "")

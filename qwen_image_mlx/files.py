@@ -1,8 +1,8 @@
-"""Files and folders, written whole or not at all; hidden names while they are written; names that people give.
+"""Atomic writing of files and folders, hidden names while they are written, and paths that users give.
 
-A result gets its own name when it is whole, in one step, and never over anything. A process that is killed leaves
-hidden files behind; each name tells the program, the machine and the process, so the next run in that folder removes
-those of processes that have ended, and no others.
+A result gets its final name when it is complete, in one step, and never overwrites anything. A process that is killed
+leaves hidden files behind; each name contains the program, the machine and the process, so the next run in that folder
+removes those of processes that have ended, and no others.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from pathlib import Path
 from .errors import OutputError, RequestError
 from .names import StrPath
 
-PREVIEW = b"tEXtqwen_image_mlx preview\0"  # begins what a preview's PNG says of whoever shows it
+PREVIEW = b"tEXtqwen_image_mlx preview\0"  # begins the text in a preview's PNG that names its owner
 PREVIEW_KEY = PREVIEW[4:-1].decode()
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _OWNER = r"(?P<host>[0-9a-f]{8})-(?P<pid>[1-9]\d{0,9})-(?P<run>[0-9a-f]{8})"
 _HIDDEN = re.compile(rf"\..*\.{_OWNER}-\d+\.qwen-image-mlx(\.[a-z0-9]+)?", re.DOTALL)
 _PREVIEW_NAME = re.compile(r".*-preview(-\d+)?\.png", re.DOTALL)
-_HEAD = 300  # bytes of a PNG in which a preview says what it is
-_NAME_SHOWN = 30  # characters; a name takes up to four bytes for each, of the 255 there are
+_HEAD = 300  # first bytes of a PNG, which identify a preview
+_NAME_SHOWN = 30  # characters of at most four bytes each; a name may have 255 bytes
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _FREE_MARGIN = 1 << 20  # bytes of a disk that stay free
-_NAME_BYTES = 200  # most file systems take 255; a number may be added
+_NAME_BYTES = 200  # file systems usually allow 255; a number may be added
 _run = os.urandom(4).hex()  # a later process may have the same number
 _numbers = count()
 _swept: set[str] = set()
 
 
 def owner() -> str:
-    """This machine, this process and this start of it, for a name."""
+    """Identifies this machine, this process and this start of it, for a name."""
     return f"{_HOST}-{os.getpid()}-{_run}"
 
 
 def hidden(path: Path) -> Path:
-    """A new hidden name beside `path`, with its ending, for what will be renamed to it; removes leftovers there."""
+    """A new hidden name in `path`'s folder, with its suffix, for a file that becomes `path`; removes leftovers."""
     if (folder := os.path.abspath(path.parent)) not in _swept:
         _swept.add(folder)
         sweep(path.parent)
@@ -58,7 +58,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """A hidden name to write a file under; it takes the place of `path` when the `with` ends, whole or not at all.
 
     Raises:
-        OSError: it could not be written; what lay at `path` stays, and nothing is left behind.
+        OSError: it could not be written; a file or folder at `path` stays, and nothing is left behind.
     """
     partial = hidden(path)
     try:
@@ -74,10 +74,10 @@ def atomic_folder(folder: Path, *, replacing: bool = False) -> Iterator[Path]:
 
     Args:
         folder: its parents are made.
-        replacing: whether it takes the place of a folder that has something in it; otherwise of an empty one only.
+        replacing: whether it may replace a folder that is not empty.
 
     Raises:
-        OSError: it could not be written; what lay at `folder` stays, and nothing is left behind.
+        OSError: it could not be written; a file or folder at `folder` stays, and nothing is left behind.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = hidden(folder), hidden(folder)
@@ -100,7 +100,7 @@ def atomic_folder(folder: Path, *, replacing: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Keeps an existing folder for this process alone while the `with` lasts.
+    """Locks an existing folder for this process while the `with` lasts.
 
     Raises:
         BlockingIOError: another process has claimed it.
@@ -115,7 +115,7 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def new_file(path: Path, data: bytes) -> Path:
-    """Writes a file, whole or not at all, under `path` or the first free `-1`, `-2`, … beside it.
+    """Writes a file, whole or not at all, under `path` or the first free name with `-1`, `-2`, ….
 
     Missing folders are made. Returns the path written; raises OutputError, and nothing is left behind.
     """
@@ -140,12 +140,12 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def _forget(partial: Path) -> None:
-    with suppress(OSError):  # a folder that is gone or not ours was said already
+    with suppress(OSError):  # a missing or unwritable folder was reported already
         partial.unlink()
 
 
 def publish(partial: Path, path: Path) -> Path:
-    """Gives a whole file its name, or the first free `-1`, `-2`, … beside it; raises OSError, and the file stays."""
+    """Gives a complete file its name, or the first free one with `-1`, `-2`, …; raises OSError, and the file stays."""
     for candidate in _candidates(path):
         try:
             os.link(partial, candidate)
@@ -162,7 +162,7 @@ def publish(partial: Path, path: Path) -> Path:
 
 
 def _renamed(partial: Path, candidate: Path) -> bool:
-    """For file systems without links: whether the name was free, and is taken now."""
+    """For file systems without links: renames a file if the name is free; returns whether it was."""
     try:
         os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -185,8 +185,8 @@ def sweep(folder: Path, *, alone: bool = False) -> None:
     """Removes what ended processes left in a folder: hidden files and folders, and previews. Raises nothing.
 
     Args:
-        folder: where; what lies in its folders is not looked at.
-        alone: whether the caller knows that nobody else writes here, on no machine either.
+        folder: the folder; its subfolders are left alone.
+        alone: whether the caller knows that no other process on any machine writes here.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
@@ -197,18 +197,18 @@ def sweep(folder: Path, *, alone: bool = False) -> None:
 
 
 def sweep_results(folder: Path) -> None:
-    """The same where a command writes, for one that finds all its results there and writes nothing."""
+    """Removes leftovers in a folder of results, for a command that finds all its results there and writes nothing."""
     for place in (folder, Path(tempfile.gettempdir())):
         sweep(place)
 
 
 def _previewed(entry: os.DirEntry[str]) -> re.Match[str] | None:
-    """Who shows a preview; None for any other file."""
+    """The owner of a preview; None for any other file."""
     if not _PREVIEW_NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
         return None
     with open(entry, "rb") as file:
-        said = file.read(_HEAD).partition(PREVIEW)[2]
-    return re.match(_OWNER, said.decode("latin-1"))
+        name = file.read(_HEAD).partition(PREVIEW)[2]
+    return re.match(_OWNER, name.decode("latin-1"))
 
 
 def _has_ended(match: re.Match[str]) -> bool:
@@ -227,7 +227,7 @@ def _has_ended(match: re.Match[str]) -> bool:
 
 @contextmanager
 def temporary_folder(place: Path | None = None) -> Iterator[Path]:
-    """A folder that goes when the `with` ends; if the process is killed, when the next one is made in that place.
+    """A folder that is removed when the `with` ends; if the process is killed, when the next one is made in that place.
 
     Args:
         place: where it is made; the system's place for temporary files if None.
@@ -241,17 +241,17 @@ def temporary_folder(place: Path | None = None) -> Iterator[Path]:
 
 
 def named_path(name: StrPath, what: str) -> Path:
-    """The path that a person's words mean, whether something is there or not, with ~ expanded.
+    """The path of a user's text with ~ expanded, whether it exists or not.
 
     Args:
-        name: as it was given.
-        what: how the message calls it.
+        name: the user's text.
+        what: its name in the message.
 
     Raises:
         RequestError: it is empty, or nothing can ever have this name.
     """
     if not os.fspath(name):
-        raise RequestError(f"{what} is empty: name a place")
+        raise RequestError(f"{what} is empty: give a path")
     try:
         path = Path(name).expanduser()
         path.stat()
@@ -281,19 +281,19 @@ def check_writable(path: Path, nbytes: int) -> None:
 
 
 def is_from_macos(name: str) -> bool:
-    """Whether a file is one that macOS puts beside others: attributes of a file (`._NAME`) or of a folder's window."""
+    """Whether macOS adds a file of this name: attributes of a file (`._NAME`) or of a folder's window."""
     return name == ".DS_Store" or name.startswith("._")
 
 
 def umask() -> int:
-    """Permissions that new files are not given; it can only be read by setting it."""
+    """The permission bits that new files do not get; the system only returns it when it is set."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def reason(error: OSError) -> str:
-    """Why, in lower case, for the end of a sentence."""
+    """The reason of an error, in lower case, for the end of a sentence."""
     if error.errno == errno.ENOSPC:
         return "the disk is full"
     return (error.strerror or str(error)).lower()

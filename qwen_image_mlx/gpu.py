@@ -1,4 +1,4 @@
-"""MLX's runtime on a GPU: finished results, work queued layer by layer, and faults recognised by their text."""
+"""MLX's runtime on a GPU: waiting for results, queueing work layer by layer, and recognising faults by their text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .names import Fault
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_LONGEST = 160  # characters of MLX's own text that a message keeps
+_MAX_TEXT = 160  # characters of MLX's own text that a message keeps
 
 
 class _Fault(NamedTuple):
-    """A kind of error: the pattern its text begins with, and what a GPUError says of it."""
+    """A kind of error: the pattern its text begins with, and the GPUError for it."""
 
     pattern: str
     fault: Fault
@@ -43,7 +43,7 @@ _TOO_LONG = (
 _AGAIN = "the GPU failed: try again, and if it fails once more start the program again"
 
 # The first row that fits counts. Texts of MLX 0.32.4: backend/metal/{device,allocator,event,conv}.cpp as they stand in
-# the macOS wheel's libmlx.dylib; backend/cuda/{utils,allocator}.cpp. What follows "execution failed" is macOS' own
+# the macOS wheel's libmlx.dylib; backend/cuda/{utils,allocator}.cpp. The text after "execution failed" is macOS' own
 # (IOGPUFamily), as quoted in mlx#479, #3267, ollama#17902, omlx#3706, mlx-vlm#1064. AGX_RELAX…: mlx#3267.
 _FAULTS = (
     _Fault(
@@ -99,15 +99,15 @@ def finish(*arrays: Any) -> None:
 
 
 def number(array: mx.array) -> float:
-    """What an array of one real element holds; MLX's stubs say that it may be complex."""
+    """The value of an array of one real element; MLX's stubs type it as possibly complex."""
     return cast(float, array.item())
 
 
 def all_finite(*arrays: mx.array) -> bool:
-    """Whether arrays hold neither infinity nor NaN; finished, so that a failed GPU is not taken for a no.
+    """Whether arrays hold neither infinity nor NaN; waits for the GPU, so that its failure is not taken for an answer.
 
     Raises:
-        RuntimeError: as `finish`.
+        RuntimeError: the GPU failed; inside `gpu_faults` it is a GPUError.
     """
     verdicts = [mx.isfinite(array).all() for array in arrays]
     finish(verdicts)
@@ -120,7 +120,7 @@ def gpu_error(error: BaseException) -> GPUError | None:
     MLX raises one class for everything that goes wrong while it computes or reads, RuntimeError, so the text decides.
 
     Args:
-        error: what was raised; of a GPUError another is made, without a traceback that keeps arrays in memory.
+        error: what was raised; a GPUError is copied, without the traceback that keeps arrays in memory.
     """
     if isinstance(error, GPUError):
         return GPUError(str(error), fault=error.fault, fatal=error.fatal)
@@ -130,9 +130,9 @@ def gpu_error(error: BaseException) -> GPUError | None:
     row = next((row for row in _FAULTS if re.match(row.pattern, text)), None)
     if row is None:
         return None
-    said = re.sub("<[^>]*>", "<…>", text).rstrip(".")  # paths
-    said = said if len(said) <= _LONGEST else said[: _LONGEST - 1] + "…"
-    return GPUError(f"{row.sentence} ({said})", fault=row.fault, fatal=row.fatal)
+    reason = re.sub("<[^>]*>", "<…>", text).rstrip(".")  # paths
+    reason = reason if len(reason) <= _MAX_TEXT else reason[: _MAX_TEXT - 1] + "…"
+    return GPUError(f"{row.sentence} ({reason})", fault=row.fault, fatal=row.fatal)
 
 
 class _Faults(ContextDecorator):
@@ -160,7 +160,7 @@ class _Faults(ContextDecorator):
 def gpu_faults() -> _Faults:
     """Turns MLX's errors that are faults of the GPU into GPUError; all others pass.
 
-    A context manager, and a decorator: of a generator function too, where it holds for the whole iteration.
+    A context manager and a decorator; on a generator function it holds for the whole iteration.
     """
     return _Faults()
 
@@ -172,8 +172,8 @@ class Pace:
     a layer.
 
     Args:
-        on_layer: told how many layers are done or under way; what it raises ends the work.
-        unfinished: how many layers may be queued; 1 where each holds weights that were read for it.
+        on_layer: called with the number of layers done or under way; an exception in it ends the work.
+        unfinished: maximum number of queued layers; 1 where each holds weights that were read for it.
     """
 
     def __init__(self, on_layer: Callable[[int], None] = lambda count: None, unfinished: int = 2):
@@ -183,7 +183,7 @@ class Pace:
         self._count = 0
 
     def __call__(self, arrays: Sequence[mx.array]) -> None:
-        """Queues a layer's arrays, and waits for the layers before to be few enough."""
+        """Queues a layer's arrays, and waits until at most `unfinished` layers are queued."""
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
         # All arrays of one call are done at the same time, so that one of them, the smallest, may stand for all.
         self._queued.append(min(arrays, key=lambda array: array.nbytes))

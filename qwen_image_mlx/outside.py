@@ -1,4 +1,4 @@
-"""What comes from outside: text made printable; files that are read only if they are files, and not too long."""
+"""Handles untrusted input: makes text printable; checks files for kind and size before they are read."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 from .names import StrPath
 
 MOST = 2_000  # characters of a message
-MAX_CHARACTERS = 1_000_000  # of a prompt and what stands around it; models read some thousands
+MAX_CHARACTERS = 1_000_000  # of a prompt and the text around it; models read some thousands
 _PLAIN = " \n"
-# Characters that move the cursor, change colours, reverse the writing or are no text: controls, formats, surrogates,
+# Characters that move the cursor, change colours, reverse the writing or are not text: controls, formats, surrogates,
 # private use, line and paragraph separators.
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 
 def printable(text: object, most: int = MOST) -> str:
-    """Text for people: what a terminal would obey is escaped, and the middle of what is too long is left out.
+    """Text for people: characters that control a terminal are escaped, and the middle of a long text is left out.
 
     Args:
         text: anything; its `str`.
-        most: characters that are shown of it.
+        most: maximum characters of it.
     """
     text = str(text)
     if len(text) > most:
@@ -32,23 +32,23 @@ def printable(text: object, most: int = MOST) -> str:
 
 
 def one_line(text: object, most: int = MOST) -> str:
-    """The same on one line: every stretch of white space is one space."""
+    """Printable text on one line: every stretch of white space becomes one space."""
     return printable(" ".join(str(text).split()), most)
 
 
 def escaped(text: str) -> str:
-    """What stands for characters that cannot be shown."""
+    """Escape sequences for characters that are not printable."""
     return text.encode("unicode_escape").decode()
 
 
 def why_not_read(path: StrPath, most: float = math.inf) -> str | None:
-    """Why an existing file is not to be read: it is none, or has more than `most` bytes; None if it can be.
+    """Why an existing file is not to be read: it is not a regular file, or has more than `most` bytes; None if it is.
 
-    Nothing is opened: a pipe would wait for whoever writes. Raises OSError if it cannot be looked at.
+    Nothing is opened: a pipe would wait for a writer. Raises OSError if it cannot be inspected.
     """
     found = Path(path).stat()
     if not stat.S_ISREG(found.st_mode):
         return "it is not a regular file"
     if found.st_size > most:
-        return f"it has {found.st_size / 1e6:,.0f} MB, more than the {most / 1e6:,.0f} MB that are read"
+        return f"it has {found.st_size / 1e6:,.0f} MB, more than the maximum of {most / 1e6:,.0f} MB"
     return None

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 MARKED = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+OUR_FLAG = r"(edit )?--[a-z][\w-]+( ([A-Z0-9][\w./-]*|auto))*"  # with its values: "--lora FILE STRENGTH"
 GB = 10**9
 
 
@@ -120,7 +121,7 @@ def _below(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def _row(action: argparse.Action) -> tuple[str, ...]:
-    meaning = (action.help or "").replace("%%", "%")
+    meaning = (action.help or "") % vars(action)
     usual = ""
     if match := re.fullmatch(r"(.*?) ?\(default: (.*)\)", meaning, re.DOTALL):
         meaning, usual = match.groups()
@@ -157,8 +158,12 @@ def foreign() -> str:
     """Flags of other programs and what is given here, as the command line answers them."""
     from qwen_image_mlx.cli.foreign import FOREIGN
 
-    rows = [(f"`{flag}`", ours if ours.startswith("nothing: ") else f"`{ours}`") for flag, ours in FOREIGN.items()]
-    return table(("their flag", "here"), [(flag, re.sub(r"^nothing: ", "leave it out: ", here)) for flag, here in rows])
+    def here(ours: str) -> str:
+        words = re.sub("^nothing: ", "leave it out: ", ours).split("`")  # every second part is code already
+        ours_marked = (re.sub(OUR_FLAG, r"`\g<0>`", part) if n % 2 == 0 else part for n, part in enumerate(words))
+        return "`".join(ours_marked)
+
+    return table(("their flag", "here"), [(f"`{flag}`", here(ours)) for flag, ours in FOREIGN.items()])
 
 
 # Python -----------------------------------------------------------------------------------------------------------

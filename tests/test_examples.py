@@ -93,3 +93,13 @@ def test_the_lesson_teaches_a_colour(tmp_path):
     before, after = map(int, re.findall(r"\d+", lines[-2]))
     assert after < before / 2
     assert Image.open(tmp_path / "pink" / "without-and-with.png").size == (128, 64)
+
+
+def test_the_lesson_keeps_what_is_there(tmp_path):
+    (tmp_path / "pink").mkdir()
+    command = [sys.executable, str(EXAMPLES / "train_demo_lora.py")]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.endswith("pink exists already: give a new folder with --output\n")
+    assert list((tmp_path / "pink").iterdir()) == []

@@ -22,15 +22,15 @@ from .outcome import CRASH, HANG, Outcome
 
 
 def peak_bytes() -> int:
-    """The most this process ever had resident, or MLX's arrays took: a GPU's buffers may not count as resident."""
+    """The peak of this process's resident memory or of MLX's arrays: a GPU's buffers may not count as resident."""
     from .measure import highest_peak
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(most if sys.platform == "darwin" else most << 10, highest_peak())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(peak if sys.platform == "darwin" else peak << 10, highest_peak())
 
 
 def outcome_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Runs a group; what it refuses with a sentence is a result too."""
+    """Runs a group; a refusal with a sentence is a result too."""
     from ..gpu import gpu_faults
 
     start, group = time.perf_counter(), group_named(name)

@@ -16,7 +16,7 @@ from ..models.qwen_image.config import TransformerConfig
 from ..pipeline.limits import limits
 from ..runtime.memory_plan import Work
 from ..weights.synthetic import FULL
-from .measure import judge_memory, on_gpu, peak_of, planned
+from .measure import judge_memory, on_gpu, peak_of, plan_bytes
 from .outcome import Outcome, amount
 from .parts import block_inputs, chain, chained_block
 
@@ -35,7 +35,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
     finish(inputs)
     work = Work(width=16 * side, height=16 * side, text_tokens=text, steps=1, guided=False)
     plans = {
-        name: planned(Path(options["folder"]) / name, "denoise", replace(work, guided=name == "guided"), config)
+        name: plan_bytes(Path(options["folder"]) / name, "denoise", replace(work, guided=name == "guided"), config)
         for name in ("plain", "guided")
     }
     with limits():
@@ -50,7 +50,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
     plain = outcome.figures["plain"]
     outcome.summary = (
         f"a block of {side * side} + {text} tokens and {config.dim} channels takes {plain['block_s']:.3g} s and "
-        f"{amount(plain['peak_bytes'])} beside its weights, {plain['plan_ratio']:.2f} of the plan"
+        f"{amount(plain['peak_bytes'])} in addition to its weights, {plain['plan_ratio']:.2f} of the plan"
     )
     return outcome
 

@@ -1,4 +1,4 @@
-"""What MLX runs on: Apple's chip, the wheel that MLX came in, and what the two together can do."""
+"""The hardware and build of MLX: Apple's chip, MLX's wheel, and the features of the two together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CORE_TFLOPS = {"M1": 0.327, "M2": 0.358, "M3": 0.353, "M4": 0.43, "M5": 1.25}
 
 @cache
 def device_info() -> dict[str, Any]:
-    """What MLX says of the GPU, or else of its default device; nothing where it says nothing."""
+    """MLX's information on the GPU, or else on its default device; {} where it has none."""
     for ask in (lambda: mx.device_info(mx.gpu), mx.device_info):
         try:
             return dict(ask())
@@ -36,14 +36,14 @@ def architecture() -> str:
 
 
 def has_neural_accelerators() -> bool:
-    """Whether the GPU has them."""
+    """Whether the GPU has neural accelerators."""
     found = re.search(r"applegpu_g(\d+)", architecture())
     return bool(found) and int(found[1]) >= _NEURAL
 
 
 @cache
 def uses_neural_accelerators() -> bool:
-    """Whether MLX uses them: the kernels are in the wheel for macOS 26 only, and MLX asks for macOS 26.2."""
+    """Whether MLX uses the neural accelerators: only the macOS 26 wheel has the kernels, and MLX needs 26.2."""
     system = tuple(int(part) for part in platform.mac_ver()[0].split(".")[:2] if part.isdigit())
     macos = macos_of(wheel_tags())
     return has_neural_accelerators() and system >= (26, 2) and (macos is None or macos >= 26)
@@ -55,7 +55,7 @@ def coarse_fp32() -> bool:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version; None if it is not there."""
+    """The installed version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -63,7 +63,7 @@ def version_of(package: str) -> str | None:
 
 
 def wheel_tags() -> list[str]:
-    """Tags of the wheels that MLX was installed from; none if it was built here."""
+    """Tags of the wheels that MLX was installed from; empty if it was built here."""
     texts = [metadata.distribution(name).read_text("WHEEL") or "" for name in PACKAGES if version_of(name)]
     lines = [line for text in texts for line in text.splitlines()]
     return [line.removeprefix("Tag: ") for line in lines if line.startswith("Tag: ")]
@@ -75,20 +75,20 @@ def macos_of(tags: list[str]) -> int | None:
 
 
 def nominal_tflops() -> float | None:
-    """What this chip's GPU can do in products of 16 bits; None if it is not known."""
-    brand = re.search(r"Apple (M\d+)", said("sysctl", "-n", "machdep.cpu.brand_string"))
+    """This chip's nominal TFLOP/s in 16-bit products; None if unknown."""
+    brand = re.search(r"Apple (M\d+)", output_of("sysctl", "-n", "machdep.cpu.brand_string"))
     cores = gpu_cores()
     return _CORE_TFLOPS[brand[1]] * cores if brand and cores and brand[1] in _CORE_TFLOPS else None
 
 
 def gpu_cores() -> int | None:
-    """Cores of Apple's GPU; None if that is not known."""
-    found = re.search(r'"gpu-core-count"\s*=\s*(\d+)', said("ioreg", "-rc", "AGXAccelerator", "-d", "1"))
+    """Cores of Apple's GPU; None if unknown."""
+    found = re.search(r'"gpu-core-count"\s*=\s*(\d+)', output_of("ioreg", "-rc", "AGXAccelerator", "-d", "1"))
     return int(found[1]) if found else None
 
 
-def said(*command: str) -> str:
-    """What a program of the system says; nothing where it is missing or fails."""
+def output_of(*command: str) -> str:
+    """The output of a system program; "" where it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

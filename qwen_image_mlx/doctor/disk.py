@@ -1,4 +1,4 @@
-"""How fast weights are read: a file is written, put out of the system's cache, and read by `mx.load`."""
+"""Measures how fast weights are read: writes a file, drops it from the system's cache, and reads it with `mx.load`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .values import uniform
 
 _CHUNK = 16 << 20  # bytes written at once
 _SIZE, _CPU_SIZE = 1 << 30, 64 << 20
-_SPARE = 2 << 30  # bytes of the disk that are left alone
-_SLOW = 1.0  # GB/s, below which layers that are read at each pass take longer than they run
+_SPARE = 2 << 30  # bytes of the disk that stay free
+_SLOW = 1.0  # GB/s, below which streamed layers take longer to read than to run
 _NOCACHE = "F_NOCACHE"  # macOS: pages of this file are not kept
 
 
 def run(options: Mapping[str, Any]) -> Outcome:
-    """Writes and reads; the file lies in a folder that the parent process removes, whatever happens here."""
+    """Writes and reads a file, in a folder that the parent process removes in any case."""
     outcome, size = Outcome(), _SIZE if on_gpu() else _CPU_SIZE
     path = Path(options["folder"]) / "weights.safetensors"
     if shutil.disk_usage(path.parent).free < size + _SPARE:
@@ -67,8 +67,8 @@ def run(options: Mapping[str, Any]) -> Outcome:
 def write(path: Path, size: int) -> None:
     """A safetensors file of `size` bytes, of hashed fp32 values, that the system does not keep in its cache."""
     chunk, count = _chunk(), size // _CHUNK
-    said = {"values": {"dtype": "F32", "shape": [count, chunk.size], "data_offsets": [0, count * chunk.nbytes]}}
-    header = json.dumps(said).encode()
+    index = {"values": {"dtype": "F32", "shape": [count, chunk.size], "data_offsets": [0, count * chunk.nbytes]}}
+    header = json.dumps(index).encode()
     with path.open("wb") as file:
         _forget(file.fileno())
         file.write(struct.pack("<Q", len(header)) + header)
@@ -80,7 +80,7 @@ def write(path: Path, size: int) -> None:
 
 
 def _forget(descriptor: int) -> None:
-    """Keeps a file's pages out of the cache, as far as the system lets one."""
+    """Keeps a file's pages out of the cache, as far as the system allows."""
     import fcntl
 
     if hasattr(fcntl, _NOCACHE):
@@ -94,6 +94,6 @@ def _chunk() -> np.ndarray:
 
 
 def streamed_bytes() -> int:
-    """Bytes of the released transformer that are read at each pass where its layers are streamed, in bf16."""
+    """Bytes of the released transformer that are read at each pass when its layers are streamed, in bf16."""
     specs = expected_tensors(ROWS["transformer"], FULL["transformer"]).values()
     return 2 * sum(int(np.prod(spec.shape)) for spec in specs if spec.part == "main")

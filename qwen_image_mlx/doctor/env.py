@@ -1,4 +1,4 @@
-"""The machine, MLX, and what changes the numbers MLX computes. A tool that is missing leaves a figure out."""
+"""The machine, MLX, and settings that change MLX's numbers. A missing tool leaves a figure out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .chip import (
     gpu_cores,
     has_neural_accelerators,
     macos_of,
-    said,
+    output_of,
     uses_neural_accelerators,
     version_of,
     wheel_tags,
@@ -30,7 +30,7 @@ from .chip import (
 from .outcome import Outcome
 
 _DISK = 10 << 30  # bytes free, below which models do not fit
-_SWAP = 1 << 30  # bytes swapped out, from which on images will be slow
+_SWAP = 1 << 30  # bytes swapped out, above which images will be slow
 _DEFAULTS = {"MLX_ENABLE_TF32": "1 (MLX's default)", "MLX_CONV_WINOGRAD": "1 (MLX's default)"}
 
 
@@ -110,17 +110,17 @@ def _linux() -> dict[str, Any]:
 
 def _mac() -> dict[str, Any]:
     machine: dict[str, Any] = {"system": f"macOS {platform.mac_ver()[0]}", "cores": os.cpu_count()}
-    machine["chip"] = said("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-    machine["memory_bytes"] = int(said("sysctl", "-n", "hw.memsize") or 0)
-    machine["rosetta"] = said("sysctl", "-n", "sysctl.proc_translated") == "1"
+    machine["chip"] = output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    machine["memory_bytes"] = int(output_of("sysctl", "-n", "hw.memsize") or 0)
+    machine["rosetta"] = output_of("sysctl", "-n", "sysctl.proc_translated") == "1"
     machine["gpu_cores"] = gpu_cores()
-    machine["wired_limit_mb"] = said("sysctl", "-n", "iogpu.wired_limit_mb")
-    swap = re.search(r"used = ([\d.]+)M", said("sysctl", "-n", "vm.swapusage"))
+    machine["wired_limit_mb"] = output_of("sysctl", "-n", "iogpu.wired_limit_mb")
+    swap = re.search(r"used = ([\d.]+)M", output_of("sysctl", "-n", "vm.swapusage"))
     if swap:
         machine["swap_bytes"] = int(float(swap[1]) * (1 << 20))
-    machine["low_power"] = bool(re.search(r"lowpowermode\s+1", said("pmset", "-g")))
-    machine["on_battery"] = "Battery Power" in said("pmset", "-g", "batt")
-    machine["thermal"] = said("pmset", "-g", "therm").replace("\n", "; ")
+    machine["low_power"] = bool(re.search(r"lowpowermode\s+1", output_of("pmset", "-g")))
+    machine["on_battery"] = "Battery Power" in output_of("pmset", "-g", "batt")
+    machine["thermal"] = output_of("pmset", "-g", "therm").replace("\n", "; ")
     return machine
 
 

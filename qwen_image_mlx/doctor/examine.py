@@ -1,4 +1,4 @@
-"""Runs groups of checks, each in a process of its own, and gathers what they found. Importable without MLX."""
+"""Runs groups of checks, each in a process of its own, and gathers their results. Importable without MLX."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def examine(
     """Runs the groups one after another.
 
     Args:
-        groups: which, in this order.
-        env: environment variables for the groups' processes beside those of this one.
-        options: what the groups are told.
+        groups: the groups, in order.
+        env: environment variables of the groups' processes, in addition to this process's.
+        options: passed to the groups.
         on_group: called with a group's name and outcome as soon as it has ended.
 
     Returns:
-        The report; `report.py` says what it holds.
+        The report, described in `report.py`.
 
     Raises:
         CheckpointError: a group refused its input, such as a golden file, with this sentence.
@@ -59,13 +59,13 @@ def examine(
 def run_group(group: Group, env: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:
     """One group's outcome; a process that dies or hangs is an outcome with the verdict "lost".
 
-    What the process writes goes into a folder that is removed when it has ended, however it ended.
+    The process's files are in a folder that is removed when it ends, in any case.
     """
     with temporary_folder(_place(group)) as folder:
-        out, said = folder / "outcome.json", folder / "stderr.txt"
-        asked = json.dumps({**options, "folder": str(folder)})
-        command = [sys.executable, "-m", __package__, group.name, str(out), asked]
-        with said.open("wb") as stderr:
+        out, errors = folder / "outcome.json", folder / "stderr.txt"
+        arguments = json.dumps({**options, "folder": str(folder)})
+        command = [sys.executable, "-m", __package__, group.name, str(out), arguments]
+        with errors.open("wb") as stderr:
             process = subprocess.Popen(
                 command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
             )
@@ -78,18 +78,18 @@ def run_group(group: Group, env: Mapping[str, str], options: Mapping[str, Any]) 
                 process.wait()
         if code == 0 and out.is_file():
             return json.loads(out.read_text(encoding="utf-8"))
-        return _lost(group, code, said.read_text(encoding="utf-8", errors="replace"))
+        return _lost(group, code, errors.read_text(encoding="utf-8", errors="replace"))
 
 
 def _place(group: Group) -> Path | None:
-    """Where a group's folder is made: the disk is measured where the hub keeps models, if that is there."""
+    """The place of a group's folder: the disk is measured in the hub's cache, if that exists."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     return cache if group.name == "disk" and os.access(cache, os.W_OK) else None
 
 
-def _lost(group: Group, code: int | None, said: str) -> dict[str, Any]:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _lost(group: Group, code: int | None, stderr: str) -> dict[str, Any]:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     if code is None:
         how = f"it did not end within {group.limit:.0f} seconds"
     elif code < 0:

@@ -1,4 +1,4 @@
-"""What happens when something goes wrong: a refused allocation, arrays that cross threads, cancelling."""
+"""Behaviour on faults: a refused allocation, arrays that cross threads, cancelling."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .parts import block_inputs, chain, chained_block
 
 _SIDE, _CPU_SIDE = 64, 16  # of the chain's image, in tokens
 _BLOCKS = 400  # of a chain that is cancelled long before its end
-_MOST_BLOCKS = 8  # that cancelling may take; two are queued, and one is being built
+_MAX_BLOCKS = 8  # that cancelling may take; two are queued, and one is being built
 
 
 def run(options: Mapping[str, Any]) -> Outcome:
-    """Tries each."""
+    """Tries each fault."""
     outcome = Outcome()
     refusal = outcome.figures["refused_allocation"] = refused_allocation()
     if refusal.startswith("not refused"):
@@ -35,7 +35,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
         outcome.find("odd", f"a finished array of another thread cannot be used ({finished}); the server needs that")
     block_s, latency = cancelled_chain()
     outcome.figures |= {"block_s": block_s, "cancel_s": latency, "cancel_blocks": latency / block_s}
-    if latency > _MOST_BLOCKS * block_s + 0.5:
+    if latency > _MAX_BLOCKS * block_s + 0.5:
         outcome.find("odd", f"cancelling took {latency:.1f} s, or {latency / block_s:.0f} blocks, where 3 are usual")
     outcome.summary = (
         f"work is cancelled within {latency:.2g} s, {latency / block_s:.1f} blocks; finished arrays cross "
@@ -45,7 +45,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
 
 
 def refused_allocation() -> str:
-    """Asks for an array that is larger than a buffer may be; what came of it, in words."""
+    """Allocates an array above the maximum buffer size; returns the outcome in words."""
     if not on_metal():
         return "not tried (MLX refuses it on Metal only: its CPU backend crashes, CUDA would take the memory)"
     rows = 2 * int(device_info()["max_buffer_length"]) >> 20
@@ -80,15 +80,15 @@ def cancelled_chain() -> tuple[float, float]:
     chain(block, inputs, 2)
     block_s = chain(block, inputs, 4) / 4
     cancelled = threading.Event()
-    asked: list[float] = []
+    cancelled: list[float] = []
 
     def cancel() -> None:
-        asked.append(time.perf_counter())
+        cancelled.append(time.perf_counter())
         cancelled.set()
 
     def on_layer(count: int) -> None:
         if cancelled.is_set():
-            raise Cancelled("asked to")
+            raise Cancelled("cancelled by the check")
 
     timer = threading.Timer(5.5 * block_s, cancel)
     timer.start()
@@ -97,7 +97,7 @@ def cancelled_chain() -> tuple[float, float]:
     except Cancelled:
         mx.synchronize()
     timer.join()
-    return block_s, time.perf_counter() - asked[0]
+    return block_s, time.perf_counter() - cancelled[0]
 
 
 def _in_thread(fn: Callable[[], None]) -> None:

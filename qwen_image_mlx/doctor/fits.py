@@ -1,4 +1,4 @@
-"""How much memory may be used, and which forms of Qwen-Image-2512 fit, by the pipeline's own plan."""
+"""The memory limits, and the quantizations of Qwen-Image-2512 that fit, by the pipeline's own plan."""
 
 from __future__ import annotations
 

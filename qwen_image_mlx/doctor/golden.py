@@ -29,7 +29,7 @@ from .outcome import Outcome
 
 FORMAT = "qwen_image_mlx.golden.1"
 VALUES, PARTS, THUMBNAIL = 4096, 16, 64  # of a fingerprint; longest side of the image
-_SAID: dict[str, type | tuple[type, ...]] = {
+_FACTS: dict[str, type | tuple[type, ...]] = {
     "model": str, "dtype": str, "prompt": str, "negative_prompt": (str, type(None)), "seed": int, "width": int,
     "height": int, "steps": int, "kept_steps": list, "cfg_scale": (int, float), "versions": dict, "transformer": dict,
 }  # fmt: skip
@@ -37,10 +37,10 @@ _CONFIG = ("num_layers", "num_attention_heads", "attention_head_dim", "joint_att
 
 
 class Tolerance(NamedTuple):
-    """What may lie between two right implementations in a dtype: relative errors; of the image, levels of 255 (rms).
+    """Maximum differences of correct implementations in a dtype: relative errors; of the image, levels of 255 (rms).
 
-    Those of fp32 hold for what the tests see on tiny models. In 16 bits the same rounding in another order grows from
-    step to step: estimates, until real runs tell.
+    Those of fp32 come from the tests on tiny models. In 16 bits a different order of rounding grows from step to step:
+    these are estimates, until real runs are measured.
     """
 
     text: float
@@ -61,21 +61,21 @@ class Golden(NamedTuple):
 
     Attributes:
         arrays: by name: "STAGE.values", "STAGE.norms", "image".
-        said: how they were made.
+        facts: the parameters they were made with.
     """
 
     arrays: Mapping[str, np.ndarray]
-    said: Mapping[str, Any]
+    facts: Mapping[str, Any]
 
 
 def run(options: Mapping[str, Any]) -> Outcome:
     """Runs the model as the file's maker did, and compares."""
     golden = read_golden(Path(options["golden"]))
-    said = golden.said
-    pipeline = QwenImagePipeline.from_pretrained(options["model"], dtype=said["dtype"])
-    check_model(pipeline, said)
-    ours = stages(pipeline, said)
-    outcome, allowed = Outcome(), TOLERANCES[said["dtype"]]
+    facts = golden.facts
+    pipeline = QwenImagePipeline.from_pretrained(options["model"], dtype=facts["dtype"])
+    check_model(pipeline, facts)
+    ours = stages(pipeline, facts)
+    outcome, allowed = Outcome(), TOLERANCES[facts["dtype"]]
     for name, result in ours.items():
         error = _error(name, result, golden)
         kind = name.partition("-")[0]
@@ -85,16 +85,16 @@ def run(options: Mapping[str, Any]) -> Outcome:
         if error > limit:
             far = f"by {error:.1f} of 255 levels" if kind == "picture" else f"by {error:.1e}"
             departs = f"{name} departs from the reference {far}, where {limit:g} is allowed"
-            if outcome.findings:  # the first stage is the verdict; what comes after may follow from it
+            if outcome.findings:  # the first stage is the verdict; later ones may follow from it
                 outcome.find("wrong", f"{departs}; this may follow from the first departure")
             else:
                 outcome.find("wrong", f"{options['model']}: first departure: {departs}; {_CURES[kind]}")
-    least = max(value for name, value in outcome.figures.items() if name.endswith("_error"))
+    worst = max(value for name, value in outcome.figures.items() if name.endswith("_error"))
     outcome.summary = (
-        f"{len(ours)} stages of {said['model']} agree with diffusers {said['versions'].get('diffusers', '')} in "
-        f"{said['dtype']}, within {least:.1e}"
+        f"{len(ours)} stages of {facts['model']} agree with diffusers {facts['versions'].get('diffusers', '')} in "
+        f"{facts['dtype']}, within {worst:.1e}"
     )
-    outcome.figures["golden"] = dict(said)
+    outcome.figures["golden"] = dict(facts)
     return outcome
 
 
@@ -110,7 +110,7 @@ def read_golden(path: Path) -> Golden:
     """Reads and checks a golden file.
 
     Raises:
-        CheckpointError: it cannot be read, is another file, or is damaged.
+        CheckpointError: it cannot be read, is not a golden file, or is damaged.
     """
     cure = "make one with scripts/make_golden.py"
     try:
@@ -119,56 +119,62 @@ def read_golden(path: Path) -> Golden:
         why = "it is not there" if not path.exists() else "it is not a whole safetensors file"
         raise CheckpointError(f"the golden file {path} cannot be read, {why}; {cure}") from error
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"the file given as golden is not one; {cure}")
+        raise CheckpointError(f"the file is not a golden file; {cure}")
     try:
-        said = json.loads(metadata["golden"])
-        sound = all(isinstance(said[name], kinds) for name, kinds in _SAID.items())
-        if not sound or said["dtype"] not in TOLERANCES or not all(type(n) is int for n in said["kept_steps"]):
+        facts = json.loads(metadata["golden"])
+        sound = all(isinstance(facts[name], kinds) for name, kinds in _FACTS.items())
+        if not sound or facts["dtype"] not in TOLERANCES or not all(type(n) is int for n in facts["kept_steps"]):
             raise ValueError
-        names = {"picture", *(f"{name}.{kind}" for name in _stage_names(said) for kind in ("values", "norms"))}
+        names = {"picture", *(f"{name}.{kind}" for name in _stage_names(facts) for kind in ("values", "norms"))}
         if names - arrays.keys():
             raise ValueError
-        return Golden({name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}, said)
+        return Golden({name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}, facts)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the golden file is damaged; {cure}") from error
 
 
-def _stage_names(said: Mapping[str, Any]) -> list[str]:
-    texts = ["text"] if said["negative_prompt"] is None else ["text", "text-negative"]
-    return [*texts, "noise", *(f"latents-{step}" for step in said["kept_steps"])]
+def _stage_names(facts: Mapping[str, Any]) -> list[str]:
+    texts = ["text"] if facts["negative_prompt"] is None else ["text", "text-negative"]
+    return [*texts, "noise", *(f"latents-{step}" for step in facts["kept_steps"])]
 
 
-def check_model(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> None:
+def check_model(pipeline: QwenImagePipeline, facts: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the model is of the kind the file was made with."""
     config = pipeline.transformer_config
     ours = {
         "class": pipeline.class_name,
         **{name: getattr(config, name) for name in _CONFIG},
     }
-    theirs = {"class": said.get("class"), **said["transformer"]}
+    theirs = {"class": facts.get("class"), **facts["transformer"]}
     for name, value in ours.items():
         if theirs.get(name) != value:
             raise CheckpointError(
-                f"the golden file was made with another model: {name} is {theirs.get(name)} there and {value} here; "
+                f"the golden file is from a different model: {name} is {theirs.get(name)} there and {value} here; "
                 "give the model it names"
             )
 
 
-def stages(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What our pipeline has at each stage that the file holds."""
+def stages(pipeline: QwenImagePipeline, facts: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our pipeline's arrays at each stage in the file."""
     try:
         parameters = GenerationParameters(
-            width=said["width"], height=said["height"], num_inference_steps=said["steps"], cfg_scale=said["cfg_scale"]
+            width=facts["width"],
+            height=facts["height"],
+            num_inference_steps=facts["steps"],
+            cfg_scale=facts["cfg_scale"],
         )
         request = Request(
-            prompt=said["prompt"], negative_prompt=said["negative_prompt"], parameters=parameters, seeds=(said["seed"],)
+            prompt=facts["prompt"],
+            negative_prompt=facts["negative_prompt"],
+            parameters=parameters,
+            seeds=(facts["seed"],),
         )
     except (KeyError, RequestError) as error:
         raise CheckpointError(f"the golden file is damaged ({error}); make one with scripts/make_golden.py") from error
     kept: dict[str, np.ndarray] = {}
 
     def keep(progress: Progress) -> None:
-        if progress.stage == "denoise" and (progress.step in said["kept_steps"] or not progress.step):
+        if progress.stage == "denoise" and (progress.step in facts["kept_steps"] or not progress.step):
             kept["noise" if not progress.step else f"latents-{progress.step}"] = numbers(progress.latents)
 
     with Session(pipeline, {"memory": "auto"}).planned(request):
@@ -177,7 +183,7 @@ def stages(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> dict[str, np
         kept["text"] = numbers(encoding.positive)
         if encoding.negative is not None:
             kept["text-negative"] = numbers(encoding.negative)
-        latents = pipeline.denoise_latents(parameters, encoding, seed=said["seed"], progress=keep)
+        latents = pipeline.denoise_latents(parameters, encoding, seed=facts["seed"], progress=keep)
         pipeline.release_transformer()
         (pixels,) = pipeline.decode_frames(parameters, latents)
     picture = to_images(pixels[None])[0]
@@ -186,7 +192,7 @@ def stages(pipeline: QwenImagePipeline, said: Mapping[str, Any]) -> dict[str, np
 
 
 def reduction(width: int, height: int) -> int:
-    """How many pixels a side become one, so that an image is at most `THUMBNAIL` wide and high."""
+    """The factor that reduces an image to at most `THUMBNAIL` pixels wide and high."""
     return max(1, -(-max(width, height) // THUMBNAIL))
 
 
@@ -194,10 +200,10 @@ def _error(name: str, result: np.ndarray, golden: Golden) -> float:
     if name == "picture":
         theirs = golden.arrays["picture"]
         if theirs.shape != result.shape:
-            raise CheckpointError("the golden file is damaged: its image has another size than it says")
+            raise CheckpointError("the golden file is damaged: its image's size differs from its record")
         error = float(np.sqrt(np.mean((result - theirs) ** 2)))
         return error if math.isfinite(error) else GARBAGE
     ours = dict(zip(("values", "norms"), fingerprint(result, VALUES, PARTS), strict=True))
     if any(ours[kind].shape != golden.arrays[f"{name}.{kind}"].shape for kind in ours):
-        return GARBAGE  # another number of tokens
+        return GARBAGE  # a different number of tokens
     return max(relative_error(ours[kind], golden.arrays[f"{name}.{kind}"]) for kind in ours)

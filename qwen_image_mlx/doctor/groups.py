@@ -12,10 +12,10 @@ class Group(NamedTuple):
     """A group of checks.
 
     Attributes:
-        name: how it is asked for.
+        name: its name for `--only`.
         limit: seconds after which its process is ended; None where that depends on a model.
-        what: what it does, for people.
-        module: its module, where that has another name.
+        what: a description.
+        module: its module, if the name differs.
     """
 
     name: str
@@ -30,13 +30,13 @@ GROUPS = (
     Group("probe", 240, "every operation of the networks at real shapes, against fp32 on the CPU"),
     Group("parity", 240, "one block of each network at real width, against the CPU and against stored values"),
     Group("picture", 240, "images of the demo models against stored ones"),
-    Group("rates", 180, "how fast the operations are, and what an image will take"),
+    Group("rates", 180, "how fast the operations are, and how long an image will take"),
     Group("block", 180, "time and memory of a chain of transformer blocks, against the plan"),
     Group("vae", 180, "time and memory of decoding an image, against the plan"),
     Group("disk", 180, "how fast weights are read"),
     Group("errors", 120, "a refused allocation, threads, and how long cancelling takes", "faults"),
 )
-# Runs only when there is a golden file to compare with.
+# Runs only with a golden file.
 GOLDEN = Group("golden", None, "a real model against a golden file, stage by stage")
 NAMES = tuple(group.name for group in GROUPS)
 

@@ -1,4 +1,4 @@
-"""The table of operations that are probed, and how each kind is computed and what it is compared with.
+"""The table of probed operations; for each kind, how it is computed and compared.
 
 A kind is a function of a name (of its numbers), a shape and a dtype. It computes on the default device, and returns
 pairs of what came out and what is right, both fp32: right is the same in fp32 on the CPU stream, or NumPy's float64,
@@ -36,13 +36,13 @@ class Operation(NamedTuple):
     """A row of the table.
 
     Attributes:
-        name: how it is called in a report.
+        name: its name in a report.
         kind: computes it.
         large: its shape in the released models at 1024x1024, or of one head or band there.
         small: its shape on a CPU.
-        dtype: of what it is given.
-        tolerance: the largest relative error that is right; None is the usual one of the dtype.
-        cpu: dtype on a CPU, where that is another: MLX's CPU kernels for packed matrices and attention add up in bf16.
+        dtype: of its inputs.
+        tolerance: maximum relative error; None is the default of the dtype.
+        cpu: dtype on a CPU, if different: MLX's  CPU kernels for packed matrices and attention add up in bf16.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Operation(NamedTuple):
 
     @property
     def allowed(self) -> float:
-        """The largest relative error that is right, on this machine."""
+        """The maximum relative error on this machine."""
         return tolerance_of(self.dtype, self.tolerance)
 
 
-def spread(count: int, most: int) -> np.ndarray:
-    """At most `most` of `count` indices, whose distances are odd, so that they fall on all places in a tile."""
-    step = max(1, count // most) | 1
+def spread(count: int, maximum: int) -> np.ndarray:
+    """At most `maximum` of `count` indices, whose distances are odd, so that they fall on all places in a tile."""
+    step = max(1, count // maximum) | 1
     return np.arange(0, count, step)
 
 
@@ -87,7 +87,7 @@ def gemm(name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
 
 
 def quantized(mode: str, bits: int, group: int, name: str, shape: Shape, dtype: mx.Dtype) -> Pairs:
-    """The same with a packed matrix, without bias; packed on the CPU."""
+    """A linear layer with a quantized matrix, without bias; shape is (M, K, N); packed on the CPU."""
     m, k, n = shape
     x = array("x" + name, (m, k), dtype)
     with mx.stream(mx.cpu):
@@ -138,14 +138,14 @@ def attention(heads: int, mask: str, name: str, shape: Shape, dtype: mx.Dtype) -
     """Fused attention; shape is (query heads, tokens, channels); mask is "", "causal" or "padding" (a last quarter)."""
     count, tokens, size = shape
     q, k, v = (array(x + name, (1, n, tokens, size), dtype) for x, n in (("q", count), ("k", heads), ("v", heads)))
-    said: Any = mask or None
+    argument: Any = mask or None
     added = np.zeros((tokens, tokens), np.float32)
     if mask == "causal":
         added[np.triu_indices(tokens, 1)] = -np.inf
     if mask == "padding":
         added[:, -tokens // 4 :] = -np.inf
-        said = mx.array(added[:1]).astype(dtype)[None, None]
-    got = numbers(mx.fast.scaled_dot_product_attention(q, k, v, scale=size**-0.5, mask=said))[0]
+        argument = mx.array(added[:1]).astype(dtype)[None, None]
+    got = numbers(mx.fast.scaled_dot_product_attention(q, k, v, scale=size**-0.5, mask=argument))[0]
     rows = spread(tokens, _QUERIES)
     q, k, v = (numbers(x)[0] for x in (q, k, v))
     k, v = (np.repeat(x, count // heads, axis=0) for x in (k, v))

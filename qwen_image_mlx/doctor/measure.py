@@ -1,4 +1,4 @@
-"""What the groups measure with: finished results, seconds, relative errors, memory beside the plan."""
+"""Measurements for the groups: finished results, seconds, relative errors, memory against the plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .outcome import FALSIFY, Outcome, amount
 
 GARBAGE = 1e9  # a relative error that stands for infinity, which JSON lacks
 TOLERANCES = {mx.bfloat16: 4e-3, mx.float16: 2e-3, mx.float32: 1e-5}  # of one operation
-_TOO_LOW = 1.2  # largest ratio of what is measured to what is planned
+_TOO_LOW = 1.2  # maximum ratio of measured to planned bytes
 _highest = 0  # bytes: MLX's peak before it was last reset
 
 
@@ -31,12 +31,12 @@ def on_gpu() -> bool:
 
 
 def on_metal() -> bool:
-    """Whether that GPU is Apple's; speed is judged there only."""
+    """Whether the GPU is Apple's; speed is judged there only."""
     return on_gpu() and mx.metal.is_available()
 
 
 def seconds_of(fn: Callable[[], Any], repeats: int = 3) -> float:
-    """The shortest of some runs, after one that does not count."""
+    """Seconds of the shortest of some runs, after one to warm up."""
     finish(fn())
     best = float("inf")
     for _ in range(repeats):
@@ -54,14 +54,14 @@ def numbers(x: mx.array) -> np.ndarray:
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
-    """|got - expected| / |expected|, Euclidean; at most `GARBAGE`, which also stands for what is not a number."""
+    """|got - expected| / |expected|, Euclidean; at most `GARBAGE`, which also stands for NaN."""
     difference = got.astype(np.float64) - expected
     error = float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-30))
     return min(error, GARBAGE) if np.isfinite(error) else GARBAGE
 
 
 def tolerance_of(dtype: mx.Dtype, own: float | None = None) -> float:
-    """The largest relative error that is right for results in a dtype: the usual one, or a check's own.
+    """The maximum relative error of results in a dtype: the default one, or a check's own.
 
     On M5 with TF32 on, fp32 products keep 10 bits, and Winograd makes more of it: 6e-3 for convolutions.
     """
@@ -70,19 +70,19 @@ def tolerance_of(dtype: mx.Dtype, own: float | None = None) -> float:
 
 
 def falsified(name: str, got: np.ndarray) -> np.ndarray:
-    """A result as it is, or 1 % off where the self-test asks for that check by name."""
+    """The result, or 1 % off where the self-test names that check."""
     return got * np.float32(1.01) if os.environ.get(FALSIFY) == name else got
 
 
-def planned(
+def plan_bytes(
     folder: Path, stage: str, work: Work, transformer: TransformerConfig = FULL["transformer"], **others: Any
 ) -> int:
-    """Bytes that the plan says a stage takes beside what is resident.
+    """Bytes of a stage by the plan, in addition to resident weights.
 
     Args:
         folder: for configs.
         stage: "denoise" or "decode".
-        work: what is to be made.
+        work: the image to plan for.
         transformer, others: configs instead of the released ones.
     """
     write_configs(folder, {**FULL, "transformer": transformer, **others})
@@ -93,7 +93,7 @@ def planned(
 
 
 def peak_of(fn: Callable[[], Any]) -> int:
-    """Bytes beside what there was before, at the most, while something runs."""
+    """Peak bytes of a call, in addition to those allocated before it."""
     global _highest
     mx.clear_cache()
     before, _highest = mx.get_active_memory(), highest_peak()
@@ -103,16 +103,16 @@ def peak_of(fn: Callable[[], Any]) -> int:
 
 
 def highest_peak() -> int:
-    """The most bytes that MLX's arrays ever took in this process, whatever `peak_of` has measured since."""
+    """The peak bytes of MLX's arrays in this process, including what `peak_of` has reset."""
     return max(_highest, mx.get_peak_memory())
 
 
 def judge_memory(outcome: Outcome, measured: Mapping[str, Mapping[str, Any]]) -> None:
-    """Finds where the plan is too low: figures with `peak_bytes`, `plan_bytes` and `plan_ratio`, by name."""
+    """Finds plans that are too low: figures with `peak_bytes`, `plan_bytes` and `plan_ratio`, by name."""
     for name, figures in measured.items():
         if figures["plan_ratio"] > _TOO_LOW:
             outcome.find(
                 "odd",
-                f"{name} takes {amount(figures['peak_bytes'])}, but the memory plan says "
+                f"{name} takes {amount(figures['peak_bytes'])}, but the memory plan predicts "
                 f"{amount(figures['plan_bytes'])}; give --memory less than you have, and report this",
             )

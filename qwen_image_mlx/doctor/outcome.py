@@ -1,4 +1,4 @@
-"""What a group of checks found: figures for machines, findings and one sentence for people. Importable without MLX."""
+"""The outcome of a group of checks: figures, findings and one sentence. Importable without MLX."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 # From the best to the worst; a group's verdict is that of its worst finding.
 VERDICTS = ("ok", "odd", "slow", "lost", "wrong")
-SELF_TESTS = "QWEN_IMAGE_DOCTOR_"  # what the variables of self-tests begin with
+SELF_TESTS = "QWEN_IMAGE_DOCTOR_"  # prefix of the variables of self-tests
 FALSIFY = "QWEN_IMAGE_DOCTOR_FALSIFY"  # a self-test: results of the check with this name are multiplied by 1.01
 CRASH = "QWEN_IMAGE_DOCTOR_CRASH"  # a self-test: the process of this group kills itself
 HANG = "QWEN_IMAGE_DOCTOR_HANG"  # a self-test: the process of this group never ends
 
 
 class Finding(NamedTuple):
-    """Something that is not as it should be.
+    """A fault or a warning.
 
     Attributes:
         verdict: one of `VERDICTS`.
-        sentence: what it is, and the cure.
+        sentence: the fault, and the cure.
     """
 
     verdict: str
@@ -27,13 +27,13 @@ class Finding(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What one group found.
+    """The outcome of one group.
 
     Attributes:
-        summary: one sentence, for the case that all is well.
+        summary: one sentence, used without findings.
         figures: measured values by name, nested as is useful. A name ends with its unit: `_s`, `_gbs` (10^9 bytes a
             second), `_gflops`, `_bytes`, `_error` (relative), `_ratio`.
-        findings: what is not as it should be.
+        findings: faults and warnings.
     """
 
     summary: str = ""

@@ -23,8 +23,8 @@ from .parts import PARTS, Case, Part
 
 STORED = Path(__file__).parent / "stored" / "parity.json"
 _VALUES, _QUARTERS = 64, 4
-_HALF = 2e-2  # largest relative error of a bf16 block against fp32
-_WORSE = 1.3  # largest ratio of the GPU's error in bf16 to the CPU's
+_HALF = 2e-2  # maximum relative error of a bf16 block against fp32
+_WORSE = 1.3  # maximum ratio of the GPU's error in bf16 to the CPU's
 
 
 def run(options: Mapping[str, Any]) -> Outcome:
@@ -47,7 +47,7 @@ def check(part: Part, large: bool, outcome: Outcome) -> None:
     Args:
         part: a row of the table.
         large: whether to take the shapes for GPUs.
-        outcome: what is added to.
+        outcome: receives figures and findings.
     """
     module, exact = part.build(), {}
     for dtype in (mx.float32, mx.bfloat16) if part.halves else (mx.float32,):
@@ -116,13 +116,13 @@ def _called(dtype: mx.Dtype) -> str:
 
 
 def sample(result: np.ndarray) -> dict[str, list[float]]:
-    """What is stored of a result: values evenly apart, and the norms of its quarters."""
+    """The stored fingerprint of a result: evenly spaced values, and the norms of its quarters."""
     values, norms = fingerprint(result, _VALUES, _QUARTERS)
     return {"values": values.tolist(), "norms": norms.tolist()}
 
 
 def stored_error(name: str, large: bool, got: np.ndarray) -> float:
-    """How far a result is from what is stored of it: the larger of the values' and the norms' relative errors."""
+    """A result's distance from its stored fingerprint: the larger of the values' and the norms' relative errors."""
     right, found = stored_values()[key_of(name, large)], sample(got)
     return max(relative_error(np.array(found[kind]), np.array(right[kind])) for kind in ("values", "norms"))
 
@@ -134,5 +134,5 @@ def key_of(name: str, large: bool) -> str:
 
 @cache
 def stored_values() -> dict[str, Any]:
-    """What is stored, by case."""
+    """The stored fingerprints, by case."""
     return json.loads(STORED.read_text(encoding="utf-8"))

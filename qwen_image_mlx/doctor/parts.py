@@ -1,4 +1,4 @@
-"""The table of what parity is checked of: one block of each network at real width, with hashed weights and inputs.
+"""The table of blocks whose parity is checked: one block of each network at real width, with hashed weights and inputs.
 
 A part is a module and the cases it is run in; to add a case, add a row and run `scripts/doctor_values.py`. Chains of
 transformer blocks, which groups time, are made here too.
@@ -26,7 +26,7 @@ from ..pipeline.autoencode import decode, encode_moments
 from ..weights.synthetic import FULL
 from .values import array, fill
 
-# A module, a shape and a dtype to all that comes out, as one array.
+# (module, shape, dtype) -> all outputs as one array.
 Run = Callable[[nn.Module, tuple[int, ...], mx.Dtype], mx.array]
 _DIT, _TEXT, _VISION, _VAE = (FULL[name] for name in ("transformer", "text_encoder", "vision", "vae"))
 
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     """A way to run a part.
 
     Attributes:
-        name: how it is called in a report and in the stored values.
+        name: its name in a report and in the stored values.
         run: computes it.
         small: its shape on a CPU.
         large: its shape on a GPU.
@@ -71,7 +71,7 @@ def transformer_block(last: bool = False) -> nn.Module:
 def block_inputs(
     text: int, grids: Sequence[tuple[int, int]], dtype: mx.Dtype, config: TransformerConfig = _DIT
 ) -> tuple[list[mx.array], mx.array, BlockRows, Sequence[mx.array]]:
-    """What a transformer block is given: images, text, rows, rotary tables.
+    """The inputs of a transformer block: images, text, rows, rotary tables.
 
     Args:
         text: tokens.
@@ -114,7 +114,7 @@ def chained_block(config: TransformerConfig) -> nn.Module:
 def chain(
     block: nn.Module, inputs: Any, count: int, branches: int = 1, on_layer: Callable[[int], None] = lambda count: None
 ) -> float:
-    """Runs a block on its own output `count` times, for each branch; returns the seconds that took."""
+    """Runs a block on its own output `count` times, for each branch; returns the seconds."""
     images, text, rows, rotary = inputs
     streams, pace, start = [(images, text)] * branches, Pace(on_layer), time.perf_counter()
     for _ in range(count):

@@ -35,8 +35,8 @@ def run(options: Mapping[str, Any]) -> Outcome:
                 f"the image {name} differs from the stored one by {steps.max():.0f} of 255 levels, where {allowed} "
                 "is allowed; run `doctor --only probe,parity` to see which operation is wrong",
             )
-    most = max(figures["most_levels"] for figures in outcome.figures.values())
-    outcome.summary = f"{len(made)} images of the demo models are the stored ones, within {most:.0f} of 255 levels"
+    worst = max(figures["most_levels"] for figures in outcome.figures.values())
+    outcome.summary = f"{len(made)} images of the demo models match the stored ones, within {worst:.0f} of 255 levels"
     return outcome
 
 
@@ -47,10 +47,10 @@ def stored(name: str) -> Image.Image:
 
 
 def pictures(source: Image.Image | None = None) -> dict[str, Image.Image]:
-    """What the demo models make, by name.
+    """The images of the demo models, by name.
 
     Args:
-        source: what is edited and decomposed; None is the image that is generated.
+        source: the image to edit and decompose; None is the generated image.
     """
     made = _with("demo", lambda demo: demo.generate(_PROMPT, negative_prompt=" ", seed=1))
     source = source or made[0]

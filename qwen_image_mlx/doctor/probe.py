@@ -1,4 +1,4 @@
-"""Every operation of the networks at real shapes: the default device against fp32 on the CPU; what compiling changes.
+"""Every operation of the networks at real shapes: the default device against fp32 on the CPU; the effect of compiling.
 
 `OPERATIONS` is the table; to add an operation, add a row. On the CPU the same rows run with smaller shapes.
 """
@@ -37,19 +37,20 @@ def run(options: Mapping[str, Any]) -> Outcome:
     if changed:
         outcome.find(
             "odd",
-            f"the quantizer as it runs here (compiled) gives other bits than uncompiled, {changed:.1e} of its words: a "
-            "model that is quantized here is not bit for bit the one of another machine; report this",
+            f"the quantizer as it runs here (compiled) differs from uncompiled in {changed:.1e} of its words: a "
+            "model that is quantized here is not bit for bit the one of a different machine; report this",
         )
     farthest = max(OPERATIONS, key=lambda operation: errors[operation.name] / operation.allowed)
     share = errors[farthest.name] / farthest.allowed
     outcome.summary = (
-        f"{len(OPERATIONS)} operations are right; the least exact, {farthest.name}, is at {share:.0%} of its tolerance"
+        f"{len(OPERATIONS)} operations are correct; the one with the largest error, {farthest.name}, is at {share:.0%} "
+        "of its tolerance"
     )
     return outcome
 
 
 def error_of(operation: Operation, large: bool) -> float:
-    """The largest relative error among an operation's results.
+    """The maximum relative error among an operation's results.
 
     Args:
         operation: a row of the table.

@@ -1,4 +1,4 @@
-"""How fast the operations of an image are, best of three, and what an image will take at these rates.
+"""The speed of an image's operations, best of three, and the time an image will take at these rates.
 
 `RATES` is the table; to add an operation, add a row.
 """
@@ -21,11 +21,11 @@ from .measure import on_gpu, on_metal, seconds_of
 from .outcome import Outcome
 from .values import array
 
-# A shape and a dtype to what is timed, and how much work that is: FLOP, or bytes that are moved.
+# (shape, dtype) -> the function to time, and its work: FLOP, or bytes moved.
 Prepare = Callable[[tuple[int, ...], mx.Dtype], tuple[Callable[[], Any], float]]
-_SLOW = 0.4  # of what the chip can do; four fifths are usual
-_SLOW_CPU = 5.0  # GFLOP/s in fp32, which only MLX's own BLAS stays below
-# Bytes that a block moves beside products and attention, per token, element and byte of the stream: modelled for 4296
+_SLOW = 0.4  # share of the nominal speed; 0.8 is usual
+_SLOW_CPU = 5.0  # GFLOP/s in fp32, below which only MLX's own BLAS is
+# Bytes that a block moves outside products and attention, per token, element and byte of the stream: modelled for 4296
 # tokens, in which it is 1.0 GB.
 _OTHER_TRAFFIC = 38
 _TEXT = 200  # tokens of a prompt
@@ -36,11 +36,11 @@ class Rate(NamedTuple):
     """A row of the table.
 
     Attributes:
-        name: how it is called; the unit is added.
+        name: its name, without the unit.
         prepare: makes the inputs.
         large: its shape on a GPU.
         small: its shape on a CPU.
-        dtype: of what it is given.
+        dtype: of its inputs.
         unit: "gflops" or "gbs".
     """
 
@@ -53,7 +53,7 @@ class Rate(NamedTuple):
 
 
 def run(options: Mapping[str, Any]) -> Outcome:
-    """Times every row, then what lies around the operations: allocation, launches, graphs."""
+    """Times every row, then the overheads: allocation, launches, graphs."""
     outcome = Outcome()
     for rate in RATES:
         fn, work = rate.prepare(rate.large if on_gpu() else rate.small, rate.dtype)
@@ -66,8 +66,8 @@ def run(options: Mapping[str, Any]) -> Outcome:
     rates["pass_1024_s"] = seconds
     rates["faster_at_4_bits"] = max(("quantized_4", "unpacked_4"), key=lambda name: rates[f"{name}_gflops"])
     projection = (
-        f"1024x1024: {spoken(seconds)} a pass, 8 steps of Lightning: {spoken(8 * seconds)}, 50 guided steps: "
-        f"{spoken(100 * seconds)} (modelled from these rates)"
+        f"1024x1024: {duration(seconds)} a pass, 8 steps of Lightning: {duration(8 * seconds)}, 50 guided steps: "
+        f"{duration(100 * seconds)} (modelled from these rates)"
     )
     rate = rates["gemm_bf16_gflops"]
     outcome.summary = f"{f'{rate / 1e3:.3g} T' if rate >= 1e3 else f'{rate:.3g} G'}FLOP/s in bf16; {projection}"
@@ -109,7 +109,7 @@ def pass_seconds(config: TransformerConfig, tokens: int, rates: Mapping[str, flo
     return config.num_layers * seconds / 1e9
 
 
-def spoken(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A duration in words."""
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

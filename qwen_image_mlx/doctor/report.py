@@ -1,4 +1,4 @@
-"""A report: what it holds, what it says to people, how two of them differ. Importable without MLX.
+"""A report: its contents, its text for people, and the difference of two. Importable without MLX.
 
 A report is JSON: `version`, `program` (of this package), `created` (a date), `variables` (those that were set for the
 groups), `groups` (for each `verdict`, `sentence`, `findings`, `figures`, `seconds`, `peak_bytes`), `verdict` and `exit`
@@ -22,11 +22,11 @@ from .outcome import VERDICTS, amount
 
 VERSION = 1
 EXITS = {"ok": 0, "odd": 1, "slow": 1, "lost": 1, "wrong": 2}
-_SHOWN = {"ok": "ok", "odd": "odd", "slow": "slow", "lost": "LOST", "wrong": "WRONG"}
+_WORDS = {"ok": "ok", "odd": "odd", "slow": "slow", "lost": "LOST", "wrong": "WRONG"}
 _CONCLUSIONS = {0: "sound", 1: "slow or odd", 2: "wrong numbers"}
 _PATH = re.compile(r"""(?<![\w<.:/])(?:~|[A-Za-z]:)?(?:[/\\][^\s'"`,;:()<>/\\]+){2,}[/\\]?""")
-_LEAST_CHANGE = 0.1  # of a figure, to be worth a line
-_LEAST_ERROR = 1e-5  # of a relative error: below it is rounding
+_MIN_CHANGE = 0.1  # share of a figure that is worth a line
+_MIN_ERROR = 1e-5  # change of a relative error; less is rounding
 
 
 def scrubbed(value: Any) -> Any:
@@ -45,7 +45,7 @@ def scrubbed(value: Any) -> Any:
 
 @cache
 def _names() -> dict[str, str]:
-    """Words that tell who and where: too short ones would only garble."""
+    """Words that identify the user and the host, except for very short ones."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # no entry for this user
@@ -55,7 +55,7 @@ def _names() -> dict[str, str]:
 
 
 def summed_up(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with the verdict of the whole and the issue's body."""
+    """The report with its overall verdict and the issue's body."""
     worst = max((group["verdict"] for group in report["groups"].values()), key=VERDICTS.index, default="ok")
     code = EXITS[worst]
     report = report | {"verdict": _CONCLUSIONS[code], "exit": code}
@@ -64,13 +64,13 @@ def summed_up(report: dict[str, Any]) -> dict[str, Any]:
 
 def verdict_line(name: str, group: Mapping[str, Any]) -> str:
     """One group's verdict for people: its name, a word, a sentence."""
-    return f"{name:8} {_SHOWN[group['verdict']]:5} {group['sentence']}"
+    return f"{name:8} {_WORDS[group['verdict']]:5} {group['sentence']}"
 
 
 def other_findings(report: Mapping[str, Any]) -> list[str]:
-    """What the groups found beside what their verdicts say, a line each."""
+    """The findings that are not in the groups' verdicts, a line each."""
     return [
-        f"{name:8} {_SHOWN[found['verdict']]:5} {found['sentence']}"
+        f"{name:8} {_WORDS[found['verdict']]:5} {found['sentence']}"
         for name, group in report["groups"].items()
         for found in group["findings"]
         if found["sentence"] != group["sentence"]
@@ -86,7 +86,7 @@ def figures(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def shown(name: str, value: Any) -> str:
+def figure_text(name: str, value: Any) -> str:
     """A figure for people, in the unit its name ends with."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -110,13 +110,13 @@ def figure_lines(report: Mapping[str, Any]) -> list[str]:
     for name, group in report["groups"].items():
         took = f"{group['seconds']:.1f} s, at most {amount(group['peak_bytes'])}" if "seconds" in group else ""
         lines += ["", f"{name} {took}".rstrip()]
-        lines += [f"  {key:44} {shown(key, value)}" for key, value in figures(group["figures"])]
+        lines += [f"  {key:44} {figure_text(key, value)}" for key, value in figures(group["figures"])]
     return lines
 
 
 def issue(report: Mapping[str, Any]) -> str:
     """The body of a GitHub issue, in Markdown: verdicts first, then every figure."""
-    verdicts = [f"| {n} | {_SHOWN[g['verdict']]} | {_cell(g['sentence'])} |" for n, g in report["groups"].items()]
+    verdicts = [f"| {n} | {_WORDS[g['verdict']]} | {_cell(g['sentence'])} |" for n, g in report["groups"].items()]
     stderr = [line for group in report["groups"].values() for line in group.get("stderr", [])]
     return "\n".join(
         [
@@ -132,7 +132,7 @@ def issue(report: Mapping[str, Any]) -> str:
             "```",
             *(["variables " + json.dumps(report["variables"])] if report["variables"] else []),
             *figure_lines(report),
-            *(["", "What lost groups said last", *stderr] if stderr else []),
+            *(["", "Last output of lost groups", *stderr] if stderr else []),
             "```",
             "",
             "</details>",
@@ -149,7 +149,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """A report that `--json` wrote.
 
     Raises:
-        CheckpointError: the file cannot be read, is not a report, or is one of another version.
+        CheckpointError: the file cannot be read, is not a report, or has a different version.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -166,21 +166,21 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two reports, a line each: verdicts, and figures by at least a tenth."""
+    """The changes between two reports, a line each: verdicts, and figures that changed by at least a tenth."""
     lines = []
     for name in [name for name in old["groups"] if name in new["groups"]]:
         before, after = old["groups"][name], new["groups"][name]
         if before["verdict"] != after["verdict"]:
-            lines.append(f"{name}: {_SHOWN[before['verdict']]} -> {_SHOWN[after['verdict']]}: {after['sentence']}")
+            lines.append(f"{name}: {_WORDS[before['verdict']]} -> {_WORDS[after['verdict']]}: {after['sentence']}")
         past = dict(figures(before["figures"]))
         for key, value in figures(after["figures"]):
             was = past.get(key)
             if key not in past or not key.endswith(tuple(_UNITS)) or not _are_numbers(was, value):
                 continue
-            least = max(_LEAST_CHANGE * abs(was), _LEAST_ERROR if key.endswith("_error") else 0)
-            if value != was and abs(value - was) >= least:
+            threshold = max(_MIN_CHANGE * abs(was), _MIN_ERROR if key.endswith("_error") else 0)
+            if value != was and abs(value - was) >= threshold:
                 ratio = f" ({value / was:.2f}x)" if was else ""
-                lines.append(f"{name}.{key}: {shown(key, was)} -> {shown(key, value)}{ratio}")
+                lines.append(f"{name}.{key}: {figure_text(key, was)} -> {figure_text(key, value)}{ratio}")
     return lines
 
 

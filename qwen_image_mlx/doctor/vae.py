@@ -18,7 +18,7 @@ from ..pipeline.autoencode import decode
 from ..pipeline.limits import limits
 from ..runtime.memory_plan import Work
 from ..weights.synthetic import FULL
-from .measure import judge_memory, on_gpu, on_metal, peak_of, planned
+from .measure import judge_memory, on_gpu, on_metal, peak_of, plan_bytes
 from .outcome import Outcome, amount
 from .values import array, fill
 
@@ -34,7 +34,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
     decoder = fill(Decoder(config), f"decoder.{config.base_dim}")
     latents = array("latents", (1, side // 8, side // 8, config.z_dim), mx.float32)
     finish(decoder.parameters(), latents)
-    plan = planned(Path(options["folder"]) / "configs", "decode", Work(width=side, height=side), vae=config)
+    plan = plan_bytes(Path(options["folder"]) / "configs", "decode", Work(width=side, height=side), vae=config)
 
     def measured() -> dict[str, float]:
         seconds: list[float] = []

@@ -1,6 +1,6 @@
-"""The frame around an image that is started from: at which size it is generated, and how the result goes back into it.
+"""The frame around an initial image: the size it is generated at, and how the result is composited back into it.
 
-Pillow and numpy only; knows no model. What lies outside a mask comes back bit by bit. Sources of the crop:
+Pillow and numpy only; independent of models. Pixels outside a mask come back bit for bit. Sources of the crop:
 get_crop_region and the resize modes "fill" and "crop" of diffusers' VaeImageProcessor.
 """
 
@@ -25,7 +25,7 @@ _LANCZOS = Image.Resampling.LANCZOS
 
 @dataclass(frozen=True)
 class Canvas:
-    """How one image is started from.
+    """How generation starts from one image.
 
     Attributes:
         source: the upright image, RGB or RGBA.
@@ -47,7 +47,7 @@ class Canvas:
 
     @property
     def initial(self) -> tuple[Image.Image, Image.Image | None]:
-        """The image and the mask as the model is given them: cropped to the box, if there is one."""
+        """The image and the mask for the model: cropped to the box, if there is one."""
         if self.box is None:
             return self.source, self.mask
         assert self.mask is not None
@@ -59,9 +59,9 @@ class Canvas:
         return _resized(self.source, self.result_size)
 
     def finish(self, generated: Image.Image) -> Image.Image:
-        """The result: resized, pasted back, composited, with its alpha."""
+        """The result, RGB or RGBA of `result_size`: resized, pasted back, composited, with its alpha."""
         straight = None if self.straight is None else _resized(self.straight, self.result_size)
-        base = self.resized_source if straight is None else straight.convert("RGB")
+        base = (self.resized_source if straight is None else straight).convert(generated.mode)
         if self.box is not None:
             width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
             pasted = base.copy()
@@ -85,20 +85,20 @@ def plan_canvas(
     straight: Image.Image | None = None,
     area: int,
 ) -> Canvas:
-    """Decides how an image is started from.
+    """Decides how generation starts from an image.
 
     Args:
         source: the upright image, RGB or RGBA.
         mask: white where it is regenerated; of the image's size.
         size: "1mp" (about 1 MP at the image's aspect, the model's own size), "source" (the same, resized back to the
             image's size), or (width, height). None is "source" with a mask that is composited, else "1mp".
-        composite: put what the mask keeps back, bit by bit.
-        crop_padding: generate only the mask's surroundings, with so many pixels around it, at the full generation size.
+        composite: put what the mask keeps back, bit for bit.
+        crop_padding: pixels around the mask: only this region is generated, at the full generation size.
         straight: the image as it was, RGBA, if the result is to have its transparency.
-        area: what "1mp" means, in pixels.
+        area: the pixels of "1mp".
 
     Raises:
-        RequestError: the mask has another size than the image, or generates nothing or everything; or `size` is none.
+        RequestError: the mask's size differs from the image's, it selects nothing or everything, or `size` is unknown.
     """
     if mask is not None:
         mask = _checked_mask(mask, source.size)
@@ -127,7 +127,7 @@ def feathered(mask: Image.Image) -> Image.Image:
     depth = np.zeros(inside.shape, np.float32)
     for _ in range(width):
         depth += inside
-        edge = np.pad(inside, 1, mode="edge")  # the image's own border is no seam
+        edge = np.pad(inside, 1, mode="edge")  # the image's own border is not a seam
         inside = inside & edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1, 2:]
     return Image.fromarray(np.rint(depth / width * 255).astype(np.uint8))
 
@@ -145,9 +145,9 @@ def crop_region(mask: Image.Image, size: Size, padding: int) -> Box:
     return x1, y1, x2, y2
 
 
-def _widened(low: int, high: int, wanted: float, limit: int) -> tuple[int, int]:
-    """Widens a range on both sides to `wanted`, then shifts and cuts it to fit 0 … limit."""
-    more = int(wanted - (high - low))
+def _widened(low: int, high: int, length: float, limit: int) -> tuple[int, int]:
+    """Widens a range on both sides to `length` pixels, then shifts and cuts it to fit 0 … limit."""
+    more = int(length - (high - low))
     low, high = low - more // 2, high + more - more // 2
     if high >= limit:
         low, high = low - (high - limit), limit
@@ -163,7 +163,7 @@ def fill(image: Image.Image, size: Size) -> Image.Image:
     inner_w = width if ratio < source_ratio else image.width * height // image.height
     inner_h = height if ratio >= source_ratio else image.height * width // image.width
     resized = image.resize((inner_w, inner_h), _LANCZOS)
-    out = Image.new("RGB", size)
+    out = Image.new(image.mode, size)
     left, top = width // 2 - inner_w // 2, height // 2 - inner_h // 2
     out.paste(resized, (left, top))
     if ratio < source_ratio and top > 0:
@@ -176,7 +176,7 @@ def fill(image: Image.Image, size: Size) -> Image.Image:
 
 
 def _cover(image: Image.Image, size: Size) -> Image.Image:
-    """Undoes `fill`: scales an image to cover a size and cuts off what juts out."""
+    """Undoes `fill`: scales an image to cover a size and crops the rest."""
     width, height = size
     wider = image.width * height > width * image.height
     scaled = image.resize(

@@ -1,7 +1,7 @@
-"""What an image says of its colours, applied once, when it is read; from then on all colours are sRGB.
+"""Applies an image's colour profile once, when it is read; from then on all colours are sRGB.
 
-Pillow and numpy only. An image that says nothing is sRGB, and one that says sRGB keeps every bit. What is written is
-sRGB and carries no profile, so that pixels and tags agree wherever they go.
+Pillow and numpy only. An untagged image is taken as sRGB, and one tagged sRGB keeps every bit. Output is
+sRGB without a profile, so that pixels and tags agree wherever they go.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _TAGS = ("icc_profile", "gamma", "chromaticity", "srgb")  # how Pillow names them; the last three are chunks of PNG
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a profile's colour space -> the mode that Pillow converts
-_NAME = 60  # characters of a profile's name that are told
-_SAME = 2  # levels: profiles of sRGB differ by so much in their curves
+_NAME = 60  # characters of a profile's name in a message
+_SAME = 2  # levels by which the curves of sRGB profiles differ
 
 _SRGB = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x and y of white, red, green, blue
 _ADOBE_RGB = (0.3127, 0.3290, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
@@ -44,12 +44,12 @@ class _Unusable(Exception):
 @dataclass(frozen=True)
 class _Reading:
     ignored: bool = False
-    said: set[object] = field(default_factory=set)
+    logged: set[object] = field(default_factory=set)
 
     def say(self, level: int, key: object, text: str, *values: object) -> None:
         """Logs once for each key."""
-        if key not in self.said:
-            self.said.add(key)
+        if key not in self.logged:
+            self.logged.add(key)
             logger.log(level, text, *values)
 
 
@@ -59,7 +59,7 @@ _reading: ContextVar[_Reading] = ContextVar("reading", default=_USUALLY)
 
 @contextmanager
 def ignore_profiles(ignored: bool = True) -> Iterator[None]:
-    """Within it, what images say of their colours is ignored, as diffusers does: their numbers count as sRGB.
+    """Within it, colour profiles of images are ignored, as diffusers does: their numbers count as sRGB.
 
     Args:
         ignored: False applies profiles, which is the default without this.
@@ -77,9 +77,9 @@ def profiles_are_ignored() -> bool:
 
 
 def in_srgb(image: Image.Image, name: str, profile: bytes | None = None) -> Image.Image:
-    """An image whose numbers are sRGB and which says nothing more of its colours; its transparency stays as it is.
+    """The image converted to sRGB, without colour tags; its transparency stays as it is.
 
-    A profile is applied by Little CMS with the perceptual intent. One that is broken, or of another kind of colours
+    A profile is applied by Little CMS with the perceptual intent. One that is broken, or of a different colour space
     than the image, is named in a warning, and the numbers count as sRGB.
 
     Args:
@@ -88,7 +88,7 @@ def in_srgb(image: Image.Image, name: str, profile: bytes | None = None) -> Imag
         profile: an ICC profile that is not in the image itself.
 
     Returns:
-        The very same image if it says nothing; RGB or RGBA if its colours were converted, else of the same mode.
+        The same object if it has no colour tags; RGB or RGBA if its colours were converted, else of the same mode.
     """
     tagged = profile is not None or any(tag in image.info for tag in (*_TAGS, "exif"))
     if not tagged:
@@ -109,7 +109,7 @@ def in_srgb(image: Image.Image, name: str, profile: bytes | None = None) -> Imag
 
 
 def _declared(image: Image.Image) -> bytes | None:
-    """The profile of what an image says, or None if it says nothing or sRGB; PNG's precedence: iCCP, sRGB, gAMA."""
+    """The profile an image's tags state, or None for sRGB or without tags; PNG's precedence: iCCP, sRGB, gAMA."""
     info = image.info
     if "icc_profile" in info:
         if info["icc_profile"] is None:  # what Pillow makes of a chunk that cannot be unpacked
@@ -123,10 +123,10 @@ def _declared(image: Image.Image) -> bytes | None:
 
 
 def _says_adobe_rgb(image: Image.Image) -> bool:
-    """Whether a camera's Exif says Adobe RGB, which it may without a profile."""
+    """Whether a camera's Exif states Adobe RGB, which it may without a profile."""
     try:
         return str(image.getexif().get_ifd(_EXIF_INTEROP).get(1, "")).startswith(_EXIF_ADOBE_RGB)
-    except Exception:  # Exif comes damaged in as many ways as there are cameras; its colours are then unknown
+    except Exception:  # damaged Exif raises many kinds of errors; its colours are then unknown
         return False
 
 
@@ -223,6 +223,6 @@ def _fixed(value: float) -> bytes:
 
 
 def alpha_range(image: Image.Image) -> tuple[int, int]:
-    """The least and the greatest alpha of an RGBA image; Pillow's stubs know `getextrema` of one channel alone."""
-    least, greatest = cast("tuple[tuple[int, int], ...]", image.getextrema())[3]
-    return least, greatest
+    """The minimum and maximum alpha of an RGBA image; Pillow's stubs type `getextrema` for one channel only."""
+    low, high = cast("tuple[tuple[int, int], ...]", image.getextrema())[3]
+    return low, high

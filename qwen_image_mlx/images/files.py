@@ -1,4 +1,4 @@
-"""Images' files, which carry what made them: their formats, their records, their names."""
+"""Image files that carry the parameters that made them: formats, records, names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .sources import readable
 logger: logging.Logger = logging.getLogger(__name__)
 
 METADATA_KEY = "qwen_image_mlx"
-# By the ends of names: the form of an image, and how it is written.
+# By suffix: the format of an image, and how it is written.
 _LOSSY = {"quality": 95, "subsampling": 0}
 WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
@@ -32,11 +32,11 @@ WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
 OPAQUE = (".jpg", ".jpeg")  # without transparency
 _COMMENT = b"ASCII\0\0\0"  # which code EXIF's UserComment is in
 _JPEG_COMMENT = 60_000  # bytes; EXIF is one segment of a JPEG
-_MOST_RECORD = 8_000_000  # characters: some of the longest prompts there may be
+_MAX_RECORD = 8_000_000  # characters: several prompts of the maximum length
 
 
 def check_text(metadata: Any) -> None:
-    """Raises RequestError, before any work is done, for names of files that a PNG could not record."""
+    """Raises RequestError, before any work is done, for file names that a PNG could not record."""
     try:
         json.dumps(metadata, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -44,7 +44,7 @@ def check_text(metadata: Any) -> None:
 
 
 def encode_png(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
-    """An image as the bytes of a PNG, with its metadata if it has any; the arguments are those of `save_png`."""
+    """An image as the bytes of a PNG, with its metadata, a JSON-serialisable dict, if there is any."""
     info = PngImagePlugin.PngInfo() if metadata is None else _png_info(json.dumps(metadata, ensure_ascii=False))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
@@ -96,13 +96,13 @@ class RecordedImage(Image.Image):
     """An image that keeps its record, JSON in `info["qwen_image_mlx"]`, when it is saved as PNG, JPEG or WebP."""
 
     def __eq__(self, other: object) -> bool:
-        """Whether the other is an image of the same pixels, however it was made."""
+        """Whether the other is an image of the same pixels, whatever its record."""
         if not isinstance(other, Image.Image):
             return NotImplemented
         return (self.mode, self.size) == (other.mode, other.size) and self.tobytes() == other.tobytes()
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
-        """As Pillow's, but that the record goes along unless `pnginfo` or `exif` is given."""
+        """Pillow's `save`, which also writes the record unless `pnginfo` or `exif` is given."""
         name = str(getattr(fp, "name", fp)) if format is None else f"x.{format}"
         form, _ = WRITERS.get(Path(name).suffix.lower(), ("", {}))
         text = self.info.get(METADATA_KEY)
@@ -124,16 +124,16 @@ def recorded(image: Image.Image, metadata: dict[str, Any]) -> RecordedImage:
 
 
 def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
-    """`save_image`, as a PNG whatever the name ends in."""
+    """Writes an image as `save_image` does, but always as a PNG, whatever the suffix."""
     return _save(path, encode_png(image, metadata))
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> Path:
-    """Writes an image with its metadata, atomically, under `path` or the first free `-1`, `-2`, … beside it.
+    """Writes an image with its metadata, atomically, under `path` or the first free name with `-1`, `-2`, ….
 
     Args:
         image: the image.
-        path: wanted file, whose suffix says in which form; missing folders are made.
+        path: the file, whose suffix decides the format; missing folders are made.
         metadata: JSON-serialisable; in a PNG stored as UTF-8 text under the key `qwen_image_mlx`.
 
     Returns:
@@ -153,7 +153,7 @@ def _save(path: Path, data: bytes) -> Path:
 
 
 def read_metadata(path: StrPath) -> dict[str, Any]:
-    """The metadata `save_image` stored; raises RequestError if the file is no such image."""
+    """The metadata `save_image` stored; raises RequestError if the file has none."""
     with readable(str(path), path, "PNG, JPEG or WebP"):
         check_file(path, str(path))
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
@@ -165,26 +165,26 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
 
 
 def _commented(image: Image.Image) -> dict[str, Any] | None:
-    """The record in EXIF's UserComment; None if it is not there, is damaged, or too long to be ours."""
+    """The record in EXIF's UserComment; None if it is absent, damaged, or too long to be ours."""
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    if not isinstance(comment, bytes) or not comment.startswith(_COMMENT) or len(comment) > _MOST_RECORD:
+    if not isinstance(comment, bytes) or not comment.startswith(_COMMENT) or len(comment) > _MAX_RECORD:
         return None
-    said = _json(comment[len(_COMMENT) :])
-    record = said.get(METADATA_KEY) if isinstance(said, dict) else None
+    value = _json(comment[len(_COMMENT) :])
+    record = value.get(METADATA_KEY) if isinstance(value, dict) else None
     return record if isinstance(record, dict) else None
 
 
 def record_of(texts: Mapping[Any, Any]) -> dict[str, Any] | None:
-    """What `encode_png` stored among an image's texts; None if it is not there, is damaged, or too long to be ours."""
+    """What `encode_png` stored among an image's texts; None if it is absent, damaged, or too long to be ours."""
     text = texts.get(METADATA_KEY)
-    if not isinstance(text, str) or len(text) > _MOST_RECORD:
+    if not isinstance(text, str) or len(text) > _MAX_RECORD:
         return None
     record = _json(text)
     return record if isinstance(record, dict) else None
 
 
 def _json(text: str | bytes) -> Any:
-    """What a text says; None if it is not JSON."""
+    """The JSON value of a text; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Which image formats are read, and what is said of files in other ones."""
+"""The image formats that are read, and the messages about files in other ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..errors import RequestError
 from ..names import StrPath
 from ..outside import why_not_read
 
-# What Pillow may try; of formats that it knows beside these none is of use, and some start other programs.
+# The formats Pillow may try; its others are of no use here, and some start other programs.
 FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO", "PSD",
 )  # fmt: skip
 READABLE = "PNG, JPEG, WebP, AVIF, TIFF, BMP, GIF, JPEG 2000, and HEIC with pillow-heif"
-# Names that an image's file has, in formats that are read.
+# Suffixes of image files, in formats that are read.
 _HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 SUFFIXES = _HEIC_SUFFIXES | {
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".jp2",
@@ -28,7 +28,7 @@ OTHER_SUFFIXES = frozenset({
     ".exr", ".hdr", ".pdf",
 })  # fmt: skip
 MOST_BYTES = 1 << 30  # of an image's file
-_HEAD = 4096  # bytes of a file that tell its format
+_HEAD = 4096  # bytes of a file that identify its format
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _CONVERT = "convert it to PNG or JPEG"
 _HEIC_CURE = "on a Mac `sips -s format jpeg PHOTO.heic --out PHOTO.jpg` makes a JPEG of it"
@@ -54,7 +54,7 @@ _FOREIGN = (
     _Foreign(0, b"<html", "a web page", "save the image itself"),
     _Foreign(0, b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself with `git lfs pull`"),
     _Foreign(0, b"gimp xcf", "a GIMP document", "export it as PNG"),
-    _Foreign(0, b"\x00\x05\x16\x07", "a file of attributes that macOS keeps beside another (AppleDouble)",
+    _Foreign(0, b"\x00\x05\x16\x07", "a file of attributes that macOS keeps for a file on a foreign disk (AppleDouble)",
              "give the file without the ._ before its name"),
     _Foreign(4, b"ftypcrx", "a Canon raw photo", "develop it and export a JPEG or TIFF"),
     _Foreign(0, b"FUJIFILMCCD-RAW", "a Fujifilm raw photo", "develop it and export a JPEG or TIFF"),
@@ -77,12 +77,12 @@ def formats() -> list[str]:
 
 
 def unread_suffixes() -> frozenset[str]:
-    """Names that an image's file has, in formats that are not read here."""
+    """Suffixes of image files in formats that are not read here."""
     return OTHER_SUFFIXES if "HEIF" in formats() else OTHER_SUFFIXES | _HEIC_SUFFIXES
 
 
 def check_file(path: StrPath, name: str, most: int = MOST_BYTES) -> None:
-    """Raises RequestError unless a path is of a regular file of a bounded size, and OSError if there is none."""
+    """Raises RequestError unless a path is a regular file of bounded size, and OSError if it does not exist."""
     if not os.fspath(path):
         raise RequestError("the image's name is empty: give a file")
     if os.fspath(path).startswith(("http://", "https://")):
@@ -96,11 +96,11 @@ def check_file(path: StrPath, name: str, most: int = MOST_BYTES) -> None:
 
 
 def unreadable(source: StrPath | bytes, name: str, taken: str = READABLE) -> str:
-    """The sentence for a file that Pillow does not recognise: its format, if that can be told, and the cure.
+    """The sentence for a file that Pillow does not recognise: its format, if known, and the cure.
 
     Args:
         source: a path, or a file's bytes.
-        name: how the message calls it.
+        name: its name in the message.
         taken: the formats that are read, as the message lists them.
     """
     head = _head(source)

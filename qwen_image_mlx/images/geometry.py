@@ -1,4 +1,4 @@
-"""Sizes, always (width, height): what the models want images resized to.
+"""Sizes, always (width, height), that images are resized to for the models.
 
 Pure arithmetic on integers. Sources: calculate_dimensions of diffusers' QwenImage edit pipelines, smart_resize of
 transformers' image_processing_qwen2_vl.py.
@@ -28,7 +28,7 @@ def size_of_area(area: int, size: Size) -> Size:
 
 
 def vision_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
-    """What the vision tower's processor resizes an image to: multiples of `factor`, area within the limits."""
+    """The size that the vision tower's processor resizes to: multiples of `factor`, area within the limits."""
     width, height = size
     w, h = (round(side / factor) * factor for side in size)
     if w * h > max_pixels:
@@ -41,6 +41,6 @@ def vision_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Si
 
 
 def check_aspect(size: Size) -> None:
-    """Raises RequestError for an image that no model takes: one side over 200 times the other."""
+    """Raises RequestError for an image with one side over 200 times the other, which no model takes."""
     if max(size) > MAX_ASPECT * min(size):
         raise RequestError(f"an image of {size[0]}x{size[1]} is too long; at most {MAX_ASPECT}:1 works, crop it first")

@@ -13,7 +13,7 @@ _MODES = {3: "RGB", 4: "RGBA"}
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An RGBA image laid on white, RGB; any other converted to RGB."""
+    """An RGBA image composited on white, as RGB; any other converted to RGB."""
     info = image.info
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -22,8 +22,14 @@ def on_white(image: Image.Image) -> Image.Image:
     return image
 
 
+def opaque_as_rgb(image: Image.Image) -> Image.Image:
+    """An RGBA image without its alpha where that is opaque everywhere; any other as it is."""
+    opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
+    return image.convert("RGB") if opaque else image
+
+
 def to_images(pixels: mx.array) -> list[Image.Image]:
-    """8-bit images of pixels (frames, H, W, 3 or 4) in [0, 1]; halves round to even, as in the reference."""
+    """8-bit images of float pixels (frames, H, W, 3 or 4) in [0, 1]; halves round to even, as in the reference."""
     levels = mx.round(pixels.astype(mx.float32) * 255).astype(mx.uint8)
     with gpu_faults():
         finish(levels)

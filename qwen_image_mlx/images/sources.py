@@ -23,7 +23,7 @@ from .pixels import on_white
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-# What Pillow says of chunks that are larger than it reads.
+# Pillow's messages about text chunks that are too large.
 _TOO_MUCH_TEXT = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY")
 _DECODERS_RAISE = (
     ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
@@ -34,7 +34,7 @@ _KINDS = (Image.Image, np.ndarray, str, os.PathLike, bytes)  # the same, for isi
 
 
 def listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
-    """Images as a list; a single one may be given without. Raises RequestError for anything else."""
+    """Images as a list; a single image becomes a list of one. Raises RequestError for anything else."""
     if isinstance(images, _KINDS):
         return [images]
     try:
@@ -46,13 +46,13 @@ def listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
 def open_image(source: ImageSource) -> Image.Image:
     """An image as an upright RGB image: EXIF orientation applied, transparency laid on white, first frame only.
 
-    Colours are converted to sRGB by what the image says of them, unless `colour.ignore_profiles` is in force.
+    Colours are converted to sRGB by the image's colour profile, unless `colour.ignore_profiles` is in force.
 
     Args:
         source: a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), a path, or a file's bytes.
 
     Raises:
-        RequestError: it cannot be read, is too large to be decoded safely, or has values that are no 8 or 16 bits.
+        RequestError: it cannot be read, is too large to be decoded safely, or has values of neither 8 nor 16 bits.
     """
     image = open_rgba(source)
     if alpha_range(image)[0] < 255:
@@ -66,7 +66,7 @@ def open_rgba(source: ImageSource) -> Image.Image:
 
 
 def check_visible(image: Image.Image) -> None:
-    """Raises RequestError if an RGBA image shows nothing."""
+    """Raises RequestError if an RGBA image is transparent everywhere."""
     if alpha_range(image)[1] == 0:
         raise RequestError("the image is transparent everywhere, so there is nothing to see in it")
 
@@ -109,11 +109,11 @@ def _check_array(array: np.ndarray) -> None:
 
 @contextmanager
 def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[None]:
-    """Makes whatever Pillow raises while it reads an image a RequestError.
+    """Turns any error of Pillow while it reads an image into a RequestError.
 
     Args:
-        name: how the message calls it.
-        source: the image, of which the message tells the format.
+        name: its name in the message.
+        source: the image, whose format the message names.
         taken: the formats that are read, as the message lists them.
     """
     try:
@@ -122,7 +122,7 @@ def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except FileNotFoundError as error:
-        raise RequestError(f"there is no image {name}") from error
+        raise RequestError(f"the image {name} does not exist") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
         raise RequestError(f"{name} is too large to be opened safely ({limit}); make it smaller") from error
@@ -132,9 +132,7 @@ def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[
         raise
     except _DECODERS_RAISE as error:
         if isinstance(error, ValueError) and any(words in str(error) for words in _TOO_MUCH_TEXT):
-            raise RequestError(
-                f"{name} carries more text or metadata than is read: save it anew without metadata"
-            ) from error
+            raise RequestError(f"{name} has too much text or metadata: save it again without metadata") from error
         raise RequestError(f"{name} cannot be read as an image: {str(error) or type(error).__name__}") from error
 
 
@@ -145,7 +143,7 @@ def in_8_bits(image: Image.Image, name: str) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image.info = info.copy()
     if image.mode in ("I", "F"):
-        raise RequestError(f"{name} has values of 32 bits; give uint8 of (height, width, 3 or 4), or a usual image")
+        raise RequestError(f"{name} has values of 32 bits; give uint8 of (height, width, 3 or 4), or an 8-bit image")
     if not image.width * image.height:
         raise RequestError(f"{name} has no pixels")
     if image.mode == "LAB":  # a space that needs no profile

@@ -1,4 +1,4 @@
-"""Files that an index names, in a folder or a zip, read without trust; and zips written.
+"""Reads untrusted files that an index names, in a folder or a zip; writes zips.
 
 Only files that lie in the folder or the archive can be named, nothing is unpacked to disk, and sizes are checked before
 anything is decompressed or decoded.
@@ -30,12 +30,12 @@ from .stack import MAX_PIXELS, Layer, check_size
 logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_INDEX = 4 << 20
-_MAX_FILE = 1 << 28  # of a PNG: more than 8,000 pixels squared take, however they look
+_MAX_FILE = 1 << 28  # of a PNG: more than any image of 8,000 pixels squared takes
 _MAX_ARCHIVE = 4 << 30
 _MAX_MEMBERS = 10_000
 _ZIP_PIECE = 4096
-_ZIP_TAIL = 22 + 0xFFFF  # bytes in which an archive says where its list of files is
-_ZIP_64 = b"PK\6\7"  # what says that the list is longer than an archive's usual fields can tell
+_ZIP_TAIL = 22 + 0xFFFF  # the last bytes of an archive, with the place of its list of files
+_ZIP_64 = b"PK\6\7"  # marks a list too long for an archive's usual fields
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError, ValueError)
 
 
@@ -49,9 +49,9 @@ class Files:
         self._pixels = MAX_PIXELS
 
     def read(self, name: str, limit: int = _MAX_FILE) -> bytes:
-        """A file's bytes; raises RequestError if it is not there or longer than `limit`."""
+        """A file's bytes; raises RequestError if it is missing or longer than `limit`."""
         if name not in self.names:
-            raise RequestError(f"{self.label} must hold {name!r:.200}, but there is no such file in it; put it there")
+            raise RequestError(f"{self.label} must hold {name!r:.200}, but lacks this file; put it there")
         return self._fetch(name, limit)
 
     def image(self, name: str) -> Image.Image:
@@ -77,7 +77,7 @@ class Files:
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """A PNG of whatever size Pillow opens; the size is for the caller to check."""
+    """A PNG of any size; the caller has to check it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -103,12 +103,14 @@ def zip_files(path: Path) -> Iterator[Files]:
         with zipfile.ZipFile(path) as archive:
             members = _unwrapped({i.filename: i for i in archive.infolist() if _is_inside(i.filename)})
             if len(members) > _MAX_MEMBERS or sum(info.file_size for info in members.values()) > _MAX_ARCHIVE:
-                raise RequestError(f"{path} unpacks to more than {_MAX_ARCHIVE >> 30} GB; this is no layered image")
+                raise RequestError(f"{path} unpacks to more than {_MAX_ARCHIVE >> 30} GB; this is not a layered image")
 
             def fetch(name: str, limit: int) -> bytes:
                 if members[name].file_size > limit:  # zipfile never gives more than this size
-                    raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is no layer of an image")
-                with archive.open(members[name]) as file:  # in pieces: what a piece unpacks to is in memory at once
+                    raise RequestError(
+                        f"{name} in {path} is longer than {limit} bytes; this is not a layer of an image"
+                    )
+                with archive.open(members[name]) as file:  # in pieces, to bound the memory of unpacking
                     return b"".join(iter(lambda: file.read(_ZIP_PIECE), b""))
 
             yield Files(str(path), members, fetch)
@@ -119,14 +121,14 @@ def zip_files(path: Path) -> Iterator[Files]:
 
 
 def _check_directory(path: Path) -> None:
-    """Raises RequestError for a list of files that is too long to be read; OSError if the file cannot be read."""
+    """Raises RequestError if the list of files is too long; OSError if the file cannot be read."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - _ZIP_TAIL))
         tail = file.read()
     place = tail.rfind(b"PK\5\6")
     nbytes = int.from_bytes(tail[place + 12 : place + 16], "little")
     if place >= 0 and (nbytes > MAX_INDEX or tail[max(0, place - 20) : place].startswith(_ZIP_64)):
-        raise RequestError(f"{path} holds more than {_MAX_MEMBERS:,} files; this is no layered image")
+        raise RequestError(f"{path} holds more than {_MAX_MEMBERS:,} files; this is not a layered image")
 
 
 def _is_inside(name: str) -> bool:
@@ -135,7 +137,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _unwrapped(members: dict[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """An archive's files without the one folder that all lie in, and without what Finder adds, as it zips a folder."""
+    """An archive's files without the one folder around them all, and without the files that Finder adds to a zip."""
     paths = {name: PurePosixPath(name) for name in members if not name.endswith("/")}
     own = [
         n for n, path in paths.items() if path.parts and path.parts[0] != "__MACOSX" and not is_from_macos(path.name)
@@ -146,7 +148,7 @@ def _unwrapped(members: dict[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
-    """A value as JSON; raises RequestError if it has none."""
+    """A value as JSON bytes, UTF-8; raises RequestError if it cannot be written as JSON."""
     try:
         return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -154,7 +156,7 @@ def json_bytes(value: dict[str, Any]) -> bytes:
 
 
 def png_bytes(image: Image.Image, metadata: dict[str, Any] | None = None) -> bytes:
-    """An image as the bytes of a PNG, with metadata as in `images.files`; raises RequestError if it has no JSON."""
+    """An image as the bytes of a PNG, with metadata stored by `images.files`; raises RequestError if it is not JSON."""
     info = PngImagePlugin.PngInfo()
     if metadata:
         info.add_itxt(METADATA_KEY, json_bytes(metadata).decode())

@@ -1,4 +1,4 @@
-"""Our own format of layers: PNG files beside a manifest in a folder, or the same in a zip."""
+"""Our own format of layers: PNG files and a manifest in a folder, or the same in a zip."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MANIFEST_VERSION = 1
 ORDER = "back to front"
 LAYER_FILE = re.compile(r"layer_(\d{1,9})\.png")
 
-_MADE_BESIDE = ("composite.png", "contact_sheet.png")  # with every folder of layers
+_NOT_LAYERS = ("composite.png", "contact_sheet.png")  # with every folder of layers
 _LAYER_KEYS = ("name", "offset", "visible", "opacity")
 _MANIFEST_KEYS = {"manifest_version": int, "size": list, "order": str, "layers": list}
 
@@ -42,7 +42,7 @@ def folder_files(stack: LayerStack) -> Iterator[tuple[str, bytes]]:
         "layers": [],
     }
     if taken := sorted(manifest.keys() & stack.metadata.keys()):
-        raise RequestError(f"the metadata has {taken[0]!r}, which is the manifest's own; name it otherwise")
+        raise RequestError(f"the metadata has {taken[0]!r}, which is one of the manifest's own keys; rename it")
     for number, layer in enumerate(stack.layers):
         name = f"layer_{number}.png"
         yield name, png_bytes(layer.image)
@@ -66,36 +66,36 @@ def read_folder(path: Path) -> LayerStack:
         with open(path / name, "rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
-            raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is no layer of an image")
+            raise RequestError(f"{name} in {path} is longer than {limit} bytes; this is not a layer of an image")
         return data
 
     try:
         home = path.resolve()
         names = {e.name for e in os.scandir(path) if e.is_file() and Path(e.path).resolve().parent == home}
-        _say_what_is_passed_over(str(path), names)
+        _warn_ignored(str(path), names)
         return _layers(Files(str(path), names, fetch))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _say_what_is_passed_over(label: str, names: Collection[str]) -> None:
-    """Warns of images that look meant but are not named as layers, where no manifest says which are."""
+def _warn_ignored(label: str, names: Collection[str]) -> None:
+    """Warns about images not named as layers, in a folder without a manifest."""
     layers = _in_order(names)
     if MANIFEST in names or not layers:
         return
     images = (name for name in names if Path(name).suffix.lower() in SUFFIXES | OTHER_SUFFIXES)
-    if others := sorted({name for name in images if not name.startswith(".")} - {*layers, *_MADE_BESIDE}):
+    if others := sorted({name for name in images if not name.startswith(".")} - {*layers, *_NOT_LAYERS}):
         logger.warning("%s: %s are not named layer_N.png and are left out", label, some(others))
 
 
 def is_folder_of_layers(folder: Path) -> bool:
-    """Whether a folder has a manifest, or files named as layers."""
+    """Whether a folder has a manifest, or files named as layers (layer_N.png)."""
     names = os.listdir(folder)
     return MANIFEST in names or bool(_in_order(names))
 
 
 def layer_names(folder: Path) -> list[str]:
-    """The names of a folder's layers, back to front; of one that `read_folder` can read."""
+    """The names of a folder's layers, back to front; `read_folder` must be able to read it."""
     if (folder / MANIFEST).is_file():
         return [entry["file"] for entry in json.loads((folder / MANIFEST).read_bytes())["layers"]]
     return _in_order(os.listdir(folder))
@@ -107,7 +107,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def adopt_file(folder: Path, index: int, name: str, size: Size) -> None:
-    """Makes a PNG in a folder a layer's own image: the manifest names it from now on. Raises OutputError."""
+    """Records a PNG in the manifest as the new image of a layer. Raises OutputError."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         manifest["layers"][index] |= {"file": name, "size": list(size)}
@@ -150,7 +150,7 @@ def _manifest(files: Files) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where} is no JSON: {error}") from error
+        raise RequestError(f"{where} is not JSON: {error}") from error
     if not isinstance(manifest, dict):
         raise RequestError(f"{where} is {type(manifest).__name__}, but must be an object")
     for key, kind in _MANIFEST_KEYS.items():

@@ -1,4 +1,4 @@
-"""Layers on disk: the table of formats, saving them together or not at all, loading by what a file is.
+"""Layers on disk: the table of formats, saving them together or not at all, loading by content.
 
 A format is a row of `FORMATS`; how each is written and read stands in layer_own.py and layer_psd.py. A
 folder of layers is written once and never over anything.
@@ -28,12 +28,12 @@ from .stack import LayerStack, composite, contact_sheet
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_MAX_FILE = 2 << 30  # a PSD may have so many bytes, by its specification
+_MAX_FILE = 2 << 30  # bytes; a PSD may not have more, by its specification
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a stack lies on disk.
+    """How a stack is stored on disk.
 
     Attributes:
         file: name of its file in the directory; "" for the directory itself.
@@ -77,14 +77,14 @@ READABLE = "a folder that decompose wrote, its zip, a PSD or an OpenRaster file"
 
 
 def check_formats(names: Iterable[str]) -> tuple[str, ...]:
-    """The names, each once; raises RequestError for one that is no format or whose library is not installed."""
+    """The names, each once; raises RequestError for one that is not a format or whose library is not installed."""
     if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
         raise RequestError(f"formats are {names!r:.80}, but must be some of {', '.join(FORMATS)}")
     names = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
     unknown = [name for name in names if name not in FORMATS]
     if unknown or not names:
         raise RequestError(
-            f"{', '.join(unknown) or 'nothing'} is no format of layers; give some of {', '.join(FORMATS)}"
+            f"{', '.join(unknown) or 'nothing'} is not a format of layers; give some of {', '.join(FORMATS)}"
         )
     for name in names:
         if needed := FORMATS[name].library:
@@ -113,7 +113,7 @@ def save_layers(stack: LayerStack, folder: StrPath, formats: Iterable[LayersForm
     folder = Path(os.path.expanduser(folder))
     try:
         if not is_free(folder):
-            raise FileExistsError(errno.EEXIST, "it holds something already; layers get a folder of their own")
+            raise FileExistsError(errno.EEXIST, "it exists already; give a new or empty folder")
         with atomic_folder(folder) as partial:
             for name in chosen:
                 FORMATS[name].write(stack, partial / FORMATS[name].file)
@@ -125,9 +125,9 @@ def save_layers(stack: LayerStack, folder: StrPath, formats: Iterable[LayersForm
 
 
 def free_folder(folder: Path) -> Path:
-    """The folder, or the first free `-1`, `-2`, … beside it; raises RequestError if a file has its name."""
+    """The folder, or the first free name with `-1`, `-2`, …; raises RequestError if a file has its name."""
     if folder.is_file():
-        raise RequestError(f"{folder} is a file; layers get a folder of their own")
+        raise RequestError(f"{folder} is a file; give a new folder")
     if is_free(folder):
         return folder
     free = next(place for n in count(1) if is_free(place := folder.with_name(f"{folder.name}-{n}")))
@@ -136,7 +136,7 @@ def free_folder(folder: Path) -> Path:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nothing has this name, or an empty folder."""
+    """Whether the path does not exist or is an empty folder."""
     return not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()))
 
 
@@ -146,14 +146,14 @@ def is_layers(path: Path) -> bool:
 
 
 def load_layers(path: StrPath) -> LayerStack:
-    """The layers of a folder, a zip, a PSD or an OpenRaster file, told apart by what they hold.
+    """The layers of a folder, a zip, a PSD or an OpenRaster file, identified by content.
 
     Raises:
-        RequestError: there is no such file, it holds no layers, or it is damaged, too large or unsafe.
+        RequestError: the file does not exist, holds no layers, or is damaged, too large or unsafe.
     """
     path = Path(os.path.expanduser(path))
     if not os.path.exists(path):
-        raise RequestError(f"there is no {path}; give {READABLE}")
+        raise RequestError(f"{path} does not exist; give {READABLE}")
     found = _format_of(path)
     if found is None or found.read is None:
         raise RequestError(f"{path} holds no layers that can be read; give {READABLE}")
@@ -172,7 +172,7 @@ def _format_of(path: Path) -> Format | None:
 
 
 def split_reference(reference: str) -> tuple[Path, int | None]:
-    """(path, layer) of PATH:N; (path, None) where no number is given or the whole is a path that exists."""
+    """(path, layer) of PATH:N; (path, None) without a number, or if the whole is an existing path."""
     match = re.fullmatch(r"(.+):(\d{1,9})", reference)
     path, number = reference, None
     if match and not os.path.exists(os.path.expanduser(reference)):

@@ -32,7 +32,7 @@ _MAX_DEPTH = 100
 
 
 def ora_files(stack: LayerStack) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of an OpenRaster archive's files in order; metadata lies in mergedimage.png as in our PNGs.
+    """(name, bytes) of an OpenRaster archive's files in order; metadata is in mergedimage.png, stored as in our PNGs.
 
     Raises:
         RequestError: the metadata cannot be written as JSON.
@@ -76,7 +76,7 @@ def read_ora(path: Path) -> LayerStack:
 
 
 def is_ora(path: Path) -> bool:
-    """Whether a file is a zip that calls itself OpenRaster."""
+    """Whether a file is a zip whose mimetype is OpenRaster's."""
     if not zipfile.is_zipfile(path):
         return False
     with zip_files(path) as files:
@@ -87,7 +87,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
     """Refuses a document type, and with it every entity, before one is expanded."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise RequestError("it has a document type, which a layered image has no use for")
+        raise RequestError("it has a document type, which a layered image does not need")
 
 
 def _xml(files: Files) -> ElementTree.Element:
@@ -107,7 +107,7 @@ def _ora_layers(
     x: int = 0,
     y: int = 0,
     opacity: float = 1.0,
-    shown: bool = True,
+    visible: bool = True,
     depth: int = 0,
 ) -> Iterator[Layer]:
     """Front to back; offsets of nested stacks add up, as drafts before 0.0.5 had them."""
@@ -116,7 +116,7 @@ def _ora_layers(
     for element in stack:
         name = clean_name(element.get("name", ""))
         if element.tag not in ("stack", "layer") or not element.get("src", ".png").lower().endswith(".png"):
-            logger.warning("%s: %s %s is no layer of pixels; it is skipped", files.label, element.tag, name)
+            logger.warning("%s: %s %s is not a pixel layer; it is skipped", files.label, element.tag, name)
             continue
         if (blending := element.get("composite-op", "svg:src-over")) != "svg:src-over":
             logger.warning("%s: %s is blended with %s; it is read as normal", files.label, name, blending)
@@ -128,14 +128,14 @@ def _ora_layers(
             logger.warning("%s: %s has <%s>, which is left out", files.label, name, element[0].tag)
         own = _attribute(element, "opacity", 1.0, float, files)
         place = _attribute(element, "x", 0, int, files) + x, _attribute(element, "y", 0, int, files) + y
-        visible = shown and element.get("visibility", "visible") != "hidden"
+        is_visible = visible and element.get("visibility", "visible") != "hidden"
         if element.tag == "layer":
             file = element.get("src", "")
-            yield files.layer(file, name=name, offset=place, visible=visible, opacity=opacity * own)
+            yield files.layer(file, name=name, offset=place, visible=is_visible, opacity=opacity * own)
             continue
         if own < 1:
             logger.warning("%s: the opacity of stack %s is given to each of its layers", files.label, name)
-        yield from _ora_layers(element, files, *place, opacity * own, visible, depth + 1)
+        yield from _ora_layers(element, files, *place, opacity * own, is_visible, depth + 1)
 
 
 def _attribute(element: ElementTree.Element, key: str, default: Any, kind: type, files: Files) -> Any:
@@ -149,7 +149,7 @@ def _attribute(element: ElementTree.Element, key: str, default: Any, kind: type,
 
 
 def _ora_metadata(files: Files) -> dict[str, Any]:
-    """What `ora_files` put into mergedimage.png; nothing if another program wrote it since."""
+    """The metadata that `ora_files` put into mergedimage.png; empty if a different program wrote the file since."""
     if "mergedimage.png" not in files.names:
         return {}
     try:

@@ -14,7 +14,7 @@ _MIN_SLIDE, _MAX_SLIDE = 914_400, 51_206_400  # PowerPoint's limits, 1 and 56 in
 
 
 def write_pptx(stack: LayerStack, path: Path) -> None:
-    """Writes one slide of the canvas's shape, every layer a named image on its place, hidden ones hidden.
+    """Writes one slide of the canvas's shape, every layer a named image at its offset, hidden ones hidden.
 
     Raises:
         RequestError: python-pptx is absent, or the canvas is longer than a slide may be.
@@ -33,7 +33,7 @@ def write_pptx(stack: LayerStack, path: Path) -> None:
     for layer in stack.layers:
         buffer = io.BytesIO()
         layer.image.save(buffer, "PNG")
-        shape = slide.shapes.add_image(buffer, *(round(n * unit) for n in (*layer.offset, *layer.image.size)))
+        shape = slide.shapes.add_picture(buffer, *(round(n * unit) for n in (*layer.offset, *layer.image.size)))
         shape.name = layer.name
         if not layer.visible:
             shape._element.nvPicPr.cNvPr.set("hidden", "1")

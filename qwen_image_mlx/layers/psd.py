@@ -23,11 +23,11 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _GROUPS = ("group", "artboard")
 _PIXELS = ("pixel", "type", "shape", "smartobject")
-# What a flat stack cannot hold and what becomes of it: (who, what is said). Every field of a layer that changes what it
-# shows is applied or stands here; fill opacity and a mask's density are applied.
+# What a flat stack cannot hold: (whether a layer has it, the warning). Every field that changes how a layer
+# looks is applied or listed here; fill opacity and a mask's density are applied.
 _PSD_NOTICES = (
-    (lambda layer: layer.kind in _PIXELS[1:], "is no layer of pixels and is read as it was last drawn"),
-    (lambda layer: _blending(layer) not in ("normal", "pass_through"), "is blended otherwise and is read as normal"),
+    (lambda layer: layer.kind in _PIXELS[1:], "is not a pixel layer and is read as it was last drawn"),
+    (lambda layer: _blending(layer) not in ("normal", "pass_through"), "is not blended as normal and is read so"),
     (lambda layer: layer._record.clipping, "is clipped to the layer below and is read whole"),
     (lambda layer: layer.kind not in _GROUPS and layer.has_mask(), "has a mask, which goes into its alpha"),
     (lambda layer: layer.kind in _GROUPS and layer.has_mask(), "has a mask, which is left out"),
@@ -44,14 +44,14 @@ _PSD_NOTICES = (
 )  # fmt: skip
 _PSD_EFFECTS = (b"lfx2", b"lmfx", b"lfxs", b"lrFX")  # blocks of effects; the first that is there counts
 _USUAL_RANGE = (0, 65535)  # of Blend If: nothing is left out
-_FAR, _MANY = 16, 0.01  # levels and share of pixels: beyond both a stack is another image than its file shows
+_FAR, _MANY = 16, 0.01  # levels and share of pixels: beyond both a stack differs from its file's merged image
 _PSD_PROFILE = 1039  # the image resource that holds an ICC profile
 _PSD_ALPHA = -1  # the channel's number in the file
 _PSD_MODES = ("RGB", "GRAYSCALE", "DUOTONE", "INDEXED", "CMYK")
 
 
 def write_psd(stack: LayerStack, path: Path) -> None:
-    """Writes a PSD: pixel layers as they are, and the merged image for viewers that know no layers.
+    """Writes a PSD: pixel layers as they are, and the merged image for viewers without layers.
 
     Opacity is rounded to 1/255; metadata is not written.
 
@@ -65,7 +65,7 @@ def write_psd(stack: LayerStack, path: Path) -> None:
         record = document.create_pixel_layer(layer.image, top=y, left=x, opacity=opacity)
         record.name = layer.name  # given above, a name beyond Mac Roman could not be written
         record.visible = layer.visible
-    # The documented low level: `save` would draw the merged image anew or warn that it cannot. A negative count says
+    # The documented low level: `save` would draw the merged image again or warn that it cannot. A negative count says
     # that the merged image's fourth channel is its transparency; otherwise Photoshop shows it as a saved selection.
     document._record.layer_and_mask_information.layer_info.layer_count = -len(stack.layers)
     with open(path, "wb") as file:
@@ -73,7 +73,7 @@ def write_psd(stack: LayerStack, path: Path) -> None:
 
 
 def is_psd(path: Path) -> bool:
-    """Whether a file begins as a PSD or PSB does."""
+    """Whether a file begins with the signature of PSD and PSB."""
     with open(path, "rb") as file:
         return file.read(4) == b"8BPS"
 
@@ -86,7 +86,7 @@ def read_psd(path: Path) -> LayerStack:
     vector masks are left out. A document without layers is one layer. Colours are converted to sRGB by its profile.
 
     Raises:
-        RequestError: psd-tools is absent, or the document is damaged, too large or of a colour mode that is not read.
+        RequestError: psd-tools is absent, or the document is damaged, too large or of an unsupported colour mode.
     """
     tools = library("psd_tools", "reading psd")
     try:
@@ -113,17 +113,17 @@ def read_psd(path: Path) -> LayerStack:
             stack = LayerStack(document.size, layers)
             if not notices and _differs(stack, document, path):
                 logger.warning(
-                    "%s: its layers laid together are not the image that it shows; something in it is not read", path
+                    "%s: the composite of its layers differs from its merged image; something in it is not read", path
                 )
             return stack
     except QwenImageError:
         raise
-    except Exception as error:  # a parser of a thousand structures fails in as many ways on a damaged file
+    except Exception as error:  # the parser raises many kinds of errors on a damaged file
         raise RequestError(f"{path} cannot be read as a PSD: {str(error) or type(error).__name__}") from error
 
 
 def _matted(merged: Image.Image) -> Image.Image:
-    """Colours laid on white beside the alpha: how Photoshop stores a merged image, and undoes it on reading."""
+    """Colours laid on white, with the alpha kept: how Photoshop stores a merged image, and undoes it on reading."""
     pixels = np.asarray(merged).astype(np.float32)
     alpha = pixels[..., 3:] / 255
     pixels[..., :3] = np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha))
@@ -133,7 +133,7 @@ def _matted(merged: Image.Image) -> Image.Image:
 def _psd_layers(
     group: Any, path: Path, notices: list[str], opacity: float = 1.0, shown: bool = True
 ) -> Iterator[Layer]:
-    """Back to front, as psd-tools lists them; what is said of them goes to the log and to `notices`."""
+    """Back to front, as psd-tools lists them; warnings about them go to the log and to `notices`."""
 
     def say(layer: str, notice: str) -> None:
         notices.append(notice)
@@ -179,19 +179,19 @@ def _psd_mask(layer: Any) -> Image.Image:
 
 
 def _mask_field(layer: Any, field: str) -> float | None:
-    """What a live mask says beside its pixels; None if it is not there."""
+    """A parameter of an enabled mask; None without one."""
     parameters = None if layer.mask is None or layer.mask.disabled else layer.mask.parameters
     return getattr(parameters, field, None)
 
 
 def _is_cut(layer: Any) -> bool:
-    """Whether a vector mask cuts a layer that is not in its pixels, nor in its mask as it was last drawn."""
+    """Whether a layer has a vector mask that is applied neither to its pixels nor to its drawn mask."""
     vector, mask = layer.vector_mask, layer.mask
     return layer.kind != "shape" and vector is not None and not vector.disabled and not (mask and mask.has_real())
 
 
 def _has_effects(layer: Any) -> bool:
-    """Whether effects are on, in the block of today or that of Photoshop 5, of whatever kind; unreadable ones count."""
+    """Whether any effects are on, in the current block or that of Photoshop 5; unreadable ones count."""
     blocks = layer.tagged_blocks
     block = next((blocks[key].data for key in _PSD_EFFECTS if key in blocks), None)
     if block is None or isinstance(block, bytes):
@@ -202,7 +202,7 @@ def _has_effects(layer: Any) -> bool:
 
 
 def _is_on(effect: Any) -> bool:
-    """Whether an effect, or one of a list of them, is there and on."""
+    """Whether an effect, or one of a list of them, is present and on."""
     if isinstance(effect, Iterable) and not hasattr(effect, "get"):
         return any(map(_is_on, effect))
     return hasattr(effect, "get") and _is_set(effect, b"enab") and _is_set(effect, b"present")
@@ -220,7 +220,7 @@ def _blends_by_ranges(layer: Any) -> bool:
 
 
 def _differs(stack: LayerStack, document: Any, path: Path) -> bool:
-    """Whether layers laid together are another image than the one that a document holds beside them."""
+    """Whether the composite of the layers differs from the document's merged image."""
     if not document.has_preview():
         return False
     shown = _in_srgb(document.topil(apply_icc=False), document, path).convert("RGBA")
@@ -242,7 +242,7 @@ def _rgba(layer: Any, path: Path) -> Image.Image | None:
 
 
 def _in_srgb(image: Image.Image, document: Any, path: Path) -> Image.Image:
-    """By the document's profile; psd-tools alone would pass over a broken one."""
+    """By the document's profile; psd-tools alone would ignore a broken one."""
     return in_srgb(image, str(path), document.image_resources.get_data(_PSD_PROFILE))
 
 

@@ -1,4 +1,4 @@
-"""The way back: layers opened one by one, put back where they came from, and laid together again."""
+"""Opens single layers, puts edited ones back, and composites a stack."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def compose(
     move: Mapping[int, tuple[int, int]] | None = None,
     scale: Mapping[int, float] | None = None,
 ) -> Image.Image:
-    """Lays layers together into an image: source over, from back to front.
+    """Composites layers into an image: source over, from back to front.
 
     Args:
         layers: a stack, or a folder that `LayeredResult.save` wrote, its zip, a PSD or an ORA.
         hide: layers to leave out, counted from 0, the backmost.
-        move: by how many pixels to move layers, right and down.
-        scale: factors to scale what layers show by, about its middle; comes before moving.
+        move: pixels to move layers by, right and down.
+        scale: factors to scale layers' visible parts by, about their centres; comes before moving.
 
     Returns:
         RGBA, of the canvas's size.
 
     Raises:
-        RequestError: the file cannot be read, there is no such layer, or a number is out of range.
+        RequestError: the file cannot be read, a layer does not exist, or a number is out of range.
     """
     if not isinstance(layers, LayerStack | str | os.PathLike):
         raise RequestError(f"layers are {type(layers).__name__}, but must be a stack, or a folder or file of layers")
@@ -50,10 +50,10 @@ def compose(
 
 
 def open_layer(reference: str) -> Layer:
-    """The layer that DIR:N means (or a PSD, an ORA, a zip instead of DIR); raises RequestError if there is none."""
+    """The layer that DIR:N means (or a PSD, an ORA, a zip instead of DIR); raises RequestError if it does not exist."""
     path, index = split_reference(reference)
     if index is None:
-        raise RequestError(f"{reference} names no layer; add its number, as in {reference}:0")
+        raise RequestError(f"{reference} names no layer; add its number, such as {reference}:0")
     layers = load_layers(path).layers
     if index >= len(layers):
         raise RequestError(f"{path} has no layer {index}; its layers go from 0, the backmost, to {len(layers) - 1}")
@@ -61,13 +61,13 @@ def open_layer(reference: str) -> Layer:
 
 
 def edited_layer_path(reference: str) -> Path | None:
-    """Where an edited layer of a folder with a manifest belongs, beside the old one; None for all other layers."""
+    """The path for an edited layer in a folder with a manifest, next to the old one; None for all other layers."""
     path, index = split_reference(reference)
     return path / f"layer_{index}-edited.png" if (path / MANIFEST).is_file() else None
 
 
 def layer_file(reference: str) -> Path | None:
-    """The PNG that a layer of a folder lies in; None for all other layers."""
+    """The PNG file of a layer of a folder; None for all other layers."""
     path, index = split_reference(reference)
     if not path.is_dir():
         return None
@@ -76,7 +76,7 @@ def layer_file(reference: str) -> Path | None:
 
 
 def adopt_layer(reference: str, file: Path) -> None:
-    """Makes an image in a layer's folder take that layer's place; the old file stays, the manifest forgets it."""
+    """Replaces a layer with an image in its folder; the old file stays, without an entry in the manifest."""
     path, index = split_reference(reference)
     assert index is not None
     with Image.open(file) as image:

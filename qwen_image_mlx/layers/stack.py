@@ -1,6 +1,6 @@
-"""An image as a stack of layers: what a layer is, moving and scaling it, laying the stack together, looking at it.
+"""An image as a stack of layers: layers, moving and scaling them, the composite, the contact sheet.
 
-Pillow and numpy only; knows no files and no model. Layers go from back to front, alpha is straight (not premultiplied).
+Pillow and numpy only. Layers go from back to front, alpha is straight (not premultiplied).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Layer:
     """One layer.
 
     Attributes:
-        image: RGBA, straight alpha; colours under alpha 0 are kept as they are. A colour profile that it carries is
-            applied: a stack is all sRGB.
+        image: RGBA, straight alpha; colours under alpha 0 are kept as they are. An embedded colour profile is
+            applied: all of a stack is sRGB.
         name: printable, at most 255 characters.
         offset: (x, y) of its upper left corner on the canvas in pixels; may lie outside.
-        visible: False leaves it out when the stack is laid together.
+        visible: False leaves it out of the composite.
         opacity: 0 to 1, multiplied with the image's alpha.
 
     Raises:
@@ -82,10 +82,10 @@ class LayerStack:
     Attributes:
         size: (width, height) of the canvas in pixels.
         layers: back to front; at least one.
-        metadata: what made them (seed, prompt, …), JSON-serialisable.
+        metadata: the parameters that made them (seed, prompt, …), JSON-serialisable.
 
     Raises:
-        RequestError: there is no layer, there are too many, or the canvas has no sensible size.
+        RequestError: the number of layers or the size of the canvas is out of range.
     """
 
     size: Size
@@ -109,14 +109,14 @@ class LayerStack:
         return self._changed({index: {"offset": (x + dx, y + dy)}})
 
     def scale(self, index: int, factor: float) -> LayerStack:
-        """The stack with what a layer shows scaled about its middle, so that it stays where it is.
+        """The stack with a layer's visible part scaled about its centre, so that it stays in place.
 
         Args:
             index: which layer, 0 is the backmost.
             factor: 0.5 halves both sides. Resampled with Lanczos on premultiplied colours, so edges gain no fringe.
 
         Raises:
-            RequestError: there is no such layer, or the factor is not positive or makes it too large.
+            RequestError: the layer does not exist, or the factor is not positive or makes it too large.
         """
         layer = self._at(index)
         if not _is_number(factor) or not factor > 0:
@@ -138,7 +138,7 @@ class LayerStack:
     def _at(self, index: int) -> Layer:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.layers):
             raise RequestError(
-                f"there is no layer {index!r:.80}; layers go from 0, the backmost, to {len(self.layers) - 1}"
+                f"layer {index!r:.80} does not exist; layers go from 0, the backmost, to {len(self.layers) - 1}"
             )
         return self.layers[index]
 
@@ -150,21 +150,21 @@ class LayerStack:
 
 
 def composite(stack: LayerStack, hide: Iterable[int] = ()) -> Image.Image:
-    """The stack laid together: every visible layer over those behind it.
+    """The composite of a stack: every visible layer over those behind it.
 
     Source over with straight alpha, as W3C's Compositing and Blending Level 1, 5.1 and 9.1.4, has it:
     alpha = as + ab (1 - as) and colour = (as Cs + ab Cb (1 - as)) / alpha, in float64 through all layers and rounded
     once at the end. Two layers come out within one level of `Image.alpha_composite`, which rounds after each.
 
     Args:
-        stack: what to lay together.
-        hide: indices of layers to leave out besides the invisible ones.
+        stack: the layers.
+        hide: indices of layers to leave out in addition to the invisible ones.
 
     Returns:
-        RGBA of the canvas's size; where nothing is, (0, 0, 0, 0).
+        RGBA of the canvas's size; (0, 0, 0, 0) where no layer is.
 
     Raises:
-        RequestError: there is no layer of an index to hide.
+        RequestError: a layer to hide does not exist.
     """
     width, height = stack.size
     shown = [layer for layer in stack.hide(*hide).layers if layer.visible and layer.opacity > 0]
@@ -205,11 +205,11 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def contact_sheet(stack: LayerStack, *, max_side: int = 2048) -> Image.Image:
-    """Every layer on its place on the canvas, hidden ones too, and all of them together, side by side.
+    """Every layer at its place on the canvas, hidden ones too, and the composite, side by side.
 
     Args:
-        stack: what to show.
-        max_side: neither side of the sheet is longer, in pixels.
+        stack: the layers.
+        max_side: maximum side of the sheet in pixels.
 
     Returns:
         RGB. A grid of equal cells from left to right and top to bottom: layer 0 (the backmost) first, the composite
@@ -230,12 +230,12 @@ def contact_sheet(stack: LayerStack, *, max_side: int = 2048) -> Image.Image:
 
 
 def clean_name(name: str) -> str:
-    """A layer's name without what cannot be written to every format, and cut to 255 characters."""
+    """A layer's name without characters that some format cannot hold, cut to 255 characters."""
     return _UNPRINTABLE.sub("", name)[:MAX_NAME]
 
 
 def check_size(size: Any, what: str) -> None:
-    """Raises RequestError unless `size` is (width, height) of something that fits into memory; `what` has that size."""
+    """Raises RequestError unless `size` is a (width, height) that fits into memory; `what` names it."""
     if not _are_whole(size, 1, MAX_SIDE):
         raise RequestError(f"{what} has the size {size!r:.80}, but must have two sides from 1 to {MAX_SIDE} px")
     if size[0] * size[1] > MAX_CANVAS:

@@ -1,7 +1,7 @@
-"""LoRAs on their way into a model: merged into the weights, or run beside them.
+"""Applies LoRAs to a model: merged into the weights, or run unmerged.
 
 Merged in fp32, before anything is rounded or packed, a LoRA costs nothing at run time. Where the stored weights could
-not hold its change, because they are packed already or too coarse for it, it runs beside them as one low-rank branch
+not hold its change, because they are packed already or too coarse for it, it runs unmerged, as one low-rank branch
 for all LoRAs together.
 """
 
@@ -28,20 +28,20 @@ from .update import Update
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_ENOUGH = 0.9  # of a change must survive in the stored weights, or "auto" runs it beside them
+_ENOUGH = 0.9  # share of a change that the stored weights must keep; below it "auto" runs the LoRA unmerged
 
 
 class Adapters:
     """Several LoRAs for one model.
 
     Args:
-        loras: in any order; what they change adds up.
-        mode: "merge" merges, "side" runs them beside the weights, "auto" merges unless the stored weights would lose
+        loras: in any order; their changes are added.
+        mode: "merge" merges, "side" runs them unmerged, "auto" merges unless the stored weights would lose
             the change.
-        references: how they were named, for the record.
+        references: the references they were loaded by, for the record.
 
     Raises:
-        RequestError: the mode is another.
+        RequestError: the mode is unknown.
     """
 
     def __init__(self, loras: Sequence[LoRA], mode: str = "auto", references: Sequence[str] = ()):
@@ -68,16 +68,16 @@ class Adapters:
         return {path for lora in self.loras for path in lora.updates}
 
     def updates(self, path: str) -> list[Update]:
-        """What the LoRAs do to a module, by its canonical name."""
+        """The LoRAs' changes of a module, by its canonical name."""
         return [lora.updates[path] for lora in self.loras if path in lora.updates]
 
     @cached_property
     def distillation(self) -> Distillation | None:
-        """How the first distilled one is sampled; None if none is."""
+        """The sampling of the first distilled LoRA; None without one."""
         return next(filter(None, map(distillation_of, self.loras)), None)
 
     def placement(self) -> Placement:
-        """What takes them into one module that is loaded."""
+        """What applies the LoRAs to one module while it is loaded."""
         return Placement(self)
 
     def changes(self, name: str) -> bool:
@@ -88,7 +88,7 @@ class Adapters:
         return parameter == "bias" and any(update.changes_bias for update in self.updates(path))
 
     def apply(self, name: str, value: mx.array) -> mx.array:
-        """A parameter with all changes, fp32, evaluated."""
+        """A parameter with all changes applied: fp32, its shape unchanged, evaluated."""
         path, _, parameter = name.rpartition(".")
         base = value.astype(mx.float32)
         updates = self.updates(path)
@@ -98,13 +98,13 @@ class Adapters:
         return changed
 
     def check(self, packed: Collection[str]) -> None:
-        """Finds out, reading nothing, whether everything can be merged or run beside.
+        """Checks, reading nothing, that every change can be merged or run unmerged.
 
         Args:
             packed: the modules, by canonical name, whose weights are packed already.
 
         Raises:
-            CheckpointError: a change of a packed weight cannot run beside it, or is to be merged.
+            CheckpointError: a change of a packed weight cannot run unmerged, or is to be merged.
         """
         for lora in self.loras:
             for path, update in lora.updates.items():
@@ -117,16 +117,16 @@ class Adapters:
                     )
                 if not update.has_factors:
                     raise CheckpointError(
-                        f"the change of {path} by {lora.path.name} cannot run beside packed weights, as a plain LoRA's "
-                        "could: use the model they were packed from, quantized while it loads"
+                        f"the change of {path} by {lora.path.name} cannot run unmerged with packed weights, as a "
+                        "plain LoRA's could: use the model they were packed from, quantized while it loads"
                     )
 
     def can_run_beside(self, path: str) -> bool:
-        """Whether all that changes a module can run beside it; reads nothing."""
+        """Whether all changes of a module can run unmerged; reads nothing."""
         return all(update.has_factors and not update.changes_bias for update in self.updates(path))
 
     def branch(self, path: str, dtype: mx.Dtype) -> Branch | None:
-        """What runs beside a module's weight, the ranks of all LoRAs one after another; None if it cannot.
+        """A module's unmerged branch, the ranks of all LoRAs one after another; None if a change has no factors.
 
         Returns:
             A (r, in), B (out, r) in `dtype`, evaluated.
@@ -141,38 +141,38 @@ class Adapters:
 
 
 class Placement:
-    """What becomes of LoRAs while one module is loaded.
+    """Applies LoRAs while one module is loaded, and counts where they went.
 
     Args:
         adapters: the LoRAs.
 
     Attributes:
-        merged, beside: how many matrices they were merged into, and run beside.
-        altered: whether anything that was loaded holds some of them.
+        merged, unmerged: number of matrices with merged and with unmerged LoRAs.
+        altered: whether any loaded weight contains a merged change.
     """
 
     def __init__(self, adapters: Adapters):
         self.adapters = adapters
         self.merged: int = 0
-        self.beside: int = 0
+        self.unmerged: int = 0
         self.altered: bool = False
-        self._kept = self._asked = 0.0
+        self._kept = self._whole = 0.0
 
     @property
     def share_kept(self) -> float | None:
-        """How much of what was merged is in the stored weights: <stored - W, change> / <change, change>."""
-        return self._kept / self._asked if self._asked else None
+        """The share of the merged change in the stored weights: <stored - W, change> / <change, change>; or None."""
+        return self._kept / self._whole if self._whole else None
 
     def matrix(
         self, name: str, value: mx.array | Packed, scheme: Scheme | None, dtype: mx.Dtype
     ) -> tuple[mx.array | Packed, Branch | None]:
-        """A matrix as it is to be stored, and what runs beside it.
+        """The (out, in) matrix to store, and the branch that runs unmerged.
 
         Args:
-            name: the weight's canonical name; one that is changed.
-            value: as it is read: dense, or packed already, which `Adapters.check` has allowed.
-            scheme: what it is packed into; None stores it dense.
-            dtype: what it is stored in when dense.
+            name: the canonical name of a weight that is changed.
+            value: (out, in) as read: dense, or packed already, which `Adapters.check` has allowed.
+            scheme: packs the result; None stores it dense.
+            dtype: of the dense result.
 
         Returns:
             The weight, dense in `dtype` or packed, and A (r, in), B (out, r) in `dtype` or None; evaluated.
@@ -185,12 +185,12 @@ class Placement:
             return _stored(base, scheme, dtype), branch
         changed = self.adapters.apply(name, base)
         stored = _stored(changed, scheme, dtype)
-        kept, asked = _survival(base, changed, stored)
-        if self.adapters.mode == "auto" and kept < _ENOUGH * asked and (branch := self._branch(path, dtype)):
+        kept, whole = _survival(base, changed, stored)
+        if self.adapters.mode == "auto" and kept < _ENOUGH * whole and (branch := self._branch(path, dtype)):
             return _stored(base, scheme, dtype), branch
         self.merged += 1
         self.altered = True
-        self._kept, self._asked = self._kept + kept, self._asked + asked
+        self._kept, self._whole = self._kept + kept, self._whole + whole
         return stored, None
 
     def changes(self, name: str) -> bool:
@@ -198,32 +198,32 @@ class Placement:
         return self.adapters.changes(name)
 
     def attach(self, module: nn.Module, path: str, branch: Branch) -> None:
-        """Makes a branch run with the layer at a path of a module."""
+        """Makes a branch run with the layer at this path of the module."""
         put_beside(module, path, branch)
 
     def vector(self, name: str, value: mx.array) -> mx.array:
-        """A bias or a norm's weight, changed; fp32, evaluated."""
+        """A changed bias or norm weight, (n,); fp32, evaluated."""
         self.altered = True
         return self.adapters.apply(name, value)
 
     def _branch(self, path: str, dtype: mx.Dtype) -> Branch | None:
         branch = self.adapters.branch(path, dtype)
         if branch is not None:
-            self.beside += 1
+            self.unmerged += 1
         return branch
 
-    def say_what_became(self) -> None:
-        """Logs how many matrices were merged and run beside, and how much of the merged change survived."""
-        share = 1.0 if self.share_kept is None else self.share_kept  # nothing asked, nothing lost
+    def log_placement(self) -> None:
+        """Logs how many matrices have merged and unmerged LoRAs, and the share of the merged change that was kept."""
+        share = 1.0 if self.share_kept is None else self.share_kept  # nothing merged, nothing lost
         if self.merged:
             logger.log(
                 logging.INFO if share >= _ENOUGH else logging.WARNING,
                 "merged into %d matrices; %.1f%% of the change is in the stored weights", self.merged, 100 * share,
             )  # fmt: skip
-        if self.beside:
-            logger.info("running beside %d matrices", self.beside)
+        if self.unmerged:
+            logger.info("running unmerged with %d matrices", self.unmerged)
         changed = sum(self.adapters.changes(f"{path}.weight") for path in self.adapters.paths)
-        if rest := changed - self.merged - self.beside:
+        if rest := changed - self.merged - self.unmerged:
             logger.info("the other %d are merged where the modulation is made, which loses nothing", rest)
 
 
@@ -235,9 +235,9 @@ def _stored(value: mx.array, scheme: Scheme | None, dtype: mx.Dtype) -> mx.array
 
 
 def _survival(base: mx.array, changed: mx.array, stored: mx.array | Packed) -> tuple[float, float]:
-    """<stored - base, change> and <change, change>: what is stored of a change, and what was asked."""
+    """<stored - base, change> and <change, change>: how much of a change is stored, and all of it."""
     back = stored.dequantize() if isinstance(stored, Packed) else stored.astype(mx.float32)
     change = changed - base
-    kept, asked = ((back - base) * change).sum(), mx.square(change).sum()
-    finish(kept, asked)
-    return kept.item(), asked.item()
+    kept, whole = ((back - base) * change).sum(), mx.square(change).sum()
+    finish(kept, whole)
+    return kept.item(), whole.item()

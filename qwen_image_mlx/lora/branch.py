@@ -1,4 +1,4 @@
-"""LoRAs that are not merged: a low-rank branch that runs with a linear layer, and how it is put there."""
+"""Unmerged LoRAs: a low-rank branch that runs with a linear layer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class SideBranch(nn.Module):
     """A linear layer with a low-rank branch: y = layer(x) + (x A^T) B^T.
 
     Args:
-        layer: dense or quantized.
-        a: (r, in).
-        b: (out, r).
+        layer: dense or quantized, (…, in) to (…, out).
+        a: (r, in), in the dtype of the activations.
+        b: (out, r), in the same dtype.
     """
 
     def __init__(self, layer: nn.Module, a: mx.array, b: mx.array):
@@ -28,13 +28,13 @@ class SideBranch(nn.Module):
         return self.layer(x) + (x @ self.a.T) @ self.b.T
 
     def terms(self, x: mx.array) -> tuple[mx.array, ...]:
-        """Those of the layer, the branch added to the first."""
+        """The layer's terms (…, out), whose sum is the output, with the branch added to the first."""
         first, *bias = self.layer.terms(x)
         return (first + (x @ self.a.T) @ self.b.T, *bias)
 
 
 def put_beside(module: nn.Module, path: str, branch: Branch | None) -> None:
-    """Runs a low-rank branch beside a layer, instead of one that may be there; None takes it away."""
+    """Attaches a low-rank branch to the layer at `path`, replacing an earlier branch; None removes it."""
     parent, place = place_of(module, path)
     layer = parent[place].layer if isinstance(parent[place], SideBranch) else parent[place]
     parent[place] = layer if branch is None else SideBranch(layer, *branch)

@@ -1,4 +1,4 @@
-"""What can be said of a LoRA that was read, for people."""
+"""Describes a LoRA in lines of text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .distillations import distillation_of
 from .file import LoRA
 from .update import Update
 
-_METADATA_SHOWN = (
+_METADATA_KEYS = (
     "modelspec.title", "modelspec.author", "modelspec.license", "modelspec.architecture", "modelspec.trigger_phrase",
     "modelspec.usage_hint", "ss_output_name", "ss_base_model_version", "ss_network_module", "ss_network_dim",
     "ss_network_alpha", "name", "title", "version", "software", "base_model",
 )  # fmt: skip
-_MOST_CHARACTERS = 200
+_MAX_CHARACTERS = 200
 
 
 def describe(lora: LoRA) -> list[tuple[str, str]]:
-    """What a LoRA is, as (label, text) for people; nothing of it is read but what `read_lora` has read."""
+    """What a LoRA is, as rows (label, text); reads nothing beyond what `read_lora` has read."""
     updates = lora.updates.values()
     distilled = distillation_of(lora)
     kinds = Counter(_kind_names(updates))
@@ -46,8 +46,8 @@ def describe(lora: LoRA) -> list[tuple[str, str]]:
             f"{distilled.steps} steps, cfg {distilled.cfg_scale:g}, by {distilled.evidence}" if distilled else "",
         ),
     ]
-    said = ((key, lora.metadata[key]) for key in _METADATA_SHOWN if key in lora.metadata)
-    rows += [(f"metadata {key}", one_line(text, _MOST_CHARACTERS)) for key, text in said]
+    chosen = ((key, lora.metadata[key]) for key in _METADATA_KEYS if key in lora.metadata)
+    rows += [(f"metadata {key}", one_line(text, _MAX_CHARACTERS)) for key, text in chosen]
     return [(label, text) for label, text in rows if text]
 
 

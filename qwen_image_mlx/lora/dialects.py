@@ -1,4 +1,4 @@
-"""Which module and which factor a tensor of a LoRA file is, by its name. Reads no weights.
+"""Finds the module and the factor that a LoRA file's tensor is, by its name. Reads no weights.
 
 The spellings are data, `weights_map/lora.json`: prefixes, suffixes by dialect, what is refused, and how other models'
 files are known. A new dialect is a line there. Sources of the dialects: diffusers' loaders and its
@@ -25,7 +25,7 @@ _ALPHA_DTYPES = (*_DTYPES, "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 
 @dataclass(frozen=True)
 class Binding:
-    """A file's tensors by what they belong to.
+    """A file's tensors by target and role.
 
     Attributes:
         tensors: target -> role -> tensor.
@@ -45,8 +45,8 @@ def bind(path: Path, tensors: Mapping[str, Tensor], targets: Shapes) -> Binding:
     """Finds the target and the role of every tensor of a file.
 
     Raises:
-        CheckpointError: nothing binds, the file was made for another model, it says something twice, or it uses a
-            method that is not read.
+        CheckpointError: nothing binds, the file was made for a different model, it has something twice, or it uses an
+            unsupported method.
     """
     pieces = _pieces(targets)
     flat = {place.replace(".", "_"): place for place in pieces}
@@ -65,9 +65,9 @@ def bind(path: Path, tensors: Mapping[str, Tensor], targets: Shapes) -> Binding:
                     if twin is not part:
                         raise CheckpointError(
                             f"{path} gives {target} twice, as {twin.name} and {name}: "
-                            "split its adapters into files of their own"
+                            "split its adapters into separate files"
                         )
-                if role != "alpha":  # every dialect spells it so
+                if role != "alpha":  # all dialects have the same name for it
                     counts[dialect] = counts.get(dialect, 0) + 1
                 break
         else:
@@ -79,7 +79,7 @@ def bind(path: Path, tensors: Mapping[str, Tensor], targets: Shapes) -> Binding:
 
 
 def _pieces(targets: Shapes) -> dict[str, tuple[str, ...]]:
-    """A module a file may name -> the targets its rows belong to: itself, or those some tools lay one upon another."""
+    """A module a file may name -> the targets its rows belong to: itself, or those that some tools fuse into one."""
     pieces = {target: (target,) for target in targets}
     for fused, parts in weights_map("lora")["fused"].items():
         for target in targets:
@@ -95,7 +95,7 @@ class Rows(Tensor):
     """Some rows of a tensor.
 
     Attributes:
-        first: the first of them; `shape` says how many.
+        first: index of the first row; `shape` has their number.
     """
 
     first: int = 0
@@ -108,7 +108,7 @@ _BY_ROW = ("up", "up_bias", "hada_w1_a", "hada_w2_a", "magnitude", "difference",
 def _parts(
     path: Path, place: str, pieces: tuple[str, ...], role: str, tensor: Tensor, targets: Shapes
 ) -> Iterator[tuple[str, Tensor]]:
-    """(target, what of a tensor belongs to it), 1x1 convolutions as matrices."""
+    """(target, its share of the tensor), 1x1 convolutions as matrices."""
     if len(tensor.shape) > 2 and set(tensor.shape[2:]) == {1} and role != "alpha":
         tensor = replace(tensor, shape=tensor.shape[:2])
     if len(pieces) == 1:
@@ -146,7 +146,7 @@ def _readings(name: str, places: Mapping[str, Any], flat: Mapping[str, str]) -> 
 
 
 def _without(name: str, prefixes: Iterable[str]) -> str:
-    """A name without any of some prefixes, in whatever order programs put them before one another."""
+    """A name without any of these prefixes, in any order."""
     while prefix := next((prefix for prefix in prefixes if name.startswith(prefix)), None):
         name = name[len(prefix) :]
     return name
@@ -154,7 +154,7 @@ def _without(name: str, prefixes: Iterable[str]) -> str:
 
 @cache
 def _meaning(suffix: str) -> tuple[str, str] | None:
-    """(dialect, role) of what follows a module's name."""
+    """(dialect, role) of the suffix after a module's name; None if unknown."""
     for dialect, roles in weights_map("lora")["dialects"].items():
         for pattern, role in roles.items():
             if _wildcard(pattern).fullmatch(suffix):
@@ -192,23 +192,23 @@ def _check_model(path: Path, names: list[str], unmatched: list[str], targets: in
         return
     if not names:
         raise CheckpointError(f"{path} holds no tensors: give a LoRA that was saved with some")
-    shown = f"none of its {len(names)} tensors belongs to one of the {targets} modules ({some(names)})"
+    summary = f"none of its {len(names)} tensors belongs to one of the {targets} modules ({some(names)})"
     if model:
-        raise CheckpointError(f"{path} was made for {model}: {shown}; use a LoRA made for Qwen-Image")
+        raise CheckpointError(f"{path} was made for {model}: {summary}; use a LoRA made for Qwen-Image")
     if not foreign:
         raise CheckpointError(
-            f"{path} changes only a text encoder: {shown}; Qwen-Image takes LoRAs of its transformer alone"
+            f"{path} changes only a text encoder: {summary}; Qwen-Image takes LoRAs of its transformer alone"
         )
     if not any(re.search(r"lora|lokr|hada|\.diff|\.alpha$|dora_scale", name) for name in names):
-        raise CheckpointError(f"{path} is not a LoRA: {shown}; a whole model is given as the model")
-    raise CheckpointError(f"{path} was made for another model: {shown}; use a LoRA made for Qwen-Image")
+        raise CheckpointError(f"{path} is not a LoRA: {summary}; a whole model is given as the model")
+    raise CheckpointError(f"{path} was made for a different model: {summary}; use a LoRA made for Qwen-Image")
 
 
 def check_dtypes(path: Path, tensors: Mapping[str, Tensor], binding: Binding) -> None:
-    """Raises CheckpointError for a tensor stored in a type that is not read."""
+    """Raises CheckpointError for a tensor stored in an unsupported dtype."""
     roles = {tensor.name: role for found in binding.tensors.values() for role, tensor in found.items()}
     for name, tensor in tensors.items():
-        role = roles.get(name)  # what belongs to no module is never read
+        role = roles.get(name)  # tensors without a module are never read
         if role is not None and tensor.dtype not in (_ALPHA_DTYPES if role == "alpha" else _DTYPES):
             raise CheckpointError(
                 f"{path} stores {name} as {tensor.dtype}: {', '.join(_DTYPES)} are read, so save it as one of them"

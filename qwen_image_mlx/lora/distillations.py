@@ -1,4 +1,4 @@
-"""Distilled ("Lightning") LoRAs: how one is known and sampled, and the official one of each released model."""
+"""Distilled ("Lightning") LoRAs: how they are recognized and sampled, and the official one of each released model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Distillation:
             none (`sampling.schedule.static_shift`). The reference spells the same sigmas as base_shift = max_shift =
             ln 3, shift 1, shift_terminal none, use_dynamic_shifting true, time_shift_type exponential
             (generate_with_diffusers.py of ModelTC/Qwen-Image-Lightning).
-        evidence: what gave it away, to be shown: "its name", "its metadata" or "its rank and alpha".
+        evidence: how it was recognized, for messages: "its name", "its metadata" or "its rank and alpha".
     """
 
     steps: int
@@ -30,9 +30,9 @@ class Distillation:
     evidence: str = ""
 
 
-_STEPS_SAID = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?step", re.IGNORECASE)
-_TITLE = 500  # characters that a title may have
-_MOST_STEPS = 16  # more is no distillation: "lightning" is also weather, and "steps" also training
+_STEPS_PATTERN = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?step", re.IGNORECASE)
+_MAX_TITLE = 500  # characters
+_MAX_STEPS = 16  # more is not a distillation: "lightning" is also weather, and "steps" also training
 _NAMING_METADATA = ("ss_output_name", "modelspec.title", "name", "title")
 
 # All official files have the size that rank 64 and an alpha for each of these twelve matrices of a block give.
@@ -42,7 +42,7 @@ _BLOCK = frozenset(
     [*(f"attn.{name}" for name in _ATTENTION)]
     + [f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")]
 )
-# The shape does not tell a 4-step file from an 8-step one; too many steps cost time, too few the image.
+# 4-step and 8-step files have the same shape; too many steps cost time, too few cost quality.
 _STEPS_BY_SHAPE = 8
 
 
@@ -55,10 +55,10 @@ def distillation_of(lora: LoRA) -> Distillation | None:
     texts = [("its name", lora.path.stem)]
     texts += [("its metadata", lora.metadata[key]) for key in _NAMING_METADATA if key in lora.metadata]
     for evidence, text in texts:
-        text = text[:_TITLE]
+        text = text[:_MAX_TITLE]
         if "lightning" not in text.lower():
             continue
-        if (match := _STEPS_SAID.search(text)) and 0 < (steps := int(match[1])) <= _MOST_STEPS:
+        if (match := _STEPS_PATTERN.search(text)) and 0 < (steps := int(match[1])) <= _MAX_STEPS:
             return Distillation(steps, evidence=evidence)
     return Distillation(_STEPS_BY_SHAPE, evidence="its rank and alpha") if _has_lightning_shape(lora) else None
 
@@ -80,7 +80,7 @@ def _official(repo: str, stem: str, version: str) -> dict[int, str]:
     return {steps: f"lightx2v/{repo}:{stem}-Lightning-{steps}steps-{version}{SUFFIX}" for steps in (4, 8)}
 
 
-# The newest official file of each released model, by steps. There is none for Qwen-Image-Layered.
+# The newest official file of each released model, by steps. Qwen-Image-Layered has none.
 # Sources: ModelTC/Qwen-Image-Lightning's README (Qwen-Image, Edit, 2509) and the hub's listings of the repositories.
 LIGHTNING: dict[str, dict[int, str]] = {
     "Qwen/Qwen-Image": _official("Qwen-Image-Lightning", "Qwen-Image", "V2.0-bf16"),

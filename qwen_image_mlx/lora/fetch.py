@@ -28,7 +28,7 @@ def read_adapters(
     offline: bool,
     download: Progress | None = None,
 ) -> Adapters:
-    """Reads what LoRAs change; their weights once, to find them whole and finite, and drops them.
+    """Reads LoRA files and binds them to the modules; reads their weights once to check them, and drops them.
 
     Args:
         references: `REF` or `REF@STRENGTH`, or pairs of the two; REF is a file, a folder, `owner/repo`,
@@ -36,11 +36,11 @@ def read_adapters(
         mode: one of `variants.LORA_MODES`.
         targets: the modules they may change, with their weights' shapes.
         offline: never ask the network.
-        download: told of downloads: file, bytes done, bytes in all.
+        download: called with file, bytes done and bytes in all during a download.
 
     Raises:
-        RequestError: a reference leads nowhere, a strength is no finite number, or the mode is another.
-        CheckpointError: a file is damaged or made for another model.
+        RequestError: a reference leads nowhere, a strength is not a finite number, or the mode is unknown.
+        CheckpointError: a file is damaged or made for a different model.
         HubError: a file could not be downloaded.
     """
     if isinstance(references, str | os.PathLike):
@@ -63,7 +63,7 @@ def read_adapters(
 
 
 def split_reference(reference: LoRAReference) -> tuple[str, float]:
-    """(reference, strength) of what a caller wrote."""
+    """(reference, strength) of a caller's reference; raises RequestError for a wrong type."""
     if isinstance(reference, str):
         return parse_reference(reference)
     if isinstance(reference, os.PathLike):
@@ -74,7 +74,17 @@ def split_reference(reference: LoRAReference) -> tuple[str, float]:
 
 
 def fetch_lora(reference: str, offline: bool = False, download: Progress | None = None) -> Path:
-    """The file or folder a reference leads to, downloaded if need be; the arguments are those of `read_adapters`."""
+    """The file or folder a reference leads to, downloaded if need be.
+
+    Args:
+        reference: without a strength.
+        offline: never ask the network.
+        download: called with file, bytes done and bytes in all during a download.
+
+    Raises:
+        RequestError: the reference leads nowhere, or to several files.
+        HubError: the file could not be downloaded.
+    """
     source = kind_of(reference)
     if source.path is not None:
         return source.path
@@ -84,7 +94,7 @@ def fetch_lora(reference: str, offline: bool = False, download: Progress | None 
     folder, _, file = name.rpartition("/")
     settings = f"{folder}/adapter_config.json".lstrip("/")
     if file == "adapter_model.safetensors" and snapshot.exists(settings):
-        snapshot.file(settings)  # PEFT keeps the scale beside the weights
+        snapshot.file(settings)  # PEFT keeps the scale in this file
     return snapshot.file(name)
 
 

@@ -1,6 +1,6 @@
 """A LoRA file, bound to the modules of a transformer by the names and shapes of its tensors alone.
 
-It is read and checked here. This file knows no loader, no pipeline and no module.
+It is read and checked here, independently of loader, pipeline and modules.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class LoRA:
     Attributes:
         path: the file.
         strength: how much of it is applied; any finite number.
-        updates: what it changes, by the module's canonical name.
+        updates: its changes, by the module's canonical name.
         unmatched: names of its tensors that belong to no module, and therefore do nothing.
-        total: matrices the transformer has.
-        dialects: how its names are spelled, most frequent first.
+        total: number of the transformer's matrices.
+        dialects: the naming conventions in it, most frequent first.
         metadata: the header's metadata.
         peft: PEFT's settings, where the scales come from there.
         nbytes: bytes of its tensors.
@@ -69,7 +69,7 @@ class LoRA:
 
 
 def read_lora(path: StrPath, targets: Mapping[str, Shape], strength: float = 1.0) -> LoRA:
-    """Reads what a LoRA file changes; of its weights only the alphas, which are single numbers.
+    """Reads the header of a LoRA file and binds its tensors; of its weights only the alphas, single numbers, are read.
 
     Args:
         path: a safetensors file, or a folder that holds exactly one.
@@ -78,7 +78,7 @@ def read_lora(path: StrPath, targets: Mapping[str, Shape], strength: float = 1.0
 
     Raises:
         RequestError: the path leads to no safetensors file, or the strength is not a finite number.
-        CheckpointError: the file is damaged, was made for another model, does not fit a target, or is inconsistent.
+        CheckpointError: the file is damaged, was made for a different model, does not fit a target, or is inconsistent.
     """
     path = weights_file(path)
     strength = _checked_strength(strength, path)
@@ -101,7 +101,7 @@ def weights_file(path: StrPath) -> Path:
     """The one safetensors file that a path to a file or folder means.
 
     Raises:
-        RequestError: there is none, there are several, or it is a pickle.
+        RequestError: none or several exist, or it is a pickle.
     """
     path = Path(os.path.expanduser(path))
     if os.path.isdir(path):
@@ -121,7 +121,7 @@ def weights_file(path: StrPath) -> Path:
         if os.path.isdir(path):
             raise RequestError(f"the folder {path} holds no {SUFFIX} file: give a LoRA's file or its folder")
     if not os.path.exists(path):
-        raise RequestError(f"there is no LoRA {path}: give a {SUFFIX} file that exists")
+        raise RequestError(f"the LoRA {path} does not exist: give a {SUFFIX} file that does")
     if path.suffix.lower() in PICKLES:
         raise RequestError(
             f"{path} is a pickle, which can run any code when it is read: use its {SUFFIX} version, or convert it "

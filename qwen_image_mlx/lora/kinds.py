@@ -1,4 +1,4 @@
-"""The kinds of factors a LoRA file may have (LoRA, LoHa, LoKr), and whether their shapes fit. Reads no weights."""
+"""The kinds of factors a LoRA file may have (LoRA, LoHa, LoKr) and the shapes they must have. Reads no weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Kind:
     """One way of writing a change of a weight.
 
     Attributes:
-        name: what people call it.
-        roles: the tensors it takes; of each entry, the first alternative that is complete.
+        name: for messages.
+        roles: the tensors it needs; for each entry, the first complete alternative.
         misfit: given the shapes by role and the target's shape, (role, what its shape has to be) of the first tensor
             that does not fit, or None.
         rank: the number that alpha is divided by, from the shapes; None where alpha does not count.
@@ -40,8 +40,10 @@ class Kind:
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
-def _first_misfit(shapes: Shapes, wanted: Iterable[tuple[str, str, Callable[[Shape], bool]]]) -> tuple[str, str] | None:
-    return next(((role, shape) for role, shape, fits in wanted if role in shapes and not fits(shapes[role])), None)
+def _first_misfit(
+    shapes: Shapes, expected: Iterable[tuple[str, str, Callable[[Shape], bool]]]
+) -> tuple[str, str] | None:
+    return next(((role, shape) for role, shape, fits in expected if role in shapes and not fits(shapes[role])), None)
 
 
 def _pair_misfit(first: str, second: str) -> Callable[[Shapes, Shape], tuple[str, str] | None]:
@@ -50,11 +52,11 @@ def _pair_misfit(first: str, second: str) -> Callable[[Shapes, Shape], tuple[str
     def misfit(shapes: Shapes, target: Shape) -> tuple[str, str] | None:
         out, width = target
         rank = shapes[second][0] if shapes[second] else 0
-        wanted = [
+        expected = [
             (second, f"(rank, {width})", lambda s: len(s) == 2 and s[0] > 0 and s[1] == width),
             (first, f"({out}, {rank})", lambda s: s == (out, rank)),
         ]
-        return _first_misfit(shapes, wanted)
+        return _first_misfit(shapes, expected)
 
     return misfit
 
@@ -144,7 +146,7 @@ def factored_kind(path: Path, target: str, shape: Shape, tensors: Mapping[str, T
         )
     out = shape[0]
     single = "one number"
-    wanted = [
+    expected = [
         ("alpha", single, lambda s: math.prod(s) == 1),
         ("up_bias", f"({out},)", lambda s: s == (out,)),
         ("bias_difference", f"({out},)", lambda s: s == (out,)),
@@ -152,13 +154,13 @@ def factored_kind(path: Path, target: str, shape: Shape, tensors: Mapping[str, T
         ("replacement", str(shape), lambda s: s == shape),
         ("magnitude", f"({out},), ({out}, 1) or (1, {shape[-1]})", lambda s: s in ((out,), (out, 1), (1, shape[-1]))),
     ]
-    if misfit := _first_misfit(shapes, wanted):
+    if misfit := _first_misfit(shapes, expected):
         _raise_misfit(path, target, tensors[misfit[0]], misfit[1])
     return found[0] if found else None
 
 
-def _raise_misfit(path: Path, target: str, tensor: Tensor, wanted: str) -> None:
+def _raise_misfit(path: Path, target: str, tensor: Tensor, expected: str) -> None:
     raise CheckpointError(
-        f"{path} does not fit {target}: {tensor.name} should have {wanted} and has {tensor.shape}; "
+        f"{path} does not fit {target}: {tensor.name} should have {expected} and has {tensor.shape}; "
         "use a LoRA made for this model"
     )

@@ -1,4 +1,4 @@
-"""PEFT's settings of a LoRA, from which its scale follows: in the file's header, or in adapter_config.json."""
+"""PEFT's settings of a LoRA, which determine its scale: in the file's header, or in adapter_config.json."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..outside import why_not_read
 
 _PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_MOST_SETTINGS = 4_000_000  # bytes
+_MAX_SETTINGS = 4_000_000  # bytes
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The settings of PEFT that a scale follows from.
+    """The settings of PEFT that determine a scale.
 
     Source: `update_layer` of PEFT's LoraLayer, LoHaLayer and LoKrLayer, `get_pattern_key` of peft.utils.
     """
@@ -47,10 +47,10 @@ class PeftConfig:
 
 
 def peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig | None:
-    """PEFT's settings: those diffusers writes into the file's header, else the adapter_config.json PEFT writes beside.
+    """PEFT's settings: those diffusers writes into the file's header, else PEFT's adapter_config.json next to it.
 
     Raises:
-        CheckpointError: they cannot be read, or miss what a scale follows from.
+        CheckpointError: they cannot be read, or lack the rank or alpha.
     """
     if _PEFT_METADATA in metadata:
         settings = _json_object(f"the {_PEFT_METADATA} of {path}", metadata[_PEFT_METADATA])
@@ -58,14 +58,14 @@ def peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig | None:
         # `save_lora_adapter` writes the settings of one model, `save_lora_weights` those of each by its name.
         settings = own or {key: value for key, value in settings.items() if "." not in key}
         where = f"the {_PEFT_METADATA} of {path}"
-    elif path.name == _PEFT_WEIGHTS and (beside := path.with_name(_PEFT_CONFIG)).is_file():
+    elif path.name == _PEFT_WEIGHTS and (config := path.with_name(_PEFT_CONFIG)).is_file():
         try:
-            if why := why_not_read(beside, _MOST_SETTINGS):
-                raise CheckpointError(f"{beside} cannot be read, {why}: remove it, or save the LoRA again")
-            settings = _json_object(str(beside), beside.read_text(encoding="utf-8"))
+            if why := why_not_read(config, _MAX_SETTINGS):
+                raise CheckpointError(f"{config} cannot be read, {why}: remove it, or save the LoRA again")
+            settings = _json_object(str(config), config.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{beside} cannot be read ({error}): download it again") from error
-        where = str(beside)
+            raise CheckpointError(f"{config} cannot be read ({error}): download it again") from error
+        where = str(config)
     else:
         return None
     return _config(where, settings) if settings else None
@@ -87,7 +87,7 @@ def _json_object(where: str, text: str) -> dict[str, Any]:
 
 def _config(where: str, settings: Mapping[str, Any]) -> PeftConfig:
     rank = settings.get("r")
-    alpha = settings.get("lora_alpha", settings.get("alpha"))  # LoHa's and LoKr's word is alpha
+    alpha = settings.get("lora_alpha", settings.get("alpha"))  # LoHa and LoKr call it alpha
     if not _is_positive_int(rank):
         raise CheckpointError(f"{where} gives the rank r as {rank!r:.80}, not a whole number above 0: correct it")
     if not _is_number(alpha):
@@ -102,7 +102,7 @@ def _config(where: str, settings: Mapping[str, Any]) -> PeftConfig:
     )
 
 
-# What a file's pattern may be made of, so that matching it takes no time to speak of: nothing repeats what repeats.
+# What a file's pattern may contain, so that matching is fast: repetitions are never nested.
 _PATTERN = re.compile(r"\^?(?:(?:\\[.d_-]|[\w.-]|\[[\w.-]+\])[*+?]?|\((?:\?:)?[\w.|-]+\))*\$?")
 _PATTERN_LENGTH, _REPEATING = 200, 16
 _REPEATS = re.compile(r"(?<!\()[*+?]")

@@ -1,4 +1,4 @@
-"""What people write to name a LoRA: `REF@STRENGTH` decomposed, and where a reference leads. Fetches nothing."""
+"""Parses LoRA references: splits `REF@STRENGTH`, and finds where REF leads. Fetches nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parse_reference(text: str) -> tuple[str, float]:
     The last @ separates, if a number follows it; an existing path that contains an @ is a path.
 
     Raises:
-        RequestError: there is no reference, or the strength is no finite number.
+        RequestError: the reference is empty, or the strength is not a finite number.
     """
     text = text.strip()
     reference, at, strength = text.rpartition("@")
@@ -53,7 +53,7 @@ def parse_reference(text: str) -> tuple[str, float]:
     except ValueError:
         if "/" in strength or strength.endswith(SUFFIX):  # the @ belongs to a path that does not exist
             return text, 1.0
-        raise RequestError(f"the strength {strength!r} of the LoRA {text!r} is no number: write REF@0.8") from None
+        raise RequestError(f"the strength {strength!r} of the LoRA {text!r} is not a number: write REF@0.8") from None
     if not math.isfinite(value):
         raise RequestError(f"the strength {strength!r} of the LoRA {text!r} is not finite: write REF@0.8")
     return _nonempty(reference, text), value
@@ -66,12 +66,12 @@ def _nonempty(reference: str, text: str) -> str:
 
 
 def kind_of(reference: str) -> Source:
-    """Tells where a reference leads.
+    """Where a reference leads.
 
     What exists on disk wins over a repository of the same name.
 
     Raises:
-        RequestError: it is none of the forms, or an address of something other than a file.
+        RequestError: it has none of the forms, or is an address of something other than a file.
     """
     path = os.path.expanduser(reference)
     if os.path.exists(path):
@@ -79,10 +79,10 @@ def kind_of(reference: str) -> Source:
     if "://" in reference:
         return _from_address(reference)
     if reference.endswith(SUFFIX) and ":" not in reference:
-        raise RequestError(f"there is no file {reference}: give {_FORMS}")
+        raise RequestError(f"the file {reference} does not exist: give {_FORMS}")
     if match := _REPO.fullmatch(reference):
         return Source(repo=match[1], file=_inner_file(reference, match[2]) if match[2] else None)
-    raise RequestError(f"there is no LoRA {reference!r}: give {_FORMS}")
+    raise RequestError(f"the LoRA {reference!r} was not found: give {_FORMS}")
 
 
 def _from_address(reference: str) -> Source:
@@ -95,7 +95,7 @@ def _from_address(reference: str) -> Source:
         return Source(repo=repo)
     if len(parts) < 5 or parts[2] not in ("blob", "resolve"):
         raise RequestError(
-            f"{reference} leads to no file: its address looks like https://huggingface.co/{repo}/blob/main/file{SUFFIX}"
+            f"{reference} does not lead to a file: its address looks like https://huggingface.co/{repo}/blob/main/file{SUFFIX}"
         )
     return Source(repo=repo, file=_inner_file(reference, "/".join(parts[4:])), revision=parts[3])
 

@@ -1,6 +1,6 @@
-"""What a LoRA does to one weight, computed from the tensors of its file.
+"""The change a LoRA makes to one weight, computed from the tensors of its file.
 
-Values are read when a change is asked for, and dropped with it. W is always (out, in), as in the checkpoint.
+Values are read when a change is computed, and dropped with it. W is always (out, in), as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Read = Callable[[str], mx.array]
 
 
 class Arrays:
-    """The arrays of one file: each is handed out once per opening, so that whoever drops it gives it back."""
+    """The arrays of one file: each is handed out once per opening, so that dropping it frees its memory."""
 
     def __init__(self, path: Path):
         self._path = path
         self._file: LazyTensors | None = None
 
     def take(self, tensor: Tensor) -> mx.array:
-        """One tensor's values in float32, read and found finite."""
+        """One tensor's values in float32 and its header's shape; raises CheckpointError unless all are finite."""
         try:
             self._file = self._file or LazyTensors(self._path)
             array = self._file.take(tensor)
             with gpu_faults():
-                mx.eval(array)  # by itself: no operation waits for the disk
+                mx.eval(array)  # by itself, so that no operation waits for the disk
                 if tensor.dtype == "F8_E4M3":
                     array = mx.from_fp8(array, mx.float32)
                 finite = all_finite(array)
@@ -55,7 +55,7 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What a LoRA does to one target: W' = W + change, or with a magnitude m (DoRA) W' = m (W + change) / |W + change|.
+    """A LoRA's change of one target: W' = W + change, or with a magnitude m (DoRA) W' = m (W + change) / |W + change|.
 
     The change is strength * scale * product + strength * difference, where the product is, by kind,
 
@@ -73,7 +73,7 @@ class Update:
         target: the module's canonical name.
         shape: its weight's shape: (out, in), or (dim,) of a norm.
         kind: "LoRA", "LoHa" or "LoKr"; None where it has no factors.
-        tensors: what the file has for it, by role.
+        tensors: the file's tensors for it, by role.
         scale: alpha / rank, without strength.
         strength: how much of it is applied.
     """
@@ -88,7 +88,7 @@ class Update:
 
     @property
     def changes_weight(self) -> bool:
-        """Whether `delta` is anything but zero by design."""
+        """Whether it changes the module's weight."""
         return self.kind is not None or not {"difference", "replacement"}.isdisjoint(self.tensors)
 
     @property
@@ -98,7 +98,7 @@ class Update:
 
     @property
     def rank(self) -> int | None:
-        """The number alpha is divided by; None without factors, and for a LoKr of whole ones."""
+        """The number alpha is divided by; None without factors, and for a LoKr of unfactored matrices."""
         shapes = {role: tensor.shape for role, tensor in self.tensors.items()}
         return KINDS[self.kind].rank(shapes) if self.kind else None
 
@@ -138,10 +138,10 @@ class Update:
         return not {"up_bias", "bias_difference"}.isdisjoint(self.tensors)
 
     def bias_delta(self) -> mx.array | None:
-        """What is added to the module's bias: float32 (out,), strength included; None if nothing.
+        """The change of the module's bias: float32 (out,), strength included; None if unchanged.
 
         Raises:
-            CheckpointError: as `delta`.
+            CheckpointError: the file holds NaN or infinity, or ends too early.
         """
         change = None
         if "up_bias" in self.tensors:
@@ -153,7 +153,7 @@ class Update:
 
     @property
     def has_factors(self) -> bool:
-        """Whether `factors` gives any; reads nothing."""
+        """Whether `factors` returns a branch; reads nothing."""
         if self.kind is None or self.is_dora or not {"difference", "replacement"}.isdisjoint(self.tensors):
             return False
         out, width = self.shape
@@ -166,10 +166,10 @@ class Update:
         It is exact: LoHa of rank r becomes a branch of rank r^2, LoKr one of the rank its Kronecker product has.
 
         Returns:
-            A and B, or None where no branch does it: DoRA, full differences, and factors larger than the weight.
+            A and B, or None where no branch can: DoRA, full differences, and factors larger than the weight.
 
         Raises:
-            CheckpointError: as `delta`.
+            CheckpointError: the file holds NaN or infinity, or ends too early.
         """
         if not self.has_factors:
             return None
@@ -177,10 +177,10 @@ class Update:
         return a, self.strength * self.scale * b
 
     def check(self) -> None:
-        """Reads every tensor it has, and drops it.
+        """Reads every tensor once, and drops it.
 
         Raises:
-            CheckpointError: as `delta`.
+            CheckpointError: the file holds NaN or infinity, or ends too early.
         """
         for role in self.tensors:
             self._read(role)

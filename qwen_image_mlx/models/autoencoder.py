@@ -14,8 +14,8 @@ import mlx.core as mx
 from . import nn
 from .layers import Conv2d, Linear, OnLayer
 
-# Given rows, and optionally whom to tell of each band of them made. Most stages return an array; those that would
-# need much memory at once yield it in pieces, to be joined as rows.
+# (rows (B, H, W, C), on_band) -> rows. Most stages return an array; those that would need much memory at once yield it
+# in pieces, to be joined as rows. `on_band` is optional and called for each band.
 Stage = Callable[..., "mx.array | Iterator[mx.array]"]
 ATTENTION_CHUNK = 1024  # queries at a time, in whole rows
 BAND = 12  # rows of the tail's input; more than its halo, and whole tiles of Metal's Winograd (6 rows)
@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
         self.proj: Linear = Linear(dim, dim)
 
     def __call__(self, x: mx.array) -> Iterator[mx.array]:
-        """Yields the result some rows at a time; evaluated one by one, they never need all scores at once."""
+        """Yields (B, rows, W, C), some rows at a time; evaluated one by one, they never need all scores at once."""
         b, h, w, c = x.shape
         q, k, v = mx.split(self.to_qkv(self.norm(x)).reshape(b, 1, h * w, 3 * c), 3, axis=-1)
         rows = max(1, ATTENTION_CHUNK // w)
@@ -127,11 +127,11 @@ def in_bands(
     """Applies a function to `band` + `overlap` rows of x (B, H, W, C) at a time, and joins what it returns.
 
     Args:
-        fn: what is done with the rows.
+        fn: the function of the rows.
         x: all rows.
-        band: how many `fn` returns at a time; None gives it all at once.
-        overlap: how many more it is given.
-        on_band: told of each band; unless they are evaluated one after another, all have their scratch at once.
+        band: rows that `fn` returns at a time; None passes all at once.
+        overlap: additional rows passed to it.
+        on_band: called with each band, to evaluate it; otherwise the scratch memory of all bands exists at once.
     """
     if band is None:
         return fn(x)

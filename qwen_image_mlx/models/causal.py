@@ -1,4 +1,4 @@
-"""Attention in which a token sees itself and those before it, in as few kernels as `layers.ATTENTION_FLOP` allows."""
+"""Causal attention (a token sees itself and earlier ones), in as few kernels as `layers.ATTENTION_FLOP` allows."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ from . import nn
 
 # `turns`' result.
 Turns = tuple[mx.array, mx.array]
-# Called after each layer with the arrays it made, so that whoever runs a model can evaluate them meanwhile.
+# Called after each layer with the arrays it made, so that the caller can evaluate them meanwhile.
 OnLayer = Callable[[Sequence[mx.array]], None]
 
-# The most work one attention kernel is given, in FLOP: macOS ends a process whose kernel holds the GPU for seconds, and
+# Maximum work of one attention kernel, in FLOP: macOS ends a process whose kernel holds the GPU for seconds, and
 # this takes a quarter of a second on an M1 of 8 cores (modelled).
 ATTENTION_FLOP = 5e11
 _ROWS = 64  # queries that Metal's attention kernels treat together, in multiples
@@ -36,7 +36,7 @@ class Linear(nn.Linear):
             self.bias: mx.array = mx.zeros((output_dims,))
 
     def terms(self, x: mx.array) -> tuple[mx.array, ...]:
-        """What the next kernel has to add up to the layer's output: here the output itself."""
+        """The arrays (…, out) whose sum is the layer's output: here the output itself."""
         return (self(x),)
 
 
@@ -62,7 +62,7 @@ class Conv2d(nn.Conv2d):
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """`nn.QuantizedLinear` around weights that are there already.
+    """`nn.QuantizedLinear` around existing weights.
 
     Args:
         weight, scales, biases: as `mx.quantize` returns them; biases None outside the mode "affine".
@@ -92,7 +92,7 @@ class QuantizedLinear(nn.QuantizedLinear):
         self.mode: str = mode
 
     def terms(self, x: mx.array) -> tuple[mx.array, ...]:
-        """The product, and the bias: to add it here would take a kernel of its own."""
+        """The product (…, out), and the bias (out,): adding it here would take a separate kernel."""
         product = mx.quantized_matmul(
             x, self.weight, self.scales, self.get("biases"), True, self.group_size, self.bits, self.mode
         )
@@ -100,7 +100,7 @@ class QuantizedLinear(nn.QuantizedLinear):
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """`nn.QuantizedEmbedding` around weights that are there already; rows come out in `dtype`."""
+    """`nn.QuantizedEmbedding` around existing weights; rows come out in `dtype`."""
 
     def __init__(
         self,
@@ -137,12 +137,12 @@ class GatedMLP(nn.Module):
 
 
 def turns(angles: mx.array, axis: int, dtype: mx.Dtype = mx.float32) -> Turns:
-    """What the two numbers of a channel pair turn into: (cos, sin) and (-sin, cos) of its angle.
+    """The tables that rotate a channel pair by its angle: (cos, sin) and (-sin, cos).
 
     Args:
         angles: (…, head_dim / 2), fp32.
         axis: where the new axis of two goes, as the pairs lie in a head: -1 for neighbours, -2 for halves.
-        dtype: what the tables are rounded to, and the products are computed in.
+        dtype: of the tables and the products.
     """
     cos, sin = mx.cos(angles), mx.sin(angles)
     return tuple(mx.stack(pair, axis=axis).astype(dtype) for pair in ([cos, sin], [-sin, cos]))

@@ -1,4 +1,4 @@
-"""What is used of MLX's networks, taken from where it is defined.
+"""The parts of mlx.nn that this package uses, imported from where they are defined.
 
 `mlx.nn` hands its names on by `import *`, and a type checker does not count those as a typed package's own.
 """

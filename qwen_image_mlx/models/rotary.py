@@ -12,7 +12,7 @@ PATCH_THETA = 10000.0
 
 
 class Rotary(NamedTuple):
-    """What the two numbers of a channel pair turn into, for every token, text first.
+    """The tables that rotate the channel pairs of every token, text first.
 
     Attributes:
         real: (cos, sin) of the pair's angle: fp32, (tokens, 1, head_dim / 2, 2).

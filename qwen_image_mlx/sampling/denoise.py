@@ -1,7 +1,7 @@
 """The one denoising loop: a solver's steps with optional guidance.
 
-Sees a function that predicts velocities and plain arrays; no model, no pipeline. Source: the loop shared by diffusers'
-QwenImage pipelines, dtype by dtype.
+Works on plain arrays and a function that predicts velocities; independent of models and pipelines. Source: the loop
+shared by diffusers' QwenImage pipelines, dtype by dtype.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ from ..gpu import finish
 from .schedule import Schedule
 from .solvers import EULER, Solver, Step
 
-# (latents, evaluation) -> the velocity that follows the prompt, and with guidance that of the negative prompt.
+# (latents (B, N, C), evaluation) -> velocities (B, N, C): the prompt's and, with guidance, the negative prompt's.
 Velocities = Callable[[mx.array, int], Sequence[mx.array]]
-# (steps done, what the last one came to).
+# (steps done, the last step).
 OnStep = Callable[[int, Step], None]
-# (steps done, latents) -> latents in which parts are put back.
+# (steps done, latents) -> latents (B, N, C) in which the kept parts are restored.
 Blend = Callable[[int, mx.array], mx.array]
 
 
 class Guidance(NamedTuple):
-    """How two branches become one velocity."""
+    """How the positive and the negative velocity are combined.
+
+    Attributes:
+        scale: `cfg_scale`.
+        renormalize: whether each token keeps the length of its positive velocity.
+    """
 
     scale: float
     renormalize: bool
@@ -46,10 +51,10 @@ def denoise(
         latents: noise (B, N, C) in the model's dtype; latents stay in it between steps, as in the reference.
         schedule: the sigmas.
         guidance: None for a single pass.
-        on_step: called after each step with the number of steps done and the step; who reads its arrays waits for them,
+        on_step: called after each step with the number of steps done and the step; reading its arrays waits for them,
             while the GPU goes on with the next step.
-        blend: replaces the latents after each step, given the number of steps done, and, as after the last one, what
-            the step points to.
+        blend: replaces the latents after each step, given the number of steps done, and the clean latents that the
+            step points to, as after the last one.
         solver: how velocities become steps.
 
     Returns:
@@ -75,7 +80,15 @@ def denoise(
 
 
 def guide(positive: mx.array, negative: mx.array, guidance: Guidance) -> mx.array:
-    """Classifier-free guidance; renormalised, each token keeps the length of its positive velocity."""
+    """Classifier-free guidance: negative + scale * (positive - negative), optionally renormalised.
+
+    Args:
+        positive, negative: velocities (B, N, C), of one dtype.
+        guidance: scale and renormalization.
+
+    Returns:
+        (B, N, C) in that dtype; renormalised, each token keeps the length of its positive velocity.
+    """
     # The scale in fp32, as in torch: rounded to bf16, 3.7 would be 3.703.
     difference = mx.array(guidance.scale, dtype=mx.float32) * (positive - negative).astype(mx.float32)
     combined = negative + difference.astype(positive.dtype)

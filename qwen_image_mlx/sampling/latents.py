@@ -1,4 +1,4 @@
-"""The space of latents that a model works in: its numbers, and the way from frames to a sequence of tokens and back.
+"""The latent space of a model: its dimensions, and packing of frames into a sequence of tokens and back.
 
 A token is a patch of `patch` x `patch` latents. Tokens run in raster order, frame after frame; a token's channels are
 ordered (channel, row, column). Source: the pipelines' _pack_latents.
@@ -13,13 +13,13 @@ import mlx.core as mx
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What follows from the configs of an autoencoder and a transformer.
+    """The latent space that the configs of an autoencoder and a transformer define.
 
     Attributes:
         channels: of a latent.
         factor: pixels along the side of a latent.
         patch: latents along the side of a token.
-        size_multiple: what both sides of an image must be multiples of, in pixels.
+        size_multiple: both sides of an image must be multiples of this many pixels.
         pixel_channels: of an image as the autoencoder has it: 3, or 4 with alpha.
     """
 
@@ -36,19 +36,19 @@ class LatentSpace:
 
     @property
     def token_channels(self) -> int:
-        """Numbers of a token."""
+        """Channels of a token."""
         return self.channels * self.patch**2
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of the tokens of an image of so many pixels."""
+        """Rows and columns of the tokens of an image of width x height pixels."""
         return height // self.token_side, width // self.token_side
 
     def tokens(self, width: int, height: int) -> int:
-        """How many tokens an image of so many pixels has."""
+        """Number of tokens of an image of width x height pixels."""
         return width * height // self.token_side**2
 
     def shape(self, frames: int, width: int, height: int) -> tuple[int, int, int]:
-        """Of the packed latents (1, N, C) of so many frames."""
+        """Shape (1, N, C) of the packed latents of `frames` frames of width x height pixels."""
         rows, columns = self.grid(width, height)
         return 1, frames * rows * columns, self.token_channels
 

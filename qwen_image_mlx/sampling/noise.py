@@ -28,7 +28,7 @@ class TorchGenerator:
         self._state = np.random.RandomState(seed & 0xFFFFFFFF)
 
     def normal(self, shape: tuple[int, ...]) -> mx.array:
-        """fp32, as `torch.randn(shape)`; of at least 16 values, as torch draws fewer in another way."""
+        """fp32 (*shape), equal to `torch.randn(shape)`; at least 16 values, because torch draws fewer differently."""
         count = math.prod(shape)
         assert count >= _BLOCK, shape
         uniform = self._uniform(count)
@@ -62,12 +62,12 @@ class MLXGenerator:
         self._key = mx.random.key(seed)
 
     def normal(self, shape: tuple[int, ...]) -> mx.array:
-        """Standard normal noise, fp32."""
+        """Standard normal noise, fp32 (*shape)."""
         self._key, key = mx.random.split(self._key)
         return mx.random.normal(shape, key=key)
 
 
 def generator(rng: Rng, seed: int) -> TorchGenerator | MLXGenerator:
-    """The stream of noise a seed stands for; `rng` is "torch" or "mlx"."""
+    """The noise generator of a seed; `rng` is "torch" or "mlx"."""
     generators: dict[Rng, type[TorchGenerator] | type[MLXGenerator]] = {"torch": TorchGenerator, "mlx": MLXGenerator}
     return generators[rng](seed)

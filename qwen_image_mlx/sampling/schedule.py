@@ -1,4 +1,4 @@
-"""Sigmas of the flow-matching Euler sampler; knows nothing of models or images.
+"""Sigmas of the flow-matching Euler sampler; independent of models and images.
 
 Source: diffusers' FlowMatchEulerDiscreteScheduler.set_timesteps and the pipelines' calculate_shift. All arithmetic is
 numpy float32 in the reference's order, so that the values are the reference's to the last bit.
@@ -32,7 +32,7 @@ class Schedule:
 
     @property
     def timesteps(self) -> np.ndarray:
-        """float32 (steps,): what the transformer is told, in [0, 1]."""
+        """float32 (steps,): the transformer's timesteps, in [0, 1]."""
         return self.sigmas[:-1]
 
     def last(self, strength: float) -> Schedule:
@@ -66,7 +66,7 @@ def root_mu(condition_tokens: int) -> float:
 
 
 def make_schedule(config: SchedulerConfig, sigmas: Sequence[float], mu: float) -> Schedule:
-    """Shifts an unshifted grid as the checkpoint's scheduler says.
+    """Shifts an unshifted grid by the checkpoint's scheduler.
 
     Args:
         config: the checkpoint's scheduler.
@@ -87,5 +87,5 @@ def make_schedule(config: SchedulerConfig, sigmas: Sequence[float], mu: float) -
 
 
 def static_shift(config: SchedulerConfig, shift: float) -> SchedulerConfig:
-    """The same scheduler with one shift for all sizes and no terminal stretch, as distilled models want it."""
+    """The same scheduler with one shift for all sizes and no terminal stretch, for distilled models."""
     return replace(config, use_dynamic_shifting=False, shift=shift, shift_terminal=0.0)

@@ -1,7 +1,7 @@
 """Solvers: how the velocities of a schedule's steps move the latents from noise to an image.
 
-A solver declares the noise levels at which it wants a velocity before the first step, because models make tables for
-them. It knows neither model nor guidance: `evaluate` gives the velocity that counts.
+A solver declares the noise levels at which it evaluates the velocity before the first step, because models make tables
+for them. It is independent of model and guidance: `evaluate` returns the guided velocity.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 
 from .schedule import Schedule
 
-# (latents, index among the solver's evaluations) -> velocity.
+# (latents (B, N, C), index of the evaluation) -> velocity (B, N, C).
 Evaluate = Callable[[mx.array, int], mx.array]
 
 
 class Step(NamedTuple):
-    """What a step comes to.
+    """The result of a step.
 
     Attributes:
-        latents: (B, N, C), as noisy as the schedule is after the step.
+        latents: (B, N, C) at the schedule's noise level after the step.
         denoised: the clean latents (B, N, C) that it points to, fp32.
     """
 
@@ -34,9 +34,9 @@ class Solver(NamedTuple):
     """One way to solve the flow.
 
     Attributes:
-        evaluations: of a schedule, the noise levels at which a velocity is asked for: float32, in their order.
+        evaluations: a schedule -> the noise levels of the velocity's evaluations, float32 (evaluations,), in order.
         step: (evaluate, latents, schedule, number of the step) -> `Step`.
-        count: of so many steps, how many evaluations there are.
+        count: number of steps -> number of evaluations.
     """
 
     evaluations: Callable[[Schedule], np.ndarray]
@@ -45,7 +45,7 @@ class Solver(NamedTuple):
 
 
 def euler_step(latents: mx.array, velocity: mx.array, dt: float) -> mx.array:
-    """latents + dt * velocity: the product in the velocity's dtype, the sum in fp32, the result in the former."""
+    """latents + dt * velocity (B, N, C): product and result in the velocity's dtype, the sum in fp32."""
     change = mx.array(dt, dtype=velocity.dtype) * velocity
     return (latents.astype(mx.float32) + change).astype(velocity.dtype)
 

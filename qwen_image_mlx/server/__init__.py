@@ -1,1 +1,1 @@
-"""Serves a warm model over HTTP, on loopback unless told otherwise; needs the extra [server]."""
+"""HTTP server that keeps models loaded. Listens on loopback by default. Needs the extra [server]."""

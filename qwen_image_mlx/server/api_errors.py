@@ -1,6 +1,6 @@
-"""What goes wrong, as an answer: one sentence and a code, in our own form or in that of OpenAI's API.
+"""Errors as HTTP responses: one sentence and a code, in this API's format or in OpenAI's.
 
-Sentences never tell of the server's files; what they leave out is logged where it happens.
+The messages never mention the server's files. The details are logged where the error occurs.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ STATUS = {
 }
 INTERNAL = "internal error; the server's log says more"
 OPENAI_PREFIX = "/v1/"
-_LONGEST = 400
+_MAX_LENGTH = 400  # characters of a message
 
 
 class ApiError(Exception):
-    """A request that is not answered as it wished.
+    """A request that the server refuses or cannot complete.
 
     Args:
         code: a key of `STATUS`.
-        message: one sentence for a person.
-        headers: of the answer, such as Retry-After.
-        param: the field that is wrong, where one is known.
+        message: one sentence for the user.
+        headers: headers of the response, such as Retry-After.
+        param: the invalid field, if known.
     """
 
     def __init__(self, code: str, message: str, headers: Mapping[str, str] | None = None, param: str | None = None):
         super().__init__(message)
         self.code = code
-        self.message: str = one_line(message, _LONGEST)
+        self.message: str = one_line(message, _MAX_LENGTH)
         self.headers: dict[str, str] = dict(headers or {})
         self.param = param
 
     def status(self, path: str) -> int:
-        """HTTP status; OpenAI's API says 400 where ours says 422."""
+        """HTTP status; OpenAI's API uses 400 for errors that are 422 here."""
         status = STATUS[self.code]
         return 400 if status == 422 and path.startswith(OPENAI_PREFIX) else status
 
     def body(self, path: str) -> bytes:
-        """JSON, in the form of the API that `path` belongs to."""
+        """The error as JSON, in the format of the API that `path` belongs to."""
         error: dict[str, Any] = {"message": self.message, "code": self.code}
         if path.startswith(OPENAI_PREFIX):
             kind = "server_error" if STATUS[self.code] >= 500 else "invalid_request_error"
@@ -68,5 +68,5 @@ class ApiError(Exception):
 
 
 def dumps(value: Any) -> bytes:
-    """Compact JSON; raises ValueError for a number that JSON does not have."""
+    """Compact JSON; raises ValueError for NaN and infinity."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()

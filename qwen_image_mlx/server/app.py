@@ -1,4 +1,4 @@
-"""The application: its routes, and what each answers."""
+"""The application: its routes and their responses."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .tasks import compose
 logger: logging.Logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page")
-# Options that a server has a default for; and those that its models have.
+# Options that can have a default in the configuration or in a model.
 _DEFAULTS = [row.name for row in OPTIONS.values() if row.config and row.tasks]
 
 
 def create_app(service: Service) -> Guard:
-    """The whole application, guarded."""
+    """The whole application behind its `Guard`."""
     setup = service.setup
 
     @asynccontextmanager
@@ -70,8 +70,8 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
     def add(task: str, body: type[Body]) -> None:
         async def answer(request: Request) -> Response:
             service.check_room()
-            said = await read_body(request, body)
-            return _json(await service.result(request, task, said, lambda: service.prepare(task, said)))
+            fields = await read_body(request, body)
+            return _json(await service.result(request, task, fields, lambda: service.prepare(task, fields)))
 
         answer.__doc__ = body.__doc__
         app.add_api_route(f"/api/qwen-image/{task}", answer, methods=["POST"], name=task, openapi_extra=takes(body))
@@ -80,8 +80,8 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
         add(task, body)
 
     @app.post("/api/qwen-image/compose", openapi_extra=takes(ComposeBody))
-    async def lay_together(request: Request) -> Response:
-        """Layers laid together; answers at once."""
+    async def composite_layers(request: Request) -> Response:
+        """Composite layers. Needs no model and no job."""
         body = await read_body(request, ComposeBody)
         return _json(dumps(await service.aside(compose, body)))
 
@@ -89,12 +89,12 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
     async def config() -> Response:
         """Models, defaults, fields of the page's form, and limits."""
         setup = service.setup
-        said = {name: value for task in TASKS for name, value in setup.defaults[task].items()}
+        defaults = {name: value for task in TASKS for name, value in setup.defaults[task].items()}
         return _json(dumps({
             "profile": setup.profile,
             "version": __version__,
-            "tasks": {task: _offered(service, task) for task in setup.offers},
-            "defaults": {name: said.get(name) for name in _DEFAULTS},
+            "tasks": {task: _describe_task(service, task) for task in setup.offers},
+            "defaults": {name: defaults.get(name) for name in _DEFAULTS},
             "fields": {task: form_of(task) for task in setup.offers},
             "limits": {
                 "max_pixels": setup.limits.pixels, "max_steps": setup.limits.steps,
@@ -103,13 +103,13 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
         }))  # fmt: skip
 
 
-def _offered(service: Service, task: str) -> dict[str, Any]:
-    """A task's model, and what holds where a request says nothing."""
-    said, models = service.setup.defaults[task], service.models
+def _describe_task(service: Service, task: str) -> dict[str, Any]:
+    """A task's model and the defaults for its requests."""
+    defaults, models = service.setup.defaults[task], service.models
     facts = {"num_layers": GenerationParameters.num_layers} if task == "decompose" else {}
     facts |= models.facts(task)
     return {"model": models.name(task), "loaded": models.is_loaded(task)} | facts | {
-        name: said[name] for name in _DEFAULTS if name in said and name in facts
+        name: defaults[name] for name in _DEFAULTS if name in defaults and name in facts
     }  # fmt: skip
 
 
@@ -118,31 +118,31 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
 
     @app.post("/jobs", status_code=202, openapi_extra=takes(*JOBS.values()))
     async def submit(request: Request) -> Response:
-        """Takes a job into the queue."""
+        """Add a job to the queue."""
         jobs.check_room()
         body = await read_body(request, JOBS)
         work = await service.prepare(body.task, body)
         job = service.submit(request, body.task, work, body.nbytes, followed=True)
-        said = {"id": job.id, "status": job.status, "position": job.position, "events": f"/jobs/{job.id}/events"}
-        return _json(dumps(said), 202)
+        answer = {"id": job.id, "status": job.status, "position": job.position, "events": f"/jobs/{job.id}/events"}
+        return _json(dumps(answer), 202)
 
     @app.get("/jobs/{id}")
     async def show(id: str) -> Response:
-        """How far a job is, and its result."""
-        return _json(jobs.get(id).described())
+        """A job's progress and its result."""
+        return _json(jobs.get(id).to_json())
 
     @app.delete("/jobs/{id}")
     async def cancel(id: str) -> Response:
-        """Cancels a job; a finished one stays as it is."""
+        """Cancel a job. A finished job does not change."""
         job = jobs.get(id)
         jobs.cancel(job)
-        return _json(job.described())
+        return _json(job.to_json())
 
     @app.get("/jobs/{id}/events", response_class=StreamingResponse)
     async def events(id: str, request: Request) -> StreamingResponse:
-        """What becomes of a job, as server-sent events: queued, stage, step, preview; done, failed or cancelled.
+        """A job's server-sent events: queued, stage, step, preview; then done, failed or cancelled.
 
-        Listeners may come and go; with Last-Event-ID they hear what came after it.
+        A client that reconnects with Last-Event-ID gets the events after that one.
         """
         last = request.headers.get("last-event-id", "")
         since = int(last) if last.isascii() and last.isdecimal() and len(last) < 10 else 0
@@ -161,7 +161,7 @@ async def _stream(jobs: Jobs, job: Job, since: int) -> AsyncIterator[bytes]:
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """Whether the server works, what it has to do, and which models are loaded; 503 after a fault of the GPU."""
+        """Status, queue and loaded models; 503 after a GPU fault."""
         queue = {"running": int(service.jobs.running is not None), "waiting": service.jobs.waiting}
         fault = service.jobs.health.fault
         return _json(dumps({
@@ -171,7 +171,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.post("/models/load", openapi_extra=takes(LoadBody))
     async def load(request: Request) -> Response:
-        """Fetches a task's model ahead of time, and loads it where the memory lets it stay."""
+        """Download a task's model ahead of time, and load it if it fits in memory."""
         body = await read_body(request, LoadBody)
 
         async def work() -> Work:
@@ -181,17 +181,17 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.post("/models/unload", openapi_extra=takes(UnloadBody))
     async def unload(request: Request) -> Response:
-        """Gives back the memory of a task's model, or of all."""
+        """Release a task's model, or all models."""
         body = await read_body(request, UnloadBody)
 
         def work(feed: Feed) -> dict[str, Any]:
             service.models.unload(body.task)
             return {"models": service.models.status()}
 
-        async def made() -> Work:
+        async def make() -> Work:
             return work
 
-        return _json(await service.result(request, "unload", body, made))
+        return _json(await service.result(request, "unload", body, make))
 
 
 def _add_page(app: FastAPI) -> None:
@@ -202,7 +202,7 @@ def _add_page(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
 
 
-# What goes wrong ------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -212,9 +212,12 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    """What the router finds: no such path, or another method."""
+    """Answers the router's errors: an unknown path, or a method that the path does not have."""
     assert isinstance(error, HTTPException)
-    codes = {404: ("not_found", "there is nothing here"), 405: ("method_not_allowed", "another method is needed here")}
+    codes = {
+        404: ("not_found", "there is nothing at this path"),
+        405: ("method_not_allowed", "this path does not support this method"),
+    }
     code, message = codes.get(error.status_code, ("malformed", "the request cannot be read"))
     return await _on_api_error(request, ApiError(code, message, error.headers))
 

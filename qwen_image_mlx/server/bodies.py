@@ -1,4 +1,4 @@
-"""Reads a request's body into one of the schema's: JSON, or a form with file parts; others are answered meanwhile."""
+"""Reads a request's body, JSON or a form with files, into a body of the schema, without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from .api_errors import ApiError
-from .schema import Body, TaskOnly, from_form, from_json, parsed
+from .schema import Body, TaskOnly, from_form, from_json, parse_object
 
 JSON, FORM = "application/json", "multipart/form-data"
 _MAX_PARTS = 200
 
 
 async def read_body(request: Request, body: type[Body] | Mapping[str, type[Body]]) -> Any:
-    """A request's body.
+    """Reads and validates a request's body.
 
     Args:
-        request: whose body it is.
-        body: its fields; or by task those it may have, of which it names one.
+        request: the request.
+        body: the type of the body; or a mapping from task to type, if the body names its task.
 
     Raises:
-        ApiError: it cannot be read, or something in it is wrong.
+        ApiError: the body cannot be read or is invalid.
     """
     try:
         return await _read(request, body)
@@ -36,15 +36,15 @@ async def read_body(request: Request, body: type[Body] | Mapping[str, type[Body]
 async def _read(request: Request, body: type[Body] | Mapping[str, type[Body]]) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == JSON:
-        data = b"".join([piece async for piece in request.stream()])  # which the request would keep a copy of
+        data = b"".join([piece async for piece in request.stream()])  # request.body() would keep a second copy
         return await asyncio.to_thread(_from_json, body, data)
     if kind == FORM:
         return await asyncio.to_thread(_from_form, body, await _pairs(request))
-    raise ApiError("unsupported_media_type", f"the body is {kind or 'of no type'}, but must be {JSON} or {FORM}")
+    raise ApiError("unsupported_media_type", f"the content type is {kind or 'missing'}, but must be {JSON} or {FORM}")
 
 
 def _from_json(body: type[Body] | Mapping[str, type[Body]], data: bytes) -> Any:
-    fields = parsed(data)
+    fields = parse_object(data)
     return from_json(body[from_json(TaskOnly, fields).task] if isinstance(body, Mapping) else body, fields)
 
 
@@ -54,7 +54,7 @@ def _from_form(body: type[Body] | Mapping[str, type[Body]], pairs: Sequence[tupl
 
 
 async def _pairs(request: Request) -> list[tuple[str, str | bytes]]:
-    """The parts of a form by their names, files as bytes."""
+    """The name and value of each part of a form; files as bytes."""
     try:
         async with request.form(max_files=_MAX_PARTS, max_fields=_MAX_PARTS) as form:
             return [

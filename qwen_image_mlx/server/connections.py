@@ -1,6 +1,7 @@
-"""Connections before they are requests: how many there may be, and how long one may take to say what it wants.
+"""Limits for connections: their maximum number, and the time to send a request's header.
 
-uvicorn begins to count at a whole header; before that a connection costs a file alone, but files are few as well.
+uvicorn's own limits start at a complete header. Before that a connection costs only a file descriptor, but those are
+limited too.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .api_errors import ApiError
 
 _CONNECTIONS = 192  # below the 256 files that macOS gives a process
-_HEADER_SECONDS = 10.0  # for the whole of a request's header, from its first byte or the connection's begin
+_HEADER_SECONDS = 10.0  # for the whole of a request's header, from its first byte or the start of the connection
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, which is closed if its header does not come, or if it idles where others need room."""
+    """uvicorn's connection. It is closed if its header is late, or if it is idle and others need its place."""
 
     def __init__(self, *arguments: Any, **more: Any):
         super().__init__(*arguments, **more)
@@ -28,11 +29,11 @@ class Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is being worked at."""
+        """Whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # a server has these
-        """Makes room: of those that ask for nothing the oldest goes, and where there are none this one."""
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # servers only
+        """Closes the longest idle connection if there are too many; closes this one if none is idle."""
         if len(self.connections) >= _CONNECTIONS:
             idle = (other for other in self.connections if isinstance(other, Connection) and other.is_idle)
             oldest = min(idle, key=lambda other: other._idle_since, default=None)
@@ -46,12 +47,12 @@ class Connection(H11Protocol):
             self._await_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forgets its timer."""
+        """Cancels the header's timer."""
         self._header_came()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Takes what came; a header that has begun has to end."""
+        """Processes data; starts the header's timer if the header is incomplete."""
         super().data_received(data)
         if not self.is_idle:
             self._header_came()
@@ -59,13 +60,13 @@ class Connection(H11Protocol):
             self._await_header()
 
     def on_response_complete(self) -> None:
-        """Idles from now on."""
+        """Marks the connection as idle."""
         self._idle_since = time.monotonic()
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Says in the API's form that this is no HTTP."""
-        error = ApiError("malformed", "this is not a request of HTTP/1.1")
+        """Answers, in the API's format, data that is not HTTP."""
+        error = ApiError("malformed", "this is not an HTTP/1.1 request")
         body = error.body("")
         headers = [
             ("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close"),
@@ -75,7 +76,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def drop(self) -> None:
-        """Closes it at once."""
+        """Closes the connection at once."""
         self.connections.discard(self)
         self._header_came()
         self.transport.abort()

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI finds of the routes, with the bodies that they read themselves."""
+"""The OpenAPI document: FastAPI's own, completed with the request bodies that the routes parse themselves."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ _ERROR = {
 }
 
 
-class _Said(dict):
-    """What an operation says of itself, and the bodies it names."""
+class _Operation(dict):
+    """Extra fields of an operation in the document, and the body types that it refers to."""
 
     bodies: tuple[type[Body], ...] = ()
 
 
 def takes(*bodies: type[Body]) -> dict[str, Any]:
-    """What an operation says of its body: that it is one of these; the document asks the routes which they are."""
-    said = _Said({"requestBody": {"required": True, "content": {
+    """The `openapi_extra` of a route that accepts one of these bodies."""
+    operation = _Operation({"requestBody": {"required": True, "content": {
         JSON: {"schema": _any_of([body.__name__ for body in bodies])},
         FORM: {"schema": _any_of([f"{body.__name__}Form" for body in bodies])},
     }}})  # fmt: skip
-    said.bodies = bodies
-    return said
+    operation.bodies = bodies
+    return operation
 
 
 def describe(app: FastAPI) -> None:
-    """Makes the application's document tell of bodies and errors."""
+    """Adds bodies and errors to the application's OpenAPI document."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -61,8 +61,8 @@ def describe(app: FastAPI) -> None:
 
 def _document(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    said = [getattr(route, "openapi_extra", None) for route in app.routes]
-    bodies = dict.fromkeys(body for extra in said if isinstance(extra, _Said) for body in extra.bodies)
+    extras = [getattr(route, "openapi_extra", None) for route in app.routes]
+    bodies = dict.fromkeys(body for extra in extras if isinstance(extra, _Operation) for body in extra.bodies)
     _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name, schema in found["$defs"].items():
@@ -73,13 +73,13 @@ def _document(app: FastAPI) -> dict[str, Any]:
         for operation in operations.values():
             answers = operation["responses"]
             answers.pop("422", None)
-            problem = {"description": "what is wrong, in a sentence", "content": {JSON: {"schema": _ref("Error")}}}
+            problem = {"description": "the error, in one sentence", "content": {JSON: {"schema": _ref("Error")}}}
             answers |= {"4XX": problem, "5XX": problem}
     return document
 
 
 def _with_files(schema: dict[str, Any]) -> dict[str, Any]:
-    """The same fields in a form, where images are files."""
+    """The schema of the same fields as a form, where images are files."""
     form = deepcopy(schema)
 
     def change(node: Any) -> None:

@@ -1,8 +1,8 @@
-"""Stands before the application: who may ask, from where, how many at once, with how large a body, and how soon.
+"""Middleware that checks hosts, origins and tokens, and limits the number of requests and the size and time of bodies.
 
-Pure ASGI, so that streams pass through as they come. A body is counted until its request is answered, or until whoever
-keeps what was in it says so (`hand_over`). Every answer leaves with headers that keep a browser from running,
-framing or guessing anything but the page's own files.
+Pure ASGI, so that streams are not buffered. The bytes of a body count until its request is answered, or until another
+owner takes them over (`hand_over`). Every response has headers that keep a browser from running or framing anything but
+the page's own files, and from guessing content types.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ _HEADERS = {
     "accept-ranges": "none",
 }
 _AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(?::\d{1,5})?")
-_DRAINED_BYTES, _DRAINED_SECONDS = 8 << 20, 2.0  # of a refused body, so that its sender can read why
-_BODIES_AT_ONCE = 4  # of the largest size, in memory
-_SMALL = 1 << 20  # bytes of a body that finds room whatever else arrives: so many requests are not at once
-_LEAST_BYTES, _LEAST_SECONDS = 1 << 18, 10.0  # of a body: so much has to come in so long
+_DRAINED_BYTES, _DRAINED_SECONDS = 8 << 20, 2.0  # read of a refused body, so that the client can read the error
+_BODIES_AT_ONCE = 4  # bodies of the maximum size that memory may hold
+_SMALL = 1 << 20  # bytes of a body that do not count: _REQUESTS_AT_ONCE bounds these
+_MIN_BYTES, _MIN_BYTES_SECONDS = 1 << 18, 10.0  # a body must bring at least these bytes in these seconds
 _REQUESTS_AT_ONCE = 96
-_STREAMS_AT_ONCE = 48  # of them
-_BODY = "qwen_image_mlx.body"  # in the scope of a request
+_STREAMS_AT_ONCE = 48  # event streams among them
+_BODY = "qwen_image_mlx.body"  # key in a request's scope
 
 
 class Guard:
     """Middleware around an ASGI application.
 
     Args:
-        app: what is guarded.
-        is_own_host: whether a Host header's name, in lower case and without its port, is one of this server's.
-        token: what requests must carry as `Authorization: Bearer TOKEN`; None asks for nothing.
-        origins: web origins beside the server's own that may use it.
-        max_body_bytes: a longer body is refused, announced or not.
-        body_seconds: by when a body must have arrived; one that stalls is refused sooner.
+        app: the application behind it.
+        is_own_host: whether this server accepts the name in a Host header, in lower case and without the port.
+        token: required as `Authorization: Bearer TOKEN`; None requires no token.
+        origins: web origins that may use the server, in addition to its own.
+        max_body_bytes: maximum size of a body, with or without a Content-Length.
+        body_seconds: time for a whole body to arrive; one that stalls is refused earlier.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Guard:
         self._requests = self._streams = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Lets a request pass, or answers it."""
+        """Passes a request to the application, or refuses it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -84,7 +84,7 @@ class Guard:
             return
         headers = _Headers(scope)
         body = _Body(self, receive, headers)
-        answer = _decorated(send, scope["path"], self._cors(headers), body)
+        answer = _with_headers(send, scope["path"], self._cors(headers), body)
         try:
             self._check(scope, headers)
         except ApiError as error:
@@ -96,14 +96,16 @@ class Guard:
             return
         counts, streams = not self._is_quick(scope, body), self._is_stream(scope)
         if (counts and self._requests >= _REQUESTS_AT_ONCE) or (streams and self._streams >= _STREAMS_AT_ONCE):
-            what = "streams of events" if streams else "requests"
+            what = "event streams" if streams else "requests"
             error = ApiError("busy", f"too many {what} are open at once; try again", {"retry-after": "5"})
             await _refuse(answer, error, scope["path"])
             return
         self._requests += counts
         self._streams += streams
         try:
-            whole = [(name, value) for name, value in scope["headers"] if name.lower() != b"range"]  # no parts
+            whole = [
+                (name, value) for name, value in scope["headers"] if name.lower() != b"range"
+            ]  # no partial responses
             await self._app({**scope, "headers": whole, _BODY: body}, body.receive, answer)
         finally:
             self._requests -= counts
@@ -114,22 +116,26 @@ class Guard:
         hosts = headers.all("host")
         authority = _AUTHORITY.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if authority is None:
-            raise ApiError("malformed", "one Host header is needed, with the name that the server is reached by")
+            raise ApiError("malformed", "the request needs exactly one Host header, with a valid name")
         if not self._is_own_host(authority[1].lower()):
             name = f"{authority[1]:.100}"
-            raise ApiError("misdirected", f"{name} is not a name of this server; --allow-host {name} would let it")
+            raise ApiError(
+                "misdirected", f"{name} is not a name of this server; start it with --allow-host {name} to allow it"
+            )
         origins = headers.all("origin")
         if len(origins) > 1:
-            raise ApiError("malformed", "at most one Origin header is taken")
+            raise ApiError("malformed", "the request has more than one Origin header; send at most one")
         own = [f"{scheme}://{hosts[0].lower()}" for scheme in ("http", "https")]
         if origins and origins[0] not in self._origins and origins[0].lower() not in own:
-            raise ApiError("forbidden", "this web origin may not use the server; --allow-origin would let it")
+            raise ApiError(
+                "forbidden", "this web origin may not use the server; start it with --allow-origin to allow it"
+            )
         length = headers.get("content-length")
         if length and (not re.fullmatch(r"\d{1,18}", length) or int(length) > self._max_body_bytes):
             raise self._too_large()
         if self._token is not None and not self._is_open(scope) and not self._is_preflight(scope, headers):
-            scheme, _, given = headers.get("authorization").partition(" ")
-            fits = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token)
+            scheme, _, token = headers.get("authorization").partition(" ")
+            fits = hmac.compare_digest(token.strip().encode("utf-8", "replace"), self._token)
             if scheme.lower() != "bearer" or not fits:
                 raise ApiError(
                     "unauthorized", "a valid token is needed: Authorization: Bearer TOKEN",
@@ -151,7 +157,7 @@ class Guard:
 
     @staticmethod
     def _is_quick(scope: Message, body: _Body) -> bool:
-        """Whether it is answered at once, however much there is to do: health, and cancelling."""
+        """Whether the request is answered at once even under load: health and cancelling."""
         return body.arrived and (scope["path"] == "/health" or scope["method"] == "DELETE")
 
     def _cors(self, headers: _Headers) -> dict[str, str]:
@@ -168,7 +174,18 @@ class Guard:
         }
 
     def take(self, nbytes: int, taken: int) -> int:
-        """Makes room for a piece of a body of which `taken` bytes are here; how many count; raises ApiError."""
+        """Counts the next `nbytes` of a body.
+
+        Args:
+            nbytes: size of the piece.
+            taken: bytes of the body so far, with this piece.
+
+        Returns:
+            The bytes that count, for `give_back`.
+
+        Raises:
+            ApiError: the body is too large, or too many bodies are in memory.
+        """
         if taken > self._max_body_bytes:
             raise self._too_large()
         counted = min(nbytes, max(0, taken - _SMALL))
@@ -178,32 +195,38 @@ class Guard:
         return counted
 
     def give_back(self, nbytes: int) -> None:
-        """Makes room for others' bodies."""
+        """Frees bytes counted by `take`."""
         self._room += nbytes
 
     async def timely(self, receive: Receive, begun: float, last: float) -> Message:
-        """A piece of a body that began then, and of which enough came last then; raises ApiError if it is late."""
-        due = min(begun + self._body_seconds, last + _LEAST_SECONDS)
+        """The next message of a body; raises ApiError if it is late.
+
+        Args:
+            receive: ASGI's receive.
+            begun: when the body began, by `time.monotonic`.
+            last: when the body last met the minimum rate.
+        """
+        due = min(begun + self._body_seconds, last + _MIN_BYTES_SECONDS)
         try:
             return await asyncio.wait_for(receive(), max(0.0, due - time.monotonic()))
         except asyncio.TimeoutError:
             raise ApiError("slow", "the body arrives too slowly") from None
 
     def _too_large(self) -> ApiError:
-        return ApiError("too_large", f"the body has more than the {self._max_body_bytes:,} bytes that are taken")
+        return ApiError("too_large", f"the body is larger than {self._max_body_bytes:,} bytes; send a smaller one")
 
 
 class _Body:
-    """A request's body, counted as it comes; what is too long or too slow raises ApiError where it is read."""
+    """A request's body, counted as it arrives. Reading one that is too large or too slow raises ApiError."""
 
     def __init__(self, guard: Guard, receive: Receive, headers: _Headers):
         self._taken = self._counted = 0
         self._guard, self._receive = guard, receive
         self._begun = self._last = time.monotonic()
-        self._enough = _LEAST_BYTES  # that must have come, for others to be waited for
+        self._enough = _MIN_BYTES  # bytes that must have arrived before the time limit restarts
         has_one = headers.get("transfer-encoding") or headers.get("content-length") not in ("", "0")
         self.arrived = not has_one
-        self._waits = bool(headers.get("expect"))  # nothing is sent before it is asked for
+        self._waits = bool(headers.get("expect"))  # the client waits for 100 Continue
 
     async def receive(self) -> Message:
         if self.arrived:
@@ -214,17 +237,17 @@ class _Body:
         self._taken += nbytes
         self._counted += self._guard.take(nbytes, self._taken)
         if self._taken >= self._enough:
-            self._enough, self._last = self._taken + _LEAST_BYTES, time.monotonic()
+            self._enough, self._last = self._taken + _MIN_BYTES, time.monotonic()
         self.arrived = not message.get("more_body", False)
         return message
 
     def leave(self) -> None:
-        """Counts it no longer."""
+        """Stops counting the body."""
         self._guard.give_back(self._counted)
         self._counted = 0
 
     async def drain(self) -> None:
-        """Reads on for a moment: a connection closed upon unread data tells its sender nothing."""
+        """Reads the rest for a moment: after a close with unread data the client would not see the response."""
         left = _DRAINED_BYTES
 
         async def read() -> None:
@@ -240,7 +263,7 @@ class _Body:
 
 
 def hand_over(scope: MutableMapping[str, Any]) -> None:
-    """Says that what a request's body held is counted by another from now on."""
+    """Stops counting a request's body, because the caller counts it from now on."""
     scope[_BODY].leave()
 
 
@@ -254,18 +277,18 @@ class _Headers:
         return [value for other, value in self._pairs if other == name]
 
     def get(self, name: str) -> str:
-        """The first, or an empty text."""
+        """The first value, or an empty text."""
         return next(iter(self.all(name)), "")
 
 
-def _decorated(send: Send, path: str, more: dict[str, str], body: _Body) -> Send:
-    """Adds what every answer carries, once the body is here; what is not a file of the page is kept by nobody."""
-    kept = "no-cache" if path == "/" or path.startswith("/static/") else "no-store"
-    added = {**_HEADERS, "cache-control": kept, **more}
+def _with_headers(send: Send, path: str, more: dict[str, str], body: _Body) -> Send:
+    """Wraps `send`: drains the body and adds the common headers. Only the page's files may be cached."""
+    caching = "no-cache" if path == "/" or path.startswith("/static/") else "no-store"
+    added = {**_HEADERS, "cache-control": caching, **more}
     if not more:
         added["cross-origin-resource-policy"] = "same-origin"
 
-    async def decorated(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             await body.drain()
             own = [(name, value) for name, value in message.get("headers", ()) if name.lower().decode() not in added]
@@ -273,7 +296,7 @@ def _decorated(send: Send, path: str, more: dict[str, str], body: _Body) -> Send
             message = {**message, "headers": own + headers}
         await send(message)
 
-    return decorated
+    return send_with_headers
 
 
 async def _refuse(send: Send, error: ApiError, path: str) -> None:

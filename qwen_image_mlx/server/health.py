@@ -1,23 +1,23 @@
-"""Whether the GPU still works for this process: what `/health` says, and when the server gives up.
+"""Whether the GPU still works for this process. Decides what `/health` answers and when the server exits.
 
-After a fault of memory the GPU is as good as before, and the next job that succeeds shows it. After any other, macOS
-may soon refuse the process, and nothing but a new process helps.
+After a lack of memory the GPU works as before, and the next successful job clears the fault. After any other fault
+macOS may soon refuse the process, and only a new process helps.
 """
 
 from __future__ import annotations
 
 from ..errors import GPUError
 
-_MOST = 2  # faults other than of memory that end the process
+_MAX_LASTING = 2  # faults, other than a lack of memory, that end the process
 
 
 class Health:
-    """The faults of the GPU that a process has met.
+    """The GPU faults of this process.
 
     Attributes:
-        fault: the last one, a sentence; empty while all is well. One of memory is forgotten when a job succeeds; any
-            other is never.
-        over: whether the process is to end: the GPU refuses it, or failed for the second time for another reason than
+        fault: the last fault, as a sentence; empty if there is none. A successful job clears a lack of memory; any
+            other fault stays.
+        over: whether the process should end: the GPU refuses it, or has failed twice for a reason other than
             memory.
     """
 
@@ -27,12 +27,12 @@ class Health:
         self._lasting = 0
 
     def failed(self, error: GPUError) -> None:
-        """Notes a fault."""
+        """Records a fault."""
         self.fault = str(error)
         self._lasting += error.fault != "memory"
-        self.over = self.over or error.fatal or self._lasting >= _MOST
+        self.over = self.over or error.fatal or self._lasting >= _MAX_LASTING
 
     def succeeded(self) -> None:
-        """Notes a job that came to its end."""
+        """Records a successful job."""
         if not self._lasting:
             self.fault = ""

@@ -1,4 +1,4 @@
-"""Images as they travel: data URLs and the bytes of files, in three formats, looked at before they are decoded."""
+"""Images in requests and responses: data URLs and file bytes in three formats. Headers are checked before decoding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import RequestError
 from ..images.sources import readable
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-_TAKEN = "PNG, JPEG, WebP"
+_FORMAT_NAMES = "PNG, JPEG, WebP"
 DATA_URL = r"^data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$"
 MAX_PIXELS = 1 << 26  # of all images of a request together: 256 MiB of RGBA
 _HEAD = re.compile(r"data:image/(?:png|jpe?g|webp);base64,")
@@ -23,10 +23,10 @@ _WEBP_SIDE = 16_383
 
 
 def image_bytes(text: str) -> bytes:
-    """What a data URL holds; raises ValueError unless it is one of a PNG, JPEG or WebP."""
+    """The bytes of a data URL; raises ValueError if it is not a data URL of a PNG, JPEG or WebP."""
     head = _HEAD.match(text[:_HEAD_LENGTH])
     if head is None:
-        raise ValueError("must be a data URL of an image, as in data:image/png;base64,…; PNG, JPEG and WebP are taken")
+        raise ValueError("must be a data URL of a PNG, JPEG or WebP, such as data:image/png;base64,…")
     try:
         data = base64.b64decode(text[head.end() :].encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
@@ -41,16 +41,18 @@ def data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def recoded(url: str, kind: str = "png", quality: int | None = None) -> str:
-    """A PNG's data URL as base64 of the same image.
+def recode(url: str, kind: str = "png", quality: int | None = None) -> str:
+    """Converts a PNG to a different format.
+
+    Returns base64 of the file, without the data URL's head.
 
     Args:
-        url: of the PNG.
-        kind: png, jpeg or webp; jpeg has no transparency, which becomes white.
-        quality: of jpeg and webp, 0 to 100; None is 100.
+        url: data URL of the PNG.
+        kind: png, jpeg or webp. In a jpeg, transparent areas become white.
+        quality: 0 to 100, for jpeg and webp; None is 100.
 
     Raises:
-        RequestError: the image is larger than the format can be.
+        RequestError: the image is larger than the format allows.
     """
     text = url.partition(",")[2]
     if kind == "png":
@@ -58,7 +60,7 @@ def recoded(url: str, kind: str = "png", quality: int | None = None) -> str:
     image = Image.open(io.BytesIO(base64.b64decode(text)))
     profile = image.info.get("icc_profile")
     if kind == "webp" and max(image.size) > _WEBP_SIDE:
-        raise RequestError(f"a WebP has at most {_WEBP_SIDE:,} pixels a side: ask for png, or a smaller size")
+        raise RequestError(f"a WebP has at most {_WEBP_SIDE:,} pixels a side; use output_format png or a smaller size")
     if kind == "jpeg" and image.has_transparency_data:
         under = Image.new("RGBA", image.size, "white")
         under.alpha_composite(image.convert("RGBA"))
@@ -68,22 +70,22 @@ def recoded(url: str, kind: str = "png", quality: int | None = None) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def decoded(files: Sequence[bytes]) -> list[Image.Image]:
-    """Images, loaded whole; their sizes are added up before any is decoded.
+def decode(files: Sequence[bytes]) -> list[Image.Image]:
+    """Decodes images. Their total size is checked before any is decoded.
 
     Raises:
-        RequestError: one is not a PNG, JPEG or WebP, is damaged, or they are too large together.
+        RequestError: an image is not a PNG, JPEG or WebP, or is damaged; or the images are too large in total.
     """
     opened, pixels = [], 0
     for number, file in enumerate(files, 1):
-        with readable(_name(number, files), file, _TAKEN):
+        with readable(_name(number, files), file, _FORMAT_NAMES):
             image = Image.open(io.BytesIO(file), formats=FORMATS)
         pixels += image.width * image.height
         opened.append(image)
     if pixels > MAX_PIXELS:
-        raise RequestError(f"the images have {pixels:,} pixels together; at most {MAX_PIXELS:,} are taken")
+        raise RequestError(f"the images have {pixels:,} pixels in total; the maximum is {MAX_PIXELS:,}")
     for number, image in enumerate(opened, 1):
-        with readable(_name(number, files), files[number - 1], _TAKEN):
+        with readable(_name(number, files), files[number - 1], _FORMAT_NAMES):
             image.load()
     return opened
 

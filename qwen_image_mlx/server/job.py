@@ -1,4 +1,4 @@
-"""One job: how far it is, and the events that tell of it, numbered, so that a listener may go and come back."""
+"""One job: its state and its numbered events. The numbers let a listener disconnect and resume."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 from .api_errors import ApiError, dumps
 
 ENDS = ("done", "failed", "cancelled")
-_HEARD = 1024  # events that wait for a slow listener, or are told again to one that comes back
+_MAX_EVENTS = 1024  # kept for a slow listener, and for one that resumes
 Event = tuple[str, dict[str, Any], int]  # name, data, number
 
 
 class Claim(NamedTuple):
-    """By what a request finds a job.
+    """Identifies equal requests, so that a repeated one finds the earlier job.
 
     Attributes:
-        digest: of what it asks for.
+        digest: hash of the path and the fields.
         key: its Idempotency-Key, or an empty text.
-        settled: whether it names a seed, so that an equal one asks for the very same result.
+        settled: whether the request has a seed, so that an equal request has the same result.
     """
 
     digest: str
@@ -32,19 +32,19 @@ class Claim(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """A piece of work and how far it is; what `GET /jobs/ID` says.
+    """A piece of work and its state; `GET /jobs/ID` returns it.
 
     Attributes:
-        task: what it is.
-        work: does it, in the worker's thread, and returns what can be written as JSON.
-        followed: whether somebody knows its id: then previews are made, and it is remembered.
-        nbytes: of what it was sent, which it holds until it ends.
-        claim: by what a repeated request finds it.
-        waiting: how many requests wait for it.
-        unclaimed: whether all of them were cut, and an equal one may still come.
-        told: the number of the last event.
-        result: what the work returned, as JSON.
-        error: {"message", "code"} of a job that failed.
+        task: name of the task.
+        work: function that runs in the worker's thread and returns a JSON value; None after the end.
+        followed: whether a client has its id. Then it gets previews, and is kept after its end.
+        nbytes: bytes of its request, which it holds until it ends.
+        claim: identifies a repeated request.
+        waiting: number of requests that wait for it.
+        unclaimed: whether all of their connections were cut, but an equal request may still come.
+        event_number: number of the last event.
+        result: the work's return value, as JSON.
+        error: {"message", "code"} of a failed job.
     """
 
     task: str
@@ -66,40 +66,43 @@ class Job:
     claim: Claim | None = None
     waiting: int = 0
     unclaimed: bool = False
-    told: int = 0
-    cancelling: str = ""  # why: a code
+    event_number: int = 0
+    cancelling: str = ""  # the reason: an error code
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     listeners: list[Listener] = field(default_factory=list)
-    log: deque[Event] = field(default_factory=lambda: deque(maxlen=_HEARD))  # without previews
+    log: deque[Event] = field(default_factory=lambda: deque(maxlen=_MAX_EVENTS))  # without previews
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended, one way or another."""
+        """Whether the job is done, failed or cancelled."""
         return self.status in ENDS
 
     @property
     def is_kept(self) -> bool:
-        """Whether somebody may ask for it after its end."""
+        """Whether a client may request the job after its end."""
         return self.followed or self.unclaimed or bool(self.claim and self.claim.key)
 
-    def described(self) -> bytes:
-        """As JSON."""
+    def to_json(self) -> bytes:
+        """The job's state and result as JSON."""
         fields = ("id", "task", "status", "position", "stage", "detail", "step", "total", "seconds_left", "error")
         head = dumps({name: getattr(self, name) for name in fields})
         return head[:-1] + b',"result":' + (self.result or b"null") + b"}"
 
     def since(self, number: int) -> list[Event]:
-        """The events after one of this number; for 0, or one that is too old, where it is now; of its end, the end."""
-        if number == self.told and number and not self.is_over:
-            return []  # all of them were heard
+        """The events after event `number`.
+
+        For 0, for a number that is too old, and for the last event of a finished job: events that describe the state.
+        """
+        if number == self.event_number and number and not self.is_over:
+            return []  # the listener has had all events
         oldest = self.log[0][2] if self.log else 0
-        if not number or not oldest <= number + 1 <= self.told:
-            return [(*event, self.told) for event in self.state()]
+        if not number or not oldest <= number + 1 <= self.event_number:
+            return [(*event, self.event_number) for event in self.state()]
         preview = [self.preview] if self.preview else []
         return sorted((event for event in [*self.log, *preview] if event[2] > number), key=lambda event: event[2])
 
     def state(self) -> list[tuple[str, dict[str, Any]]]:
-        """The events that tell a new listener where it is."""
+        """Events that describe the current state, for a new listener."""
         if self.status in ENDS:
             return [self.end()]
         if self.status == "queued":
@@ -112,17 +115,17 @@ class Job:
         return events
 
     def progress(self) -> dict[str, Any]:
-        """What a `step` event says."""
+        """The data of a `step` event."""
         return {"step": self.step, "total": self.total, "seconds_left": self.seconds_left}
 
     def end(self) -> tuple[str, dict[str, Any]]:
-        """The last event."""
+        """The name and data of the last event."""
         return self.status, {"error": self.error} if self.status == "failed" else {}
 
     def tell(self, event: str, data: dict[str, Any]) -> None:
-        """Hands an event to all who listen."""
-        self.told += 1
-        numbered = event, data, self.told
+        """Sends an event to all listeners."""
+        self.event_number += 1
+        numbered = event, data, self.event_number
         if event == "preview":
             self.preview = numbered
         elif self.followed:
@@ -132,7 +135,7 @@ class Job:
 
 
 def outcome(job: Job) -> bytes:
-    """What a job came to; raises ApiError if it failed or was cancelled."""
+    """A finished job's result as JSON; raises ApiError if it failed or was cancelled."""
     if job.result is not None:
         return job.result
     error = job.error or {"code": "cancelled", "message": "the job was cancelled"}
@@ -140,21 +143,21 @@ def outcome(job: Job) -> bytes:
 
 
 class Listener:
-    """Events that somebody has not read yet; a new preview takes the place of an older one."""
+    """A queue of unread events. A new preview replaces an older one."""
 
     def __init__(self) -> None:
-        self._events: deque[Event] = deque(maxlen=_HEARD)
+        self._events: deque[Event] = deque(maxlen=_MAX_EVENTS)
         self._arrived = asyncio.Event()
 
     def hear(self, event: Event) -> None:
-        """Keeps an event until it is read."""
+        """Adds an event."""
         if event[0] == "preview":
-            self._events = deque((e for e in self._events if e[0] != "preview"), maxlen=_HEARD)
+            self._events = deque((e for e in self._events if e[0] != "preview"), maxlen=_MAX_EVENTS)
         self._events.append(event)
         self._arrived.set()
 
     async def next(self) -> Event:
-        """The next event, once there is one."""
+        """Waits for the next event."""
         while not self._events:
             self._arrived.clear()
             await self._arrived.wait()

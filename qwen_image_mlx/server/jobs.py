@@ -1,9 +1,8 @@
-"""Jobs: one works at a time, the others wait in a bounded queue, and whoever listens is told how it goes.
+"""Runs one job at a time. Other jobs wait in a bounded queue, and listeners get the events of their job.
 
-State belongs to the event loop. The work itself runs in one thread of its own, because MLX's streams belong to
-threads. What that has to say is handed over with `call_soon_threadsafe`. Three things it writes itself: it takes the
-next job from the queue, marks one that is out of time as to be stopped, and notes how far one is that nobody can
-follow. Knows no model.
+State belongs to the event loop. The work runs in one worker thread, because MLX's streams belong to threads. The worker
+reports with `call_soon_threadsafe`. It writes only three things itself: it takes the next job from the queue, marks a
+job that is out of time for cancelling, and records the progress of a job that nobody follows. Independent of models.
 """
 
 from __future__ import annotations
@@ -30,24 +29,24 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_COUNTED = ("denoise", "caption", "download")  # stages whose steps are told
-_PAUSE = 0.2  # seconds between what is told of a download or a caption
-KEPT_SECONDS = 3600.0  # that results can be asked for
+_COUNTED = ("denoise", "caption", "download")  # stages whose steps are reported
+_PAUSE = 0.2  # seconds between reports of a download or a caption
+KEPT_SECONDS = 3600.0  # seconds that results are kept
 _STOPPING = "the server is stopping"
 
 Work = Callable[["Feed"], Any]
 
 
 class Feed:
-    """What the work tells of itself, in the worker's thread; a progress callback, and the way to stop it.
+    """The progress callback of a job's work, called in the worker's thread. It also stops the work.
 
     Args:
-        job: whose work it is.
-        post: calls a function with arguments in the event loop's thread.
-        seconds: how long the work may take.
+        job: the job.
+        post: calls a function with its arguments in the event loop's thread.
+        seconds: time limit for the work.
 
     Attributes:
-        images: how many the work generates one after another; the steps of all are counted together.
+        images: number of images that the work generates one after another; their steps are counted together.
         followed: whether previews are wanted.
     """
 
@@ -55,36 +54,36 @@ class Feed:
         self.images = 1
         self.followed: bool = job.followed
         self._job = job
-        # Nobody listens to a job that is not followed: its state is written where it is, and wakes no loop.
+        # A job that is not followed has no listeners: its state is written directly, without waking the event loop.
         self._post = post if job.followed else lambda function, *arguments: function(*arguments)
         self._deadline = time.monotonic() + seconds
         self._stage = ("", "")
-        self._told = 0.0
+        self._reported = 0.0
         self._generated = 0
-        self._pace: tuple[float, int] | None = None  # when the first step was done, and which that was
+        self._pace: tuple[float, int] | None = None  # time and number of the first finished step
 
     def check(self) -> None:
-        """Raises Cancelled if the work is to stop."""
+        """Raises Cancelled if the work should stop."""
         if time.monotonic() > self._deadline and not self._job.cancelling:
             self._job.cancelling = "timeout"
         if self._job.cancelling:
             raise Cancelled(f"cancelled: {self._job.cancelling}")
 
     def __call__(self, progress: Progress) -> None:
-        """Tells of a stage or a step."""
+        """Reports a stage or a step."""
         self.check()
         if progress.stage == "layer":
             return
         stage, now = (progress.stage, progress.detail), time.monotonic()
         if stage != self._stage:
-            self._stage, self._told = stage, 0.0
+            self._stage, self._reported = stage, 0.0
             self._post(self._on_stage, *stage)
         if progress.stage not in _COUNTED:
             return
         denoising = progress.stage == "denoise"
-        if not denoising and now - self._told < _PAUSE and progress.step < progress.total:
+        if not denoising and now - self._reported < _PAUSE and progress.step < progress.total:
             return
-        self._told = now
+        self._reported = now
         step, total, left = progress.step, progress.total, None
         if denoising:
             step, total = step + self._generated * total, total * max(self.images, self._generated + 1)
@@ -93,11 +92,11 @@ class Feed:
         self._post(self._on_step, step, total, left)
 
     def show(self, url: str) -> None:
-        """Tells of a preview of the step that was told last, a data URL."""
+        """Reports a preview of the last reported step, as a data URL."""
         self._post(self._on_preview, url)
 
     def _seconds_left(self, step: int, total: int, now: float) -> float | None:
-        """By the pace since the first step was done, which is slower than the rest; None before the second."""
+        """Estimate from the pace after the first step, which is the slowest; None before the second step."""
         if self._pace is None and step >= 1:
             self._pace = now, step
         begun, first = self._pace or (now, step)
@@ -120,22 +119,22 @@ class Feed:
 
 
 class Jobs:
-    """The queue, its worker and what came of it.
+    """The queue, its worker and the finished jobs.
 
     Args:
-        queue: most jobs that wait.
-        held_bytes: the most that they and the one that works may hold together of what they were sent.
-        seconds: how long one may work.
-        kept, kept_seconds, kept_bytes: how many finished jobs are remembered, how long, and how much of results.
+        queue: maximum number of waiting jobs.
+        held_bytes: maximum bytes of requests that the waiting and the running job hold in total.
+        seconds: time limit for one job.
+        kept, kept_seconds, kept_bytes: maximum number, age and bytes of results of the finished jobs that are kept.
         begin: called in the worker's thread before the first job.
-        idle: called in the worker's thread whenever there is nothing to do; returns after how many seconds it wants
-            to be called again.
-        distrust: called in the worker's thread after a fault of the GPU, as what is in memory may be wrong.
+        idle: called in the worker's thread whenever the queue is empty; returns the seconds until its next call, or
+            None.
+        distrust: called in the worker's thread after a GPU fault, because data in memory may be wrong.
         give_up: called in the event loop when this process can no longer use the GPU; all jobs have been cancelled.
 
     Attributes:
-        running: the job that works.
-        health: the GPU's, as the jobs found it.
+        running: the running job.
+        health: the GPU's health.
     """
 
     def __init__(
@@ -164,8 +163,8 @@ class Jobs:
         self._wake = threading.Condition()
         self._closing = False
         self._durations: deque[float] = deque([1.0], maxlen=8)
-        # In the context of its maker: how the server reads colours is said there.
-        self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="painter", daemon=True)
+        # The maker's context holds how the server reads colours.
+        self._thread = threading.Thread(target=copy_context().run, args=(self._work,), name="worker", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # The event loop's side ------------------------------------------------------------------------------------------
@@ -177,15 +176,15 @@ class Jobs:
 
     @property
     def waiting(self) -> int:
-        """How many jobs wait."""
+        """Number of waiting jobs."""
         return len(self._waiting)
 
     def check_room(self) -> None:
-        """Raises ApiError if no job can be taken now."""
+        """Raises ApiError if the queue is full or the server is stopping."""
         if self._closing:
             raise ApiError("stopping", _STOPPING)
         if len(self._waiting) >= self.queue:
-            raise self._full(f"{self.queue} jobs wait already")
+            raise self._full(f"the queue is full ({self.queue} jobs)")
 
     def _full(self, why: str) -> ApiError:
         seconds = sum(self._durations) / len(self._durations)
@@ -194,11 +193,11 @@ class Jobs:
         return ApiError("queue_full", f"{why}; try again in {retry} s", {"retry-after": str(retry)})
 
     def submit(self, task: str, work: Work, *, followed: bool = False, nbytes: int = 0) -> Job:
-        """Takes a job, with so many bytes that it was sent, into the queue; raises ApiError if there is no room."""
+        """Adds a job to the queue; raises ApiError if it is full. `nbytes` is the size of the request."""
         self.check_room()
         held = sum(job.nbytes for job in self._jobs.values() if job.work is not None)
         if held + nbytes > self._held_bytes:
-            raise self._full(f"the jobs before hold {held:,} bytes, of {self._held_bytes:,}")
+            raise self._full(f"the queued jobs hold {held:,} bytes of {self._held_bytes:,}")
         self._forget()
         job = Job(task, work, followed, nbytes)
         self._jobs[job.id] = job
@@ -209,23 +208,25 @@ class Jobs:
         return job
 
     def get(self, id: str) -> Job:
-        """The job of this id; raises ApiError if there is none."""
+        """The job with this id; raises ApiError if there is none."""
         self._forget()
         if id not in self._jobs:
-            raise ApiError("not_found", "no such job: finished ones are kept for an hour, and none outlives its server")
+            raise ApiError(
+                "not_found", "no such job; finished jobs are kept for an hour, and a restart of the server deletes all"
+            )
         return self._jobs[id]
 
     def all(self) -> list[Job]:
-        """Those that wait, work or are kept."""
+        """All jobs: waiting, running and kept."""
         return list(self._jobs.values())
 
     def drop(self, job: Job) -> None:
-        """Forgets a job that has ended, if nobody may ask for it."""
+        """Deletes a finished job, unless a client may request it."""
         if not job.is_kept:
             self._jobs.pop(job.id, None)
 
     def cancel(self, job: Job, why: str = "cancelled") -> None:
-        """Takes a job out of the queue, or has it stop at its next step; a finished one stays as it is."""
+        """Removes a job from the queue, or stops it at its next step. A finished job does not change."""
         if job.status in ENDS or job.cancelling:
             return
         job.cancelling = why
@@ -238,9 +239,9 @@ class Jobs:
             self._place()
 
     async def events(self, job: Job, pause: float = 10.0, since: int = 0) -> AsyncIterator[Event | None]:
-        """Where the job is, or what came after an event, then what becomes of it, to its end.
+        """Yields a job's events after number `since`, until its end; for 0 the current state comes first.
 
-        None where nothing happened for `pause` seconds. A job goes on when nobody listens any more.
+        Yields None after `pause` seconds without an event. A job continues when nobody listens any more.
         """
         listener = Listener()
         for event in job.since(since):
@@ -265,7 +266,7 @@ class Jobs:
         await asyncio.to_thread(self._thread.join)
 
     def stop(self) -> None:
-        """Cancels all jobs and takes no more."""
+        """Cancels all jobs and accepts no more."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -273,14 +274,14 @@ class Jobs:
             self.cancel(job, "stopping")
 
     def _place(self) -> None:
-        """Tells those who wait how many are before them."""
+        """Updates the positions of the waiting jobs."""
         for position, job in enumerate(list(self._waiting), self.running is not None):
             if job.position != position:
                 job.position = position
                 job.tell("queued", {"position": position})
 
     def _judge(self, fault: GPUError | None) -> None:
-        """Notes how a job ended on the GPU, and ends everything when this process can no longer use it."""
+        """Records whether a job met a GPU fault; stops all jobs if this process can no longer use the GPU."""
         if fault is None:
             self.health.succeeded()
             return
@@ -303,8 +304,8 @@ class Jobs:
         if code == "cancelled":
             job.status = "cancelled"
         elif code:
-            said = {"timeout": "the job took longer than jobs may take", "stopping": _STOPPING}
-            job.status, job.error = "failed", {"message": said.get(code, message), "code": code}
+            messages = {"timeout": "the job exceeded the time limit", "stopping": _STOPPING}
+            job.status, job.error = "failed", {"message": messages.get(code, message), "code": code}
         else:
             job.status, job.result = "done", result
         job.tell(*job.end())
@@ -316,7 +317,7 @@ class Jobs:
         self._forget()
 
     def _forget(self) -> None:
-        """Drops finished jobs that are too old, too many or too large; the newest is never too large."""
+        """Deletes finished jobs beyond the limits of age, number and bytes; the newest one is never too large."""
         ended = sorted((job for job in self._jobs.values() if job.status in ENDS), key=lambda job: -job.ended)
         nbytes, now = 0, time.monotonic()
         for number, job in enumerate(ended):
@@ -331,37 +332,37 @@ class Jobs:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop has ended: nobody is left to be told
-            logger.debug("nobody heard of %s", function.__name__)
+        except RuntimeError:  # the event loop has ended, and its listeners with it
+            logger.debug("the event loop has ended: dropped %s", function.__name__)
 
     def _work(self) -> None:
-        self._tended(self._start)
+        self._call_safely(self._start)
         while self._do_next():
             pass
 
     def _do_next(self) -> bool:
-        """Does a job, and holds nothing of it afterwards; whether there was one."""
+        """Runs the next job and drops all references to it; returns whether there was one."""
         job = self._next()
         if job is not None:
             self._do(job)
         return job is not None
 
     def _next(self) -> Job | None:
-        """The next job, once there is one; None to end."""
+        """Waits for the next job; returns None if the worker should end."""
         while True:
             with self._wake:
                 if self._waiting:
                     return self._waiting.popleft()
                 if self._closing:
                     return None
-            pause = self._tended(self._idle)
+            pause = self._call_safely(self._idle)
             with self._wake:
                 if not self._waiting and not self._closing:
                     self._wake.wait(pause)
 
     @staticmethod
-    def _tended(function: Callable[[], Any]) -> Any:
-        """What a function returns; the worker outlives its faults."""
+    def _call_safely(function: Callable[[], Any]) -> Any:
+        """Calls a function and returns its result. Errors are logged, and the worker continues."""
         try:
             return function()
         except Exception:
@@ -391,7 +392,7 @@ class Jobs:
                 logger.error("%s", fault)
                 code, message = "gpu_error", ApiError("gpu_error", str(fault)).message
         if fault is not None:
-            self._tended(self._distrust)
+            self._call_safely(self._distrust)
         if fault is not None or not code:
             self._post(self._judge, fault)
         seconds = time.monotonic() - begun

@@ -1,4 +1,4 @@
-"""Where a server listens, by which names it is reached, and the token it asks for. Needs the standard library alone."""
+"""The server's socket, host names and token. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from pathlib import Path
 from ..errors import RequestError
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
-_LEAST_TOKEN, _LONGEST_FILE = 8, 1024
+_MIN_TOKEN, _MAX_FILE = 8, 1024  # bytes
 _TOKEN = re.compile(rb"[!-~]+")
 _HOST = re.compile(r"[A-Za-z0-9_.-]{1,253}")
 _BACKLOG = 128
 
 
 def read_token(path: str) -> str:
-    """A token from a file that its owner alone can read; raises RequestError."""
+    """Reads a token from a file that only its owner can read; raises RequestError."""
     if not path:
-        raise RequestError("the token file has no name: give one, or ask for no token")
+        raise RequestError("--token-file is empty; give a file name, or leave the option out")
     mode, data = _head(path)
     words = data.split()
-    if len(data) > _LONGEST_FILE or len(words) != 1 or len(words[0]) < _LEAST_TOKEN:
-        raise RequestError(f"the token in {path} must be one word of {_LEAST_TOKEN} to {_LONGEST_FILE:,} characters")
+    if len(data) > _MAX_FILE or len(words) != 1 or len(words[0]) < _MIN_TOKEN:
+        raise RequestError(f"the token in {path} must be one word of {_MIN_TOKEN} to {_MAX_FILE:,} characters")
     if not _TOKEN.fullmatch(words[0]):
-        raise RequestError(f"the token in {path} must be of ASCII's letters, digits and punctuation alone")
+        raise RequestError(f"the token in {path} may have only ASCII letters, digits and punctuation")
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise RequestError(f"others can read the token file {path}; protect it with chmod 600")
+        raise RequestError(f"other users can read the token file {path}; protect it with chmod 600")
     return words[0].decode("ascii")
 
 
 def _head(path: str) -> tuple[int, bytes]:
-    """A plain file's mode and as much of it as can be a token, and a byte more; waits for nothing."""
+    """A regular file's mode, and its first bytes up to one more than the maximum; never blocks on a pipe."""
     try:
         file = Path(path).expanduser()
         mode = file.stat().st_mode
         if stat.S_ISREG(mode):
             with file.open("rb") as opened:
-                return mode, opened.read(_LONGEST_FILE + 1)
+                return mode, opened.read(_MAX_FILE + 1)
     except OSError as error:
         raise RequestError(f"the token file {path} cannot be read: {(error.strerror or str(error)).lower()}") from error
     except ValueError:
-        raise RequestError("the token file has a name that no file can have") from None
+        raise RequestError("the name of the token file is not a valid file name") from None
     except RuntimeError:  # of expanduser
-        raise RequestError(f"the token file {path} is in the folder of a user who is not known") from None
-    raise RequestError(f"the token file {path} is no plain file")
+        raise RequestError(f"the token file {path} is in the home folder of an unknown user") from None
+    raise RequestError(f"the token file {path} is not a regular file")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches a host."""
+    """Whether only this machine can reach a host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -60,23 +60,23 @@ def is_loopback(host: str) -> bool:
 
 
 def allowed_host(text: str) -> str:
-    """A name of `--allow-host` as a Host header has it, without its port; raises RequestError."""
+    """A name of `--allow-host` in the form of a Host header, without a port; raises RequestError."""
     name = text.strip().lower()
     if _is_address(name) and ":" in name:
         return f"[{name.strip('[]')}]"
     if not _HOST.fullmatch(name):
         raise RequestError(
-            f"--allow-host is {text!r:.100}, but must be a name alone, as in host.docker.internal: "
+            f"--allow-host is {text!r:.100}, but must be only a name, such as host.docker.internal: "
             "leave out http://, the port and the path"
         )
     return name
 
 
 def own_hosts(host: str, allowed: Collection[str] = ()) -> Callable[[str], bool]:
-    """Tells the names that a server bound to a host is reached by; `allowed` adds others.
+    """A predicate for the Host names that a server bound to `host` accepts; `allowed` adds names.
 
-    On loopback these are few, so that no foreign page can reach it under a name of its own (DNS rebinding). Elsewhere a
-    token is asked for anyway, and its addresses and the machine's names count.
+    On loopback only a few names are accepted, so that a foreign web page cannot reach the server under its own name
+    (DNS rebinding). On other addresses, where a token is required, all addresses and the machine's names are accepted.
     """
     names = {*_LOCAL, host.lower(), f"[{host.lower()}]", *allowed}
     if is_loopback(host):
@@ -95,7 +95,7 @@ def _is_address(name: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; raises RequestError if it cannot."""
+    """A listening socket; raises RequestError if it cannot be opened."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

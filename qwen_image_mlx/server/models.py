@@ -1,7 +1,7 @@
-"""Which model does which task, and which of them are in memory: opened when needed, kept warm, released when idle or in
-the way of another.
+"""The server's models by task. They are opened when needed, kept loaded, and released when idle or when another model
+needs the memory.
 
-Lives in the worker's thread; only what is marked so may be read from others.
+Used in the worker's thread. Other threads may call only the methods in the first section.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_PLANS = 256  # that are kept of a model
+_MAX_PLANS = 256  # kept for each model
 
 
 @dataclass
@@ -42,9 +42,9 @@ class _Warm:
     """An opened model.
 
     Attributes:
-        session: in which it works; it keeps the plans.
-        held: bytes of it in memory, as MLX counted them.
-        used: when it was used last.
+        session: the model's session, which keeps the plans.
+        held: bytes in memory, as counted by MLX.
+        used: time of the last use, by `time.monotonic`.
     """
 
     session: Session
@@ -68,12 +68,13 @@ class Models:
     """The models of a server.
 
     Args:
-        offers: by task, what `open_pipeline` is to open: model, quantize, loras.
-        memory: as in `parse_memory`; None is "auto", which keeps a model loaded where it fits.
-        idle_seconds: after which an unused model is released; None keeps it.
+        offers: by task, arguments for `open_pipeline`: model, quantize, loras.
+        memory: memory setting in the form that `parse_memory` reads; None is "auto", which keeps a model loaded if it
+            fits.
+        idle_seconds: seconds until an unused model is released; None keeps it loaded.
 
     Raises:
-        RequestError: memory or quantization cannot be understood.
+        RequestError: the memory setting or the quantization is invalid.
     """
 
     def __init__(self, offers: Mapping[str, Mapping[str, Any]], memory: str | None, idle_seconds: float | None):
@@ -85,59 +86,59 @@ class Models:
         self._idle_seconds = idle_seconds
         self._warm: dict[str, _Warm] = {}
         self._facts: dict[str, dict[str, Any]] = {}
-        self._progress: ProgressCallback = _unheard  # of the job at work; pipelines outlive it
+        self._progress: ProgressCallback = _ignore_progress  # of the running job; pipelines live longer
 
-    # Read from anywhere -----------------------------------------------------------------------------------------------
+    # From any thread --------------------------------------------------------------------------------------------------
 
     def name(self, task: str) -> str:
-        """How a task's model is called: a hub id, or of a folder its last part alone."""
+        """The name of a task's model: a hub id, or the last part of a folder's path."""
         model = str(self._offers[task]["model"])
         path = PurePath(model)
         return path.name if path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2 else model
 
     def status(self) -> list[dict[str, Any]]:
-        """Task, model and whether it is loaded, of every model."""
+        """Task, model and whether it is loaded, for every task."""
         return [{"task": task, "model": self.name(task), "loaded": self.is_loaded(task)} for task in self._offers]
 
     def is_loaded(self, task: str) -> bool:
-        """Whether anything of a task's model is in memory."""
+        """Whether any part of a task's model is in memory."""
         warm = self._warm.get(task)
         return warm is not None and warm.is_loaded
 
     def facts(self, task: str) -> dict[str, Any]:
-        """What the model says of itself, as far as it can be known without downloading: steps, guidance, sizes."""
+        """A model's defaults, as far as they are known without a download: steps, guidance, sizes."""
         return self._facts.get(task, {})
 
     # In the worker's thread -------------------------------------------------------------------------------------------
 
     def read_facts(self) -> None:
-        """Reads what models say of themselves, from disk alone."""
+        """Reads the defaults of the models that are on disk."""
         for task, offer in self._offers.items():
             try:
                 here = QwenImagePipeline.from_pretrained(offer["model"], offline=True, loras=offer["loras"])
                 here.check_task(task)
                 self._facts[task] = _facts(here)
             except HubError:
-                logger.info("%s is fetched when a job needs it", self.name(task))
+                logger.info("%s will be downloaded when a job needs it", self.name(task))
             except QwenImageError as error:
-                logger.warning("the model to %s with cannot be used: %s", task, error)
+                logger.warning("the model for %s cannot be used: %s", task, error)
 
     @contextmanager
-    def telling(self, progress: ProgressCallback) -> Iterator[None]:
-        """Tells a job of downloads and loading meanwhile."""
+    def reporting(self, progress: ProgressCallback) -> Iterator[None]:
+        """Reports downloads and loading to this callback within the context."""
         self._progress = progress
         try:
             yield
         finally:
-            self._progress = _unheard
+            self._progress = _ignore_progress
 
     def open(self, task: str) -> Session:
         """The session of a task's model; raises ApiError if the model cannot be used."""
         if task not in self._warm:
-            with _usable(RequestError):
-                asked = {**self._offers[task], "memory": self._memory}
-                session = Session.open(asked, "", lambda told: self._progress(told), task=task)
-                _ = session.pipeline.recommended  # which its LoRAs decide, so they are fetched and read
+            with _hide_details(RequestError):
+                options = {**self._offers[task], "memory": self._memory}
+                session = Session.open(options, "", lambda progress: self._progress(progress), task=task)
+                _ = session.pipeline.recommended  # depends on the LoRAs, so they are downloaded and read
                 self._facts[task] = _facts(session.pipeline)
             self._warm[task] = _Warm(session)
         warm = self._warm[task]
@@ -145,38 +146,38 @@ class Models:
         return warm.session
 
     @contextmanager
-    def planned(self, task: str, request: Request) -> Iterator[MemoryPlan]:
-        """The plan for a request to a model that is open, with what is not in it out of the way.
+    def plan(self, task: str, request: Request) -> Iterator[MemoryPlan]:
+        """A context with the plan for a request to an open model; memory outside the plan is released first.
 
         Raises:
-            RequestError: nothing fits the memory.
+            RequestError: no plan fits the memory.
             ApiError: the model cannot be used.
         """
         warm = self._warm[task]
         pipeline, plans = warm.pipeline, warm.session.plans
         try:
-            if len(plans) >= _PLANS:
+            if len(plans) >= _MAX_PLANS:
                 plans.clear()
-            with _usable(), warm.session.planned(request) as plan:
+            with _hide_details(), warm.session.planned(request) as plan:
                 if plan.residency.staged:
-                    warm.release()  # whatever an earlier job left: the first stage has the memory for itself
+                    warm.release()  # parts left by an earlier job: the first stage needs the memory
                 elif pipeline.variant.captions and not request.writes_caption(pipeline.variant):
                     pipeline.release(LANGUAGE_HEAD, VISION)
                 self._make_room(task, plan.peak)
-                with _usable(RequestError):
+                with _hide_details(RequestError):
                     pipeline.prepare()
                 yield plan
         finally:
             self._note(task)
 
     def load(self, task: str, request: Request) -> None:
-        """Fetches the files of a model that is open, and loads what a request's plan keeps; raises as `planned`."""
-        with self.planned(task, request) as plan:
+        """Downloads an open model's files, and loads the parts that a request's plan keeps; raises as `plan`."""
+        with self.plan(task, request) as plan:
             if not plan.residency.staged:
                 load(self._warm[task].pipeline, request)
 
     def unload(self, task: str | None) -> None:
-        """Gives a model's memory back, or that of all."""
+        """Releases a task's model, or all models for None."""
         for name, warm in self._warm.items():
             if task in (None, name):
                 warm.release()
@@ -184,12 +185,12 @@ class Models:
         mx.clear_cache()
 
     def distrust(self) -> None:
-        """Forgets all models and encodings: after a fault of the GPU what it should have written may be zeros."""
+        """Drops all models and encodings: after a GPU fault the values in memory may be zeros."""
         self.unload(None)
         self._warm.clear()
 
     def tick(self) -> float | None:
-        """Releases what has been idle for long; returns after how many seconds to look again."""
+        """Releases idle models; returns the seconds until the next check, or None."""
         if self._idle_seconds is None:
             return None
         now, due = time.monotonic(), []
@@ -198,7 +199,7 @@ class Models:
             if not warm.is_loaded:
                 continue
             if left <= 0:
-                logger.info("%s is idle and released", self.name(task))
+                logger.info("%s was idle and is released", self.name(task))
                 warm.release()
                 self.encodings.clear()
                 mx.clear_cache()
@@ -207,7 +208,7 @@ class Models:
         return min(due, default=None)
 
     def _free(self, task: str) -> int:
-        """Bytes that other models leave to a task's."""
+        """Bytes of the budget that other models do not hold."""
         return self._memory.budget - sum(warm.held for name, warm in self._warm.items() if name != task)
 
     def _make_room(self, task: str, nbytes: int) -> None:
@@ -215,7 +216,7 @@ class Models:
         for _, name in others:
             if self._free(task) >= nbytes:
                 return
-            logger.info("%s makes room for %s", self.name(name), self.name(task))
+            logger.info("%s is released to make room for %s", self.name(name), self.name(task))
             self._warm[name].release()
 
     def _note(self, task: str) -> None:
@@ -224,25 +225,25 @@ class Models:
         warm.used, warm.held = time.monotonic(), max(0, mx.get_active_memory() - others)
 
 
-def _unheard(told: Progress) -> None:
-    """Nobody is told."""
+def _ignore_progress(progress: Progress) -> None:
+    """The progress callback when no job runs."""
 
 
 @contextmanager
-def _usable(*more: type[QwenImageError]) -> Iterator[None]:
-    """What is wrong with a model is the server's affair: it is logged, and answered without its paths."""
+def _hide_details(*more: type[QwenImageError]) -> Iterator[None]:
+    """Logs a model's errors, and turns them into an ApiError that does not mention the server's paths."""
     try:
         yield
     except (CheckpointError, HubError, *more) as error:
         logger.error("%s", error)
-        raise ApiError("model_error", "the model of this server cannot be used; its log says why") from error
+        raise ApiError("model_error", "the server's model cannot be used; the server's log has the reason") from error
 
 
 def _facts(pipeline: QwenImagePipeline) -> dict[str, Any]:
     variant, facts = pipeline.variant, {}
-    with suppress(QwenImageError):  # LoRAs that are not here yet
+    with suppress(QwenImageError):  # LoRAs that are not downloaded yet
         facts = {"steps": pipeline.recommended.num_inference_steps, "cfg_scale": pipeline.recommended.cfg_scale}
-    if variant.task == "generate":
+    if "generate" in variant.tasks:
         facts["sizes"] = {aspect: list(variant.size_of(aspect)) for aspect in ASPECT_SIZES}
     if variant.layered:
         facts |= {"resolutions": list(variant.resolutions), "resolution": variant.resolutions[0]}

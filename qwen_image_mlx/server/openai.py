@@ -1,6 +1,6 @@
-"""OpenAI's images API, as its own clients speak it: generations, edits with a mask, models.
+"""OpenAI's images API for OpenAI's clients: generations, edits with a mask, models.
 
-Fields that mean nothing here are taken and have no effect, if their values ask for nothing that would be missed.
+Fields without a meaning here are accepted and ignored, if ignoring their value does not change the result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..runtime.options import of_task
 from .api_errors import OPENAI_PREFIX, ApiError, dumps
 from .bodies import JSON, read_body
 from .document import takes
-from .images import decoded, recoded
+from .images import decode, recode
 from .job import Job, outcome
 from .schema import (
     MAX_IMAGES,
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from .service import Service
 
 _OWNER = "qwen-image-mlx"
-# Names that OpenAI's clients have fixed: the model that does what is asked, unless `--alias` says which.
+# Model names that are fixed in OpenAI's clients. They mean the model for the task, unless `--alias` defines them.
 _FOREIGN = (
     "dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "chatgpt-image-latest",
 )  # fmt: skip
-_TASKS = {"generate": "image_generation", "edit": "image_edit"}  # and how the events of each begin
-_MEANT = ("prompt", "negative_prompt")  # fields where an empty text is a text
+_TASKS = {"generate": "image_generation", "edit": "image_edit"}  # and the prefix of each task's events
+_MAY_BE_EMPTY = ("prompt", "negative_prompt")  # fields where an empty text is a value
 _NO_USAGE = {
     "input_tokens": 0, "output_tokens": 0, "total_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -54,7 +54,7 @@ _NO_USAGE = {
 Size = Annotated[str, StringConstraints(pattern=r"^(auto|[0-9]{2,5}x[0-9]{2,5})$")]
 
 
-# How an image is sampled, beside what OpenAI's requests say themselves; `n` is the number of images.
+# Sampling options in addition to OpenAI's own fields; `n` is the number of images.
 _OURS = [row for row in of_task("generate") if row.group == "sampling" and row.name != "num_images"]
 
 
@@ -76,16 +76,18 @@ class _Common(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_blanks(cls, fields: Any) -> Any:
-        """A field that is left blank is as if it were not there."""
+    def _drop_blanks(cls, fields: Any) -> Any:
+        """Drops empty fields."""
         if not isinstance(fields, dict):
             return fields
         lists = {name: [part for part in fields[name] if part] for name in cls.lists if type(fields.get(name)) is list}
         filled = {**fields, **lists}
-        return {name: value for name, value in filled.items() if name in _MEANT or value not in (None, "", b"", [])}
+        return {
+            name: value for name, value in filled.items() if name in _MAY_BE_EMPTY or value not in (None, "", b"", [])
+        }
 
     @model_validator(mode="after")
-    def _agreeing(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.output_compression not in (None, 100) and self.output_format in (None, "png"):
             raise ValueError("output_compression is for jpeg and webp; with png leave it out, or give 100")
         if self.partial_images and not self.stream:
@@ -97,11 +99,11 @@ _Sampled = create_model("_Sampled", __base__=_Common, **{row.name: field_of(row)
 
 
 class Generation(_Sampled):
-    """OpenAI's request for images from words; what it does not know of sampling (seed, steps, …) is ours."""
+    """OpenAI's request for images from a prompt, with additional sampling fields (seed, steps, …)."""
 
 
 class Edit(_Sampled):
-    """OpenAI's request for edited images; the mask is transparent where the first is regenerated."""
+    """OpenAI's request for edited images. The transparent area of the mask is inpainted in the first image."""
 
     lists: ClassVar[tuple[str, ...]] = ("image",)
     aliases: ClassVar[Mapping[str, str]] = {"image[]": "image"}
@@ -115,15 +117,15 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     async def generate(request: Request, task: str, body: _Common, translated: Callable[[], Body]) -> Response:
         if body.model is not None and task not in _tasks_of(service, body.model):
-            _known(service, body.model)
+            _check_model(service, body.model)
             raise ApiError("invalid_request", f"the model {body.model:.100} does not {task}", param="model")
-        as_asked = partial(recoded, kind=body.output_format or "png", quality=body.output_compression)
+        convert = partial(recode, kind=body.output_format or "png", quality=body.output_compression)
 
         async def make() -> Work:
             work = await service.prepare(task, await service.aside(translated))
 
             def answer(feed: Any) -> dict[str, Any]:
-                data = [{"b64_json": as_asked(image["image"])} for image in work(feed)["images"]]
+                data = [{"b64_json": convert(image["image"])} for image in work(feed)["images"]]
                 return {"created": int(time.time()), "data": data, "output_format": body.output_format or "png"}
 
             return answer
@@ -131,18 +133,18 @@ def add_routes(app: FastAPI, service: Service) -> None:
         if not body.stream:
             return Response(await service.result(request, task, body, make), media_type=JSON)
         job = await service.job(request, task, body, make, followed=True)
-        return StreamingResponse(_events(service, task, job, body, as_asked), media_type="text/event-stream")
+        return StreamingResponse(_events(service, task, job, body, convert), media_type="text/event-stream")
 
     @app.post("/v1/images/generations", openapi_extra=takes(Generation))
     async def generations(request: Request) -> Response:
-        """Images from words."""
+        """Generate images from a prompt."""
         service.check_room()
         body = await read_body(request, Generation)
         return await generate(request, "generate", body, lambda: _generate(body))
 
     @app.post("/v1/images/edits", openapi_extra=takes(Edit))
     async def edits(request: Request) -> Response:
-        """Images changed by instruction."""
+        """Edit images with a prompt."""
         service.check_room()
         body = await read_body(request, Edit)
         return await generate(request, "edit", body, lambda: _edit(body))
@@ -155,16 +157,16 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{id:path}")
     async def model(id: str) -> Response:
-        """One of them."""
-        _known(service, id)
+        """One model of this server."""
+        _check_model(service, id)
         return Response(dumps(_model(id)), media_type=JSON)
 
 
 async def _events(
-    service: Service, task: str, job: Job, body: _Common, as_asked: Callable[[str], str]
+    service: Service, task: str, job: Job, body: _Common, convert: Callable[[str], str]
 ) -> AsyncIterator[bytes]:
-    """A job's previews, as many as are wanted and evenly spread, then its images, as OpenAI's events."""
-    wanted, index = body.partial_images or 0, 0
+    """OpenAI's events for a job: `partial_images` evenly spaced previews, then the images."""
+    previews, index = body.partial_images or 0, 0
     kind = {
         "created_at": int(time.time()), "size": body.size or "auto", "quality": body.quality or "auto",
         "background": "opaque", "output_format": body.output_format or "png",
@@ -173,10 +175,10 @@ async def _events(
         async for event in service.jobs.events(job):
             if event is None:
                 yield b": still here\n\n"
-            elif event[0] == "preview" and index < wanted:
+            elif event[0] == "preview" and index < previews:
                 step, total = event[1]["step"], job.total
-                if step * (wanted + 1) >= (index + 1) * total:
-                    image = await service.aside(as_asked, event[1]["image"])
+                if step * (previews + 1) >= (index + 1) * total:
+                    image = await service.aside(convert, event[1]["image"])
                     yield _event(f"{_TASKS[task]}.partial_image", kind | {
                         "b64_json": image, "partial_image_index": index,
                     })  # fmt: skip
@@ -195,20 +197,20 @@ def _event(name: str, data: dict[str, Any]) -> bytes:
 
 
 def _tasks_of(service: Service, name: str) -> Collection[str]:
-    """The tasks that a model of this name does."""
+    """The tasks of the model with this name."""
     if name in service.setup.aliases:
         return service.setup.aliases[name]
     served = [task for task in _TASKS if service.models.name(task) == name]
     return served or (_TASKS if name in _FOREIGN else ())
 
 
-def _known(service: Service, name: str) -> None:
+def _check_model(service: Service, name: str) -> None:
     """Raises ApiError for a model that this server does not have."""
     names = list(dict.fromkeys([*(status["model"] for status in service.models.status()), *service.setup.aliases]))
     if name not in names and name not in _FOREIGN:
         cure = "serve --alias NAME=TASK adds names"
-        said = f"there is no model {name!r:.100}; there are {', '.join(names)}; {cure}"
-        raise ApiError("not_found", said, param="model")
+        message = f"unknown model {name!r:.100}; this server has {', '.join(names)}; {cure}"
+        raise ApiError("not_found", message, param="model")
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -217,8 +219,8 @@ def _model(name: str) -> dict[str, Any]:
 
 def _shared(body: _Common) -> dict[str, Any]:
     fields = ("prompt", *(row.name for row in _OURS))
-    given = {name: value for name in fields if (value := getattr(body, name)) is not None}
-    return given | {"num_images": body.n or 1}
+    values = {name: value for name in fields if (value := getattr(body, name)) is not None}
+    return values | {"num_images": body.n or 1}
 
 
 def _generate(body: Generation) -> GenerateBody:
@@ -230,16 +232,16 @@ def _generate(body: Generation) -> GenerateBody:
 
 
 def _edit(body: Edit) -> EditBody:
-    mask = None if body.mask is None else _is_regenerated(body.mask)
+    mask = None if body.mask is None else _white_where_transparent(body.mask)
     size = None if body.size == "auto" else body.size
     edit = {"images": body.image, "mask": mask, "size": size}
     return from_form(EditBody, _shared(body) | {name: value for name, value in edit.items() if value is not None})
 
 
-def _is_regenerated(mask: bytes) -> bytes:
-    """White where a mask is transparent, as a PNG; raises RequestError if it has no transparency."""
-    (image,) = decoded([mask])
+def _white_where_transparent(mask: bytes) -> bytes:
+    """A PNG mask that is white where OpenAI's mask is transparent; raises RequestError for a mask without alpha."""
+    (image,) = decode([mask])
     if not image.has_transparency_data:
-        raise RequestError("the mask has no transparency; what is transparent in it is regenerated")
+        raise RequestError("the mask has no transparency; make the area to inpaint transparent")
     alpha = image.convert("RGBA").getchannel("A")
     return encode_png(alpha.point([255 if value < 128 else 0 for value in range(256)]))

@@ -1,8 +1,8 @@
-"""Requests that wait for their answer, and what a cut connection does to their jobs.
+"""Matches repeated requests to the job of the first one, and decides what a cut connection does to a job.
 
-A job whose requests are all cut goes on for a grace; an equal request finds it until then. Where requests name a seed,
-an equal one finds it while the first still waits; without one, two that both wait want two images. With an
-Idempotency-Key a request finds the job of its first copy for as long as results are kept, cut or not.
+If the connections of all of a job's requests are cut, the job continues for a grace period, and an equal request finds
+it. If requests have a seed, an equal request also finds the job while the first one still waits. Without a seed, two
+waiting requests get two images. With an Idempotency-Key, an equal request finds the job as long as results are kept.
 """
 
 from __future__ import annotations
@@ -32,30 +32,33 @@ def claim_of(path: str, headers: Mapping[str, str], body: BaseModel) -> Claim:
 
 
 class Repeats:
-    """Who waits for which job.
+    """Counts the requests that wait for each job.
 
     Args:
         jobs: the queue.
-        grace: seconds that a job goes on for when all its requests were cut.
+        grace: seconds that a job continues after all its connections were cut.
     """
 
     def __init__(self, jobs: Jobs, grace: float):
         self._jobs, self._grace = jobs, grace
-        self._left: dict[Job, asyncio.TimerHandle] = {}  # cut off, until they are given up
+        self._left: dict[Job, asyncio.TimerHandle] = {}  # jobs whose connections were cut, until they are given up
 
     @property
     def awaited(self) -> bool:
-        """Whether a request may come that needs no room in the queue."""
+        """Whether a repeated request may come, which needs no room in the queue."""
         return bool(self._left) or any(job.claim and job.claim.key for job in self._jobs.all())
 
     def find(self, claim: Claim) -> Job | None:
-        """The job that an earlier copy of a request began; raises ApiError for a key that belongs to another one."""
+        """The job of an earlier equal request, or None; raises ApiError if the key belongs to a different request."""
         for job in self._jobs.all():
             if job.claim is None or job.claim.key != claim.key or job.status in ("failed", "cancelled"):
                 continue
             equal = job.claim.digest == claim.digest
             if claim.key and not equal:
-                raise ApiError("invalid_request", "this Idempotency-Key came with another request; give each its own")
+                raise ApiError(
+                    "invalid_request",
+                    "this Idempotency-Key belongs to a different request; use a new key for each request",
+                )
             if equal and not job.cancelling and (claim.key or claim.settled or job in self._left):
                 logger.info("a repeated request found its job: %s", job.task)
                 return job
@@ -63,7 +66,7 @@ class Repeats:
 
     @contextmanager
     def waiting(self, job: Job) -> Iterator[None]:
-        """Counts a request that waits for a job; without any it is given up after the grace."""
+        """A context that counts a waiting request. The job is given up a grace period after the last one left."""
         timer = self._left.pop(job, None)
         if timer is not None:
             timer.cancel()
@@ -92,7 +95,7 @@ class Repeats:
 
 
 def _add(digest: Any, value: Any) -> None:
-    """Adds a value so that no two different ones read the same."""
+    """Adds a value to the digest, unambiguously: different values give different bytes."""
     if isinstance(value, BaseModel):
         value = [type(value).__name__, *(part for pair in value for part in pair)]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Runs the server, to an orderly end."""
+"""Runs the server and shuts it down cleanly."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .app import create_app
 from .connections import Connection
 from .service import Service, Setup
 
-_PATIENCE = 20  # seconds that connections have to end, once jobs are cancelled
+_PATIENCE = 20  # seconds for connections to end after the jobs are cancelled
 
 
 def serve(setup: Setup, listener: socket.socket, ready: Callable[[], None]) -> signal.Signals | None:
-    """Serves until it is told to end by SIGTERM or SIGINT, which is returned; jobs are then cancelled.
+    """Runs the server until SIGTERM or SIGINT, cancels all jobs, and returns the signal.
 
-    A second signal ends the process at once. When this process can no longer use the GPU, the server ends by itself.
+    A second signal ends the process at once. If this process can no longer use the GPU, the server ends by itself.
 
     Args:
-        setup: how the server is configured.
-        listener: a socket that listens.
-        ready: called once requests are answered.
+        setup: the configuration.
+        listener: a listening socket.
+        ready: called when the server accepts requests.
 
     Raises:
-        GPUError: why the server ended by itself.
+        GPUError: the server ended because of the GPU.
     """
     service = Service(setup, lambda: server.leave())
     config = uvicorn.Config(
@@ -47,7 +47,7 @@ def serve(setup: Setup, listener: socket.socket, ready: Callable[[], None]) -> s
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which cancels jobs before it waits for their connections, and leaves signals to its caller."""
+    """uvicorn's server. It cancels jobs before it waits for connections, and does not raise signals again."""
 
     def __init__(self, config: uvicorn.Config, stop: Callable[[], None], ready: Callable[[], None]):
         super().__init__(config)
@@ -59,7 +59,7 @@ class _Server(uvicorn.Server):
         self._ready()
 
     def leave(self) -> None:
-        """Ends the server, as a signal does; called in the event loop."""
+        """Ends the server like a signal; called in the event loop."""
         self.should_exit = True
 
     @contextmanager

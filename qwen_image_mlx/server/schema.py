@@ -1,7 +1,7 @@
-"""What may be asked for: the fields of every task with their types and ranges. Anything else is refused.
+"""The fields of every request with their types and ranges. Unknown fields are refused.
 
-A body is JSON, where a number is a number and an image a data URL, or multipart/form-data, where numbers are text and
-images file parts. What the ranges here allow a server may still limit further.
+A body is JSON, with numbers and data URLs of images, or multipart/form-data, with numbers as text and images as files.
+A server may have tighter limits than the ranges here.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from .. import options as kinds
 from ..layers.stack import MAX_NAME, MAX_OFFSET
 from ..pipeline.parameters import TASKS
 from ..runtime.options import of_task
+from ..variants import VARIANTS
 from .api_errors import ApiError
 from .images import DATA_URL, image_bytes
 
-MAX_IMAGES = 3
+MAX_IMAGES = max(variant.max_images or 3 for variant in VARIANTS.values())  # without a limit of its own, three
 MAX_NUM_IMAGES = 4
 MAX_STACK = 64
 _MAX_PROMPT = 8000
 _MAX_SIDE = 16_384
-_MAX_COMMAS = 1 << 15  # in JSON: of two prompts and a stack's names, and each field's
-_MAX_VALUES = 1024  # in JSON, at any depth: more than a whole stack's
+_MAX_COMMAS = 1 << 15  # in JSON: enough for two prompts, a stack's names and all fields
+_MAX_VALUES = 1024  # in JSON, at any depth: more than a whole stack has
 
 
 def _image(value: Any) -> bytes:
@@ -50,15 +51,15 @@ def _image(value: Any) -> bytes:
 
 def _writable(text: str) -> str:
     if "\0" in text:
-        raise ValueError("must not hold null characters")
-    text.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+        raise ValueError("must not contain null characters")
+    text.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     return text
 
 
 ImageFile = Annotated[bytes, PlainValidator(_image), WithJsonSchema({"type": "string", "pattern": DATA_URL})]
 Text = Annotated[str, StringConstraints(max_length=_MAX_PROMPT), AfterValidator(_writable)]
-# Ends that a server sets where the option has none, or a wider one.
-_HIGHEST = {
+# Maximum values that a server sets where the option has none or a higher one.
+_MAXIMUM = {
     "width": _MAX_SIDE, "height": _MAX_SIDE, "mask_padding": _MAX_SIDE, "reference_pixels": 1 << 25,
     "num_images": MAX_NUM_IMAGES, "images": MAX_IMAGES,
 }  # fmt: skip
@@ -66,57 +67,59 @@ _HIGHEST = {
 
 def field_of(row: kinds.Option) -> tuple[Any, Any]:
     """A body's field for an option: (type, default), as `create_model` takes it."""
-    kind, highest = row.kind, _HIGHEST.get(row.name)
+    kind, maximum = row.kind, _MAXIMUM.get(row.name)
     match kind:
         case kinds.Integer():
-            high = kind.high if highest is None else highest
-            said: Any = Annotated[int, Field(ge=kind.low, le=high, multiple_of=kind.step if kind.step > 1 else None)]
+            high = kind.high if maximum is None else maximum
+            annotation: Any = Annotated[
+                int, Field(ge=kind.low, le=high, multiple_of=kind.step if kind.step > 1 else None)
+            ]
         case kinds.Number():
             low = {"gt": kind.low} if kind.above else {"ge": kind.low}
-            said = Annotated[float, Field(le=kind.high, **low)]
+            annotation = Annotated[float, Field(le=kind.high, **low)]
         case kinds.Choice():
-            said = Literal[kind.values]
+            annotation = Literal[kind.values]
         case kinds.Switch():
-            said = bool
+            annotation = bool
         case kinds.ImageFile():
-            said = ImageFile
+            annotation = ImageFile
         case kinds.Several(kind=kinds.ImageFile()):
-            said = Annotated[list[ImageFile], Field(min_length=1, max_length=highest)]
+            annotation = Annotated[list[ImageFile], Field(min_length=1, max_length=maximum)]
         case kinds.Text(pattern=""):
-            said = Text
+            annotation = Text
         case kinds.Text():
-            said = Annotated[str, StringConstraints(pattern=kind.pattern)]
+            annotation = Annotated[str, StringConstraints(pattern=kind.pattern)]
         case _:
-            raise AssertionError(f"{row.name} is of a kind that no request can have")
-    return (said | None if row.default is None else said), row.default
+            raise AssertionError(f"{row.name} has a kind that requests do not support")
+    return (annotation | None if row.default is None else annotation), row.default
 
 
 def form_of(task: str) -> dict[str, dict[str, Any]]:
-    """What the page's form offers of sampling for a task: by the names of fields, their types, ends and help."""
+    """A task's sampling fields for the page's form: type, range or choices, and help, by name."""
     form = {}
     for row in of_task(task):
         if row.group == "sampling" and row.page:
             match row.kind:
                 case kinds.Integer(low, high):
-                    said: dict[str, Any] = {"type": "integer", "min": low, "max": _HIGHEST.get(row.name, high)}
+                    field: dict[str, Any] = {"type": "integer", "min": low, "max": _MAXIMUM.get(row.name, high)}
                 case kinds.Number(low, high):
-                    said = {"type": "number", "min": low, "max": high}
+                    field = {"type": "number", "min": low, "max": high}
                 case kinds.Choice(values):
-                    said = {"type": "choice", "choices": list(values)}
+                    field = {"type": "choice", "choices": list(values)}
                 case kinds.Switch():
-                    said = {"type": "switch"}
+                    field = {"type": "switch"}
                 case _:
-                    said = {"type": "text"}
-            form[row.name] = said | {"help": row.help}
+                    field = {"type": "text"}
+            form[row.name] = field | {"help": row.help}
     return form
 
 
 class Body(BaseModel):
-    """A request's fields; unknown ones are refused.
+    """A request's fields. Unknown fields are refused.
 
     Attributes:
-        lists: fields that a form may hold several times.
-        aliases: other names that fields may have in a form.
+        lists: fields that may occur several times in a form.
+        aliases: alternative names of fields in a form, with the field's own name.
     """
 
     lists: ClassVar[tuple[str, ...]] = ()
@@ -125,28 +128,28 @@ class Body(BaseModel):
 
     @property
     def nbytes(self) -> int:
-        """Of its images."""
+        """Total bytes of its images."""
         fields = [value for _, value in self]
         parts = [part for value in fields for part in (value if isinstance(value, list) else [value])]
         return sum(len(part) for part in parts if isinstance(part, bytes))
 
 
-def _body_of(task: str, said: str) -> type[Body]:
+def _body_of(task: str, doc: str) -> type[Body]:
     """The body of a task: a field for each of its options."""
     fields = {row.name: field_of(row) for row in of_task(task)}
-    body = create_model(f"{task.title()}Body", __base__=Body, __doc__=said, **fields)
+    body = create_model(f"{task.title()}Body", __base__=Body, __doc__=doc, **fields)
     body.lists = tuple(row.name for row in of_task(task) if isinstance(row.kind, kinds.Several))
     return body
 
 
-GenerateBody: type[Body] = _body_of("generate", "An image from words, or an image started from.")
-EditBody: type[Body] = _body_of("edit", "Images changed by instruction.")
-DecomposeBody: type[Body] = _body_of("decompose", "An image decomposed into layers.")
-CaptionBody: type[Body] = _body_of("caption", "An image described in words.")
+GenerateBody: type[Body] = _body_of("generate", "Generate images from a prompt, with or without a starting image.")
+EditBody: type[Body] = _body_of("edit", "Edit images with a prompt.")
+DecomposeBody: type[Body] = _body_of("decompose", "Decompose an image into layers.")
+CaptionBody: type[Body] = _body_of("caption", "Describe an image in text.")
 
 
 class LayerBody(Body):
-    """One layer: its image, and where and how it lies on the canvas."""
+    """One layer: its image, its place on the canvas, and how it is blended."""
 
     image: ImageFile
     name: Annotated[str, StringConstraints(max_length=MAX_NAME), AfterValidator(_writable)] = ""
@@ -162,7 +165,7 @@ def _bare_layer(value: Any) -> Any:
 
 
 class ComposeBody(Body):
-    """Layers laid together, from back to front, on a canvas as wide and high as the largest."""
+    """Composite layers, back to front, on a canvas with the maximum width and height of the images."""
 
     lists: ClassVar[tuple[str, ...]] = ("layers",)
     layers: Annotated[
@@ -172,19 +175,19 @@ class ComposeBody(Body):
 
 
 class LoadBody(Body):
-    """Which model is to be loaded."""
+    """The task whose model is loaded."""
 
     task: Literal[TASKS]
 
 
 class UnloadBody(Body):
-    """Which model is to be released; all of them without a task."""
+    """The task whose model is released; without a task, all models."""
 
     task: Literal[TASKS] | None = None
 
 
 def _job_of(task: str, body: type[Body]) -> type[Body]:
-    """A task's fields, and `task` among them."""
+    """A task's fields, with `task` added."""
     fields: dict[str, Any] = {"task": (Literal[task], ...)}
     return create_model(f"{task.title()}Job", __base__=body, __doc__=f"`{task}` as a job.", **fields)
 
@@ -199,7 +202,7 @@ JOBS: dict[str, type[Body]] = {task: _job_of(task, body) for task, body in BODIE
 
 
 class TaskOnly(BaseModel):
-    """The field that says which others there may be."""
+    """The field that selects the type of the body."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", hide_input_in_errors=True)
 
@@ -207,23 +210,23 @@ class TaskOnly(BaseModel):
 
 
 def from_json(body: type[BaseModel], data: Mapping[str, Any]) -> Any:
-    """A body from an object of JSON, where types are exact; raises ApiError."""
+    """A body from a JSON object, with exact types; raises ApiError."""
     try:
         return body.model_validate(data, strict=True)
     except ValidationError as error:
         raise _refusal(error) from None
 
 
-def parsed(data: bytes) -> Mapping[str, Any]:
-    """An object of JSON, if it has no more values than a body can have: each may be an error; raises ApiError."""
+def parse_object(data: bytes) -> Mapping[str, Any]:
+    """Parses a JSON object; raises ApiError, also for more values than a body can have, since each costs an error."""
     if data.count(b",") > _MAX_COMMAS:
         raise _too_many()
     try:
         value = parsed_json(data, allow_inf_nan=False)
     except ValueError as error:
-        raise ApiError("malformed", f"the body is not JSON that can be read: {error}") from None
+        raise ApiError("malformed", f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ApiError("invalid_request", "the body must be an object of JSON: fields by their names")
+        raise ApiError("invalid_request", "the body must be a JSON object with field names as keys")
     left, values = _MAX_VALUES, [value]
     while values:
         values = list(chain.from_iterable(_values_of(value) for value in values))
@@ -242,7 +245,7 @@ def _values_of(value: Any) -> Iterable[Any]:
 
 
 def from_form(body: type[BaseModel], fields: Mapping[str, Any]) -> Any:
-    """A body from the fields of a form, where numbers are text; raises ApiError."""
+    """A body from the fields of a form, with numbers as text; raises ApiError."""
     try:
         return body.model_validate(fields)
     except ValidationError as error:
@@ -250,12 +253,12 @@ def from_form(body: type[BaseModel], fields: Mapping[str, Any]) -> Any:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    """The first thing that is wrong, in a sentence without what was sent."""
+    """The first error, as a sentence that does not repeat the value."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
-    said = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
     known = {
-        "extra_forbidden": "is not a field that is known", "missing": "is missing", "model_type": "must be an object",
-    }.get(first["type"], said)  # fmt: skip
+        "extra_forbidden": "is an unknown field", "missing": "is missing", "model_type": "must be an object",
+    }.get(first["type"], message)  # fmt: skip
     known = known[0].lower() + known[1:] if known.startswith("Input") else known
     return ApiError("invalid_request", f"{place or 'the body'}: {known}", param=place or None)

@@ -1,4 +1,4 @@
-"""What all routes of the server share: how it is configured, and the way from a request through a job to its end."""
+"""Shared by all routes: the configuration, and the path from a request through a job to its result."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from .repeats import Repeats, claim_of
 from .schema import Body
 from .tasks import Limits, Tasks
 
-_DECODED_AT_ONCE = 2  # bodies whose images are looked at at the same time
+_DECODED_AT_ONCE = 2  # requests whose images are decoded at the same time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How a server is configured.
+    """The configuration of a server.
 
     Attributes:
-        profile: name of the profile of config.toml.
-        offers: by task, what `open_pipeline` is to open: model, quantize, loras.
-        defaults: by task and field, what the configuration says where a request says nothing.
-        memory: as in `parse_memory`; None keeps models loaded where they fit.
-        idle_seconds: after which an unused model is released; None keeps it.
-        is_own_host: whether a name is one that the server is reached by.
-        token: what requests must carry; None asks for nothing.
-        aliases: in OpenAI's API, tasks by the other names that their models have.
-        origins: web origins beside the server's own that may use it.
-        queue: most jobs that wait.
-        job_seconds: how long one may work.
-        limits: of pixels and steps.
-        max_body_bytes: of a request.
-        grace: seconds that a job goes on for when the requests that wait for it are cut; see `Repeats`.
+        profile: name of the profile in config.toml.
+        offers: by task, arguments for `open_pipeline`: model, quantize, loras.
+        defaults: by task and field, the configured default values.
+        memory: memory setting in the form that `parse_memory` reads; None keeps models loaded if they fit.
+        idle_seconds: seconds until an unused model is released; None keeps it loaded.
+        is_own_host: whether the server accepts a host name.
+        token: required from requests; None requires no token.
+        aliases: for OpenAI's API, tasks by additional model name.
+        origins: web origins that may use the server, in addition to its own.
+        queue: maximum number of waiting jobs.
+        job_seconds: time limit for one job.
+        limits: maximum pixels and steps.
+        max_body_bytes: maximum bytes of a request's body.
+        grace: seconds that a job continues after its connections were cut; see `Repeats`.
     """
 
     profile: str = "default"
@@ -62,10 +62,10 @@ class Setup:
 
 
 class Service:
-    """What all routes share.
+    """The state shared by all routes.
 
     Args:
-        setup: how the server is configured.
+        setup: the configuration.
         give_up: called in the event loop when this process can no longer use the GPU.
     """
 
@@ -82,11 +82,11 @@ class Service:
         self._decoding = asyncio.Semaphore(_DECODED_AT_ONCE)
 
     async def prepare(self, task: str, body: Any) -> Work:
-        """A body's work, its images looked at in another thread; raises ApiError."""
+        """Creates a body's work, and checks its images in a separate thread; raises ApiError."""
         return await self.aside(self.tasks.work, task, body)
 
     async def aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls what takes a while and needs no model in another thread; a RequestError becomes an ApiError."""
+        """Calls a slow function that needs no model in a separate thread; turns a RequestError into an ApiError."""
         async with self._decoding:
             try:
                 return await asyncio.to_thread(function, *arguments)
@@ -94,55 +94,57 @@ class Service:
                 raise ApiError("invalid_request", str(error)) from None
 
     def submit(self, request: Request, task: str, work: Work, nbytes: int, *, followed: bool = False) -> Job:
-        """Takes the work into the queue, with so many bytes of its request; raises ApiError if there is no room."""
+        """Adds work to the queue; raises ApiError if it is full. `nbytes` is the size of the request."""
         job = self.jobs.submit(task, work, followed=followed, nbytes=nbytes)
         hand_over(request.scope)
         return job
 
     def check_room(self) -> None:
-        """Raises ApiError if no job can be taken now, unless a request may come that repeats an earlier one."""
+        """Raises ApiError if the queue is full, unless the request may be a repeated one."""
         if not self.repeats.awaited:
             self.jobs.check_room()
 
     async def job(
-        self, request: Request, task: str, said: Body, make: Callable[[], Awaitable[Work]], *, followed: bool = False
+        self, request: Request, task: str, body: Body, make: Callable[[], Awaitable[Work]], *, followed: bool = False
     ) -> Job:
-        """The job of a request that waits for its answer: a new one, or that of an earlier copy that was cut.
+        """The job of a request that waits for its result: a new job, or that of an earlier equal request.
 
         Args:
-            request: which waits for it.
-            task: what it is called.
-            said: the request's body.
-            make: makes the work, if it is new.
-            followed: whether previews are wanted.
+            request: the waiting request.
+            task: the job's name.
+            body: the request's body.
+            make: creates the work of a new job.
+            followed: whether the job makes previews.
 
         Raises:
-            ApiError: the body asks for what cannot be done, or there is no room.
+            ApiError: the request is invalid, or the queue is full.
         """
-        claim = claim_of(request.url.path, request.headers, said)
+        claim = claim_of(request.url.path, request.headers, body)
         job = self.repeats.find(claim)
         if job is None:
             work = await make()
-            job = self.repeats.find(claim)  # its copy may have come meanwhile
+            job = self.repeats.find(claim)  # an equal request may have come meanwhile
             if job is None:
-                job = self.submit(request, task, work, said.nbytes, followed=followed)
+                job = self.submit(request, task, work, body.nbytes, followed=followed)
                 job.claim = claim
         return job
 
-    async def result(self, request: Request, task: str, said: Body, make: Callable[[], Awaitable[Work]]) -> bytes:
-        """What `job` comes to; a client that goes away cancels it, if it does not come back in time.
+    async def result(self, request: Request, task: str, body: Body, make: Callable[[], Awaitable[Work]]) -> bytes:
+        """The result of `job` as JSON.
+
+        If the client disconnects and does not repeat the request within the grace period, the job is cancelled.
 
         Raises:
-            ApiError: it failed or was cancelled.
+            ApiError: the job failed or was cancelled.
         """
-        job = await self.job(request, task, said, make)
+        job = await self.job(request, task, body, make)
         with self.repeats.waiting(job):
             await self._end(request, job)
         return outcome(job)
 
     @staticmethod
     async def _end(request: Request, job: Job) -> None:
-        """Waits for a job's end, or for its client to go away."""
+        """Waits until a job ends or its client disconnects."""
         waits = {asyncio.create_task(job.finished.wait()), asyncio.create_task(gone(request))}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -152,7 +154,7 @@ class Service:
 
 
 async def gone(request: Request) -> None:
-    """Returns when the client has gone away."""
+    """Returns when the client has disconnected."""
     with suppress(Exception):
         while (await request.receive())["type"] != "http.disconnect":
             pass

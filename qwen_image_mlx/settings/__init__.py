@@ -1,4 +1,4 @@
-"""config.toml: what may stand in it, where it is found, and what it says.
+"""config.toml: its settings, where it is found, and its values.
 
 Importable without MLX, numpy or PIL. Its table `SCHEMA` is made from the options (`runtime/options.py`).
 """

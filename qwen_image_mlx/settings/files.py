@@ -1,4 +1,4 @@
-"""Where config.toml is found, and what it says for a profile, each value with its origin; every fault with its line."""
+"""Finds config.toml and reads a profile's settings, each value with its origin; errors name the line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIABLE = "QWEN_IMAGE_CONFIG"
 NAME = "config.toml"
 BUILT_IN = "built-in"
 _MAX_BYTES = 100_000
-_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # those that a shell or a parent writes to
+_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # pipes that a shell or a parent process writes to
 
 _ROWS = {(row.table, row.key): row for row in SCHEMA}
 _HOMES = {row.key: row.table for row in SCHEMA} | {GENERATION: ""}
@@ -35,12 +35,12 @@ class UnknownProfile(RequestError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a config says for a profile.
+    """The settings of a profile.
 
     Attributes:
-        path: the file; None where there is none.
+        path: the file; None without one.
         profile: the profile's name.
-        values: by the key of every setting in `SCHEMA`; None where nothing is said.
+        values: by the key of every setting in `SCHEMA`; None where it is not set.
         origins: by the same keys, "FILE [TABLE]" or "built-in".
     """
 
@@ -50,26 +50,26 @@ class Settings:
     origins: Mapping[str, str]
 
     def __getitem__(self, key: str) -> Any:
-        """The value of a setting; None where nothing is said."""
+        """The value of a setting; None if it is not set."""
         return self.values[key]
 
     def of_command(self, command: str, model: str | None = None) -> dict[str, Any]:
-        """What is said for a command, by the names of the flags whose place it takes.
+        """The settings of a command, by the names of the flags they stand for.
 
         Args:
             command: a key of `Setting.feeds`.
-            model: the one that is asked for; for another than is said here, or is usual, LoRAs are not said.
+            model: the requested model; if it is not the config's or the default one, the config's LoRAs are left out.
         """
         rows = {row.feeds[command]: row for row in SCHEMA if command in row.feeds}
-        said = {flag: self.values[row.key] for flag, row in rows.items() if self.values[row.key] is not None}
-        own = said.get("model", rows["model"].usual) if "loras" in said else None
+        found = {flag: self.values[row.key] for flag, row in rows.items() if self.values[row.key] is not None}
+        own = found.get("model", rows["model"].usual) if "loras" in found else None
         if model is not None and own is not None and full_name(model) != full_name(own):
-            del said["loras"]
-        return said
+            del found["loras"]
+        return found
 
 
 def default_place() -> Path:
-    """Where a user's own config.toml lies on this platform."""
+    """The place of a user's own config.toml on this platform."""
     if sys.platform == "darwin":
         folder = "~/Library/Application Support"
     else:
@@ -84,7 +84,7 @@ def find_config(explicit: StrPath | None = None) -> Path | None:
     A config.toml in the working directory counts only if it is ours: if a profile in it has a table `qwen_image`.
 
     Raises:
-        RequestError: the one that is named is not there or cannot be read.
+        RequestError: the named one does not exist or cannot be read.
     """
     named = explicit if explicit is not None else os.environ.get(VARIABLE) or None
     if named is not None:
@@ -92,9 +92,9 @@ def find_config(explicit: StrPath | None = None) -> Path | None:
             raise RequestError("the config's name is empty: name a file")
         path = Path(os.path.expanduser(named))
         readable = os.path.exists(path) and not path.is_dir() and os.access(path, os.R_OK) and not _never_ends(path)
-        if not readable:  # it is not opened: what a pipe says can be read once
+        if not readable:  # it is not opened: a pipe can be read only once
             why = "" if explicit is not None else f", which {VARIABLE} names,"
-            raise RequestError(f"the config {path}{why} is not there, or no file that can be read")
+            raise RequestError(f"the config {path}{why} does not exist, or is not a file that can be read")
         return path
     if _is_ours(Path(NAME)):
         return Path(NAME)
@@ -102,24 +102,24 @@ def find_config(explicit: StrPath | None = None) -> Path | None:
 
 
 def load_settings(path: Path | None, profile: str | None = None) -> Settings:
-    """What a config says for a profile, over what it says for `default`.
+    """The settings of a profile, on top of those of `default`.
 
-    The whole file is checked, but for tables of other programs beside `qwen_image`. Relative places of models and LoRAs
-    that exist beside the file are made to lead there.
+    The whole file is checked, except for other programs' tables. Relative paths of models and LoRAs that exist in the
+    file's folder are taken from there.
 
     Args:
-        path: the file; None is one that says nothing.
+        path: the file; None is an empty one.
         profile: its name; None is `default`.
 
     Raises:
         RequestError: the file cannot be read or a setting in it is wrong; the message has the line.
-        UnknownProfile: there is no such profile.
+        UnknownProfile: the profile does not exist.
     """
     profiles = {} if path is None else _profiles(path)
     chosen = DEFAULT_PROFILE if profile is None else profile
     if chosen not in {DEFAULT_PROFILE, *profiles}:
-        there = f"{path} has {', '.join(dict.fromkeys([DEFAULT_PROFILE, *profiles]))}" if path else "there is no config"
-        raise UnknownProfile(f"there is no profile {chosen!r}: {there}")
+        there = f"{path} has {', '.join(dict.fromkeys([DEFAULT_PROFILE, *profiles]))}" if path else "no config exists"
+        raise UnknownProfile(f"the profile {chosen!r} does not exist: {there}")
     values: dict[str, Any] = {row.key: None for row in SCHEMA}
     origins = dict.fromkeys(values, BUILT_IN)
     for name in (DEFAULT_PROFILE, chosen):
@@ -140,7 +140,7 @@ def _read(path: Path) -> bytes:
 
 
 def _never_ends(path: Path) -> bool:
-    """Whether opening a file may wait for ever: a pipe that has a name, but may have nobody who writes."""
+    """Whether opening a file may wait for ever: a named pipe without a writer."""
     return path.is_fifo() and not str(path).startswith(_PIPES)
 
 
@@ -149,47 +149,47 @@ def _is_ours(path: Path) -> bool:
         return False
     try:
         data = _read(path)
-    except RequestError:  # whose it is cannot be told
+    except RequestError:  # the owner is unknown
         return False
     if TABLE.encode() not in data:
         return False
     try:
-        said, _ = parse_toml(data, "")
-    except RequestError:  # damaged; the owner is to be told
+        found, _ = parse_toml(data, "")
+    except RequestError:  # damaged; the owner has to know
         return re.search(rb"^\s*\[[^\]\n]*\b%b\b" % TABLE.encode(), data, re.MULTILINE) is not None
-    return any(isinstance(profile, dict) and isinstance(profile.get(TABLE), dict) for profile in said.values())
+    return any(isinstance(profile, dict) and isinstance(profile.get(TABLE), dict) for profile in found.values())
 
 
 def _profiles(path: Path) -> dict[str, dict[str, tuple[Any, str]]]:
-    """By the name of a profile and a setting's key: its value as it is stored, and the table that says it."""
-    said, lines = parse_toml(_read(path), str(path))
+    """By the name of a profile and a setting's key: its stored value, and the table it is in."""
+    found, lines = parse_toml(_read(path), str(path))
     profiles: dict[str, dict[str, tuple[Any, str]]] = {}
-    for name, tables in said.items():
+    for name, tables in found.items():
         if isinstance(tables, dict) and TABLE in tables:
             profiles[name] = dict(_checked(path, tables[TABLE], (name, TABLE), lines))
-    if said and not profiles:
+    if found and not profiles:
         raise RequestError(f"{path} has no table [{table_name(DEFAULT_PROFILE, '')}], so it sets nothing here")
     return profiles
 
 
-def _checked(path: Path, said: Any, outer: Names, lines: Mapping[Names, int]) -> Iterator[tuple[str, tuple[Any, str]]]:
+def _checked(path: Path, found: Any, outer: Names, lines: Mapping[Names, int]) -> Iterator[tuple[str, tuple[Any, str]]]:
     """(key, (value, table)) of every setting in a profile's table and in the one inside it."""
 
     def fault(names: Names, message: str) -> RequestError:
         return RequestError(f"{path}, line {lines[names]}: {message}")
 
-    if not isinstance(said, dict):
-        raise fault(outer, f"{outer[-1]} is {_shown(said)}, but must be a table")
+    if not isinstance(found, dict):
+        raise fault(outer, f"{outer[-1]} is {_quoted(found)}, but must be a table")
     table = "".join(outer[2:])
-    for key, value in said.items():
+    for key, value in found.items():
         names = (*outer, key)
         if not table and key == GENERATION:
             yield from _checked(path, value, names, lines)
         elif row := _ROWS.get((table, key)):
             if not row.kind.accepts(value):
-                raise fault(names, f"{key} is {_shown(value)}, but must be {row.kind.allowed}")
+                raise fault(names, f"{key} is {_quoted(value)}, but must be {row.kind.allowed}")
             value = row.kind.store(value)
-            yield key, (_placed(value, path.parent) if row.place else value, table_name(outer[0], table))
+            yield key, (_resolve(value, path.parent) if row.place else value, table_name(outer[0], table))
         elif key in _HOMES:
             raise fault(names, f"{key} belongs in [{table_name(outer[0], _HOMES[key])}]")
         else:
@@ -201,25 +201,25 @@ def _nearest(key: str) -> str:
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(_HOMES)}"
 
 
-def _shown(value: Any) -> str:
-    """A value much as TOML writes it, cut where it is long."""
+def _quoted(value: Any) -> str:
+    """A value roughly as TOML writes it, cut to 80 characters."""
     try:
         return f"{json.dumps(value, ensure_ascii=False, default=str):.80}"
     except RecursionError:
         return "a very deep table"
 
 
-def _placed(value: str | Iterable[str], folder: Path) -> str | list[str]:
-    """Places with ~ expanded, and those that are there beside the config made to lead there."""
+def _resolve(value: str | Iterable[str], folder: Path) -> str | list[str]:
+    """Paths with ~ expanded; those that exist in the config's folder are taken from there."""
     if not isinstance(value, str):
-        return [_placed_lora(item, folder) for item in value]
-    beside = folder / os.path.expanduser(value)
-    return str(beside) if value not in DEMOS and os.path.exists(beside) else os.path.expanduser(value)
+        return [_resolve_lora(item, folder) for item in value]
+    local = folder / os.path.expanduser(value)
+    return str(local) if value not in DEMOS and os.path.exists(local) else os.path.expanduser(value)
 
 
-def _placed_lora(reference: str, folder: Path) -> str:
-    """The same for REF or REF@STRENGTH; an existing path that contains an @ is a path."""
+def _resolve_lora(reference: str, folder: Path) -> str:
+    """REF or REF@STRENGTH with REF's path resolved like `_resolve`; an existing path that contains an @ is a path."""
     place, at, strength = reference.rpartition("@")
     if not at or os.path.exists(folder / os.path.expanduser(reference)):
-        return str(_placed(reference, folder))
-    return f"{_placed(place, folder)}@{strength}"
+        return str(_resolve(reference, folder))
+    return f"{_resolve(place, folder)}@{strength}"

@@ -1,4 +1,4 @@
-"""TOML with the line of every key: the parser gives values alone, and a person wants to know where to look."""
+"""TOML with the line of every key, for error messages: the parser itself gives only values."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..errors import RequestError
 Names = tuple[str, ...]
 DEPTH = 4  # names of the innermost key that a setting has: PROFILE.qwen_image.generation.KEY
 
-# What may hide the end of a line, or be it; a string that does not end takes all that is left.
+# Tokens that may hide the end of a line, or are it; an unterminated string takes the rest.
 _TOKEN = re.compile(
     r'''"""(?:\\[\s\S]|[^\\])*?(?:"""(?:"{0,2})|\Z)'''
     r"""|'''[\s\S]*?(?:''''{0,2}|\Z)"""
     r"""|"(?:\\.|[^"\\\n])*"?|'[^'\n]*'?|\#[^\n]*|[\[\]{}\n]"""
 )
-_MOST_NAMES = 32  # of a key: the parser's time grows with their square
+_MAX_NAMES = 32  # of a key: the parser's time grows with their square
 _BETWEEN = re.compile(r"[^\w. \t-]")
 
 
 def parse_toml(data: bytes, where: str) -> tuple[dict[str, Any], dict[Names, int]]:
-    """What a file says, and the line (from 1) where each table and key first stands, by its names from the outermost.
+    """The values of a file, and the line (from 1) of each table and key, by its names from the outermost.
 
-    What lies deeper than `DEPTH` names has no line.
+    Keys deeper than `DEPTH` names have no line.
 
     Args:
         data: the file's bytes, UTF-8 with or without a byte order mark.
-        where: how errors call the file.
+        where: the file's name in errors.
 
     Raises:
         RequestError: it is not TOML; the message has the line.
@@ -45,8 +45,8 @@ def parse_toml(data: bytes, where: str) -> tuple[dict[str, Any], dict[Names, int
         line = 1 + data.count(b"\n", 0, error.start)
         raise RequestError(f"{where}, line {line}: this is not UTF-8") from None
     for number, line in enumerate(_TOKEN.sub(_bare, text).split("\n"), 1):
-        if any(part.count(".") >= _MOST_NAMES for part in _BETWEEN.split(line)):
-            raise RequestError(f"{where}, line {number}: a key has more than {_MOST_NAMES} names, as no setting has")
+        if any(part.count(".") >= _MAX_NAMES for part in _BETWEEN.split(line)):
+            raise RequestError(f"{where}, line {number}: a key has more than {_MAX_NAMES} names, as no setting has")
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -69,12 +69,12 @@ def parse_toml(data: bytes, where: str) -> tuple[dict[str, Any], dict[Names, int
 
 
 def _bare(token: re.Match[str]) -> str:
-    """A string as a name, a comment as nothing, all else as it is; with the lines that it takes."""
+    """Replaces a string with a name and a comment with nothing, keeping line ends; all else stays."""
     return token[0] if token[0][0] in "[]{}\n" else ("_" if token[0][0] != "#" else "") + "\n" * token[0].count("\n")
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """(first line, text) of each header and each key with its value; one that does not end is the last.
+    """(first line, text) of each header and each key with its value; an unterminated one is the last.
 
     A statement ends with a line, but not within a string or brackets.
     """
@@ -82,10 +82,10 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
     line = first = 1
     begin = depth = 0
     for token in _TOKEN.finditer(text):
-        said = token[0]
-        line += said.count("\n")
-        depth = max(0, depth + (said in "[{") - (said in "]}"))
-        if said == "\n" and not depth:
+        mark = token[0]
+        line += mark.count("\n")
+        depth = max(0, depth + (mark in "[{") - (mark in "]}"))
+        if mark == "\n" and not depth:
             statement = text[begin : token.start()]
             if statement.strip() and not statement.lstrip().startswith("#"):
                 yield first, statement
@@ -95,7 +95,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _fault(text: str) -> int:
-    """The line of the first statement that is no TOML by itself, or of the last one, which contradicts another."""
+    """The line of the first statement that is not TOML by itself, else of the last one, which contradicts others."""
     begun = 1
     for begun, statement in _statements(text):  # noqa: B007
         try:
@@ -105,9 +105,9 @@ def _fault(text: str) -> int:
     return begun
 
 
-def _paths(said: dict[str, Any], outer: Names = ()) -> Iterator[Names]:
+def _paths(values: dict[str, Any], outer: Names = ()) -> Iterator[Names]:
     """The names of every table and key down to `DEPTH`, the outer ones first."""
-    for name, value in said.items():
+    for name, value in values.items():
         yield (*outer, name)
         if isinstance(value, dict) and len(outer) + 1 < DEPTH:
             yield from _paths(value, (*outer, name))

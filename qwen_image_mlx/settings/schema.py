@@ -21,13 +21,13 @@ class Setting:
 
     Attributes:
         key: its name in the file.
-        kind: what it may be.
-        help: what it decides, in a sentence.
-        usual: what holds where it is not set.
+        kind: the values it takes.
+        help: its effect, in a sentence.
+        usual: the default, in words.
         example: a value for the commented example.
-        feeds: by the name of a command, the name of the flag whose place it takes; "edit" is `compose --harmonize` too.
-        table: the table within `[PROFILE.qwen_image]` that it stands in; "" for that one itself.
-        place: whether it names files, which may lie beside the config.
+        feeds: by the name of a command, the name of the flag it stands for; "edit" is `compose --harmonize` too.
+        table: its table within `[PROFILE.qwen_image]`; "" for that one itself.
+        place: whether it names files, which may be in the config's folder.
     """
 
     key: str
@@ -40,14 +40,14 @@ class Setting:
     place: bool = False
 
 
-# Those of a profile's own table first.
+# The settings of a profile's own table come first.
 SCHEMA = tuple(sorted((
     Setting(
-        key=said.key or row.name, kind=said.kind or row.kind, help=said.help or row.help, usual=said.usual or row.usual,
-        example=said.example, feeds=dict.fromkeys(said.commands or row.commands, row.name), table=said.table,
-        place=row.place,
+        key=entry.key or row.name, kind=entry.kind or row.kind, help=entry.help or row.help,
+        usual=entry.usual or row.usual, example=entry.example,
+        feeds=dict.fromkeys(entry.commands or row.commands, row.name), table=entry.table, place=row.place,
     )
-    for row in OPTIONS.values() for said in row.config
+    for row in OPTIONS.values() for entry in row.config
 ), key=lambda row: row.table))  # fmt: skip
 
 
@@ -66,6 +66,6 @@ def example_config() -> str:
                 lines += [f"# {row.help} (where it is not set: {row.usual})"]
                 lines += [f"#{row.key} = {json.dumps(row.example, ensure_ascii=False)}"]
         lines += [""]
-    lines += ["# Another profile, chosen by --profile fast; what it does not say is as in default."]
+    lines += ["# A second profile, chosen by --profile fast; settings it lacks are taken from default."]
     lines += [f"#[{table_name('fast', '')}]", "#quantize = 4", f"#[{table_name('fast', GENERATION)}]", "#steps = 20"]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Where in an encoded prompt the places of its images are."""
+"""The positions of images in an encoded prompt."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .prompt import TokenizedPrompt
 
 
 def image_starts(tokens: TokenizedPrompt, grids: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """The first place of each image among the encoder's rows that count, in order.
+    """The first row of each image among the encoder's rows from `tokens.first` on, in order.
 
     Args:
         tokens: the prompt.
-        grids: rows and columns of each image's places, as `tokenize_prompt` was given them.
+        grids: rows and columns of each image's features, the same that `tokenize_prompt` took.
     """
     places = np.flatnonzero(tokens.is_image)
     before = accumulate((rows * columns for rows, columns in grids), initial=0)

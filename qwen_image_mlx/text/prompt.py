@@ -1,4 +1,4 @@
-"""From a prompt, its images and a template to what the text encoder runs, and the rows of its output that count.
+"""From a prompt, its images and a template to the text encoder's input, and the rows of its output that are used.
 
 Sources: the pipelines' _get_qwen_prompt_embeds and encode_prompt; Qwen2VLProcessor; get_rope_index of Qwen2.5-VL.
 """
@@ -19,12 +19,12 @@ from .tokenizer import QwenTokenizer
 logger: logging.Logger = logging.getLogger(__name__)
 
 IMAGE_PAD = "<|image_pad|>"
-_SHOWN = 60  # characters of a cut prompt's end that a warning quotes
+_QUOTED = 60  # characters of a cut prompt's end that a warning quotes
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """What the text encoder is given.
+    """The text encoder's input.
 
     Attributes:
         ids: int32 (L,): token ids of template, images and prompt.
@@ -46,20 +46,20 @@ def tokenize_prompt(
     grids: Sequence[tuple[int, int]] = (),
     sequential_positions: bool = False,
 ) -> TokenizedPrompt:
-    """Fills the template, tokenizes the whole (never template and prompt apart: they may merge), and cuts.
+    """Fills the template, tokenizes the whole (template and prompt together, as tokens may merge), and cuts.
 
-    A prompt over the limit is cut where the reference cuts it, with a warning that quotes the last words that count.
+    A prompt over the limit is cut where the reference cuts it, with a warning that quotes the last words kept.
 
     Args:
         tokenizer: the checkpoint's.
-        template: what stands around the prompt, and the limits.
-        prompt: what the user wrote.
+        template: the text around the prompt, and the limits.
+        prompt: the user's text.
         grids: for each image, the rows and columns of its features.
-        sequential_positions: number the tokens 0, 1, 2, … although there are images, as libraries do that lost the
-            three position axes.
+        sequential_positions: number the tokens 0, 1, 2, … even with images, as libraries without the three
+            position axes do.
 
     Raises:
-        RequestError: the prompt is not a string of whole characters, or itself holds an image's placeholder.
+        RequestError: the prompt is not a string of whole characters, or contains an image's placeholder.
     """
     if not isinstance(prompt, str):
         raise RequestError(f"a prompt is {prompt!r}, but must be a string")
@@ -81,14 +81,14 @@ def tokenize_prompt(
     cut = offsets[last - 1][1] - len(head)
     if cut < len(prompt):
         logger.warning(
-            "the prompt is cut after %d of its %d characters (limit: %d tokens); the last words that count: “…%s”",
-            cut, len(prompt), last - template.drop, prompt[max(0, cut - _SHOWN) : cut],
+            "the prompt is cut after %d of its %d characters (limit: %d tokens); the last words kept: “…%s”",
+            cut, len(prompt), last - template.drop, prompt[max(0, cut - _QUOTED) : cut],
         )  # fmt: skip
-    # Rows past the last one that counts cannot influence it: the encoder is causal.
+    # Later rows cannot influence the kept ones: the encoder is causal.
     short = np.array(ids[:last], dtype=np.int32)
     slots = np.flatnonzero(short == tokenizer.token_id(IMAGE_PAD)) if grids else np.array([], dtype=np.int64)
     if len(slots) != len(grids):
-        raise RequestError(f"the prompt itself holds the token {IMAGE_PAD}, which stands for an image; take it out")
+        raise RequestError(f"the prompt contains the token {IMAGE_PAD}, which stands for an image; remove it")
     counts = np.ones(len(short), dtype=np.int64)
     counts[slots] = [rows * cols for rows, cols in grids]
     long = np.repeat(short, counts)
@@ -100,7 +100,7 @@ def tokenize_prompt(
 
 
 def _positions(length: int, images: dict[int, tuple[int, int]]) -> np.ndarray:
-    """(3, L): text counts up on all axes; an image spreads over rows and columns, and takes its longer side."""
+    """int32 (3, L): text counts up on all axes; an image spreads over rows and columns, and takes its longer side."""
     runs, start, begin = [], 0, 0
     for slot in (*sorted(images), length):
         text = np.arange(slot - begin) + start
@@ -116,22 +116,22 @@ def _positions(length: int, images: dict[int, tuple[int, int]]) -> np.ndarray:
 
 
 def replace_vision_tokens(embeddings: mx.array, is_image: np.ndarray, features: mx.array) -> mx.array:
-    """Puts images' features in the places of their placeholders, in order.
+    """Replaces the placeholders' embeddings with the images' features, in order.
 
     Args:
         embeddings: (1, L, C) of all tokens.
-        is_image: (L,) which of them are placeholders.
-        features: (n, C).
+        is_image: bool (L,): which of them are placeholders.
+        features: (n, C), in the embeddings' dtype.
 
     Returns:
         (1, L, C).
 
     Raises:
-        RequestError: there are not as many placeholders as features.
+        RequestError: the numbers of placeholders and features differ.
     """
     count = int(is_image.sum())
     if count != features.shape[0]:
-        raise RequestError(f"{count} places for image features, but {features.shape[0]} features")
+        raise RequestError(f"{count} placeholders for image features, but {features.shape[0]} features")
     source = np.where(is_image, np.cumsum(is_image) - 1, 0)
     placed = mx.take(features.astype(embeddings.dtype), mx.array(source), axis=0)
     return mx.where(mx.array(is_image)[None, :, None], placed[None], embeddings)

@@ -1,6 +1,6 @@
 """The Qwen2 byte-level BPE tokenizer, from `tokenizer.json` or from `vocab.json` and `merges.txt` alone.
 
-Knows nothing of templates or models. Special tokens inside a text are parsed as such, as the reference does.
+Independent of templates and models. Special tokens inside a text are parsed as such, as the reference does.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ..errors import CheckpointError, RequestError
 from ..outside import MAX_CHARACTERS, why_not_read
 
-# Qwen2's split of a text before BPE; stands in every Qwen2.5 tokenizer.json.
+# Qwen2's split of a text before BPE; every Qwen2.5 tokenizer.json has it.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES = 256
-_PANICS = "pyo3_runtime"  # where the class of its panics says that it is
-_MOST_BYTES = 64_000_000  # of a file; Qwen2.5's own have 11 MB
+_PANICS = "pyo3_runtime"  # the module of the class of its panics
+_MAX_BYTES = 64_000_000  # of a file; Qwen2.5's own have 11 MB
 _FIRST_SPECIAL = 151643
 _SPECIAL = ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end",
             "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")  # fmt: skip
@@ -41,7 +41,7 @@ class QwenTokenizer:
     """Text to token ids and back.
 
     Args:
-        tokenizer: the `tokenizers` object that does the work.
+        tokenizer: the `tokenizers` object that is wrapped.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -52,11 +52,11 @@ class QwenTokenizer:
         """Builds it from the files of a `tokenizer/` folder, by file name.
 
         Raises:
-            CheckpointError: neither `tokenizer.json` nor both of `vocab.json` and `merges.txt` are there and sound.
+            CheckpointError: neither `tokenizer.json` nor both of `vocab.json` and `merges.txt` exist and are valid.
         """
         for path in files.values():
             try:
-                why = why_not_read(path, _MOST_BYTES)
+                why = why_not_read(path, _MAX_BYTES)
             except OSError as error:
                 why = error.strerror
             if why:
@@ -74,7 +74,7 @@ class QwenTokenizer:
             CheckpointError: the tokenizer's files contradict themselves.
         """
         if len(text) > MAX_CHARACTERS:
-            raise RequestError(f"the prompt has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
+            raise RequestError(f"the prompt has {len(text):,} characters; at most {MAX_CHARACTERS:,} are supported")
         with _library("the tokenizer cannot read a prompt ({}): download its files again"):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return Tokens(encoding.ids, encoding.offsets)
@@ -88,13 +88,13 @@ class QwenTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens skipped."""
-        with _library("the tokenizer cannot write what a model said ({}): download its files again"):
+        with _library("the tokenizer cannot decode a model's output ({}): download its files again"):
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @contextmanager
 def _library(sentence: str) -> Iterator[None]:
-    """Makes whatever the library raises a CheckpointError: bare Exceptions, and panics, which are none."""
+    """Turns any error of the library into a CheckpointError: bare Exceptions, and panics, which are not Exceptions."""
     try:
         yield
     except CheckpointError:
@@ -106,13 +106,13 @@ def _library(sentence: str) -> Iterator[None]:
 
 
 def _as_qwen_splits(tokenizer: Tokenizer) -> Tokenizer:
-    """The same without padding or truncation; raises CheckpointError if it changes or splits texts as Qwen2's does not.
+    """The tokenizer without padding and truncation; raises CheckpointError if it treats texts differently from Qwen2's.
 
-    A file may ask for patterns that take forever, texts put before each other, a prompt padded to gigabytes.
+    A file could contain endless patterns, prefixes, or padding of a prompt to gigabytes.
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    normalizer, splitter = (_said(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
+    normalizer, splitter = (_settings_of(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
     if normalizer not in (None, {"type": "NFC"}):
         raise CheckpointError(
             f"the tokenizer normalizes texts by {normalizer['type']}, as no Qwen2.5-VL tokenizer does"
@@ -123,7 +123,7 @@ def _as_qwen_splits(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _said(part: Any) -> dict[str, Any] | None:
+def _settings_of(part: Any) -> dict[str, Any] | None:
     return None if part is None else json.loads(part.__getstate__())
 
 
@@ -135,7 +135,7 @@ def _from_vocabulary(files: Mapping[str, Path]) -> Tokenizer:
     if len(vocab) != _BYTES + len(merges):
         raise CheckpointError(
             f"the tokenizer's vocab.json has {len(vocab)} entries, but {_BYTES} bytes and the {len(merges)} merges of "
-            "merges.txt make another number; download both again"
+            "merges.txt make a different number; download both again"
         )
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.normalizer = normalizers.NFC()

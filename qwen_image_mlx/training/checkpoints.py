@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file each, whole or absent, from which it goes on to the same numbers."""
+"""Checkpoints of a run: one file each, complete or absent, from which it resumes bit-identically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEPT = 2  # the last one, and the one before in case the last is lost
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, record: Mapping[str, Any]) -> Path:
-    """Writes where a trainer is, and drops all checkpoints but the last two.
+    """Writes the state of a trainer, and removes all checkpoints but the last two.
 
     Args:
         folder: of the run's checkpoints; made if missing.
@@ -43,21 +43,21 @@ def save_checkpoint(folder: Path, trainer: Trainer, record: Mapping[str, Any]) -
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps; None if there is none."""
+    """The checkpoint with the highest step; None without any."""
     found = _found(folder)
     return found[-1][1] if found else None
 
 
 def load_checkpoint(path: Path, trainer: Trainer, record: Mapping[str, Any]) -> None:
-    """Puts a trainer where `save_checkpoint` left it.
+    """Restores the state of a trainer that `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: the file is damaged, or the run depended on something else.
+        CheckpointError: the file is damaged, or belongs to a run with a different record.
     """
     try:
         state, metadata = load_tensors(path)
         if metadata.get("format") != _FORMAT:
-            raise ValueError("it is no checkpoint of a training run")
+            raise ValueError("it is not a checkpoint of a training run")
         step, written = int(metadata["step"]), json.loads(metadata["record"])
         if not isinstance(written, dict):
             raise ValueError("its record is not a JSON object")
@@ -68,13 +68,17 @@ def load_checkpoint(path: Path, trainer: Trainer, record: Mapping[str, Any]) -> 
     here = json.loads(json.dumps(record))
     changed = [name for name in {*here, *written} if here.get(name) != written.get(name)]
     if changed:
-        said = ", ".join(f"{name} {written.get(name)!r:.60} and not {here.get(name)!r:.60}" for name in sorted(changed))
-        raise CheckpointError(f"{path} belongs to a run with {said}: give what that run was given, or another folder")
+        changes = ", ".join(
+            f"{name}  {written.get(name)!r:.60} and not {here.get(name)!r:.60}" for name in sorted(changed)
+        )
+        raise CheckpointError(
+            f"{path} belongs to a run with {changes}: use the settings of that run, or a different folder"
+        )
     try:
         with gpu_faults():
             trainer.restore(step, state)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is that of another network or is damaged ({error})") from error
+        raise CheckpointError(f"{path} belongs to a different network or is damaged ({error})") from error
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:

@@ -1,6 +1,6 @@
 """Examples as latents and text encodings: made once by the pipeline's own encoders, kept on disk, drawn in batches.
 
-An entry's name stands for all it depends on, so that a change of an image, a caption or the model makes another.
+An entry's name is a hash of all it depends on, so that a change of an image, a caption or the model makes a new one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .loss import key_of
 from .network import Batch
 
 _FORMAT = "qwen_image_mlx.example.1"
-_ENLARGED = 1.1  # how much an image may be enlarged, along a side
-DROPPED = " "  # what stands for a caption that is dropped, as the reference's pipelines write an empty prompt
+_ENLARGED = 1.1  # maximum enlargement of an image, along a side
+DROPPED = " "  # replaces a dropped caption; the reference's pipelines write an empty prompt so
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _Entry:
             return Batch(arrays["latents"], text, self.segments, arrays.get("references"))
         except (OSError, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{self.path} is gone or damaged ({error}): resume the run to make it anew"
+                f"{self.path} is gone or damaged ({error}): resume the run to make it again"
             ) from error
 
 
@@ -63,9 +63,9 @@ class Dataset:
 
     Args:
         entries: by example.
-        seed: of their order, which is another in every epoch, and of the captions dropped.
-        batch_size: most samples of a batch.
-        accumulate: a step has so many times `batch_size` samples.
+        seed: of their order, which differs in every epoch, and of the dropped captions.
+        batch_size: maximum samples of a batch.
+        accumulate: a step has `accumulate` times `batch_size` samples.
         caption_dropout: share of samples without their caption.
     """
 
@@ -80,7 +80,7 @@ class Dataset:
         return len(self._entries)
 
     def batches(self, step: int) -> list[Batch]:
-        """What a step is trained on: as few batches as the samples' shapes allow."""
+        """The batches of a step, as few as the samples' shapes allow."""
         return [Batch.join([entry.load(drop) for entry, drop in group]) for group in self._groups(step)]
 
     def batch_sizes(self, step: int) -> list[int]:
@@ -112,31 +112,31 @@ def check_images(examples: Sequence[Example], task: str, resolution: int, report
     """Decodes every image once, before any model is loaded.
 
     Raises:
-        RequestError: one cannot be read, is too small for the resolution, or a layer has not its image's size.
+        RequestError: one cannot be read, is too small for the resolution, or a layer's size differs from its image's.
     """
     small, unequal = [], []
     for n, example in enumerate(examples):
         sizes = {file: open_rgba(file).size for file in example.files}
         size = sizes[example.image]
-        wanted = target_size(size, task, resolution)
-        if max(want / have for want, have in zip(wanted, size, strict=True)) > _ENLARGED:
+        target = target_size(size, task, resolution)
+        if max(want / have for want, have in zip(target, size, strict=True)) > _ENLARGED:
             small.append(f"{example.image.name} ({size[0]}x{size[1]})")
         unequal += [f"{file} ({sizes[file][0]}x{sizes[file][1]})" for file in example.layers if sizes[file] != size]
         report(Progress("check", n + 1, len(examples), "images"))
     if small:
         raise RequestError(
             f"{len(small)} of {len(examples)} images are smaller than the {resolution}x{resolution} pixels that "
-            f"the resolution {resolution} trains on: {some(small)}; lower it, or take them out"
+            f"the resolution {resolution} trains on: {some(small)}; lower it, or remove them"
         )
     if unequal:
-        raise RequestError(f"{len(unequal)} layers have not the size of their image: {some(unequal)}")
+        raise RequestError(f"{len(unequal)} layers differ in size from their image: {some(unequal)}")
 
 
 def target_size(size: Size, task: str, resolution: int) -> Size:
-    """(width, height) that an image is trained on at.
+    """(width, height) at which an image is trained on.
 
-    From text, the bucket whose aspect is nearest; from images, what the pipeline gives a result of that area, so that
-    image and result lie on each other.
+    For text to image, the bucket with the nearest aspect; otherwise the pipeline's size for a result of that area, so
+    that image and result have the same size.
     """
     return bucket_of(size, buckets_of(resolution)) if task == "t2i" else size_of_area(resolution**2, size)
 
@@ -150,16 +150,16 @@ def encode_examples(
     folder: Path,
     progress: ProgressCallback | None = None,
 ) -> list[_Entry]:
-    """Encodes what is not encoded yet, and releases the encoders.
+    """Encodes the examples that are not encoded yet, and releases the encoders.
 
     Args:
-        pipeline: of the model that is trained.
+        pipeline: of the model being trained.
         examples: images and captions.
         task: "t2i", "edit" or "layered".
-        resolution: as in `target_size`.
+        resolution: images are encoded at about resolution² pixels.
         with_dropped: encode each example without its caption too.
         folder: where the entries are kept.
-        progress: told of every example.
+        progress: called for every example.
 
     Raises:
         RequestError: an image cannot be read, or is too small.
@@ -179,10 +179,10 @@ def encode_examples(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {reason(error)}") from error
-        pipeline.components.load(VAE_ENCODER, TEXT_ENCODER)  # told of, unlike what follows
+        pipeline.components.load(VAE_ENCODER, TEXT_ENCODER)  # reported, unlike the encoding calls below
         shared = None  # without images all dropped captions are one
         if with_dropped and not pipeline.variant.takes_images:
-            shared = pipeline.encode_guidance_prompts(DROPPED, progress=_say_nothing).positive
+            shared = pipeline.encode_guidance_prompts(DROPPED, progress=_no_report).positive
         for done, n in enumerate(new, start=1):
             _encode(pipeline, examples[n], task, resolution, with_dropped, shared, paths[n])
             report(Progress("encode", done, len(new), "examples"))
@@ -210,13 +210,13 @@ def _encode(
     encode = partial(encode_mode, parts.network(VAE_ENCODER), parts.config(VAE))
     latents = mx.stack([encode(to_pixels(fit(frame), size))[0] for frame in frames])[None]
     space = pipeline.latent_space
-    shown = (frames[0],) if layered else example.sources
+    conditions = (frames[0],) if layered else example.sources
     encoding = pipeline.encode_guidance_prompts(
         example.caption,
         DROPPED if with_dropped and shared is None else None,
-        images=shown,
-        reference_pixels=resolution**2 if shown else None,
-        progress=_say_nothing,
+        images=conditions,
+        reference_pixels=resolution**2 if conditions else None,
+        progress=_no_report,
     )
     arrays, references = {"latents": space.pack_frames(latents), "text": encoding.positive}, encoding.references
     if with_dropped:
@@ -231,12 +231,12 @@ def _encode(
     save_tensors(path, arrays, metadata)
 
 
-def _say_nothing(progress: Progress) -> None:
-    """For many short calls, which are told of together."""
+def _no_report(progress: Progress) -> None:
+    """Ignores the progress of short calls, which are reported together."""
 
 
 def _read_entry(path: Path, widths: tuple[int, int]) -> _Entry | None:
-    """An entry by its header; None if there is none, it is damaged, or has not the model's widths (latents, text)."""
+    """An entry by its header; None if it is missing, damaged, or of other widths than the model's (latents, text)."""
     try:
         tensors, metadata = read_header(path) if path.is_file() else ({}, {})
         if metadata.get("format") != _FORMAT:
@@ -244,10 +244,10 @@ def _read_entry(path: Path, widths: tuple[int, int]) -> _Entry | None:
         segments = tuple(Segment(*segment) for segment in json.loads(metadata["segments"]))
         lengths = {name: tensors[name].shape[1] for name in ("text", "dropped", "references") if name in tensors}
         own = sum(segment.height * segment.width for segment in segments) - lengths.get("references", 0)
-        wanted = {"latents": (1, own, widths[0]), "text": (1, lengths["text"], widths[1])}
-        wanted |= {"dropped": (1, lengths["dropped"], widths[1])} if "dropped" in lengths else {}
-        wanted |= {"references": (1, lengths["references"], widths[0])} if "references" in lengths else {}
-        if own <= 0 or {name: tensor.shape for name, tensor in tensors.items()} != wanted:
+        expected = {"latents": (1, own, widths[0]), "text": (1, lengths["text"], widths[1])}
+        expected |= {"dropped": (1, lengths["dropped"], widths[1])} if "dropped" in lengths else {}
+        expected |= {"references": (1, lengths["references"], widths[0])} if "references" in lengths else {}
+        if own <= 0 or {name: tensor.shape for name, tensor in tensors.items()} != expected:
             return None
         return _Entry(path, segments, lengths["text"], lengths.get("dropped", 0))
     except (CheckpointError, IndexError, KeyError, TypeError, ValueError, RecursionError):
@@ -255,7 +255,7 @@ def _read_entry(path: Path, widths: tuple[int, int]) -> _Entry | None:
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """Stands for all images and captions, in their order."""
+    """A hash of all images and captions, in their order."""
     return hashlib.sha256(repr([_digest(example, ()) for example in examples]).encode()).hexdigest()[:32]
 
 

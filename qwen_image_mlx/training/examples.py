@@ -1,6 +1,6 @@
-"""What a model is trained on: a folder of images with captions, or a manifest; found and checked before any work.
+"""Finds and checks training examples, in a folder of images with captions or a manifest, before any work.
 
-Knows no model: files in, `Example`s out.
+Independent of models: files in, `Example`s out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 MANIFESTS = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = (".txt", ".caption")  # endings of files that hold a caption
-# The keys of a manifest's lines, by task: the image to learn, the images it is generated from, and the words. The
+# The keys of a manifest's lines, by task: the image to learn, the images it is generated from, and the caption. The
 # first spelling is ours; the others are those of Hugging Face's imagefolder and of its datasets of edits.
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "t2i": (("image", "file_name"), (), ("caption", "text", "prompt")),
@@ -37,9 +37,9 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     ),
     "layered": (("image", "file_name"), ("layers",), ("caption", "text", "prompt")),
 }  # fmt: skip
-_MOST_BYTES = 64_000_000  # of a manifest or a caption
+_MAX_BYTES = 64_000_000  # of a manifest or a caption
 _FIELDS = {"edit": "sources", "layered": "layers"}
-_REPEATED = re.compile(r"([0-9]{1,3})_.")  # a folder's name in kohya's layout: how often each of its images counts
+_REPEATED = re.compile(r"([0-9]{1,3})_.")  # a folder's name in kohya's layout: repeats of each image
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Example:
 
     Attributes:
         caption: of the image, or the instruction of an edit.
-        image: the image that is learned; of a layered model the one that is decomposed.
-        sources: the images an edit works on.
-        layers: what the image is decomposed into, back to front.
+        image: the image to learn; for a layered model the one to decompose.
+        sources: the reference images of an edit.
+        layers: the layers of the image, back to front.
     """
 
     caption: str
@@ -69,15 +69,15 @@ def read_examples(data: str | Path, task: str) -> list[Example]:
 
     A folder holds a `metadata.jsonl` or `metadata.csv`, or, for text to image, images with captions in `.txt` or
     `.caption` files of the same names. Its subfolders `N_NAME` (kohya's layout) are read as well, each image N times.
-    What is left out is logged: files that macOS hides are nobody's, all else is named.
+    Skipped files are named in a warning, except for hidden ones.
 
     Args:
-        data: a folder, a JSON-lines file or a CSV; what it names is beside it.
+        data: a folder, a JSON-lines file or a CSV; the files it names are relative to its folder.
         task: "t2i" {"image", "caption"}, "edit" {"source", "target", "instruction"; a source may be a list} or
             "layered" {"image", "layers", "caption"}; Hugging Face's "file_name" and "text" are understood.
 
     Raises:
-        RequestError: there is nothing, or something is missing, damaged or cannot be read; the message names it.
+        RequestError: no example exists, or a file is missing, damaged or unreadable; the message names it.
     """
     path = named_path(data, "data")
     if not path.exists():
@@ -111,7 +111,7 @@ def read_examples(data: str | Path, task: str) -> list[Example]:
 
 
 def _elsewhere(path: Path) -> str:
-    """What to do about a folder that holds no example."""
+    """The cure for a folder without examples."""
     folders = [path / name for name in ("train", "data", "images", "img")] if path.is_dir() else []
     for folder in [*folders, *(_folders(path) if path.is_dir() else [])]:
         if folder.is_dir() and (_images(folder) or any((folder / name).is_file() for name in MANIFESTS)):
@@ -120,7 +120,7 @@ def _elsewhere(path: Path) -> str:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What is in a folder, by name, but what is hidden: macOS keeps a `._NAME` beside files on other disks."""
+    """The entries of a folder, by name, without hidden ones; macOS adds a `._NAME` to files on other disks."""
     try:
         return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError as error:
@@ -153,7 +153,7 @@ def _warn(why: str, files: Sequence[Path], folder: Path) -> None:
 
 
 def _from_folder(folder: Path) -> list[Example]:
-    """The examples of a folder and of those in it that say how often they count."""
+    """The examples of a folder and of its subfolders named with a number of repeats."""
     examples = _captioned(folder)
     for inside in _folders(folder):
         if counted := _REPEATED.match(inside.name):
@@ -167,7 +167,7 @@ def _from_folder(folder: Path) -> list[Example]:
 
 
 def _captioned(folder: Path) -> list[Example]:
-    """The images that lie in a folder, with their captions."""
+    """The images in a folder, with their captions."""
     files = [file for file in _listed(folder) if file.is_file()]
     unread = unread_suffixes()
     if unreadable := [file.name for file in files if file.suffix.lower() in unread]:
@@ -225,7 +225,7 @@ def _example(row: dict[str, Any], where: str, folder: Path, task: str) -> Exampl
         found = value(spellings)
         names = found if several and isinstance(found, list) else [found]
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise RequestError(f"{where} has no {_spelled(spellings)}, or not the name of an image: correct it")
+            raise RequestError(f"{where} has no {_spelled(spellings)}, or it is not the name of an image: correct it")
         return tuple(folder / name for name in names)
 
     caption = "" if (found := value(words)) is None else found
@@ -242,7 +242,7 @@ def _spelled(spellings: tuple[str, ...]) -> str:
 
 def _read(path: Path) -> str:
     try:
-        if why := why_not_read(path, _MOST_BYTES):
+        if why := why_not_read(path, _MAX_BYTES):
             raise RequestError(f"{path} cannot be read as text: {why}")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""A model whose weights were all trained, as a folder that loads like any other and that diffusers reads."""
+"""Saves a fully trained model as a checkpoint folder that this package and diffusers load."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ SHARD_BYTES = 5_000_000_000
 def save_model(
     folder: Path, components: Components, parameters: Mapping[str, mx.array], *, shard_bytes: int = SHARD_BYTES
 ) -> Path:
-    """Writes a checkpoint with a trained transformer, whole or not at all; takes the place of an earlier one.
+    """Writes a checkpoint with a trained transformer, whole or not at all; replaces an earlier one.
 
-    What no image needs (the last block's text) is as in the checkpoint the training began with.
+    Weights that no image needs (the last block's text) are copied from the original checkpoint.
 
     Args:
-        folder: where to.
-        components: of that checkpoint.
+        folder: where to write.
+        components: of the original checkpoint.
         parameters: of a `Network`, by name.
-        shard_bytes: most bytes of a file.
+        shard_bytes: maximum bytes of a file.
 
     Raises:
         OutputError: it could not be written.
@@ -44,8 +44,8 @@ def save_model(
             copy_unwritten(components, partial, {TRANSFORMER})
             _write_transformer(partial / TRANSFORMER, components, trained, shard_bytes)
     except OSError as error:
-        said = error if isinstance(error, OutputError) else f"{folder} could not be written: {reason(error)}"
-        raise OutputError(str(said)) from error
+        message = error if isinstance(error, OutputError) else f"{folder} could not be written: {reason(error)}"
+        raise OutputError(str(message)) from error
     return folder
 
 

@@ -1,6 +1,6 @@
-"""The loop: batches in, parameters after a step out; deterministic in seed and step, so that it can stop and go on.
+"""The training loop: batches in, parameters out; deterministic in seed and step, so that it can stop and resume.
 
-Knows no files and no data: what a step is trained on is a function of the step, and every draw has a key of its own.
+Independent of files and data: a step's batches are a function of the step, and every random draw has its own key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .loss import FlowMatching, key_of
 from .network import Batch, Network, Table
 from .optimizers import Optimizer, Parameters
 
-# A step's number, from 0, to what it is trained on.
+# A step's number, from 0, to its batches.
 Batches = Callable[[int], Sequence[Batch]]
 
 
@@ -40,12 +40,12 @@ class LoopSettings:
     ema: float | None = None
 
     def levels(self, flow: FlowMatching, step: int, number: int, count: int) -> mx.array:
-        """The noise levels of a step's batch, as indices (count,)."""
+        """The noise levels of a step's batch, as uint32 indices (count,)."""
         return flow.levels_drawn(key_of(self.seed, "levels", step, number), count)
 
 
 class StepResult(NamedTuple):
-    """What a step was like; `step` counts those done."""
+    """The result of a step; `step` is the number of steps done."""
 
     step: int
     loss: float
@@ -54,16 +54,16 @@ class StepResult(NamedTuple):
 
 
 class NotFinite(QwenImageError):
-    """The loss or its gradient is not a number any more; the parameters are those before the step."""
+    """The loss or its gradient is not finite; the parameters are those before the step."""
 
 
 class Trainer:
-    """Trains what is trainable in a network.
+    """Trains the trainable parameters of a network.
 
     Args:
         network: its trainable parameters become fp32.
-        batches: what each step is trained on; several batches are accumulated, each sample counting the same.
-        optimizer: how parameters move.
+        batches: the batches of each step; several are accumulated, with equal weight for each sample.
+        optimizer: updates the parameters.
         flow: the objective.
         settings: how a step is computed.
         table: the modulation of noise levels, if it is not trained.
@@ -95,10 +95,10 @@ class Trainer:
         self._put(self.parameters)
 
     def run(self, until: int, on_step: Callable[[StepResult], bool | None] | None = None) -> None:
-        """Trains until so many steps are done, or `on_step` returns False.
+        """Trains until step `until`, or until `on_step` returns False.
 
         Raises:
-            NotFinite: a loss or gradient is not a number; that step is not taken.
+            NotFinite: a loss or gradient is not finite; that step is not taken.
         """
         while self.step < until:
             result = self.take_step()
@@ -149,7 +149,7 @@ class Trainer:
         return total, gradients
 
     def draws(self, step: int, number: int, batch: Batch) -> tuple[mx.array, mx.array]:
-        """Noise levels (B,), as indices, and noise (B, N, C) of a step's batch."""
+        """Noise levels (B,), as uint32 indices, and fp32 noise (B, N, C) of a step's batch."""
         noise = mx.random.normal(batch.latents.shape, key=key_of(self.settings.seed, "noise", step, number))
         return self.settings.levels(self.flow, step, number, len(batch)), noise
 
@@ -181,7 +181,7 @@ class Trainer:
 
     @contextmanager
     def weights(self, average: bool = True) -> Iterator[Network]:
-        """The network with the averaged parameters, where there are any, for as long as the context lasts."""
+        """The network with the averaged parameters, if there are any, inside the `with`."""
         dtype = self.settings.dtype
         found = self.average if average and self.average is not None else self.parameters
         self._put({name: array.astype(dtype) for name, array in found.items()})
@@ -190,24 +190,24 @@ class Trainer:
         finally:
             self._put(self.parameters)
 
-    # To stop and go on ----------------------------------------------------------------------------------------------
+    # To stop and resume ---------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> Parameters:
-        """Everything that changes, but the step, by name."""
+        """Everything that changes except the step, by name."""
         parts = {"parameters": self.parameters, "optimizer": self._optimizer.state, "average": self.average or {}}
         return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
     @property
     def is_finite(self) -> bool:
-        """Whether all that a checkpoint would hold is numbers."""
+        """Whether everything in a checkpoint is finite."""
         return all_finite(*self.state.values())
 
     def restore(self, step: int, state: Mapping[str, mx.array]) -> None:
-        """Goes on after `step` steps from what `state` was then.
+        """Restores the trainer after `step` steps from its `state` at that step.
 
         Raises:
-            KeyError: it is that of another network or optimizer.
+            KeyError: the state belongs to a different network or optimizer.
         """
         parts: dict[str, Parameters] = {"parameters": {}, "optimizer": {}, "average": {}}
         for name, array in state.items():

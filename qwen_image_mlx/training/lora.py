@@ -1,4 +1,4 @@
-"""LoRAs that are trained: low-rank branches beside frozen matrices, dense or packed, and the file they are saved in.
+"""LoRAs in training: low-rank branches of frozen matrices, dense or packed, and the file they are saved in.
 
 The file is diffusers', with PEFT's settings, which this package's loader and diffusers both read.
 """
@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
         return self.layer(x) + self.scale * ((x @ self.lora_A.T) @ self.lora_B.T)
 
     def terms(self, x: mx.array) -> tuple[mx.array, ...]:
-        """The output, as the models' other layers give it to the next kernel."""
+        """The output (…, out) as a tuple of terms, the form of the models' other layers."""
         return (self(x),)
 
 
@@ -52,7 +52,7 @@ def add_lora(
     alpha: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Freezes a transformer and puts branches that change nothing yet beside some of its matrices.
+    """Freezes a transformer and attaches branches to some of its matrices; at first they change nothing.
 
     A is drawn with a standard deviation of 1 / rank and B is 0, as in diffusers' training script ("gaussian").
 
@@ -61,14 +61,14 @@ def add_lora(
         shapes: (out, in) of its matrices, by name, as `matrices` gives them.
         targets: "attention", "all", or ends of names, separated by commas.
         rank: of each branch.
-        alpha: a branch counts alpha / rank; None is rank.
+        alpha: branches are scaled by alpha / rank; None is rank.
         seed: of A.
 
     Returns:
         The names of the matrices.
 
     Raises:
-        RequestError: an end fits nothing, or the rank is too high.
+        RequestError: a target matches no matrix, or the rank is too high.
     """
     names = check_lora(shapes, targets, rank)
     layers = dict(transformer.named_modules())
@@ -92,7 +92,7 @@ def matrices(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_lora(shapes: Mapping[str, tuple[int, ...]], targets: str, rank: int) -> list[str]:
-    """The names of the matrices that a LoRA changes; raises RequestError as `add_lora` does, before it is built."""
+    """The names of the matrices that a LoRA changes; raises RequestError if a target or the rank does not fit."""
     names = matched(shapes, targets)
     smallest = min(names, key=lambda name: min(shapes[name]))
     if not 1 <= rank <= min(shapes[smallest]):
@@ -101,8 +101,8 @@ def check_lora(shapes: Mapping[str, tuple[int, ...]], targets: str, rank: int) -
 
 
 def matched(names: Collection[str], targets: str) -> list[str]:
-    """The names that "attention", "all" or ends of names, separated by commas, mean; raises RequestError for none."""
-    if targets in TARGETS:  # a model of one block has not all of them
+    """The names that match "attention", "all" or comma-separated ends of names; raises RequestError for no match."""
+    if targets in TARGETS:  # a model of one block lacks some of them
         return [name for name in names if name.endswith(tuple(f".{end}" for end in TARGETS[targets]))]
     ends = tuple(end.strip() for end in targets.split(","))
     fitting = {end: [name for name in names if name == end or (end and name.endswith(f".{end}"))] for end in ends}
@@ -117,13 +117,13 @@ def matched(names: Collection[str], targets: str) -> list[str]:
 def save_lora(
     path: Path, parameters: Mapping[str, mx.array], rank: int, alpha: float, record: Mapping[str, object]
 ) -> None:
-    """Writes what `pipe.load_lora_weights` reads, whole or not at all.
+    """Writes a LoRA file for `pipe.load_lora_weights`, whole or not at all.
 
     Args:
         path: a .safetensors file.
         parameters: of a `Network`, by name.
         rank, alpha: of every branch.
-        record: JSON of how it was trained, for people.
+        record: JSON of how it was trained, for reference.
 
     Raises:
         OutputError: it could not be written.

@@ -1,7 +1,7 @@
-"""Flow matching: how noisy a training sample is, what is predicted from it, and what an error costs.
+"""Flow matching: the noise level of a training sample, its target, and the loss.
 
-Arrays in, arrays out; knows no network and no file. Randomness is an explicit key. Source: diffusers' training_utils.py
-and examples/dreambooth/train_dreambooth_lora_qwen_image.py.
+Arrays in, arrays out; independent of networks and files. Randomness is an explicit key. Source: diffusers'
+training_utils.py and examples/dreambooth/train_dreambooth_lora_qwen_image.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .settings import TIMESTEPS, WEIGHTINGS
 
 
 def key_of(seed: int, *words: object) -> mx.array:
-    """A random key for one purpose of one run, independent of every other: of the seed, a step, a name."""
+    """An independent random key for each purpose of a run, from the seed and words such as a step or a name."""
     digest = hashlib.blake2b(repr((seed, *words)).encode(), digest_size=8).digest()
     return mx.random.key(int.from_bytes(digest, "little"))
 
@@ -33,10 +33,10 @@ class FlowMatching:
         mode_scale: of "mode".
         shift: moves all levels towards noise: sigma becomes shift sigma / (1 + (shift - 1) sigma).
         weighting: of the squared error by noise level: "none", "sigma_sqrt" (1 / sigma^2) or "cosmap".
-        levels: how many noise levels there are.
+        levels: number of noise levels.
 
     Raises:
-        RequestError: a value is none of these, or not positive.
+        RequestError: a value is unknown or not positive.
     """
 
     timesteps: str = "uniform"
@@ -77,13 +77,13 @@ class FlowMatching:
         return (1 - sigmas) * latents.astype(mx.float32) + sigmas * noise
 
     def loss(self, velocity: mx.array, latents: mx.array, noise: mx.array, sigmas: mx.array) -> mx.array:
-        """The weighted mean squared error of each sample (B,), fp32."""
+        """The weighted mean squared error of each sample: fp32 (B,), from (B, N, C) arrays and sigmas (B,)."""
         target = noise - latents.astype(mx.float32)
         error = mx.square(velocity.astype(mx.float32) - target).mean(axis=(1, 2))
         return self.weight(sigmas) * error
 
     def weight(self, sigmas: mx.array) -> mx.array:
-        """What a sample's error counts. Source: compute_loss_weighting_for_sd3."""
+        """The weights (B,) of samples' errors at sigmas (B,). Source: compute_loss_weighting_for_sd3."""
         if self.weighting == "sigma_sqrt":
             return sigmas**-2.0
         if self.weighting == "cosmap":

@@ -1,6 +1,6 @@
-"""What is trained: a transformer, with the modulation of every sample's own noise level.
+"""The network in training: a transformer, with the modulation of every sample's own noise level.
 
-Trained whole, the modulation is a part of it; with a LoRA it is frozen, and comes from a table of all levels.
+When all weights are trained it includes the modulation; with a LoRA that is frozen, and read from a table of levels.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Network(nn.Module):
     """A transformer and, if it is trained too, its modulation.
 
     Args:
-        transformer: dense or quantized; what is frozen in it stays as it is.
+        transformer: dense or quantized; its frozen parameters stay as they are.
         config: its config.
         modulation: the trained one; None takes each batch's rows from a table.
-        checkpointing: keep only what goes into each block, and compute the rest again for the gradient.
+        checkpointing: keep only the inputs of each block, and recompute the rest for the gradient.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Network(nn.Module):
         self._rotary = cache(lambda segments, length: rotary_tables(segments, length, config.axes_dims_rope))
 
     def rotary(self, batch: Batch) -> Rotary:
-        """The tables of a batch's tokens."""
+        """The rotary tables of a batch's tokens."""
         return self._rotary(batch.segments, batch.text.shape[1])
 
     def __call__(
@@ -96,7 +96,7 @@ class Network(nn.Module):
             latents: of the target.
             text: encoder states (B, L, J).
             sigmas: noise levels (B,), fp32.
-            rotary: `rotary`'s tables.
+            rotary: the tables that `rotary` returns for the batch.
             references: packed latents (B, R, C), or None.
             rows: the modulation where it is not trained.
         """
@@ -114,7 +114,7 @@ class Network(nn.Module):
 def _recomputed(
     block: TransformerBlock, images: list[mx.array], txt: mx.array, rows: BlockRows, rotary: Rotary
 ) -> tuple[list[mx.array], mx.array]:
-    """A block whose inside is forgotten, and computed again for the gradient."""
+    """Runs a block without keeping its intermediate arrays, which the gradient recomputes."""
 
     def run(
         parameters: dict, images: list[mx.array], txt: mx.array, rows: Sequence[Rows], rotary: Sequence[mx.array]

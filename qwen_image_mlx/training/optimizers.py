@@ -57,7 +57,7 @@ class Optimizer:
         rate: AdamW's learning rate.
         weight_decay: decoupled, for both.
         betas: AdamW's.
-        clip: largest norm of all gradients together; None does not clip.
+        clip: maximum norm of all gradients together; None does not clip.
         muon: given a name and its array, whether Muon takes it; None gives all to AdamW.
         muon_rate: Muon's learning rate.
         momentum: Muon's.
@@ -82,7 +82,7 @@ class Optimizer:
         self._names: dict[str, list[str]] = {}
 
     def init(self, parameters: Mapping[str, mx.array]) -> None:
-        """Begins anew for these parameters."""
+        """Resets the state for these parameters."""
         muon = [name for name, array in parameters.items() if self._takes(name, array)]
         self._names = {"adamw": [name for name in parameters if name not in {*muon}], "muon": muon}
         self._rules = {
@@ -93,7 +93,7 @@ class Optimizer:
             self._rules[rule].init({name: parameters[name] for name in names})
 
     def update(self, step: int, parameters: Parameters, gradients: Parameters) -> Parameters:
-        """The parameters after a step, lazily; the state moves on."""
+        """The parameters after a step, lazily; the state is updated."""
         changed = {}
         for rule, names in self._names.items():
             if not names:
@@ -107,7 +107,7 @@ class Optimizer:
         return {name: changed[name] for name in parameters}
 
     def clip(self, gradients: Parameters) -> tuple[Parameters, mx.array]:
-        """Gradients within the limit, and the norm they had."""
+        """The gradients clipped to the limit, and their original norm, fp32 ()."""
         norm = mx.sqrt(sum(mx.square(gradient).sum() for gradient in gradients.values()))
         if self._clip is None:
             return gradients, norm
@@ -120,7 +120,7 @@ class Optimizer:
 
     @property
     def state(self) -> Parameters:
-        """All that must be kept to go on, by name."""
+        """Everything needed to resume, by name."""
         found = {}
         for rule, names in self._names.items():
             state = self._rules[rule].state
@@ -129,7 +129,7 @@ class Optimizer:
         return found
 
     def restore(self, parameters: Mapping[str, mx.array], state: Mapping[str, mx.array]) -> None:
-        """Goes on from a state; raises KeyError if it lacks something of these parameters, or has another shape."""
+        """Restores a state; raises KeyError if it lacks an array of these parameters, or one has a different shape."""
         self.init(parameters)
         for rule, names in self._names.items():
             mine = self._rules[rule].state
@@ -140,5 +140,5 @@ class Optimizer:
             for name in names:
                 found = {part: state[f"{rule}/{name}/{part}"] for part in mine[name]}
                 if any(found[part].shape != mine[name][part].shape for part in found):
-                    raise KeyError(f"{rule}/{name} has another shape")
+                    raise KeyError(f"{rule}/{name} has a different shape")
                 mine[name] = found

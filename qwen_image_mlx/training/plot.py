@@ -10,14 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files import replace_file
 
-_FINE = 2  # drawn so much larger, then made smaller: lines without stairs
+_FINE = 2  # drawn larger by this factor, then reduced: smooth lines
 _WIDTH, _HEIGHT, _MARGIN, _SHEET = 960, 420, 56, 480
 _INK, _GRID, _RAW, _SMOOTH = "#333333", "#dddddd", "#b9cfe8", "#1f5fa8"
 _TICKS = 5
 
 
 def plot_run(path: Path, losses: Sequence[tuple[int, float]], sample: Path | None) -> None:
-    """Draws (step, loss) pairs, faintly each and strongly their moving average, above the latest sample.
+    """Draws (step, loss) pairs in a faint line and their moving average in a strong one, above the latest sample.
 
     Raises:
         OutputError: the file could not be written; an older one stays.
@@ -29,7 +29,7 @@ def plot_run(path: Path, losses: Sequence[tuple[int, float]], sample: Path | Non
 
 
 def draw_losses(losses: Sequence[tuple[int, float]]) -> Image.Image:
-    """The curve alone."""
+    """The loss curve without a sample."""
     width, height, margin = (_FINE * side for side in (_WIDTH, _HEIGHT, _MARGIN))
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FINE * 12)

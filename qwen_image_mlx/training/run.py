@@ -1,7 +1,7 @@
-"""A training run and its folder: what is made first, what is kept, in which order memory is taken and given back.
+"""A training run and its folder: encoding, training, checkpoints, samples, and the order of memory use.
 
 ```
-checkpoints/step-000250.safetensors   from which the run goes on; the last two
+checkpoints/step-000250.safetensors   from which the run resumes; the last two
 lora-000250.safetensors               the LoRA of that step (of all weights: nothing)
 samples/step-000250.png               the samples of that step
 cache/                                encoded examples, and the modulation of every noise level
@@ -30,6 +30,7 @@ import mlx.core as mx
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
 from ..files import check_writable, is_from_macos, reason, replace_file, sweep
 from ..images.colour import profiles_are_ignored
+from ..models.qwen_image.config import TransformerConfig
 from ..models.qwen_image.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
@@ -61,7 +62,7 @@ class Outcome:
     Attributes:
         result: the LoRA or the model; None if it was stopped before its last step.
         checkpoint: the last one.
-        steps: how many are done.
+        steps: number of steps done.
     """
 
     result: Path | None
@@ -87,16 +88,16 @@ def train(
         examples: of the task that the model is for.
         settings: how.
         folder: of the run; new or empty, unless it is resumed.
-        resume: go on from the folder's last checkpoint.
-        progress: told of the examples' encoding, and of the samples' steps.
-        on_step: told of every step.
-        stop: asked after every step whether to save and stop.
+        resume: continue from the folder's last checkpoint.
+        progress: called for the examples' encoding and the samples' steps.
+        on_step: called after every step.
+        stop: called after every step; True saves and stops.
 
     Raises:
-        RequestError: something does not fit the model, or the folder is another run's.
-        CheckpointError: the checkpoint to go on from is damaged or belongs to another run.
+        RequestError: something does not fit the model, or the folder belongs to a different run.
+        CheckpointError: the checkpoint to resume from is damaged or belongs to a different run.
         OutputError: something could not be written; the last checkpoint stays.
-        NotFinite: the loss is not a number any more; says which checkpoint is the last good one.
+        NotFinite: the loss is not finite; the message names the last good checkpoint.
 
     A run that is refused before its first checkpoint leaves nothing behind.
     """
@@ -105,7 +106,9 @@ def train(
     try:
         return _train(pipeline, examples, settings, folder, resume, progress, on_step, stop)
     except (RequestError, CheckpointError, NotFinite):
-        if not resume and last_checkpoint(folder / CHECKPOINTS) is None:  # nothing to go on from, and all of it ours
+        if (
+            not resume and last_checkpoint(folder / CHECKPOINTS) is None
+        ):  # nothing to resume, and everything in it is ours
             for place in (CHECKPOINTS, CACHE, SAMPLES):
                 shutil.rmtree(folder / place, ignore_errors=True)
             with suppress(OSError):
@@ -126,7 +129,7 @@ def _train(
     on_step: Callable[[StepResult], None] | None,
     stop: Callable[[], bool],
 ) -> Outcome:
-    """The run, checked already."""
+    """The run, after the checks."""
     parts, task = pipeline.components, TASKS[pipeline.variant.task]
     pipeline.prepare()
     record = _record(pipeline, examples, settings)
@@ -170,10 +173,10 @@ def _train(
     try:
         trainer.run(settings.steps, after)
     except NotFinite as error:
-        where = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint before it"
+        where = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint exists before it"
         raise NotFinite(f"{error}; {where}") from error
     except OutputError as error:
-        where = f"the last checkpoint, {checkpoint}, is whole" if checkpoint else "there is no checkpoint yet"
+        where = f"the last checkpoint, {checkpoint}, is whole" if checkpoint else "no checkpoint exists yet"
         raise OutputError(f"{error}; {where}, and the run can be resumed", cause="cut run") from error
     if checkpoint is None or trainer.step > settings.steps:
         raise RequestError(f"{folder} has {trainer.step} steps already: ask for more steps")
@@ -188,11 +191,13 @@ def _check(
     folder: Path,
     resume: bool,
 ) -> None:
-    """What can be wrong without reading a weight."""
+    """Raises RequestError for faults that can be found without reading a weight."""
+    if not isinstance(pipeline.transformer_config, TransformerConfig):
+        raise RequestError(f"{pipeline.model} cannot be trained: only the first generation's transformer can")
     if not examples:
         raise RequestError("there is nothing to train on: give at least one example")
     if settings.full and TRANSFORMER in pipeline.quantization.components:
-        raise RequestError("packed weights cannot be trained: quantize nothing, or train a LoRA")
+        raise RequestError("quantized weights cannot be trained: quantize nothing, or train a LoRA")
     if not settings.full:
         check_lora(matrices(pipeline.transformer_config), settings.targets, settings.rank)
     for place in (folder, *(folder / name for name in (CHECKPOINTS, CACHE, SAMPLES))):
@@ -204,16 +209,16 @@ def _check(
     folders, files = (CHECKPOINTS, CACHE, SAMPLES, "model"), (LOG, PLOT, "lora.safetensors")
     odd = [name for name in folders if os.path.lexists(folder / name) and not os.path.isdir(folder / name)]
     if odd := odd + [name for name in files if os.path.isdir(folder / name)]:
-        raise RequestError(f"{folder} has a {odd[0]} that is not a run's own: move it away, or name a new folder")
+        raise RequestError(f"{folder} has a {odd[0]} that does not belong to a run: move it away, or name a new folder")
     if resume and not there:
-        raise RequestError(f"{folder} holds no run to go on with: begin a new one", cause="no run")
+        raise RequestError(f"{folder} holds no run to resume: begin a new one", cause="no run")
     if there and not resume:
         raise RequestError(f"{folder} is not empty: name a new folder, or resume the run in it", cause="earlier run")
     check_writable(folder / LOG, nbytes=1 << 20)
 
 
 def _record(pipeline: QwenImagePipeline, examples: Sequence[Example], settings: TrainingSettings) -> dict[str, Any]:
-    """All that the numbers of a run depend on; a checkpoint carries it."""
+    """Everything a run's numbers depend on, stored in its checkpoints."""
     parts = pipeline.components
     weights = parts.weights(TRANSFORMER)
     stored = [(spec.name, weights.stored(spec.name).tensor) for layer in weights.layers() for spec in layer]
@@ -231,7 +236,7 @@ def _record(pipeline: QwenImagePipeline, examples: Sequence[Example], settings: 
 
 
 def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSettings, cache: Path) -> Trainer:
-    """The network, in memory from here on, and what trains it."""
+    """The trainer with its network, which is in memory from here on."""
     parts, config = pipeline.components, pipeline.transformer_config
     shift = training_shift(parts.scheduler_config) if settings.shift is None else settings.shift
     flow = FlowMatching(
@@ -247,7 +252,9 @@ def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSe
     weights, table, modulation = parts.weights(TRANSFORMER), None, None
     if settings.full:
         if any(weights.is_packed(spec.name) for spec in weights.specs("main") if spec.name.endswith(".weight")):
-            raise RequestError(f"{pipeline.model} is packed, which cannot be trained: use the model it was made from")
+            raise RequestError(
+                f"{pipeline.model} is quantized, which cannot be trained: use the model it was made from"
+            )
         modulation = load_module(TimeModulation(config), weights, "modulation", pipeline.dtype)
     else:
         drawn = _levels(dataset, settings, loop, flow)
@@ -262,7 +269,7 @@ def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSe
         names = add_lora(transformer, matrices(config), settings.targets, settings.rank, settings.alpha, settings.seed)
     trainer = Trainer(network, dataset.batches, optimizer, flow, loop, table)
     count = sum(array.size for array in trainer.parameters.values())
-    what = "all weights" if settings.full else f"a LoRA of rank {settings.rank} beside {len(names)} matrices"
+    what = "all weights" if settings.full else f"a LoRA of rank {settings.rank} for {len(names)} matrices"
     logger.info("%d examples; training %s: %.3g million parameters", len(dataset), what, count / 1e6)
     return trainer
 
@@ -286,7 +293,7 @@ def _require_space(folder: Path, trainer: Trainer) -> None:
 
 
 class _Files:
-    """What a run writes; every method raises OutputError if it cannot."""
+    """The files of a run; every method raises OutputError if it cannot write."""
 
     def __init__(
         self,
@@ -303,7 +310,7 @@ class _Files:
         self._since = time.monotonic()
 
     def begin(self) -> None:
-        """Reads the log of the steps that are done, and forgets what came after them."""
+        """Reads the log of the steps that are done, and drops later lines."""
         path, lines = self._folder / LOG, []
         for line in path.read_bytes().split(b"\n") if path.is_file() else []:
             try:
@@ -335,13 +342,13 @@ class _Files:
     def sample(self, samples: Samples, painter: QwenImagePipeline) -> None:
         """Generates with the weights as they are."""
         path = self._folder / SAMPLES / f"step-{self._trainer.step:06}.png"
-        path.unlink(missing_ok=True)  # of a run that was cut and went on
+        path.unlink(missing_ok=True)  # of an interrupted run
         try:
             with self._trainer.weights():
                 self._sample = samples.generate(painter, path)
         except OutputError:
             raise
-        except QwenImageError as error:  # training may recover from what an image does not survive
+        except QwenImageError as error:  # training may recover, even where an image fails
             if getattr(error, "fatal", False):  # but not from a GPU that this process can no longer use
                 raise
             logger.warning("no samples after step %d: %s", self._trainer.step, error)
@@ -351,7 +358,7 @@ class _Files:
         """Writes a checkpoint, the LoRA of this step and the plot; returns the checkpoint.
 
         Raises:
-            NotFinite: the weights are not numbers any more, and nothing is written.
+            NotFinite: the weights are not finite; nothing is written.
         """
         if not self._trainer.is_finite:
             raise NotFinite(f"the weights are not finite after step {self._trainer.step}: try a lower learning rate")
@@ -360,7 +367,7 @@ class _Files:
         return checkpoint
 
     def show(self) -> None:
-        """Writes what a checkpoint comes with: the LoRA of its step, and the plot."""
+        """Writes the files that go with a checkpoint: the LoRA of its step, and the plot."""
         if not self._settings.full:
             self._save_lora(self._folder / f"lora-{self._trainer.step:06}.safetensors")
         plot_run(self._folder / PLOT, self._losses, self._sample)

@@ -1,4 +1,4 @@
-"""What a training run is asked for, validated once; importable without MLX, for the command line."""
+"""The settings of a training run, validated once; importable without MLX, for the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import RequestError
 from ..pipeline.parameters import check_seed
 
-# What a model of each kind is trained on, by the task of its variant.
+# The training task of each kind of model, by the task of its variant.
 TASKS = {"generate": "t2i", "edit": "edit", "decompose": "layered"}
 TIMESTEPS = ("uniform", "logit_normal", "mode")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
@@ -26,30 +26,30 @@ class TrainingSettings:
     """How a model is fine-tuned.
 
     Attributes:
-        steps: optimizer steps in all.
-        rank: of the LoRA.
-        alpha: the LoRA counts alpha / rank; None is rank.
+        steps: total optimizer steps.
+        rank: LoRA rank.
+        alpha: the LoRA is scaled by alpha / rank; None is rank.
         targets: which matrices the LoRA changes: "attention", "all", or ends of their names, separated by commas.
         full: train all weights instead of a LoRA.
         learning_rate: after the warm-up; None is 1e-4 for a LoRA and 1e-5 for all weights.
-        warmup: steps in which the rate rises.
-        schedule: of the rate afterwards: "constant", "cosine" or "linear".
-        batch_size: samples that are computed together, where their shapes are the same.
-        accumulate: a step's samples are batch_size times as many.
+        warmup: steps in which the learning rate rises.
+        schedule: learning rate after the warm-up:  "constant", "cosine" or "linear".
+        batch_size: samples that are computed together, if their shapes are the same.
+        accumulate: batches in a step.
         weight_decay: decoupled.
-        clip: largest norm of all gradients together.
+        clip: maximum norm of all gradients together.
         timesteps: density of the noise levels: "uniform", "logit_normal" or "mode".
         logit_mean, logit_std: of "logit_normal".
-        shift: moves all noise levels towards noise; None is the scheduler's own for no particular size.
+        shift: moves all noise levels towards noise; None is the scheduler's own, independent of size.
         weighting: of errors by noise level: "none", "sigma_sqrt" or "cosmap".
         resolution: images are trained on at about resolution² pixels, at their aspect.
         caption_dropout: share of samples that are trained without their caption.
-        checkpointing: compute a block's inside again instead of keeping it: slower, and a fraction of the memory.
+        checkpointing: recompute the inside of each block instead of keeping it: slower, with a fraction of the memory.
         ema: decay of the average of all weights that --full saves; None saves the last ones.
-        seed: of everything that is drawn.
+        seed: seed of all random numbers.
         save_every: steps between checkpoints.
         sample_every: steps between sample images; 0 generates none.
-        sample_prompts: what they show; none takes the first example's caption.
+        sample_prompts: their prompts; without any, the first example's caption.
 
     Raises:
         RequestError: a value is out of range; the message says which and what is allowed.
@@ -110,7 +110,7 @@ class TrainingSettings:
         check_seed(self.seed)
         for prompt in self.sample_prompts:
             if not is_text(prompt):
-                raise RequestError(f"the sample prompt {prompt!r:.80} is no valid text")
+                raise RequestError(f"the sample prompt {prompt!r:.80} is not valid text")
 
     @property
     def rate(self) -> float:
@@ -124,7 +124,7 @@ class TrainingSettings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the numbers of a run depend on; a run goes on only with the same.
+        """The settings a run's numbers depend on; a run is resumed only with the same.
 
         Saving and samples are left out, and so are the steps where the rate does not depend on them.
         """
@@ -138,7 +138,7 @@ def _word(name: str) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8, which tokenizers read: no half of a character stands alone."""
+    """Whether a string can be written as UTF-8, the input of tokenizers: without lone surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError:

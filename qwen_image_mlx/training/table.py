@@ -29,14 +29,14 @@ class LevelTable:
     """Rows by the index of a noise level.
 
     Args:
-        folder: where they lie; those of the same model and levels are kept from one run to the next.
+        folder: of the rows; those of the same model and levels are kept from one run to the next.
         weights: the transformer's, with the part "modulation".
         sigmas: every noise level (N,).
         levels: the indices that are drawn.
         dtype: of the rows.
         zero_cond_t: references have the rows of timestep 0.
         adapters: LoRAs, merged on the way.
-        fingerprint: tells apart what the rows depend on, the weights' files.
+        fingerprint: identifies the weights' files, on which the rows depend.
 
     Raises:
         OutputError: the rows could not be written.
@@ -91,10 +91,10 @@ class LevelTable:
                 raise CheckpointError(f"{self._files[level]} is gone or damaged ({error}): resume the run") from error
         blocks = _of_samples([arrays[f"{level}.blocks"] for level, arrays in zip(levels, found, strict=True)])
         out = _of_samples([arrays[f"{level}.out"] for level, arrays in zip(levels, found, strict=True)])
-        shown = found[0].get("references")
+        references = found[0].get("references")
         return Modulation(
             [
-                BlockRows([*text], [*target], [*(target if shown is None else shown[n])])
+                BlockRows([*text], [*target], [*(target if references is None else references[n])])
                 for n, (text, target) in enumerate(blocks)
             ],
             [*out],
@@ -102,7 +102,7 @@ class LevelTable:
 
 
 def _of_samples(arrays: Sequence[mx.array]) -> mx.array:
-    """(…, D) of each sample as (…, B, 1, D); of a single one as it is, which its kernels like best."""
+    """(…, D) of each sample as (…, B, 1, D); of a single one (…, D), the shape for which the kernels are fastest."""
     return arrays[0] if len(arrays) == 1 else mx.stack(arrays, axis=-2)[..., None, :]
 
 

@@ -1,6 +1,6 @@
-"""What loading has to know of LoRAs, or of anything else that changes weights on their way in: two protocols.
+"""Two protocols: what loading must know about LoRAs, or anything else that changes weights as they are loaded.
 
-`lora.adapters` fulfils them. So this room loads, streams and folds weights without knowing what a LoRA is.
+`lora.adapters` implements them. So this room loads, streams and folds weights without knowing what a LoRA is.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class WeightChanges(Protocol):
         """Whether a parameter, by its canonical name, is changed."""
 
     def apply(self, name: str, value: mx.array) -> mx.array:
-        """A parameter with all changes, fp32, evaluated."""
+        """A parameter with all changes applied: fp32, its shape unchanged, evaluated."""
 
     def placement(self) -> Placement:
-        """What takes the changes into one module that is loaded."""
+        """What applies the changes to one module while it is loaded."""
 
 
 class Placement(Protocol):
-    """Changes on their way into one module."""
+    """Applies changes to one module while it is loaded."""
 
     def changes(self, name: str) -> bool:
         """Whether a parameter, by its canonical name, is changed."""
@@ -39,13 +39,13 @@ class Placement(Protocol):
     def matrix(
         self, name: str, value: mx.array | Packed, scheme: Scheme | None, dtype: mx.Dtype
     ) -> tuple[mx.array | Packed, Branch | None]:
-        """A changed matrix as it is to be stored, dense in `dtype` or packed, and what runs unmerged; evaluated."""
+        """The changed (out, in) matrix, dense in `dtype` or packed, and the branch to run unmerged; evaluated."""
 
     def vector(self, name: str, value: mx.array) -> mx.array:
-        """A changed bias, or a norm's weight; fp32, evaluated."""
+        """A changed bias or norm weight, (n,); fp32, evaluated."""
 
     def attach(self, module: nn.Module, path: str, branch: Branch) -> None:
-        """Makes a branch run with the layer at a path of a module."""
+        """Makes a branch run with the layer at this path of the module."""
 
-    def say_what_became(self) -> None:
-        """Logs what became of the changes, once the module is loaded."""
+    def log_placement(self) -> None:
+        """Logs how the changes were applied, once the module is loaded."""

@@ -1,4 +1,4 @@
-"""Gives the files of one checkpoint on disk: a user's directory, or a commit in the hub's cache. Knows no network."""
+"""Gives the files of one checkpoint on disk: a user's directory, or a commit in the hub's cache. No network access."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint that is on disk as far as it can be had: the user's directory, or a commit in the cache.
+    """A checkpoint on disk, possibly incomplete: the user's directory, or a commit in the cache.
 
     Attributes:
-        root: where its files are.
+        root: the folder of its files.
         revision, repo: of a commit in the cache.
-        shared: where folders are that `root` does not have itself.
+        shared: the folder that has the subfolders `root` lacks.
     """
 
     root: Path
@@ -33,11 +33,11 @@ class Folder:
     shared: Path | None = None
 
     def has(self, name: str) -> bool:
-        """Whether the file is there."""
+        """Whether the file exists."""
         return self._path(name).is_file()
 
     def names(self, folder: str) -> list[str]:
-        """The files of a folder, but those that macOS hides beside others on foreign disks (`._NAME`)."""
+        """The files of a folder, without the hidden ones that macOS adds on other file systems (`._NAME`)."""
         try:
             entries = os.scandir(self._path(folder))
             found = [entry.name for entry in entries if entry.is_file() and not is_from_macos(entry.name)]
@@ -62,12 +62,12 @@ class Folder:
 
 
 def cached_folder(path: Path, revision: str | None = None) -> Folder | None:
-    """The snapshot in the hub's cache that a model's folder there means, `models--OWNER--NAME` or its `snapshots`.
+    """The snapshot that a model's folder in the hub's cache stands for (`models--OWNER--NAME` or its `snapshots`).
 
     The one that refs/main (or refs/`revision`) names, else the only one; None if the folder is something else.
 
     Raises:
-        CheckpointError: it cannot be told which is meant, or there is none.
+        CheckpointError: several snapshots could be meant, or none exists.
     """
     whole = path.absolute()
     root = whole.parent if whole.name == "snapshots" else whole
@@ -76,11 +76,11 @@ def cached_folder(path: Path, revision: str | None = None) -> Folder | None:
     repo, refs = root.name.removeprefix("models--").replace("--", "/"), root / "refs"
     found = {entry.name: entry for entry in root.glob("snapshots/*") if entry.is_dir()}
     try:
-        said = revision if revision in found else (refs / (revision or "main")).read_text(encoding="utf-8").strip()
+        commit = revision if revision in found else (refs / (revision or "main")).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
-        said = next(iter(found)) if len(found) == 1 and revision is None else None
-    if said in found:
-        return Folder(found[said], said if COMMIT.fullmatch(said) else None)
+        commit = next(iter(found)) if len(found) == 1 and revision is None else None
+    if commit in found:
+        return Folder(found[commit], commit if COMMIT.fullmatch(commit) else None)
     held = f"holds the snapshots {some(sorted(found))}" if found else "holds no snapshot"
     raise CheckpointError(
         f"{path} is the hub's cache of {repo} and {held}, not the one of {revision or 'main'}: give {repo}"

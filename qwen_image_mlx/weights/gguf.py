@@ -1,4 +1,4 @@
-"""Reads GGUF headers: what a file says it holds, checked against the file; a tensor's data is `gguf_blocks`' work.
+"""Reads GGUF headers: the tensors and metadata of a file, checked against its size; `gguf_blocks` decodes the data.
 
 The format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: "GGUF", the version, the counts of tensors and
 of metadata entries, the metadata, a description of each tensor, then the tensors' bytes, each padded to the file's
@@ -20,7 +20,7 @@ from ..names import StrPath
 from ..outside import why_not_read
 from .safetensors_files import GGUF_MAGIC, Tensor
 
-# ggml's number of a type -> (its word, elements of a block, bytes of a block); the gaps are types ggml has removed.
+# ggml's number of a type -> (its name, elements of a block, bytes of a block); the gaps are types ggml has removed.
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8),
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8),
@@ -48,14 +48,14 @@ _MAX_ELEMENTS = 2**40
 _MAX_NESTING = 8
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_LEAST_BYTES = {**{kind: struct.calcsize(code) for kind, code in _SCALARS.items()}, _BOOL: 1, _STRING: 8, _ARRAY: 12}
+_MIN_BYTES = {**{kind: struct.calcsize(code) for kind, code in _SCALARS.items()}, _BOOL: 1, _STRING: 8, _ARRAY: 12}
 
 
 @dataclass(frozen=True)
 class GgufTensor(Tensor):
     """One tensor as a GGUF header describes it.
 
-    `dtype` is ggml's word ("F32", "Q4_K", ...), `shape` is in PyTorch's order, the reverse of the file's: the last
+    `dtype` is ggml's name ("F32", "Q4_K", ...), `shape` is in PyTorch's order, the reverse of the file's: the last
     dimension is the one whose elements are neighbours.
     """
 
@@ -63,7 +63,7 @@ class GgufTensor(Tensor):
 
 
 def read_gguf(path: StrPath) -> tuple[dict[str, GgufTensor], dict[str, Any]]:
-    """Read what one GGUF file (version 2 or 3, little-endian) says it holds, and check that it can be true.
+    """Read the header of one GGUF file (version 2 or 3, little-endian), and check it against the file.
 
     Args:
         path: The file.
@@ -73,7 +73,7 @@ def read_gguf(path: StrPath) -> tuple[dict[str, GgufTensor], dict[str, Any]]:
         str or a list of such.
 
     Raises:
-        CheckpointError: The file cannot be read, is no GGUF file, is of a version or byte order that is not read, or
+        CheckpointError: The file cannot be read, is not a GGUF file, has an unsupported version or byte order, or
             its header is damaged or does not describe the bytes that follow it.
     """
     path = Path(path)
@@ -104,11 +104,11 @@ def read_gguf(path: StrPath) -> tuple[dict[str, GgufTensor], dict[str, Any]]:
     return tensors, metadata
 
 
-# The helpers below say what is wrong by ValueError; read_gguf makes it a sentence with the path and the cure.
+# The helpers below raise ValueError with the fault; read_gguf makes it a sentence with the path and the cure.
 
 
 class _Cursor:
-    """Reads a header's fields one after another, and refuses each that cannot fit before it allocates anything."""
+    """Reads a header's fields one after another. A field that cannot fit is refused before anything is allocated."""
 
     def __init__(self, file: BinaryIO, size: int, position: int) -> None:
         self._file, self._size, self.position, self._values = file, size, position, 0
@@ -135,12 +135,12 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise ValueError("a text in its header is not UTF-8") from error
 
-    def count(self, what: str, least: int, most: int) -> int:
-        """A number of things that take at least `least` bytes each."""
+    def count(self, what: str, item_bytes: int, maximum: int) -> int:
+        """A count of items that take at least `item_bytes` bytes each."""
         count = self.number("Q")
-        if count > most:
+        if count > maximum:
             raise ValueError(f"it announces {count} {what}, more than any checkpoint has")
-        if count * least > self._size - self.position:
+        if count * item_bytes > self._size - self.position:
             raise ValueError(f"it announces {count} {what} but ends after {self._size} bytes")
         return count
 
@@ -154,7 +154,7 @@ class _Cursor:
 
     def _array(self, nesting: int) -> list[Any]:
         kind = self.number("I")
-        count = self.count("values in one array", _LEAST_BYTES.get(kind, 1), _MAX_VALUES)
+        count = self.count("values in one array", _MIN_BYTES.get(kind, 1), _MAX_VALUES)
         self._values += count
         if self._values > _MAX_VALUES:
             raise ValueError(f"its metadata has over {_MAX_VALUES} values, more than any checkpoint's")
@@ -192,9 +192,7 @@ def _check_version(path: Path, version: int) -> None:
         return
     if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *_VERSIONS):
         raise CheckpointError(f"{path} is a big-endian GGUF file: use the little-endian file of the same weights")
-    raise CheckpointError(
-        f"{path} is of GGUF version {version}, of which only 2 and 3 are read: use a file of one of these"
-    )
+    raise CheckpointError(f"{path} has GGUF version {version}; only 2 and 3 are supported: use a file of one of these")
 
 
 def _metadata(header: _Cursor) -> dict[str, Any]:
@@ -250,7 +248,7 @@ def _check_layout(ranges: Mapping[str, tuple[int, int]], alignment: int, present
     end, last = 0, None
     for name, (begin, after) in sorted(ranges.items(), key=lambda item: item[1]):
         if begin % alignment:
-            raise ValueError(f"the tensor {name[:80]!r} begins at no multiple of {alignment} bytes")
+            raise ValueError(f"the tensor {name[:80]!r} does not begin at a multiple of {alignment} bytes")
         if begin < end:
             raise ValueError(f"the tensors {last!r} and {name[:80]!r} overlap")
         if begin > _padded(end, alignment):

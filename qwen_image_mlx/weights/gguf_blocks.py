@@ -15,11 +15,11 @@ from ..errors import CheckpointError
 from .gguf import GgufTensor
 from .packed import Packed
 
-_CHUNK = 1 << 15  # elements decoded at a time: a multiple of every block, and little enough for a core's cache
+_CHUNK = 1 << 15  # elements decoded at a time: a multiple of every block size, and small enough for a core's cache
 
 
 def decode(tensor: GgufTensor) -> mx.array:
-    """Read one tensor's data as dense floating numbers.
+    """Read one tensor's data as dense floating-point numbers.
 
     Quantized types give exactly what ggml's formulas give when each operation rounds to float32. Reads the tensor's
     bytes only; at its peak it holds the float32 values twice.
@@ -61,8 +61,8 @@ def packed(tensor: GgufTensor) -> Packed | None:
         tensor: A tensor `read_gguf` found.
 
     Returns:
-        The matrix with bits 4, 4 or 8 and scales and biases (rows, columns / 32); None if the type is another one, the
-        tensor is empty or has not two dimensions, or a scale is infinite or NaN.
+        The matrix with bits 4, 4 or 8 and scales and biases (rows, columns / 32); None if the type is different, the
+        tensor is empty or does not have two dimensions, or a scale is infinite or NaN.
 
     Raises:
         CheckpointError: The file can no longer be read as its header said.
@@ -89,14 +89,14 @@ def packed(tensor: GgufTensor) -> Packed | None:
 # A block is a numpy record whose fields are those of ggml's struct of the same name.
 
 
-def _blocks(tensor: GgufTensor, layout: np.dtype, most: int) -> Iterator[np.ndarray]:
-    """The tensor's blocks, at most `most` at a time, each time in memory of their own."""
+def _blocks(tensor: GgufTensor, layout: np.dtype, maximum: int) -> Iterator[np.ndarray]:
+    """The tensor's blocks, at most `maximum` at a time, each time in newly allocated memory."""
     left = tensor.nbytes // layout.itemsize
     try:
         with tensor.file.open("rb") as file:
             file.seek(tensor.offset)
             while left:
-                blocks = np.empty(min(left, most), layout)
+                blocks = np.empty(min(left, maximum), layout)
                 if file.readinto(blocks.view(np.uint8)) != blocks.nbytes:
                     raise CheckpointError(f"{tensor.file} ends inside the tensor {tensor.name!r}: download it again")
                 left -= len(blocks)
@@ -208,7 +208,7 @@ def _pack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 _D, _M, _DMIN = ("d", "<f2"), ("m", "<f2"), ("dmin", "<f2")
 _SCALES = ("scales", "u1", (3, 4))
-# type -> (elements of a block, its layout, blocks (n,) to values (n, elements)); values are float32, or numbers as read
+# type -> (elements of a block, its layout, blocks (n,) to values (n, elements), float32 or in the dtype of the layout)
 _DECODERS: dict[str, tuple[int, np.dtype, Callable[[np.ndarray], np.ndarray]]] = {
     "F32": (1, np.dtype("<f4"), _plain),
     "F16": (1, np.dtype("<f2"), _plain),
@@ -228,7 +228,7 @@ _DECODERS: dict[str, tuple[int, np.dtype, Callable[[np.ndarray], np.ndarray]]] =
     "Q5_K": (256, np.dtype([_D, _DMIN, _SCALES, ("qh", "u1", 32), ("qs", "u1", (4, 32))]), _q5_k),
     "Q6_K": (256, np.dtype([("ql", "u1", (2, 64)), ("qh", "u1", (2, 32)), ("scales", "i1", 16), _D]), _q6_k),
 }
-# The integer that stands for nought in MLX's form; 0 for blocks with a low of their own.
+# The integer that stands for zero in MLX's form; 0 for blocks that store their own bias.
 _ZEROS = {"Q4_0": 8, "Q4_1": 0, "Q8_0": 128}
 
 DECODED = frozenset(_DECODERS)

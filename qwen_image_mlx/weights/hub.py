@@ -1,7 +1,7 @@
 """Gives the files of one model on the Hugging Face hub, at one commit, through huggingface_hub and its cache.
 
-Knows nothing of what is in them. Files are fetched one after another in the caller's thread; what huggingface_hub
-raises becomes one sentence with a cure.
+Knows nothing about their contents. Files are fetched one after another in the caller's thread; errors of
+huggingface_hub become one sentence with a cure.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Repo:
         from huggingface_hub import hf_hub_download
 
         try:
-            # huggingface_hub takes what lies under this name or content as it is, even cut short
+            # huggingface_hub accepts an existing file of this name or hash as it is, even a truncated one
             for path in (self._snapshot / name, self._blob(name)):
                 if path is not None and path.is_file() and not self._is_whole(path, name):
                     path.unlink()
@@ -75,7 +75,7 @@ class Repo:
         if not self._is_whole(path, name):
             raise HubError(
                 f"{name} of {self.repo} arrived with {path.stat().st_size} bytes where the hub lists "
-                f"{self.listing[name].size}: run again to fetch it anew"
+                f"{self.listing[name].size}: run again to fetch it again"
             )
 
     @property
@@ -83,7 +83,7 @@ class Repo:
         return _cache_folder(self.repo) / "snapshots" / self.revision
 
     def _blob(self, name: str) -> Path | None:
-        """Where the cache keeps this file's content, which another commit may have brought already."""
+        """Where the cache keeps this file's content; a different commit may have put it there."""
         blob = self.listing[name].blob
         return _cache_folder(self.repo) / "blobs" / blob if blob else None
 
@@ -93,7 +93,7 @@ class Repo:
 
 
 class _Meter:
-    """Adds up files that are fetched one after another into one report that never goes back."""
+    """Combines files that are fetched one after another into one progress report that never goes back."""
 
     def __init__(self, label: str, total: int, progress: Progress | None) -> None:
         self._label = label
@@ -114,7 +114,7 @@ class _Meter:
         self.advance(0)
 
     def tqdm_class(self) -> type:
-        """Make what huggingface_hub takes for a progress bar of one file."""
+        """Make the progress-bar class that huggingface_hub uses for one file."""
         meter = self
 
         class Bar:
@@ -140,7 +140,7 @@ class _Meter:
 
 
 def open_model(repo: str, revision: str | None, offline: bool, progress: Progress | None) -> Folder | Repo:
-    """The model at the commit its revision names: on the hub, or, when that is out of reach, in the cache.
+    """The model at the commit its revision names: on the hub, or in the cache when the hub cannot be reached.
 
     Raises:
         HubError: the hub does not have it, or cannot be reached and nothing is cached.
@@ -169,7 +169,7 @@ def open_model(repo: str, revision: str | None, offline: bool, progress: Progres
             for file in info.siblings or ()
         }
     except (*_failures(), KeyError, TypeError) as error:
-        # an answer that is not the hub's is a login page or a proxy's: the hub is as far as without a network
+        # an answer not from the hub comes from a login page or a proxy: treat it like a missing network
         misread = isinstance(error, (ValueError, KeyError, TypeError)) and _status(error) is None
         if not (misread or _is_down(error)):
             raise _explain(error, repo, revision) from error
@@ -209,7 +209,7 @@ def _open_cached(repo: str, revision: str) -> Folder | None:
 
 
 def _remember(repo: str, revision: str, commit: str) -> None:
-    """Note which commit a branch or tag is, for a later run without the hub: downloads by commit do not."""
+    """Record the commit of a branch or tag for later offline runs; huggingface_hub does not do it here."""
     if revision == commit:
         return
     ref = _cache_folder(repo) / "refs" / revision
@@ -267,7 +267,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _explain(error: BaseException, repo: str, revision: str, name: str | None = None) -> HubError:
-    """Turn what huggingface_hub raised, over a model or one of its files, into one sentence with a cure."""
+    """Turn an error of huggingface_hub about a model or one of its files into one sentence with a cure."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -275,7 +275,7 @@ def _explain(error: BaseException, repo: str, revision: str, name: str | None = 
     what = f"{name} of {repo}" if name else repo
     page = f"{constants.ENDPOINT}/{repo}"
     unknown = (
-        f"there is no model named {repo} on the hub, nor a directory of that name here: check the spelling, or set "
+        f"the hub has no model named {repo}, and no local directory has that name: check the spelling, or set "
         "HF_TOKEN if it is private"
     )
     kinds = {

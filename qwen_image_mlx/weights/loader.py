@@ -1,7 +1,7 @@
-"""From a component's files to the parameters of a module, strictly and without a peak.
+"""Loads a component's files into the parameters of a module, strictly and with little extra memory.
 
-A component is checked by its headers alone, and then read, packed and evaluated one tensor at a time: the peak is the
-result plus one of them. Nothing here knows a model; the weights map does.
+A component is checked by its headers alone, and then read, packed and evaluated one tensor at a time: peak memory is
+the result plus one tensor. Nothing here is specific to a model; that is the weights map's task.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ComponentWeights:
     Args:
         component: whose weights they are.
         config: its config dataclass.
-        tensors: what the files' headers say, by stored name.
+        tensors: the tensors of the files' headers, by stored name.
         parts: the parts that must be complete.
 
     Raises:
@@ -67,7 +67,7 @@ class ComponentWeights:
         shapes = {name: spec.shape for name, spec in self._specs.items()}
         whole = joined({canonical[name]: tensor for name, tensor in tensors.items()}, weights_map(component.map))
         self._stored, self._cure = stored_weights(whole, shapes), _cure(tensors)
-        # Other tools lay convolutions out as MLX does; the smallest ones look the same either way, so all say it.
+        # Other tools lay convolutions out as MLX does. Small ones fit both layouts, so all are judged together.
         moved = {name: _channels_last(spec.shape) for name, spec in self._specs.items() if len(spec.shape) > 2}
         fits = {name: self._stored[name].shape == shape for name, shape in moved.items() if name in self._stored}
         self._channels_last = any(fits[name] and moved[name] != self._specs[name].shape for name in fits)
@@ -75,10 +75,10 @@ class ComponentWeights:
         self._states = {path: _state_of(path) for path in self.files}
 
     def _check(self, parts: frozenset[str]) -> None:
-        wanted = {name: spec for name, spec in self._specs.items() if spec.part in parts}
+        needed = {name: spec for name, spec in self._specs.items() if spec.part in parts}
         known = {*self._specs, *weights_map(self.component.map).get("markers", ())}
         problems = [
-            ("lacks", [name for name in wanted if name not in self._stored]),
+            ("lacks", [name for name in needed if name not in self._stored]),
             (
                 "has unexpected",
                 [
@@ -99,13 +99,13 @@ class ComponentWeights:
             ),
             (
                 f"has tensors that are not {', '.join((*FLOATS, *FP8))} or packed by MLX:",
-                [f"{n} ({found.problem})" for n in wanted if (found := self._stored.get(n)) and found.problem],
+                [f"{n} ({found.problem})" for n in needed if (found := self._stored.get(n)) and found.problem],
             ),
         ]
-        said = [f"{what} {some(names)}" for what, names in problems if names]
-        if said:
+        listed = [f"{what} {some(names)}" for what, names in problems if names]
+        if listed:
             raise CheckpointError(
-                f"the {self.component.role} does not fit its config.json: it {'; it '.join(said)}; {self._cure}"
+                f"the {self.component.role} does not fit its config.json: it {'; it '.join(listed)}; {self._cure}"
             )
 
     def _file_shape(self, spec: TensorSpec) -> tuple[int, ...]:
@@ -119,22 +119,22 @@ class ComponentWeights:
         return [spec for spec in self._specs.values() if spec.part == part]
 
     def layers(self, specs: Iterable[TensorSpec] | None = None) -> list[list[TensorSpec]]:
-        """Tensors grouped by layer, in the map's order; None is all that are stored, whatever their part."""
+        """Tensors grouped by layer, in the map's order; None means all stored tensors of all parts."""
         layers: dict[str, list[TensorSpec]] = {}
         for spec in (s for s in self._specs.values() if s.name in self._stored) if specs is None else specs:
             layers.setdefault(_LAYER.match(spec.name)[0], []).append(spec)
         return list(layers.values())
 
     def is_packed(self, name: str) -> bool:
-        """Whether a weight lies packed in its file."""
+        """Whether a weight is packed in its file."""
         return self._stored[name].scheme is not None
 
     def stored(self, name: str) -> Stored:
-        """How a tensor lies in its file, by canonical name."""
+        """How a tensor is stored in its file, by canonical name."""
         return self._stored[name]
 
     def check_unchanged(self) -> None:
-        """Raises CheckpointError if a file is not what it was when its header was read."""
+        """Raises CheckpointError if a file changed since its header was read."""
         for path, state in self._states.items():
             if _state_of(path) != state:
                 raise CheckpointError(
@@ -148,12 +148,12 @@ class ComponentWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights as stored; what else its files hold is not counted."""
+        """Bytes of its weights as stored; other contents of the files are not counted."""
         return sum(self.forms.values())
 
     @property
     def forms(self) -> dict[str, int]:
-        """How its weights lie in the files, and how many bytes so: "BF16", "F8_E4M3", "Q4_K", "4 bit" or "mxfp8"."""
+        """Bytes of its weights by stored form: "BF16", "F8_E4M3", "Q4_K", "4 bit" or "mxfp8"."""
         forms: dict[str, int] = {}
         for stored in (self._stored[name] for name in self._specs if name in self._stored):
             form = f"packed {stored.scheme}" if stored.tensor.dtype == PACKED else stored.tensor.dtype
@@ -165,7 +165,7 @@ class ComponentWeights:
         return self.bytes_of(self.specs(part), dtype, scheme)
 
     def bytes_of(self, specs: Iterable[TensorSpec], dtype: mx.Dtype, scheme: Scheme | None = None) -> int:
-        """The same for some of its tensors."""
+        """Bytes in memory of some of its tensors, once loaded in `dtype` or packed by `scheme`."""
         return sum(
             spec.loaded_bytes(dtype, scheme if spec.is_packed_by(scheme) else self._stored[spec.name].scheme)
             for spec in specs
@@ -176,7 +176,7 @@ class ComponentWeights:
         reader.read(self._stored[spec.name] for spec in specs)
 
     def open(self, spec: TensorSpec, reader: Reader) -> mx.array | Packed:
-        """One weight in the layout of the released files, read; raises CheckpointError if its file cannot be read."""
+        """One weight, read: its map's shape, its file's dtype; raises CheckpointError if its file cannot be read."""
         value = reader.open(self._stored[spec.name])
         if self._channels_last and isinstance(value, mx.array) and value.ndim > 2:
             value = mx.moveaxis(value, -1, 1)
@@ -184,7 +184,7 @@ class ComponentWeights:
 
 
 def _check_twins(component: str, canonical: Mapping[str, str]) -> None:
-    """Refuses names that mean the same twice."""
+    """Refuses two spellings of the same name."""
     if len(set(canonical.values())) < len(canonical):
         twice = next(name for name, count in Counter(canonical.values()).items() if count > 1)
         raise CheckpointError(f"the {component} has {twice} twice, under two spellings: use another file")
@@ -197,7 +197,7 @@ def _cure(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _state_of(path: Path) -> tuple[int, int, int] | None:
-    """What tells a file from another or a changed one; None if it is not there."""
+    """Identifies a file's version: inode, size, modification time; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -224,9 +224,9 @@ def load_module(
         weights: what to fill it with.
         part: which part of them.
         dtype: of all floating parameters.
-        scheme: what the matrices that the map calls quantized are packed into; those already packed otherwise are
-            packed anew, all others stay as they are stored.
-        placement: LoRAs to be merged or put beside; told what became of them.
+        scheme: packs the matrices that the map calls quantized; those already packed in a different scheme are
+            repacked, all others stay as they are stored.
+        placement: LoRAs to be merged or run unmerged; it logs the result.
 
     Raises:
         CheckpointError: a file could not be read to its end, or a LoRA cannot be combined with packed weights.
@@ -234,13 +234,13 @@ def load_module(
     specs = specs_of(module, weights, part, scheme)
     fill(module, weights, specs, Reader(weights.component.role), dtype, scheme, placement)
     if placement:
-        placement.say_what_became()
+        placement.log_placement()
     module.eval()
     return module
 
 
 def specs_of(module: nn.Module, weights: ComponentWeights, part: str, scheme: Scheme | None) -> list[TensorSpec]:
-    """A part's tensors, which are the module's parameters."""
+    """A part's tensors; raises ValueError unless they are exactly the module's parameters."""
     specs = weights.specs(part)
     names = {name for name, _ in tree_flatten(module.parameters())}
     if names != {spec.name for spec in specs}:
@@ -262,13 +262,18 @@ def fill(
     prefix: str = "",
     lazily: bool = False,
 ) -> None:
-    """Gives some parameters of a module their weights; the arguments are those of `load_module` and:
+    """Gives some parameters of a module their weights.
 
     Args:
-        specs: which.
-        reader: hands the files' tensors out.
+        module: its parameters have the weights map's names, less `prefix`.
+        weights: the component's weights.
+        specs: the tensors to fill in.
+        reader: reads the files' tensors.
+        dtype: of all floating parameters.
+        scheme: packs the matrices that the map calls quantized; None keeps them as they are stored.
+        placement: LoRAs to be merged or run unmerged.
         prefix: what the module's own names lack.
-        lazily: leaves what is computed from them (another dtype or layout) to be evaluated by whoever uses it.
+        lazily: does not evaluate conversions to a different dtype or layout.
     """
     branches = []
     for spec in specs:
@@ -296,23 +301,23 @@ def fill(
         if branch is not None:
             assert placement is not None
             branches.append((placement, name.removesuffix(".weight"), branch))
-    for owner, path, branch in branches:  # when all layers are there: a branch takes the place of one
+    for owner, path, branch in branches:  # after all layers are filled: a branch replaces one
         owner.attach(module, path, branch)
 
 
 def say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme: Scheme) -> None:
-    """Warns of the matrices that a scheme is meant for and cannot take."""
+    """Warns about matrices that a scheme should pack but cannot."""
     meant = [spec for spec in specs if spec.quantized]
     left = [spec for spec in meant if not scheme.fits(spec.shape)]
     if left:
         logger.warning(
-            "%d of the %s's %d matrices stay as they are, because their rows are no whole groups of %d: %s",
+            "%d of the %s's %d matrices stay as they are, because their rows are not multiples of %d: %s",
             len(left), component, len(meant), scheme.group_size, some([spec.name for spec in left]),
         )  # fmt: skip
 
 
 def repacked(value: mx.array | Packed, scheme: Scheme) -> Packed:
-    """A weight in a scheme's form, evaluated."""
+    """A (rows, columns) weight packed by a scheme, evaluated."""
     if isinstance(value, Packed):
         if Scheme(value.mode, value.bits, value.group_size) == scheme:
             return value
@@ -321,7 +326,7 @@ def repacked(value: mx.array | Packed, scheme: Scheme) -> Packed:
 
 
 def _quantize_layer(module: nn.Module, path: str, packed: Packed, dtype: mx.Dtype) -> None:
-    """Puts a quantized layer in a layer's place; its bias stays."""
+    """Replaces a layer with a quantized one; its bias stays."""
     parent, place = place_of(module, path)
     form = (*packed.arrays, packed.group_size, packed.bits, packed.mode)
     if isinstance(parent[place], nn.Embedding):
@@ -331,7 +336,7 @@ def _quantize_layer(module: nn.Module, path: str, packed: Packed, dtype: mx.Dtyp
 
 
 def place_of(module: nn.Module, path: str) -> tuple[Any, str | int]:
-    """What holds a layer, a module or a list, and under which name or number."""
+    """The module or list that holds a layer, and the layer's name or index in it."""
     *parents, last = path.split(".")
     for name in parents:
         module = module[int(name)] if isinstance(module, list) else module[name]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .schemes import Scheme
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# Installed, the map lies inside the package; in a checkout, beside it.
+# Installed, the map is inside the package; in a checkout, next to it.
 _FOLDERS = (_PACKAGE / "weights_map", _PACKAGE.parent / "weights_map")
 _PARAMETERS = ("weight", "bias", "gamma")
 
@@ -65,11 +65,11 @@ class TensorSpec:
     quantized: bool = False
 
     def is_packed_by(self, scheme: Scheme | None) -> bool:
-        """Whether a quantization means this tensor and can take it, whatever its form in the file."""
+        """Whether a scheme applies to this tensor and its shape fits, whatever its form in the file."""
         return scheme is not None and self.quantized and scheme.fits(self.shape)
 
     def loaded_bytes(self, dtype: mx.Dtype, form: Scheme | None) -> int:
-        """Bytes in memory once it is loaded: packed in a form, or plain in a dtype and laid out."""
+        """Bytes in memory once it is loaded: packed in `form`, or dense in `dtype` and the module's layout."""
         if form is not None:
             return form.nbytes(self.shape, dtype)
         return prod(LAYOUTS[self.layout](mx.zeros(self.shape, mx.uint8)).shape) * dtype.size
@@ -119,7 +119,7 @@ def canonical_names(component: Component, names: Iterable[str]) -> dict[str, str
 
 
 def known_share(component: Component, names: Iterable[str]) -> float:
-    """How much of a file's parameters belongs to a component, whatever its config; in its best dialect, 0 to 1."""
+    """The share of a file's parameters that belongs to a component of any config, in its best dialect; 0 to 1."""
     known, canonical = _known_names(component), canonical_names(component, names)
     parameters = [name for name in canonical.values() if name.endswith(_PARAMETERS)]
     return sum(known.fullmatch(name) is not None for name in parameters) / max(len(parameters), 1)
@@ -155,7 +155,7 @@ def needs_tensor(component: Component, stored_name: str, parts: Collection[str])
 
 
 def shown_settings(component: Component, stored_names: Iterable[str]) -> dict[str, Any]:
-    """The fields of a config that a checkpoint's own names settle, by the map's markers."""
+    """The config fields that a checkpoint's tensor names determine, by the map's markers."""
     markers = weights_map(component.map).get("markers", {})
     found = set(canonical_names(component, stored_names).values())
     return {field: value for name in markers if name in found for field, value in markers[name].items()}
@@ -169,7 +169,7 @@ def other_part(component: Component, name: str) -> str | None:
 
 @cache
 def _known_names(component: Component) -> re.Pattern[str]:
-    """Matches every canonical name of any config: fields of rows are numbers, or what the map says of them."""
+    """Matches every canonical name of any config: fields of rows are numbers, or as the map defines them."""
     rules = weights_map(component.map)
     fields = rules.get("fields", {})
     paths = [

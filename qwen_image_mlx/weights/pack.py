@@ -1,7 +1,7 @@
-"""Writes a component quantized: safetensors files that mean what they say, one layer in memory at a time.
+"""Writes a quantized component as self-describing safetensors files, with one layer in memory at a time.
 
-Which layers go into which file is settled beforehand, so a run that was cut goes on with the first file missing. A file
-is written under another name and renamed: what has its name is whole.
+The layers of each file are decided beforehand, so an interrupted run continues with the first missing file. A file is
+written under a temporary name and renamed: a file with its final name is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PLAN, _ERRORS = "qwen_image_mlx.plan", "qwen_image_mlx.errors"
 
 @dataclass(frozen=True)
 class Part:
-    """Some weights and what their matrices are packed into (None: nothing)."""
+    """Some weights and the scheme that packs their matrices (None: left as they are)."""
 
     weights: ComponentWeights
     scheme: Scheme | None
@@ -49,10 +49,10 @@ def write_component(
     """Writes a component's weights into a folder, with an index if there are several files.
 
     Args:
-        folder: of the component; whole files of the same plan that lie there are kept.
+        folder: of the component; complete files of the same plan in it are kept.
         parts: what to write, in this order; the files are named as the first one's are.
-        shard_bytes: a file's tensors take at most so many bytes, unless one layer takes more.
-        progress: told of the bytes written so far, and of all.
+        shard_bytes: maximum bytes of a file's tensors, unless one layer takes more.
+        progress: called with the bytes written so far and the total.
 
     Returns:
         The relative error of each packed matrix, by the name of its layer.
@@ -92,7 +92,7 @@ def write_component(
 
 
 def quantization_config(parts: Sequence[Part]) -> dict[str, object] | None:
-    """What config.json says of the packed layers, as mlx-lm writes it; None where nothing is packed."""
+    """The quantization entry of config.json in mlx-lm's form; None where nothing is packed."""
     layers: dict[str, object] = {}
     for part in parts:
         for specs in part.weights.layers():
@@ -144,7 +144,7 @@ def _write_tensor(
 
 
 def _plan(parts: Sequence[Part], layers: Layers) -> str:
-    """Stands for all that a file's bytes depend on."""
+    """A hash of everything a file's bytes depend on."""
     facts = []
     for which, specs in layers:
         part = parts[which]
@@ -157,7 +157,7 @@ def _plan(parts: Sequence[Part], layers: Layers) -> str:
 
 
 def _whole(path: Path, plan: str) -> dict[str, float] | None:
-    """The errors of a file that an earlier run finished by the same plan; None if there is none."""
+    """The errors recorded in a file that an earlier run finished by the same plan; None without such a file."""
     if not path.is_file():
         return None
     try:

@@ -12,7 +12,7 @@ class Packed:
     """A quantized matrix of `rows` rows, as `mx.quantize` returns it and `mx.quantized_matmul` takes it.
 
     Attributes:
-        weight: (rows, columns * bits / 32), uint32; little end first.
+        weight: (rows, columns * bits / 32), uint32; little-endian.
         scales: (rows, columns / group_size); floating for "affine", uint8 for the microscaling modes.
         biases: like `scales` for "affine", None for the others.
         group_size: columns that share a scale.
@@ -29,7 +29,7 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns) of the matrix it stands for."""
+        """(rows, columns) of the dequantized matrix."""
         return self.weight.shape[0], self.scales.shape[-1] * self.group_size
 
     def dequantize(self, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -46,7 +46,7 @@ class Packed:
         return self.weight, self.scales, self.biases
 
     def astype(self, dtype: mx.Dtype) -> Packed:
-        """With scales and biases in another dtype; the microscaling modes have none that could change."""
+        """With scales and biases in this dtype; the microscaling modes are returned unchanged."""
         if self.mode != "affine":
             return self
         assert self.biases is not None

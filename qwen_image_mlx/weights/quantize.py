@@ -2,8 +2,8 @@
 
 Affine: w ≈ scale · q + bias for each group of consecutive columns. Scale and bias are rounded to bf16 before the
 elements are chosen, so that no rounding is left over; then they are refitted by least squares to the elements, which
-are chosen anew, while that helps. They are bf16 whatever the dtype of a run, so that a pack and a run mean the same
-numbers. The microscaling modes are MLX's own.
+are chosen again, while that helps. They are bf16 whatever the dtype of a run, so that a saved checkpoint and a run
+have the same numbers. The microscaling modes are MLX's own.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from .schemes import Scheme
 
 REFITS = 6
 SCALES: mx.Dtype = mx.bfloat16
-_BAND = 1 << 21  # elements quantized at once: 8 MiB in fp32, of which a refit takes some fifteen
+_BAND = 1 << 21  # elements quantized at once: 8 MiB in fp32, a refit takes about fifteen times that
 
 
 def quantize_matrix(w: mx.array, scheme: Scheme, refits: int = REFITS) -> Packed:
     """A matrix in a scheme's form, evaluated band by band.
 
     Args:
-        w: (rows, columns), floating, lazily if that is how it is read.
+        w: (rows, columns), floating, possibly lazy.
         scheme: one that `fits`.
-        refits: at most so many least-squares refits; 0 is min-max quantization with rounded scales.
+        refits: maximum number of least-squares refits; 0 is min-max quantization with rounded scales.
 
     Returns:
-        What `mx.quantized_matmul` takes.
+        The (rows, columns) matrix in the form `mx.quantized_matmul` takes.
     """
     rows = max(1, _BAND // w.shape[1])
     bands = []
@@ -59,7 +59,7 @@ def _affine(w: mx.array, scheme: Scheme, refits: int) -> tuple[mx.array, mx.arra
     groups = w.reshape(w.shape[0], -1, scheme.group_size)
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
     levels, slack = 2**scheme.bits - 1, mx.finfo(SCALES).eps / 2
-    # Widened by what rounding may take, so that the ends stay within reach.
+    # Widened by the maximum rounding error, so that both ends stay representable.
     bias = (low - slack * mx.abs(low)).astype(SCALES).astype(mx.float32)
     scale, bias = _rounded(mx.maximum((high - bias) / levels * (1 + slack), 1e-12), bias)
     q = _elements(groups, scale, bias, levels)
@@ -94,7 +94,7 @@ def _refit(
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with its elementwise operations in few kernels, bit for bit the same; on a CPU the function itself.
+    """The function with its elementwise operations fused into few kernels, bit-identical; on a CPU the function itself.
 
     On a GPU each kernel costs a pass over memory; on a CPU compiling them takes longer than they save.
     """
@@ -120,7 +120,7 @@ def _error(w: mx.array, q: mx.array, scale: mx.array, bias: mx.array) -> mx.arra
 
 
 def _pack(q: mx.array, bits: int) -> mx.array:
-    """uint32 elements (rows, columns) to the words of a bit stream (rows, columns * bits / 32), little end first."""
+    """uint32 elements (rows, columns) to the words of a bit stream (rows, columns * bits / 32), little-endian."""
     q = q.reshape(q.shape[0], -1, 32)
     words = [mx.zeros(q.shape[:2], dtype=mx.uint32) for _ in range(bits)]
     for n in range(32):

@@ -1,6 +1,6 @@
-"""What a file of weights is, told from names and types alone: whose parts lie in it, and how it is quantized.
+"""Identifies a weights file by names and types alone: the components in it, and how it is quantized.
 
-The one place that decides it, for `info`, for every flag that takes a file, and for what is said when one is refused.
+The one place that decides it, for `info`, for every flag that takes a file, and for the message when one is refused.
 The spellings are data, `weights_map/files.json`.
 """
 
@@ -21,13 +21,13 @@ _SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.safetensors$")
 
 
 def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The parts that programs lay into one file, by kind, each with the names it has in a file of its own.
+    """The components of an all-in-one file, by kind, each with the names it has in a separate file.
 
     Args:
-        tensors: what the file holds, by stored name.
+        tensors: the file's tensors, by stored name.
 
     Returns:
-        One of `FOLDERS` -> its tensors; {} where no name says whose it is.
+        One of `FOLDERS` -> its tensors; {} where no name has a component's prefix.
     """
     names, found = _unwrapped(tensors), {}
     for kind, patterns in weights_map("files")["parts"].items():
@@ -40,13 +40,13 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def part_of(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a file's tensors belongs to one folder: all of them, or a part of several.
+    """The tensors of a file that belong to one folder: all of them, or those of one component of several.
 
     Raises:
         CheckpointError: the file holds several parts, and none of that kind.
     """
     parts = parts_of(tensors)
-    if folder in parts and len(parts) == 1:  # what has no prefix belongs to it, too
+    if folder in parts and len(parts) == 1:  # tensors without a prefix belong to it, too
         own = {id(tensor) for tensor in parts[folder].values()}
         rest = _unwrapped({name: tensor for name, tensor in tensors.items() if id(tensor) not in own})
         if twice := parts[folder].keys() & rest.keys():
@@ -76,13 +76,13 @@ def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """The folder that most of some names belong to; None if there is none."""
+    """The folder that more than half of some names belong to; None without one."""
     found = component_of_names(names)
     return found and found.role
 
 
 def component_of_names(names: Iterable[str]) -> Component | None:
-    """The component, of any class, that most of some names belong to; None if there is none."""
+    """The component, of any class, that more than half of some names belong to; None without one."""
     plain = {re.sub(r"\.qweight$", ".weight", name) for name in names}
     shares = {component: known_share(component, plain) for component in all_components(*FOLDERS)}
     best = max(shares, key=shares.get)
@@ -90,13 +90,13 @@ def component_of_names(names: Iterable[str]) -> Component | None:
 
 
 def holds(component: Component, names: Iterable[str]) -> bool:
-    """Whether some names are those of a component itself, not only of others that lie in the same files."""
+    """Whether some names belong to the component itself, not only to others stored in the same files."""
     canonical = canonical_names(component, names).values()
     return any(known_share(component, [name]) and other_part(component, name) is None for name in canonical)
 
 
 def foreign_format(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of a quantization that is not read; None if there is none of them."""
+    """The name of an unsupported quantization; None if all of it is supported."""
     for rule in weights_map("files")["formats"]:
         dtypes = rule.get("dtypes")
         names = [name for name, tensor in tensors.items() if not dtypes or tensor.dtype in dtypes]
@@ -126,14 +126,14 @@ def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError if what is given as a component cannot be read, or is something else."""
+    """Raises CheckpointError if a component's tensors cannot be read, or are something else."""
     if not tensors:
         return
     kind, share, what = component.home, known_share(component, tensors), None
     cure = "give the file of one"
     if share < _KNOWN and (other := kind_of(tensors)) not in (None, kind):
         what = f"{LABELS[other]} of Qwen-Image's kind"
-    elif kind == TRANSFORMER and (model := _other_model(tensors)):
+    elif kind == TRANSFORMER and share < 1 and (model := _other_model(tensors)):
         what = model
     elif sentence := unreadable(tensors):
         raise CheckpointError(sentence)
@@ -146,14 +146,14 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
         there = next((row.label for row in others if holds(row, tensors)), "nothing")
         raise CheckpointError(
             f"{_file(tensors)} holds {there} and not {component.label}: give a file that has it; an mmproj file "
-            "of llama.cpp only has to lie beside its text encoder"
+            "of llama.cpp only has to be in its text encoder's folder"
         )
     if what is not None:
         raise CheckpointError(f"{_file(tensors)} holds {what}, not {LABELS[kind]} of Qwen-Image: {cure}")
 
 
 def shard_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """ "shard 1 of 9", where a single file says by its name that it is one of several."""
+    """ "shard 1 of 9", where a single file's name marks it as one of several."""
     files = {tensor.file for tensor in tensors.values()}
     match = _SHARD.search(next(iter(files)).name) if len(files) == 1 else None
     return f"shard {match[1]} of {match[2]}" if match and match[2] != "1" else None
@@ -169,7 +169,7 @@ def _file(tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by their names without what torch.compile and its like put into them."""
+    """Tensors by their names, without the wrapper names that torch.compile and similar tools insert."""
     wrappers, found = weights_map("files")["wrappers"], {}
     for name, tensor in tensors.items():
         plain = f".{name}"

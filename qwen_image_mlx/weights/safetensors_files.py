@@ -32,8 +32,8 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-# Types that MLX's own reader does not open, nor any other tensor of a file that has one: how numpy reads their bytes,
-# and what becomes of them. e5m2 is the upper byte of a float16; of the 4-bit and 6-bit types only the bytes are given.
+# Types for which MLX's own reader refuses the whole file: how numpy reads their bytes,
+# and how they are converted. e5m2 is the upper byte of a float16; of the 4-bit and 6-bit types the bytes are kept.
 _OWN_TYPES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "F64": ("<f8", lambda values: values.astype(np.float32)),
     "F8_E5M2": ("u1", lambda values: (values.astype("<u2") << 8).view("<f2")),
@@ -44,7 +44,7 @@ _MLX_TYPES = {
     "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8", "C64": "<c8",
 }  # fmt: skip
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 25_000_000  # the largest known, of trainers' notes in LoRAs, have some megabytes
+_MAX_HEADER_BYTES = 25_000_000  # the largest known, with trainers' notes in LoRAs, are a few megabytes
 _MAX_TENSORS = 1 << 17
 _MAX_FILE_BYTES = 1 << 44
 _MAX_RANK = 16  # far above any model's; bounds the product of a made-up shape
@@ -60,7 +60,7 @@ class Tensor:
 
     Attributes:
         name: Its key in the checkpoint.
-        dtype: The format's own word: "BF16", "F32", "U32", ...
+        dtype: The format's own name: "BF16", "F32", "U32", ...
         shape: Its dimensions; () for a scalar.
         file: The file that holds it.
         nbytes: Bytes of its data.
@@ -78,7 +78,7 @@ class Tensor:
 
 
 def read_header(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what one safetensors file says it holds, and check that it can be true.
+    """Read the header of one safetensors file, and check it against the file.
 
     Args:
         path: The file.
@@ -114,7 +114,11 @@ def read_header(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     except ValueError as error:
         if kind := _other_kind(path):
             raise CheckpointError(f"{path} is {kind}") from error
-        cure = "whoever wrote it has to write it anew" if isinstance(error, _Contradiction) else "download it again"
+        cure = (
+            "the program that wrote it must write it again"
+            if isinstance(error, _Contradiction)
+            else "download it again"
+        )
         raise CheckpointError(f"{path} is not a whole safetensors file, {error}: {cure}") from error
     tensors = {
         name: Tensor(name, dtype, shape, path, end - begin, _LENGTH_BYTES + length + begin)
@@ -131,7 +135,7 @@ def component_tensors(files: Sequence[Path], index: Mapping[str, str] | None) ->
 
     Args:
         files: The component's files.
-        index: Tensor name to file name, from `*.safetensors.index.json`; None where there is no index.
+        index: Tensor name to file name, from `*.safetensors.index.json`; None without an index.
 
     Returns:
         All tensors by name.
@@ -159,10 +163,10 @@ def component_tensors(files: Sequence[Path], index: Mapping[str, str] | None) ->
 
 
 def save_tensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file under another name and renames it, so that what has its name is whole.
+    """Writes a safetensors file under a temporary name and renames it, so that it is complete or absent.
 
     Raises:
-        OutputError: it could not be written; what lay there stays.
+        OutputError: it could not be written; a file already there stays.
     """
     try:
         with gpu_faults():
@@ -176,10 +180,10 @@ def save_tensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[s
 class LazyTensors:
     """The arrays of one safetensors file, each read when it is evaluated and handed out once per opening.
 
-    MLX reads them; a file with a type that MLX does not open is read by its header and numpy, one tensor at a time.
+    MLX reads them; a file with a type that MLX does not support is read by its header and numpy, one tensor at a time.
 
     Args:
-        path: the file; its header must have been found sound by `read_header`.
+        path: the file; `read_header` must have accepted its header.
     """
 
     def __init__(self, path: Path):
@@ -188,7 +192,7 @@ class LazyTensors:
         self._by_numpy = any(tensor.dtype in _OWN_TYPES for tensor in read_header(path)[0].values())
 
     def take(self, tensor: Tensor) -> mx.array:
-        """One tensor as it lies in the file: lazy, or read; F64 as float32, F8_E5M2 as float16, F8_E4M3 as its bytes.
+        """One tensor as stored in the file: lazy, or read; F64 as float32, F8_E5M2 as float16, F8_E4M3 as its bytes.
 
         Raises:
             OSError, RuntimeError, ValueError, KeyError: it cannot be read.
@@ -239,7 +243,7 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-# What other files begin with, and what is said of them.
+# The first bytes of other kinds of files, and the message about each.
 _OTHER_KINDS = {
     GGUF_MAGIC: "a GGUF file: let its name end in .gguf",
     b"PK\x03\x04": "a zip file, as PyTorch's pickles are, not a safetensors file: use its .safetensors version",
@@ -251,7 +255,7 @@ _OTHER_KINDS = {
         (b"<!", b"<h", b"<H", b"<?"),
         "a web page, not a safetensors file: download the file itself, with 'hf download' or its download button",
     ),
-    b"{": "a JSON file, not a safetensors file: give the weights that lie beside it",
+    b"{": "a JSON file, not a safetensors file: give the weights next to it",
 }
 
 
@@ -265,11 +269,11 @@ def _other_kind(path: Path) -> str | None:
     return next((kind for magic, kind in _OTHER_KINDS.items() if start.lstrip().startswith(magic)), None)
 
 
-# The helpers below say what is wrong by ValueError; read_header makes it a sentence with the path and the cure.
+# The helpers below raise ValueError with the fault; read_header makes it a sentence with the path and the cure.
 
 
 class _Contradiction(ValueError):
-    """A header that can be read and cannot be true: no copy of the file will be better."""
+    """A header that contradicts itself: downloading the file again will not help."""
 
 
 def _header_length(prefix: bytes, size: int) -> int:

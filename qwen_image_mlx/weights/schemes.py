@@ -1,4 +1,4 @@
-"""How quantizations are written: what "4", "mxfp8/32" and "transformer=4,vision=8" mean. Importable without MLX."""
+"""Parses quantizations such as "4", "mxfp8/32" and "transformer=4,vision=8". Importable without MLX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import RequestError
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# What users write -> (mode, bits, group sizes, the usual one first).
+# Name on the command line -> (mode, bits, group sizes, the usual one first).
 SCHEMES: dict[str, tuple[str, int, tuple[int, ...]]] = {
     **{str(bits): ("affine", bits, (64, 32, 128)) for bits in (3, 4, 5, 6, 8)},
     "mxfp4": ("mxfp4", 4, (32,)),
@@ -19,7 +19,7 @@ SCHEMES: dict[str, tuple[str, int, tuple[int, ...]]] = {
 }
 NONE = "none"
 _SCALE_BYTES = 2  # bf16
-_BESIDE = "8"  # the text encoder's scheme where only the transformer's is said: 7 GB beside a transformer of 8
+_TEXT_ENCODER_DEFAULT = "8"  # where only the transformer's scheme is named: 7 GB, in addition to its 8
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str | int, group_size: int | None = None) -> Scheme:
-        """From "4", "mxfp8" or "4/32", the last with its group size.
+        """From "4", "mxfp8" or "4/32" (bits and group size).
 
         Raises:
-            RequestError: there is no such scheme, or it has no groups of that size.
+            RequestError: the scheme is unknown, or it has no groups of that size.
         """
         name, slash, group = str(text).partition("/")
         if name not in SCHEMES or (slash and not group):
-            raise RequestError(f"{text!r} is no quantization; give one of {', '.join(SCHEMES)}, {NONE}")
+            raise RequestError(f"{text!r} is not a quantization; give one of {', '.join(SCHEMES)}, {NONE}")
         mode, bits, groups = SCHEMES[name]
         if group and group_size is not None and group != str(group_size):
             raise RequestError(f"quantization {text} has a group size of its own; leave {group_size} out")
-        wanted = group or str(group_size or groups[0])
-        if wanted not in map(str, groups):
-            raise RequestError(f"quantization {name} has groups of {' or '.join(map(str, groups))}, not of {wanted}")
-        return cls(mode, bits, int(wanted))
+        size = group or str(group_size or groups[0])
+        if size not in map(str, groups):
+            raise RequestError(f"quantization {name} has groups of {' or '.join(map(str, groups))}, not of {size}")
+        return cls(mode, bits, int(size))
 
     def __str__(self) -> str:
         name = str(self.bits) if self.mode == "affine" else self.mode
@@ -87,7 +87,7 @@ class Quantization:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Those that are quantized."""
+        """The components that are quantized."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name))
 
     @classmethod
@@ -96,27 +96,27 @@ class Quantization:
 
         Args:
             text: one scheme, or component=scheme separated by commas; components not named stay as they are.
-            group_size: for every scheme that has it; None takes each one's usual.
+            group_size: for every scheme that has it; None takes each scheme's default.
 
         Raises:
             RequestError: a component or scheme is unknown, or the group size is not one of a scheme's.
         """
-        given = str(text)
-        if "=" not in given:
-            if given == NONE:
+        text = str(text)
+        if "=" not in text:
+            if text == NONE:
                 return cls()
-            scheme = Scheme.parse(given, group_size)
-            beside = scheme.group_size if scheme.mode == "affine" else None
-            return cls(transformer=scheme, text_encoder=Scheme.parse(_BESIDE, beside))
+            scheme = Scheme.parse(text, group_size)
+            group = scheme.group_size if scheme.mode == "affine" else None
+            return cls(transformer=scheme, text_encoder=Scheme.parse(_TEXT_ENCODER_DEFAULT, group))
         known = [field.name for field in fields(cls)]
         schemes: dict[str, Scheme | None] = {}
-        for part in given.split(","):
-            component, _, wanted = (word.strip() for word in part.partition("="))
+        for part in text.split(","):
+            component, _, name = (word.strip() for word in part.partition("="))
             if component not in known or component in schemes:
                 raise RequestError(
-                    f"quantization has {part!r}, but wants each once of {', '.join(known)}: {known[0]}=4"
+                    f"quantization has {part!r}, but takes each of {', '.join(known)} once: write {known[0]}=4"
                 )
-            schemes[component] = None if wanted == NONE else Scheme.parse(wanted, group_size)
+            schemes[component] = None if name == NONE else Scheme.parse(name, group_size)
         return cls(**schemes)
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""Gives the files of one checkpoint, from a directory or from the hub; knows nothing about what is in them but names.
+"""Gives the files of one checkpoint, from a directory or from the hub; knows their names, not their contents.
 
-Nothing is fetched until it is asked for, then only what was asked for, one file after another in the caller's thread.
+Files are fetched only when they are needed, one after another in the caller's thread.
 A hub model is resolved to one commit on first use and everything comes from that commit.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SAFETENSORS, _GGUF, _INDEX = ".safetensors", ".gguf", ".safetensors.index.json"
 _MMPROJ = "mmproj"  # what llama.cpp's files of vision towers have in their names
 _MAX_JSON = 256 << 20  # the largest index of a model has some MB
-_NUMBERED = re.compile(r"\d+\.safetensors")  # shards that say by their names that they belong together
+_NUMBERED = re.compile(r"\d+\.safetensors")  # shards whose names show that they belong together
 
 
 DEMO_ROOT = Path(__file__).parents[1] / "demo"
@@ -47,7 +47,7 @@ class WeightFiles:
 
     Attributes:
         files: The safetensors or GGUF files.
-        index: Tensor name to file name as the checkpoint's index says, shards left out by `keep` included; None
+        index: Tensor name to file name from the checkpoint's index, shards left out by `keep` included; None
             where the component is a single file.
         tensors: Every tensor that `files` hold, by name.
     """
@@ -76,14 +76,14 @@ class HubSnapshot:
             a thread of the downloader. Nothing is shown otherwise.
 
     Attributes:
-        model: The model as it was given; of a short name, what it means.
-        is_local: Whether nothing of it is ever downloaded.
+        model: The `model` argument; a short name is replaced with the id it stands for.
+        is_local: Whether it is on disk, so nothing is ever downloaded.
         offline: Whether only the cache is used.
 
     Raises:
         CheckpointError: The model is neither a directory nor a possible id, or a folder of the hub's cache without
-            the snapshot that is meant.
-        RequestError: A revision is asked of a directory.
+            the requested snapshot.
+        RequestError: A directory was given with a revision.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class HubSnapshot:
         if local and revision is not None and not local.revision:
             raise RequestError(f"revision {revision!r} means nothing for the directory {model}: leave it out")
         self.model: str = os.fspath(model)
-        self._wanted = revision
+        self._revision = revision
         self.offline = offline
         self._progress = progress
         self.is_local: bool = local is not None
@@ -107,11 +107,11 @@ class HubSnapshot:
 
     @property
     def revision(self) -> str | None:
-        """The commit hash, or None for a directory and for a hub model that was not asked for anything yet."""
+        """The commit hash, or None for a directory and for a hub model not used yet."""
         return self._opened.revision if self._opened else None
 
     def exists(self, name: str) -> bool:
-        """Say whether the checkpoint has this file (offline: whether it is in the cache).
+        """Whether the checkpoint has this file (offline: whether it is in the cache).
 
         Raises:
             HubError: The hub cannot say, and nothing is cached.
@@ -164,7 +164,7 @@ class HubSnapshot:
         Args:
             component: Its folder, "transformer"; "" for the checkpoint's own.
             stem: The usual file's name before ".safetensors": "diffusion_pytorch_model" or "model".
-            keep: Says by a tensor's name whether it is needed; shards without a needed tensor are neither fetched
+            keep: Whether a tensor is needed, by its name; shards without a needed tensor are neither fetched
                 nor required. All are needed if None.
 
         Raises:
@@ -200,7 +200,7 @@ class HubSnapshot:
         if files:
             raise CheckpointError(
                 f"{self.model} has neither {usual}{_SAFETENSORS} nor one index for {', '.join(files)}, so it is not "
-                "plain which of them belong together: leave one, or all with their index"
+                "clear which of them belong together: leave one, or all with their index"
             )
         pickles = [name for name in there if name.endswith(PICKLES)]
         if pickles:
@@ -226,14 +226,14 @@ class HubSnapshot:
         if self._opened is None:
             from .hub import open_model  # here: a model on disk needs no hub
 
-            self._opened = open_model(self.model, self._wanted, self.offline, self._progress)
+            self._opened = open_model(self.model, self._revision, self.offline, self._progress)
         return self._opened
 
 
 def vision_beside(files: Sequence[Path]) -> Path | None:
-    """llama.cpp's vision tower (`*mmproj*.gguf`) beside a text encoder's GGUF file; None if there is none.
+    """llama.cpp's vision tower (`*mmproj*.gguf`) in the folder of a text encoder's GGUF file; None without one.
 
-    Of several, the one whose name begins most like the text encoder's, then the first by name.
+    Of several, the one whose name shares the longest prefix with the text encoder's, then the first by name.
     """
     if len(files) != 1 or files[0].suffix.lower() != _GGUF:
         return None
@@ -244,10 +244,10 @@ def vision_beside(files: Sequence[Path]) -> Path | None:
 
 
 def read_tensors(files: Sequence[Path], index: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """The headers of a component's files as one, of whichever kind they are.
+    """The headers of a component's safetensors or GGUF files as one.
 
     Raises:
-        CheckpointError: as `safetensors_files.component_tensors` and `gguf.read_gguf`.
+        CheckpointError: a file is damaged, a name is in two files, or the index promises a tensor that is missing.
     """
     if len(files) == 1 and is_gguf(files[0]):
         from .gguf import read_gguf  # here: most checkpoints have no GGUF file
@@ -257,26 +257,26 @@ def read_tensors(files: Sequence[Path], index: Mapping[str, str] | None = None) 
 
 
 def weight_file(path: Path) -> WeightFiles:
-    """One file of weights by itself.
+    """A single weights file.
 
     Raises:
-        RequestError: there is no such file, or its name ends like that of another kind.
+        RequestError: the file does not exist, or its suffix is not a weights file's.
         CheckpointError: it is a pickle or damaged.
     """
     if not path.is_file():
-        raise RequestError(f"there is no file {str(path)!r}: give one that exists")
+        raise RequestError(f"the file {str(path)!r} does not exist: give one that exists")
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
             f"{path} is a pickle, which can run any code when it is read: use its {_SAFETENSORS} version, or convert "
             "it where you trust it"
         )
     if path.suffix.lower() not in (_SAFETENSORS, _GGUF):
-        raise RequestError(f"{path} is no file of weights that is read here: give a {_SAFETENSORS} or a {_GGUF} file")
+        raise RequestError(f"{path} is not a weights file this package reads: give a {_SAFETENSORS} or a {_GGUF} file")
     return WeightFiles((path,), None, read_tensors([path]))
 
 
 def _local_folder(model: StrPath, revision: str | None) -> Folder | None:
-    """Tell a directory or a demo from a hub id, for which it gives None."""
+    """The folder of a directory or a demo; None for a hub id."""
     if model in DEMOS:
         return Folder(DEMO_ROOT / model, shared=DEMO_ROOT / "shared")
     path = os.path.expanduser(model)
@@ -288,7 +288,7 @@ def _local_folder(model: StrPath, revision: str | None) -> Folder | None:
         near = get_close_matches(str(model).lower(), MODEL_ALIASES, 1)
         hint = f"; did you mean {near[0]}?" if near and "/" not in str(model) else ""
         raise CheckpointError(
-            f"there is no directory {str(model)!r}: give one that exists, or a model's id such as Qwen/Qwen-Image{hint}"
+            f"no directory {str(model)!r} exists: give one that does, or a model's id such as Qwen/Qwen-Image{hint}"
         )
     return None
 

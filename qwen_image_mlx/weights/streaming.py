@@ -1,8 +1,8 @@
-"""Modules whose layers are never held: each pass reads them from the file again, one after another.
+"""Modules whose layers do not stay in memory: each pass reads them from the file again, one after another.
 
-A layer is read, wholly and by itself, while the layer before it runs (`gpu.Pace`), and forgotten when its result is
+A whole layer is read while the layer before it runs (`gpu.Pace`), and released when its result is
 queued. A pass over streamed layers therefore takes the memory of two of them, however many there are, and runs the same
-operations on the same numbers as layers that stay. They are used as they lie in their files: nothing is packed anew.
+operations on the same numbers as layers that stay. They are used as stored in their files: nothing is repacked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tensor_formats import Reader
 
 M = TypeVar("M", bound=nn.Module)
 
-# How rows may lie in a file, by the format's word: as NumPy reads them, and as what MLX takes them.
+# How rows may be stored in a file, by the format's name: the dtype NumPy reads, and the dtype it stands for in MLX.
 _ROWS = {"F32": (np.uint32, mx.float32), "BF16": (np.uint16, mx.bfloat16), "F16": (np.uint16, mx.float16)}
 
 
@@ -41,7 +41,7 @@ def layer_specs(component: Component, specs: Iterable[TensorSpec]) -> list[list[
 
 
 def held_specs(component: Component, specs: Iterable[TensorSpec], stored: Callable[[str], str]) -> list[TensorSpec]:
-    """What of a streamed component stays in memory.
+    """The tensors of a streamed component that stay in memory.
 
     Args:
         component: one with layers.
@@ -66,14 +66,21 @@ def stream_module(
 ) -> M:
     """Fills a new module's other parameters and makes its layers be read at each pass.
 
-    The arguments are those of `weights.loader.load_module`. With LoRAs every pass merges anew, in the same way as
-    loading once does.
+    With LoRAs every pass merges again, with the same result as loading once.
+
+    Args:
+        module: its parameters have the weights map's names.
+        weights: the component's weights.
+        part: the part of them to load.
+        dtype: of all floating parameters.
+        scheme: what the part's matrices must already be packed in; None allows any form.
+        adapters: LoRAs, merged into each layer or run unmerged.
 
     Returns:
         The module; its list of layers can only be iterated over.
 
     Raises:
-        RequestError: a matrix would have to be packed into the scheme at each pass, as it does not lie so in its file.
+        RequestError: a matrix is not packed in the scheme in its file, so each pass would have to pack it.
     """
     check_streamable(weights, part, scheme)
     component = weights.component
@@ -92,7 +99,7 @@ def stream_module(
 
 
 def check_streamable(weights: ComponentWeights, part: str, scheme: Scheme | None) -> None:
-    """Raises RequestError if a part's matrices do not lie packed in a scheme already, which None always allows."""
+    """Raises RequestError unless a part's matrices are already packed in the scheme; None always passes."""
     component = weights.component
     unpacked = [
         spec for spec in weights.specs(part) if spec.is_packed_by(scheme) and weights.stored(spec.name).scheme != scheme
@@ -106,11 +113,11 @@ def check_streamable(weights: ComponentWeights, part: str, scheme: Scheme | None
 
 
 class StreamedLayers:
-    """Layers that exist while they are used.
+    """A list of layers, each of which is in memory only while it runs.
 
     Args:
-        layers: empty ones, to be copied.
-        path: of the list, in the weights' names.
+        layers: without weights, to be copied.
+        path: the list's prefix in the weights' names.
         weights, part, dtype, adapters: as in `stream_module`.
 
     Raises:
@@ -149,18 +156,18 @@ class StreamedLayers:
 
 
 class StreamedRows:
-    """An embedding whose rows are read from the file when they are asked for.
+    """An embedding whose rows are read from the file when they are looked up.
 
     Args:
         tensor: the matrix, of a dtype of `_ROWS`.
-        dtype: what rows come out in.
+        dtype: of the rows it returns.
     """
 
     def __init__(self, tensor: Tensor, dtype: mx.Dtype):
         self._tensor, self._dtype = tensor, dtype
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """(…, columns) of ids (…)."""
+        """Rows (…, columns) in `dtype` for integer ids (…)."""
         (kind, dtype), columns = _ROWS[self._tensor.dtype], self._tensor.shape[1]
         width = columns * np.dtype(kind).itemsize
         rows = np.empty((ids.size, columns), kind)
@@ -180,7 +187,7 @@ class StreamedRows:
 
 
 def _copied(value: Any) -> Any:
-    """A module with modules of its own, around the same arrays."""
+    """A copy of a module and its submodules that shares the arrays."""
     if isinstance(value, nn.Module):
         twin = copy.copy(value)
         for name, child in value.items():

@@ -58,12 +58,12 @@ def write_checkpoint(
     """Writes a checkpoint with a byte-level tokenizer.
 
     Args:
-        folder: where to; made if missing.
+        folder: where to write; made if missing.
         configs: each component's config dataclass, such as `TINY` or `FULL`.
-        pipeline: its class, one of `VARIANTS`; only those that are shown images get the vision tower.
+        pipeline: its class, one of `VARIANTS`; only those that take images get the vision tower.
         seed: of the weights.
         dtype: of the weights.
-        shard_bytes: largest size of one file's tensors.
+        shard_bytes: maximum bytes of one file's tensors.
 
     Returns:
         The folder.
@@ -83,17 +83,19 @@ def write_configs(folder: Path, configs: Mapping[str, Any], *, pipeline: str = "
     """Writes all of a checkpoint but its weights, which is enough to plan its memory.
 
     Args:
-        folder, configs, pipeline: as in `write_checkpoint`.
+        folder: where to write; made if missing.
+        configs: each component's config dataclass, such as `TINY` or `FULL`.
+        pipeline: its class, one of `VARIANTS`.
 
     Returns:
         The configs of the components that such a pipeline has.
     """
     variant = VARIANTS[pipeline]
-    parts = {name: (CLASSES[said].library, said) for name, said in variant.classes.items()}
+    parts = {name: (CLASSES[title].library, title) for name, title in variant.classes.items()}
     _write_json(folder / "model_index.json", {"_class_name": pipeline} | parts)
     scheduler = LAYERED_SCHEDULER if variant.layered else SCHEDULER
-    said = {"_class_name": variant.classes[SCHEDULER_FOLDER]} | asdict(scheduler)
-    _write_json(folder / SCHEDULER_FOLDER / "scheduler_config.json", said)
+    config = {"_class_name": variant.classes[SCHEDULER_FOLDER]} | asdict(scheduler)
+    _write_json(folder / SCHEDULER_FOLDER / "scheduler_config.json", config)
     configs = dict(configs)
     if variant.layered:
         configs[TRANSFORMER] = replace(configs[TRANSFORMER], use_additional_t_cond=True, use_layer3d_rope=True)
@@ -141,7 +143,7 @@ def _shards(specs: Iterable[TensorSpec], item_bytes: int, limit: int) -> Iterato
 
 
 def random_values(spec: TensorSpec, key: mx.array) -> mx.array:
-    """Values that keep activations of order one: matrices by their inputs, norms around 1, biases small."""
+    """Values that keep activations of order one: matrices scaled by their inputs, norms around 1, small biases."""
     noise = mx.random.normal(spec.shape, key=key)
     if len(spec.shape) > 1 and not spec.name.endswith("gamma"):
         return noise / prod(spec.shape[1:]) ** 0.5

@@ -1,7 +1,7 @@
-"""How a weight lies in its file: as floats, as fp8 with or without a scale, packed by MLX, or in GGUF's blocks.
+"""How a weight is stored in its file: as floats, as fp8 with or without a scale, packed by MLX, or in GGUF's blocks.
 
-Other tools put what belongs to a weight beside it under the same path: `x.weight`, `x.scales`, `x.biases`,
-`x.weight_scale`. Here these become one thing with the shape of the matrix it stands for, which opens lazily.
+Other tools store what belongs to a weight as further tensors of the same path: `x.weight`, `x.scales`, `x.biases`,
+`x.weight_scale`. Here these become one `Stored` weight with the shape of the dense matrix, which opens lazily.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .schemes import Scheme
 FLOATS = ("F32", "F16", "BF16", "F64")
 FP8 = ("F8_E4M3", "F8_E5M2")
 PACKED = "U32"
-# What may stand beside a weight, as its last word. The scales of activations are of no use here.
+# The last part of the names of a weight's companions. The scales of activations are not used.
 COMPANIONS = ("scales", "biases", "weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant")
-# Of GGUF's types, those whose blocks are MLX's.
+# The GGUF types whose blocks MLX can use as they are.
 _GGUF_SCHEMES = {"Q4_0": Scheme("affine", 4, 32), "Q4_1": Scheme("affine", 4, 32), "Q8_0": Scheme("affine", 8, 32)}
 _AFFINE_BITS, _AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)  # of what has biases: those MLX computes with
 _MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}  # of what has no biases, by bits and group size
@@ -33,18 +33,18 @@ _MODES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}  # of what has n
 
 @dataclass(frozen=True)
 class Stored:
-    """One weight as it lies in its file or files.
+    """One weight as stored in its file or files.
 
     Attributes:
         tensor: the weight's own entry.
-        beside: its companions, by their last word.
-        shape: of what it stands for, as the weights map gives it.
-        scheme: of weights that MLX can use as they are packed; None for all others.
+        companions: the tensors that belong to it, by the last part of their names.
+        shape: of the dense weight, as the weights map gives it.
+        scheme: of a weight that MLX can use as it is packed; None for all others.
         problem: why it cannot be read, or None.
     """
 
     tensor: Tensor
-    beside: Mapping[str, Tensor]
+    companions: Mapping[str, Tensor]
     shape: tuple[int, ...]
     scheme: Scheme | None = None
     problem: str | None = None
@@ -52,22 +52,22 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Bytes in the file, companions included."""
-        return self.tensor.nbytes + sum(tensor.nbytes for tensor in self.beside.values())
+        return self.tensor.nbytes + sum(tensor.nbytes for tensor in self.companions.values())
 
     @property
     def files(self) -> set[Path]:
-        """Where it lies."""
-        return {self.tensor.file, *(tensor.file for tensor in self.beside.values())}
+        """The files of the weight and its companions."""
+        return {self.tensor.file, *(tensor.file for tensor in self.companions.values())}
 
 
 @dataclass(frozen=True)
 class Joined(Tensor):
-    """A tensor that lies in its file as several.
+    """A tensor stored in its file as several.
 
     Attributes:
-        pieces: these.
-        axis: along which they are laid one after another.
-        stacked: whether that axis is one they do not have themselves.
+        pieces: the stored tensors.
+        axis: along which they are joined.
+        stacked: whether that axis is new (stack) or one of theirs (concatenate).
     """
 
     pieces: tuple[Tensor, ...] = ()
@@ -76,7 +76,7 @@ class Joined(Tensor):
 
 
 def joined(tensors: Mapping[str, Tensor], rules: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A component's entries by canonical name, with those that its map says to join made one."""
+    """A component's entries by canonical name, with those that its map joins made one."""
     whole = dict(tensors)
     for rule in rules.get("joined", ()):
         for name in tensors:
@@ -103,7 +103,7 @@ def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
 
     Args:
         tensors: entries by canonical name.
-        shapes: what the weights map expects, by canonical name; tells bits and group size of packed weights.
+        shapes: what the weights map expects, by canonical name; gives bits and group size of packed weights.
     """
     stored = {}
     for name, tensor in tensors.items():
@@ -111,12 +111,12 @@ def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
         if last in COMPANIONS and f"{path}.weight" in tensors:
             continue
         places = {word: f"{path}.{word}" for word in COMPANIONS} if last == "weight" else {}
-        beside = {word: tensors[place] for word, place in places.items() if place in tensors}
-        stored[name] = _stored(tensor, beside, shapes.get(name, tensor.shape))
+        companions = {word: tensors[place] for word, place in places.items() if place in tensors}
+        stored[name] = _stored(tensor, companions, shapes.get(name, tensor.shape))
     return stored
 
 
-def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
+def _stored(tensor: Tensor, companions: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
     if isinstance(tensor, Joined):
         problems = [found.problem for piece in tensor.pieces if (found := _stored(piece, {}, piece.shape)).problem]
         return Stored(tensor, {}, tensor.shape, problem=next(iter(problems), None))
@@ -128,7 +128,7 @@ def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, .
     if tensor.dtype in FLOATS:
         return Stored(tensor, {}, tensor.shape)
     if tensor.dtype in FP8:
-        scales = {word: beside[word] for word in ("weight_scale", "scale_weight") if word in beside}
+        scales = {word: companions[word] for word in ("weight_scale", "scale_weight") if word in companions}
         rows = tensor.shape[:1]
         odd = [word for word, scale in scales.items() if scale.shape not in ((), (1,), rows, (*rows, 1))]
         return Stored(
@@ -136,21 +136,21 @@ def _stored(tensor: Tensor, beside: Mapping[str, Tensor], expected: tuple[int, .
         )
     if tensor.dtype != PACKED or len(expected) != 2:
         return Stored(tensor, {}, tensor.shape, problem=tensor.dtype)
-    if "scales" not in beside:
+    if "scales" not in companions:
         return Stored(tensor, {}, tensor.shape, problem="packed, without scales")
-    kept = {word: beside[word] for word in ("scales", "biases") if word in beside}
+    kept = {word: companions[word] for word in ("scales", "biases") if word in companions}
     if any(len(part.shape) != 2 or part.shape[0] != tensor.shape[0] for part in (tensor, *kept.values())):
         return Stored(tensor, kept, tensor.shape, problem="packed, in parts that do not belong together")
     bits, rest = divmod(32 * tensor.shape[1], expected[1])
     group, more = divmod(expected[1], kept["scales"].shape[1] or 1)
     if rest or more:
-        return Stored(tensor, kept, tensor.shape, problem="packed in no whole bits and groups")
+        return Stored(tensor, kept, tensor.shape, problem="packed, but not in whole bits and groups")
     scheme, problem = _scheme(bits, group, **kept)
     return Stored(tensor, kept, tensor.shape if problem else (tensor.shape[0], expected[1]), scheme, problem)
 
 
 def _scheme(bits: int, group: int, scales: Tensor, biases: Tensor | None = None) -> tuple[Scheme | None, str | None]:
-    """(scheme, None) of a packed weight, or (None, why it is none that MLX can use)."""
+    """(scheme, None) of a packed weight, or (None, why MLX cannot use it)."""
     if biases is None:
         mode = _MODES.get((bits, group)) if scales.dtype == "U8" else None
         return (Scheme(mode, bits, group), None) if mode else (None, "packed without biases")
@@ -162,13 +162,13 @@ def _scheme(bits: int, group: int, scales: Tensor, biases: Tensor | None = None)
 
 
 def _is_computed(tensor: Tensor) -> bool:
-    """Whether a weight does not lie in its file as MLX reads it."""
+    """Whether a weight is computed from its file, not read by MLX as it is."""
     return isinstance(tensor, Joined) or tensor.container == "gguf"
 
 
 @contextmanager
 def reading(component: str) -> Iterator[None]:
-    """Makes MLX's error while a component's files are read a CheckpointError."""
+    """Turns MLX's errors while a component's files are read into CheckpointError."""
     try:
         yield
     except RuntimeError as error:
@@ -179,13 +179,13 @@ def reading(component: str) -> Iterator[None]:
 
 
 class Reader:
-    """Opens files once and hands out what lies in them; what was handed out is not held any longer.
+    """Opens each file once and hands out its tensors; a tensor that was handed out is no longer held.
 
-    What lies in a file is evaluated by itself, before any other operation sees it: inside the evaluation of an
-    operation the GPU would wait for the disk, and macOS ends a process whose GPU waits for seconds.
+    A tensor of a file is evaluated by itself, before any operation uses it: otherwise the GPU would wait for the disk
+    inside the operation, and macOS ends a process whose GPU waits for seconds.
 
     Args:
-        component: for what is said when a file cannot be read.
+        component: named in the message when a file cannot be read.
     """
 
     def __init__(self, component: str):
@@ -199,15 +199,15 @@ class Reader:
         Raises:
             CheckpointError: a file cannot be read.
         """
-        wanted = [stored for stored in weights if not _is_computed(stored.tensor)]
-        tensors = {(t.file, t.name): t for stored in wanted for t in (stored.tensor, *stored.beside.values())}
+        plain = [stored for stored in weights if not _is_computed(stored.tensor)]
+        tensors = {(t.file, t.name): t for stored in plain for t in (stored.tensor, *stored.companions.values())}
         found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
         with reading(self._component):
             mx.eval(found)
         self._read |= found
 
     def open(self, stored: Stored) -> mx.array | Packed:
-        """A weight, packed if it lies so; in the file's layout and dtype, fp8 as fp32 with its scale applied.
+        """A weight, packed if it is stored packed; in the file's layout and dtype, fp8 as fp32 with its scale applied.
 
         Floats and packed weights are evaluated; what has to be computed from them is not.
 
@@ -224,14 +224,16 @@ class Reader:
 
             return gguf_blocks.packed(stored.tensor) or gguf_blocks.decode(stored.tensor)
         self.read([stored])
-        beside = {word: self._read.pop((tensor.file, tensor.name)) for word, tensor in stored.beside.items()}
+        companions = {word: self._read.pop((tensor.file, tensor.name)) for word, tensor in stored.companions.items()}
         array = self._read.pop((stored.tensor.file, stored.tensor.name))
         if stored.scheme is not None:
             scheme = stored.scheme
-            return Packed(array, beside["scales"], beside.get("biases"), scheme.group_size, scheme.bits, scheme.mode)
+            return Packed(
+                array, companions["scales"], companions.get("biases"), scheme.group_size, scheme.bits, scheme.mode
+            )
         if stored.tensor.dtype in FP8:
             array = array.astype(mx.float32) if array.dtype == mx.float16 else mx.from_fp8(array, dtype=mx.float32)
-            for scale in beside.values():
+            for scale in companions.values():
                 array = array * scale.astype(mx.float32).reshape(-1, *(1,) * (array.ndim - 1))
         return array
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import posixpath
 import re
 import shlex
 import sys
@@ -25,6 +27,7 @@ from qwen_image_mlx.weights.synthetic import FULL, ROWS
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import docs_site  # noqa: E402
 import make_docs  # noqa: E402
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
@@ -123,13 +126,31 @@ def test_commands_parse(page, line):
     parser().parse_args(shlex.split(line)[1:])
 
 
+def flags_of(found: argparse.ArgumentParser) -> set[str]:
+    """The long flags of a parser and of those below it."""
+    flags: set[str] = set()
+    for action in found._actions:
+        flags |= {flag for flag in action.option_strings if flag.startswith("--")}
+        if isinstance(action, argparse._SubParsersAction):
+            flags |= set().union(*map(flags_of, action.choices.values()))
+    return flags
+
+
+def unknown_flags(text: str) -> set[str]:
+    """Flags in the code spans of a document's written parts that no command has."""
+    text = re.sub(r"```.*?```", "", make_docs.MARKED.sub("", text), flags=re.DOTALL)
+    said = {flag for code in re.findall(r"`[^`]+`", text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", code)}
+    return said - flags_of(parser())
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_exist(page):
-    ours = set(re.findall(r"--[a-z][\w-]+", text_of("docs/command-line.md").partition("## generate")[2]))
-    text = re.sub(r"```.*?```", "", make_docs.MARKED.sub("", text_of(page)), flags=re.DOTALL)
-    said = {flag for code in re.findall(r"`[^`]+`", text) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", code)}
     theirs = set(FOREIGN) if page == "docs/coming-from.md" else set()
-    assert said - ours - theirs == set()
+    assert unknown_flags(text_of(page)) - theirs == set()
+
+
+def test_an_unknown_flag_is_found():
+    assert unknown_flags("Use `--seed 1`, `--sede 2` or `lora inspect --json`.") == {"--sede"}
 
 
 def test_the_example_config_is_read(tmp_path):
@@ -152,6 +173,12 @@ def test_generated_parts_are_fresh(page, name):
     """If this fails run `python scripts/make_docs.py`."""
     text = text_of(page)
     assert make_docs.renewed(text, only=name) == text
+
+
+def test_generated_parts_are_for_people():
+    """No placeholder of argparse is left, and a flag's default is its value."""
+    assert [page for page in PAGES if "%(" in text_of(page)] == []
+    assert re.search(r"^\| `--port PORT` \|.+\| 8000 \|$", text_of("docs/command-line.md"), re.MULTILINE)
 
 
 def test_every_part_stands_in_one_document():
@@ -204,6 +231,34 @@ def test_a_dead_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("[a](there.md) [b](there.md#a-title-code-and-more) [c](gone.md) [d](there.md#gone) [e](#gone)")
     assert dead_links(page) == ["gone.md", "there.md#gone", "#gone"]
+
+
+SITE = [*PAGES[1:], *(path for path in docs_site.OUTSIDE if path.endswith(".md"))]
+
+
+@pytest.mark.parametrize("page", SITE)
+def test_links_resolve_on_the_site(page):
+    """Every relative link of a page leads to a file of the site, as mkdocs sees it after the hook."""
+    here = docs_site.site_path(page)
+    assert here is not None
+    on_site = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*") if path.is_file()}
+    on_site |= {place for path in docs_site.OUTSIDE if (place := docs_site.site_path(path))}
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", docs_site.moved(text_of(page), page), flags=re.DOTALL)
+    targets = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match("[a-z]+:", link)]
+    assert [
+        t for t in targets if t and posixpath.normpath(f"{posixpath.dirname(here)}/{t}").lstrip("/") not in on_site
+    ] == []
+
+
+def test_links_move_with_their_page():
+    text = "[a](../README.md#b) [c](faq.md) [d](../examples) [`e`](../examples/sweep.py) `[f](../README.md)` [g](https://h)"
+    assert docs_site.moved(text, "docs/python.md") == (
+        "[a](repository/README.md#b) [c](faq.md) [d](repository/examples/README.md) "
+        "[`e`](repository/examples/sweep.py) `[f](../README.md)` [g](https://h)"
+    )
+    assert docs_site.moved("[a](../docs/faq.md#b) [c](../README.md)", "benchmarks/README.md") == (
+        "[a](../../faq.md#b) [c](../README.md)"
+    )
 
 
 def test_images_are_there():

@@ -296,7 +296,7 @@ def test_profile_without_a_name_is_answered_with_both_meanings(run, command):
 def test_an_unknown_profile_names_those_there_are(run):
     config(DEMOS + "[fast.qwen_image]\n[other.program]\n")
     message = refusal(run("config", "show", "--profile", "slow"))
-    assert message == "there is no profile 'slow': config.toml has default, fast"
+    assert message == "the profile 'slow' does not exist: config.toml has default, fast"
     assert "has default, fast" in refusal(run("plan", "--profile", "slow"))
 
 
@@ -314,7 +314,7 @@ def test_a_fault_has_its_file_and_line(run, command):
     assert refusal(run(*command, "--config", path)) == (
         "other/my.toml, line 3: num_layers is 99, but must be an integer from 1 to 8"
     )
-    assert refusal(run(*command, "--config", "none.toml")).startswith("the config none.toml is not there")
+    assert refusal(run(*command, "--config", "none.toml")).startswith("the config none.toml does not exist")
 
 
 def test_caption_reads_the_config_too(run, circle):

@@ -365,7 +365,7 @@ def test_painting_over_takes_one_image(run):
 
 
 def test_a_model_that_is_not_there(run):
-    assert "there is no directory 'tiny-edit'" in error_line(
+    assert "no directory 'tiny-edit' exists" in error_line(
         run("edit", "a hat", "--image", "photo.png", "--model", "tiny-edit", *QUICK)
     )
 

@@ -210,7 +210,7 @@ def test_info_of_what_is_no_image_of_ours(run, content):
     assert "file.png" in error_line(run("info", "file.png"))
     Image.new("RGB", (8, 8)).save("foreign.png")
     assert "carries no parameters" in error_line(run("info", "foreign.png"))
-    assert "there is no image none.png" in error_line(run("info", "none.png"))
+    assert "the image none.png does not exist" in error_line(run("info", "none.png"))
 
 
 @pytest.mark.parametrize("metadata", ["[]", "{broken", '{"prompt": 3}', '{"prompt": "x", "steps": "a"}'])

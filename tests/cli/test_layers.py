@@ -298,7 +298,7 @@ def test_bad_requests(run, layers, here, arguments, says):
 @pytest.mark.parametrize(("arguments", "says"), [
     (("nowhere",), "nowhere"),
     (("photo.png",), "photo.png"),
-    (("apart", "--hide", "3"), "no layer 3"),
+    (("apart", "--hide", "3"), "layer 3 does not exist"),
     (("apart", "--move", "1:10"), "3:+40,-10"),
     (("apart", "--move", "1:ten,1"), "3:+40,-10"),
     (("apart", "--scale", "1:-2"), "positive"),
@@ -326,7 +326,7 @@ def test_a_manifest_never_leaves_its_folder(run, layers):
     for file in ("../photo.png", str(Path("photo.png").resolve()), "gone.png"):
         manifest["layers"][0]["file"] = file
         (layers / "manifest.json").write_text(json.dumps(manifest))
-        assert "no such file" in error_line(run("compose", layers))
+        assert "lacks this file" in error_line(run("compose", layers))
 
 
 @pytest.mark.slow

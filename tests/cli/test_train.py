@@ -64,7 +64,7 @@ def test_a_run_leaves_its_lora_log_plot_samples_and_checkpoints(run):
         "--learning-rate", 1e-3, "--checkpointing", "--save-every", 1, "--seed", 7, "--task", "t2i",
     )  # fmt: skip
     assert (code, out) == (0, ["run/lora.safetensors"])
-    assert "a LoRA of rank 4 beside 4 matrices" in err
+    assert "a LoRA of rank 4 for 4 matrices" in err
     assert "loss " in err.splitlines()[-1]
     assert {path.name for path in Path("run").iterdir()} == {
         "lora.safetensors", "lora-000001.safetensors", "lora-000002.safetensors", "log.jsonl", "plot.png", "samples",
@@ -121,7 +121,7 @@ def test_a_damaged_log_is_passed_over_where_it_is_damaged(run):
     (["--steps", "9" * 20], "steps is 9+, but at most 10,000,000 work"),
     (["--accumulate", "9" * 20], "accumulate is 9+, but at most 10,000 work"),
     (["--batch-size", "10001"], "batch size is 10001, but at most 10,000 work"),
-    (["--sample-every", "1", "--sample-prompt", "\udc80"], r"the sample prompt '\\udc80' is no valid text"),
+    (["--sample-every", "1", "--sample-prompt", "\udc80"], r"the sample prompt '\\udc80' is not valid text"),
     (["--rank", "5000"], "rank is 5000, but must be from 1 to 96, the size of transformer_blocks"),
     (["--learning-rate", "nan"], "learning rate is nan"),
     (["--resolution", "100"], "resolution is 100, but must be a multiple of 16"),
@@ -131,9 +131,9 @@ def test_a_damaged_log_is_passed_over_where_it_is_damaged(run):
     (["--targets", "to_q,"], "targets name ''"),
     (["--ema", "0.9"], "give --full"),
     (["--sample-prompt", "x"], "--sample-prompt needs --sample-every"),
-    (["--resume"], "holds no run to go on with"),
+    (["--resume"], "holds no run to resume"),
     (["--task", "edit"], r"has no metadata\.jsonl; training edit needs one"),
-    (["--full", "--quantize", "4"], "packed weights cannot be trained"),
+    (["--full", "--quantize", "4"], "quantized weights cannot be trained"),
     (["--data", "/none"], "do not exist"),
     (["--data", "/dev/null"], "neither a folder nor a file"),
     (["--data", "~nosuchuser/x"], "--data is '~nosuchuser/x', which leads nowhere"),

@@ -110,7 +110,7 @@ def test_another_prompt_is_found_in_the_text(golden, tiny, tmp_path):
 
 
 def test_another_model_is_refused(golden, tiny, tmp_path):
-    with pytest.raises(CheckpointError, match="made with another model: num_layers is 60 there and 2 here"):
+    with pytest.raises(CheckpointError, match="from a different model: num_layers is 60 there and 2 here"):
         compared(changed(golden, tmp_path, transformer={"num_layers": 60}), tiny)
 
 
@@ -158,7 +158,7 @@ def test_what_is_no_golden_file_is_refused(golden, tiny, tmp_path, damage):
 
 
 def test_a_golden_file_tells_how_it_was_made(golden, tiny):
-    said = read_golden(golden).said
+    said = read_golden(golden).facts
     assert said["model"] == tiny.name
     assert str(tiny.parent) not in json.dumps(said)
     assert said["kept_steps"] == [1, 2, 3]

@@ -34,7 +34,7 @@ def m5(monkeypatch):
         return SAID.get(command, "")
 
     for module in (chip, env):
-        monkeypatch.setattr(module, "said", said)
+        monkeypatch.setattr(module, "output_of", said)
     monkeypatch.setattr(chip.platform, "mac_ver", lambda: ("26.3", ("", "", ""), "arm64"))
     for module in (chip, env):
         monkeypatch.setattr(module, "architecture", lambda: "applegpu_g17s")
@@ -114,7 +114,7 @@ def test_neural_accelerators_need_a_new_macos_and_its_wheel(m5, system, tag, use
 
 def test_missing_tools_leave_figures_out(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert chip.said("sysctl", "-n", "hw.memsize") == ""
+    assert chip.output_of("sysctl", "-n", "hw.memsize") == ""
     machine = env._mac()
     assert machine["memory_bytes"] == 0
     assert "swap_bytes" not in machine
@@ -141,7 +141,7 @@ def test_a_pass_of_the_released_transformer():
     (9.64, "9.6 s"), (0.25, "0.25 s"), (77.2, "77 s"), (600, "10 min"), (40_000, "11.1 h"),
 ])  # fmt: skip
 def test_durations_in_words(seconds, words):
-    assert rates.spoken(seconds) == words
+    assert rates.duration(seconds) == words
 
 
 def test_rates_far_below_the_chip_are_slow(monkeypatch):
@@ -203,7 +203,7 @@ def test_streamed_bytes_are_those_of_the_readme():
 @pytest.mark.slow
 def test_cancelling_takes_a_few_blocks():
     block_s, latency = faults.cancelled_chain()
-    assert 0 < latency < faults._MOST_BLOCKS * block_s + 0.5
+    assert 0 < latency < faults._MAX_BLOCKS * block_s + 0.5
 
 
 def test_arrays_across_threads():
@@ -216,7 +216,7 @@ def test_a_plan_that_is_too_low_is_odd():
     figures = {"peak_bytes": 3e9, "plan_bytes": 2e9, "plan_ratio": 1.5}
     measure.judge_memory(outcome, {"guided": figures, "plain": {**figures, "plan_ratio": 1.0}})
     assert [found.sentence.split(";")[0] for found in outcome.findings] == [
-        "guided takes 3.00 GB, but the memory plan says 2.00 GB"
+        "guided takes 3.00 GB, but the memory plan predicts 2.00 GB"
     ]
 
 
@@ -234,8 +234,8 @@ def test_peaks_are_measured(monkeypatch):
 def test_plans_of_other_widths(tmp_path):
     """The plan is asked, not repeated: a wider transformer takes more."""
     work = Work(width=256, height=256, steps=1, guided=False)
-    narrow = measure.planned(tmp_path / "narrow", "denoise", work, block.width())
-    assert narrow < measure.planned(tmp_path / "wide", "denoise", work)
+    narrow = measure.plan_bytes(tmp_path / "narrow", "denoise", work, block.width())
+    assert narrow < measure.plan_bytes(tmp_path / "wide", "denoise", work)
 
 
 @pytest.mark.slow

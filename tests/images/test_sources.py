@@ -76,7 +76,7 @@ def test_transparency_is_laid_on_white_and_said(caplog):
     (np.zeros((4, 4), np.float32), "as uint8"),
     (np.zeros((4, 4), np.int32), "as uint8"),
     (Image.new("F", (4, 4)), "32 bits"),
-    ("none.png", "there is no image none.png"),
+    ("none.png", "the image none.png does not exist"),
     (Path(__file__).parent, "is a folder"),
     (encoded(Image.new("1", (10_000, 10_000))), "too large"),  # beyond Pillow's first limit
     (encoded(Image.new("1", (20_000, 20_000))), "too large"),  # beyond its second

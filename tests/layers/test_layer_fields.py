@@ -152,7 +152,7 @@ def artboard(layer):
     (unknown_effect(True), True, "has effects, which are left out"),
     (damaged_effects, False, "has effects, which are left out"),
     (artboard, True, "is an artboard: its background is left out"),
-    (lambda layer: setattr(layer, "blend_mode", BlendMode.DISSOLVE), False, "is blended otherwise"),
+    (lambda layer: setattr(layer, "blend_mode", BlendMode.DISSOLVE), False, "is not blended as normal"),
 ])  # fmt: skip
 def test_what_is_not_applied_is_named(tmp_path, caplog, change, group, says):
     load_layers(over_blue(tmp_path / "x.psd", change, group))
@@ -176,7 +176,7 @@ def test_a_image_that_is_not_that_of_its_layers_is_said(tmp_path, caplog, colour
     with open(tmp_path / "x.psd", "wb") as file:
         document._record.write(file)
     load_layers(tmp_path / "x.psd")
-    assert ("are not the image that it shows" in caplog.text) is (colour != (255, 0, 0))
+    assert ("differs from its merged image" in caplog.text) is (colour != (255, 0, 0))
 
 
 def ora(path: Path, attributes: str, inside: str = "") -> Path:

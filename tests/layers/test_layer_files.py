@@ -157,7 +157,7 @@ def test_any_png_can_be_a_layer(folder, image, expected):
 
 def test_a_folder_is_never_written_over(folder):
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(OutputError, match=f"cannot write {folder}: it holds something already"):
+    with pytest.raises(OutputError, match=f"cannot write {folder}: it exists already"):
         save_layers(STACK, folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert os.listdir(folder.parent) == ["small"]
@@ -209,9 +209,9 @@ def test_names_of_any_length_are_folders(tmp_path, name):
 
 
 @pytest.mark.parametrize(("formats", "says"), [
-    (["png", "gif"], "gif is no format of layers; give some of png, psd, ora, zip, pptx"),
-    ([], "nothing is no format"),
-    (["PSD"], "PSD is no format"),
+    (["png", "gif"], "gif is not a format of layers; give some of png, psd, ora, zip, pptx"),
+    ([], "nothing is not a format"),
+    (["PSD"], "PSD is not a format"),
 ])  # fmt: skip
 def test_unknown_formats_are_refused(tmp_path, formats, says):
     with pytest.raises(RequestError, match=says):
@@ -241,7 +241,7 @@ def test_metadata_that_cannot_be_written_is_refused(tmp_path, name, value):
 
 
 def test_metadata_never_hides_the_manifest(tmp_path):
-    with pytest.raises(RequestError, match="the metadata has 'layers', which is the manifest's own"):
+    with pytest.raises(RequestError, match="the metadata has 'layers', which is one of the manifest's own keys"):
         save_layers(LayerStack((8, 6), small.layers, {"layers": []}), tmp_path / "x")
     assert os.listdir(tmp_path) == []
 

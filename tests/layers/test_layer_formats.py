@@ -249,7 +249,7 @@ def test_layers_of_a_psd_without_pixels_are_skipped_and_said(tmp_path, caplog, c
     (masked, {"left": 4}, [0, 0, 100, 100, 100, 100, 0, 0], "has a mask, which goes into its alpha"),
     (unmasked, {"left": 4}, [255] * 8, "has a mask"),
     (clipped, {}, [255] * 8, "is clipped"),
-    (as_is, {"blend_mode": BlendMode.MULTIPLY}, [255] * 8, "is blended otherwise and is read as normal"),
+    (as_is, {"blend_mode": BlendMode.MULTIPLY}, [255] * 8, "is not blended as normal and is read so"),
 ])  # fmt: skip
 def test_what_a_flat_stack_cannot_hold_is_said(tmp_path, caplog, change, fields, alpha, says):
     path = psd(tmp_path / "x.psd", ({"name": "red"}, as_is), ({"name": "other", **fields}, change))
@@ -334,7 +334,13 @@ def test_stacks_within_an_ora_are_flattened(tmp_path, caplog):
     assert [(layer.name, layer.offset, layer.visible, layer.opacity) for layer in stack.layers] == [
         ("back", (0, 0), True, 1), ("inner", (2, 3), False, 0.25), ("front", (0, 0), True, 1),
     ]  # fmt: skip
-    for said in ("text words is no layer", "filter", "layer drawing is no layer", "svg:multiply", "stack group"):
+    for said in (
+        "text words is not a pixel layer",
+        "filter",
+        "layer drawing is not a pixel layer",
+        "svg:multiply",
+        "stack group",
+    ):
         assert said in caplog.text
 
 

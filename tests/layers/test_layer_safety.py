@@ -62,19 +62,19 @@ def rewrite(folder: Path, **changes) -> None:
     ({"layers": [{}]}, "names its file"),
     ({"layers": [{"file": 3}]}, "names its file"),
     ({"layers": [{"file": None}]}, "names its file"),
-    ({"layers": [{"file": ""}]}, "no such file"),
-    ({"layers": [{"file": "."}]}, "no such file"),
-    ({"layers": [{"file": "gone.png"}]}, "must hold 'gone.png', but there is no such file in it; put it there"),
-    ({"layers": [{"file": "../secret.png"}]}, "no such file"),
-    ({"layers": [{"file": "./layer_0.png"}]}, "no such file"),
-    ({"layers": [{"file": "/etc/passwd"}]}, "no such file"),
-    ({"layers": [{"file": "sub/inner.png"}]}, "no such file"),
-    ({"layers": [{"file": "link.png"}]}, "no such file"),
-    ({"layers": [{"file": "linked/secret.png"}]}, "no such file"),
-    ({"layers": [{"file": "pipe.png"}]}, "no such file"),
-    ({"layers": [{"file": "layer_0.png\0"}]}, "no such file"),
-    ({"layers": [{"file": "\ud83d"}]}, "no such file"),
-    ({"layers": [{"file": "x" * 100_000}]}, "no such file"),
+    ({"layers": [{"file": ""}]}, "lacks this file"),
+    ({"layers": [{"file": "."}]}, "lacks this file"),
+    ({"layers": [{"file": "gone.png"}]}, "must hold 'gone.png', but lacks this file; put it there"),
+    ({"layers": [{"file": "../secret.png"}]}, "lacks this file"),
+    ({"layers": [{"file": "./layer_0.png"}]}, "lacks this file"),
+    ({"layers": [{"file": "/etc/passwd"}]}, "lacks this file"),
+    ({"layers": [{"file": "sub/inner.png"}]}, "lacks this file"),
+    ({"layers": [{"file": "link.png"}]}, "lacks this file"),
+    ({"layers": [{"file": "linked/secret.png"}]}, "lacks this file"),
+    ({"layers": [{"file": "pipe.png"}]}, "lacks this file"),
+    ({"layers": [{"file": "layer_0.png\0"}]}, "lacks this file"),
+    ({"layers": [{"file": "\ud83d"}]}, "lacks this file"),
+    ({"layers": [{"file": "x" * 100_000}]}, "lacks this file"),
     ({"layers": [{"file": "manifest.json"}]}, "manifest.json in .* is not an image"),
     ({"layers": [{"file": "photo.jpg"}]}, r"is not an image in a format that can be read \(PNG\)"),
     ({"layers": [{"file": "layer_0.png"}] * 1001}, "from 1 to 1000"),
@@ -194,11 +194,11 @@ OUTSIDE = """<?xml version="1.0"?><!DOCTYPE image [<!ENTITY a SYSTEM "file:///et
     (ONE.format('x="1.5"'), "needs a number"),
     (ONE.format(f'x="{"9" * 5000}"'), "needs a number"),
     (ONE.format('x="999999999"'), "offset"),
-    ("<stack><layer/></stack>", "no such file"),
-    ('<stack><layer src="gone.png"/></stack>', "no such file"),
-    ('<stack><layer src="../a.png"/></stack>', "no such file"),
-    ('<stack><layer src="/etc/x.png"/></stack>', "no such file"),
-    ('<stack><layer src="C:/x.png"/></stack>', "no such file"),
+    ("<stack><layer/></stack>", "lacks this file"),
+    ('<stack><layer src="gone.png"/></stack>', "lacks this file"),
+    ('<stack><layer src="../a.png"/></stack>', "lacks this file"),
+    ('<stack><layer src="/etc/x.png"/></stack>', "lacks this file"),
+    ('<stack><layer src="C:/x.png"/></stack>', "lacks this file"),
     ("<stack>" * 200 + "</stack>" * 200, "nests stacks deeper"),
     ("<stack>" * 50_000 + "</stack>" * 50_000, "nests stacks deeper"),
     ("<stack>" + '<layer src="a.png"/>' * 1001 + "</stack>", "from 1 to 1000"),
@@ -228,7 +228,7 @@ def test_names_that_leave_a_zip_are_never_found(tmp_path):
     for name in ("../layer_0.png", "/layer_0.png", "a/../../layer_0.png", "C:layer_0.png", "..\\layer_0.png"):
         manifest = {"manifest_version": 1, "size": [8, 6], "order": "back to front", "layers": [{"file": name}]}
         path = zipped(tmp_path / "x.zip", {"manifest.json": json.dumps(manifest), name: WHOLE.getvalue()})
-        assert "no such file" in refusal(path)
+        assert "lacks this file" in refusal(path)
         assert os.listdir(tmp_path) == ["x.zip"]
 
 
@@ -257,7 +257,7 @@ def test_layers_have_a_bound_and_other_files_none(tmp_path):
         with open(tmp_path / name, "wb") as file:
             file.write(begins)
             file.truncate((2 << 30) + 1)
-    assert "more than the 2,147 MB" in refusal(tmp_path / "x.psd")
+    assert "more than the maximum of 2,147 MB" in refusal(tmp_path / "x.psd")
     assert not layer_files.is_layers(tmp_path / "x.safetensors")
 
 
@@ -332,9 +332,9 @@ def test_locked_zips_are_refused(tmp_path):
 
 
 def test_what_holds_no_layers_is_refused(saved, tmp_path):
-    assert "there is no" in refusal(tmp_path / "nowhere")
-    assert "there is no" in refusal("x" * 5000)
-    assert "there is no" in refusal("a\0b")
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+    assert "does not exist" in refusal("x" * 5000)
+    assert "does not exist" in refusal("a\0b")
     assert "neither manifest.json nor layer_0.png" in refusal(tmp_path)
     (tmp_path / "empty").touch()
     assert "give a folder that decompose wrote, its zip, a PSD or an OpenRaster file" in refusal(tmp_path / "empty")

@@ -184,9 +184,9 @@ def test_senseless_factors_are_refused(factor):
 def test_layers_that_do_not_exist_are_refused(index):
     stack = LayerStack((8, 6), (Layer(plain("red")),))
     for change in (stack.hide, lambda i: stack.move(i, 1, 1), lambda i: stack.scale(i, 2)):
-        with pytest.raises(RequestError, match=r"no layer .* from 0, the backmost, to 0"):
+        with pytest.raises(RequestError, match=r"layer .* does not exist; layers go from 0, the backmost, to 0"):
             change(index)
-    with pytest.raises(RequestError, match="no layer"):
+    with pytest.raises(RequestError, match="does not exist"):
         composite(stack, [index])
 
 

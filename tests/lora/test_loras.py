@@ -1,4 +1,4 @@
-"""LoRAs in the pipeline: the reference's pixels, the same from every dialect, merged or beside, packed or not."""
+"""LoRAs in the pipeline: the reference's pixels, the same from every dialect, merged or unmerged, packed or not."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
     file = write_lora(tmp_path / "lora.safetensors", WIDE_SHAPES)
     beside, pipeline = generate(pack, loras=[str(file)])
     assert set(kinds(pipeline).values()) == {SideBranch}
-    assert "running beside 9 matrices" in caplog.text
+    assert "running unmerged with 9 matrices" in caplog.text
     merged_first, running = generate(wide, loras=[str(file)], quantize="transformer=4")
     assert set(kinds(running).values()) == {QuantizedLinear}
     exact, _ = generate(wide, loras=[str(file)])
@@ -125,7 +125,7 @@ def test_a_packed_base_runs_loras_beside_it(wide, pack, tmp_path, caplog):
     name = "transformer_blocks.0.attn.to_q"
     whole = {f"{name}.diff": mx.ones(WIDE_SHAPES[name]) * 0.01}
     mx.save_safetensors(str(tmp_path / "whole.safetensors"), whole)
-    with pytest.raises(CheckpointError, match=r"whole\.safetensors cannot run beside packed weights"):
+    with pytest.raises(CheckpointError, match=r"whole\.safetensors cannot run unmerged with packed weights"):
         pipeline.set_loras([str(tmp_path / "whole.safetensors")])
     np.testing.assert_array_equal(regenerate(pipeline), beside)
     broken = {key: value * mx.nan for key, value in mx.load(str(file)).items()}
@@ -266,8 +266,8 @@ def test_lightning_sets_the_schedule_and_yields_to_flags(run, shapes, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (["--lora", "none.safetensors"], "no file none.safetensors"),
-    (["--lora", "lora.safetensors@much"], "no number"),
+    (["--lora", "none.safetensors"], "none.safetensors does not exist"),
+    (["--lora", "lora.safetensors@much"], "not a number"),
     (["--lora", "lora.pt"], "pickle"),
     (["--lora", "cut.safetensors"], "cut.safetensors"),
     (["--lora", "other.safetensors"], "made for FLUX"),
@@ -334,7 +334,7 @@ def test_what_cannot_run_beside_packed_weights_is_refused_before_any_work(pack, 
     mx.save_safetensors(str(tmp_path / "dora.safetensors"), tensors)
     pipeline = QwenImagePipeline.from_pretrained(pack, loras=[tmp_path / "dora.safetensors"])
     monkeypatch.setattr(pipeline, "encode_guidance_prompts", lambda *_, **__: pytest.fail("work was done"))
-    with pytest.raises(CheckpointError, match="cannot run beside packed weights"):
+    with pytest.raises(CheckpointError, match="cannot run unmerged with packed weights"):
         pipeline.generate("a fox", width=64, height=48, num_inference_steps=1)
 
 

@@ -79,17 +79,18 @@ def test_captions_read_layers_by_themselves(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_caption_holds_few_streamed_layers(tmp_path):
-    """Eighteen more layers take no more memory than the keys and values that they keep."""
+    """Eight more layers take no more memory than the keys and values that they keep."""
     peaks, layer = [], 0
-    for count in (6, 24):
+    for count in (4, 12):
         encoder = replace(TINY["text_encoder"], num_hidden_layers=count, intermediate_size=8192)
         folder = tmp_path / str(count)
-        write_checkpoint(folder, {**TINY, "text_encoder": encoder}, pipeline="QwenImageLayeredPipeline")
-        pipeline = QwenImagePipeline.from_pretrained(folder, streamed=["text_encoder"])
+        configs = {**TINY, "text_encoder": encoder}
+        write_checkpoint(folder, configs, pipeline="QwenImageLayeredPipeline", dtype=mx.float32)
+        pipeline = QwenImagePipeline.from_pretrained(folder, dtype="float32", streamed=["text_encoder"])
         parts = pipeline.components
         _ = parts.network("vision"), parts.network("text_encoder"), parts.network("language_head")
         specs = parts.weights("text_encoder").specs("main")
-        layer = sum(2 * prod(spec.shape) for spec in specs if ".layers.0." in spec.name)
+        layer = sum(4 * prod(spec.shape) for spec in specs if ".layers.0." in spec.name)
         mx.reset_peak_memory()
         with pytest.raises(Cancelled):
             pipeline.caption_image(np.full((32, 32, 3), 90, np.uint8), resolution=32, progress=stop_after(2))

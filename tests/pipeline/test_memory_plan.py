@@ -269,7 +269,7 @@ def test_a_folder_of_configs_is_planned_like_the_checkpoint(model, tmp_path, run
     (["--size", "63x64"], "multiple of 16"),
     (["--size", "1mp"], "WIDTHxHEIGHT"),
     (["--references", "2"], "does not take"),
-    (["--quantize", "9"], "no quantization"),
+    (["--quantize", "9"], "not a quantization"),
     (["--layers", "0"], "from 1 to 8"),
     (["--group-size", "32"], "needs --quantize"),
 ])  # fmt: skip

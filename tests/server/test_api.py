@@ -386,7 +386,7 @@ def test_what_is_refused_at_the_start(server, tmp_path, capsys):
     assert "demo is not a model to edit with" in refusal("--port", 0, "--edit-model", "demo")
     assert "is a file" in refusal("--port", 0, "--model", "/dev/null")
     assert "folder" in refusal("--port", 0, "--layered-model", tmp_path / "folder")
-    assert "there is no directory" in refusal("--port", 0, "--model", tmp_path / "nothing")
+    assert "no directory" in refusal("--port", 0, "--model", tmp_path / "nothing")
     assert "--idle-unload" in refusal("--idle-unload", "soon")
     assert "--allow-origin" in refusal("--allow-origin", "https://example.org/page")
     for name in ("http://host.docker.internal", "host.docker.internal:8000", "two names", ""):

@@ -118,7 +118,7 @@ async def posted(app, *pieces: bytes, ends: bool = True) -> int:
 
 def test_unfinished_large_bodies_keep_no_small_one_out_and_are_not_waited_for(monkeypatch):
     monkeypatch.setattr(guard, "_DRAINED_SECONDS", 0.01)
-    monkeypatch.setattr(guard, "_LEAST_SECONDS", 0.4)
+    monkeypatch.setattr(guard, "_MIN_BYTES_SECONDS", 0.4)
     monkeypatch.setattr(guard, "_SMALL", 1000)
 
     async def check():
@@ -136,8 +136,8 @@ def test_unfinished_large_bodies_keep_no_small_one_out_and_are_not_waited_for(mo
 
 
 def test_a_body_that_comes_steadily_is_waited_for(monkeypatch):
-    monkeypatch.setattr(guard, "_LEAST_SECONDS", 0.4)
-    monkeypatch.setattr(guard, "_LEAST_BYTES", 100)
+    monkeypatch.setattr(guard, "_MIN_BYTES_SECONDS", 0.4)
+    monkeypatch.setattr(guard, "_MIN_BYTES", 100)
     monkeypatch.setattr(guard, "_DRAINED_SECONDS", 0.01)
 
     async def status_of(size: int) -> int:
@@ -204,7 +204,7 @@ def test_a_header_that_does_not_come_is_not_waited_for(monkeypatch, begun):
     asyncio.run(check())
 
 
-def test_what_is_no_http_is_told_so_in_the_api_s_form(server):
+def test_data_that_is_not_http_is_answered_in_the_api_s_form(server):
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
         connection.sendall(b"GET / HTTP/9.9\r\n\r\n")
         head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")

@@ -1,4 +1,4 @@
-"""What is meant to break the server gets a sentence and a 4xx, and the server goes on generation."""
+"""What is meant to break the server gets a sentence and a 4xx, and the server keeps generating."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from starlette.requests import Request
 from qwen_image_mlx.server import bodies
 from qwen_image_mlx.server.api_errors import ApiError
 from qwen_image_mlx.server.bodies import read_body
-from qwen_image_mlx.server.schema import GenerateBody, parsed
+from qwen_image_mlx.server.schema import GenerateBody, parse_object
 
 pytestmark = pytest.mark.process
 
@@ -239,12 +239,12 @@ MANY = [
 def test_what_has_very_many_parts_is_refused_before_they_are_looked_at(body):
     begun = time.process_time()
     with pytest.raises(ApiError, match="more fields or entries than any request needs"):
-        parsed(body)
+        parse_object(body)
     assert time.process_time() - begun < 0.5
 
 
-def test_a_body_is_taken_apart_while_others_are_answered(monkeypatch):
-    """The event loop goes on while a large body is parsed and checked."""
+def test_a_body_is_parsed_while_others_are_answered(monkeypatch):
+    """The event loop keeps running while a large body is parsed and checked."""
     threads = []
 
     def slow(data):
@@ -258,7 +258,7 @@ def test_a_body_is_taken_apart_while_others_are_answered(monkeypatch):
         scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
         assert (await read_body(Request(scope, receive), GenerateBody)).prompt == "x"
 
-    monkeypatch.setattr(bodies, "parsed", slow)
+    monkeypatch.setattr(bodies, "parse_object", slow)
     asyncio.run(check())
     assert threads != [threading.main_thread()]
 
@@ -326,7 +326,7 @@ def test_a_body_that_is_longer_than_it_may_be_is_cut_off(api):
     assert answer.status_code == 413
 
 
-def test_what_is_no_http_at_all_or_never_ends_does_not_keep_others_from_painting(server, api):
+def test_garbage_and_endless_requests_do_not_block_generation(server, api):
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     head = f"POST {GENERATE} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n".encode()
     raw = [b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"A" * 100_000, head]

@@ -72,7 +72,7 @@ def test_what_is_wrong_is_told_and_a_fault_is_not(caplog):
             found.append((job.error["code"], job.error["message"]))
         after = jobs.submit("x", lambda feed: {"fine": 1}, followed=True)
         await after.finished.wait()
-        assert json.loads(after.described())["result"] == {"fine": 1}
+        assert json.loads(after.to_json())["result"] == {"fine": 1}
         return found
 
     assert run(scenario) == [
@@ -260,7 +260,7 @@ def test_work_reads_colours_as_the_server_was_told(ignored):
     async def scenario(jobs):
         job = jobs.submit("x", lambda feed: {"ignored": profiles_are_ignored()}, followed=True)
         await job.finished.wait()
-        return json.loads(job.described())["result"]
+        return json.loads(job.to_json())["result"]
 
     with ignore_profiles(ignored):
         assert run(scenario) == {"ignored": ignored}

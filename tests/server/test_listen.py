@@ -44,12 +44,12 @@ def test_a_token_that_no_client_can_send_is_refused(file, content, says):
 
 
 @pytest.mark.parametrize(("path", "says"), [
-    ("", "no name"),
-    (os.devnull, "no plain file"),
-    ("/dev/zero", "no plain file"),
-    (".", "no plain file"),
-    ("~nosuchuser-of-this-machine/x", "not known"),
-    ("a\0b", "no file can have"),
+    ("", "is empty"),
+    (os.devnull, "not a regular file"),
+    ("/dev/zero", "not a regular file"),
+    (".", "not a regular file"),
+    ("~nosuchuser-of-this-machine/x", "unknown user"),
+    ("a\0b", "not a valid file name"),
     ("none/of/it", "cannot be read"),
 ])  # fmt: skip
 def test_what_is_no_token_file_is_refused(path, says):
@@ -60,5 +60,5 @@ def test_what_is_no_token_file_is_refused(path, says):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe", 0o600)
-    with pytest.raises(RequestError, match="no plain file"):
+    with pytest.raises(RequestError, match="not a regular file"):
         read_token(str(tmp_path / "pipe"))

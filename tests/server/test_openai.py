@@ -100,7 +100,7 @@ def test_a_bad_request_is_one_to_the_client(client, fields, param):
 
 
 def test_other_refusals_have_the_client_s_own_errors(client, served):
-    with pytest.raises(openai.NotFoundError, match="there are demo, demo-edit, demo-layered"):
+    with pytest.raises(openai.NotFoundError, match="this server has demo, demo-edit, demo-layered"):
         client.images.generate(prompt=PROMPT, model="someone-s-model")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("../../etc/passwd")
@@ -218,12 +218,12 @@ def test_names_that_clients_have_fixed_are_the_model_that_does_what_is_asked(cli
 
 
 def test_other_names_and_hosts_are_let_in_by_flags():
-    flags = ("--alias", "painter=generate", "--alias", "gpt-image-1=edit", "--allow-host", "host.docker.internal",
+    flags = ("--alias", "my-model=generate", "--alias", "gpt-image-1=edit", "--allow-host", "host.docker.internal",
              "--allow-host", "My-Mac.local", "--allow-host", "fd00::1")  # fmt: skip
     with serving(*flags) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
-            assert client.images.generate(model="painter", prompt=PROMPT, extra_body={"steps": 1}).data
-            for name in ("painter", "gpt-image-1"):
+            assert client.images.generate(model="my-model", prompt=PROMPT, extra_body={"steps": 1}).data
+            for name in ("my-model", "gpt-image-1"):
                 assert name in [model.id for model in client.models.list()]
             with pytest.raises(openai.BadRequestError, match="does not generate"):
                 client.images.generate(model="gpt-image-1", prompt=PROMPT)
@@ -242,7 +242,7 @@ def test_other_names_and_hosts_are_let_in_by_flags():
 
 
 @pytest.mark.parametrize("edits", [False, True])
-def test_a_client_that_loses_patience_and_asks_again_gets_its_image_painted_once(served, edits):
+def test_a_client_that_times_out_and_retries_gets_its_image_generated_once(served, edits):
     """OpenAI's own retries, with its 600 s as 1, its two as many, and an image that takes longer."""
     before = len(served.log)
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key=TOKEN, max_retries=30, timeout=1.0) as client:

@@ -154,7 +154,7 @@ def test_generate_tells_how_far_it_is_and_remembers(page: Page):
     generate = panel(page, "generate")
     fill(generate, prompt=PROMPT, steps=60, seed=11)
     generate.locator("[name=prompt]").press("Control+Enter")
-    expect(generate.locator(".progress")).to_contain_text(re.compile(r"Generation, step [1-9]\d* of 60"))
+    expect(generate.locator(".progress")).to_contain_text(re.compile(r"Generating, step [1-9]\d* of 60"))
     expect(generate.locator(".progress")).to_contain_text(re.compile(r"\d s left|second left"))
     expect(generate.locator(".progress img")).to_be_visible()
     expect(generate.locator(".result")).to_contain_text("64 × 64 · seed 11")
@@ -179,7 +179,7 @@ def test_generate_tells_how_far_it_is_and_remembers(page: Page):
     with Image.open(download.value.path()) as saved:
         assert np.array_equal(saved.convert("RGBA"), first)
         assert '"seed": 11' in saved.text["qwen_image_mlx"]
-    page.get_by_text("Forget all").click()
+    page.get_by_text("Delete all").click()
     expect(entries).to_have_count(0)
     check_phone_width(page)
 
@@ -189,12 +189,12 @@ def test_escape_and_button_cancel(page: Page):
     for cancel in (lambda: page.keyboard.press("Escape"), lambda: generate.locator("[data-cancel]").click()):
         fill(generate, prompt=PROMPT, steps=100, num_images=4)
         generate.locator("[data-go]").click()
-        expect(generate.locator(".progress")).to_contain_text("Generation, step")
+        expect(generate.locator(".progress")).to_contain_text("Generating, step")
         check_phone_width(page)
         cancel()
         expect(generate.locator("[data-go]")).to_be_visible()
         expect(generate.locator(".progress")).to_have_count(0)
-    assert page.locator("#said").inner_text() == "Cancelled."
+    assert page.locator("#announcement").inner_text() == "Cancelled."
     expect(page.locator(".history")).to_be_hidden()
 
 
@@ -213,7 +213,7 @@ def test_edit_with_a_mask(page: Page):
     expect(names).to_have_text(["scene.png", "other.png"])
     edit.get_by_label("Remove image 2").click()
 
-    edit.get_by_text("Generate a mask").click()
+    edit.get_by_text("Draw a mask").click()
     page.locator("#mask [name=brush]").fill("60")
     drag(page, "#mask canvas", (0.1, 0.9), (0.9, 0.9))
     page.keyboard.press("Control+z")
@@ -303,7 +303,7 @@ def test_results_go_on_and_themes_and_tabs_follow_the_keyboard(page: Page):
     for task in ("edit", "decompose"):
         panel(page, "generate").locator(f"[data-do={task}]").click()
         expect(page.locator(f"#panel-{task} .images .name")).to_have_text("a-red-circle-on-a-blue-background-4.png")
-    panel(page, "generate").get_by_text("Generate over an image").click()
+    panel(page, "generate").get_by_text("Start from an image").click()
     generate.locator("input[type=file]").set_input_files(png(scene().crop((0, 0, 64, 48))))
     expect(generate.locator("[data-aspects]")).to_be_hidden()  # the image says which shape
     fill(generate, steps=4)
@@ -334,10 +334,10 @@ def test_a_full_queue_a_token_and_a_lost_server_are_told(page: Page):
     page.forgiven = "Failed to load resource"
     generate = panel(page, "generate")
     fill(generate, prompt=PROMPT, steps=2)
-    said = '{"error": {"message": "16 jobs wait already", "code": "queue_full"}}'
+    said = '{"error": {"message": "the queue is full (16 jobs)", "code": "queue_full"}}'
     page.route("**/jobs", lambda route: route.fulfill(status=429, headers={"Retry-After": "2"}, body=said), times=1)
     generate.locator("[data-go]").click()
-    expect(generate.get_by_role("alert")).to_contain_text(re.compile(r"16 jobs wait already\. \([12] s\)"))
+    expect(generate.get_by_role("alert")).to_contain_text(re.compile(r"The queue is full \(16 jobs\)\. \([12] s\)"))
     generate.get_by_text("Try again").click()  # once it is enabled
     generate.locator(".result").wait_for()
 
@@ -387,6 +387,7 @@ def test_what_is_not_offered_is_said(page: Page, address: str):
     )
     page.reload()
     edit = panel(page, "edit")
-    expect(edit.get_by_role("alert")).to_have_text("This server has no model for that. Name one in its config.toml.")
+    message = "This server has no model for this task. Add one to its config.toml."
+    expect(edit.get_by_role("alert")).to_have_text(message)
     expect(edit.locator("[data-go]")).to_be_disabled()
     expect(panel(page, "generate").locator("[data-go]")).to_be_enabled()

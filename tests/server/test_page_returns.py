@@ -146,7 +146,7 @@ def test_a_cut_costs_nothing(context, line, seconds):
     page, generate = opened(context, line)
     begin(generate, steps=LONG if seconds < 10 else 1000)
     line.cut()
-    expect(generate.locator(".progress")).to_contain_text("Connection lost, trying again. The job goes on.")
+    expect(generate.locator(".progress")).to_contain_text("Connection lost, trying again. The job is still running.")
     time.sleep(seconds)
     line.mend()
     expect(generate.locator(".result")).to_be_visible()
@@ -180,7 +180,7 @@ def test_a_job_that_is_cancelled_after_a_reload_is_cancelled(context, line):
     expect(generate.locator("[data-cancel]")).to_be_enabled()
     generate.locator("[data-cancel]").click()
     expect(generate.locator("[data-go]")).to_be_visible()
-    expect(page.locator("#said")).to_have_text("Cancelled.")
+    expect(page.locator("#announcement")).to_have_text("Cancelled.")
     reload(page)
     expect(generate.locator("[data-cancel]")).to_be_hidden()
 
@@ -219,7 +219,7 @@ def test_a_restarted_server_is_said_and_the_settings_are_there(context, line, re
         line.mend()
         if reloads:
             reload(page)
-        expect(generate.get_by_role("alert")).to_contain_text("The server was started again")
+        expect(generate.get_by_role("alert")).to_contain_text("The server was restarted")
         assert generate.locator("[name=prompt]").input_value() == PROMPT
         fill(generate, steps=2)
         generate.get_by_text("Try again").click()
@@ -231,7 +231,7 @@ def test_a_job_that_something_else_cancels_is_said_aloud(context, line):
     with page.expect_request("**/jobs/*/events") as asked:
         begin(generate)
     page.evaluate("path => fetch(path, {method: 'DELETE'})", asked.value.url.removesuffix("/events"))
-    expect(generate.get_by_role("alert")).to_contain_text("The job was cancelled, but not here.")
+    expect(generate.get_by_role("alert")).to_contain_text("The job was cancelled from outside this page.")
     expect(generate.get_by_text("Try again")).to_be_enabled()
 
 
@@ -263,7 +263,7 @@ def test_layers_and_what_was_done_to_them_outlive_a_reload(context, line):
     assert np.array_equal(pixels(page, CANVAS), moved)
 
     layers.locator(".layers .name").nth(1).click()
-    layers.get_by_text("Put back").locator("visible=true").click()
+    layers.get_by_text("Reset position").locator("visible=true").click()
     layers.locator("[data-back]").click()
     assert np.array_equal(pixels(page, CANVAS), moved)
 
@@ -318,12 +318,12 @@ def test_what_is_forgotten_can_be_brought_back(context, line):
         fill(generate, prompt=PROMPT, steps=2, seed=number)
         generate.locator("[data-go]").click()
         expect(page.locator(".history li")).to_have_count(number)
-    page.locator("#forget").click()
+    page.locator("#delete").click()
     expect(page.locator(".history li")).to_have_count(0)
-    expect(page.locator("#forgotten")).to_contain_text("2 entries are forgotten.")
+    expect(page.locator("#deleted")).to_contain_text("2 entries deleted.")
     page.get_by_text("Undo", exact=True).locator("visible=true").click()
     expect(page.locator(".history li")).to_have_count(2)
-    page.get_by_text("Forget", exact=True).last.click()
+    page.get_by_text("Delete", exact=True).last.click()
     expect(page.locator(".history li")).to_have_count(1)
     page.get_by_text("Undo", exact=True).locator("visible=true").click()
     expect(page.locator(".history li")).to_have_count(2)

@@ -92,7 +92,7 @@ def test_what_a_cancelled_job_left_is_gone_when_the_next_encodes(encoding):
     assert [parts & HEAVY for parts in encoding] == [{"text_encoder"}] * 2
 
 
-def test_a_image_that_is_staged_finds_no_rest_of_one_that_was_resident(encoding):
+def test_an_image_that_is_staged_finds_no_rest_of_one_that_was_resident(encoding):
     models, tasks = models_of(None)
     tasks.work("generate", GenerateBody(prompt="a", steps=1))(Told())
     assert parts_of(models, "generate") >= HEAVY
@@ -171,7 +171,7 @@ def test_a_caption_has_a_plan_with_all_that_it_loads(captioning):
 
 @pytest.mark.parametrize(("memory", "pixels", "resolution", "says"), [
     ("streamed", 1 << 22, None, "every word of a caption"),
-    (None, 1024, None, "this server generates 1,024"),
+    (None, 1024, None, "this server allows at most 1,024"),
     (None, 1 << 22, 4096, "resolution is 4096"),
 ])  # fmt: skip
 def test_a_caption_is_bounded_in_memory_and_size(captioning, memory, pixels, resolution, says):
@@ -276,7 +276,7 @@ def test_served_models_have_the_loras_that_generate_gives_them(monkeypatch, tmp_
     ]  # fmt: skip
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_mask_s_padding_of_zero_is_a_padding():
@@ -294,7 +294,7 @@ def test_a_mask_s_padding_of_zero_is_a_padding():
     assert "keep_alpha" not in generated[0]["metadata"]
 
 
-def test_a_phone_s_photo_is_taken_apart_and_edited_at_its_own_size():
+def test_a_phone_s_photo_is_decomposed_and_edited_at_its_own_size():
     _, tasks = models_of(None)
     photo = png((4032, 3024), kind="jpeg")
     for task, body in (

@@ -303,7 +303,7 @@ def test_an_unknown_profile_gets_those_there_are(here, name):
 def test_without_a_file_there_is_default_alone():
     assert set(load_settings(None).values.values()) == {None}
     assert set(load_settings(None, "default").origins.values()) == {"built-in"}
-    with pytest.raises(UnknownProfile, match="there is no config"):
+    with pytest.raises(UnknownProfile, match="no config exists"):
         load_settings(None, "fast")
 
 
@@ -356,7 +356,7 @@ def test_a_pipe_is_a_config_too(here):
 
 def test_a_pipe_that_may_have_no_writer_is_refused(here):
     os.mkfifo("pipe")
-    with pytest.raises(RequestError, match="the config pipe is not there, or no file that can be read"):
+    with pytest.raises(RequestError, match="the config pipe does not exist, or is not a file that can be read"):
         find_config("pipe")
 
 
@@ -467,7 +467,7 @@ def test_a_named_config_must_be_there(here, monkeypatch, by, place):
     Path("folder").mkdir()
     if by == "variable":
         monkeypatch.setenv("QWEN_IMAGE_CONFIG", place)
-    with pytest.raises(RequestError, match=r"the config .* is not there, or no file") as caught:
+    with pytest.raises(RequestError, match=r"the config .* does not exist, or is not a file") as caught:
         find_config(place if by == "flag" else None)
     assert ("QWEN_IMAGE_CONFIG" in str(caught.value)) == (by == "variable")
 

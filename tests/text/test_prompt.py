@@ -156,5 +156,5 @@ def test_features_replace_placeholders_in_order():
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_features_and_places_that_do_not_match_in_number_are_refused(count):
-    with pytest.raises(RequestError, match=f"3 places for image features, but {count}"):
+    with pytest.raises(RequestError, match=f"3 placeholders for image features, but {count}"):
         replace_vision_tokens(mx.zeros((1, 6, 2)), np.arange(6) % 2 == 1, mx.zeros((count, 2)))

@@ -197,7 +197,7 @@ def test_images_that_cannot_be_trained_on_are_named(models, images, tmp_path):
     assert small.startswith("2 of 3 images are smaller than the 112x112 pixels that the resolution 112 trains on: ")
     assert "wide.png (150x60), tall.png (70x140)" in small
     odd = Example("x", images / "square.png", layers=(images / "tall.png",))
-    assert "1 layers have not the size of their image" in fails([odd], "layered")
+    assert "1 layers differ in size from their image" in fails([odd], "layered")
 
 
 def test_a_digest_stands_for_images_and_captions(images, tmp_path):

@@ -137,7 +137,7 @@ def test_captions_and_manifests_have_a_bound(tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with open(tmp_path / name, "wb") as file:
         file.truncate(1 << 31)
-    with pytest.raises(RequestError, match=r"more than the 64 MB that are read"):
+    with pytest.raises(RequestError, match=r"more than the maximum of 64 MB"):
         read_examples(tmp_path, "t2i")
 
 

@@ -319,11 +319,11 @@ def test_folders_are_not_mixed_up(models, examples, tmp_path):
     (tmp_path / "finder").mkdir()
     (tmp_path / "finder" / ".DS_Store").write_text("")  # as macOS leaves it in a folder that was looked at
     train(open_model(models), examples["t2i"], settings(steps=1), tmp_path / "finder")
-    with pytest.raises(RequestError, match="holds no run to go on with"):
+    with pytest.raises(RequestError, match="holds no run to resume"):
         train(open_model(models), examples["t2i"], settings(), tmp_path / "none", resume=True)
     with pytest.raises(RequestError, match="nothing to train on"):
         train(open_model(models), [], settings(), tmp_path / "none")
-    with pytest.raises(RequestError, match="packed weights cannot be trained"):
+    with pytest.raises(RequestError, match="quantized weights cannot be trained"):
         train(open_model(models, quantize=4), examples["t2i"], settings(full=True), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -352,7 +352,7 @@ def test_a_run_refused_in_its_first_step_leaves_nothing(models, examples, tmp_pa
     monkeypatch.setattr(loop.Trainer, "gradients", lambda self, step: (float("nan"), real(self, step)[1]))
     if existed:
         (tmp_path / "run").mkdir()
-    with pytest.raises(loop.NotFinite, match="there is no checkpoint before it"):
+    with pytest.raises(loop.NotFinite, match="no checkpoint exists before it"):
         train(open_model(models), examples["t2i"], settings(), tmp_path / "run")
     assert [path.name for path in tmp_path.rglob("*")] == (["run"] if existed else [])
 
@@ -371,7 +371,7 @@ def test_what_a_run_would_write_over_is_found_first(models, examples, tmp_path, 
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("mine")
-    with pytest.raises(RequestError, match=f"has a {name.strip('/')} that is not a run's own"):
+    with pytest.raises(RequestError, match=f"has a {name.strip('/')} that does not belong to a run"):
         train(open_model(models), examples["t2i"], settings(), folder, resume=resume)
     assert [path.name for path in folder.iterdir()] == [name.strip("/")]
 

@@ -173,7 +173,9 @@ def assert_refused(path: Path, *parts: str) -> None:
     cut = ("missing at its end", "follow its last", "ends after", "it has only", "not JSON", "not UTF-8", "JSON object",
            "nested too", "announces", "integer string")  # fmt: skip
     damaged = any(words in message for words in cut) and "__metadata__" not in message
-    assert message.endswith("download it again" if damaged else "whoever wrote it has to write it anew"), message
+    assert message.endswith("download it again" if damaged else "the program that wrote it must write it again"), (
+        message
+    )
     assert "\n" not in message
 
 

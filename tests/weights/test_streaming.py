@@ -84,7 +84,9 @@ def test_images_are_shown_through_streamed_towers(tmp_path):
     folder = write_checkpoint(tmp_path / "edit", TINY, dtype=mx.float32, pipeline="QwenImageEditPlusPipeline")
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     states = [
-        np.array(opened(folder, streamed).encode_guidance_prompts("redder", images=[image]).positive)
+        np.array(
+            opened(folder, streamed).encode_guidance_prompts("redder", images=[image], reference_pixels=4096).positive
+        )
         for streamed in ((), ALL)
     ]
     np.testing.assert_array_equal(*states)

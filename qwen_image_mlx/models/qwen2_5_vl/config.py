@@ -1,4 +1,4 @@
-"""What a checkpoint says of its Qwen2.5-VL: the language model and the vision tower."""
+"""The configs of Qwen2.5-VL: the language model and the vision tower."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TextEncoderConfig:
         if data.get("model_type", "qwen2_5_vl") != "qwen2_5_vl":
             raise CheckpointError(f"{where}: model_type is {data['model_type']!r}, but must be 'qwen2_5_vl'")
         text = {**data, **data.get("text_config", {})}
-        # The rotary settings moved twice: rope_scaling (transformers 4), rope_parameters (5), each beside rope_theta.
+        # The rotary settings moved twice: rope_scaling (transformers 4), rope_parameters (5), both with rope_theta.
         for key in ("rope_scaling", "rope_parameters"):
             text.update(text.get(key) or {})
         config = read_config(cls, text, where, ignored=None)
@@ -43,9 +43,9 @@ class TextEncoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The flat layout of the released files, which `from_dict` reads."""
-        said = asdict(self)
-        section = said.pop("mrope_section")
-        return {"model_type": "qwen2_5_vl", **said, "rope_scaling": {"type": "mrope", "mrope_section": section}}
+        values = asdict(self)
+        section = values.pop("mrope_section")
+        return {"model_type": "qwen2_5_vl", **values, "rope_scaling": {"type": "mrope", "mrope_section": section}}
 
     @property
     def head_dim(self) -> int:
@@ -81,7 +81,7 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "text_encoder/config.json") -> VisionConfig:
-        """Reads the `vision_config` of a text encoder's JSON object; raises CheckpointError where there is none."""
+        """Reads the `vision_config` of a text encoder's JSON object; raises CheckpointError without one."""
         if not isinstance(data.get("vision_config"), dict):
             raise CheckpointError(f"{where} has no vision_config; an editing model needs one")
         config = read_config(cls, data["vision_config"], f"{where} (vision_config)", ignored=None)

@@ -1,4 +1,4 @@
-"""The language model of Qwen2.5-VL: token ids in, final hidden states out; the head that names the next token apart.
+"""The language model of Qwen2.5-VL: token ids in, final hidden states out; the head for the next token is separate.
 
 Knows nothing of tokenizers or templates. Conditioning runs it once; to write text it is given caches of the keys and
 values before. Formulas: transformers' modeling_qwen2_5_vl.py. Shapes: B batch, L tokens, C hidden size.
@@ -17,10 +17,10 @@ from .config import TextEncoderConfig
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of the tokens before, of one layer; mlx-lm's caches are such."""
+    """Keys and values of one layer for the preceding tokens; mlx-lm's caches implement it."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Adds those of new tokens (B, heads, L, head_dim) and returns all."""
+        """Adds those of new tokens (B, heads, L, head_dim) and returns all (B, heads, S, head_dim)."""
 
 
 Caches = Sequence[KeyValueCache | None]
@@ -40,12 +40,12 @@ class TextEncoder(nn.Module):
     def __call__(
         self, embeddings: mx.array, positions: mx.array, caches: Caches | None = None, on_layer: OnLayer | None = None
     ) -> mx.array:
-        """Final states of the tokens given.
+        """Final states (B, L, C) of the tokens.
 
         Args:
             embeddings: (B, L, C), unpadded.
             positions: (3, L): time, row, column.
-            caches: one per layer: the tokens before these, and these from then on.
+            caches: one per layer, with the preceding tokens; these tokens are added.
             on_layer: called after each layer.
 
         Returns:

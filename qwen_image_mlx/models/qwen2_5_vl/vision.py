@@ -24,8 +24,8 @@ class Windows(NamedTuple):
     """Which patches attend to each other.
 
     Attributes:
-        members: (windows, size) index of each window's patches; border windows are filled up with patch 0.
-        mask: (windows, 1, 1, size) additive: 0 for a member, minus infinity for filling.
+        members: (windows, size) index of each window's patches; border windows are padded with patch 0.
+        mask: (windows, 1, 1, size) additive: 0 for a member, minus infinity for padding.
         slots: (N,) where in the flattened windows each patch is.
     """
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of Qwen-Image 1.x says of its transformer and of its autoencoder."""
+"""The configs of Qwen-Image 1.x: transformer and autoencoder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TransformerConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "transformer/config.json") -> TransformerConfig:
         """Reads and checks the JSON object; raises CheckpointError on ill-typed or impossible values."""
-        # pooled_projection_dim stands in older files and was never used.
+        # pooled_projection_dim is in older files and was never used.
         config = read_config(cls, data, where, ignored=frozenset({"pooled_projection_dim", *PACKS}))
         if sum(config.axes_dims_rope) != config.attention_head_dim or any(d % 2 for d in config.axes_dims_rope):
             raise CheckpointError(
@@ -59,7 +59,7 @@ class TransformerConfig:
 
     @property
     def blocks(self) -> Iterator[dict[str, Any]]:
-        """One row per block for the weights map; the last block's text output is read by nobody."""
+        """One row per block for the weights map; the last block's text output is not used."""
         return ({"n": n, "last": n == self.num_layers - 1} for n in range(self.num_layers))
 
 
@@ -100,6 +100,11 @@ class VAEConfig:
         return config
 
     @property
+    def decoder_width(self) -> int:
+        """Channels of the decoder at the size of the image."""
+        return self.base_dim
+
+    @property
     def spatial_factor(self) -> int:
         """Pixels per latent, along one side."""
         factor: int = 2 ** (len(self.dim_mult) - 1)
@@ -123,7 +128,7 @@ class VAEConfig:
 
     @property
     def resnets(self) -> Iterator[dict[str, Any]]:
-        """One row per residual block: where it stands and its channels."""
+        """One row per residual block: its place and channels."""
         for side in ("encoder", "decoder"):
             for n in range(2):
                 path = f"{side}.mid_block.resnets.{n}"
@@ -161,7 +166,7 @@ class VAEConfig:
 
     @property
     def sides(self) -> Iterator[dict[str, Any]]:
-        """One row for the encoder and one for the decoder, for what both have once."""
+        """One row for the encoder and one for the decoder, for the layers that each has once."""
         yield {"side": "encoder", "cin": self.input_channels, "first": self.base_dim, "last": self.top_dim,
                "cout": 2 * self.z_dim, "quant": "quant_conv", "code": 2 * self.z_dim}  # fmt: skip
         yield {"side": "decoder", "cin": self.z_dim, "first": self.top_dim, "last": self.base_dim * self.dim_mult[0],

@@ -17,7 +17,7 @@ from ..layers import Embedding, Linear
 from .config import TransformerConfig
 from .transformer import BlockRows, Modulation
 
-# The name of a linear layer below "time_text_embed" and what it is given, to what it makes of it.
+# (name of a linear layer below "time_text_embed", its input) -> its output.
 Apply = Callable[[str, mx.array], mx.array]
 
 BLOCK_SCALES = (1, 4)  # which of a block's six rows scale
@@ -26,14 +26,14 @@ TIME_CHANNELS = 256
 
 
 def time_embedding(timesteps: mx.array, dtype: mx.Dtype, apply: Apply, addition: mx.array | None) -> mx.array:
-    """What the modulation's matrices are given.
+    """The input of the modulation's matrices.
 
     Args:
         timesteps: (S,) in [0, 1], fp32.
         dtype: the model's; the reference casts 1000 sigma to it and divides there, which in bf16 moves a timestep by
             up to 0.4%.
         apply: runs `timestep_embedder.linear_1` or `linear_2`, by name.
-        addition: (2, D): its rows tell images with and without a layer to decompose; pipelines always ask for row 0.
+        addition: (2, D): its rows are for images with and without a layer to decompose; pipelines always use row 0.
 
     Returns:
         (S, D) in `dtype`, after the activation.
@@ -90,8 +90,8 @@ class TimeModulation(nn.Module):
         for block in self.transformer_blocks:
             text, image = (rows(mod[1], BLOCK_SCALES) for mod in (block.txt_mod, block.img_mod))
             target = of_samples(image)
-            shown = [*image[count]] if self._zero_cond_t else target
-            blocks.append(BlockRows(of_samples(text), target, shown))
+            references = [*image[count]] if self._zero_cond_t else target
+            blocks.append(BlockRows(of_samples(text), target, references))
         return Modulation(blocks, of_samples(rows(self.norm_out.linear, OUT_SCALES)))
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions of the image transformer: which position each token has, and the rotation it stands for.
+"""Rotary positions of the image transformer: the position of each token, and its rotation.
 
 Knows nothing of pixels, prompts or weights. Formulas: `QwenEmbedRope` in diffusers' transformer_qwenimage.py.
 """
@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 
 def place_images(grids: Sequence[tuple[int, int]], layered: bool) -> list[Segment]:
-    """Frame indices of images in their order: 0, 1, 2, …; with layers the last one is what they come from, at -1.
+    """Frame indices of images in their order: 0, 1, 2, …; with layers the last one is their source, at -1.
 
     Source: QwenEmbedRope and, layered, QwenEmbedLayer3DRope.
     """

@@ -38,7 +38,7 @@ class BlockRows(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What the timestep contributes to one forward pass.
+    """The timestep's contribution to one forward pass.
 
     Attributes:
         blocks: the rows of each block.
@@ -49,7 +49,7 @@ class Modulation(NamedTuple):
     out: Rows
 
 
-# A block, its images, its text, its rows and the rotary tables, to the streams after it.
+# (block, images, text, rows, rotary tables) -> the streams after the block.
 RunBlock = Callable[..., tuple[list[mx.array], mx.array]]
 
 
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
             modulation: this step's rows.
             rotary: tables for L + N (+ R) tokens: text, target, references.
             references: `project_references`' result (B, R, D), or None.
-            run_block: runs a block in another way, as training does to save memory.
+            run_block: replaces the call of a block; training saves memory with it.
         """
         (velocity,) = self.velocities(latents, [text], modulation, [rotary], references, run_block)
         return velocity
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         run_block: RunBlock | None = None,
         on_layer: OnLayer | None = None,
     ) -> list[mx.array]:
-        """The same for several texts, each with its tables; every block serves all of them before the next one."""
+        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one."""
         images = [self.img_in(latents)]
         if references is not None:
             images.append(references)
@@ -117,7 +117,7 @@ class Transformer(nn.Module):
                 (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
                 for (images, txt), tables in zip(streams, rotary, strict=True)
             ]
-            if on_layer is not None:  # the last block hands its text on as it is
+            if on_layer is not None:  # the last block returns its text unchanged
                 texts_before = {id(txt) for _, txt in before}
                 on_layer([x for images, txt in streams for x in (*images, txt) if id(x) not in texts_before])
         return [self.proj_out(modulate(images[0], *modulation.out)) for images, _ in streams]
@@ -126,7 +126,7 @@ class Transformer(nn.Module):
 class TransformerBlock(nn.Module):
     """Joint attention, then an MLP on every stream; target and references share the image weights.
 
-    The last block yields the target alone: its text and its references are read by nobody.
+    The last block yields the target alone: its text and its references are not used.
     """
 
     def __init__(self, config: TransformerConfig, last: bool):
@@ -182,7 +182,7 @@ class JointAttention(nn.Module):
         self._heads = (config.num_attention_heads, head_dim)
 
     def __call__(self, txt: mx.array, images: list[mx.array], rotary: Rotary) -> list[tuple[mx.array, ...]]:
-        """What each stream gathered, as terms, text first; in the last block the target's alone."""
+        """The attention output of each stream, as terms, text first; in the last block only the target's."""
         lengths = [x.shape[1] for x in (txt, *images)]
         keys = [self.norm_added_k(self._split(self.add_k_proj(txt)))]
         keys += [self.norm_k(self._split(self.to_k(x))) for x in images]
@@ -215,7 +215,7 @@ class FeedForward(nn.Module):
         self.net: list[nn.Module] = [_GELUProjection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)]
 
     def terms(self, x: mx.array) -> tuple[mx.array, ...]:
-        """What adds up to the output (…, D)."""
+        """The terms (…, D) whose sum is the output."""
         return self.net[2].terms(self.net[0](x))
 
 

@@ -70,13 +70,13 @@ class Decoder(nn.Module):
 
     @property
     def tail(self) -> list[Stage]:
-        """The rest, where most of the memory goes; purely local, so it may be given strips of rows."""
+        """The last layers, which take most of the memory; purely local, so they can run on strips of rows."""
         body = self.decoder
         return [*(stage for block in body.up_blocks[-2:] for stage in block.stages), body.head]
 
     @property
     def tail_halo(self) -> int:
-        """Rows above and below a strip that the tail must be given, in its input rows: its reach, in whole bands."""
+        """Rows above and below a strip that the tail needs, in its input rows: its reach, in whole bands."""
         rows = 1  # conv_out
         for block in reversed(self.decoder.up_blocks[-2:]):
             if "upsamplers" in block:

@@ -55,7 +55,7 @@ class Denoiser:
         references: the images that both show, in order.
         grid: rows and columns of the target's latents.
         dtype: of the model.
-        keep_prefix: keep the prefix's keys and values between steps; without, every step computes them anew, the same
+        keep_prefix: keep the prefix's keys and values between steps; without, every step computes them again, the same
             numbers in less memory and much more time.
 
     Raises:

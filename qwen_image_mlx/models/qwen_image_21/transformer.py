@@ -2,7 +2,7 @@
 
 Text, reference images and the target share one sequence and one set of weights. Text and references come first, are
 modulated as at timestep 0 and never see the target: this prefix is the same in every step. A block hands out its keys
-and values, and with these at hand a step runs the target alone; computed anew they are the same numbers.
+and values, and with these at hand a step runs the target alone; computed again they are the same numbers.
 
 Knows nothing of schedules, guidance or prompts. Formulas: diffusers' transformer_qwenimage21.py. Shapes: B batch,
 N target tokens, P prefix tokens, L text tokens, D width.

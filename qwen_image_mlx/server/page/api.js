@@ -1,8 +1,8 @@
-// The public HTTP API as functions. Knows nothing about the document but the token dialog.
+// The public HTTP API as functions. The token dialog is the only part of the document it uses.
 
 import { one } from "./dom.js";
 
-/** What the server refused, in its own sentence; `code` "offline" where it does not answer. */
+/** An error with the server's message and code; the code is "offline" if the server does not answer. */
 export class ApiError extends Error {
   constructor(message, code, retryAfter = 0) {
     super(message);
@@ -12,31 +12,31 @@ export class ApiError extends Error {
 }
 
 const OFFLINE = "The server does not answer. Is it still running?";
-const PAUSES = [1, 1, 1, 2, 3, 5]; // seconds until a lost connection to a job is tried again; then the last
-let largestBody = Infinity;
-let asking = null;
+const PAUSES = [1, 1, 1, 2, 3, 5]; // seconds before each retry of a lost connection; the last one repeats
+let maxBodyBytes = Infinity;
+let tokenRequest = null;
 
-/** What the server offers: tasks, defaults, limits. */
+/** The server's configuration: tasks, defaults, limits. */
 export async function config() {
   const found = await call("GET", "/api/qwen-image/config");
-  largestBody = found.limits?.max_body_bytes ?? Infinity;
+  maxBodyBytes = found.limits?.max_body_bytes ?? Infinity;
   return found;
 }
 
-/** Layers laid together: {image} for PNG, {file, name} for other formats. */
+/** Composites layers: {image} for PNG, {file, name} for other formats. */
 export const compose = (layers, format) => call("POST", "/api/qwen-image/compose", { layers, format });
 
-/** Begins a job of a task, "generate", "edit" or "decompose", and returns its id. */
+/** Starts a job for a task, "generate", "edit" or "decompose", and returns its id. */
 export const submit = async (task, fields) => (await call("POST", "/jobs", { task, ...fields })).id;
 
 /**
- * Follows a job to its end, over lost connections, and returns its result.
+ * Follows a job to its end and returns its result. Reconnects if the connection is lost.
  *
  * @param {string} id of the job.
- * @param {(event: string, data: object) => void} tell hears queued, stage, step, preview and "lost" (no connection).
+ * @param {(event: string, data: object) => void} tell receives the events queued, stage, step, preview and "lost" (no connection).
  * @param {AbortSignal} signal cancels the job.
- * @throws {ApiError} what the server says; code "cancelled" if the signal did, "stopped" if something else did, "gone"
- *   if the server does not know the job (any more).
+ * @throws {ApiError} the job's error. The code is "cancelled" if the signal cancelled the job, "stopped" if
+ *   something else did, and "gone" if the server does not know the job.
  */
 export async function follow(id, tell, signal) {
   const path = `/jobs/${encodeURIComponent(id)}`;
@@ -56,11 +56,11 @@ export async function follow(id, tell, signal) {
         if (ended.status === "done") return ended.result;
         if (ended.status === "failed") throw new ApiError(ended.error.message, ended.error.code);
         if (ended.status === "cancelled" && signal.aborted) throw new ApiError("Cancelled.", "cancelled");
-        if (ended.status === "cancelled") throw new ApiError("The job was cancelled, but not here.", "stopped");
+        if (ended.status === "cancelled") throw new ApiError("The job was cancelled from outside this page.", "stopped");
       } catch (error) {
-        if (error.code === "not_found") throw new ApiError("The server was started again, or has dropped this job: there is no picture. The settings are still here.", "gone");
+        if (error.code === "not_found") throw new ApiError("The server was restarted or has deleted this job, so its result is lost. The settings are still here.", "gone");
         if (error.code !== "offline") throw error;
-        if (signal.aborted) throw new ApiError("The server does not answer, so the job may not be cancelled.", "offline");
+        if (signal.aborted) throw new ApiError("The server does not answer. The job may still be running.", "offline");
       }
       await new Promise((resolve) => setTimeout(resolve, 1000 * PAUSES[Math.min(lost, PAUSES.length - 1)]));
     }
@@ -69,7 +69,7 @@ export async function follow(id, tell, signal) {
   }
 }
 
-/** Reads a stream of events to its end. fetch instead of EventSource, so that the token travels in a header. */
+/** Reads a stream of events to its end. Uses fetch because EventSource cannot send the token in a header. */
 async function listen(path, heard, hear) {
   const response = await send("GET", path, undefined, heard.last ? { "Last-Event-ID": heard.last } : {});
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -97,8 +97,8 @@ async function call(method, path, body) {
 
 async function send(method, path, body, more = {}) {
   const text = body === undefined ? undefined : JSON.stringify(body);
-  if (text && text.length > largestBody) {
-    throw new ApiError(`The pictures are too large for this server, which takes ${Math.round(largestBody / 2 ** 20)} MB.`, "too_large");
+  if (text && text.length > maxBodyBytes) {
+    throw new ApiError(`The images are too large. This server accepts at most ${Math.round(maxBodyBytes / 2 ** 20)} MB.`, "too_large");
   }
   for (;;) {
     const token = sessionStorage.getItem("token");
@@ -120,26 +120,26 @@ async function send(method, path, body, more = {}) {
   }
 }
 
-/** Asks for the token, once for all who want it; false if there will be none. */
+/** Asks the user for the token, in one dialog for all waiting requests; false if the user cancels. */
 function askToken(wrong) {
-  asking ??= new Promise((resolve) => {
+  tokenRequest ??= new Promise((resolve) => {
     const dialog = one("#token");
     const input = one("input", dialog);
     input.value = "";
-    one("p", dialog).textContent = wrong ? "That token was not the right one." : "It is kept until this browser tab is closed.";
+    one("p", dialog).textContent = wrong ? "That token is wrong." : "The browser keeps it until this tab is closed.";
     dialog.returnValue = "cancel";
     dialog.showModal();
     dialog.addEventListener("close", () => {
-      asking = null;
-      const given = dialog.returnValue === "done" ? input.value.trim() : "";
-      if (given) sessionStorage.setItem("token", given);
-      resolve(Boolean(given));
+      tokenRequest = null;
+      const entered = dialog.returnValue === "done" ? input.value.trim() : "";
+      if (entered) sessionStorage.setItem("token", entered);
+      resolve(Boolean(entered));
     }, { once: true });
   });
-  return asking;
+  return tokenRequest;
 }
 
-/** A message as a sentence: a capital, and a full stop. */
+/** A message as a sentence: with a capital letter and a full stop. */
 export function sentence(message) {
   const text = message.charAt(0).toUpperCase() + message.slice(1);
   return /[.!?…]$/.test(text) ? text : `${text}.`;

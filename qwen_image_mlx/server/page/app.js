@@ -1,26 +1,26 @@
-// Puts the page together: tabs, keys, theme, history. Everything the server is asked goes through api.js.
+// Puts the page together: tabs, keys, theme, history. All requests to the server go through api.js.
 
 import { config, follow } from "./api.js";
 import { all, button, el, one, say } from "./dom.js";
 import { cards, forget, note, notes, recall, remember, restore, tidy, unnote } from "./history.js";
 import { Panel } from "./panel.js";
-import { asPicture, thumbnail } from "./pictures.js";
+import { asImage, thumbnail } from "./images.js";
 import { gallery } from "./results.js";
 import { stackEditor } from "./stack.js";
 
-const VERBS = { generate: "Paint", edit: "Change it", decompose: "Take apart" };
-const NAMES = { generate: "Painted", edit: "Changed", decompose: "Taken apart" };
+const VERBS = { generate: "Generate", edit: "Edit", decompose: "Decompose" };
+const NAMES = { generate: "Generated", edit: "Edited", decompose: "Decomposed" };
 const tabs = all("[role=tab]");
 const panels = {};
 let configured = false;
 let restoring = null;
 
-/** The function that takes a picture on to a task; null where the task is not offered. */
+/** A function that sends an image to a task's form; null if the server does not offer the task. */
 function way(task) {
   const panel = panels[task];
   if (!panel.offered) return null;
   return async (url, name) => {
-    panel.wells[0].set([await asPicture(url, name)]);
+    panel.wells[0].set([await asImage(url, name)]);
     open(task);
     one("[name=prompt]", panel.form).focus();
   };
@@ -34,10 +34,11 @@ const shows = {
 
 const elsewhere = "BroadcastChannel" in window ? new BroadcastChannel("history") : null; // other tabs
 
-async function painted({ task, settings, wells, result, id }) {
+/** Adds a result to the history. */
+async function keepResult({ task, settings, wells, result, id }) {
   const first = result.images?.[0] ?? result.layers.at(-1);
-  const shown = task === "decompose" ? wells.image.pictures[0].url : first.image;
-  const card = { task, prompt: settings.prompt, thumbnail: await thumbnail(shown), time: Date.now() };
+  const preview = task === "decompose" ? wells.image.images[0].url : first.image;
+  const card = { task, prompt: settings.prompt, thumbnail: await thumbnail(preview), time: Date.now() };
   await remember(card, { task, settings, wells, result }, id);
   await historyChanged();
 }
@@ -45,7 +46,7 @@ async function painted({ task, settings, wells, result, id }) {
 async function useAgain(id) {
   const kept = await recall(id);
   if (!kept) {
-    await showHistory(); // another tab has dropped it
+    await showHistory(); // a different tab has deleted it
     return;
   }
   const { task, settings, wells, result, work } = kept;
@@ -54,22 +55,22 @@ async function useAgain(id) {
   open(task);
   if (!panel.running) await panel.present(result, settings, wells, { id, work });
   window.scrollTo({ top: 0, behavior: "smooth" });
-  say("The settings are back.");
+  say("The settings are restored.");
 }
 
 async function showHistory() {
   const found = await cards();
   const section = one(".history");
-  section.hidden = !found.length && one("#forgotten").hidden;
-  one("#forget").hidden = !found.length;
+  section.hidden = !found.length && one("#deleted").hidden;
+  one("#delete").hidden = !found.length;
   one("ul", section).replaceChildren(...found.map((card) => el("li", {},
     el("img", { src: card.thumbnail, alt: "", loading: "lazy" }),
     el("div", {},
-      el("p", { class: "words", title: card.prompt ?? "" }, card.prompt || "No words"),
+      el("p", { class: "words", title: card.prompt ?? "" }, card.prompt || "No prompt"),
       el("p", { class: "faint" }, `${NAMES[card.task]} · ${new Date(card.time).toLocaleString([], { dateStyle: "short", timeStyle: "short" })}`),
       el("div", { class: "row" },
         button("Use these settings again", () => useAgain(card.id), { class: "link" }),
-        button("Forget", () => forgetThen(card.id), { class: "link quiet" }))))));
+        button("Delete", () => deleteEntries(card.id), { class: "link quiet" }))))));
 }
 
 async function historyChanged() {
@@ -77,23 +78,23 @@ async function historyChanged() {
   elsewhere?.postMessage("");
 }
 
-/** Drops one entry of the history, or all, and offers to bring them back. */
-async function forgetThen(id) {
-  const dropped = await forget(id);
-  const notice = one("#forgotten");
+/** Deletes one entry of the history, or all of them, and offers to restore them. */
+async function deleteEntries(id) {
+  const deleted = await forget(id);
+  const notice = one("#deleted");
   const undo = button("Undo", async () => {
     notice.hidden = true;
-    await restore(dropped);
+    await restore(deleted);
     await historyChanged();
-    say("The history is back.");
+    say("The history is restored.");
   }, { class: "link" });
-  notice.replaceChildren(dropped.length === 1 ? "One entry is forgotten. " : `${dropped.length} entries are forgotten. `, undo);
-  notice.hidden = !dropped.length;
+  notice.replaceChildren(deleted.length === 1 ? "1 entry deleted. " : `${deleted.length} entries deleted. `, undo);
+  notice.hidden = !deleted.length;
   await historyChanged();
   undo.focus();
 }
 
-/** Puts forms back as they were left, and what was on their stages. */
+/** Restores the forms and the results that were visible when the page was closed. */
 async function restoreForms() {
   const forms = await notes("form");
   for (const [task, panel] of Object.entries(panels)) {
@@ -106,14 +107,14 @@ async function restoreForms() {
   await tidy();
 }
 
-/** Takes up the jobs that this tab, or one that is closed, has begun: one on each stage, the others unseen. */
+/** Resumes the jobs of this tab and of closed tabs. Each panel shows one job; the others run in the background. */
 async function resumeJobs() {
   for (const record of await notes("job")) {
-    if (record.layer != null) continue; // the editor of layers takes it up
+    if (record.layer != null) continue; // the layer editor resumes it
     const panel = panels[record.task];
-    await note(record); // this tab's from now on
+    await note(record); // it belongs to this tab from now on
     if (panel.running) follow(record.job, () => {}, new AbortController().signal)
-      .then((result) => painted({ ...record, result, id: record.entry }), () => {})
+      .then((result) => keepResult({ ...record, result, id: record.entry }), () => {})
       .finally(() => unnote(record.id));
     else panel.resume(record);
   }
@@ -148,14 +149,14 @@ async function connect() {
   await resumeJobs();
 }
 
-function themed() {
+function isDark() {
   const remembered = document.documentElement.dataset.theme;
   return remembered ? remembered === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
 for (const tab of tabs) {
   const task = tab.id.slice(4);
-  panels[task] = new Panel(one(`#panel-${task}`), VERBS[task], shows[task], painted);
+  panels[task] = new Panel(one(`#panel-${task}`), VERBS[task], shows[task], keepResult);
   tab.addEventListener("click", () => open(task));
 }
 one("[role=tablist]").addEventListener("keydown", (event) => {
@@ -181,16 +182,16 @@ document.addEventListener("paste", (event) => {
 for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
 
 const theme = one("#theme");
-theme.setAttribute("aria-pressed", themed());
+theme.setAttribute("aria-pressed", isDark());
 theme.addEventListener("click", () => {
-  const next = themed() ? "light" : "dark";
+  const next = isDark() ? "light" : "dark";
   document.documentElement.dataset.theme = next;
   localStorage.setItem("theme", next);
-  theme.setAttribute("aria-pressed", themed());
+  theme.setAttribute("aria-pressed", isDark());
 });
 one("#retry").addEventListener("click", connect);
 window.addEventListener("online", connect);
-one("#forget").addEventListener("click", () => forgetThen());
+one("#delete").addEventListener("click", () => deleteEntries());
 elsewhere?.addEventListener("message", showHistory);
 
 open(tabs.map((tab) => tab.id.slice(4)).find((task) => location.hash === `#${task}`) ?? "generate");

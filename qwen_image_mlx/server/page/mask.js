@@ -1,31 +1,31 @@
-// The dialog in which a mask is painted over a picture. A mask is its strokes; white is what is painted anew.
+// The dialog in which a mask is drawn over an image. A mask is a list of strokes; the white area is inpainted.
 
 import { all, one } from "./dom.js";
-import { drawn, markSmall, decoded } from "./pictures.js";
+import { decode, markSmall, toCanvas } from "./images.js";
 
 const TINT = "#e0218a";
-const NUDGE = 24; // how many presses of an arrow key cross the picture
+const NUDGE = 24; // presses of an arrow key that cross the image
 
 /**
- * Paints or changes a mask.
+ * Lets the user draw or change a mask.
  *
- * @param {{url: string, width: number, height: number}} picture what lies below.
- * @param {?{strokes: Array}} before the mask so far.
- * @returns {Promise<?{url: string, overlay: string, strokes: Array}>} null if there is none;
- *   `url` a PNG of the picture's size, `overlay` a tinted one to lay over a thumbnail.
+ * @param {{url: string, width: number, height: number}} image the image under the mask.
+ * @param {?{strokes: Array}} before the mask to change.
+ * @returns {Promise<?{url: string, overlay: string, strokes: Array}>} null without a mask;
+ *   `url` is a PNG of the image's size, `overlay` a tinted PNG for the thumbnail.
  */
-export async function paintMask(picture, before) {
-  const image = await decoded(picture.url);
+export async function drawMask(image, before) {
+  const below = await decode(image.url);
   const dialog = one("#mask");
   const canvas = one("canvas", dialog);
   const brush = one("[name=brush]", dialog);
-  const { width, height } = picture;
+  const { width, height } = image;
   const strokes = [...(before?.strokes ?? [])];
   const cursor = [width / 2, height / 2];
   Object.assign(canvas, { width, height });
-  canvas.before(image);
-  image.alt = "";
-  markSmall(image.parentNode, width, height);
+  canvas.before(below);
+  below.alt = "";
+  markSmall(below.parentNode, width, height);
   const context = canvas.getContext("2d");
 
   const show = (at = null) => {
@@ -40,7 +40,7 @@ export async function paintMask(picture, before) {
     const box = canvas.getBoundingClientRect();
     return [((event.clientX - box.left) / box.width) * width, ((event.clientY - box.top) / box.height) * height];
   };
-  let painting = false;
+  let drawing = false;
   const acts = {
     undo: () => strokes.pop(),
     clear: () => strokes.splice(0),
@@ -49,17 +49,17 @@ export async function paintMask(picture, before) {
     pointerdown(event) {
       if (event.target !== canvas || event.button) return;
       canvas.setPointerCapture(event.pointerId);
-      painting = true;
+      drawing = true;
       begin(pointOf(event));
       show();
     },
     pointermove(event) {
       if (event.target !== canvas) return;
-      if (painting) strokes.at(-1).points.push(...(event.getCoalescedEvents?.() ?? [event]).map(pointOf));
+      if (drawing) strokes.at(-1).points.push(...(event.getCoalescedEvents?.() ?? [event]).map(pointOf));
       show(pointOf(event));
     },
-    pointerup: () => { painting = false; },
-    pointercancel: () => { painting = false; },
+    pointerup: () => { drawing = false; },
+    pointercancel: () => { drawing = false; },
     pointerout: () => show(),
     click(event) {
       const act = event.target.closest("[data-act]")?.dataset.act;
@@ -93,10 +93,10 @@ export async function paintMask(picture, before) {
   for (const [name, listener] of Object.entries(listeners)) dialog.removeEventListener(name, listener);
   all("img", dialog).forEach((node) => node.remove());
   if (dialog.returnValue !== "done") return before ?? null;
-  return strokes.some((stroke) => !stroke.erase) ? rendered(strokes, width, height) : null;
+  return strokes.some((stroke) => !stroke.erase) ? render(strokes, width, height) : null;
 }
 
-function rendered(strokes, width, height) {
+function render(strokes, width, height) {
   const tinted = canvasOf(width, height);
   strokes.forEach((stroke) => draw(tinted.getContext("2d"), stroke, TINT));
   const mask = canvasOf(width, height);
@@ -106,7 +106,7 @@ function rendered(strokes, width, height) {
   context.fillStyle = "#000";
   context.fillRect(0, 0, width, height);
   const scale = Math.min(1, 320 / Math.max(width, height));
-  const overlay = drawn(tinted, Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale)));
+  const overlay = toCanvas(tinted, Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale)));
   return { url: mask.toDataURL("image/png"), overlay: overlay.toDataURL("image/png"), strokes };
 }
 

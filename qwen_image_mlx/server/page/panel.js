@@ -1,42 +1,42 @@
-// One task's panel: its form, its wells, the job that runs, and what came of it.
+// The panel of one task: its form, its wells, the running job and the result.
 
 import { ApiError, follow, submit } from "./api.js";
 import { all, button, duration, el, one, say } from "./dom.js";
 import { newId, note, tab, unnote } from "./history.js";
-import { markSmall } from "./pictures.js";
+import { markSmall } from "./images.js";
 import { makeWell } from "./well.js";
 
 const STAGES = {
   queued: "Waiting",
   download: "Downloading the model",
   load: "Loading the model",
-  quantize: "Packing the model",
-  encode: "Reading the prompt",
-  caption: "Describing the picture",
-  denoise: "Painting",
-  decode: "Developing",
+  quantize: "Quantizing the model",
+  encode: "Encoding the prompt",
+  caption: "Captioning the image",
+  denoise: "Generating",
+  decode: "Decoding the image",
 };
-const AGAIN = ["gone", "stopped", "stopping", "timeout"]; // ends that nobody here wished for
+const AGAIN = ["gone", "stopped", "stopping", "timeout"]; // error codes that offer a retry
 const COUNTED = ["denoise", "caption", "download"];
 
 /**
  * @param {HTMLElement} section the panel; `data-task` is its task.
- * @param {string} verb what its button says.
- * @param {(result: object, settings: object, before: ?string, kept: object) => Promise<Node>} show makes what is shown of
- *   a result; `kept` is its id in the history, and the work done on it.
- * @param {(entry: object) => Promise<void>} painted is told of every result.
+ * @param {string} verb the label of its button.
+ * @param {(result: object, settings: object, before: ?string, kept: object) => Promise<Node>} show creates the
+ *   elements for a result; `kept` holds the entry's id in the history and the changes made to it.
+ * @param {(entry: object) => Promise<void>} onResult called with every result.
  */
 export class Panel {
-  constructor(section, verb, show, painted) {
+  constructor(section, verb, show, onResult) {
     this.section = section;
     this.task = section.dataset.task;
     this.form = one("form", section);
     this.stage = one(".stage", section);
     this.show = show;
-    this.painted = painted;
+    this.onResult = onResult;
     this.running = null;
     this.offered = false;
-    this.shown = null; // id of the entry of the history that is on the stage
+    this.shown = null; // id of the history entry on the stage
     this.restored = false;
     const common = one("[data-common]", this.form);
     common.append(one("#common").content.cloneNode(true));
@@ -48,7 +48,7 @@ export class Panel {
     one(".go", this.form).append(this.notice, el("div", { class: "row" }, this.button, this.stop,
       el("span", { class: "faint keys" }, /Mac|iP/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵")), this.model);
     this.wells = all("[data-well]", this.form).map((node) => makeWell(node, () => this.follow(), (message) => this.say(message)));
-    this.form.noValidate = true; // `start` validates, so that keys and button say the same
+    this.form.noValidate = true; // `start` validates, so that the keys and the button behave alike
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.start();
@@ -70,7 +70,7 @@ export class Panel {
     this.follow();
   }
 
-  /** Puts files into the panel's well. */
+  /** Adds files to the panel's first well. */
   take(files) {
     const [well] = this.wells;
     const around = well.node.closest("details");
@@ -78,14 +78,14 @@ export class Panel {
     return well.add(files);
   }
 
-  /** Fits the form to what the server offers. */
+  /** Adapts the form to the server's configuration. */
   configure({ tasks, defaults = {}, fields = {}, limits = {} }) {
     const offer = tasks[this.task];
     this.offered = Boolean(offer);
     this.button.disabled = !offer;
     this.model.textContent = offer ? offer.model : "";
     if (!offer) {
-      this.say("This server has no model for that. Name one in its config.toml.");
+      this.say("This server has no model for this task. Add one to its config.toml.");
       return;
     }
     this.notice.hidden = true;
@@ -101,7 +101,7 @@ export class Panel {
     const described = one("[data-captions]", this.form);
     if (described) {
       described.hidden = form.prompt.required = offer.captions === false;
-      if (!described.hidden) form.prompt.placeholder = "Nothing: the model describes it";
+      if (!described.hidden) form.prompt.placeholder = "Leave empty to let the model describe the image";
     }
     if (form.resolution) {
       const usual = offer.resolution ?? defaults.resolution;
@@ -121,14 +121,14 @@ export class Panel {
     this.follow();
   }
 
-  /** Gives an input the ends that the server says, or makes one for what the page has no input of its own for. */
+  /** Sets an input's range to the server's; adds an input for a field that the page does not have. */
   offer(name, { type, min, max, choices = [], help }) {
     let input = this.form.elements[name];
     if (!input) {
       const step = type === "number" ? "any" : "1";
       const words = name.replaceAll("_", " ");
       input = type === "choice"
-        ? el("select", { name }, el("option", { value: "" }, "As usual"), ...choices.map((value) => el("option", { value }, value)))
+        ? el("select", { name }, el("option", { value: "" }, "Default"), ...choices.map((value) => el("option", { value }, value)))
         : el("input", { name, type: { switch: "checkbox", text: "text" }[type] ?? "number", ...(type === "number" || type === "integer" ? { step } : {}) });
       one("[data-common]", this.form).append(el("label", { class: type === "switch" ? "check" : "field", title: help },
         ...(type === "switch" ? [input, " ", el("span", {}, words)] : [el("span", {}, words), input])));
@@ -137,7 +137,7 @@ export class Panel {
     if (input.type === "number" && Number.isSafeInteger(max)) input.max = max;
   }
 
-  /** Notes what the form says, for when the page is opened again. */
+  /** Saves the form, so that it can be restored when the page is opened again. */
   keep() {
     clearTimeout(this.keeping);
     if (!this.restored) return;
@@ -146,17 +146,17 @@ export class Panel {
     }), 200);
   }
 
-  /** The pictures of the wells, by their names. */
+  /** The images and masks of the wells, by the wells' names. */
   chosen() {
-    return Object.fromEntries(this.wells.filter(({ pictures }) => pictures.length).map(({ name, pictures, mask }) => [name, { pictures, mask }]));
+    return Object.fromEntries(this.wells.filter(({ images }) => images.length).map(({ name, images, mask }) => [name, { images, mask }]));
   }
 
-  /** Shows what belongs to what is filled in, and the values of sliders. */
+  /** Shows or hides the fields that depend on an image or a mask, and updates the sliders' values. */
   follow() {
     this.keep();
     const filled = { image: false, mask: false };
     for (const well of this.wells ?? []) {
-      filled.image ||= well.pictures.length > 0;
+      filled.image ||= well.images.length > 0;
       filled.mask ||= Boolean(well.mask);
     }
     for (const node of all("[data-with]", this.form)) node.hidden = !filled[node.dataset.with];
@@ -167,7 +167,7 @@ export class Panel {
     }
   }
 
-  /** What the form says, as the API's fields; nothing where it is empty or not shown. */
+  /** The form's values as the API's fields, without empty and hidden inputs. */
   settings() {
     const fields = {};
     for (const input of this.form.elements) {
@@ -182,7 +182,7 @@ export class Panel {
     return fields;
   }
 
-  /** Puts settings and pictures back into the form. */
+  /** Fills the form with settings and images. */
   fill(settings, wells = {}) {
     for (const input of this.form.elements) {
       if (!input.name) continue;
@@ -193,15 +193,15 @@ export class Panel {
       else if (input.type !== "range" && input.tagName !== "SELECT") input.value = "";
     }
     for (const well of this.wells) {
-      const { pictures = [], mask = null } = wells[well.name] ?? {};
-      well.set(pictures, mask);
+      const { images = [], mask = null } = wells[well.name] ?? {};
+      well.set(images, mask);
       const around = well.node.closest("details");
-      if (around) around.open = pictures.length > 0;
+      if (around) around.open = images.length > 0;
     }
     this.follow();
   }
 
-  /** Says a sentence above the button; with `again` seconds it counts down to another try; 0 offers it at once. */
+  /** Shows a message above the button. `again` offers a retry after this many seconds; 0 offers it at once. */
   say(message, again = null) {
     clearInterval(this.countdown);
     this.notice.hidden = false;
@@ -220,7 +220,7 @@ export class Panel {
     this.countdown = setInterval(tick, 1000);
   }
 
-  /** Cancels what runs; true if something did. */
+  /** Cancels the running job; true if there was one. */
   cancel() {
     if (!this.running) return false;
     this.running.abort();
@@ -233,9 +233,9 @@ export class Panel {
     if (this.running || !this.offered) return;
     clearInterval(this.countdown);
     this.notice.hidden = true;
-    const missing = this.wells.find((well) => !well.pictures.length && !well.node.closest("details"));
+    const missing = this.wells.find((well) => !well.images.length && !well.node.closest("details"));
     if (missing) {
-      this.say("Choose a picture first.");
+      this.say("Choose an image first.");
       return;
     }
     for (const wrong of all("details :invalid", this.form)) wrong.closest("details").open = true;
@@ -243,10 +243,10 @@ export class Panel {
     const settings = this.settings();
     const fields = { ...settings };
     const wells = this.chosen();
-    for (const { name, most } of this.wells) {
+    for (const { name, max } of this.wells) {
       if (!wells[name]) continue;
-      const { pictures, mask } = wells[name];
-      fields[name] = most > 1 ? pictures.map(({ url }) => url) : pictures[0].url;
+      const { images, mask } = wells[name];
+      fields[name] = max > 1 ? images.map(({ url }) => url) : images[0].url;
       if (mask) fields.mask = mask.url;
     }
     await this.attend(settings, wells, async () => {
@@ -257,18 +257,18 @@ export class Panel {
     });
   }
 
-  /** Takes up a job that was begun before the page was opened. */
+  /** Resumes a job that was started before the page was opened. */
   async resume(record) {
     this.fill(record.settings, record.wells);
     await this.attend(record.settings, record.wells, async () => record);
   }
 
-  /** Shows how far a job is, to its end, and what it came to. */
+  /** Shows a job's progress until its end, then its result or its error. */
   async attend(settings, wells, begin) {
     let record = null;
     this.running = new AbortController();
     const focused = document.activeElement === this.button;
-    this.stop.disabled = true; // a moment only, so that a double click does not cancel
+    this.stop.disabled = true; // for a moment, so that a double click does not cancel
     setTimeout(() => { this.stop.disabled = !this.running || this.running.signal.aborted; }, 500);
     this.button.hidden = !(this.stop.hidden = false);
     const before = [...this.stage.childNodes];
@@ -278,7 +278,7 @@ export class Panel {
     try {
       record = await begin();
       const result = await follow(record.job, (event, data) => progress.tell(event, data), this.running.signal);
-      await this.painted({ task: this.task, settings, wells, result, id: record.entry });
+      await this.onResult({ task: this.task, settings, wells, result, id: record.entry });
       await this.present(result, settings, wells, { id: record.entry });
       say("Done.");
     } catch (error) {
@@ -300,13 +300,13 @@ export class Panel {
   /** Shows a result. */
   async present(result, settings, wells, kept) {
     const [well] = Object.values(wells);
-    this.stage.replaceChildren(await this.show(result, settings, well?.pictures[0].url, kept));
+    this.stage.replaceChildren(await this.show(result, settings, well?.images[0].url, kept));
     this.shown = kept.id;
     this.keep();
   }
 }
 
-/** How far a job is: a preview, a bar, and words. */
+/** A job's progress: a preview, a bar and a text. */
 class Progress {
   constructor() {
     this.preview = el("img", { alt: "", hidden: true });
@@ -320,7 +320,7 @@ class Progress {
 
   tell(event, data) {
     ({
-      queued: ({ position }) => this.words(position ? `Waiting: ${position} before it` : STAGES.queued),
+      queued: ({ position }) => this.words(position ? `Waiting: ${position} ahead in the queue` : STAGES.queued),
       stage: ({ stage, detail }) => {
         this.stage = stage;
         this.bar.removeAttribute("value");
@@ -342,7 +342,7 @@ class Progress {
       },
       lost: () => {
         this.left.textContent = "";
-        this.words("Connection lost, trying again. The job goes on.");
+        this.words("Connection lost, trying again. The job is still running.");
       },
     })[event]?.(data);
   }

@@ -1,26 +1,27 @@
-// The pictures of a result, with what can be done with them.
+// The images of a result, with their actions.
 
 import { button, el } from "./dom.js";
-import { comparison, decoded, download, fileName, markSmall } from "./pictures.js";
+import { comparison, decode, download, fileName, markSmall } from "./images.js";
 
 /**
- * A gallery of painted pictures.
+ * A gallery of generated images.
  *
- * @param {{images: Array<{image: string, seed: number}>}} result as the API gives it.
- * @param {object} settings what was asked for.
- * @param {?string} before URL of the picture that was changed.
- * @param {(task: string) => ?((url: string, name: string) => void)} way takes a picture on to a task, if that is offered.
+ * @param {{images: Array<{image: string, seed: number}>}} result as the API returns it.
+ * @param {object} settings the form's fields.
+ * @param {?string} before URL of the image that was edited.
+ * @param {(task: string) => ?((url: string, name: string) => void)} way returns a function that sends an image to a task's
+ *   form; null if the server does not offer the task.
  */
 export async function gallery(result, settings, before, way) {
   const figures = await Promise.all(result.images.map(async ({ image: url, seed }) => {
     const name = fileName(settings.prompt, seed);
-    const image = await decoded(url);
+    const image = await decode(url);
     image.alt = settings.prompt;
     const { frame, slider } = before ? comparison(image, before) : { frame: el("div", { class: "frame" }, image), slider: null };
     markSmall(frame, image.naturalWidth, image.naturalHeight);
     const actions = [
       button("Download", () => download(url, `${name}.png`), { "data-do": "download" }),
-      ...[["edit", "Edit this"], ["decompose", "Take apart"]].map(([task, text]) => {
+      ...[["edit", "Edit"], ["decompose", "Decompose"]].map(([task, text]) => {
         const go = way(task);
         return go && button(text, () => go(url, `${name}.png`), { "data-do": task });
       }),

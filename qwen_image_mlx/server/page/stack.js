@@ -1,44 +1,44 @@
-// The editor of layers: laid together in the browser; shown, moved, faded, ordered, edited with words, and saved.
+// The layer editor. It composites layers in the browser; the user moves, fades, hides, orders, edits and saves them.
 
 import { ApiError, compose, follow, submit } from "./api.js";
 import { button, duration, el, icon, iconButton, reorderable, say } from "./dom.js";
 import { amend, note, notes, unnote } from "./history.js";
-import { comparison, decoded, download, drawn, fileName, markSmall } from "./pictures.js";
+import { comparison, decode, download, fileName, markSmall, toCanvas } from "./images.js";
 
 const FORMATS = { png: "PNG", psd: "PSD", ora: "ORA", zip: "ZIP" };
 const NUDGES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-const HAZE = 40; // alpha below which a layer shows nothing worth taking hold of
+const HAZE = 40; // pixels with at most this alpha are ignored by clicks and outlines
 const FAR = 10; // pixels an arrow key moves a layer with Shift
 
 /**
  * An editor for the layers of a result.
  *
- * @param {{layers: Array<{image: string}>, prompt: string, psnr: ?number, seed: number}} result as the API gives it.
- * @param {object} settings what was asked for.
- * @param {?string} original URL of the picture that was taken apart.
- * @param {(task: string) => ?Function} way whether a task is offered.
- * @param {{id: number, work: ?Array<object>}} kept its entry in the history, and the work that was done on it.
+ * @param {{layers: Array<{image: string}>, prompt: string, psnr: ?number, seed: number}} result as the API returns it.
+ * @param {object} settings the form's fields.
+ * @param {?string} original URL of the image that was decomposed.
+ * @param {(task: string) => ?Function} way null if the server does not offer the task.
+ * @param {{id: number, work: ?Array<object>}} kept its id in the history and the saved state of its layers.
  */
 export async function stackEditor(result, settings, original, way, { id, work }) {
   const untouched = result.layers.map((_, from) => ({ from, x: 0, y: 0, opacity: 1, visible: true, undo: [] }));
   let layers = await Promise.all((work ?? untouched).map(async (state) => {
     const url = state.url ?? result.layers[state.from].image;
-    const undo = await Promise.all(state.undo.map(async (before) => ({ url: before, image: await decoded(before) })));
-    return { ...state, name: state.from ? `Layer ${state.from}` : "Background", url, image: await decoded(url), undo };
+    const undo = await Promise.all(state.undo.map(async (before) => ({ url: before, image: await decode(before) })));
+    return { ...state, name: state.from ? `Layer ${state.from}` : "Background", url, image: await decode(url), undo };
   }));
-  const past = []; // states before each step, to be undone
+  const past = []; // states before each change, for undo
   const width = Math.max(...layers.map(({ image }) => image.naturalWidth));
   const height = Math.max(...layers.map(({ image }) => image.naturalHeight));
   const name = fileName(settings.prompt || result.prompt, result.seed);
   let selected = layers.at(-1);
 
-  const canvas = el("canvas", { width, height, tabindex: 0, role: "application", "aria-label": "The layers laid together. Drag a layer, or move it with the arrow keys." });
+  const canvas = el("canvas", { width, height, tabindex: 0, role: "application", "aria-label": "The composited layers. Drag a layer, or move it with the arrow keys." });
   const outline = el("div", { class: "outline", "aria-hidden": "true" });
   const { frame, slider } = original ? comparison(canvas, original) : { frame: el("div", { class: "frame" }, canvas), slider: null };
   frame.append(outline);
   frame.classList.add("checkered");
   markSmall(frame, width, height);
-  const list = el("ol", { class: "layers", "aria-label": "Layers, the front one first" });
+  const list = el("ol", { class: "layers", "aria-label": "Layers, front to back" });
   const notice = el("p", { class: "notice", role: "alert", hidden: true });
 
   function draw() {
@@ -56,12 +56,12 @@ export async function stackEditor(result, settings, original, way, { id, work })
     for (const layer of layers) {
       layer.row?.classList.toggle("selected", layer === selected);
       layer.row?.classList.toggle("unseen", !layer.visible);
-      if (layer.place) layer.place.textContent = layer.x || layer.y ? `moved by ${layer.x}, ${layer.y}` : "in its place";
+      if (layer.place) layer.place.textContent = layer.x || layer.y ? `moved by ${layer.x}, ${layer.y}` : "not moved";
       if (layer.back) layer.back.hidden = !(layer.x || layer.y);
     }
   }
 
-  /** Keeps the work in the history, a moment after the last change. */
+  /** Saves the state of the layers in the history, shortly after the last change. */
   let keeping = 0;
   function keep() {
     clearTimeout(keeping);
@@ -70,7 +70,7 @@ export async function stackEditor(result, settings, original, way, { id, work })
     }))), 200);
   }
 
-  /** Marks a state that `back` returns to. */
+  /** Saves a state that `back` restores. */
   function mark() {
     past.push(layers.map((layer) => [layer, { x: layer.x, y: layer.y, opacity: layer.opacity, visible: layer.visible }]));
     backward.disabled = false;
@@ -118,7 +118,7 @@ export async function stackEditor(result, settings, original, way, { id, work })
       const next = layer.row.querySelector(`[data-${which}]`);
       (next.disabled ? layer.row.querySelector(".name") : next).focus();
     };
-    const eye = iconButton(layer.visible ? "shown" : "hidden", `Show ${layer.name}`, () => {
+    const eye = iconButton(layer.visible ? "visible" : "hidden", `Show ${layer.name}`, () => {
       mark();
       layer.visible = !layer.visible;
       rows();
@@ -136,7 +136,7 @@ export async function stackEditor(result, settings, original, way, { id, work })
       select(layer);
     });
     layer.place = el("span", { class: "faint" });
-    layer.back = button("Put back", () => {
+    layer.back = button("Reset position", () => {
       mark();
       move(layer, 0, 0);
     }, { class: "link" });
@@ -152,12 +152,12 @@ export async function stackEditor(result, settings, original, way, { id, work })
         el("label", { class: "slider" }, el("span", {}, "Opacity"), opacity, percent),
         el("div", { class: "row" }, layer.place, layer.back, el("span", { class: "grow" }),
           button("Save", () => download(layer.url, `${name}-${layer.name.toLowerCase().replace(" ", "-")}.png`), { class: "link", title: "Download this layer as PNG" })),
-        way("edit") ? wordsFor(layer) : null));
+        way("edit") ? promptFor(layer) : null));
     return layer.row;
   }
 
-  /** The form that edits one layer with words. A layer is edited by itself, and keeps its transparency. */
-  function wordsFor(layer) {
+  /** The form that edits one layer with a prompt. The edit sees only this layer and keeps its transparency. */
+  function promptFor(layer) {
     const words = el("input", { type: "text", placeholder: "Make it blue", "aria-label": `What to change in ${layer.name}`, required: true, value: layer.words ?? "" });
     const go = el("button", { class: "primary" }, layer.stop ? "Cancel" : "Edit");
     const undo = layer.undo.length && !layer.stop ? button("Undo edit", () => {
@@ -206,11 +206,11 @@ export async function stackEditor(result, settings, original, way, { id, work })
       job = await begin();
       const { images } = await follow(job, (name, data) => tell(layer, name, data), layer.stop.signal);
       const undo = { url: layer.url, image: layer.image };
-      const image = await decoded(images[0].image);
+      const image = await decode(images[0].image);
       const [w, h] = [layer.image.naturalWidth, layer.image.naturalHeight];
       const same = image.naturalWidth === w && image.naturalHeight === h;
-      layer.url = same ? images[0].image : drawn(image, w, h).toDataURL("image/png");
-      layer.image = same ? image : await decoded(layer.url);
+      layer.url = same ? images[0].image : toCanvas(image, w, h).toDataURL("image/png");
+      layer.image = same ? image : await decode(layer.url);
       layer.undo.push(undo);
       say(`${layer.name} has been edited.`);
     } catch (error) {
@@ -227,7 +227,7 @@ export async function stackEditor(result, settings, original, way, { id, work })
 
   function tell(layer, event, { step, total, seconds_left: left, position }) {
     if (event === "step") layer.bar.value = step / total;
-    if (event === "queued") layer.now.textContent = position ? `Waiting, ${position} before it` : "Waiting";
+    if (event === "queued") layer.now.textContent = position ? `Waiting, ${position} ahead in the queue` : "Waiting";
     if (event === "step") layer.now.textContent = left == null ? `Step ${step} of ${total}` : `${duration(left)} left`;
   }
 
@@ -239,7 +239,7 @@ export async function stackEditor(result, settings, original, way, { id, work })
   canvas.addEventListener("pointerdown", (event) => {
     if (event.button) return;
     const [x, y] = pointOf(event);
-    const hit = [...layers].reverse().find((layer) => layer.visible && layer.opacity && seen(layer, x - layer.x, y - layer.y));
+    const hit = [...layers].reverse().find((layer) => layer.visible && layer.opacity && isVisible(layer, x - layer.x, y - layer.y));
     if (hit) select(hit);
     const begun = [selected.x - x, selected.y - y];
     let moved = false;
@@ -304,21 +304,21 @@ export async function stackEditor(result, settings, original, way, { id, work })
   return editor;
 }
 
-/** Whether a layer shows anything at a point of its own picture. */
-function seen({ image }, x, y) {
+/** Whether a layer is visible at a point of its own image. */
+function isVisible({ image }, x, y) {
   if (x < 0 || y < 0 || x >= image.naturalWidth || y >= image.naturalHeight) return false;
   const context = el("canvas", { width: 1, height: 1 }).getContext("2d");
   context.drawImage(image, -Math.floor(x), -Math.floor(y));
   return context.getImageData(0, 0, 1, 1).data[3] > HAZE;
 }
 
-/** The box of what a layer shows, in pixels of its own picture. */
+/** The bounding box of a layer's visible pixels, in pixels of its own image. */
 function bounds(layer) {
   if (layer.boundsOf === layer.image) return layer.box;
   const { naturalWidth: width, naturalHeight: height } = layer.image;
   const scale = Math.min(1, 256 / Math.max(width, height));
   const [w, h] = [Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale))];
-  const { data } = drawn(layer.image, w, h).getContext("2d").getImageData(0, 0, w, h);
+  const { data } = toCanvas(layer.image, w, h).getContext("2d").getImageData(0, 0, w, h);
   let [left, top, right, bottom] = [w, h, 0, 0];
   for (let y = 0; y < h; y += 1) {
     for (let x = 0; x < w; x += 1) {

@@ -1,47 +1,47 @@
-// A well: the place of a form where pictures are dropped, put in order and masked.
+// A well: the part of a form that holds images. The user drops, orders and masks them there.
 
 import { button, el, iconButton, reorderable, say } from "./dom.js";
-import { paintMask } from "./mask.js";
-import { markSmall, readPicture } from "./pictures.js";
+import { drawMask } from "./mask.js";
+import { markSmall, readImage } from "./images.js";
 
 let wells = 0;
 
 /**
- * Makes a well of an element.
+ * Turns an element into a well.
  *
- * @param {HTMLElement} node where it is shown; `data-most` how many pictures it holds, `data-mask` if the first can be masked.
+ * @param {HTMLElement} node the element; `data-max` is the maximum number of images, `data-mask` allows a mask on the first.
  * @param {() => void} changed called after every change.
- * @param {(message: string) => void} refuse called with a sentence when a file is no picture.
+ * @param {(message: string) => void} refuse called with a message when a file is not an image.
  */
 export function makeWell(node, changed, refuse) {
-  const most = Number(node.dataset.most);
+  const max = Number(node.dataset.max);
   const canMask = "mask" in node.dataset;
   const id = `file-${(wells += 1)}`;
-  const list = el("ol", { class: "pictures", "aria-label": "Chosen pictures" });
-  const input = el("input", { type: "file", id, accept: "image/*", multiple: most > 1, class: "visually-hidden" });
+  const list = el("ol", { class: "images", "aria-label": "Chosen images" });
+  const input = el("input", { type: "file", id, accept: "image/*", multiple: max > 1, class: "visually-hidden" });
   const words = el("span", {});
   node.append(list, input, el("label", { class: "drop", for: id }, words));
-  let pictures = [];
+  let images = [];
   let mask = null;
 
   function set(next, nextMask = null) {
     mask = nextMask && next.length ? nextMask : null;
-    pictures = next.slice(0, most);
-    list.replaceChildren(...pictures.map(card));
-    node.classList.toggle("full", pictures.length >= most);
-    words.textContent = pictures.length
-      ? most > 1 ? "Add another" : "Choose another"
-      : most > 1 ? `Drop up to ${most} pictures here, paste, or choose` : "Drop a picture here, paste, or choose";
+    images = next.slice(0, max);
+    list.replaceChildren(...images.map(card));
+    node.classList.toggle("full", images.length >= max);
+    words.textContent = images.length
+      ? max > 1 ? "Add an image" : "Replace the image"
+      : max > 1 ? `Drop up to ${max} images here, paste, or choose` : "Drop an image here, paste, or choose";
     changed();
   }
 
   async function add(files) {
     for (const file of files) {
       try {
-        const picture = await readPicture(file);
-        const kept = most === 1 ? [] : pictures;
-        if (kept.length >= most) throw new Error(`There is room for ${most} pictures; remove one first.`);
-        set([...kept, picture], kept.length ? mask : null);
+        const image = await readImage(file);
+        const kept = max === 1 ? [] : images;
+        if (kept.length >= max) throw new Error(`At most ${max} images fit; remove one first.`);
+        set([...kept, image], kept.length ? mask : null);
       } catch (error) {
         refuse(error.message);
       }
@@ -49,50 +49,50 @@ export function makeWell(node, changed, refuse) {
   }
 
   function move(from, to) {
-    const next = [...pictures];
+    const next = [...images];
     next.splice(to, 0, ...next.splice(from, 1));
-    set(next, next[0] === pictures[0] ? mask : null);
-    say(`Picture ${from + 1} is now picture ${to + 1}.`);
+    set(next, next[0] === images[0] ? mask : null);
+    say(`Image ${from + 1} is now image ${to + 1}.`);
     const moved = list.children[to];
     (moved?.querySelector(to > from ? "[data-later]:enabled" : "[data-earlier]:enabled") ?? moved?.querySelector("button:enabled"))?.focus();
   }
 
-  function card(picture, index) {
-    const image = el("img", { src: picture.url, alt: `Picture ${index + 1}: ${picture.name}`, draggable: "false" });
-    const shown = el("div", { class: most > 1 && pictures.length > 1 ? "shown grip" : "shown" }, image);
-    markSmall(shown, picture.width, picture.height);
+  function card(image, index) {
+    const img = el("img", { src: image.url, alt: `Image ${index + 1}: ${image.name}`, draggable: "false" });
+    const shown = el("div", { class: max > 1 && images.length > 1 ? "shown grip" : "shown" }, img);
+    markSmall(shown, image.width, image.height);
     if (index === 0 && mask) shown.append(el("img", { class: "overlay", src: mask.overlay, alt: "Its mask" }));
-    if (most > 1) shown.append(el("span", { class: "number", "aria-hidden": "true" }, String(index + 1)));
+    if (max > 1) shown.append(el("span", { class: "number", "aria-hidden": "true" }, String(index + 1)));
     const tools = el("div", { class: "row" });
-    if (pictures.length > 1) {
+    if (images.length > 1) {
       tools.append(
-        iconButton("left", `Move picture ${index + 1} earlier`, () => move(index, index - 1), { disabled: !index, "data-earlier": "" }),
-        iconButton("right", `Move picture ${index + 1} later`, () => move(index, index + 1), {
-          disabled: index === pictures.length - 1, "data-later": "",
+        iconButton("left", `Move image ${index + 1} earlier`, () => move(index, index - 1), { disabled: !index, "data-earlier": "" }),
+        iconButton("right", `Move image ${index + 1} later`, () => move(index, index + 1), {
+          disabled: index === images.length - 1, "data-later": "",
         }),
       );
     }
-    const remove = iconButton("remove", `Remove picture ${index + 1}`, () => {
-      set(pictures.filter((other) => other !== picture), index ? mask : null);
+    const remove = iconButton("remove", `Remove image ${index + 1}`, () => {
+      set(images.filter((other) => other !== image), index ? mask : null);
       input.focus();
     });
     const masking = el("div", { class: "row" });
     if (canMask && index === 0) {
-      masking.append(button(mask ? "Change mask" : "Paint a mask", async () => {
-        const painted = await paintMask(picture, mask);
-        if (pictures[0] === picture) set(pictures, painted);
-      }, { "data-paint-mask": "" }));
-      if (mask) masking.append(button("Remove mask", () => set(pictures), { class: "link" }));
+      masking.append(button(mask ? "Change mask" : "Draw a mask", async () => {
+        const changedMask = await drawMask(image, mask);
+        if (images[0] === image) set(images, changedMask);
+      }, { "data-draw-mask": "" }));
+      if (mask) masking.append(button("Remove mask", () => set(images), { class: "link" }));
     }
     return el("li", {}, shown, el("div", { class: "about" },
-      el("div", { class: "row title" }, el("p", { class: "name grow" }, picture.name), remove), el("p", { class: "faint" }, `${picture.width} × ${picture.height}`), masking, tools));
+      el("div", { class: "row title" }, el("p", { class: "name grow" }, image.name), remove), el("p", { class: "faint" }, `${image.width} × ${image.height}`), masking, tools));
   }
 
   input.addEventListener("change", async () => {
     await add([...input.files]);
     input.value = "";
   });
-  if (most > 1) reorderable(list, ".grip", move);
+  if (max > 1) reorderable(list, ".grip", move);
   set([]);
-  return { name: node.dataset.well, most, node, add, set, get pictures() { return pictures; }, get mask() { return mask; } };
+  return { name: node.dataset.well, max, node, add, set, get images() { return images; }, get mask() { return mask; } };
 }

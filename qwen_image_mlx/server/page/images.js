@@ -1,19 +1,19 @@
-// Pictures as data URLs: reading, looking at, reducing, saving. Knows nothing about the server.
+// Images as data URLs: read, decode, scale down, save. Independent of the server.
 
 import { el } from "./dom.js";
 
-const TAKEN = ["image/png", "image/jpeg", "image/webp"]; // as the API takes them; others are turned into PNG
+const ACCEPTED = ["image/png", "image/jpeg", "image/webp"]; // formats the API accepts; others are converted to PNG
 
-/** A picture that has been decoded, at its natural size. */
-export async function decoded(url) {
+/** Decodes a data URL into an image element. */
+export async function decode(url) {
   const image = new Image();
   image.src = url;
   await image.decode();
   return image;
 }
 
-/** A file as {url, width, height, name}; throws an Error with a sentence for people. */
-export async function readPicture(file) {
+/** A file as {url, width, height, name}; throws an Error with a message for the user. */
+export async function readImage(file) {
   const name = file.name || "the clipboard";
   try {
     let url = await new Promise((resolve, reject) => {
@@ -22,39 +22,39 @@ export async function readPicture(file) {
       reader.onerror = reject;
       reader.readAsDataURL(file);
     });
-    const image = await decoded(url);
-    if (!TAKEN.includes(file.type)) url = drawn(image, image.naturalWidth, image.naturalHeight).toDataURL("image/png");
+    const image = await decode(url);
+    if (!ACCEPTED.includes(file.type)) url = toCanvas(image, image.naturalWidth, image.naturalHeight).toDataURL("image/png");
     return { url, width: image.naturalWidth, height: image.naturalHeight, name };
   } catch {
-    throw new Error(`“${name}” is not a picture that this browser can read.`);
+    throw new Error(`“${name}” is not an image that this browser can read.`);
   }
 }
 
-/** A picture of a result as {url, width, height, name}. */
-export async function asPicture(url, name) {
-  const image = await decoded(url);
+/** An image of a result as {url, width, height, name}. */
+export async function asImage(url, name) {
+  const image = await decode(url);
   return { url, width: image.naturalWidth, height: image.naturalHeight, name };
 }
 
 /** A canvas of this size with an image stretched over it. */
-export function drawn(image, width, height) {
+export function toCanvas(image, width, height) {
   const canvas = el("canvas", { width, height });
   canvas.getContext("2d").drawImage(image, 0, 0, width, height);
   return canvas;
 }
 
-/** A small WebP or PNG of a picture, at most `side` pixels wide and high. */
+/** A small WebP or PNG of an image, at most `side` pixels wide and high. */
 export async function thumbnail(url, side = 160) {
-  const image = await decoded(url);
+  const image = await decode(url);
   const scale = Math.min(1, side / Math.max(image.naturalWidth, image.naturalHeight));
   const size = [image.naturalWidth, image.naturalHeight].map((length) => Math.max(1, Math.round(length * scale)));
-  return drawn(image, ...size).toDataURL("image/webp", 0.85);
+  return toCanvas(image, ...size).toDataURL("image/webp", 0.85);
 }
 
-/** Pictures smaller than this are shown enlarged, pixel by pixel. */
+/** Images with sides shorter than this, in pixels, are enlarged with square pixels. */
 const SMALL = 160;
 
-/** Marks what shows a small picture, so that its pixels stay squares. */
+/** Marks an element that shows a small image, so that its pixels stay square. */
 export function markSmall(node, width, height) {
   node.classList.toggle("small", Math.max(width, height) < SMALL);
 }
@@ -68,14 +68,14 @@ export function download(url, name) {
   setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
-/** A part of a prompt that can be a file's name. */
+/** A file name made of the beginning of a prompt and the seed. */
 export function fileName(prompt, seed) {
   const words = (prompt ?? "").toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 48);
   return `${words || "qwen-image"}${seed == null ? "" : `-${seed}`}`;
 }
 
 /**
- * `after` with `before` drawn over its left part, and a slider that says how far; its labels stand where the two do.
+ * `after` with `before` over its left part, and a slider that moves the border between them.
  *
  * @param {HTMLElement} after an element that shows the result.
  * @param {string} before URL of the original.
