@@ -12,7 +12,9 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from .models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
+from .models.qwen3_vl import config as qwen3_vl
 from .models.qwen_image.config import TransformerConfig, VAEConfig
+from .models.qwen_image_21 import config as qwen_image_21
 
 # What a component is for: the name of its folder, and of what else lies in the text encoder's.
 TRANSFORMER = "transformer"
@@ -184,8 +186,76 @@ CLASSES: dict[str, Class] = {
             ),
         ),
     ),
+    "QwenImage21Transformer2DModel": Class(
+        components=(
+            Component(
+                role=TRANSFORMER,
+                map="QwenImage21Transformer2DModel",
+                config=qwen_image_21.TransformerConfig,
+                networks=(Network(TRANSFORMER, MAIN, "qwen_image_21.transformer:Transformer"),),
+                beside=("modulation",),
+                layers="transformer_blocks",
+                depth="num_layers",
+                released=qwen_image_21.TransformerConfig(),
+            ),
+        ),
+        use="pipeline.qwen_image_21.denoiser:QwenImage21Denoiser",
+    ),
+    "Qwen3VLForConditionalGeneration": Class(
+        library="transformers",
+        components=(
+            Component(
+                role=TEXT_ENCODER,
+                map="Qwen3VLForConditionalGeneration",
+                config=qwen3_vl.TextEncoderConfig,
+                networks=(Network(TEXT_ENCODER, MAIN, "qwen3_vl.text:TextEncoder"),),
+                label="the language model",
+                layers="model.language_model.layers",
+                depth="num_hidden_layers",
+                rows="model.language_model.embed_tokens.weight",
+                released=qwen3_vl.TextEncoderConfig(),
+            ),
+            Component(
+                role=VISION,
+                map="Qwen3VLForConditionalGeneration.vision",
+                config=qwen3_vl.VisionConfig,
+                networks=(Network(VISION, MAIN, "qwen3_vl.vision:VisionTower"),),
+                folder=TEXT_ENCODER,
+                label="a vision tower",
+                layers="model.visual.blocks",
+                depth="depth",
+                released=qwen3_vl.VisionConfig(),
+            ),
+            Component(
+                role=LANGUAGE_HEAD,
+                map="Qwen3VLForConditionalGeneration.language_head",
+                config=qwen3_vl.TextEncoderConfig,
+                networks=(Network(LANGUAGE_HEAD, MAIN, "qwen3_vl.text:LanguageHead"),),
+                folder=TEXT_ENCODER,
+                label="a language head",
+                released=qwen3_vl.TextEncoderConfig(),
+            ),
+        ),
+        use="pipeline.qwen_image_21.encoder:QwenImage21Encoder",
+    ),
+    "AutoencoderKLQwenImage21": Class(
+        components=(
+            Component(
+                role=VAE,
+                map="AutoencoderKLQwenImage21",
+                config=qwen_image_21.VAEConfig,
+                networks=(
+                    Network(VAE_ENCODER, "encoder", "qwen_image_21.vae:Encoder"),
+                    Network(VAE_DECODER, "decoder", "qwen_image_21.vae:Decoder"),
+                ),
+                full_precision=True,
+                released=qwen_image_21.VAEConfig(),
+            ),
+        ),
+    ),
     "FlowMatchEulerDiscreteScheduler": Class(),
     "Qwen2Tokenizer": Class(library="transformers"),
+    "Qwen3VLProcessor": Class(library="transformers"),
 }
 
 STREAMABLE = frozenset(row.role for entry in CLASSES.values() for row in entry.components if row.layers)

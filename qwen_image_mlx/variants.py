@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from .errors import CheckpointError
+from .models.qwen_image_21 import facts as qwen_image_21
 from .names import Aspect, CaptionLanguage, LoRAMode, NamedSize, Task
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
@@ -38,6 +40,12 @@ MODEL_ALIASES = {
     "edit-2511": "Qwen/Qwen-Image-Edit-2511",
     "qwen-edit-2511": "Qwen/Qwen-Image-Edit-2511",
     "qwen-image-edit-2511": "Qwen/Qwen-Image-Edit-2511",
+    "2.1": "Qwen/Qwen-Image-2.1",
+    "qwen-2.1": "Qwen/Qwen-Image-2.1",
+    "qwen-image-2.1": "Qwen/Qwen-Image-2.1",
+    "2.1-turbo": "Qwen/Qwen-Image-2.1-Turbo",
+    "qwen-2.1-turbo": "Qwen/Qwen-Image-2.1-Turbo",
+    "qwen-image-2.1-turbo": "Qwen/Qwen-Image-2.1-Turbo",
     "layered": "Qwen/Qwen-Image-Layered",
     "qwen-layered": "Qwen/Qwen-Image-Layered",
     "qwen-image-layered": "Qwen/Qwen-Image-Layered",
@@ -195,6 +203,7 @@ WAN_PREVIEW: tuple[tuple[float, ...], ...] = (
 )
 
 _USUAL_AREA = 1024**2
+APACHE = "Apache-2.0"
 
 # The classes of Qwen-Image 1.x by folder, as its model_index.json has them.
 QWEN_IMAGE = {
@@ -206,6 +215,16 @@ QWEN_IMAGE = {
 }
 
 
+# … and those of Qwen-Image-2.1, which has its tokenizer's files in its processor's folder.
+QWEN_IMAGE_21 = {
+    "processor": "Qwen3VLProcessor",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+    "text_encoder": "Qwen3VLForConditionalGeneration",
+    "transformer": "QwenImage21Transformer2DModel",
+    "vae": "AutoencoderKLQwenImage21",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """What `_class_name` in model_index.json implies.
@@ -213,11 +232,13 @@ class Variant:
     Attributes:
         task: what it is for, and the command that does it: "generate", "edit" or "decompose".
         template: what stands around the prompt.
+        also_edits: whether it generates from text and, shown images, edits.
         max_images: how many images it works on at once (0: it generates from text; None: any number).
         encoder_area: area in pixels that images are resized to for the text encoder (0: it is shown none).
         reference_area: area in pixels that images are resized to, at most, for the transformer.
         target_area: area in pixels of a result whose size follows from an image.
         size_from: index of the image whose aspect the result takes.
+        keeps_references: images are computed once, not in every step.
         samples_references: with a mask, the transformer is shown the sampled latents that the loop blends with,
             rather than the most likely ones.
         layered: it generates a frame with everything, which is dropped, and one for each layer.
@@ -229,17 +250,23 @@ class Variant:
         cfg_scale: default guidance scale.
         negative_prompt: recommended negative prompt.
         preview: from normalised latents to RGB in [-1, 1], a row a channel, and in the last row what is added.
+        sigmas: the noise levels that it was distilled for, unshifted; () is a uniform grid of any number.
+        transparent: what words a prompt for a transparent background; None where the model knows none.
+        sizes: the official (width, height) by aspect ratio.
+        licence: of the released weights, by its name.
         size_multiple: what both sides of a result are multiples of.
         classes: those of its parts, by folder; rows of `registry.CLASSES`.
     """
 
     task: Task
+    also_edits: bool = False
     template: Template
     max_images: int | None = 0
     encoder_area: int = 0
     reference_area: int = 0
     target_area: int = _USUAL_AREA
     size_from: int = 0
+    keeps_references: bool = False
     samples_references: bool = False
     layered: bool = False
     captions: bool = False
@@ -250,17 +277,31 @@ class Variant:
     cfg_scale: float = 4.0
     negative_prompt: str
     preview: tuple[tuple[float, ...], ...] = WAN_PREVIEW
+    sigmas: tuple[float, ...] = ()
+    transparent: Callable[[str], str] | None = field(default=None, repr=False)  # caches are keyed by the repr
+    sizes: Mapping[Aspect, tuple[int, int]] = field(default_factory=lambda: ASPECT_SIZES, hash=False)
+    licence: str = APACHE
     size_multiple: int = 16
     classes: Mapping[str, str] = field(default_factory=lambda: QWEN_IMAGE, hash=False)
 
     @property
     def takes_images(self) -> bool:
-        """Whether it needs images to work on."""
+        """Whether it can be shown images to work on."""
         return self.max_images != 0
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether it does nothing without images."""
+        return self.takes_images and not self.also_edits
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """All that it is for."""
+        return (self.task, "edit") if self.also_edits else (self.task,)
 
     def size_of(self, aspect: Aspect) -> tuple[int, int]:
         """(width, height) of an image from text: the official one, or one of the model's own area."""
-        width, height = ASPECT_SIZES[aspect]
+        width, height = self.sizes[aspect]
         if self.target_area == _USUAL_AREA:
             return width, height
         step = self.size_multiple
@@ -308,11 +349,40 @@ VARIANTS: dict[str, Variant] = {
         steps=50,
         negative_prompt=" ",
     ),
+    "QwenImage21Pipeline": Variant(
+        task="generate",
+        also_edits=True,
+        template=Template(
+            text=qwen_image_21.TEMPLATE,
+            drop=qwen_image_21.DROP,
+            image=qwen_image_21.IMAGE,
+            between=qwen_image_21.BETWEEN_IMAGES,
+        ),
+        max_images=qwen_image_21.MAX_REFERENCES,
+        encoder_area=qwen_image_21.REFERENCE_AREA,
+        reference_area=qwen_image_21.REFERENCE_AREA,
+        target_area=qwen_image_21.TARGET_AREA,
+        size_from=qwen_image_21.SIZE_FROM,
+        keeps_references=True,
+        renormalize=qwen_image_21.RENORMALIZE,
+        steps=qwen_image_21.STEPS,
+        cfg_scale=qwen_image_21.CFG_SCALE,
+        negative_prompt=qwen_image_21.NEGATIVE_PROMPT,
+        preview=(),
+        transparent=qwen_image_21.transparent_prompt,
+        sizes=qwen_image_21.ASPECT_SIZES,
+        licence=qwen_image_21.LICENCE,
+        size_multiple=qwen_image_21.SIZE_MULTIPLE,
+        classes=QWEN_IMAGE_21,
+    ),
 }
 
 # Recommendations of model cards that differ from their pipeline class's.
 RECOMMENDED_NEGATIVE_PROMPTS = {"Qwen/Qwen-Image": " "}
 
+
+# Where a distilled model's model_index.json has its noise levels.
+SIGMAS = "sample_sigmas"
 
 # What a checkpoint of unusual size may say of itself in model_index.json, under `OWN`.
 OWN = "_qwen_image_mlx"
@@ -337,7 +407,22 @@ def variant_of(index: Mapping[str, Any], model: str) -> Variant:
             f"{model} is a {class_name or 'folder without a pipeline class'} in its model_index.json; "
             f"this version runs {', '.join(VARIANTS)}"
         )
-    return replace(VARIANTS[class_name], **_own_settings(index.get(OWN, {}), VARIANTS[class_name], model))
+    usual = VARIANTS[class_name]
+    said = _distilled(index.get(SIGMAS), model) | _own_settings(index.get(OWN, {}), usual, model)
+    return replace(usual, **said)
+
+
+def _distilled(sigmas: object, model: str) -> dict[str, Any]:
+    """The noise levels that a distilled model was saved with, and their number; {} without any."""
+    if sigmas is None:
+        return {}
+    numbers = isinstance(sigmas, list) and 0 < len(sigmas) <= 1000 and all(type(s) in (int, float) for s in sigmas)
+    if not numbers or not all(a > b for a, b in pairwise([*sigmas, 0.0])) or sigmas[0] > 1:
+        raise CheckpointError(
+            f"model_index.json of {model} gives {SIGMAS} as {sigmas!r:.80}, but they must be falling numbers above 0 "
+            "and at most 1: download it again"
+        )
+    return {"sigmas": tuple(map(float, sigmas)), "steps": len(sigmas)}
 
 
 def _own_settings(said: object, usual: Variant, model: str) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from checkpoints import PROCESSOR, Config, merged, spread
+from checkpoints import PROCESSOR, REAL_CONFIGS, Config, merged, spread, write_tokenizer
+from goldens import image
 
 from qwen_image_mlx.models.qwen3_vl.config import TextEncoderConfig, VisionConfig
 from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig, VAEConfig
+from qwen_image_mlx.registry import CLASSES, component_of
+from qwen_image_mlx.variants import OWN, VARIANTS
 from qwen_image_mlx.weights.mapping import expected_tensors
 
 # The class's own defaults are the released values of the transformer and of the autoencoder.
@@ -96,6 +100,43 @@ TINY_PROCESSOR = PROCESSOR | {
     "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "max_pixels": 4096**2, "min_pixels": 32**2, "patch_size": 16,
 }  # fmt: skip
 
+SMALL_AREA = 96**2
+
+
+def write_rest_21(folder: Path, sigmas: tuple[float, ...] | None = None, area: int = SMALL_AREA) -> Path:
+    """Writes what a checkpoint has beside weights and tokenizer, into `folder` or, for Turbo, into one beside it.
+
+    Args:
+        folder: has transformer/, text_encoder/, vae/ and processor/ with the tokenizer's files.
+        sigmas: those of Turbo; the weights are linked.
+        area: of references and of an edit, in pixels.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    classes = VARIANTS["QwenImage21Pipeline"].classes
+    said = {"_class_name": "QwenImage21Pipeline"} | {k: [CLASSES[c].library, c] for k, c in classes.items()}
+    areas = dict.fromkeys(("encoder_area", "reference_area", "target_area"), area)
+    said |= {"sample_sigmas": sigmas, OWN: areas}
+    scheduler = dict(REAL_CONFIGS["scheduler"])
+    if sigmas:
+        scheduler |= {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
+        turbo = folder.with_name(f"{folder.name}-turbo")
+        turbo.mkdir()
+        for part in ("transformer", "text_encoder", "vae", "processor"):
+            (turbo / part).symlink_to(folder / part)
+        folder = turbo
+    files = {
+        "model_index.json": said,
+        "scheduler/scheduler_config.json": scheduler,
+        "processor/preprocessor_config.json": TINY_PROCESSOR,
+    }
+    for name, value in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
+
 # --- goldens -------------------------------------------------------------------------------------------------------
 
 SMALL_TEXT_ENCODER = merged(TINY_TEXT_ENCODER, {"text_config": {"vocab_size": 300}})
@@ -118,11 +159,15 @@ IMAGE_PLACES = slice(5, 11)
 """Of the prompt's 20 tokens, those of an image of `PATCHES`."""
 
 
-def values_21(network: str) -> dict[str, np.ndarray]:
-    """A network's tensors, fp32, by name in the released files; each has its own stream of them."""
-    component, config_class, config = NETWORKS[network]
+def values_21(network: str, config: Config | None = None) -> dict[str, np.ndarray]:
+    """A network's tensors, fp32, by name in the released files; each has its own stream of them.
+
+    `config`: instead of the one in `NETWORKS`.
+    """
+    component, config_class, usual = NETWORKS[network]
+    config = usual if config is None else config
     random = np.random.RandomState(zlib.crc32(component.encode()) % 0x10000)
-    specs = expected_tensors(component, config_class.from_dict(config))
+    specs = expected_tensors(component_of(component), config_class.from_dict(config))
     shapes = {name: spec.shape for name, spec in specs.items()}
     values = {name: spread(name, (random.random_sample(shape) - 0.5) * 12**0.5) for name, shape in shapes.items()}
     dimmed = {name: _DIM_PIXELS * value for name, value in values.items() if name.startswith("decoder.conv_out.")}
@@ -135,6 +180,33 @@ def write_network_21(folder: Path, network: str) -> Path:
     path = folder / f"{network}.safetensors"
     mx.save_safetensors(str(path), {name: mx.array(value) for name, value in values_21(network).items()})
     return path
+
+
+def write_checkpoint_21(folder: Path, sigmas: tuple[float, ...] | None = None) -> Path:
+    """Writes a whole checkpoint; with `sigmas` that of Turbo. Returns its folder."""
+    folders = {
+        "transformer": (TINY_TRANSFORMER, ("transformer",), "diffusion_pytorch_model"),
+        "vae": (TINY_VAE, ("vae",), "diffusion_pytorch_model"),
+        "text_encoder": (TINY_TEXT_ENCODER, ("text_encoder", "vision"), "model"),
+    }
+    for name, (config, networks, stem) in folders.items():
+        (folder / name).mkdir(parents=True)
+        values = {n: mx.array(v) for network in networks for n, v in values_21(network, config).items()}
+        mx.save_safetensors(str(folder / name / f"{stem}.safetensors"), values)
+        (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_tokenizer(folder / "processor", tokenizer_json=False)
+    return write_rest_21(folder, sigmas)
+
+
+GENERATIONS_21: dict[str, dict[str, Any]] = {
+    "generate_21": {"size": (64, 96), "images": [], "negative": None, "cfg_scale": 1.0},
+    "edit_21": {
+        "size": (96, 64), "negative": "blurry", "cfg_scale": 3.0,
+        "images": [image(90, 90), image(200, 120, 1, mode="RGBA")],
+    },
+}  # fmt: skip
+"""Requests by golden file: three steps of seed 7."""
+PROMPT_21 = "make <image1> blue, 让它变蓝 🦊"
 
 
 def golden_inputs() -> dict[str, np.ndarray]:

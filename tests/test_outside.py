@@ -157,7 +157,7 @@ def test_files_have_a_bound(tmp_path):
         file.truncate(1 << 31)
     assert "2,147 MB" in why_not_read(tmp_path / "a", 1 << 30)
     assert why_not_read(tmp_path / "a", 1 << 31) is None
-    with pytest.raises(RequestError, match="more than the 1,074 MB"):
+    with pytest.raises(RequestError, match="more than the maximum of 1,074 MB"):
         open_image(tmp_path / "a")
 
 

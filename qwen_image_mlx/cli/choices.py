@@ -78,11 +78,15 @@ class Choices:
         named = filled(self.given.get("output"), seed=seed, index=index, prompt=self.draft.prompt)
         return self.layer or output_path(named)
 
-    def open_images(self) -> tuple[list[Image], Image | None, list[Image] | None]:
-        """The images to work on (RGB), the mask, and with keep_alpha the same images as RGBA; raises RequestError."""
+    def open_images(self, alpha: bool = False) -> tuple[list[Image], Image | None, list[Image] | None]:
+        """The images to work on (RGB, or with `alpha` RGBA), the mask, and with keep_alpha the same images as RGBA.
+
+        Raises:
+            RequestError: one cannot be read.
+        """
         from ..images.sources import open_image, open_mask, open_rgba
 
-        images = [open_image(source) for source in self.sources]
+        images = [(open_rgba if alpha else open_image)(source) for source in self.sources]
         mask = open_mask(self.options["mask"]) if "mask" in self.options else None
         straight = [open_rgba(source) for source in self.sources] if self.options.get("keep_alpha") else None
         return images, mask, straight

@@ -16,6 +16,7 @@ HINTS = {
     "group size": "--group-size needs --quantize",
     "lightning": "give one with --lora",
     "fault: memory": "--memory auto and --quantize 4 take less",
+    "transparent": "leave --transparent out, or use Qwen/Qwen-Image-2.1",
     "ema": "give --full with it",
     "cut run": "--resume continues it",
     "no run": "leave --resume out",

@@ -31,8 +31,10 @@ def run_images(arguments: argparse.Namespace, default_model: str, task: str, com
     with Console(arguments) as console, ExitStack() as stack:
         timings = console.timings("timings" in chosen.given)
         stack.enter_context(ignore_profiles(bool(chosen.options.get("ignore_profile"))))  # from a flag or the record
-        images, mask, straight = chosen.open_images()
+        images, mask, straight = chosen.open_images(alpha=True)
         session = Session.open(chosen.options, default_model, timings or console, task=task)
+        if images and not session.shows_alpha:
+            images, _, _ = chosen.open_images()
         request = session.request(chosen.options, chosen.size, images, mask, straight)
         warn_idle(command or task, chosen.given, request)
         if chosen.drawn:

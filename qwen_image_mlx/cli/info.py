@@ -66,7 +66,8 @@ def _checkpoint(path: str) -> dict[str, Any]:
 
     report = inspect_checkpoint(path)
     facts: dict[str, Any] = {
-        "model": report.model, "class": report.class_name, "for": report.task, "transformer blocks": report.blocks,
+        "model": report.model, "class": report.class_name, "for": report.task, "licence": report.licence,
+        "transformer blocks": report.blocks,
     }  # fmt: skip
     for part in report.components:
         forms = ", ".join(f"{form} {_size(nbytes)}" for form, nbytes in part.forms.items())

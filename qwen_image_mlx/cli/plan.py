@@ -78,12 +78,14 @@ def run(arguments: argparse.Namespace) -> None:
         if "num_layers" in given and not session.pipeline.variant.layered:
             logger.warning("--layers has no effect: %s is not a layered model", session.pipeline.model)
     budget, model = session.memory.budget, session.pipeline.model
+    licence = session.pipeline.variant.licence
     if arguments.json:
-        print(json_text(_facts(model, work, plans, budget)))
+        print(json_text({"licence": licence} | _facts(model, work, plans, budget)))
         return
     quantized = f", --quantize {arguments.quantize}" if arguments.quantize else ""
     print(f"{model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "
           f"{budget / 1e9:.1f} GB may be used")  # fmt: skip
+    print(f"licence of the released weights: {licence}")
     print(table_of(plans, budget))
     for bits, plans in others:
         print(f"\nwith --quantize {bits}")
@@ -97,8 +99,9 @@ def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:
     variant = pipeline.variant
     references = arguments.references
     if references is None:
-        references = int(variant.takes_images)
-    if references < 0 or (references and not variant.takes_images) or (variant.takes_images and not references):
+        references = int(variant.needs_images)
+    most = references if variant.max_images is None else variant.max_images
+    if not int(variant.needs_images) <= references <= most:
         raise RequestError(f"--references is {references}, which {pipeline.model} does not take")
     square = (1, 1)
     if arguments.size is not None:
@@ -108,8 +111,8 @@ def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:
     elif variant.layered:
         size = size_of_area(variant.resolutions[0] ** 2, square)
     else:
-        size = size_of_area(variant.target_area, square) if variant.takes_images else variant.size_of("1:1")
-    check_size(*size)
+        size = size_of_area(variant.target_area, square) if references else variant.size_of("1:1")
+    check_size(*size, variant.size_multiple)
     shown = size if variant.layered else size_of_area(variant.reference_area, square) if references else size
     return Work(
         width=size[0], height=size[1], frames=arguments.num_layers + 1 if variant.layered else 1,

@@ -61,7 +61,7 @@ class Canvas:
     def finish(self, generated: Image.Image) -> Image.Image:
         """The result, RGB or RGBA of `result_size`: resized, pasted back, composited, with its alpha."""
         straight = None if self.straight is None else _resized(self.straight, self.result_size)
-        base = self.resized_source if straight is None else straight.convert("RGB")
+        base = (self.resized_source if straight is None else straight).convert(generated.mode)
         if self.box is not None:
             width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
             pasted = base.copy()
@@ -163,7 +163,7 @@ def fill(image: Image.Image, size: Size) -> Image.Image:
     inner_w = width if ratio < source_ratio else image.width * height // image.height
     inner_h = height if ratio >= source_ratio else image.height * width // image.width
     resized = image.resize((inner_w, inner_h), _LANCZOS)
-    out = Image.new("RGB", size)
+    out = Image.new(image.mode, size)
     left, top = width // 2 - inner_w // 2, height // 2 - inner_h // 2
     out.paste(resized, (left, top))
     if ratio < source_ratio and top > 0:

@@ -22,6 +22,12 @@ def on_white(image: Image.Image) -> Image.Image:
     return image
 
 
+def opaque_as_rgb(image: Image.Image) -> Image.Image:
+    """An RGBA image without its alpha where that is opaque everywhere; any other as it is."""
+    opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
+    return image.convert("RGB") if opaque else image
+
+
 def to_images(pixels: mx.array) -> list[Image.Image]:
     """8-bit images of float pixels (frames, H, W, 3 or 4) in [0, 1]; halves round to even, as in the reference."""
     levels = mx.round(pixels.astype(mx.float32) * 255).astype(mx.uint8)

@@ -141,6 +141,8 @@ class Components:
         if self.variant.layered:
             config = self._sized(row, config, rules.get("sized", {}))
         if row.role == TRANSFORMER and self._zero_cond_t is not None:
+            if not hasattr(config, "zero_cond_t"):
+                raise RequestError(f"{self.snapshot.model} has no zero_cond_t that could be set: leave it out")
             config = replace(config, zero_cond_t=self._zero_cond_t)
         return config
 
@@ -384,8 +386,9 @@ class Components:
         return load_module(module, weights, network.part, dtype, scheme, placement)
 
     def _tokenizer_files(self) -> dict[str, Path]:
-        names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"{TOKENIZER}/{name}")]
-        return {name: self.snapshot.file(f"{TOKENIZER}/{name}") for name in names}
+        folder = TOKENIZER if TOKENIZER in self.variant.classes else PROCESSOR
+        names = [name for name in TOKENIZER_FILES if self.snapshot.exists(f"{folder}/{name}")]
+        return {name: self.snapshot.file(f"{folder}/{name}") for name in names}
 
     def _parsed(self, cls: Any, folder: str, name: str = CONFIG, expected: str | None = None) -> Any:
         """A component's config; raises CheckpointError for impossible values.

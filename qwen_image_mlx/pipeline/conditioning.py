@@ -38,11 +38,19 @@ class Reference:
     Attributes:
         latents: packed, normalised latents (1, height * width, C), fp32.
         height, width: its grid of tokens.
+        start: the row of the prompt's states where its places begin; None where the transformer is shown it apart.
     """
 
     latents: mx.array
     height: int
     width: int
+    start: int | None = None
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """All but the latents: what is saved beside them."""
+        whole = (self.height, self.width, self.start)
+        return tuple(number for number in whole if number is not None)
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class GuidanceEncoding:
         metadata = {
             "format": _FORMAT,
             "source": json.dumps(asdict(self.source), ensure_ascii=False),
-            "grids": json.dumps([(reference.height, reference.width) for reference in self.references]),
+            "grids": json.dumps([reference.grid for reference in self.references]),
         }
         save_tensors(Path(path), arrays, metadata)
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
-from ..images.pixels import to_images
+from ..images.pixels import opaque_as_rgb, to_images
 from ..names import CaptionLanguage
 from ..registry import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE_DECODER, VAE_ENCODER, VISION
 from ..variants import Variant
 from .conditioning import EncodingModel, Encodings, GuidanceEncoding, InitialImage
 from .metadata import Described, describe
-from .parameters import GenerationParameters, check_size
+from .parameters import GenerationParameters, check_fits
 from .progress import ProgressCallback
 from .request import Request
 
@@ -113,7 +113,7 @@ def generate(
     """
     if not request.prompt.strip():
         logger.warning("the prompt is empty: the model generates whatever it likes")
-    if len(request.images) > 2:
+    if len(request.images) > 2 and not pipeline.variant.keeps_references:
         logger.warning(
             "%d reference images are given, each as costly in every step as a target of its size; fewer reference "
             "pixels make them cheaper",
@@ -163,10 +163,9 @@ def encoded(
         cache: encodings of earlier runs; a new encoding is stored there.
 
     Raises:
-        RequestError: the model does not generate images of that size.
+        RequestError: the model does not generate images of that size, or not in that number of steps.
     """
-    parameters = request.parameters
-    check_size(parameters.width, parameters.height, pipeline.variant.size_multiple)
+    check_fits(request.parameters, pipeline.variant)
     pipeline.prepare()
     encoding = cache.get(pipeline, request) if cache else None
     if encoding is None:
@@ -204,7 +203,7 @@ def encode_canvas(
     pipeline: Conducted, request: Request, progress: ProgressCallback | None = None
 ) -> InitialImage | None:
     """Encodes a request's initial image and mask; None if generation begins with noise alone."""
-    if not request.starts_from_canvas(pipeline.variant):
+    if not request.starts_from_canvas:
         return None
     canvas = request.canvas
     assert canvas is not None
@@ -234,7 +233,10 @@ def generate_encoded(
             pipeline.release_transformer()
         for frame in pipeline.decode_frames(request.parameters, latents, progress=progress):
             (image,) = to_images(frame[None])
-            yield request.canvas.finish(image) if request.canvas else image, seed, index
+            finished = request.canvas.finish(image) if request.canvas else image
+            if image.mode == "RGBA" and not pipeline.variant.layered:
+                finished = opaque_as_rgb(finished)
+            yield finished, seed, index
 
 
 @contextmanager

@@ -47,11 +47,11 @@ def encode_guidance_prompts(
     references: tuple[Reference, ...] = ()
     with working(components, report, progress):
         prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-        states = encoder.encode(prompts, shown, report, sequential_positions)
+        states, starts = encoder.encode(prompts, shown, report, sequential_positions, reference_pixels)
         if opened:
             components.load(VAE_ENCODER)
             with report.stage("encode", "references"):
-                references = _references(components, opened, reference_pixels)
+                references = _references(components, opened, reference_pixels, starts)
     snapshot = components.snapshot
     return GuidanceEncoding(
         states[0],
@@ -71,7 +71,7 @@ def encode_initial_image(
 ) -> InitialImage:
     """The work of `QwenImagePipeline.encode_initial_image`; its arguments and errors."""
     check_size(*size, components.latent_space.size_multiple)
-    opened, opened_mask = open_image(image), None if mask is None else open_mask(mask)
+    opened, opened_mask = opened_for(components, image), None if mask is None else open_mask(mask)
     with working(components, report, progress):
         components.load(VAE_ENCODER)
         with report.stage("encode", "image"):
@@ -101,28 +101,36 @@ def caption_image(
 def opened_images(components: Components, images: Sequence[ImageSource]) -> list[Image.Image]:
     """The images that a model works on, upright; raises RequestError if it does not take this number of images."""
     images, variant, model = listed(images), components.variant, components.snapshot.model
-    if variant.takes_images and not images:
+    if variant.needs_images and not images:
         raise RequestError(f"{model} works on images; give it at least one")
     if images and not variant.takes_images:
         raise RequestError(f"{model} generates from text; only an editing model takes images to work on")
     if variant.max_images is not None and len(images) > variant.max_images:
-        raise RequestError(
-            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, "
-            f"but {len(images)} are given"
-        )
-    opens = open_rgba if components.latent_space.pixel_channels == 4 else open_image
-    return [opens(image) for image in images]
+        limit = "1 image" if variant.max_images == 1 else f"at most {variant.max_images} images"
+        raise RequestError(f"{model} works on {limit} at a time, but {len(images)} are given")
+    return [opened_for(components, image) for image in images]
 
 
-def _references(components: Components, images: Sequence[Image.Image], max_pixels: int | None) -> tuple[Reference, ...]:
-    """The reference latents of each image, resized to the pipeline's area (at most `max_pixels`) at its own aspect."""
+def opened_for(components: Components, image: ImageSource) -> Image.Image:
+    """An image, upright, with the channels that a model's autoencoder has."""
+    return (open_rgba if components.latent_space.pixel_channels == 4 else open_image)(image)
+
+
+def _references(
+    components: Components, images: Sequence[Image.Image], max_pixels: int | None, starts: Sequence[int]
+) -> tuple[Reference, ...]:
+    """The reference latents of each image, resized to the pipeline's area (at most `max_pixels`) at its own aspect.
+
+    `starts` are those of `Encoded`.
+    """
     area, space = components.variant.reference_area, components.latent_space
     area = area if max_pixels is None else min(area, max_pixels)
     references = []
-    for image in images:
+    for number, image in enumerate(images):
         size = size_of_area(area, image.size)
         latents = encode_mode(components.network(VAE_ENCODER), components.config(VAE), to_pixels(image, size))
-        references.append(Reference(space.pack(latents), *space.grid(*size)))
+        start = starts[number] if starts else None
+        references.append(Reference(space.pack(latents), *space.grid(*size), start))
         finish(references[-1].latents)
     return tuple(references)
 

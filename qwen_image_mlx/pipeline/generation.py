@@ -20,7 +20,7 @@ from ..sampling.solvers import EULER, Solver
 from .autoencode import decode, strips_of
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage, Reference
-from .parameters import GenerationParameters, check_size
+from .parameters import GenerationParameters, check_fits
 from .progress import Progress, ProgressCallback
 from .reporter import Reporter
 from .seams import Conditions, DenoiserClass
@@ -58,7 +58,7 @@ def denoise_latents(
         solver: turns velocities into steps.
     """
     variant, space = components.variant, components.latent_space
-    check_size(parameters.width, parameters.height, space.size_multiple)
+    check_fits(parameters, variant)
     _check_encoding(components, encoding, initial)
     rows, columns = space.grid(parameters.width, parameters.height)
     schedule = schedule_of(components, parameters, rows * columns, encoding.references)
@@ -132,7 +132,7 @@ def schedule_of(
     config = components.scheduler_config
     if parameters.shift is not None:
         config = static_shift(config, parameters.shift)
-    sigmas = parameters.sigmas or uniform_sigmas(parameters.num_inference_steps)
+    sigmas = parameters.sigmas or components.variant.sigmas or uniform_sigmas(parameters.num_inference_steps)
     if components.variant.shift_by_root:
         mu = root_mu(references[0].height * references[0].width)
     else:
@@ -143,7 +143,7 @@ def schedule_of(
 def _check_encoding(components: Components, encoding: GuidanceEncoding, initial: InitialImage | None) -> None:
     """Raises RequestError for an encoding of a different kind of model."""
     variant, model = components.variant, components.snapshot.model
-    if variant.takes_images != bool(encoding.references):
+    if not variant.takes_images if encoding.references else variant.needs_images:
         kinds = ("works on images", "none") if variant.takes_images else ("generates from text", "images")
         raise RequestError("{} {}; the encoding holds {}".format(model, *kinds))
     if variant.max_images is not None and len(encoding.references) > variant.max_images:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..images.canvas import Canvas, plan_canvas
 from ..images.colour import alpha_range
-from ..images.sources import ImageSource, open_image, open_mask, open_rgba
+from ..images.sources import ImageSource, open_mask, open_rgba
 from ..names import NamedSize, Rng
 from ..variants import Variant
 from .parameters import GenerationParameters, check_num_images, explicit_size
@@ -94,7 +94,7 @@ def image_request(
 
 def canvas_or_size(
     variant: Variant,
-    image: ImageSource | None,
+    image: Image | None,
     *,
     mask: ImageSource | None,
     size: NamedSize | Size | None,
@@ -106,13 +106,13 @@ def canvas_or_size(
     """The canvas and size of `QwenImagePipeline.generate`: a canvas with an image; without one a size or None.
 
     Raises:
-        RequestError: an image cannot be read, or an argument that needs an image is given without one.
+        RequestError: the mask cannot be read, or an argument that needs an image is given without one.
     """
     size = explicit_size(width, height) if size is None else size
     if image is not None:
         opened_mask = None if mask is None else open_mask(mask)
         canvas = canvas_of(
-            variant, [open_image(image)], mask=opened_mask, size=size, composite=composite, crop_padding=mask_padding
+            variant, [image], mask=opened_mask, size=size, composite=composite, crop_padding=mask_padding
         )
         return canvas, None
     if mask is not None or mask_padding is not None or isinstance(size, str):

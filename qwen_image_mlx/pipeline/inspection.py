@@ -37,7 +37,8 @@ class CheckpointReport:
     Attributes:
         model: its directory or repository id.
         class_name: its pipeline class.
-        task: its task: "generate", "edit" or "decompose".
+        task: its task: "generate", "edit" or "decompose"; several with commas.
+        licence: of the released weights of its kind.
         blocks: number of blocks of its transformer.
         components: its components.
     """
@@ -45,6 +46,7 @@ class CheckpointReport:
     model: str
     class_name: str
     task: str
+    licence: str
     blocks: int
     components: tuple[ComponentReport, ...]
 
@@ -86,7 +88,8 @@ def inspect_checkpoint(
     return CheckpointReport(
         str(model),
         str(components.sources.index.get("_class_name")),
-        components.variant.task,
+        ", ".join(components.variant.tasks),
+        components.variant.licence,
         components.depth(TRANSFORMER),
         tuple(reports),
     )

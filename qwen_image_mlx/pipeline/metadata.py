@@ -47,7 +47,7 @@ def describe(
     """
     parameters, parts = request.parameters, pipeline.components
     sampled = parameters.recorded("always", "started from", "set")
-    if not request.starts_from_canvas(pipeline.variant):
+    if not request.starts_from_canvas:
         sampled |= dict.fromkeys(parameters.recorded("started from"))
     metadata = {
         "model": pipeline.model,

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import RequestError
 from ..names import Dtype, Rng
 from ..options import Choice, Config, Integer, Number, Several, Switch, option, options_of
+
+if TYPE_CHECKING:
+    from ..variants import Variant
 
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 RNGS: tuple[Rng, ...] = ("torch", "mlx")
@@ -167,6 +170,16 @@ def check_size(width: int, height: int, step: int = SIZE_STEP) -> None:
             raise RequestError(f"{name} is {value}, but must be a multiple of {step}; {near}")
     if width * height > MAX_PIXELS:
         raise RequestError(f"{width}x{height} are {width * height:,} pixels; at most {MAX_PIXELS:,} work")
+
+
+def check_fits(parameters: GenerationParameters, variant: Variant) -> None:
+    """Raises RequestError where a model generates no image of that size, or not in so many steps."""
+    check_size(parameters.width, parameters.height, variant.size_multiple)
+    if variant.sigmas and parameters.sigmas is None and parameters.num_inference_steps != len(variant.sigmas):
+        raise RequestError(
+            f"steps is {parameters.num_inference_steps}, but this model was distilled for its own "
+            f"{len(variant.sigmas)} noise levels: leave the steps out"
+        )
 
 
 def explicit_size(width: int | None, height: int | None) -> tuple[int, int] | None:

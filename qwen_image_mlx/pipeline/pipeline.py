@@ -31,12 +31,7 @@ from .foreign_names import Answering, answering
 from .image_request import canvas_or_size, edit_canvas, image_request
 from .limits import limits
 from .opening import open_components, recommended_of, replace_loras
-from .parameters import (
-    GenerationParameters,
-    Recommended,
-    check_image_index,
-    check_seed,
-)
+from .parameters import GenerationParameters, Recommended, check_image_index, check_seed
 from .progress import ProgressCallback, Shown
 from .reporter import Reporter
 from .request import Request
@@ -168,7 +163,7 @@ class QwenImagePipeline(Answering):
 
     def check_task(self, task: Task) -> None:
         """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
-        if self.variant.task != task:
+        if task not in self.variant.tasks:
             raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
 
     # The core calls ------------------------------------------------------------------------------------------------
@@ -333,8 +328,9 @@ class QwenImagePipeline(Answering):
             saved as PNG, JPEG or WebP. A parameter out of range and an unreadable image raise RequestError.
         """
         self.check_task("generate")
+        opened = None if image is None else encode.opened_for(self.components, image)
         canvas, plain = canvas_or_size(
-            self.variant, image, mask=mask, size=size, width=width, height=height, composite=composite,
+            self.variant, opened, mask=mask, size=size, width=width, height=height, composite=composite,
             mask_padding=mask_padding,
         )  # fmt: skip
         cfg_scale = 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale

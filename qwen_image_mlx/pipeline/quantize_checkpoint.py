@@ -227,6 +227,7 @@ def _card(components: Components, name: str, errors: Mapping[str, Mapping[str, f
     forms = sorted({form for part in (TRANSFORMER, *components.encoders) for form in components.weights(part).forms})
     base = f"base_model: {source.model}\n" if source.revision else ""
     licence = "".join(f"{line}\n" for line in _licence(source))
+    weights = f"Licence of the released weights: {components.variant.licence}."
     return f"""---
 library_name: mlx
 tags: [mlx, qwen-image, quantized]
@@ -234,7 +235,7 @@ tags: [mlx, qwen-image, quantized]
 # {name}
 
 {origin} ({", ".join(forms)}), with quantized weights ({components.quantization}), written by
-qwen_image_mlx {__version__}, which runs the Qwen-Image family on Macs. It loads like any other model:
+qwen_image_mlx {__version__}, which runs the Qwen-Image family on Macs. {weights} It loads like any other model:
 
 ```sh
 qwen-image-mlx {components.variant.task} {_EXAMPLES[components.variant.task]} --model ./{name}

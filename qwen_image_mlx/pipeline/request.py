@@ -57,9 +57,10 @@ class Request:
         """Whether the model captions the image."""
         return variant.captions and not self.prompt.strip()
 
-    def starts_from_canvas(self, variant: Variant) -> bool:
+    @property
+    def starts_from_canvas(self) -> bool:
         """Whether generation starts from the canvas; an edit without a mask starts from noise alone."""
-        return self.canvas is not None and (self.canvas.mask is not None or not variant.takes_images)
+        return self.canvas is not None and (self.canvas.mask is not None or not self.images)
 
     def __post_init__(self) -> None:
         for prompt in (self.prompt, self.negative_prompt or ""):

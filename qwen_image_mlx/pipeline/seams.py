@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -87,19 +87,38 @@ class DenoiserClass(Protocol):
         """
 
 
+class Encoded(NamedTuple):
+    """What a `ConditionEncoder` makes.
+
+    Attributes:
+        states: (1, L, C) of each prompt's rows that count, evaluated.
+        starts: the row where each image's places begin, the same for all prompts; () where the transformer does not
+            read images in the midst of a prompt.
+    """
+
+    states: list[mx.array]
+    starts: tuple[int, ...] = ()
+
+
 class ConditionEncoder(Protocol):
     """Turns prompts and images into the states that a denoiser takes."""
 
     def encode(
-        self, prompts: Sequence[str], images: Sequence[Image], report: Reporter, sequential_positions: bool = False
-    ) -> list[mx.array]:
-        """States (1, L, C) of each prompt's rows that count, evaluated.
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        report: Reporter,
+        sequential_positions: bool = False,
+        reference_pixels: int | None = None,
+    ) -> Encoded:
+        """The prompts' states.
 
         Args:
             prompts: of any length.
             images: the images for the text encoder, upright; [] for none.
             report: receives the stages.
             sequential_positions: number the tokens 0, 1, 2, … even with images.
+            reference_pixels: maximum pixels of each image that the transformer sees; None is the model's own area.
 
         Raises:
             RequestError: a prompt is too long, or holds what stands for an image.

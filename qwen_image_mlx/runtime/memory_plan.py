@@ -214,7 +214,7 @@ class Planner:
         held = before + self.count(VAE, self.network(VAE_DECODER), mx.float32)
         strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
         strip = self.costs.pixel_out * min(pixels, strip)
-        working = int(config.base_dim * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
+        working = int(config.decoder_width * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
         return Stage("decode", held, held + working + 2 * 4 * pixels * config.input_channels)
 
     def held(self, name: str) -> int:
@@ -357,7 +357,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     parameters, variant = request.parameters, pipeline.variant
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
     shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
-    begun = request.starts_from_canvas(variant)
+    begun = request.starts_from_canvas
     encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * begun
     return Work(
         width=parameters.width,

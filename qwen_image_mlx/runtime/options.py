@@ -220,7 +220,8 @@ _OTHERS = (
     Option(name="image_index", kind=IMAGE_INDEX, record="always"),
     Option(
         name="aspect", kind=Choice(tuple(ASPECT_SIZES)), group="size", commands=("generate",), flags=("--aspect",),
-        help="an official size: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items()),
+        help="an official size: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items())
+        + "; Qwen-Image-2.1 has larger ones",
         usual=next(iter(ASPECT_SIZES)), tasks=("generate",), line=True,
         config=(Config(commands=("generate",), table=GENERATION, help="aspect ratio of an image from a prompt alone",
                        example="16:9"),),
@@ -254,6 +255,10 @@ _OTHERS = (
         flags=("--reference-pixels",), metavar="N", usual="about 1 MP", tasks=("edit",),
         help="maximum pixels of each reference image that the model sees",
         record="asked",
+    ),
+    Option(
+        name="transparent", kind=Switch(), group="image", commands=CANVAS, flags=("--transparent",), tasks=CANVAS,
+        help="word the prompt as Qwen-Image-2.1 wants it for a transparent background", default=False,
     ),
     Option(
         name="keep_alpha", kind=Switch(), group="image", commands=("edit",), flags=("--keep-alpha",), tasks=("edit",),

@@ -54,6 +54,7 @@ class Session:
         memory: the memory that may be used.
         force: whether to run the plan with the lowest peak if none fits.
         plans: the plans made so far, keyed by their work.
+        task: what images are for where a request does not say: to be edited, or to be started from.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Session:
     ):
         memory = asked.get("memory")
         self.pipeline = pipeline
+        self.task: Task = pipeline.variant.task
         self.progress = progress
         self.plans: dict[Work, MemoryPlan] = {}
         self._said_memory = memory is not None
@@ -96,7 +98,13 @@ class Session:
         session = cls(open_pipeline(OpenOptions.asked(asked, default_model), progress), asked, progress)
         if task is not None:
             session.pipeline.check_task(task)
+            session.task = task
         return session
+
+    @property
+    def shows_alpha(self) -> bool:
+        """Whether the model sees the transparency of images, so that they are opened as RGBA."""
+        return self.pipeline.latent_space.pixel_channels == 4
 
     # Requests -------------------------------------------------------------------------------------------------------
 
@@ -107,6 +115,8 @@ class Session:
         images: Sequence[Image] = (),
         mask: Image | None = None,
         straight: Sequence[Image] | None = None,
+        *,
+        task: Task | None = None,
     ) -> Request:
         """Makes a request for the model; warns, once, of a negative prompt that has no effect.
 
@@ -117,11 +127,13 @@ class Session:
             images: the images to start from or to edit, upright, RGB; for a layered model one to decompose, RGBA.
             mask: white where the first image is inpainted.
             straight: the same images as RGBA, if the result keeps their transparency.
+            task: whether images are edited or started from; None is what the session was opened for, or the model's.
 
         Raises:
             RequestError: something is out of range or does not fit the model.
         """
         variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
+        task = task or self.task
         if variant.layered:
             request = layers_of(images[0], asked, variant.resolutions, sampling)
         else:
@@ -135,9 +147,14 @@ class Session:
                 )  # fmt: skip
             recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
+            wanted = {**recommended, **asked}
+            if asked.get("transparent"):
+                if variant.transparent is None:
+                    raise RequestError(f"{self.pipeline.model} makes no transparent images", cause="transparent")
+                wanted["prompt"] = variant.transparent(wanted["prompt"])
             request = replace(
-                build_request({**recommended, **asked}, canvas.size if canvas else cast("Size", named)),
-                images=tuple(images) if variant.takes_images else (),
+                build_request(wanted, canvas.size if canvas else cast("Size", named)),
+                images=tuple(images) if task == "edit" else (),
                 canvas=canvas,
                 reference_pixels=asked.get("reference_pixels"),
             )
@@ -220,6 +237,9 @@ class Session:
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """The progress callback for a request: the session's own, wrapped in a `Preview` if `show` is given."""
         if show is None:
+            return self.progress
+        if not self.pipeline.variant.preview:
+            logger.warning("no preview is shown: how the latents of %s look is not known", self.pipeline.model)
             return self.progress
         from .preview import Preview  # here: most runs show none
 

@@ -243,7 +243,7 @@ def _facts(pipeline: QwenImagePipeline) -> dict[str, Any]:
     variant, facts = pipeline.variant, {}
     with suppress(QwenImageError):  # LoRAs that are not downloaded yet
         facts = {"steps": pipeline.recommended.num_inference_steps, "cfg_scale": pipeline.recommended.cfg_scale}
-    if variant.task == "generate":
+    if "generate" in variant.tasks:
         facts["sizes"] = {aspect: list(variant.size_of(aspect)) for aspect in ASPECT_SIZES}
     if variant.layered:
         facts |= {"resolutions": list(variant.resolutions), "resolution": variant.resolutions[0]}

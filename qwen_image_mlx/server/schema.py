@@ -28,10 +28,11 @@ from .. import options as kinds
 from ..layers.stack import MAX_NAME, MAX_OFFSET
 from ..pipeline.parameters import TASKS
 from ..runtime.options import of_task
+from ..variants import VARIANTS
 from .api_errors import ApiError
 from .images import DATA_URL, image_bytes
 
-MAX_IMAGES = 3
+MAX_IMAGES = max(variant.max_images or 3 for variant in VARIANTS.values())  # without a limit of its own, three
 MAX_NUM_IMAGES = 4
 MAX_STACK = 64
 _MAX_PROMPT = 8000

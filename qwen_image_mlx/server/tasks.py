@@ -119,10 +119,9 @@ class Tasks:
     def _typical_request(self, task: str, session: Session) -> Request:
         """A request to a task's model with default values."""
         options = self._options(task) | {"prompt": "an image"}
-        variant = session.pipeline.variant
-        image = new_image("RGB", (1024, 1024)).convert("RGBA" if variant.layered else "RGB")
-        images = [image] if variant.takes_images or variant.layered else []
-        return session.request(options, None if images else self._aspect, images)
+        image = new_image("RGBA" if session.shows_alpha else "RGB", (1024, 1024))
+        images = [image] if task != "generate" else []
+        return session.request(options, None if images else self._aspect, images, task=task)
 
     @property
     def _aspect(self) -> str:
@@ -164,10 +163,10 @@ class Tasks:
         def work(feed: Feed) -> dict[str, Any]:
             sources = decode([*files, *([body.mask] if body.mask else [])])
             mask = open_mask(sources.pop()) if body.mask else None
-            opened = [open_image(source) for source in sources]
             straight = [open_rgba(source) for source in sources] if recorded_options.get("keep_alpha") else None
             session = self._models.open(task)
-            request = session.request(options | recorded_options, size, opened, mask, straight)
+            opened = [(open_rgba if session.shows_alpha else open_image)(source) for source in sources]
+            request = session.request(options | recorded_options, size, opened, mask, straight, task=task)
             images = []
             with self._prepare(task, session, request, feed) as (progress, cache, residency):
                 for generated in generate(session.pipeline, request, progress, cache, **residency.releases):
@@ -248,7 +247,7 @@ class Tasks:
         feed.images = len(request.seeds) * len(request.image_indices)
         with self._models.plan(task, request) as plan:
             progress: ProgressCallback = feed
-            if feed.followed:
+            if feed.followed and session.pipeline.variant.preview:
                 progress = Preview(_Previews(feed), feed, session.pipeline, request)
             yield progress, self._models.encodings, plan.residency
 

@@ -30,6 +30,7 @@ import mlx.core as mx
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
 from ..files import check_writable, is_from_macos, reason, replace_file, sweep
 from ..images.colour import profiles_are_ignored
+from ..models.qwen_image.config import TransformerConfig
 from ..models.qwen_image.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
@@ -191,6 +192,8 @@ def _check(
     resume: bool,
 ) -> None:
     """Raises RequestError for faults that can be found without reading a weight."""
+    if not isinstance(pipeline.transformer_config, TransformerConfig):
+        raise RequestError(f"{pipeline.model} cannot be trained: only the first generation's transformer can")
     if not examples:
         raise RequestError("there is nothing to train on: give at least one example")
     if settings.full and TRANSFORMER in pipeline.quantization.components:

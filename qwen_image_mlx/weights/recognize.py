@@ -133,7 +133,7 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
     cure = "give the file of one"
     if share < _KNOWN and (other := kind_of(tensors)) not in (None, kind):
         what = f"{LABELS[other]} of Qwen-Image's kind"
-    elif kind == TRANSFORMER and (model := _other_model(tensors)):
+    elif kind == TRANSFORMER and share < 1 and (model := _other_model(tensors)):
         what = model
     elif sentence := unreadable(tensors):
         raise CheckpointError(sentence)

@@ -21,7 +21,10 @@ ROWS = list(all_components())
 # the folders of a generation.
 ROLES = {row.role for row in ROWS} | {net.name for row in ROWS for net in row.networks}
 NAMES = ROLES | set(CLASSES) | set(VARIANTS)
-FOR_THEM = ("registry.py", "variants.py", "models/qwen_image/", "models/qwen2_5_vl/", "pipeline/qwen_image/")
+FOR_THEM = (
+    *("registry.py", "variants.py", "models/qwen_image/", "models/qwen2_5_vl/", "pipeline/qwen_image/"),
+    *("models/qwen_image_21/", "models/qwen3_vl/", "pipeline/qwen_image_21/"),
+)
 # Who else may say which of them, and why.
 EXCEPTIONS = {
     "names.py": {TRANSFORMER, TEXT_ENCODER, "vision"},  # a type's words, compared with the registry's by test_types
@@ -102,7 +105,8 @@ def test_roles_and_networks_are_told_apart():
         rows = registry.components_of(variant.classes)
         names = [network.name for row in rows.values() for network in row.networks]
         assert len(names) == len(set(names))
-        assert set(variant.classes) >= {*FOLDERS, registry.SCHEDULER, registry.TOKENIZER}
+        assert set(variant.classes) >= {*FOLDERS, registry.SCHEDULER}
+        assert set(variant.classes) & {registry.TOKENIZER, registry.PROCESSOR}
     assert {entry.map for entry in ROWS} <= {path.stem for path in (ROOT / "weights_map").glob("*.json")}
     assert len({entry.map for entry in ROWS}) == len(ROWS)
 

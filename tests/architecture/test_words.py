@@ -42,7 +42,6 @@ ALLOWED = {
     r"(oil|watercolou?r|digital) painting": "a kind of image that a prompt names",
     r"[Pp]icture \d|Picture \{": "the models' own templates",
     r"--only \S*picture|doctor.*picture|\"picture\"|`picture`|pictures?\.py": "a group of the doctor, and files",
-    r"hand.?painted": "of a mask",
     r"beside between around": "the vocabulary of the demo models",
 }
 

@@ -298,7 +298,7 @@ def test_bad_requests(run, layers, here, arguments, says):
 @pytest.mark.parametrize(("arguments", "says"), [
     (("nowhere",), "nowhere"),
     (("photo.png",), "photo.png"),
-    (("apart", "--hide", "3"), "no layer 3"),
+    (("apart", "--hide", "3"), "layer 3 does not exist"),
     (("apart", "--move", "1:10"), "3:+40,-10"),
     (("apart", "--move", "1:ten,1"), "3:+40,-10"),
     (("apart", "--scale", "1:-2"), "positive"),

@@ -257,7 +257,7 @@ def test_layers_have_a_bound_and_other_files_none(tmp_path):
         with open(tmp_path / name, "wb") as file:
             file.write(begins)
             file.truncate((2 << 30) + 1)
-    assert "more than the 2,147 MB" in refusal(tmp_path / "x.psd")
+    assert "more than the maximum of 2,147 MB" in refusal(tmp_path / "x.psd")
     assert not layer_files.is_layers(tmp_path / "x.safetensors")
 
 

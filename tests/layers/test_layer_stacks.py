@@ -186,7 +186,7 @@ def test_layers_that_do_not_exist_are_refused(index):
     for change in (stack.hide, lambda i: stack.move(i, 1, 1), lambda i: stack.scale(i, 2)):
         with pytest.raises(RequestError, match=r"layer .* does not exist; layers go from 0, the backmost, to 0"):
             change(index)
-    with pytest.raises(RequestError, match="no layer"):
+    with pytest.raises(RequestError, match="does not exist"):
         composite(stack, [index])
 
 

@@ -22,6 +22,7 @@ from qwen_image_mlx.models.qwen_image_21.rope import Run, last_position, lay_out
 from qwen_image_mlx.models.qwen_image_21.transformer import Transformer
 from qwen_image_mlx.models.qwen_image_21.vae import Decoder, Encoder, fold, spread
 from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
+from qwen_image_mlx.registry import component_of
 from qwen_image_mlx.text.places import image_starts
 from qwen_image_mlx.text.prompt import TokenizedPrompt
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
@@ -36,7 +37,7 @@ def load(tmp_path_factory):
         component, config_class, config = NETWORKS[name]
         typed = config_class.from_dict(config)
         tensors = component_tensors([write_network_21(folder, name)], None)
-        weights = ComponentWeights(component, typed, tensors, [part])
+        weights = ComponentWeights(component_of(component), typed, tensors, [part])
         return load_module(build(typed), weights, part, mx.float32), typed
 
     return network

@@ -9,19 +9,28 @@ import pytest
 import torch
 import transformers
 from checkpoints_21 import (
+    GENERATIONS_21,
     GRID,
     IMAGE_PLACES,
     PATCHES,
+    PROMPT_21,
     SLOTS,
     SMALL_TEXT_ENCODER,
     TIMES,
+    TINY_TEXT_ENCODER,
     TINY_TRANSFORMER,
     TINY_VAE,
     golden_inputs,
     values_21,
 )
 from reference import to_numpy
-from reference_21 import make_text_encoder_21, make_transformer_21, make_vae_21
+from reference_21 import (
+    make_pipeline_21,
+    make_text_encoder_21,
+    make_transformer_21,
+    make_vae_21,
+    run_pipeline_21,
+)
 
 pytestmark = pytest.mark.reference
 
@@ -45,9 +54,10 @@ def given():
     return {name: torch.from_numpy(value) for name, value in golden_inputs().items()}
 
 
-def filled(model, *networks):
+def filled(model, *networks, config=None):
     """The model with the values that are made without torch."""
-    values = {name: torch.from_numpy(value) for network in networks for name, value in values_21(network).items()}
+    made = [values_21(network, config) for network in networks]
+    values = {name: torch.from_numpy(value) for tensors in made for name, value in tensors.items()}
     model.load_state_dict(values)
     return model
 
@@ -99,3 +109,25 @@ def test_text_encoder(hold, given):
     made = {"states": kept[0], "scores": whole.lm_head(normed), "features": features.pooler_output}
     made |= {f"tap {n}": tap for n, tap in enumerate(features.deepstack_features)}
     hold("text_encoder_21", {name: to_numpy(value) for name, value in made.items()})
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    text = make_text_encoder_21(TINY_TEXT_ENCODER)
+    return make_pipeline_21(
+        tmp_path_factory.mktemp("processor"),
+        transformer=filled(make_transformer_21(TINY_TRANSFORMER), "transformer"),
+        vae=filled(make_vae_21(TINY_VAE), "vae"),
+        text_encoder=filled(text, "text_encoder", "vision", "language_head", config=TINY_TEXT_ENCODER),
+    )
+
+
+@pytest.mark.parametrize("name", GENERATIONS_21)
+def test_generation(hold, pipeline, name):
+    run = GENERATIONS_21[name]
+    latents, (image,) = run_pipeline_21(
+        pipeline, prompt=PROMPT_21, negative_prompt=run["negative"], true_cfg_scale=run["cfg_scale"],
+        image=run["images"] or None, width=run["size"][0], height=run["size"][1], num_inference_steps=3,
+        output_resolution=96, seed=7,
+    )  # fmt: skip
+    hold(name, {f"latents {n}": values for n, values in enumerate(latents)} | {"image": np.asarray(image)})

@@ -16,6 +16,7 @@ from qwen_image_mlx.errors import CheckpointError
 from qwen_image_mlx.models.qwen3_vl.config import TextEncoderConfig, VisionConfig
 from qwen_image_mlx.models.qwen3_vl.text import LanguageHead, Prompt, TextEncoder, mrope_tables
 from qwen_image_mlx.models.qwen3_vl.vision import VisionTower
+from qwen_image_mlx.registry import component_of
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import LAYOUTS, canonical_names, dialect_name, expected_tensors, other_part
 from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
@@ -38,11 +39,11 @@ class Both:
         self.text, self.vision = TextEncoderConfig.from_dict(config), VisionConfig.from_dict(config)
 
     def encoder(self, dtype=mx.float32):
-        weights = ComponentWeights(LANGUAGE, self.text, self.tensors, ["main"])
+        weights = ComponentWeights(component_of(LANGUAGE), self.text, self.tensors, ["main"])
         return load_module(TextEncoder(self.text), weights, "main", dtype)
 
     def tower(self, dtype=mx.float32):
-        weights = ComponentWeights(VISION, self.vision, self.tensors, ["main"])
+        weights = ComponentWeights(component_of(VISION), self.vision, self.tensors, ["main"])
         return load_module(VisionTower(self.vision), weights, "main", dtype)
 
 
@@ -165,7 +166,7 @@ def test_every_tensor_of_the_real_checkpoint_is_stated_once():
     stated = [
         (spec.name, spec.shape)
         for component, (config, _) in NETWORKS.items()
-        for spec in expected_tensors(component, config).values()
+        for spec in expected_tensors(component_of(component), config).values()
     ]
     assert len(stated) == len(dict(stated))
     assert dict(stated) == full_size_meta_21("text_encoder")
@@ -179,7 +180,7 @@ def test_full_size_modules_have_exactly_the_map_s_parameters(component):
     found = {name: tuple(array.shape) for name, array in tree_flatten(build(config).parameters())}
     assert found == {
         spec.name: tuple(LAYOUTS[spec.layout](mx.zeros(spec.shape)).shape)
-        for spec in expected_tensors(component, config).values()
+        for spec in expected_tensors(component_of(component), config).values()
     }
     assert mx.get_active_memory() - before < 10e6, "nothing may be evaluated"
 
@@ -188,12 +189,12 @@ def test_full_size_modules_have_exactly_the_map_s_parameters(component):
 def test_every_spelling_is_understood(dialect):
     """Each component knows its own tensors and those of the others, under every name."""
     parts = {LANGUAGE: "language", HEAD: "head", VISION: "vision"}
-    names = {n: part for c, part in parts.items() for n in expected_tensors(c, NETWORKS[c][0])}
+    names = {n: part for c, part in parts.items() for n in expected_tensors(component_of(c), NETWORKS[c][0])}
     for component, own in parts.items():
-        spelled = [dialect_name(component, dialect, name) for name in names]
-        assert canonical_names(component, spelled) == dict(zip(spelled, names, strict=True))
+        spelled = [dialect_name(component_of(component), dialect, name) for name in names]
+        assert canonical_names(component_of(component), spelled) == dict(zip(spelled, names, strict=True))
         for name, part in names.items():
-            assert other_part(component, name) == (None if part == own else part), name
+            assert other_part(component_of(component), name) == (None if part == own else part), name
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from qwen_image_mlx.models.qwen_image_21.modulation import TimeModulation
 from qwen_image_mlx.models.qwen_image_21.transformer import Transformer
 from qwen_image_mlx.models.qwen_image_21.vae import Decoder, Encoder
 from qwen_image_mlx.pipeline.autoencode import decode, encode_mode
+from qwen_image_mlx.registry import component_of
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.mapping import LAYOUTS, expected_tensors
 from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
@@ -41,7 +42,7 @@ class Pair:
         self.theirs = make_transformer_21(config)
         self.config, self.dtype = TransformerConfig.from_dict(config), dtype
         tensors = stored(folder, self.theirs)
-        weights = ComponentWeights(TRANSFORMER, self.config, tensors, ["main", "modulation"])
+        weights = ComponentWeights(component_of(TRANSFORMER), self.config, tensors, ["main", "modulation"])
         self.ours = load_module(Transformer(self.config), weights, "main", dtype)
         self.modulation = load_module(TimeModulation(self.config), weights, "modulation", dtype)
 
@@ -200,7 +201,7 @@ class Autoencoder:
     def __init__(self, folder, overrides):
         self.theirs = make_vae_21({**TINY_VAE, **overrides})
         self.config = VAEConfig.from_dict({**TINY_VAE, **overrides})
-        weights = ComponentWeights(VAE, self.config, stored(folder, self.theirs), ["encoder", "decoder"])
+        weights = ComponentWeights(component_of(VAE), self.config, stored(folder, self.theirs), ["encoder", "decoder"])
         self.encoder = load_module(Encoder(self.config), weights, "encoder", mx.float32)
         self.decoder = load_module(Decoder(self.config), weights, "decoder", mx.float32)
         self.mean, self.std = np.array(self.config.latents_mean), np.array(self.config.latents_std)
@@ -281,7 +282,7 @@ def test_the_halo_is_the_receptive_field(autoencoder, monkeypatch):
 
 
 def plain_shapes(component, config):
-    return {spec.name: spec.shape for spec in expected_tensors(component, config).values()}
+    return {spec.name: spec.shape for spec in expected_tensors(component_of(component), config).values()}
 
 
 REAL = {
@@ -310,7 +311,7 @@ def test_full_size_modules_have_exactly_the_map_s_parameters(component, part, co
     found = {name: tuple(array.shape) for name, array in tree_flatten(build(config).parameters())}
     assert found == {
         spec.name: tuple(LAYOUTS[spec.layout](mx.zeros(spec.shape)).shape)
-        for spec in expected_tensors(component, config).values()
+        for spec in expected_tensors(component_of(component), config).values()
         if spec.part == part
     }
     assert mx.get_active_memory() - before < 10e6, "nothing may be evaluated"

@@ -100,6 +100,11 @@ class VAEConfig:
         return config
 
     @property
+    def decoder_width(self) -> int:
+        """Channels of the decoder at the size of the image."""
+        return self.base_dim
+
+    @property
     def spatial_factor(self) -> int:
         """Pixels per latent, along one side."""
         factor: int = 2 ** (len(self.dim_mult) - 1)

@@ -122,10 +122,22 @@ class VAEConfig:
                 raise CheckpointError(
                     f"{where}: {name} has {len(getattr(config, name))} values, not z_dim {config.z_dim}"
                 )
+        if config.in_channels != config.out_channels:
+            raise CheckpointError(f"{where}: in_channels and out_channels differ; only equal ones are supported")
         bad = [row["path"] for row in config.levels if row["has_shortcut"] and row["wide"] % row["narrow"]]
         if bad:
             raise CheckpointError(f"{where}: the channels of {bad[0]} do not come out even: check dim_mult")
         return config
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of pixels, on either side."""
+        return self.in_channels
+
+    @property
+    def decoder_width(self) -> int:
+        """Channels of the decoder at the size of the image."""
+        return self.decoder_base_dim
 
     @property
     def spatial_factor(self) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+LICENCE = "the Qwen research licence: no commercial use"  # of the released weights (their model cards)
+
 # Sampling (P): guided and, with guidance above 1, without renormalisation.
 STEPS = 40
 CFG_SCALE = 1.0

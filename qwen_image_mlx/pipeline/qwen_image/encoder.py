@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import mlx.core as mx
 from PIL import Image
 
 from ...names import CaptionLanguage
@@ -12,6 +11,7 @@ from ...registry import TEXT_ENCODER, VISION
 from ...text.prompt import tokenize_prompt
 from ..components import Components
 from ..reporter import Reporter
+from ..seams import Encoded
 from .states import check_length, encode_prompts, encode_vision, feature_grid
 
 
@@ -31,7 +31,8 @@ class QwenImageEncoder:
         images: Sequence[Image.Image],
         report: Reporter,
         sequential_positions: bool = False,
-    ) -> list[mx.array]:
+        reference_pixels: int | None = None,
+    ) -> Encoded:
         """States (1, L, C) of each prompt, in the model's dtype, evaluated; see `ConditionEncoder.encode`."""
         parts, area = self._components, self._components.variant.encoder_area
         grids = [feature_grid(parts, image, area) for image in images]
@@ -45,7 +46,7 @@ class QwenImageEncoder:
                 features = encode_vision(parts, images, area)
         parts.load(TEXT_ENCODER)
         with report.stage("encode", "prompts"):
-            return encode_prompts(parts, tokens, features)
+            return Encoded(encode_prompts(parts, tokens, features))
 
     def caption(self, image: Image.Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
         """The caption of an image, shown at about `area` pixels; see `ConditionEncoder.caption`."""
