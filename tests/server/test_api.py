@@ -376,7 +376,7 @@ def test_what_is_refused_at_the_start(server, tmp_path, capsys):
     assert "65535" in refusal("--port", 70000)
     assert "--token-file" in refusal("--host", "0.0.0.0")
     assert "cannot be read" in refusal("--token-file", tmp_path / "none")
-    assert "no name" in refusal("--token-file", "")
+    assert "is empty" in refusal("--token-file", "")
     token = tmp_path / "token"
     for text, mode, why in (("", 0o600, "8 to"), ("two words", 0o600, "one word"), ("secrets!", 0o644, "chmod")):
         token.write_text(text)

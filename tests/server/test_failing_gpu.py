@@ -114,7 +114,7 @@ def test_a_refused_process_ends_the_server_and_every_job_is_answered(server, api
     assert (last[0], last[1]["error"]["code"]) == ("failed", "stopping")
     code, (line,) = end_of(server)
     assert code == 1
-    assert line.startswith("error: the server ends, to be started again: macOS refuses this process the GPU")
+    assert line.startswith("error: the server ends and must be started again: macOS refuses this process the GPU")
 
 
 # --- without a model -------------------------------------------------------------------------------------------------
