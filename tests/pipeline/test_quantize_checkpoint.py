@@ -291,7 +291,7 @@ DAMAGES = {
     "whole scales": (lambda w, s, b: (w, s.astype(mx.int32), b), "do not belong together"),
     "7 bits": (lambda w, s, b: (w[:, : w.shape[1] * 7 // 8], s, b), "7 bits"),
     "groups of 16": (lambda w, s, b: (w, mx.repeat(s, 2, 1), mx.repeat(b, 2, 1)), "groups of 16"),
-    "odd groups": (lambda w, s, b: (w, s[:, :-1], b[:, :-1]), "no whole bits and groups"),
+    "odd groups": (lambda w, s, b: (w, s[:, :-1], b[:, :-1]), "not in whole bits and groups"),
 }
 
 

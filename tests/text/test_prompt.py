@@ -15,7 +15,7 @@ from qwen_image_mlx.text.prompt import replace_vision_tokens, tokenize_prompt
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
 from qwen_image_mlx.variants import VARIANTS
 
-TEXT, EDIT, PLUS, _ = (variant.template for variant in VARIANTS.values())
+TEXT, EDIT, PLUS = (variant.template for variant in list(VARIANTS.values())[:3])
 SUFFIX = [151645, 198, 151644, 77091, 198]
 IMAGE_PAD = 151655
 
