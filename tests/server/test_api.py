@@ -390,8 +390,8 @@ def test_what_is_refused_at_the_start(server, tmp_path, capsys):
     assert "--idle-unload" in refusal("--idle-unload", "soon")
     assert "--allow-origin" in refusal("--allow-origin", "https://example.org/page")
     for name in ("http://host.docker.internal", "host.docker.internal:8000", "two names", ""):
-        assert "a name alone" in refusal("--allow-host", name)
-    for alias in ("gpt-image-1", "gpt-image-1=generate", "=edit"):
+        assert "must be only a name" in refusal("--allow-host", name)
+    for alias in ("gpt-image-1", "gpt-image-1=draw", "=edit"):
         assert "--alias is" in refusal("--alias", alias)
     assert "--grace" in refusal("--grace", "soon")
     assert "profile" in refusal("--profile", "none")
