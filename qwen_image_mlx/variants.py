@@ -412,7 +412,7 @@ def variant_of(index: Mapping[str, Any], model: str) -> Variant:
     return replace(usual, **said)
 
 
-def _distilled(sigmas: object, model: str) -> dict[str, Any]:
+def _distilled(sigmas: Any, model: str) -> dict[str, Any]:
     """The noise levels that a distilled model was saved with, and their number; {} without any."""
     if sigmas is None:
         return {}

@@ -296,7 +296,8 @@ def test_loras_are_said_for_their_own_model(here, path, model, says):
 
 @pytest.mark.parametrize("name", ["other", "nope", "", "qwen_image"])
 def test_an_unknown_profile_gets_those_there_are(here, name):
-    with pytest.raises(UnknownProfile, match=rf"the profile '{name}' does not exist: config.toml has default, fast, slow$"):
+    expected = f"the profile '{name}' does not exist: config.toml has default, fast, slow$"
+    with pytest.raises(UnknownProfile, match=expected):
         load_settings(written(PROFILES), name)
 
 

@@ -124,7 +124,7 @@ class QwenImage21Encoder:
             embeddings, additions = encoder.embed(mx.array(prompt.ids)[None]), []
             if features:
                 seen = zip(*([image.merged, *image.taps] for image in features), strict=True)
-                merged, *taps = (mx.concatenate(images) for images in seen)
+                merged, *taps = (mx.concatenate(list(images)) for images in seen)
                 nothing = mx.zeros_like(embeddings)
                 additions = [replace_vision_tokens(nothing, prompt.is_image, tap) for tap in taps]
                 embeddings = replace_vision_tokens(embeddings, prompt.is_image, merged)
