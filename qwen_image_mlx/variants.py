@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from .errors import CheckpointError
 from .models.qwen_image_21 import facts as qwen_image_21
@@ -370,7 +370,7 @@ VARIANTS: dict[str, Variant] = {
         negative_prompt=qwen_image_21.NEGATIVE_PROMPT,
         preview=(),
         transparent=qwen_image_21.transparent_prompt,
-        sizes=qwen_image_21.ASPECT_SIZES,
+        sizes=cast(Mapping[Aspect, tuple[int, int]], qwen_image_21.ASPECT_SIZES),  # facts know no names
         licence=qwen_image_21.LICENCE,
         size_multiple=qwen_image_21.SIZE_MULTIPLE,
         classes=QWEN_IMAGE_21,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...names import Aspect
-
 LICENCE = "the Qwen research licence: no commercial use"  # of the released weights (their model cards)
 
 # Sampling (P): guided and, with guidance above 1, without renormalisation.
@@ -36,7 +34,7 @@ VISION_PIXELS = (256**2, 4096**2)
 NOISY_EDIT_SIDE = 1024  # edits of exactly this size come out noisy, 992 and 1056 do not (Comfy-Org/ComfyUI#16435)
 
 # The official sizes (width, height) by aspect ratio (D); the first is the default.
-ASPECT_SIZES: Mapping[Aspect, tuple[int, int]] = {
+ASPECT_SIZES: Mapping[str, tuple[int, int]] = {
     "1:1": (2048, 2048),
     "16:9": (2752, 1536),
     "9:16": (1536, 2752),
