@@ -79,15 +79,15 @@ def cancelled_chain() -> tuple[float, float]:
     block, inputs = chained_block(config), block_inputs(64, [(side, side)], mx.bfloat16, config)
     chain(block, inputs, 2)
     block_s = chain(block, inputs, 4) / 4
-    cancelled = threading.Event()
+    stopped = threading.Event()
     cancelled: list[float] = []
 
     def cancel() -> None:
         cancelled.append(time.perf_counter())
-        cancelled.set()
+        stopped.set()
 
     def on_layer(count: int) -> None:
-        if cancelled.is_set():
+        if stopped.is_set():
             raise Cancelled("cancelled by the check")
 
     timer = threading.Timer(5.5 * block_s, cancel)
