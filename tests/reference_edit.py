@@ -15,11 +15,11 @@ import torch
 from checkpoints import Config
 from diffusers import (
     DiffusionPipeline,
-    QwenImageEditIngeneratePipeline,
+    QwenImageEditInpaintPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
-    QwenImageIngeneratePipeline,
+    QwenImageInpaintPipeline,
     QwenImageLayeredPipeline,
 )
 from reference import load_reference, to_numpy
@@ -28,8 +28,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 IMAGE_TOKEN = "<|image_pad|>"
 EDIT_CLASSES = {"edit": QwenImageEditPipeline, "edit_plus": QwenImageEditPlusPipeline,
-                "edit_inpaint": QwenImageEditIngeneratePipeline, "layered": QwenImageLayeredPipeline}  # fmt: skip
-TEXT_CLASSES = {"img2img": QwenImageImg2ImgPipeline, "inpaint": QwenImageIngeneratePipeline}
+                "edit_inpaint": QwenImageEditInpaintPipeline, "layered": QwenImageLayeredPipeline}  # fmt: skip
+TEXT_CLASSES = {"img2img": QwenImageImg2ImgPipeline, "inpaint": QwenImageInpaintPipeline}
 
 
 class Processor:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[2]
 ROW = """    sparkle: float = option(
-        0.0, kind=Number(0, 10), help="how much it sparkles", usual="0", group="sampling", commands=PAINTERS,
+        0.0, kind=Number(0, 10), help="how much it sparkles", usual="0", group="sampling", commands=IMAGE_COMMANDS,
         flags=("--sparkle",), tasks=TASKS, line=True, record="set", config=(Config(commands=TASKS, example=2.0),),
     )  # fmt: skip
 
