@@ -1,20 +1,16 @@
 """What a class of a checkpoint leads to: its config, its networks, its weights map, what is streamed, what stays.
 
 `_class_name` of a config.json, or the class that `variants.py` names for a pipeline, finds a row here, and everything
-else reads the row. Networks are named, not imported: this file is importable without MLX.
+else reads the row. Networks and configs are named, not imported: this file is importable without MLX.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Any, NamedTuple
-
-from .models.qwen2_5_vl.config import TextEncoderConfig, VisionConfig
-from .models.qwen3_vl import config as qwen3_vl
-from .models.qwen_image.config import TransformerConfig, VAEConfig
-from .models.qwen_image_21 import config as qwen_image_21
 
 # What a component is for: the name of its folder, and of what else lies in the text encoder's.
 TRANSFORMER = "transformer"
@@ -61,7 +57,7 @@ class Component:
     Attributes:
         role: what it is for, such as `TRANSFORMER`; how messages and options call it.
         map: its file in `weights_map/`, without the ending.
-        config: the dataclass that reads its config.json.
+        settings: the dataclass that reads its config.json, as "module:name" below `models/`.
         networks: what its weights are loaded into.
         folder: where its files lie, if it is not its role.
         label: how sentences call it, where it shares its folder.
@@ -70,12 +66,12 @@ class Component:
         depth: the config's field that says how many there are.
         rows: the embedding of which, streamed, only the rows that are used are read; "" if it has none.
         full_precision: computes in fp32, whatever the dtype of the others, and is never quantized.
-        released: the config of the released models.
+        released_settings: what the released models have set, where it is not the dataclass's default.
     """
 
     role: str
     map: str
-    config: Any
+    settings: str
     networks: tuple[Network, ...]
     folder: str = ""
     label: str = ""
@@ -84,7 +80,17 @@ class Component:
     depth: str = ""
     rows: str = ""
     full_precision: bool = False
-    released: Any
+    released_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def config(self) -> Any:
+        """The dataclass that reads its config.json."""
+        return resolve(f"models.{self.settings}")
+
+    @cached_property
+    def released(self) -> Any:
+        """The config of the released models."""
+        return self.config(**self.released_settings)
 
     @property
     def home(self) -> str:
@@ -124,12 +130,11 @@ CLASSES: dict[str, Class] = {
             Component(
                 role=TRANSFORMER,
                 map="QwenImageTransformer2DModel",
-                config=TransformerConfig,
+                settings="qwen_image.config:TransformerConfig",
                 networks=(Network(TRANSFORMER, MAIN, "qwen_image.transformer:Transformer"),),
                 transient=("modulation",),
                 layers="transformer_blocks",
                 depth="num_layers",
-                released=TransformerConfig(),
             ),
         ),
         use="pipeline.qwen_image.denoiser:QwenImageDenoiser",
@@ -140,33 +145,32 @@ CLASSES: dict[str, Class] = {
             Component(
                 role=TEXT_ENCODER,
                 map="Qwen2_5_VLForConditionalGeneration",
-                config=TextEncoderConfig,
+                settings="qwen2_5_vl.config:TextEncoderConfig",
                 networks=(Network(TEXT_ENCODER, MAIN, "qwen2_5_vl.text:TextEncoder"),),
                 label="the language model",
                 layers="model.layers",
                 depth="num_hidden_layers",
                 rows="model.embed_tokens.weight",
-                released=TextEncoderConfig(rms_norm_eps=1e-6),
+                released_settings={"rms_norm_eps": 1e-6},
             ),
             Component(
                 role=VISION,
                 map="Qwen2_5_VLForConditionalGeneration.vision",
-                config=VisionConfig,
+                settings="qwen2_5_vl.config:VisionConfig",
                 networks=(Network(VISION, MAIN, "qwen2_5_vl.vision:VisionTower"),),
                 folder=TEXT_ENCODER,
                 label="a vision tower",
                 layers="visual.blocks",
                 depth="depth",
-                released=VisionConfig(),
             ),
             Component(
                 role=LANGUAGE_HEAD,
                 map="Qwen2_5_VLForConditionalGeneration.language_head",
-                config=TextEncoderConfig,
+                settings="qwen2_5_vl.config:TextEncoderConfig",
                 networks=(Network(LANGUAGE_HEAD, MAIN, "qwen2_5_vl.text:LanguageHead"),),
                 folder=TEXT_ENCODER,
                 label="a language head",
-                released=TextEncoderConfig(rms_norm_eps=1e-6),
+                released_settings={"rms_norm_eps": 1e-6},
             ),
         ),
         use="pipeline.qwen_image.encoder:QwenImageEncoder",
@@ -176,13 +180,12 @@ CLASSES: dict[str, Class] = {
             Component(
                 role=VAE,
                 map="AutoencoderKLQwenImage",
-                config=VAEConfig,
+                settings="qwen_image.config:VAEConfig",
                 networks=(
                     Network(VAE_ENCODER, "encoder", "qwen_image.vae:Encoder"),
                     Network(VAE_DECODER, "decoder", "qwen_image.vae:Decoder"),
                 ),
                 full_precision=True,
-                released=VAEConfig(),
             ),
         ),
     ),
@@ -191,12 +194,11 @@ CLASSES: dict[str, Class] = {
             Component(
                 role=TRANSFORMER,
                 map="QwenImage21Transformer2DModel",
-                config=qwen_image_21.TransformerConfig,
+                settings="qwen_image_21.config:TransformerConfig",
                 networks=(Network(TRANSFORMER, MAIN, "qwen_image_21.transformer:Transformer"),),
                 transient=("modulation",),
                 layers="transformer_blocks",
                 depth="num_layers",
-                released=qwen_image_21.TransformerConfig(),
             ),
         ),
         use="pipeline.qwen_image_21.denoiser:QwenImage21Denoiser",
@@ -207,33 +209,30 @@ CLASSES: dict[str, Class] = {
             Component(
                 role=TEXT_ENCODER,
                 map="Qwen3VLForConditionalGeneration",
-                config=qwen3_vl.TextEncoderConfig,
+                settings="qwen3_vl.config:TextEncoderConfig",
                 networks=(Network(TEXT_ENCODER, MAIN, "qwen3_vl.text:TextEncoder"),),
                 label="the language model",
                 layers="model.language_model.layers",
                 depth="num_hidden_layers",
                 rows="model.language_model.embed_tokens.weight",
-                released=qwen3_vl.TextEncoderConfig(),
             ),
             Component(
                 role=VISION,
                 map="Qwen3VLForConditionalGeneration.vision",
-                config=qwen3_vl.VisionConfig,
+                settings="qwen3_vl.config:VisionConfig",
                 networks=(Network(VISION, MAIN, "qwen3_vl.vision:VisionTower"),),
                 folder=TEXT_ENCODER,
                 label="a vision tower",
                 layers="model.visual.blocks",
                 depth="depth",
-                released=qwen3_vl.VisionConfig(),
             ),
             Component(
                 role=LANGUAGE_HEAD,
                 map="Qwen3VLForConditionalGeneration.language_head",
-                config=qwen3_vl.TextEncoderConfig,
+                settings="qwen3_vl.config:TextEncoderConfig",
                 networks=(Network(LANGUAGE_HEAD, MAIN, "qwen3_vl.text:LanguageHead"),),
                 folder=TEXT_ENCODER,
                 label="a language head",
-                released=qwen3_vl.TextEncoderConfig(),
             ),
         ),
         use="pipeline.qwen_image_21.encoder:QwenImage21Encoder",
@@ -243,13 +242,12 @@ CLASSES: dict[str, Class] = {
             Component(
                 role=VAE,
                 map="AutoencoderKLQwenImage21",
-                config=qwen_image_21.VAEConfig,
+                settings="qwen_image_21.config:VAEConfig",
                 networks=(
                     Network(VAE_ENCODER, "encoder", "qwen_image_21.vae:Encoder"),
                     Network(VAE_DECODER, "decoder", "qwen_image_21.vae:Decoder"),
                 ),
                 full_precision=True,
-                released=qwen_image_21.VAEConfig(),
             ),
         ),
     ),

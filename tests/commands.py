@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -23,3 +24,9 @@ def error_line(result: tuple[int, list[str], str]) -> str:
     assert (code, out, len(lines)) == (2, [], 1), (code, out, err)
     assert "Traceback" not in err
     return lines[0]
+
+
+def stages(result: tuple[int, list[str], str]) -> set[str]:
+    """What a command with `--json` reports that it does: "load text_encoder", "encode prompts", "denoise"."""
+    events = [json.loads(line) for line in result[1]]
+    return {f"{e['stage']} {e['detail']}".rstrip() for e in events if e["event"] == "progress"}

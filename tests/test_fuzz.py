@@ -42,7 +42,7 @@ def test_damaged_files_are_refused_in_one_sentence():
 
 def test_sound_files_are_read(fuzz, sound, monkeypatch, capsys):
     monkeypatch.chdir(sound)
-    monkeypatch.setattr("qwen_image_mlx.runtime.batch.paint_all", lambda *_, **__: iter(()))
+    monkeypatch.setattr("qwen_image_mlx.runtime.batch.generate_all", lambda *_, **__: iter(()))
     for name, kind in fuzz.KINDS.items():
         for file in kind.files:
             assert kind.read(sound, Path(file)) not in (1, 2), (name, file)

@@ -36,7 +36,7 @@ _WAYS = {
     "import": "import qwen_image_mlx; qwen_image_mlx.QwenImagePipeline",
     "module": "sys.argv = ['x', 'info', 'demo']; runpy.run_module('qwen_image_mlx', run_name='__main__')",
     "script": f"{_BY_SCRIPT}sys.argv = ['x', 'generate', 'x', '--model', 'demo']; script.load()()",
-    "a room": "import qwen_image_mlx.models.vae",
+    "a room": "import qwen_image_mlx.models.autoencoder",
 }
 
 

@@ -46,7 +46,7 @@ class Tolerance(NamedTuple):
     text: float
     noise: float
     latents: float
-    picture: float
+    image: float
 
 
 TOLERANCES = {
@@ -80,10 +80,10 @@ def run(options: Mapping[str, Any]) -> Outcome:
         error = _error(name, result, golden)
         kind = name.partition("-")[0]
         limit = getattr(allowed, kind)
-        unit = "levels" if kind == "picture" else "error"
+        unit = "levels" if kind == "image" else "error"
         outcome.figures[f"{name}_{unit}"] = error
         if error > limit:
-            far = f"by {error:.1f} of 255 levels" if kind == "picture" else f"by {error:.1e}"
+            far = f"by {error:.1f} of 255 levels" if kind == "image" else f"by {error:.1e}"
             departs = f"{name} departs from the reference {far}, where {limit:g} is allowed"
             if outcome.findings:  # the first stage is the verdict; later ones may follow from it
                 outcome.find("wrong", f"{departs}; this may follow from the first departure")
@@ -102,7 +102,7 @@ _CURES = {
     "text": "check the text encoder's files and the tokenizer, then run `doctor --only probe,parity`",
     "noise": "seed, size or dtype are not what the file says, or this is a fault of this program: report it",
     "latents": "check the transformer's files, then run `doctor --only probe,parity`",
-    "picture": "check the autoencoder's files, then run `doctor --only probe,parity,image`",
+    "image": "check the autoencoder's files, then run `doctor --only probe,parity,picture`",
 }
 
 
@@ -125,7 +125,7 @@ def read_golden(path: Path) -> Golden:
         sound = all(isinstance(facts[name], kinds) for name, kinds in _FACTS.items())
         if not sound or facts["dtype"] not in TOLERANCES or not all(type(n) is int for n in facts["kept_steps"]):
             raise ValueError
-        names = {"picture", *(f"{name}.{kind}" for name in _stage_names(facts) for kind in ("values", "norms"))}
+        names = {"image", *(f"{name}.{kind}" for name in _stage_names(facts) for kind in ("values", "norms"))}
         if names - arrays.keys():
             raise ValueError
         return Golden({name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}, facts)
@@ -186,8 +186,8 @@ def stages(pipeline: QwenImagePipeline, facts: Mapping[str, Any]) -> dict[str, n
         latents = pipeline.denoise_latents(parameters, encoding, seed=facts["seed"], progress=keep)
         pipeline.release_transformer()
         (pixels,) = pipeline.decode_frames(parameters, latents)
-    picture = to_images(pixels[None])[0]
-    kept["picture"] = np.asarray(picture.reduce(reduction(picture.width, picture.height)), np.float32)
+    image = to_images(pixels[None])[0]
+    kept["image"] = np.asarray(image.reduce(reduction(image.width, image.height)), np.float32)
     return kept
 
 
@@ -197,8 +197,8 @@ def reduction(width: int, height: int) -> int:
 
 
 def _error(name: str, result: np.ndarray, golden: Golden) -> float:
-    if name == "picture":
-        theirs = golden.arrays["picture"]
+    if name == "image":
+        theirs = golden.arrays["image"]
         if theirs.shape != result.shape:
             raise CheckpointError("the golden file is damaged: its image's size differs from its record")
         error = float(np.sqrt(np.mean((result - theirs) ** 2)))

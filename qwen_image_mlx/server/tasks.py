@@ -119,7 +119,7 @@ class Tasks:
     def _typical_request(self, task: str, session: Session) -> Request:
         """A request to a task's model with default values."""
         options = self._options(task) | {"prompt": "an image"}
-        image = new_image("RGBA" if session.shows_alpha else "RGB", (1024, 1024))
+        image = new_image("RGBA" if session.shows_alpha else "RGB", (1024, 1024), "white")
         images = [image] if task != "generate" else []
         return session.request(options, None if images else self._aspect, images, task=task)
 

@@ -69,7 +69,7 @@ def load_checkpoint(path: Path, trainer: Trainer, record: Mapping[str, Any]) -> 
     changed = [name for name in {*here, *written} if here.get(name) != written.get(name)]
     if changed:
         changes = ", ".join(
-            f"{name}  {written.get(name)!r:.60} and not {here.get(name)!r:.60}" for name in sorted(changed)
+            f"{name} {written.get(name)!r:.60} and not {here.get(name)!r:.60}" for name in sorted(changed)
         )
         raise CheckpointError(
             f"{path} belongs to a run with {changes}: use the settings of that run, or a different folder"

@@ -138,7 +138,7 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
     elif sentence := unreadable(tensors):
         raise CheckpointError(sentence)
     elif share < _KNOWN and any(_LORA.search(name) for name in tensors):
-        what, cure = "a LoRA", "give it as one"
+        what, cure = "a LoRA", "give it with --lora"
     elif share < _KNOWN:
         what = f"something else ({some(list(tensors))})"
     elif component.label and not holds(component, tensors):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from demo.autoencoder import Autoencoder, module_weights
-from demo.checkpoint import write_frame
+from demo.checkpoint import write_frame, write_json
 from demo.samples import Frame
 from demo.scenes import COLOURS, PLACES, SHAPES, draw_scene
 
 from qwen_image_mlx import QwenImagePipeline
-from qwen_image_mlx.models.qwen_image.config import VAEConfig
+from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
 
 pytestmark = pytest.mark.demo
 
@@ -23,6 +25,7 @@ def frames(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frames")
     for model in ("demo", "demo-edit"):
         write_frame(folder / model, model, TINY, module_weights(Autoencoder(TINY)))
+        write_json(folder / model / "transformer" / "config.json", asdict(TransformerConfig(num_layers=1)))
     return folder
 
 

@@ -31,7 +31,9 @@ def whole(tmp_path_factory):
 
 
 def test_templates_drop_as_many_tokens_as_they_really_have(small):
-    for variant in VARIANTS.values():
+    own = [v for v in VARIANTS.values() if v.classes["text_encoder"] == "Qwen2_5_VLForConditionalGeneration"]
+    assert len(own) > 3
+    for variant in own:
         before = variant.template.text.split("{prompt}")[0]
         assert len(opened(small).encode(before).ids) == variant.template.drop
 
@@ -41,7 +43,9 @@ def test_prompts_are_split_as_by_the_whole_tokenizer(small, whole):
     scenes = [draw_scene(rng, things=1 + n % 2) for n in range(50)]
     prompts = [scene.caption for scene in scenes] + [recolour(scene, rng)[1] for scene in scenes[::2]]
     prompts += [" ".join(part) for part in np.array_split(WORDS.split(), 40)]
-    for variant in VARIANTS.values():
+    own = [v for v in VARIANTS.values() if v.classes["text_encoder"] == "Qwen2_5_VLForConditionalGeneration"]
+    assert len(own) > 3
+    for variant in own:
         for prompt in prompts:
             text = variant.template.text.format(prompt=variant.template.image.format(n=1) + "the " + prompt)
             assert opened(small).encode(text).offsets == whole.encode(text).offsets, prompt

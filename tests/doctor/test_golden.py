@@ -17,7 +17,7 @@ from qwen_image_mlx.errors import CheckpointError
 pytestmark = pytest.mark.reference
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_golden.py"
-STAGES = ["text", "text-negative", "noise", "latents-1", "latents-2", "latents-3", "picture"]
+STAGES = ["text", "text-negative", "noise", "latents-1", "latents-2", "latents-3", "image"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_bf16_agrees_within_its_own_tolerance(make, tiny):
 @pytest.mark.parametrize(("part", "tensor", "stage"), [
     ("text_encoder", "model.layers.1.mlp.down_proj.weight", "text"),
     ("transformer", "transformer_blocks.1.attn.to_q.weight", "latents-1"),
-    ("vae", "decoder.conv_out.weight", "picture"),
+    ("vae", "decoder.conv_out.weight", "image"),
 ])  # fmt: skip
 def test_a_falsified_tensor_is_found_at_its_stage(golden, tiny, tmp_path, part, tensor, stage):
     model = tmp_path / "model"
@@ -146,7 +146,7 @@ def test_what_is_no_golden_file_is_refused(golden, tiny, tmp_path, damage):
     if damage == "cut":
         path.write_bytes(golden.read_bytes()[:500])
     if damage == "other":
-        mx.save_safetensors(str(path), {"picture": mx.zeros((2, 2))})
+        mx.save_safetensors(str(path), {"image": mx.zeros((2, 2))})
     if damage == "words":
         path = changed(golden, tmp_path, dtype="int8")
     if damage == "array":
@@ -163,4 +163,4 @@ def test_a_golden_file_tells_how_it_was_made(golden, tiny):
     assert str(tiny.parent) not in json.dumps(said)
     assert said["kept_steps"] == [1, 2, 3]
     assert {"torch", "diffusers", "transformers"} <= said["versions"].keys()
-    assert np.all(read_golden(golden).arrays["picture"] <= 255)
+    assert np.all(read_golden(golden).arrays["image"] <= 255)

@@ -522,7 +522,7 @@ FOREIGN = {
     "Wan, flattened": ("lora_unet_blocks_24_cross_attn_o.lora_down.weight", "Wan"),
     "2.1": ("transformer.transformer_blocks.0.img_mlp.gate_layer.lora_A.weight", "Qwen-Image-2.1"),
     "Z-Image": ("diffusion_model.layers.0.attention.to_q.lora_A.weight", "Z-Image or Lumina"),
-    "unknown": ("transformer.encoder.3.lora_A.weight", "another model"),
+    "unknown": ("transformer.encoder.3.lora_A.weight", "a different model: none of its"),
     "text encoder": ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "changes only a text encoder"),
     "whole model": ("transformer_blocks.0.attn.to_q.weight", "is not a LoRA"),
 }

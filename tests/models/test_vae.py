@@ -141,7 +141,7 @@ def test_attention_in_chunks_is_exact(pair, monkeypatch):
     both = pair()
     latents = mx.array(both.random_latents(12, 10))
     whole = decode(both.decoder, both.config, latents)
-    monkeypatch.setattr("qwen_image_mlx.models.qwen_image.vae.ATTENTION_CHUNK", 7)
+    monkeypatch.setattr("qwen_image_mlx.models.autoencoder.ATTENTION_CHUNK", 7)
     np.testing.assert_allclose(np.array(decode(both.decoder, both.config, latents)), np.array(whole), atol=1e-5)
 
 

@@ -210,7 +210,7 @@ def test_packing_is_undone():
     ({"caption_language": "de"}, "en or zh"),
     ({"image": Image.new("RGBA", (64, 64))}, "transparent everywhere"),
     ({"image": Image.new("RGB", (6400, 10))}, "6400x10"),
-    ({"image": "none.png"}, "no image none.png"),
+    ({"image": "none.png"}, "the image none.png does not exist"),
     ({"cfg_scale": 0.5}, "cfg_scale"),
     ({"seed": -1}, "seed"),
 ])  # fmt: skip

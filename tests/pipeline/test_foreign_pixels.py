@@ -565,7 +565,7 @@ def test_files_of_another_part_are_named(models, tmp_path, given, wanted, says):
     ("model.safetensors", b"", CheckpointError, "not a whole safetensors file"),
     ("model.gguf", b"GGUF\3\0\0\0", CheckpointError, "not a whole GGUF file"),
     ("model.gguf", b"PK\3\4 and so on", CheckpointError, "not a GGUF file"),
-    ("model.png", b"x", RequestError, "no file of weights that is read here"),
+    ("model.png", b"x", RequestError, "is not a weights file"),
     (None, b"", RequestError, "does not exist"),
 ])  # fmt: skip
 @pytest.mark.parametrize("part", STEMS)

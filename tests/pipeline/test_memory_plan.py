@@ -172,7 +172,7 @@ def test_limits_are_as_they_were_afterwards():
 
 @pytest.mark.slow
 def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
-    monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
+    monkeypatch.setattr(memory, "MIN_MEMORY", 1)
     code, _, err = run("-o", "plain.png")
     assert code == 0, err
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
@@ -190,7 +190,7 @@ def test_pixels_do_not_depend_on_the_memory(model, run, monkeypatch):
 
 @pytest.mark.slow
 def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run, monkeypatch):
-    monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
+    monkeypatch.setattr(memory, "MIN_MEMORY", 1)
     components = QwenImagePipeline.from_pretrained(packed, dtype="float32").components
     budget = make_plan(components, replace(WORK, guided=True), RESIDENCIES[-1]).peak
     for wanted in (budget, "streamed"):
@@ -203,7 +203,7 @@ def test_a_quantized_model_is_streamed_only_once_it_is_saved(model, packed, run,
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_the_table_and_generated_by_force(model, run, monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "LEAST_MEMORY", 1)
+    monkeypatch.setattr(memory, "MIN_MEMORY", 1)
     code, out, err = run("--memory", "2MB", "-o", "no.png")
     assert (code, out) == (2, "")
     assert [line for line in err.splitlines() if line.startswith("streamed")]

@@ -158,7 +158,7 @@ JSON_BODIES = [
     (GENERATE, P | {"image": encoded(text_bomb())}),
     (EDIT, P),
     (EDIT, P | {"images": []}),
-    (EDIT, P | {"images": [GOOD] * 4}),
+    (EDIT, P | {"images": [GOOD] * 11}),
     (EDIT, P | {"images": GOOD}),
     (EDIT, P | {"images": [GOOD], "image": GOOD}),
     (EDIT, P | {"images": [GOOD, 7]}),

@@ -141,7 +141,7 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(twins, tmp_path)
     path = save_checkpoint(tmp_path, make(twins), RECORD)
     with pytest.raises(CheckpointError, match="belongs to a run with rank 4 and not 8"):
         load_checkpoint(path, make(twins), {**RECORD, "rank": 8})
-    with pytest.raises(CheckpointError, match="another network"):
+    with pytest.raises(CheckpointError, match="a different network"):
         load_checkpoint(path, make(twins, network=twins_without_modulation(twins)), RECORD)
     data = path.read_bytes()
     for damaged in (data[: len(data) // 2], b"", b"x" * 100):
