@@ -173,6 +173,8 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
             said["action"] = "append"
         elif row.nargs:
             said["nargs"] = row.nargs
+            if row.bare is not None:
+                said["const"] = row.bare
         if row.metavar:
             said["metavar"] = row.metavar
         if isinstance(kind, Choice):

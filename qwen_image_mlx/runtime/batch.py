@@ -22,6 +22,7 @@ from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.conductor import GeneratedImage, generate_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
+from ..sampling.solvers import SOLVERS
 from .session import Session
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def heaviest(asked: Sequence[Asked]) -> Request:
             largest.parameters,
             num_inference_steps=max(request.parameters.num_inference_steps for request in requests),
             cfg_scale=max(request.parameters.cfg_scale for request in requests),
+            solver=max((request.parameters.solver for request in requests), key=lambda name: SOLVERS[name].count(50)),
+            step_cache=max((r.parameters.step_cache for r in requests if r.parameters.step_cache), default=None),
             sigmas=None,
         ),
         image_indices=range(len(asked)),
@@ -148,4 +151,5 @@ def _schedule(request: Request) -> tuple[Any, ...]:
     parameters = request.parameters
     return (
         parameters.width * parameters.height, parameters.num_inference_steps, parameters.sigmas, parameters.shift,
+        parameters.solver,
     )  # fmt: skip

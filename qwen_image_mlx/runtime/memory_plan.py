@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..images.geometry import size_of_area
+from ..names import SolverName
 from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
 from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
-from ..sampling.solvers import EULER
+from ..sampling.choices import parse_cache
+from ..sampling.solvers import SOLVERS
 from ..weights.mapping import TensorSpec, expected_tensors
 from ..weights.schemes import Scheme
 from ..weights.tensor_formats import PACKED
@@ -46,6 +48,8 @@ class Work:
         guided: whether there are two passes in each step.
         steps: denoising steps.
         images: how many are generated one after another.
+        solver: how velocities become steps.
+        step_cache: as `GenerationParameters.step_cache`.
     """
 
     width: int
@@ -58,6 +62,8 @@ class Work:
     guided: bool = True
     steps: int = 50
     images: int = 1
+    solver: SolverName = "euler"
+    step_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,17 @@ class Planner:
         units += costs.queued(max(self.target_tokens, self.reference_tokens))
         scores = costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
-        return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step
+        return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step + self.cached()
+
+    def cached(self) -> int:
+        """Bytes that a step cache keeps from step to step."""
+        if self.work.step_cache is None:
+            return 0
+        from ..sampling.step_caches import METHODS  # here: most runs have no step cache
+
+        method = METHODS[parse_cache(self.work.step_cache)[0]]
+        branches = 2 if self.work.guided else 1
+        return method.kept(branches) * self.target_tokens * self.transformer_config.dim * self.itemsize
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
         """One image, in strips."""
@@ -257,7 +273,8 @@ class Planner:
         """Bytes that the denoiser keeps from step to step."""
         prefix, branches = self.prompt_tokens + self.reference_tokens, 2 if self.work.guided else 1
         denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
-        values = denoiser.kept_values(self.transformer_config, EULER.count(self.work.steps), prefix, branches)
+        evaluations = SOLVERS[self.work.solver].count(self.work.steps)
+        values = denoiser.kept_values(self.transformer_config, evaluations, prefix, branches)
         return values * self.itemsize
 
     @property
@@ -369,6 +386,8 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         guided=request.guiding_prompt is not None,
         steps=parameters.num_inference_steps,
         images=len(request.seeds) * len(request.image_indices),
+        solver=parameters.solver,
+        step_cache=parameters.step_cache,
     )
 
 

@@ -24,7 +24,7 @@ from ...models.qwen_image_21.denoiser import (
 )
 from ...models.qwen_image_21.denoiser import Reference as Shown
 from ...models.qwen_image_21.modulation import TimeModulation
-from ...models.qwen_image_21.transformer import Rows
+from ...models.qwen_image_21.transformer import Hidden, Rows
 from ...registry import TRANSFORMER
 from ...weights.loader import load_module
 from ..components import Components
@@ -63,9 +63,32 @@ class QwenImage21Denoiser:
         )
         mx.eval(self._denoiser.prepared)
 
-    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
         """As `Denoiser.velocities`; the first call also computes the prefix."""
-        return self._denoiser.velocities(latents, evaluation, on_layer)
+        return self._denoiser.velocities(latents, evaluation, on_layer, branches)
+
+    @property
+    def depth(self) -> int:
+        """As `Denoiser.depth`."""
+        return self._denoiser.depth
+
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hidden:
+        """As `Denoiser.enter`."""
+        return self._denoiser.enter(latents, evaluation, branches)
+
+    def run(self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Hidden:
+        """As `Denoiser.run`."""
+        return self._denoiser.run(hidden, evaluation, blocks, on_layer)
+
+    def leave(self, hidden: Hidden, evaluation: int) -> Sequence[mx.array]:
+        """As `Denoiser.leave`."""
+        return self._denoiser.leave(hidden, evaluation)
+
+    def signal(self, hidden: Hidden, evaluation: int) -> mx.array:
+        """As `Denoiser.signal`."""
+        return self._denoiser.signal(hidden, evaluation)
 
     @staticmethod
     def check(components: Components, conditions: Conditions) -> None:
