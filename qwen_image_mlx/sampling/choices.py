@@ -54,12 +54,12 @@ def check_guidance(*, steps: int, cfg_scale: float, interval: str | None, zero_s
     variants = [
         name
         for name, chosen in (
-            ("an interval", interval is not None), ("CFG-Zero*", zero_star), ("APG", apg is not None),
+            ("a guidance interval", interval is not None), ("CFG-Zero*", zero_star), ("APG", apg is not None),
         )
         if chosen
     ]  # fmt: skip
     if variants and cfg_scale <= 1:
-        raise RequestError(f"{' and '.join(variants)} of guidance need guidance, but it is off: cfg_scale is 1")
+        raise RequestError(f"{' and '.join(variants)} would change nothing: cfg_scale is 1, so guidance is off")
     if zero_star and apg is not None:
         raise RequestError("CFG-Zero* and APG are two ways to combine the same two velocities: choose one")
     if interval is not None:

@@ -89,7 +89,7 @@ def with_scheduler(pipe, name, monkeypatch, **changes):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("steps", [2, 3, 9, 20])
+@pytest.mark.parametrize("steps", [2, 9, 20])
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 def test_text_to_image(tiny, pipeline, monkeypatch, name, steps, cfg_scale):
     call = {"steps": steps, "cfg_scale": cfg_scale, "seed": 4}
@@ -101,7 +101,7 @@ def test_text_to_image(tiny, pipeline, monkeypatch, name, steps, cfg_scale):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("strength", [0.2, 0.6, 0.85, 1.0])
+@pytest.mark.parametrize("strength", [0.2, 0.85, 1.0])
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 def test_image_to_image(tiny, pipeline, monkeypatch, name, strength, cfg_scale):
     rng = np.random.default_rng(0)

@@ -98,6 +98,4 @@ def test_a_straight_path_arrives(name):
 def test_whole_timesteps_are_rounded_down():
     exact_levels = np.array([1.0, 0.5037, 0.0199999, 0])
     schedule = Schedule(exact_levels.astype(np.float32), exact_levels)
-    np.testing.assert_array_equal(
-        SOLVERS["unipc"].evaluations(schedule), np.array([0.999, 0.503, 0.019], np.float32)
-    )
+    np.testing.assert_array_equal(SOLVERS["unipc"].evaluations(schedule), np.array([0.999, 0.503, 0.019], np.float32))

@@ -1,0 +1,138 @@
+"""Measures a model for step caches: how much each step's input and residual change, over some whole runs.
+
+Sources: TeaCache's fit of a polynomial from the change of the first block's input to that of the output, and MagCache's
+ratios of the residuals' lengths (mean over tokens of |r_i| / |r_(i-1)|, fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import RequestError
+from ..models.layers import OnLayer
+from ..sampling.step_caches import CacheFacts, TeaFacts, relative_change
+from .components import Components
+from .parameters import GenerationParameters
+from .pipeline import QwenImagePipeline
+from .reporter import Reporter
+from .seams import Conditions, DividedDenoiser
+
+STEPS = 50
+_DEGREE = 4
+_MIN_STEPS = 12
+_THRESHOLD = 0.2
+_SHARE = 0.02  # of the changes that may lie outside the range which is trusted, at each end
+
+
+class Change(NamedTuple):
+    """What one step changed, on the prompt's branch.
+
+    Attributes:
+        signal: relative change of the first block's input.
+        residual: relative change of the residual of all blocks.
+        ratio: of the residuals' lengths.
+    """
+
+    signal: float
+    residual: float
+    ratio: float
+
+
+class MeasuredDenoiser:
+    """A denoiser that notes what each step changes.
+
+    Args:
+        denoiser: computes the passes.
+        note: called from the second step on.
+    """
+
+    def __init__(self, denoiser: DividedDenoiser, note: Callable[[Change], None]):
+        self._denoiser, self._note = denoiser, note
+        self._before: tuple[mx.array, mx.array] | None = None
+
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
+        """As `Denoiser.velocities`."""
+        denoiser = self._denoiser
+        hidden = denoiser.enter(latents, evaluation, branches)
+        signal, entered = denoiser.signal(hidden, evaluation), hidden.targets[0]
+        hidden = denoiser.run(hidden, evaluation, slice(None), on_layer)
+        residual = hidden.targets[0].astype(mx.float32) - entered.astype(mx.float32)
+        found = denoiser.leave(hidden, evaluation)
+        mx.eval(residual, signal, found)
+        if self._before is not None:
+            signal_before, before = self._before
+            length, length_before = (mx.linalg.norm(r, axis=-1) for r in (residual, before))
+            ratio = float((length / mx.maximum(length_before, 1e-12)).mean())
+            self._note(
+                Change(relative_change(signal, signal_before), relative_change(residual, before), ratio)
+            )
+        self._before = signal, residual
+        return found
+
+
+def calibrate(
+    pipeline: QwenImagePipeline, prompts: Sequence[str], *, width: int, height: int, steps: int = STEPS,
+    cfg_scale: float | None = None, negative_prompt: str | None = None, on_run: Callable[[int, int], None] | None = None,
+) -> CacheFacts:  # fmt: skip
+    """Runs every prompt with a seed of its own, computing every pass, and fits what step caches need.
+
+    Args:
+        pipeline: of a model that generates from text.
+        prompts: at least one; several differ more, and fit better.
+        width, height: in pixels.
+        steps: of each run.
+        cfg_scale: guidance; None is the model's own.
+        negative_prompt: None is " ".
+        on_run: called with the number of runs done, and of all.
+
+    Raises:
+        RequestError: there are too few steps to fit anything, or the model needs images.
+    """
+    if steps < _MIN_STEPS:
+        raise RequestError(f"steps is {steps}, but a calibration needs at least {_MIN_STEPS}")
+    pipeline.check_task("generate")
+    runs: list[list[Change]] = []
+
+    def measured(components: Components, conditions: Conditions, report: Reporter) -> MeasuredDenoiser:
+        runs.append([])
+        return MeasuredDenoiser(make(components, conditions, report), runs[-1].append)
+
+    make: Any = pipeline.components.use_of("transformer")
+    measured.check = make.check  # type: ignore[attr-defined]
+    measured.kept_values = make.kept_values  # type: ignore[attr-defined]
+    watched = QwenImagePipeline(pipeline.components, pipeline._report, measured)  # type: ignore[arg-type]
+    scale = pipeline.recommended.cfg_scale if cfg_scale is None else cfg_scale
+    parameters = GenerationParameters(width=width, height=height, num_inference_steps=steps, cfg_scale=scale)
+    encodings = [watched.encode_guidance_prompts(prompt, negative_prompt or " ") for prompt in prompts]
+    watched.release_encoders()
+    for seed, encoding in enumerate(encodings):
+        watched.denoise_latents(parameters, encoding, seed=seed)
+        if on_run is not None:
+            on_run(seed + 1, len(encodings))
+    return fit(runs)
+
+
+def fit(runs: Sequence[Sequence[Change]]) -> CacheFacts:
+    """The facts of runs of equally many steps.
+
+    Args:
+        runs: what each step after the first changed, in order.
+    """
+    signals = np.array([[step.signal for step in run] for run in runs])
+    residuals = np.array([[step.residual for step in run] for run in runs])
+    ratios = np.array([[step.ratio for step in run] for run in runs]).mean(axis=0)
+    low, high = (float(np.quantile(signals, part)) for part in (_SHARE, 1 - _SHARE))
+    inside = (signals >= low) & (signals <= high)
+    x, y = signals[inside], residuals[inside]
+    powers = np.stack([x**n for n in range(_DEGREE, 0, -1)], axis=1)  # through 0: no change of the input, none at all
+    scale = np.abs(powers).max(axis=0)
+    polynomial = np.linalg.lstsq(powers / scale, y, rcond=None)[0] / scale
+    return CacheFacts(
+        TeaFacts((*map(float, polynomial), 0.0), low, high, _THRESHOLD), (1.0, *(round(float(r), 5) for r in ratios))
+    )
