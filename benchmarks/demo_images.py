@@ -1,4 +1,4 @@
-"""What the benchmarks of steps share: the demo's images of scenes that it was never trained on, and how alike two are."""
+"""What the benchmarks of steps share: the demo's images of scenes it was never trained on, and how alike two are."""
 
 from __future__ import annotations
 

@@ -69,16 +69,14 @@ class MeasuredDenoiser:
             signal_before, before = self._before
             length, length_before = (mx.linalg.norm(r, axis=-1) for r in (residual, before))
             ratio = float((length / mx.maximum(length_before, 1e-12)).mean())
-            self._note(
-                Change(relative_change(signal, signal_before), relative_change(residual, before), ratio)
-            )
+            self._note(Change(relative_change(signal, signal_before), relative_change(residual, before), ratio))
         self._before = signal, residual
         return found
 
 
 def calibrate(
     pipeline: QwenImagePipeline, prompts: Sequence[str], *, width: int, height: int, steps: int = STEPS,
-    cfg_scale: float | None = None, negative_prompt: str | None = None, on_run: Callable[[int, int], None] | None = None,
+    cfg_scale: float | None = None,
 ) -> CacheFacts:  # fmt: skip
     """Runs every prompt with a seed of its own, computing every pass, and fits what step caches need.
 
@@ -88,8 +86,6 @@ def calibrate(
         width, height: in pixels.
         steps: of each run.
         cfg_scale: guidance; None is the model's own.
-        negative_prompt: None is " ".
-        on_run: called with the number of runs done, and of all.
 
     Raises:
         RequestError: there are too few steps to fit anything, or the model needs images.
@@ -109,12 +105,10 @@ def calibrate(
     watched = QwenImagePipeline(pipeline.components, pipeline._report, measured)  # type: ignore[arg-type]
     scale = pipeline.recommended.cfg_scale if cfg_scale is None else cfg_scale
     parameters = GenerationParameters(width=width, height=height, num_inference_steps=steps, cfg_scale=scale)
-    encodings = [watched.encode_guidance_prompts(prompt, negative_prompt or " ") for prompt in prompts]
+    encodings = [watched.encode_guidance_prompts(prompt, " ") for prompt in prompts]
     watched.release_encoders()
     for seed, encoding in enumerate(encodings):
         watched.denoise_latents(parameters, encoding, seed=seed)
-        if on_run is not None:
-            on_run(seed + 1, len(encodings))
     return fit(runs)
 
 

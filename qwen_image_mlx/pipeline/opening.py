@@ -85,6 +85,11 @@ def recommended_of(components: Components) -> Recommended:
     return Recommended(distilled.steps, distilled.cfg_scale, distilled.shift)
 
 
+def is_distilled(components: Components) -> bool:
+    """Whether a checkpoint, or one of its LoRAs, was trained for a few steps of its own."""
+    return bool(components.variant.sigmas or (components.adapters and components.adapters.distillation))
+
+
 def _lora_reader(
     loras: Sequence[LoRAReference], mode: LoRAMode, offline: bool, report: Reporter
 ) -> Callable[[Mapping[str, tuple[int, ...]]], Adapters]:

@@ -30,7 +30,7 @@ from .conductor import decompose, generate
 from .foreign_names import Answering, answering
 from .image_request import canvas_or_size, edit_canvas, image_request
 from .limits import limits
-from .opening import open_components, recommended_of, replace_loras
+from .opening import is_distilled, open_components, recommended_of, replace_loras
 from .parameters import GenerationParameters, Recommended, check_image_index, check_seed
 from .progress import ProgressCallback, Shown
 from .reporter import Reporter
@@ -131,6 +131,11 @@ class QwenImagePipeline(Answering):
     def recommended(self) -> Recommended:
         """The recommended sampling: the model card's, or a distilled LoRA's."""
         return recommended_of(self.components)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model, or a LoRA on it, was trained for a few steps of its own."""
+        return is_distilled(self.components)
 
     @property
     def class_name(self) -> str | None:

@@ -123,6 +123,15 @@ class DenoiserClass(Protocol):
             branches: 1, or 2 with guidance.
         """
 
+    def pass_flop(self, config: Any, target_tokens: int, prefix_tokens: int) -> float:
+        """Floating point operations of one pass after the first, in products and attention.
+
+        Args:
+            config: of the transformer.
+            target_tokens: of all frames.
+            prefix_tokens: tokens of prompt and references.
+        """
+
 
 class Encoded(NamedTuple):
     """What a `ConditionEncoder` makes.

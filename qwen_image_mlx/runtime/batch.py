@@ -77,6 +77,12 @@ def asked_images(
     return list(found.values())
 
 
+def finished_file(one: Asked) -> Path | None:
+    """The finished file of an image, under its own name or a numbered one; None if there is none."""
+    files = [one.path, *sorted(one.path.parent.glob(f"{one.path.stem}-*.png"))]
+    return next((file for file in files if file.is_file() and one.is_in(file)), None)
+
+
 def missing_images(asked: Sequence[Asked]) -> list[Asked]:
     """The images without a finished file, under their own name or under a numbered one that `save_png` chose."""
     there: dict[tuple[Path, str], list[Path]] = {}

@@ -277,6 +277,12 @@ class Planner:
         values = denoiser.kept_values(self.transformer_config, evaluations, prefix, branches)
         return values * self.itemsize
 
+    def pass_flop(self) -> float:
+        """Floating point operations of one pass through the transformer after the first."""
+        denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
+        prefix = self.prompt_tokens + self.reference_tokens
+        return denoiser.pass_flop(self.transformer_config, self.target_tokens, prefix)
+
     @property
     def target_tokens(self) -> int:
         """Image tokens of the target."""

@@ -29,6 +29,7 @@ from ..weights.schemes import NONE, Quantization
 from .memory import Memory, alternatives, fitting_plan, parse_memory
 from .memory_plan import MemoryPlan, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
+from .presets import Preset, preset_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,6 +72,7 @@ class Session:
         self._wire = bool(asked.get("wire"))
         self._cache = _cache() if asked.get("cache") else None
         self._warned = False
+        self._said_preset: Preset | None = None
 
     @classmethod
     def open(
@@ -133,6 +135,9 @@ class Session:
             RequestError: something is out of range or does not fit the model.
         """
         variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
+        preset = preset_of(asked["preset"], self.pipeline) if asked.get("preset") else None
+        if preset is not None:
+            sampling |= {OPTIONS[name].field: value for name, value in preset.values.items()}
         task = task or self.task
         if variant.layered:
             request = layers_of(images[0], asked, variant.resolutions, sampling)
@@ -145,7 +150,9 @@ class Session:
                     variant, images, mask=mask, size=named, composite=not asked.get("no_composite"),
                     crop_padding=asked.get("mask_padding"), straight=straight,
                 )  # fmt: skip
-            recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
+            recommended: dict[str, Any] = {
+                r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling
+            }
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
             wanted = {**recommended, **asked}
             if asked.get("transparent"):
@@ -158,6 +165,15 @@ class Session:
                 canvas=canvas,
                 reference_pixels=asked.get("reference_pixels"),
             )
+        if preset is not None:
+            request = replace(request, preset=preset.name)
+            if preset != self._said_preset:
+                self._said_preset = preset
+                logger.info("%s", preset.sentence)
+        if request.parameters.step_cache:
+            from ..pipeline.step_cache import cache_of  # here: most runs have no step cache
+
+            cache_of(self.pipeline.components, request.parameters.step_cache, request.parameters.num_inference_steps)
         if (asked.get("negative_prompt") or "").strip() and request.guiding_prompt is None and not self._warned:
             self._warned = True
             logger.warning(

@@ -56,7 +56,11 @@ def test_threshold_0_changes_no_bit(pipeline, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_passes_are_left_out_and_counted(pipeline, method):
     told = []
-    result = made(pipeline, f"{method}:{ALWAYS[method]}", progress=lambda p: told.append(p.skipped) if p.stage == "denoise" else None)
+    result = made(
+        pipeline,
+        f"{method}:{ALWAYS[method]}",
+        progress=lambda p: told.append(p.skipped) if p.stage == "denoise" else None,
+    )
     run, skipped = pipeline.components.passes
     assert run + skipped == 2 * STEPS
     assert skipped >= 4

@@ -110,6 +110,12 @@ class QwenImageDenoiser:
         """The number of values in the modulation rows of all evaluations."""
         return evaluations * config.modulation_size
 
+    @staticmethod
+    def pass_flop(config: TransformerConfig, target_tokens: int, prefix_tokens: int) -> float:
+        """As `DenoiserClass.pass_flop`: each token meets 12 D^2 weights of a block, whichever stream it is in."""
+        tokens, dim = target_tokens + prefix_tokens, config.dim
+        return config.num_layers * (24.0 * dim**2 * tokens + 4.0 * tokens**2 * dim)
+
 
 @dataclass(frozen=True)
 class TrainedDenoisers:
@@ -122,6 +128,7 @@ class TrainedDenoisers:
     rows: Rows
     check: ClassVar = staticmethod(QwenImageDenoiser.check)
     kept_values: ClassVar = staticmethod(QwenImageDenoiser.kept_values)
+    pass_flop: ClassVar = staticmethod(QwenImageDenoiser.pass_flop)
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> QwenImageDenoiser:
         """Makes the denoiser of an image; see `DenoiserClass`."""

@@ -112,6 +112,13 @@ class QwenImage21Denoiser:
         """As `DenoiserClass.kept_values`: the prefixes' keys and values, and a few rows for each evaluation."""
         return kept_values(config, prefix_tokens, branches) + _ROWS * config.dim * (evaluations + 1)
 
+    @staticmethod
+    def pass_flop(config: TransformerConfig, target_tokens: int, prefix_tokens: int) -> float:
+        """As `DenoiserClass.pass_flop`: the target alone runs, and sees the kept prefix."""
+        weights = 4.0 * config.dim**2 + 3.0 * config.dim * config.inner_dim
+        seen = 4.0 * target_tokens * (target_tokens + prefix_tokens) * config.dim
+        return config.num_layers * (2 * weights * target_tokens + seen)
+
 
 def _branches(conditions: Conditions) -> list[Condition]:
     """Each encoded prompt, with the places of the references in it.
