@@ -21,7 +21,6 @@ _PROMPTS = (
     "a mountain lake at sunset, oil painting",
     'a shop window with the sign "OPEN", street photography at night',
 )
-_TAKEN = ("model", "revision", "dtype", "quantize", "group_size", "loras", "lora_mode", "transformer")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -31,11 +30,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     for row in rows_of("generate"):
-        if row.name in (*_TAKEN, "memory", "cfg_scale", "quiet"):
+        if row.group == "model" or row.name in ("memory", "cfg_scale", "quiet"):
             add_option(parser, row)
     add = parser.add_argument
     add("--prompt", "-p", action="append", metavar="PROMPT", help="a prompt of the measured images; repeat for more "
-        "(default: three of a photo, a painting and a text)")  # fmt: skip
+        "(default: three)")  # fmt: skip
     add("--steps", type=int, metavar="N", help="steps of each image (default: 50)")
     add("--size", metavar="WxH", help="size of the images (default: the model's own at half the side)")
     return parser
@@ -45,8 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Measures, writes the numbers and prints their file's path."""
     from ..errors import RequestError
     from ..images.geometry import size_of_area
-    from ..pipeline.calibrated import write_facts
-    from ..pipeline.calibration import STEPS, calibrate
+    from ..pipeline.calibration import STEPS, calibrate, write_facts
     from ..pipeline.limits import limits
     from ..pipeline.request import parsed_size
     from ..runtime.session import Session
@@ -61,13 +59,11 @@ def run(arguments: argparse.Namespace) -> None:
             size = parsed_size(arguments.size, "--size")
             if isinstance(size, str):
                 raise RequestError(f"--size is {arguments.size}, but must be WIDTHxHEIGHT here")
-        if pipeline.is_distilled:
+        if session.is_distilled:
             logger.warning("%s takes so few steps that step caches are refused", pipeline.model)
         with limits():
-            facts = calibrate(
+            path = write_facts(pipeline, calibrate(
                 pipeline, arguments.prompt or _PROMPTS, width=size[0], height=size[1],
                 steps=STEPS if arguments.steps is None else arguments.steps, cfg_scale=arguments.cfg_scale,
-            )  # fmt: skip
-        adapters = pipeline.components.adapters
-        path = write_facts(facts, pipeline.model, tuple(map(str, adapters.references)) if adapters else ())
+            ))  # fmt: skip
         console.result(path)

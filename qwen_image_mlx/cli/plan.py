@@ -101,14 +101,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _presets(session: Session, work: Work) -> list[dict[str, Any]]:
     """What each preset takes: passes, and the seconds that the work of their transformer is modelled to take."""
     from ..doctor.rates import product_rate
-    from ..runtime.memory_plan import Planner
-    from ..runtime.presets import PRESETS, preset_of
-    from ..runtime.residency import DEFAULT
+    from ..runtime.presets import PRESETS
 
-    flop, rate = Planner(session.pipeline.components, work, DEFAULT).pass_flop(), product_rate()
+    flop, rate = session.pass_flop(work), product_rate()
     found = []
     for name in PRESETS:
-        preset = preset_of(name, session.pipeline)
+        preset = session.preset(name)
         passes = preset.passes(work.guided)
         found.append({
             "preset": name, "steps": preset.steps, "solver": preset.values.get("solver", "euler"),
@@ -145,6 +143,7 @@ def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:
         shown=(shown,) * references, encoded=shown[0] * shown[1] if references else 0,
         guided=variant.cfg_scale > 1, steps=variant.steps if arguments.steps is None else arguments.steps,
         solver=arguments.solver or "euler", step_cache=_cache(arguments.step_cache),
+        keeps_prefix=not arguments.no_prefix_cache,
     )  # fmt: skip
 
 

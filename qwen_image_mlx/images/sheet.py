@@ -64,5 +64,5 @@ def picked(metadata: Mapping[str, Any], number: int | None, path: str) -> dict[s
     if number is None:
         raise RequestError(f"{path} is a contact sheet of {len(records)} images: choose one", cause="pick")
     if not 1 <= number <= len(records):
-        raise RequestError(f"there is no image {number} on {path}, which shows {len(records)}")
+        raise RequestError(f"the number to pick is {number}, but {path} shows images 1 to {len(records)}")
     return dict(records[number - 1])

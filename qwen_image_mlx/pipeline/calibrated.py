@@ -32,12 +32,16 @@ def data_folder() -> Path:
 def facts_of(components: Components) -> CacheFacts:
     """The facts of a checkpoint: calibrated with its LoRAs, else without them, else those of the released model."""
     model = components.snapshot.model
-    loras = components.adapters.references if components.adapters else ()
-    for some in dict.fromkeys([tuple(map(str, loras)), ()]):
+    for some in dict.fromkeys([loras_of(components), ()]):
         facts = read_facts(path_of(model, some))
         if facts is not None:
             return facts
     return RELEASED.get(str(model), CacheFacts())
+
+
+def loras_of(components: Components) -> tuple[str, ...]:
+    """The references of a checkpoint's LoRAs, with their strengths."""
+    return components.adapters.references if components.adapters else ()
 
 
 def path_of(model: str, loras: Sequence[str]) -> Path:

@@ -7,19 +7,22 @@ ratios of the residuals' lengths (mean over tokens of |r_i| / |r_(i-1)|, fp32).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import RequestError
 from ..models.layers import OnLayer
+from ..registry import TRANSFORMER
 from ..sampling.step_caches import CacheFacts, TeaFacts, relative_change
+from . import calibrated
 from .components import Components
 from .parameters import GenerationParameters
 from .pipeline import QwenImagePipeline
 from .reporter import Reporter
-from .seams import Conditions, DividedDenoiser
+from .seams import Conditions, DenoiserClass, DividedDenoiser
 
 STEPS = 50
 _DEGREE = 4
@@ -74,6 +77,22 @@ class MeasuredDenoiser:
         return found
 
 
+class _Measured:
+    """Makes denoisers that note what each step changes, in a list for each image."""
+
+    def __init__(self, pipeline: QwenImagePipeline, runs: list[list[Change]]):
+        self._make: DenoiserClass = pipeline.components.use_of(TRANSFORMER)
+        self._runs = runs
+
+    def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> MeasuredDenoiser:
+        self._runs.append([])
+        denoiser = cast(DividedDenoiser, self._make(components, conditions, report))
+        return MeasuredDenoiser(denoiser, self._runs[-1].append)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._make, name)
+
+
 def calibrate(
     pipeline: QwenImagePipeline, prompts: Sequence[str], *, width: int, height: int, steps: int = STEPS,
     cfg_scale: float | None = None,
@@ -94,15 +113,7 @@ def calibrate(
         raise RequestError(f"steps is {steps}, but a calibration needs at least {_MIN_STEPS}")
     pipeline.check_task("generate")
     runs: list[list[Change]] = []
-
-    def measured(components: Components, conditions: Conditions, report: Reporter) -> MeasuredDenoiser:
-        runs.append([])
-        return MeasuredDenoiser(make(components, conditions, report), runs[-1].append)
-
-    make: Any = pipeline.components.use_of("transformer")
-    measured.check = make.check  # type: ignore[attr-defined]
-    measured.kept_values = make.kept_values  # type: ignore[attr-defined]
-    watched = QwenImagePipeline(pipeline.components, pipeline._report, measured)  # type: ignore[arg-type]
+    watched = QwenImagePipeline(pipeline.components, pipeline._report, _Measured(pipeline, runs))
     scale = pipeline.recommended.cfg_scale if cfg_scale is None else cfg_scale
     parameters = GenerationParameters(width=width, height=height, num_inference_steps=steps, cfg_scale=scale)
     encodings = [watched.encode_guidance_prompts(prompt, " ") for prompt in prompts]
@@ -130,3 +141,12 @@ def fit(runs: Sequence[Sequence[Change]]) -> CacheFacts:
     return CacheFacts(
         TeaFacts((*map(float, polynomial), 0.0), low, high, _THRESHOLD), (1.0, *(round(float(r), 5) for r in ratios))
     )
+
+
+def write_facts(pipeline: QwenImagePipeline, facts: CacheFacts) -> Path:
+    """Writes a calibration where a later run with the same model and LoRAs finds it; returns its path.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    return calibrated.write_facts(facts, pipeline.model, calibrated.loras_of(pipeline.components))

@@ -81,6 +81,7 @@ def denoise_latents(
         rows=rows,
         columns=columns,
         sigmas=solver.evaluations(start.schedule),
+        keeps_prefix=not parameters.no_prefix_cache,
     )
     make_denoiser.check(components, conditions)
 

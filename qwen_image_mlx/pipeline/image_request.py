@@ -65,6 +65,8 @@ def image_request(
     rng: Rng,
     strength: float,
     reference_pixels: int | None = None,
+    transparent: bool = False,
+    prefix_cache: bool = True,
 ) -> Request:
     """A request for images of one prompt and seed.
 
@@ -74,22 +76,32 @@ def image_request(
         canvas: the canvas; None generates from text alone.
         sampling: fields of `GenerationParameters`.
         size: (width, height) without a canvas; None is the model's default.
-        prompt, negative_prompt, seed, num_images, rng, strength, reference_pixels: as in `QwenImagePipeline.edit`.
+        prompt, negative_prompt, seed, num_images, rng, strength, reference_pixels, transparent, prefix_cache: as in
+            `QwenImagePipeline.edit`.
 
     Raises:
-        RequestError: an argument is out of range.
+        RequestError: an argument is out of range, or the model makes no transparent images.
     """
     width, height = canvas.size if canvas else size or variant.size_of("1:1")
     return Request(
-        prompt=prompt,
+        prompt=transparent_prompt(variant, prompt) if transparent else prompt,
         negative_prompt=negative_prompt,
-        parameters=GenerationParameters(width=width, height=height, rng=rng, strength=strength, **sampling),
+        parameters=GenerationParameters(
+            width=width, height=height, rng=rng, strength=strength, no_prefix_cache=not prefix_cache, **sampling
+        ),
         seeds=(seed,),
         image_indices=range(check_num_images(num_images)),
         images=tuple(images),
         canvas=canvas,
         reference_pixels=reference_pixels,
     )
+
+
+def transparent_prompt(variant: Variant, prompt: str) -> str:
+    """A prompt worded for a transparent background; raises RequestError where the model makes none."""
+    if variant.transparent is None:
+        raise RequestError("this model makes no transparent images", cause="transparent")
+    return variant.transparent(prompt)
 
 
 def canvas_or_size(

@@ -92,6 +92,8 @@ class GenerationParameters:
         cfg_zero_star: CFG-Zero*: the negative velocity is scaled to fit, and the first step does not move.
         apg: eta of adaptive projected guidance; None is ordinary guidance.
         step_cache: METHOD or METHOD:THRESHOLD of `sampling.step_caches.METHODS`; None computes every pass.
+        no_prefix_cache: whether a model that keeps the keys and values of text and references between steps computes
+            them in every step instead: the same image but for rounding.
 
     Raises:
         RequestError: a value is out of range; the message says which and what is allowed.
@@ -166,6 +168,12 @@ class GenerationParameters:
     cfg_normalize: bool | None = option(
         None, kind=Switch(), help="guidance keeps the length of each token's velocity",
         group="sampling", commands=("decompose",), flags=("--cfg-normalize",), tasks=("decompose",), record="layered",
+    )  # fmt: skip
+    no_prefix_cache: bool = option(
+        False, kind=Switch(), group="sampling", commands=(*CANVAS, "plan"), flags=("--no-prefix-cache",), tasks=CANVAS,
+        help="with Qwen-Image-2.1, compute text and references in every step: less memory, much more time",
+        line=True, record="set", page=False, config=(Config(commands=CANVAS, example=True),),
+        but={"plan": {"help": "with Qwen-Image-2.1, as in generate"}},
     )  # fmt: skip
 
     def __post_init__(self) -> None:

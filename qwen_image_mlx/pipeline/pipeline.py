@@ -30,7 +30,7 @@ from .conductor import decompose, generate
 from .foreign_names import Answering, answering
 from .image_request import canvas_or_size, edit_canvas, image_request
 from .limits import limits
-from .opening import is_distilled, open_components, recommended_of, replace_loras
+from .opening import open_components, recommended_of, replace_loras
 from .parameters import GenerationParameters, Recommended, check_image_index, check_seed
 from .progress import ProgressCallback, Shown
 from .reporter import Reporter
@@ -131,11 +131,6 @@ class QwenImagePipeline(Answering):
     def recommended(self) -> Recommended:
         """The recommended sampling: the model card's, or a distilled LoRA's."""
         return recommended_of(self.components)
-
-    @property
-    def is_distilled(self) -> bool:
-        """Whether the model, or a LoRA on it, was trained for a few steps of its own."""
-        return is_distilled(self.components)
 
     @property
     def class_name(self) -> str | None:
@@ -304,6 +299,7 @@ class QwenImagePipeline(Answering):
         mask_padding: int | None = None, composite: bool = True,
         size: NamedSize | Size | None = None, width: int | None = None, height: int | None = None,
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
+        transparent: bool = False, prefix_cache: bool = True,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
         """Generates images from text, or from text and an image, with a text-to-image model.
@@ -321,6 +317,8 @@ class QwenImagePipeline(Answering):
                 1328x1328 for the released ones.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
+            transparent: word the prompt for a transparent background, where the model knows how.
+            prefix_cache: False computes text and references in every step, where the model would keep them.
             seed, rng: seed and generator of the initial noise; rng is "torch" or "mlx".
             num_images: images from this seed, each with its own noise.
             composite: with a mask, put the image back where the mask is black; False returns the model's own pixels.
@@ -342,7 +340,7 @@ class QwenImagePipeline(Answering):
         sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
-            rng=rng, strength=strength,
+            rng=rng, strength=strength, transparent=transparent, prefix_cache=prefix_cache,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 
@@ -352,6 +350,7 @@ class QwenImagePipeline(Answering):
         mask: ImageSource | None = None, strength: float = 0.6, mask_padding: int | None = None, composite: bool = True,
         size: NamedSize | Size | None = None, reference_pixels: int | None = None, keep_alpha: bool = False,
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
+        transparent: bool = False, prefix_cache: bool = True,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
         """Edits images with an editing model; returns and raises as `generate` does.
@@ -366,7 +365,7 @@ class QwenImagePipeline(Answering):
             strength: with a mask, how much changes inside it, above 0 and at most 1.
             mask_padding: generate only the mask and this number of pixels around it.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
-            seed, num_images, rng: as in `generate`.
+            seed, num_images, rng, transparent, prefix_cache: as in `generate`.
             reference_pixels: maximum pixels of each reference image that the transformer sees.
             composite: with a mask, put the image back where the mask is black.
             keep_alpha: give the result the image's transparency.
@@ -382,7 +381,7 @@ class QwenImagePipeline(Answering):
         sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
-            strength=strength, reference_pixels=reference_pixels,
+            strength=strength, reference_pixels=reference_pixels, transparent=transparent, prefix_cache=prefix_cache,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 

@@ -6,7 +6,7 @@ image, from everything that is known before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 from ..models.layers import OnLayer
 from ..names import CaptionLanguage
 from .conditioning import Reference
+from .costs import Costs
 from .reporter import Reporter
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Conditions:
         frames: images that are generated together: 1, or layers and the whole.
         rows, columns: of a frame's tokens.
         sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
+        keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
     branches: tuple[mx.array, ...]
@@ -42,6 +44,7 @@ class Conditions:
     rows: int
     columns: int
     sigmas: np.ndarray
+    keeps_prefix: bool = True
 
 
 class Hidden(Protocol):
@@ -95,7 +98,13 @@ class DividedDenoiser(Denoiser, Protocol):
 
 
 class DenoiserClass(Protocol):
-    """Makes the `Denoiser` of an image."""
+    """Makes the `Denoiser` of an image.
+
+    Attributes:
+        costs: the memory that its generation takes while it works, encoders and autoencoder included, by backend.
+    """
+
+    costs: Mapping[str, Costs]
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
         """Prepares an image.

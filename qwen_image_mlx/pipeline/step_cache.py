@@ -59,7 +59,8 @@ class CachedDenoiser:
         hidden = denoiser.run(hidden, evaluation, slice(cache.first, None), on_layer)
         residuals = [after - before for after, before in zip(hidden.targets, entered, strict=True)]
         found = denoiser.leave(hidden, evaluation)
-        mx.async_eval(residuals)  # type: ignore[no-untyped-call]  # or they would keep the pass's streams alive
+        # Queued now: later they would keep the pass's streams alive.
+        mx.async_eval(residuals)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
         cache.computed(evaluation, residuals, found[0])
         return found
 
@@ -71,7 +72,7 @@ class CachedDenoiser:
             return [_sum(latents, r) for r in self._cache.reused(evaluation)[:branches]]
         found = self._denoiser.velocities(latents, evaluation, on_layer, branches)
         residuals = [velocity - latents for velocity in found]
-        mx.async_eval(residuals)  # type: ignore[no-untyped-call]
+        mx.async_eval(residuals)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
         self._cache.computed(evaluation, residuals, found[0])
         return found
 

@@ -1,18 +1,15 @@
 """Presets: what solver, steps and step cache give together for the model at hand. Importable without MLX.
 
-A preset is a row of values for options; whatever else is asked for overrides them. A model that was distilled for a few
-steps has one right way to be sampled, so that its presets are all the same.
+A preset is a row of values for options; other options that are given override them. A model that was distilled for
+a few steps has one right way to be sampled, so that its presets are all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from ..names import PresetName
-
-if TYPE_CHECKING:
-    from ..pipeline.pipeline import QwenImagePipeline
 
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 # The options that a preset decides about; it overrides earlier choices of these.
@@ -51,19 +48,20 @@ class Preset(NamedTuple):
         return f"preset {self.name}: " + ", ".join([*said, *([self.values["step_cache"]] if self.skipped else [])])
 
 
-def preset_of(name: PresetName, pipeline: QwenImagePipeline) -> Preset:
-    """What a preset means for an opened model."""
-    recommended = pipeline.recommended
-    steps = recommended.num_inference_steps
-    if pipeline.is_distilled:
-        return Preset(name, {}, steps, 0.0)
-    if name == "draft":
+def preset_of(name: PresetName, steps: int, *, distilled: bool, measured: bool) -> Preset:
+    """What a preset means for a model.
+
+    Args:
+        name: of the preset.
+        steps: the model's own.
+        distilled: whether it was trained for them.
+        measured: whether TeaCache's numbers of it are known.
+    """
+    if name == "draft" and not distilled:
         fewer = min(steps, max(_DRAFT_STEPS, steps // _DRAFT_SHARE))
         return Preset(name, {"steps": fewer}, fewer, 0.0)
-    if name == "balanced" and steps >= _ENOUGH:
-        from ..pipeline.calibrated import facts_of  # here: most runs have no step cache
-
-        cache, share = (_CACHE, _CACHE_SHARE) if facts_of(pipeline.components).tea else (_PLAIN_CACHE, _PLAIN_SHARE)
+    if name == "balanced" and not distilled and steps >= _ENOUGH:
+        cache, share = (_CACHE, _CACHE_SHARE) if measured else (_PLAIN_CACHE, _PLAIN_SHARE)
         return Preset(name, {"step_cache": cache}, steps, share)
     return Preset(name, {}, steps, 0.0)
 

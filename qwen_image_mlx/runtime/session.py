@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from ..errors import RequestError
-from ..names import Aspect, NamedSize, Task
+from ..names import Aspect, NamedSize, PresetName, Task
 from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
-from ..pipeline.image_request import canvas_of
+from ..pipeline.image_request import canvas_of, transparent_prompt
 from ..pipeline.limits import free_memory, limits
+from ..pipeline.opening import is_distilled
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.request import Request, build_request
@@ -27,9 +28,10 @@ from ..registry import TEXT_ENCODER
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.schemes import NONE, Quantization
 from .memory import Memory, alternatives, fitting_plan, parse_memory
-from .memory_plan import MemoryPlan, Work, table_of, work_of
+from .memory_plan import MemoryPlan, Planner, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
 from .presets import Preset, preset_of
+from .residency import DEFAULT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,7 +137,7 @@ class Session:
             RequestError: something is out of range or does not fit the model.
         """
         variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
-        preset = preset_of(asked["preset"], self.pipeline) if asked.get("preset") else None
+        preset = self.preset(asked["preset"]) if asked.get("preset") else None
         if preset is not None:
             sampling |= {OPTIONS[name].field: value for name, value in preset.values.items()}
         task = task or self.task
@@ -156,9 +158,7 @@ class Session:
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
             wanted = {**recommended, **asked}
             if asked.get("transparent"):
-                if variant.transparent is None:
-                    raise RequestError(f"{self.pipeline.model} makes no transparent images", cause="transparent")
-                wanted["prompt"] = variant.transparent(wanted["prompt"])
+                wanted["prompt"] = transparent_prompt(variant, wanted["prompt"])
             request = replace(
                 build_request(wanted, canvas.size if canvas else cast("Size", named)),
                 images=tuple(images) if task == "edit" else (),
@@ -181,6 +181,19 @@ class Session:
                 request.parameters.cfg_scale,
             )
         return request
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model, or a LoRA on it, was trained for a few steps of its own."""
+        return is_distilled(self.pipeline.components)
+
+    def preset(self, name: PresetName) -> Preset:
+        """What a preset means for the model."""
+        from ..pipeline.calibrated import facts_of  # here: most runs have no step cache
+
+        measured = facts_of(self.pipeline.components).tea is not None
+        steps = self.pipeline.recommended.num_inference_steps
+        return preset_of(name, steps, distilled=self.is_distilled, measured=measured)
 
     # Plan -----------------------------------------------------------------------------------------------------------
 
@@ -223,6 +236,10 @@ class Session:
     def alternatives(self, work: Work) -> list[MemoryPlan]:
         """For each residency, the plan of a piece of work that fits the session's memory, or has the lowest peak."""
         return alternatives(self.pipeline.components, work, self.memory.budget)
+
+    def pass_flop(self, work: Work) -> float:
+        """Floating point operations of one pass through the transformer after the first."""
+        return Planner(self.pipeline.components, work, DEFAULT).pass_flop()
 
     # Run ------------------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from .guidance import Guidance, guide
 from .schedule import Schedule
 from .solvers import EULER, Noise, Solver, Step
 
-# (latents (B, N, C), evaluation, number of velocities) -> that many velocities (B, N, C): the prompt's and, where two
-# are asked for, the negative prompt's.
+# (latents (B, N, C), evaluation, number of velocities) -> that many velocities (B, N, C): the prompt's and, of two,
+# the negative prompt's.
 Velocities = Callable[[mx.array, int, int], Sequence[mx.array]]
 # (steps done, the last step).
 OnStep = Callable[[int, Step], None]

@@ -74,7 +74,7 @@ class StepCache:
         raise NotImplementedError
 
     def computed(self, number: int, residuals: Sequence[mx.array], output: mx.array) -> None:
-        """Keeps what a computed pass added, by branch, and starts to count anew."""
+        """Keeps what a computed pass added, by branch, and starts to count again."""
         self._residuals = list(residuals)
 
     def reused(self, number: int) -> list[mx.array]:
@@ -110,7 +110,7 @@ class TeaCache(StepCache):
         """While the sum of estimated changes is below the threshold."""
         assert seen is not None
         before, self._before = self._before, seen
-        mx.async_eval(seen)  # type: ignore[no-untyped-call]
+        mx.async_eval(seen)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
         if before is None:
             return False
         change = relative_change(seen, before)
@@ -145,7 +145,7 @@ class FirstBlock(StepCache):
         """As `StepCache.computed`."""
         super().computed(number, residuals, output)
         self._before = self._seen
-        mx.async_eval(self._before)  # type: ignore[no-untyped-call]
+        mx.async_eval(self._before)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
 
 
 class MagCache(StepCache):
