@@ -92,6 +92,7 @@ class Samples:
             num_inference_steps=min(STEPS, recommended.num_inference_steps),
             cfg_scale=recommended.cfg_scale,
             shift=recommended.shift,
+            stretch=recommended.stretch,
             num_layers=len(example.layers) or 1,
         )
         negative = recommended_negative_prompt(variant, pipeline.model) if recommended.cfg_scale > 1 else None

@@ -9,7 +9,7 @@ from dataclasses import replace
 import goldens
 import numpy as np
 import pytest
-from checkpoints_21 import GENERATIONS_21, PROMPT_21, TINY_PROCESSOR, write_checkpoint_21
+from checkpoints_21 import GENERATIONS_21, PROMPT_21, TINY_PROCESSOR
 from PIL import Image
 
 from qwen_image_mlx import QwenImagePipeline
@@ -24,8 +24,8 @@ SMALL = {"width": 64, "height": 32, "num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint_21(tmp_path_factory.mktemp("21") / "model")
+def checkpoint(tiny_21):
+    return tiny_21
 
 
 @pytest.fixture(scope="module")

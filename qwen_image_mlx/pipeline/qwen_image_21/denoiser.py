@@ -26,7 +26,8 @@ from ...models.qwen_image_21.denoiser import Reference as Shown
 from ...models.qwen_image_21.modulation import TimeModulation
 from ...models.qwen_image_21.transformer import Rows
 from ...registry import TRANSFORMER
-from ...weights.loader import load_module
+from ...weights.loader import fill, specs_of
+from ...weights.tensor_formats import Reader
 from ..components import Components
 from ..reporter import Reporter
 from ..seams import Conditions
@@ -113,7 +114,8 @@ def _table(components: Components, sigmas: np.ndarray, report: Reporter) -> list
             (part,) = components.rows[TRANSFORMER].transient
             network = TimeModulation(components.config(TRANSFORMER))
             weights = components.weights(TRANSFORMER)
-            network = load_module(network, weights, part, components.dtype, None, placement)
+            specs = specs_of(network, weights, part, None)
+            fill(network, weights, specs, Reader(TRANSFORMER), components.dtype, None, placement)
             made = network.table(mx.array([*sigmas.tolist(), 0.0]), components.dtype)
             mx.eval(made)
         kept[_TABLE] = sigmas, made
