@@ -7,17 +7,20 @@ import shutil
 from dataclasses import replace
 
 import goldens
+import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints_21 import GENERATIONS_21, PROMPT_21, TINY_PROCESSOR
 from PIL import Image
 
-from qwen_image_mlx import QwenImagePipeline
+from qwen_image_mlx import GenerationParameters, Progress, QwenImagePipeline
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import CheckpointError, RequestError
 from qwen_image_mlx.models.qwen_image_21 import facts
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
+from qwen_image_mlx.pipeline.request import Request
+from qwen_image_mlx.runtime.preview import Preview
 from qwen_image_mlx.variants import VARIANTS, variant_of
 
 SMALL = {"width": 64, "height": 32, "num_inference_steps": 2}
@@ -124,6 +127,22 @@ def test_fewer_reference_pixels_shrink_what_both_are_shown(pipeline):
     usual, fewer = (pipeline.encode_guidance_prompts("x", images=[image], reference_pixels=n) for n in (None, 64**2))
     assert (usual.references[0].height, fewer.references[0].height) == (6, 4)
     assert usual.positive.shape[1] - fewer.positive.shape[1] == 9 - 4
+
+
+def test_previews_map_its_latents_to_colours(pipeline):
+    """A token is a place of 16x16 pixels: its 64 values times the map, and what is added."""
+    found = []
+    parameters = GenerationParameters(**SMALL)
+    request = Request(prompt="x", negative_prompt=None, parameters=parameters, seeds=(0,))
+    preview = Preview(lambda image, *_: found.append(image), None, pipeline, request)
+    clean = np.random.default_rng(0).standard_normal((1, 8, 64)).astype(np.float32)
+    preview(Progress("denoise", 1, 2, sigma=0.5, latents=mx.array(clean), denoised=mx.array(clean)))
+    *factors, bias = facts.PREVIEW
+    expected = np.clip((clean[0] @ np.array(factors) + bias + 1) / 2, 0, 1).reshape(2, 4, 3)
+    (image,) = found
+    assert image.size == (64, 32)
+    small = np.asarray(image.resize((4, 2), Image.Resampling.BOX)) / 255
+    assert np.corrcoef(small.ravel(), expected.ravel())[0, 1] > 0.95
 
 
 def test_opaque_images_are_rgb(pipeline, monkeypatch):
