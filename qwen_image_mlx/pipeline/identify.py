@@ -108,6 +108,7 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
         component = component_of_names(tensors)
         assert component is not None  # `kinds_of` found its kind
         names = set(canonical_names(component, tensors).values())
+        facts["generation"] = weights_map(component.map)["model"]
         facts |= dict(said for name, said in weights_map(component.map).get("facts", {}).items() if name in names)
         if kind == TEXT_ENCODER:
             facts["vision tower"] = "yes" if any(holds(row, tensors) for row in all_components(VISION)) else "no"

@@ -21,6 +21,7 @@ from qwen_image_mlx.lora.file import read_lora
 from qwen_image_mlx.models.qwen_image.config import TransformerConfig
 from qwen_image_mlx.models.qwen_image_21 import facts
 from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig as TransformerConfig21
+from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
 from qwen_image_mlx.pipeline.generation import schedule_of
 from qwen_image_mlx.pipeline.identify import read_known_lora
 from qwen_image_mlx.pipeline.parameters import GenerationParameters
@@ -173,8 +174,8 @@ def test_turbo_s_and_pruna_s_levels_are_used_as_they_stand(tmp_path, tiny_21):
 
 
 @pytest.fixture(scope="module")
-def encoding(tiny_21):
-    return QwenImagePipeline.from_pretrained(tiny_21, dtype="float32").encode_guidance_prompts("a fox")
+def encoding():
+    return GuidanceEncoding(mx.array(np.random.default_rng(0).standard_normal((1, 7, 64)).astype(np.float32)))
 
 
 def latents(folder, encoding, **options):
