@@ -77,12 +77,14 @@ def replace_loras(components: Components, report: Reporter, loras: Sequence[LoRA
     components.replace_adapters(adapters)
 
 
-def recommended_of(components: Components) -> Recommended:
-    """The recommended sampling of a checkpoint: its model card's, or a distilled LoRA's."""
+def recommended_of(components: Components, steps: int | None = None) -> Recommended:
+    """The recommended sampling of a checkpoint, its model card's or a distilled LoRA's; for some steps if given."""
     distilled = components.adapters.distillation if components.adapters else None
     if distilled is None:
-        return Recommended(components.variant.steps, components.variant.cfg_scale, None)
-    return Recommended(distilled.steps, distilled.cfg_scale, distilled.shift)
+        variant = components.variant
+        return Recommended(variant.steps if steps is None else steps, variant.cfg_scale, None, None, True)
+    found = distilled.at(steps)
+    return Recommended(found.steps, found.cfg_scale, found.static_shift, found.sigmas, found.stretch)
 
 
 def _lora_reader(

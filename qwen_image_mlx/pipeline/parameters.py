@@ -47,11 +47,15 @@ class Recommended(NamedTuple):
         num_inference_steps: denoising steps.
         cfg_scale: guidance.
         shift: a static shift of the schedule; None takes the checkpoint's own.
+        sigmas: unshifted noise levels; None is the uniform grid, or a distilled model's own.
+        stretch: whether the schedule is stretched to the checkpoint's shift_terminal.
     """
 
     num_inference_steps: int
     cfg_scale: float
     shift: float | None
+    sigmas: tuple[float, ...] | None
+    stretch: bool
 
     def unless(self, **given: float | None) -> dict[str, Any]:
         """The fields by name; arguments that are not None override the recommended values."""
@@ -78,6 +82,8 @@ class GenerationParameters:
             (3 for Lightning).
         no_prefix_cache: whether a model that keeps the keys and values of text and references between steps computes
             them in every step instead: the same image but for rounding.
+        stretch: whether the schedule is stretched to the checkpoint's shift_terminal, unless the shift is static;
+            some distilled LoRAs were trained without.
 
     Raises:
         RequestError: a value is out of range; the message says which and what is allowed.
@@ -110,6 +116,7 @@ class GenerationParameters:
     )  # fmt: skip
     sigmas: tuple[float, ...] | None = option(None, kind=Several(Number(0, 1, above=True)), record="always")
     shift: float | None = option(None, kind=Number(0, 100, above=True), record="always")
+    stretch: bool = option(True, kind=Switch(), record="set")
     strength: float = option(
         0.6, kind=Number(0, 1, above=True), help="how much of the image changes, above 0 and at most 1", usual="0.6",
         group="image to image", commands=CANVAS, flags=("--strength",), metavar="S", tasks=CANVAS,

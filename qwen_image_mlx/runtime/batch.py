@@ -148,4 +148,5 @@ def _schedule(request: Request) -> tuple[Any, ...]:
     parameters = request.parameters
     return (
         parameters.width * parameters.height, parameters.num_inference_steps, parameters.sigmas, parameters.shift,
+        parameters.stretch,
     )  # fmt: skip

@@ -132,7 +132,7 @@ class Session:
         Raises:
             RequestError: something is out of range or does not fit the model.
         """
-        variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
+        variant, sampling = self.pipeline.variant, self.pipeline.recommended_at(asked.get("steps"))._asdict()
         task = task or self.task
         if variant.layered:
             request = layers_of(images[0], asked, variant.resolutions, sampling)

@@ -32,7 +32,8 @@ PAINTER = MODEL | {
 SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--guidance", "--seed", "--rng", "-n", "-g", "-s"}
 PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
-    "--no-composite", "--transparent", "--cache", "--from-image", "--ignore-profile", "-W", "-H", "-o", "--prompt",
+    "--no-composite", "--transparent", "--no-prefix-cache", "--cache", "--from-image", "--ignore-profile",
+    "-W", "-H", "-o", "--prompt",
     "-p", "--image-path",
 }  # fmt: skip
 FLAGS = {
@@ -59,7 +60,7 @@ FLAGS = {
     "quantize": {"-h", "--help", "--bits", "-q", "--group-size", "--revision"},
     "plan": {
         "-h", "--help", "--memory", "--revision", "--dtype", "--quantize", "-q", "--group-size", "--size",
-        "--references", "--layers", "--steps", "--json", "--config", "--profile",
+        "--references", "--layers", "--steps", "--json", "--config", "--profile", "--no-prefix-cache",
     },
     "lora": {"-h", "--help"},
     "lora inspect": {"-h", "--help", "--model", "-m"},

@@ -133,7 +133,11 @@ class Transformer(nn.Module):
                 targets[n] = block(targets[n], rows, rotary, seen)
             if on_layer is not None:
                 on_layer([*made, *targets])
-        return [self.proj_out(_scaled_norm(x, rows.out, self._eps)) for x in targets], kept
+        return [self.read_out(x, rows) for x in targets], kept
+
+    def read_out(self, target: mx.array, rows: Rows) -> mx.array:
+        """Velocities (B, N, out_channels) of the target (B, N, D) after the last block."""
+        return self.proj_out(_scaled_norm(target, rows.out, self._eps))
 
 
 class TransformerBlock(nn.Module):
