@@ -29,6 +29,8 @@ def replayed(path: str, metadata: Mapping[str, Any], given: Mapping[str, Any]) -
     found = _found_nearby(Path(path).parent, _checked(metadata))
     if "model" in given:  # values recorded for one model are wrong for another
         found = {name: value for name, value in found.items() if not OPTIONS[name].of_model}
+    if "steps" in given:  # recorded noise levels are those of the recorded number
+        found.pop("sigmas", None)
     return yielding(found, given)
 
 

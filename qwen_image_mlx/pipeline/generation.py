@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -168,6 +169,8 @@ def schedule_of(
     config = components.scheduler_config
     if parameters.shift is not None:
         config = static_shift(config, parameters.shift)
+    if not parameters.stretch:
+        config = replace(config, shift_terminal=0.0)
     sigmas = parameters.sigmas or components.variant.sigmas or uniform_sigmas(parameters.num_inference_steps)
     if components.variant.shift_by_root:
         mu = root_mu(references[0].height * references[0].width)

@@ -58,11 +58,15 @@ class Recommended(NamedTuple):
         num_inference_steps: denoising steps.
         cfg_scale: guidance.
         shift: a static shift of the schedule; None takes the checkpoint's own.
+        sigmas: unshifted noise levels; None is the uniform grid, or a distilled model's own.
+        stretch: whether the schedule is stretched to the checkpoint's shift_terminal.
     """
 
     num_inference_steps: int
     cfg_scale: float
     shift: float | None
+    sigmas: tuple[float, ...] | None
+    stretch: bool
 
     def unless(self, **given: float | None) -> dict[str, Any]:
         """The fields by name; arguments that are not None override the recommended values."""
@@ -94,6 +98,8 @@ class GenerationParameters:
         step_cache: METHOD or METHOD:THRESHOLD of `sampling.step_caches.METHODS`; None computes every pass.
         no_prefix_cache: whether a model that keeps the keys and values of text and references between steps computes
             them in every step instead: the same image but for rounding.
+        stretch: whether the schedule is stretched to the checkpoint's shift_terminal, unless the shift is static;
+            some distilled LoRAs were trained without.
 
     Raises:
         RequestError: a value is out of range; the message says which and what is allowed.
@@ -154,6 +160,7 @@ class GenerationParameters:
         help=f"leave passes out that would change little: {', '.join(CACHE_NAMES)}; T is the method's threshold, and a "
         "higher one saves more", config=(Config(commands=(*TASKS, "plan"), example="teacache"),),
     )  # fmt: skip
+    stretch: bool = option(True, kind=Switch(), record="set")
     strength: float = option(
         0.6, kind=Number(0, 1, above=True), help="how much of the image changes, above 0 and at most 1", usual="0.6",
         group="image to image", commands=CANVAS, flags=("--strength",), metavar="S", tasks=CANVAS,

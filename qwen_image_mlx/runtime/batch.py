@@ -158,4 +158,5 @@ def _schedule(request: Request) -> tuple[Any, ...]:
     return (
         parameters.width * parameters.height, parameters.num_inference_steps, parameters.sigmas, parameters.shift,
         parameters.solver,
+        parameters.stretch,
     )  # fmt: skip

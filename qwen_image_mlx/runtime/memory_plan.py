@@ -309,7 +309,7 @@ class Planner:
 
     @property
     def most_queries(self) -> int:
-        """The most tokens that attend together: the target's, or those of an image before it."""
+        """The maximum number of tokens that attend together: the target's, or those of an image before it."""
         return max(self.target_tokens, *(self.components.latent_space.tokens(*size) for size in self.work.shown), 0)
 
     def largest(self, name: str, part: str) -> int:

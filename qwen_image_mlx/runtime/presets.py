@@ -13,7 +13,9 @@ from ..names import PresetName
 
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 # The options that a preset decides about; it overrides earlier choices of these.
-GOVERNED = frozenset({"steps", "solver", "step_cache", "guidance_interval", "cfg_zero_star", "apg", "sigmas", "shift"})
+GOVERNED = frozenset(
+    {"steps", "solver", "step_cache", "guidance_interval", "cfg_zero_star", "apg", "sigmas", "shift", "stretch"}
+)
 _DRAFT_SHARE, _DRAFT_STEPS = 4, 8  # a draft takes a quarter of the steps, and at least eight
 _ENOUGH = 20  # steps, from which on a cache is worth its memory
 # Step caches of "balanced": the one for models with TeaCache's numbers, and the one for all others; with the share of

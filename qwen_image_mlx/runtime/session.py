@@ -20,7 +20,7 @@ from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
 from ..pipeline.image_request import canvas_of, transparent_prompt
 from ..pipeline.limits import free_memory, limits
-from ..pipeline.opening import is_distilled
+from ..pipeline.opening import distillation, is_distilled
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.request import Request, build_request
@@ -136,7 +136,7 @@ class Session:
         Raises:
             RequestError: something is out of range or does not fit the model.
         """
-        variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
+        variant, sampling = self.pipeline.variant, self.pipeline.recommended_at(asked.get("steps"))._asdict()
         preset = self.preset(asked["preset"]) if asked.get("preset") else None
         if preset is not None:
             sampling |= {OPTIONS[name].field: value for name, value in preset.values.items()}
@@ -296,7 +296,7 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
         if options.model not in LIGHTNING:
             raise RequestError(f"no official Lightning LoRA of {options.model} is known", cause="lightning")
         loras.append(LIGHTNING[options.model][options.lightning])
-    return QwenImagePipeline.from_pretrained(
+    pipeline = QwenImagePipeline.from_pretrained(
         options.model,
         revision=options.revision,
         dtype=options.dtype,
@@ -309,6 +309,13 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
         vae=options.vae,
         progress=progress,
     )
+    found = distillation(pipeline.components)
+    if found is not None and pipeline.components.adapters is None:  # a LoRA says so itself
+        logger.info(
+            "a distilled model (by %s): %d steps, guidance %g and %s unless told otherwise",
+            found.evidence, found.steps, found.cfg_scale, found.schedule,
+        )  # fmt: skip
+    return pipeline
 
 
 def layers_of(

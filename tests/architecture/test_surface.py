@@ -39,7 +39,8 @@ SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--guidance", "--seed
 }
 PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
-    "--no-composite", "--transparent", "--cache", "--from-image", "--ignore-profile", "-W", "-H", "-o", "--prompt",
+    "--no-composite", "--transparent", "--no-prefix-cache", "--cache", "--from-image", "--ignore-profile",
+    "-W", "-H", "-o", "--prompt",
     "-p", "--image-path",
 }  # fmt: skip
 FLAGS = {
@@ -67,6 +68,7 @@ FLAGS = {
     "plan": {
         "-h", "--help", "--memory", "--revision", "--dtype", "--quantize", "-q", "--group-size", "--size",
         "--references", "--layers", "--steps", "--solver", "--step-cache", "--json", "--config", "--profile",
+        "--no-prefix-cache",
     },
     "lora": {"-h", "--help"},
     "lora inspect": {"-h", "--help", "--model", "-m"},

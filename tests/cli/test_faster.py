@@ -16,6 +16,7 @@ from qwen_image_mlx.pipeline.parameters import TASKS
 from qwen_image_mlx.runtime.options import OPTIONS, of_task
 from qwen_image_mlx.runtime.presets import GOVERNED, PRESETS, preset_of, yielding
 from qwen_image_mlx.settings import SCHEMA
+from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 PROMPT = "a red circle on a blue background"
 NAMES = ("solver", "guidance_interval", "cfg_zero_star", "apg", "step_cache", "preset")
@@ -194,3 +195,15 @@ def test_edits_and_layers_with_a_cache(run):
     code, _, err = run("decompose", "x.png", "--model", "demo-layered", *cache, "--prompt", PROMPT, "-o", "layers")
     assert code == 0, err
     assert json.loads(Path("layers/manifest.json").read_text())["passes"]["skipped"] > 0
+
+
+def test_a_whole_model_is_distilled_by_its_name(run, tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("hub") / "Qwen-Image-Distill-Full", TINY)
+    code, (path,), err = run("generate", "x", "--model", folder, "--width", "32", "--height", "32", "--seed", "1")
+    assert code == 0
+    assert "a distilled model (by its name): 15 steps, guidance 1 and the model's own shift" in err
+    made = read_metadata(path)
+    assert (made["steps"], made["cfg_scale"], made["shift"]) == (15, 1.0, None)
+    sizes = ["--width", "32", "--height", "32", "--seed", "1"]
+    given = generated(run, "x", "--model", folder, "--steps", "2", "--cfg-scale", "2", "-o", "y.png", *sizes)
+    assert (given["steps"], given["cfg_scale"]) == (2, 2.0)

@@ -85,7 +85,7 @@ class Denoiser:
             text = transformer.project_text(condition.states.astype(dtype))
             tables = rotary_tables([*runs, Run.image(*grid)], config.axes_dims_rope)
             length = sum(run.length for run in runs)
-            hidden = _interleave(text, shown, runs)
+            hidden = interleave(text, shown, runs)
             before, after = (Rotary(*(t[part] for t in tables)) for part in (slice(length), slice(length, None)))
             self._branches.append(Branch(Prefix(hidden, runs, before), after))
 
@@ -166,8 +166,8 @@ def kept_values(config: TransformerConfig, prefix_tokens: int, branches: int) ->
     return 2 * config.num_layers * config.dim * prefix_tokens * branches
 
 
-def _interleave(text: mx.array, shown: Sequence[mx.array], runs: Sequence[Run], per_slot: int = 4) -> mx.array:
-    """Text tokens (1, L, D) with each image's own tokens in its places."""
+def interleave(text: mx.array, shown: Sequence[mx.array], runs: Sequence[Run], per_slot: int = 4) -> mx.array:
+    """Text tokens (B, L, D) with each image's own tokens, (B, rows * columns, D), in its places."""
     parts, place, images = [], 0, iter(shown)
     for run in runs:
         parts.append(next(images) if run.grid else text[:, place : place + run.length])

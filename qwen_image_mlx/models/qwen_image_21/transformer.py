@@ -175,7 +175,11 @@ class Transformer(nn.Module):
 
     def leave(self, hidden: Hidden, rows: Rows) -> list[mx.array]:
         """The velocities (B, N, out_channels) of what leaves the last block."""
-        return [self.proj_out(_scaled_norm(x, rows.out, self._eps)) for x in hidden.targets]
+        return [self.read_out(target, rows) for target in hidden.targets]
+
+    def read_out(self, target: mx.array, rows: Rows) -> mx.array:
+        """Velocities (B, N, out_channels) of the target (B, N, D) after the last block."""
+        return self.proj_out(_scaled_norm(target, rows.out, self._eps))
 
     def signal(self, hidden: Hidden, rows: Rows) -> mx.array:
         """The target (B, N, D) of the first branch as the first block's attention takes it: normed and scaled."""
