@@ -168,8 +168,6 @@ class QwenImagePipeline(Answering):
         if task not in self.variant.tasks:
             raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
 
-    # The core calls ------------------------------------------------------------------------------------------------
-
     def encode_guidance_prompts(
         self, prompt: str, negative_prompt: str | None = None, *,
         images: Sequence[ImageSource] = (), reference_pixels: int | None = None, sequential_positions: bool = False,
