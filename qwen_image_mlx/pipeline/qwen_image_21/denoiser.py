@@ -25,7 +25,7 @@ from ...models.qwen_image_21.denoiser import (
 )
 from ...models.qwen_image_21.denoiser import Reference as Shown
 from ...models.qwen_image_21.modulation import TimeModulation
-from ...models.qwen_image_21.transformer import Rows
+from ...models.qwen_image_21.transformer import Hidden, Rows
 from ...registry import TRANSFORMER
 from ...weights.changes import WeightChanges
 from ...weights.loader import ComponentWeights, fill, specs_of
@@ -75,9 +75,32 @@ class QwenImage21Denoiser:
         )
         mx.eval(self._denoiser.prepared)
 
-    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
         """As `Denoiser.velocities`; the first call also computes the prefix."""
-        return self._denoiser.velocities(latents, evaluation, on_layer)
+        return self._denoiser.velocities(latents, evaluation, on_layer, branches)
+
+    @property
+    def depth(self) -> int:
+        """As `Denoiser.depth`."""
+        return self._denoiser.depth
+
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hidden:
+        """As `Denoiser.enter`."""
+        return self._denoiser.enter(latents, evaluation, branches)
+
+    def run(self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Hidden:
+        """As `Denoiser.run`."""
+        return self._denoiser.run(hidden, evaluation, blocks, on_layer)
+
+    def leave(self, hidden: Hidden, evaluation: int) -> Sequence[mx.array]:
+        """As `Denoiser.leave`."""
+        return self._denoiser.leave(hidden, evaluation)
+
+    def signal(self, hidden: Hidden, evaluation: int) -> mx.array:
+        """As `Denoiser.signal`."""
+        return self._denoiser.signal(hidden, evaluation)
 
     @staticmethod
     def check(components: Components, conditions: Conditions) -> None:
@@ -101,6 +124,13 @@ class QwenImage21Denoiser:
         """As `DenoiserClass.kept_values`: the prefixes' keys and values, and a few rows for each evaluation."""
         return kept_values(config, prefix_tokens, branches) + _ROWS * config.dim * (evaluations + 1)
 
+    @staticmethod
+    def pass_flop(config: TransformerConfig, target_tokens: int, prefix_tokens: int) -> float:
+        """As `DenoiserClass.pass_flop`: the target alone runs, and sees the kept prefix."""
+        weights = 4.0 * config.dim**2 + 3.0 * config.dim * config.inner_dim
+        seen = 4.0 * target_tokens * (target_tokens + prefix_tokens) * config.dim
+        return config.num_layers * (2 * weights * target_tokens + seen)
+
 
 @dataclass(frozen=True)
 class TrainedDenoisers:
@@ -113,6 +143,7 @@ class TrainedDenoisers:
     rows: StepRows
     check: ClassVar = staticmethod(QwenImage21Denoiser.check)
     kept_values: ClassVar = staticmethod(QwenImage21Denoiser.kept_values)
+    pass_flop: ClassVar = staticmethod(QwenImage21Denoiser.pass_flop)
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> QwenImage21Denoiser:
         """Makes the denoiser of an image; see `DenoiserClass`."""
