@@ -51,6 +51,8 @@ class Modulation(NamedTuple):
 
 # (block, images, text, rows, rotary tables) -> the streams after the block.
 RunBlock = Callable[..., tuple[list[mx.array], mx.array]]
+# (number of the block, number of the text, target tokens (B, N, D) after the block) -> what a control adds to them.
+Hint = Callable[[int, int, mx.array], mx.array | None]
 
 
 class Transformer(nn.Module):
@@ -105,22 +107,39 @@ class Transformer(nn.Module):
         references: mx.array | None = None,
         run_block: RunBlock | None = None,
         on_layer: OnLayer | None = None,
+        hints: Sequence[Hint] = (),
     ) -> list[mx.array]:
-        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one."""
+        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one.
+
+        `hints` are added to the target's tokens after each block; other arguments as in `__call__`.
+        """
         images = [self.img_in(latents)]
         if references is not None:
             images.append(references)
         streams = [(images, text) for text in texts]
-        for block, rows in zip(self.transformer_blocks, modulation.blocks, strict=True):
+        for number, (block, rows) in enumerate(zip(self.transformer_blocks, modulation.blocks, strict=True)):
             before = streams
             streams = [
                 (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
                 for (images, txt), tables in zip(streams, rotary, strict=True)
             ]
+            if hints:
+                streams = [
+                    ([_hinted(hints, number, text, images[0]), *images[1:]], txt)
+                    for text, (images, txt) in enumerate(streams)
+                ]
             if on_layer is not None:  # the last block returns its text unchanged
                 texts_before = {id(txt) for _, txt in before}
                 on_layer([x for images, txt in streams for x in (*images, txt) if id(x) not in texts_before])
         return [self.proj_out(modulate(images[0], *modulation.out)) for images, _ in streams]
+
+
+def _hinted(hints: Sequence[Hint], block: int, text: int, target: mx.array) -> mx.array:
+    """The target's tokens and the sum of all hints, each of which sees the tokens without the others."""
+    added = [value for hint in hints if (value := hint(block, text, target)) is not None]
+    for value in added:
+        target = target + value
+    return target
 
 
 class TransformerBlock(nn.Module):
