@@ -23,7 +23,7 @@ from .conditioning import GuidanceEncoding, InitialImage, Reference
 from .parameters import GenerationParameters, check_fits
 from .progress import Progress, ProgressCallback
 from .reporter import Reporter
-from .seams import Conditions, DenoiserClass
+from .seams import Conditions, ControlInput, DenoiserClass
 from .start import Start, draw_start
 from .working import working
 
@@ -46,6 +46,7 @@ def denoise_latents(
     image_index: int,
     latents: mx.array | np.ndarray | None,
     initial: InitialImage | None,
+    controls: Sequence[ControlInput] = (),
     progress: ProgressCallback | None,
     solver: Solver = EULER,
 ) -> mx.array:
@@ -77,6 +78,7 @@ def denoise_latents(
         rows=rows,
         columns=columns,
         sigmas=solver.evaluations(start.schedule),
+        controls=tuple(controls),
     )
     make_denoiser.check(components, conditions)
 

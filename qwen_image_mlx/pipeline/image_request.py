@@ -11,6 +11,7 @@ from ..images.colour import alpha_range
 from ..images.sources import ImageSource, open_mask, open_rgba
 from ..names import NamedSize, Rng
 from ..variants import Variant
+from .control import Control, controls_of
 from .parameters import GenerationParameters, check_num_images, explicit_size
 from .request import Request
 
@@ -65,6 +66,7 @@ def image_request(
     rng: Rng,
     strength: float,
     reference_pixels: int | None = None,
+    controls: Sequence[Control] = (),
 ) -> Request:
     """A request for images of one prompt and seed.
 
@@ -74,7 +76,8 @@ def image_request(
         canvas: the canvas; None generates from text alone.
         sampling: fields of `GenerationParameters`.
         size: (width, height) without a canvas; None is the model's default.
-        prompt, negative_prompt, seed, num_images, rng, strength, reference_pixels: as in `QwenImagePipeline.edit`.
+        prompt, negative_prompt, seed, num_images, rng, strength, reference_pixels, controls: as in
+            `QwenImagePipeline.edit`.
 
     Raises:
         RequestError: an argument is out of range.
@@ -89,6 +92,7 @@ def image_request(
         images=tuple(images),
         canvas=canvas,
         reference_pixels=reference_pixels,
+        controls=controls_of(controls),
     )
 
 

@@ -61,6 +61,7 @@ def describe(
         **sampled,
         "dtype": str(pipeline.dtype).rpartition(".")[2],
         "quantize": None if str(parts.quantization) == NONE else str(parts.quantization),
+        "controls": [control.recorded() for control in request.controls] or None,
         "loras": list(parts.adapters.references) if parts.adapters else None,
         **{name: str(parts.sources.replaced.get(name, "")) or None for name in FOLDERS},
         "version": __version__,

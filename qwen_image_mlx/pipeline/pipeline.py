@@ -27,6 +27,7 @@ from .autoencode import STRIP_PIXELS
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
 from .conductor import decompose, generate
+from .control import Control, controls_of
 from .foreign_names import Answering, answering
 from .image_request import canvas_or_size, edit_canvas, image_request
 from .limits import limits
@@ -35,7 +36,7 @@ from .parameters import GenerationParameters, Recommended, check_image_index, ch
 from .progress import ProgressCallback, Shown
 from .reporter import Reporter
 from .request import Request
-from .seams import DenoiserClass
+from .seams import ControlInput, DenoiserClass
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -211,6 +212,24 @@ class QwenImagePipeline(Answering):
         """
         return encode.encode_initial_image(self.components, self._report, image, size, mask, progress)
 
+    def encode_controls(
+        self, controls: Sequence[Control], size: Size, *, progress: ProgressCallback | None = None
+    ) -> tuple[ControlInput, ...]:
+        """Opens ControlNets and encodes their images; `generate_pixels` takes the result as `controls`.
+
+        Args:
+            controls: the ControlNets, each with its image.
+            size: (width, height) of the image to be generated.
+            progress: replaces the pipeline's own callback during the call.
+
+        Raises:
+            RequestError, HubError: a reference leads nowhere, an image cannot be read, or a mask is missing.
+            CheckpointError: a file is damaged, not a ControlNet, or made for a different model.
+        """
+        from .control_networks import encode_controls  # here: most images have no control
+
+        return encode_controls(self.components, self._report, controls_of(controls), size, progress)
+
     def caption_image(
         self, image: ImageSource, *, language: CaptionLanguage = "en", resolution: int = 640, seed: int = 0,
         progress: ProgressCallback | None = None,
@@ -237,7 +256,8 @@ class QwenImagePipeline(Answering):
     def generate_pixels(
         self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
         seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
-        initial: InitialImage | None = None, progress: ProgressCallback | None = None,
+        initial: InitialImage | None = None, controls: Sequence[ControlInput] = (),
+        progress: ProgressCallback | None = None,
     ) -> mx.array:  # fmt: skip
         """Generates one image.
 
@@ -248,6 +268,7 @@ class QwenImagePipeline(Answering):
             image_index: the index among the images of one seed, as with the reference's num_images_per_prompt.
             latents: packed initial noise (1, N, C) instead of the seed's.
             initial: from `encode_initial_image`: an image of which `parameters.strength` is regenerated.
+            controls: from `encode_controls`.
             progress: replaces the pipeline's own callback during the call; called for every step; can cancel.
 
         Returns:
@@ -261,8 +282,9 @@ class QwenImagePipeline(Answering):
         """
         with self._report.using(progress):
             tokens = self.denoise_latents(
-                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial
-            )
+                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial,
+                controls=controls,
+            )  # fmt: skip
             frames = mx.stack(list(self.decode_frames(parameters, tokens)))
             finish(frames)
         return frames
@@ -270,12 +292,14 @@ class QwenImagePipeline(Answering):
     def denoise_latents(
         self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
         seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
-        initial: InitialImage | None = None, progress: ProgressCallback | None = None,
+        initial: InitialImage | None = None, controls: Sequence[ControlInput] = (),
+        progress: ProgressCallback | None = None,
     ) -> mx.array:  # fmt: skip
         """The first half of `generate_pixels`: packed clean latents (1, N, C) in the model's dtype, evaluated."""
         return generation.denoise_latents(
             self.components, self._denoiser, self._report, parameters, encoding, seed=check_seed(seed),
-            image_index=check_image_index(image_index), latents=latents, initial=initial, progress=progress,
+            image_index=check_image_index(image_index), latents=latents, initial=initial, controls=controls,
+            progress=progress,
         )  # fmt: skip
 
     def decode_frames(
@@ -298,6 +322,7 @@ class QwenImagePipeline(Answering):
         image: ImageSource | None = None, mask: ImageSource | None = None, strength: float = 0.6,
         mask_padding: int | None = None, composite: bool = True,
         size: NamedSize | Size | None = None, width: int | None = None, height: int | None = None,
+        controls: Sequence[Control] = (),
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
@@ -314,6 +339,7 @@ class QwenImagePipeline(Answering):
                 "source" with a composited mask, else "1mp".
             width, height: the same as two numbers, multiples of 16; None is the model's own size without an image,
                 1328x1328 for the released ones.
+            controls: ControlNets with their images, which steer the result.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
             seed, rng: seed and generator of the initial noise; rng is "torch" or "mlx".
@@ -337,7 +363,7 @@ class QwenImagePipeline(Answering):
         sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
-            rng=rng, strength=strength,
+            rng=rng, strength=strength, controls=controls,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 
@@ -346,6 +372,7 @@ class QwenImagePipeline(Answering):
         self, prompt: str, *, images: Sequence[ImageSource], negative_prompt: str | None = " ",
         mask: ImageSource | None = None, strength: float = 0.6, mask_padding: int | None = None, composite: bool = True,
         size: NamedSize | Size | None = None, reference_pixels: int | None = None, keep_alpha: bool = False,
+        controls: Sequence[Control] = (),
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
@@ -365,6 +392,7 @@ class QwenImagePipeline(Answering):
             reference_pixels: maximum pixels of each reference image that the transformer sees.
             composite: with a mask, put the image back where the mask is black.
             keep_alpha: give the result the image's transparency.
+            controls: as in `generate`.
             staged, progress: as in `generate`.
         """
         self.check_task("edit")
@@ -377,7 +405,7 @@ class QwenImagePipeline(Answering):
         sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
-            strength=strength, reference_pixels=reference_pixels,
+            strength=strength, reference_pixels=reference_pixels, controls=controls,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 

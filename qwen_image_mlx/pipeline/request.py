@@ -11,6 +11,7 @@ from ..errors import RequestError
 from ..names import CaptionLanguage
 from ..outside import MAX_CHARACTERS
 from ..variants import ASPECT_SIZES, NAMED_SIZES, Variant
+from .control import Control, controls_of
 from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Request:
         images: upright RGB images for an editing model to work on.
         canvas: the image that generation starts from, or that gives the result its size.
         reference_pixels: maximum pixels of each of `images` that the transformer sees.
+        controls: what steers the images by other images.
         caption_language: the language of the caption that a layered model writes if the prompt is empty; a key of
             `CAPTION_TEMPLATES`.
     """
@@ -46,6 +48,7 @@ class Request:
     images: tuple[Image, ...] = ()
     canvas: Canvas | None = None
     reference_pixels: int | None = None
+    controls: tuple[Control, ...] = ()
     caption_language: CaptionLanguage | None = None
 
     @property
@@ -94,6 +97,7 @@ def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
         parameters=GenerationParameters.asked(wanted, width=size[0], height=size[1]),
         seeds=tuple(seed) if isinstance(seed, list) else (seed,),
         image_indices=range(first, first + wanted.get("num_images", 1)),
+        controls=controls_of(wanted.get("controls")),
     )
 
 

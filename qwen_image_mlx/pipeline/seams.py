@@ -6,7 +6,7 @@ image, from everything that is known before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -25,6 +25,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ControlInput:
+    """A ControlNet's part in one image.
+
+    Attributes:
+        role: the name of its component.
+        tokens: the encoded control image, packed (1, N, condition channels), fp32.
+        scale: factor of what it adds.
+        start, end: the part of the evaluations, from 0 to 1, in which it runs.
+    """
+
+    role: str
+    tokens: mx.array
+    scale: float
+    start: float
+    end: float
+
+    def runs(self, evaluation: int, evaluations: int) -> bool:
+        """Whether it has an effect in an evaluation. Source: `controlnet_keep` of diffusers' pipelines."""
+        first, last = evaluation / evaluations, (evaluation + 1) / evaluations
+        return self.scale != 0 and self.start <= first and last <= self.end
+
+
+@dataclass(frozen=True)
 class Conditions:
     """Everything that one image depends on except its noise; a second conditioner adds a field.
 
@@ -34,6 +57,7 @@ class Conditions:
         frames: images that are generated together: 1, or layers and the whole.
         rows, columns: of a frame's tokens.
         sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
+        controls: what steers the image by other images.
     """
 
     branches: tuple[mx.array, ...]
@@ -42,6 +66,43 @@ class Conditions:
     rows: int
     columns: int
     sigmas: np.ndarray
+    controls: tuple[ControlInput, ...] = ()
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What a ControlNet is given of the transformer that it steers.
+
+    Attributes:
+        texts: the projected text (1, L, D) of each branch.
+        project_latents: packed latents (1, N, C) of the target to its tokens (1, N, D) before the first block.
+    """
+
+    texts: Sequence[mx.array]
+    project_latents: Callable[[mx.array], mx.array]
+
+
+class ControlBranch(Protocol):
+    """What one control adds to an image's tokens; made from (components, conditions, its input, `Steered`, report)."""
+
+    def hint(self, latents: mx.array, evaluation: int) -> Callable[[int, int, mx.array], mx.array | None]:
+        """A function of (block, branch, target tokens (1, N, D) after the block) to what is added there, or None.
+
+        Args:
+            latents: packed latents (1, N, C) of the target.
+            evaluation: index into `Conditions.sigmas`.
+        """
+
+    @staticmethod
+    def kept_values(config: Any, evaluations: int, tokens: int, branches: int) -> int:
+        """The number of values, in the model's dtype, that it keeps; the memory plan counts them.
+
+        Args:
+            config: of the ControlNet.
+            evaluations: the number of noise levels.
+            tokens: of the target.
+            branches: 1, or 2 with guidance.
+        """
 
 
 class Denoiser(Protocol):

@@ -33,7 +33,7 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for kind, patterns in weights_map("files")["parts"].items():
         for pattern in map(re.compile, patterns):
             own = {name[match.end() :]: tensor for name, tensor in names.items() if (match := pattern.match(name))}
-            if own and not any(_LORA.search(name) for name in own):
+            if own and not looks_like_a_lora(own):
                 found[kind] = own
                 break
     return found
@@ -125,6 +125,11 @@ def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
     )
 
 
+def looks_like_a_lora(names: Iterable[str]) -> bool:
+    """Whether some names are those of a LoRA's factors."""
+    return any(_LORA.search(name) for name in names)
+
+
 def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError if a component's tensors cannot be read, or are something else."""
     if not tensors:
@@ -137,7 +142,7 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
         what = model
     elif sentence := unreadable(tensors):
         raise CheckpointError(sentence)
-    elif share < _KNOWN and any(_LORA.search(name) for name in tensors):
+    elif share < _KNOWN and looks_like_a_lora(tensors):
         what, cure = "a LoRA", "give it with --lora"
     elif share < _KNOWN:
         what = f"something else ({some(list(tensors))})"
