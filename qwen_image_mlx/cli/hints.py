@@ -17,6 +17,8 @@ HINTS = {
     "lightning": "give one with --lora",
     "fault: memory": "--memory auto and --quantize 4 take less",
     "transparent": "leave --transparent out, or use Qwen/Qwen-Image-2.1",
+    "control image": "--control-image gives it",
+    "control mask": "--control-mask gives it",
     "ema": "give --full with it",
     "cut run": "--resume continues it",
     "no run": "leave --resume out",

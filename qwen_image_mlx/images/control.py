@@ -16,7 +16,7 @@ from .geometry import Size
 
 _LANCZOS = Image.Resampling.LANCZOS
 _LOW, _HIGH = 100, 200  # thresholds of the gradient's length, of 8-bit levels; OpenCV's examples have these
-_BLUR = 3.0  # radius in pixels for a side of 512
+_BLUR = 6.0  # radius in pixels for a side of 512
 _TILE = 4  # times that a tile is made smaller
 _LINE = 6.0  # radius for a side of 512, against which a line is darker
 

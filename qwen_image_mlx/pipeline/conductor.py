@@ -68,6 +68,9 @@ class Conducted(Described, EncodingModel, Protocol):
     ) -> InitialImage:
         """Encodes an image to start from."""
 
+    def open_controls(self, controls: Sequence[Control]) -> tuple[str, ...]:
+        """Fetches and checks ControlNets and their images."""
+
     def encode_controls(
         self, controls: Sequence[Control], size: Size, *, progress: ProgressCallback | None
     ) -> tuple[ControlInput, ...]:
@@ -177,6 +180,8 @@ def encoded(
     """
     check_fits(request.parameters, pipeline.variant)
     pipeline.prepare()
+    if request.controls:
+        pipeline.open_controls(request.controls)
     encoding = cache.get(pipeline, request) if cache else None
     if encoding is None:
         encoding = encode_request(pipeline, request, progress)

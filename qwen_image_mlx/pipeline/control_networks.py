@@ -56,6 +56,18 @@ def open_control(components: Components, report: Reporter, control: Control) -> 
     return role
 
 
+def open_controls(components: Components, report: Reporter, controls: Sequence[Control]) -> tuple[str, ...]:
+    """The roles of the controls that have an effect, each once; all networks are opened and all images looked at.
+
+    Raises:
+        RequestError, CheckpointError, HubError: as `open_control`; an image cannot be read.
+    """
+    roles = [open_control(components, report, control) for control in controls]
+    for control in controls:
+        control.opened()
+    return tuple(dict.fromkeys(role for role, control in zip(roles, controls, strict=True) if control.runs))
+
+
 def encode_controls(
     components: Components,
     report: Reporter,

@@ -61,11 +61,12 @@ def describe(
         **sampled,
         "dtype": str(pipeline.dtype).rpartition(".")[2],
         "quantize": None if str(parts.quantization) == NONE else str(parts.quantization),
-        "controls": [control.recorded() for control in request.controls] or None,
         "loras": list(parts.adapters.references) if parts.adapters else None,
         **{name: str(parts.sources.replaced.get(name, "")) or None for name in FOLDERS},
         "version": __version__,
     }
+    if request.controls:  # absent where there are none: files of batches are named by all that is here
+        metadata["controls"] = [control.recorded() for control in request.controls]
     if pipeline.variant.layered:
         assert request.reference_pixels is not None
         metadata |= parameters.recorded("layered") | {

@@ -212,6 +212,15 @@ class QwenImagePipeline(Answering):
         """
         return encode.encode_initial_image(self.components, self._report, image, size, mask, progress)
 
+    def open_controls(self, controls: Sequence[Control]) -> tuple[str, ...]:
+        """Fetches and checks ControlNets and their images, loading none; returns the names of their components.
+
+        Raises what `encode_controls` does.
+        """
+        from .control_networks import open_controls  # here: most images have no control
+
+        return open_controls(self.components, self._report, controls_of(controls))
+
     def encode_controls(
         self, controls: Sequence[Control], size: Size, *, progress: ProgressCallback | None = None
     ) -> tuple[ControlInput, ...]:

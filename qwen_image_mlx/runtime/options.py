@@ -16,6 +16,7 @@ from ..names import Dtype, LoRAMode
 from ..options import (
     Choice,
     Config,
+    Group,
     ImageFile,
     Integer,
     Option,
@@ -27,6 +28,7 @@ from ..options import (
     option,
     options_of,
 )
+from ..pipeline.control import Control
 from ..pipeline.parameters import (
     CANVAS,
     DTYPES,
@@ -230,6 +232,10 @@ _OTHERS = (
         name="mask", kind=ImageFile(), group="image to image", commands=CANVAS, flags=("--mask",), metavar="IMAGE",
         help="white is inpainted; all other pixels come back bit for bit", tasks=CANVAS, record="asked",
         place=True, needs=("images",),
+    ),
+    Option(
+        name="controls", kind=Several(Group(Control)), group="control", commands=CANVAS, flags=("--controlnet",),
+        tasks=CANVAS, line=True, record="always", place=True, of_model=True,
     ),
     Option(
         name="size", kind=Text(r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$"), group="size",
