@@ -181,7 +181,7 @@ def encoded(
     check_fits(request.parameters, pipeline.variant)
     pipeline.prepare()
     if request.controls:
-        pipeline.open_controls(request.controls)
+        pipeline.open_controls(request.steering)
     encoding = cache.get(pipeline, request) if cache else None
     if encoding is None:
         encoding = encode_request(pipeline, request, progress)
@@ -237,7 +237,7 @@ def encode_controls(
     if not request.controls:
         return ()
     size = request.parameters.width, request.parameters.height
-    return pipeline.encode_controls(request.controls, size, progress=progress)
+    return pipeline.encode_controls(request.steering, size, progress=progress)
 
 
 def generate_encoded(

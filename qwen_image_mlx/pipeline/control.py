@@ -26,6 +26,7 @@ class Control:
     Attributes:
         controlnet: a file, a folder, `owner/repo`, `owner/repo:file` or the address of a file on the hub.
         image: what steers the image; resized to its size. With a mask, and a network that inpaints, what is inpainted.
+            None takes what the request itself inpaints, with its mask.
         scale: factor of what the ControlNet adds; 0 runs nothing.
         start, end: the part of the steps, from 0 to 1, in which it runs.
         mask: white is inpainted by a ControlNet that is made for it; None needs another kind.
@@ -41,9 +42,10 @@ class Control:
         help="steer the image with this ControlNet: a file, a folder, owner/repo, owner/repo:file or a file's address "
         "on the hub; repeat for more, each followed by its own --control flags",
     )  # fmt: skip
-    image: ImageSource = option(
-        kind=ImageFile(), flags=("--control-image",), metavar="IMAGE", place=True,
-        help="the image that the ControlNet sees, resized to the result's size",
+    image: ImageSource | None = option(
+        None, kind=ImageFile(), flags=("--control-image",), metavar="IMAGE", place=True,
+        help="the image that the ControlNet sees, resized to the result's size; one that inpaints may go without: it "
+        "is shown the image and the mask of --image with --mask or --outpaint",
     )  # fmt: skip
     scale: float = option(
         1.0, kind=Number(-10, 10), flags=("--control-scale",), metavar="S", usual="1.0",
@@ -80,6 +82,8 @@ class Control:
             raise RequestError(f"the control starts at {self.start:g}, after its end at {self.end:g}")
         if self.source is not None and self.mask is None:
             raise RequestError("the control has an image to inpaint, but no mask")
+        if self.image is None and self.mask is not None:
+            raise RequestError("the control has a mask, but no image", cause="control image")
 
     @property
     def reference(self) -> str:
@@ -97,7 +101,7 @@ class Control:
 
         return replace(
             self,
-            image=open_image(self.image),
+            image=None if self.image is None else open_image(self.image),
             mask=None if self.mask is None else open_mask(self.mask),
             source=None if self.source is None else open_image(self.source),
         )
@@ -125,8 +129,8 @@ def controls_of(said: Sequence[Control | Mapping[str, Any]] | None) -> tuple[Con
         if isinstance(one, Mapping):
             if odd := one.keys() - names:
                 raise RequestError(f"a control has {min(odd)!r:.40}, but its fields are {', '.join(sorted(names))}")
-            if missing := {"controlnet", "image"} - {name for name, value in one.items() if value is not None}:
-                raise RequestError(f"a control lacks its {max(missing)}", cause=f"control {max(missing)}")
+            if one.get("controlnet") is None:
+                raise RequestError("a control lacks its controlnet")
             one = Control(**{name: value for name, value in one.items() if value is not None})
         if not isinstance(one, Control):
             raise RequestError(f"a control is {one!r:.80}, but must be a Control")

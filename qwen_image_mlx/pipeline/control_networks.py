@@ -161,6 +161,8 @@ def _channels(components: Components, role: str) -> int:
 def _check_images(components: Components, role: str, control: Control) -> None:
     """Raises RequestError if a control has a mask that its network does not read, or lacks one."""
     extra = _channels(components, role) - components.latent_space.channels
+    if control.image is None:
+        raise RequestError("a control lacks its image", cause="control image")
     if extra == 0 and control.mask is not None:
         raise RequestError(f"{control.reference} reads no mask: leave it out, or give a ControlNet that inpaints")
     if extra == 1 and control.mask is None:

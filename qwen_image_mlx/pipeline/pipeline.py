@@ -6,7 +6,7 @@ unevaluated encoding would keep the text encoder alive. The conveniences go thro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -28,10 +28,11 @@ from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
 from .conductor import decompose, generate
 from .control import Control, controls_of
-from .foreign_names import Answering, answering
+from .foreign_names import answering
+from .holding import Holding
 from .image_request import canvas_or_size, edit_canvas, image_request
 from .limits import limits
-from .opening import open_components, recommended_of, replace_loras
+from .opening import open_components, recommended_of
 from .parameters import GenerationParameters, Recommended, check_image_index, check_seed
 from .progress import ProgressCallback, Shown
 from .reporter import Reporter
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from .decomposition import LayeredResult
 
 
-class QwenImagePipeline(Answering):
+class QwenImagePipeline(Holding):
     """Images from text and from images, with a Qwen-Image checkpoint. Make one with `from_pretrained`.
 
     Args:
@@ -328,10 +329,10 @@ class QwenImagePipeline(Answering):
     @answering
     def generate(
         self, prompt: str, *, negative_prompt: str | None = None,
-        image: ImageSource | None = None, mask: ImageSource | None = None, strength: float = 0.6,
+        image: ImageSource | None = None, mask: ImageSource | None = None, strength: float | None = None,
         mask_padding: int | None = None, composite: bool = True,
         size: NamedSize | Size | None = None, width: int | None = None, height: int | None = None,
-        controls: Sequence[Control] = (),
+        controls: Sequence[Control] = (), outpaint: Sequence[int] | None = None,
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
@@ -342,13 +343,14 @@ class QwenImagePipeline(Answering):
             negative_prompt: what to avoid; None generates without guidance, as the reference does.
             image: an image to start from.
             mask: white is inpainted; all other pixels come back bit for bit.
-            strength: how much of the image is regenerated, above 0 and at most 1.
+            strength: how much of the image is regenerated, above 0 and at most 1; None is 0.6, or 1 with `outpaint`.
             mask_padding: generate only the mask and this number of pixels around it.
             size: with an image, "1mp" (about 1 MP at its aspect), "source" (its own size) or (width, height); None is
                 "source" with a composited mask, else "1mp".
             width, height: the same as two numbers, multiples of 16; None is the model's own size without an image,
                 1328x1328 for the released ones.
             controls: ControlNets with their images, which steer the result.
+            outpaint: pixels that the image grows to the left, above, to the right and below, instead of a mask.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
             seed, rng: seed and generator of the initial noise; rng is "torch" or "mlx".
@@ -366,22 +368,23 @@ class QwenImagePipeline(Answering):
         opened = None if image is None else encode.opened_for(self.components, image)
         canvas, plain = canvas_or_size(
             self.variant, opened, mask=mask, size=size, width=width, height=height, composite=composite,
-            mask_padding=mask_padding,
+            mask_padding=mask_padding, outpaint=outpaint,
         )  # fmt: skip
         cfg_scale = 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale
         sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
-            rng=rng, strength=strength, controls=controls,
+            rng=rng, strength=strength, outpaint=outpaint, controls=controls,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 
     @answering
     def edit(
         self, prompt: str, *, images: Sequence[ImageSource], negative_prompt: str | None = " ",
-        mask: ImageSource | None = None, strength: float = 0.6, mask_padding: int | None = None, composite: bool = True,
+        mask: ImageSource | None = None, strength: float | None = None, mask_padding: int | None = None,
+        composite: bool = True,
         size: NamedSize | Size | None = None, reference_pixels: int | None = None, keep_alpha: bool = False,
-        controls: Sequence[Control] = (),
+        controls: Sequence[Control] = (), outpaint: Sequence[int] | None = None,
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
@@ -394,14 +397,14 @@ class QwenImagePipeline(Answering):
             negative_prompt: what to avoid; None generates without guidance.
             size: "1mp" (about 1 MP at the image's aspect), "source" (the image's own size) or (width, height);
                 None is "source" with a composited mask, else "1mp".
-            strength: with a mask, how much changes inside it, above 0 and at most 1.
+            strength: with a mask, how much changes inside it, above 0 and at most 1; None is 0.6.
             mask_padding: generate only the mask and this number of pixels around it.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             seed, num_images, rng: as in `generate`.
             reference_pixels: maximum pixels of each reference image that the transformer sees.
             composite: with a mask, put the image back where the mask is black.
             keep_alpha: give the result the image's transparency.
-            controls: as in `generate`.
+            controls, outpaint: as in `generate`.
             staged, progress: as in `generate`.
         """
         self.check_task("edit")
@@ -409,12 +412,12 @@ class QwenImagePipeline(Answering):
         opened = encode.opened_images(self.components, sources)
         canvas = edit_canvas(
             self.variant, sources, opened, mask=mask, size=size, composite=composite, mask_padding=mask_padding,
-            keep_alpha=keep_alpha,
+            keep_alpha=keep_alpha, outpaint=outpaint,
         )  # fmt: skip
         sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
-            strength=strength, reference_pixels=reference_pixels, controls=controls,
+            strength=strength, outpaint=outpaint, reference_pixels=reference_pixels, controls=controls,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 
@@ -457,77 +460,3 @@ class QwenImagePipeline(Answering):
         with limits(), self._report.shown(progress):
             paintings = generate(self, request, release_encoders=staged)
             return [recorded(generated.image, generated.metadata) for generated in paintings]
-
-    # Memory: a released component is loaded again when it is needed ---------------------------------------------------
-
-    def lora_targets(self) -> Mapping[str, tuple[int, ...]]:
-        """The transformer's modules that a LoRA can change, with the shapes of their weights."""
-        return self.components.lora_targets()
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether any component is in memory."""
-        return bool(self.components.loaded)
-
-    def release(self, *parts: str) -> None:
-        """Frees the memory of components by name; of all components without a name."""
-        self.components.release(*(parts or self.components.loaded))
-
-    def release_encoders(self) -> None:
-        """Frees the memory of all encoders: text encoder, vision tower, tokenizer, the VAE's encoder."""
-        self.components.release(*r.ENCODING, r.TOKENIZER, r.VAE_ENCODER)
-
-    def release_text_encoder(self) -> None:
-        """Frees the memory of the text encoder, its vision tower and its head."""
-        self.components.release(*r.ENCODING)
-
-    def release_tokenizer(self) -> None:
-        """Frees the tokenizer's memory."""
-        self.components.release(r.TOKENIZER)
-
-    def release_transformer(self) -> None:
-        """Frees the memory of the transformer and its modulation table."""
-        self.components.release(r.TRANSFORMER)
-
-    def set_loras(self, loras: Sequence[LoRAReference], mode: LoRAMode = "auto") -> None:
-        """Replaces all LoRAs; the arguments are those of `from_pretrained`, and () removes all.
-
-        If all of them, old and new, are unmerged (quantized weights, or mode "side"), the transformer stays loaded;
-        otherwise it is loaded again when it is next needed.
-
-        Raises:
-            RequestError, CheckpointError, HubError: one cannot be found or does not fit; the old ones stay.
-        """
-        replace_loras(self.components, self._report, loras, mode)
-
-    def release_vae(self) -> None:
-        """Frees the autoencoder's memory."""
-        self.components.release(r.VAE_ENCODER, r.VAE_DECODER)
-
-    def reload_text_encoder(self) -> None:
-        """Loads the text encoder now, unless it is loaded."""
-        self.components.load(r.TEXT_ENCODER)
-
-    def reload_tokenizer(self) -> None:
-        """Loads the tokenizer now, unless it is loaded."""
-        self.components.load(r.TOKENIZER)
-
-    @property
-    def is_text_encoder_loaded(self) -> bool:
-        """Whether the text encoder is in memory."""
-        return self.components.is_loaded(r.TEXT_ENCODER)
-
-    @property
-    def is_tokenizer_loaded(self) -> bool:
-        """Whether the tokenizer is in memory."""
-        return self.components.is_loaded(r.TOKENIZER)
-
-    @property
-    def is_transformer_loaded(self) -> bool:
-        """Whether the transformer is in memory."""
-        return self.components.is_loaded(r.TRANSFORMER)
-
-    @property
-    def is_vae_loaded(self) -> bool:
-        """Whether the VAE's encoder or decoder is in memory."""
-        return self.components.is_loaded(r.VAE_ENCODER) or self.components.is_loaded(r.VAE_DECODER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
@@ -59,6 +59,14 @@ class Request:
     def writes_caption(self, variant: Variant) -> bool:
         """Whether the model captions the image."""
         return variant.captions and not self.prompt.strip()
+
+    @property
+    def steering(self) -> tuple[Control, ...]:
+        """The controls; one without an image is given what is inpainted, and its mask."""
+        if self.canvas is None or self.canvas.mask is None:
+            return self.controls
+        image, mask = self.canvas.initial
+        return tuple(replace(one, image=image, mask=mask) if one.image is None else one for one in self.controls)
 
     @property
     def starts_from_canvas(self) -> bool:

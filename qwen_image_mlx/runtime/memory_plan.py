@@ -384,7 +384,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
     shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
     begun = request.starts_from_canvas
-    controls = pipeline.open_controls(request.controls) if request.controls else ()
+    controls = pipeline.open_controls(request.steering) if request.controls else ()
     encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * (begun or bool(controls))
     return Work(
         width=parameters.width,

@@ -234,6 +234,12 @@ _OTHERS = (
         place=True, needs=("images",),
     ),
     Option(
+        name="outpaint", kind=Text(r"^[0-9]{1,5}(,[0-9]{1,5}){3}$"), group="image to image", commands=CANVAS,
+        flags=("--outpaint",), metavar="L,T,R,B", tasks=CANVAS, record="asked", needs=("images",),
+        help="extend the image by these pixels to the left, above, to the right and below; all of its own pixels come "
+        "back bit for bit",
+    ),
+    Option(
         name="controls", kind=Several(Group(Control)), group="control", commands=CANVAS, flags=("--controlnet",),
         tasks=CANVAS, line=True, record="always", place=True, of_model=True,
     ),

@@ -18,7 +18,7 @@ from ..errors import RequestError
 from ..names import Aspect, NamedSize, Task
 from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
-from ..pipeline.image_request import canvas_of
+from ..pipeline.image_request import begun, canvas_of
 from ..pipeline.limits import free_memory, limits
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
@@ -143,11 +143,11 @@ class Session:
             if images:
                 canvas = canvas_of(
                     variant, images, mask=mask, size=named, composite=not asked.get("no_composite"),
-                    crop_padding=asked.get("mask_padding"), straight=straight,
+                    crop_padding=asked.get("mask_padding"), straight=straight, outpaint=asked.get("outpaint"),
                 )  # fmt: skip
             recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
-            wanted = {**recommended, **asked}
+            wanted = {**recommended, **begun(asked.get("strength"), asked.get("outpaint")), **asked}
             if asked.get("transparent"):
                 if variant.transparent is None:
                     raise RequestError(f"{self.pipeline.model} makes no transparent images", cause="transparent")
