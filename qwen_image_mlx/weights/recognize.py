@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, some
 from ..registry import FOLDERS, LABELS, TRANSFORMER, Component, all_components
+from . import int8
 from .mapping import canonical_names, known_share, other_part, weights_map
 from .safetensors_files import Tensor
 
@@ -97,7 +98,11 @@ def holds(component: Component, names: Iterable[str]) -> bool:
 
 def foreign_format(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of an unsupported quantization; None if all of it is supported."""
+    if said := int8.foreign(tensors):
+        return said
     for rule in weights_map("files")["formats"]:
+        if any(re.search(pattern, name) for pattern in rule.get("without", ()) for name in tensors):
+            continue
         dtypes = rule.get("dtypes")
         names = [name for name, tensor in tensors.items() if not dtypes or tensor.dtype in dtypes]
         found = (map(re.compile(pattern).search, names) for pattern in rule["names"])
@@ -120,8 +125,9 @@ def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
     from .gguf_blocks import DECODED  # for this sentence alone
 
     return (
-        f"{_file(tensors)} is quantized as {form}, which is not read here: use a bf16, an fp8 (e4m3 or e5m2) or a GGUF "
-        f"file ({', '.join(sorted(DECODED))}) of the same model; a bf16 one can be quantized as small"
+        f"{_file(tensors)} is quantized as {form}, which is not read here: use a bf16, an fp8 (e4m3 or e5m2), an int8 "
+        f"(int8_tensorwise, int8_convrot) or a GGUF file ({', '.join(sorted(DECODED))}) of the same model; a bf16 one "
+        "can be quantized as small"
     )
 
 
