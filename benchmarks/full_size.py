@@ -6,7 +6,7 @@
 Writes a random checkpoint of Qwen-Image-2512's configuration (bf16, in shards, 57 GB with all 60 blocks; --bits packs
 it on the way, 26 GB at 4) into a temporary folder, or into DIR, where it stays and is found the next time. Then the
 command line generates one image in one step without guidance, each time with the memory that the plan for one residency
-asks for. The predicted peak of each stage stands beside the one that --profile noted, which is MLX's own count, and
+asks for. The predicted peak of each stage stands beside the one that --timings noted, which is MLX's own count, and
 beside the most the process had resident at all.
 
 A CPU computes in fp32 (--dtype), as MLX's bf16 products are slow there; weights are then cast while they pass.
@@ -103,7 +103,7 @@ def generate(folder: Path, arguments: Any) -> tuple[Table, Targets]:
         image = folder.with_name("image.png")
         _, most = command(
             "generate", PROMPT, "--model", folder, "--width", arguments.size, "--height", arguments.size, "--steps", 1,
-            "--cfg-scale", 1, "--dtype", arguments.dtype, "--memory", residency, "--seed", 1, "--profile",
+            "--cfg-scale", 1, "--dtype", arguments.dtype, "--memory", residency, "--seed", 1, "--timings",
             "--output", image,
         )  # fmt: skip
         costs = {row["stage"]: row for row in json.loads(command("info", image, "--json")[0])["profile"]}

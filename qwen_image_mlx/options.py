@@ -269,7 +269,7 @@ class Config:
     """An option's setting in config.toml.
 
     Attributes:
-        commands: the commands whose flag it sets; () is all the option's commands that generate.
+        commands: the commands whose flag it sets; () is all the commands of the option.
         key: its name; "" is the option's name.
         table: the table within `[PROFILE.qwen_image]`; "" is that table itself.
         help: its description; "" is the option's.

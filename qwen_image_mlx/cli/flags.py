@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
+from ..names import LayersFormat
 from ..options import Choice, Group, Option, Several, Switch, Text, by_name, options_of
 from ..pipeline.parameters import CANVAS, IMAGE_COMMANDS
 from ..runtime.options import OPTIONS
@@ -66,7 +67,7 @@ _OWN = (
     ),
     Option(
         name="format", kind=Text(), group="output", commands=("decompose",), flags=("--format",), metavar="F,F",
-        help="png, psd, ora, zip, pptx", usual="png",
+        help=", ".join(get_args(LayersFormat)), usual="png",
     ),
     Option(
         name="preview", kind=Switch(), group="output", commands=IMAGE_COMMANDS, flags=("--preview",),

@@ -118,6 +118,7 @@ def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:
         width=size[0], height=size[1], frames=arguments.num_layers + 1 if variant.layered else 1,
         shown=(shown,) * references, encoded=shown[0] * shown[1] if references else 0,
         guided=variant.cfg_scale > 1, steps=variant.steps if arguments.steps is None else arguments.steps,
+        keeps_prefix=not arguments.no_prefix_cache,
     )  # fmt: skip
 
 

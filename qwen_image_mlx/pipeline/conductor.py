@@ -19,6 +19,7 @@ from ..images.pixels import opaque_as_rgb, to_images
 from ..names import CaptionLanguage
 from ..registry import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE_DECODER, VAE_ENCODER, VISION
 from ..variants import Variant
+from .advice import advise
 from .conditioning import EncodingModel, Encodings, GuidanceEncoding, InitialImage
 from .metadata import Described, describe
 from .parameters import GenerationParameters, check_fits
@@ -121,14 +122,7 @@ def generate(
         release_encoders: whether encoders are released before the first image.
         release_transformer: whether the transformer is released before the last image is decoded.
     """
-    if not request.prompt.strip():
-        logger.warning("the prompt is empty: the model generates whatever it likes")
-    if len(request.images) > 2 and not pipeline.variant.keeps_references:
-        logger.warning(
-            "%d reference images are given, each as costly in every step as a target of its size; fewer reference "
-            "pixels make them cheaper",
-            len(request.images),
-        )
+    advise(request, pipeline.variant)
     encoding = encoded(pipeline, request, progress, cache)
     initial = encode_canvas(pipeline, request, progress)
     controls = encode_controls(pipeline, request, progress)

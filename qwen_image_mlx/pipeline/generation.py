@@ -79,6 +79,7 @@ def denoise_latents(
         columns=columns,
         sigmas=solver.evaluations(start.schedule),
         controls=tuple(controls),
+        keeps_prefix=not parameters.no_prefix_cache,
     )
     make_denoiser.check(components, conditions)
 

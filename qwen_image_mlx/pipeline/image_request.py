@@ -80,6 +80,8 @@ def image_request(
     outpaint: Sequence[int] | None = None,
     reference_pixels: int | None = None,
     controls: Sequence[Control] = (),
+    transparent: bool = False,
+    prefix_cache: bool = True,
 ) -> Request:
     """A request for images of one prompt and seed.
 
@@ -89,17 +91,25 @@ def image_request(
         canvas: the canvas; None generates from text alone.
         sampling: fields of `GenerationParameters`.
         size: (width, height) without a canvas; None is the model's default.
-        prompt, negative_prompt, seed, num_images, rng, strength, outpaint, reference_pixels, controls: as in
+        prompt, negative_prompt, seed, num_images, rng, strength, outpaint, reference_pixels, controls, transparent,
+        prefix_cache: as in
             `QwenImagePipeline.edit`.
 
     Raises:
-        RequestError: an argument is out of range.
+        RequestError: an argument is out of range, or the model makes no transparent images.
     """
     width, height = canvas.size if canvas else size or variant.size_of("1:1")
     return Request(
-        prompt=prompt,
+        prompt=transparent_prompt(variant, prompt) if transparent else prompt,
         negative_prompt=negative_prompt,
-        parameters=GenerationParameters(width=width, height=height, rng=rng, **begun(strength, outpaint), **sampling),
+        parameters=GenerationParameters(
+            width=width,
+            height=height,
+            rng=rng,
+            no_prefix_cache=not prefix_cache,
+            **begun(strength, outpaint),
+            **sampling,
+        ),
         seeds=(seed,),
         image_indices=range(check_num_images(num_images)),
         images=tuple(images),
@@ -114,6 +124,13 @@ def begun(strength: float | None, outpaint: object) -> dict[str, float]:
     if strength is None and outpaint is not None:
         return {"strength": 1.0}
     return {} if strength is None else {"strength": strength}
+
+
+def transparent_prompt(variant: Variant, prompt: str) -> str:
+    """A prompt worded for a transparent background; raises RequestError where the model makes none."""
+    if variant.transparent is None:
+        raise RequestError("this model makes no transparent images", cause="transparent")
+    return variant.transparent(prompt)
 
 
 def canvas_or_size(

@@ -76,6 +76,8 @@ class GenerationParameters:
         strength: how much of an initial image is regenerated, above 0 and at most 1; without one it has no effect.
         shift: one static shift instead of the checkpoint's resolution-dependent one, as distilled models need it
             (3 for Lightning).
+        no_prefix_cache: whether a model that keeps the keys and values of text and references between steps computes
+            them in every step instead: the same image but for rounding.
 
     Raises:
         RequestError: a value is out of range; the message says which and what is allowed.
@@ -122,6 +124,12 @@ class GenerationParameters:
     cfg_normalize: bool | None = option(
         None, kind=Switch(), help="guidance keeps the length of each token's velocity",
         group="sampling", commands=("decompose",), flags=("--cfg-normalize",), tasks=("decompose",), record="layered",
+    )  # fmt: skip
+    no_prefix_cache: bool = option(
+        False, kind=Switch(), group="sampling", commands=(*CANVAS, "plan"), flags=("--no-prefix-cache",), tasks=CANVAS,
+        help="with Qwen-Image-2.1, compute text and references in every step: less memory, much more time",
+        line=True, record="set", page=False, config=(Config(commands=CANVAS, example=True),),
+        but={"plan": {"help": "with Qwen-Image-2.1, as in generate"}},
     )  # fmt: skip
 
     def __post_init__(self) -> None:

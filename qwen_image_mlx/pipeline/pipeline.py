@@ -334,6 +334,7 @@ class QwenImagePipeline(Holding):
         size: NamedSize | Size | None = None, width: int | None = None, height: int | None = None,
         controls: Sequence[Control] = (), outpaint: Sequence[int] | None = None,
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
+        transparent: bool = False, prefix_cache: bool = True,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
         """Generates images from text, or from text and an image, with a text-to-image model.
@@ -353,6 +354,8 @@ class QwenImagePipeline(Holding):
             outpaint: pixels that the image grows to the left, above, to the right and below, instead of a mask.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
+            transparent: word the prompt for a transparent background, where the model knows how.
+            prefix_cache: False computes text and references in every step, where the model would keep them.
             seed, rng: seed and generator of the initial noise; rng is "torch" or "mlx".
             num_images: images from this seed, each with its own noise.
             composite: with a mask, put the image back where the mask is black; False returns the model's own pixels.
@@ -374,7 +377,8 @@ class QwenImagePipeline(Holding):
         sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
-            rng=rng, strength=strength, outpaint=outpaint, controls=controls,
+            rng=rng, strength=strength, outpaint=outpaint, controls=controls, transparent=transparent,
+            prefix_cache=prefix_cache,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 
@@ -386,6 +390,7 @@ class QwenImagePipeline(Holding):
         size: NamedSize | Size | None = None, reference_pixels: int | None = None, keep_alpha: bool = False,
         controls: Sequence[Control] = (), outpaint: Sequence[int] | None = None,
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
+        transparent: bool = False, prefix_cache: bool = True,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
         """Edits images with an editing model; returns and raises as `generate` does.
@@ -400,7 +405,7 @@ class QwenImagePipeline(Holding):
             strength: with a mask, how much changes inside it, above 0 and at most 1; None is 0.6.
             mask_padding: generate only the mask and this number of pixels around it.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
-            seed, num_images, rng: as in `generate`.
+            seed, num_images, rng, transparent, prefix_cache: as in `generate`.
             reference_pixels: maximum pixels of each reference image that the transformer sees.
             composite: with a mask, put the image back where the mask is black.
             keep_alpha: give the result the image's transparency.
@@ -418,6 +423,7 @@ class QwenImagePipeline(Holding):
         request = image_request(
             self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
             strength=strength, outpaint=outpaint, reference_pixels=reference_pixels, controls=controls,
+            transparent=transparent, prefix_cache=prefix_cache,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 

@@ -6,7 +6,7 @@ image, from everything that is known before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 from ..models.layers import OnLayer
 from ..names import CaptionLanguage
 from .conditioning import Reference
+from .costs import Costs
 from .reporter import Reporter
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Conditions:
         rows, columns: of a frame's tokens.
         sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
         controls: what steers the image by other images.
+        keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
     branches: tuple[mx.array, ...]
@@ -67,6 +69,7 @@ class Conditions:
     columns: int
     sigmas: np.ndarray
     controls: tuple[ControlInput, ...] = ()
+    keeps_prefix: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,13 @@ class Denoiser(Protocol):
 
 
 class DenoiserClass(Protocol):
-    """Makes the `Denoiser` of an image."""
+    """Makes the `Denoiser` of an image.
+
+    Attributes:
+        costs: the memory that its generation takes while it works, encoders and autoencoder included, by backend.
+    """
+
+    costs: Mapping[str, Costs]
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
         """Prepares an image.

@@ -1,6 +1,6 @@
 """Predicts the memory that generation takes, from configs and headers alone.
 
-A plan has four stages. Weights are counted to the byte; the rest is a model (`costs.py`). A
+A plan has four stages. Weights are counted to the byte; the rest is a model (`pipeline/costs.py`). A
 residency decides which weights are in memory in which stage.
 """
 
@@ -17,12 +17,12 @@ import mlx.core as mx
 from ..images.geometry import size_of_area
 from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
+from ..pipeline.costs import HALO, backend
 from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
 from ..sampling.solvers import EULER
 from ..weights.mapping import TensorSpec, expected_tensors
 from ..weights.schemes import Scheme
 from ..weights.tensor_formats import PACKED
-from .costs import COSTS, HALO, backend
 from .residency import DEFAULT, Residency
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Work:
         steps: denoising steps.
         images: how many are generated one after another.
         controls: names of the ControlNets' components, each once.
+        keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
     width: int
@@ -60,6 +61,7 @@ class Work:
     steps: int = 50
     images: int = 1
     controls: tuple[str, ...] = ()
+    keeps_prefix: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class Planner:
         self.components, self.work, self.residency = components, work, residency
         self.tensors = cache(self._tensors)
         self.said_config = cache(lambda name: components.sources.config(components.rows[name].home))
-        self.costs = COSTS[backend()]
+        self.denoiser: DenoiserClass = components.use_of(TRANSFORMER)
+        self.costs = self.denoiser.costs[backend()]
         self.itemsize = components.dtype.size
         # Config fields that are corrected by the weights' names do not change memory.
         self.transformer_config = components.declared(TRANSFORMER)
@@ -188,7 +191,9 @@ class Planner:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of a prompt with its images."""
-        seen = len(self.work.shown) * self.components.variant.encoder_area + self.work.captioned
+        variant, shown = self.components.variant, self.work.shown
+        seen = sum(map(prod, shown)) if variant.interleaved else len(shown) * variant.encoder_area
+        seen += self.work.captioned
         if not seen:
             return self.work.text_tokens
         config = self.components.config(VISION)
@@ -196,18 +201,20 @@ class Planner:
 
     def looking(self) -> int:
         """Bytes that the vision tower takes for an image, in addition to its weights."""
-        config = self.components.config(VISION)
-        patches = max(self.components.variant.encoder_area, self.work.captioned) // config.patch_size**2
+        config, variant = self.components.config(VISION), self.components.variant
+        shown = max(map(prod, self.work.shown), default=0) if variant.interleaved else variant.encoder_area
+        patches = max(shown, self.work.captioned) // config.patch_size**2
         return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing(VISION)
 
     def moving(self) -> int:
         """Bytes that a step takes in addition to the transformer."""
         costs, work, config = self.costs, self.work, self.transformer_config
-        tokens = self.target_tokens + self.reference_tokens + self.prompt_tokens
+        tokens = self.target_tokens + self.prefix_tokens
         units = costs.image * self.target_tokens + costs.reference * self.reference_tokens
-        units += costs.prompt * self.prompt_tokens + costs.guided * tokens * work.guided
+        units += costs.prompt * self.words + costs.guided * tokens * work.guided
         units += costs.queued(max(self.target_tokens, self.reference_tokens))
-        scores = costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
+        queries = self.most_queries if self.components.variant.keeps_references else tokens
+        scores = costs.scores * queries * tokens * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
         steering = sum(map(self.passing, work.controls))
         return int(states + scores) + steering + self.passing(TRANSFORMER) + costs.base + costs.step
@@ -217,8 +224,8 @@ class Planner:
         config, pixels = self.components.config(VAE), self.work.width * self.work.height
         held = before + self.count(VAE, self.network(VAE_DECODER), mx.float32)
         strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
-        strip = self.costs.pixel_out * min(pixels, strip)
-        working = int(config.decoder_width * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
+        strip = self.costs.pixel_out * min(pixels, strip) + self.costs.pixel_kept * pixels
+        working = int(config.decoder_width * max(strip, self.costs.pixel_whole(pixels))) + self.costs.base
         return Stage("decode", held, held + working + 2 * 4 * pixels * config.input_channels)
 
     def held(self, name: str) -> int:
@@ -274,10 +281,9 @@ class Planner:
 
     def table(self) -> int:
         """Bytes that the denoiser keeps from step to step."""
-        prefix, branches = self.prompt_tokens + self.reference_tokens, 2 if self.work.guided else 1
-        denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
+        prefix, branches = self.prefix_tokens if self.work.keeps_prefix else 0, 2 if self.work.guided else 1
         evaluations = EULER.count(self.work.steps)
-        values = denoiser.kept_values(self.transformer_config, evaluations, prefix, branches)
+        values = self.denoiser.kept_values(self.transformer_config, evaluations, prefix, branches)
         values += sum(
             self.components.control(name).kept_values(
                 self.components.config(name), evaluations, self.target_tokens, branches
@@ -295,6 +301,21 @@ class Planner:
     def reference_tokens(self) -> int:
         """Image tokens of the reference images."""
         return sum(self.components.latent_space.tokens(*size) for size in self.work.shown)
+
+    @property
+    def words(self) -> int:
+        """Tokens of the prompt, as the transformer sees it; with its images' places, unless the images fill them."""
+        return self.work.text_tokens if self.components.variant.interleaved else self.prompt_tokens
+
+    @property
+    def prefix_tokens(self) -> int:
+        """All tokens but the target's."""
+        return self.words + self.reference_tokens
+
+    @property
+    def most_queries(self) -> int:
+        """The most tokens that attend together: the target's, or those of an image before it."""
+        return max(self.target_tokens, *(self.components.latent_space.tokens(*size) for size in self.work.shown), 0)
 
     def largest(self, name: str, part: str) -> int:
         """The largest tensor, as `moved`."""
@@ -397,6 +418,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         steps=parameters.num_inference_steps,
         images=len(request.seeds) * len(request.image_indices),
         controls=controls,
+        keeps_prefix=not parameters.no_prefix_cache,
     )
 
 

@@ -18,7 +18,7 @@ from ..errors import RequestError
 from ..names import Aspect, NamedSize, Task
 from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
-from ..pipeline.image_request import begun, canvas_of
+from ..pipeline.image_request import begun, canvas_of, transparent_prompt
 from ..pipeline.limits import free_memory, limits
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
@@ -149,9 +149,7 @@ class Session:
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
             wanted = {**recommended, **begun(asked.get("strength"), asked.get("outpaint")), **asked}
             if asked.get("transparent"):
-                if variant.transparent is None:
-                    raise RequestError(f"{self.pipeline.model} makes no transparent images", cause="transparent")
-                wanted["prompt"] = variant.transparent(wanted["prompt"])
+                wanted["prompt"] = transparent_prompt(variant, wanted["prompt"])
             request = replace(
                 build_request(wanted, canvas.size if canvas else cast("Size", named)),
                 images=tuple(images) if task == "edit" else (),

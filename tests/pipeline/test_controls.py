@@ -316,7 +316,7 @@ def test_refused_in_one_sentence(title, damaged, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("said", "sentence"), [
-    ([{"controlnet": "a"}], "lacks its image"),
+    ([{"controlnet": "a", "mask": "b"}], "has a mask, but no image"),
     ([{"image": "a"}], "lacks its controlnet"),
     ([{"controlnet": "a", "image": "b", "size": 1}], "a control has 'size'"),
     ([{"controlnet": "a", "image": "b", "scale": "1"}], "scale is '1'"),

@@ -22,6 +22,7 @@ from ...registry import TRANSFORMER
 from ..components import Components
 from ..reporter import Reporter
 from ..seams import Conditions, ControlBranch, ControlInput, Steered
+from .costs import COSTS
 from .states import check_length
 from .table import modulation_table
 
@@ -38,6 +39,8 @@ class QwenImageDenoiser:
         components, conditions, report: the arguments of `DenoiserClass`.
         rows: makes the modulation if it is not read from the checkpoint's files.
     """
+
+    costs: ClassVar = COSTS
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class TrainedDenoisers:
     """
 
     rows: Rows
+    costs: ClassVar = COSTS
     check: ClassVar = staticmethod(QwenImageDenoiser.check)
     kept_values: ClassVar = staticmethod(QwenImageDenoiser.kept_values)
 

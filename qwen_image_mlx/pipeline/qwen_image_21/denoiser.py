@@ -30,6 +30,7 @@ from ...weights.loader import load_module
 from ..components import Components
 from ..reporter import Reporter
 from ..seams import Conditions
+from .costs import COSTS
 
 _TABLE = "modulation table"
 _ROWS = len(Rows._fields)  # numbers of a timestep for each channel
@@ -40,13 +41,9 @@ class QwenImage21Denoiser:
 
     Args:
         components, conditions, report: as `DenoiserClass` says.
-
-    Attributes:
-        keep_prefix: whether the keys and values of text and references are kept between steps; without, the same
-            numbers in less memory and much more time.
     """
 
-    keep_prefix: ClassVar[bool] = True
+    costs: ClassVar = COSTS
 
     def __init__(self, components: Components, conditions: Conditions, report: Reporter):
         *table, still = _table(components, conditions.sigmas, report)
@@ -59,7 +56,7 @@ class QwenImage21Denoiser:
             references=[Shown(shown.latents, shown.height, shown.width) for shown in conditions.references],
             grid=(conditions.rows, conditions.columns),
             dtype=components.dtype,
-            keep_prefix=self.keep_prefix,
+            keep_prefix=conditions.keeps_prefix,
         )
         mx.eval(self._denoiser.prepared)
 
