@@ -22,7 +22,7 @@ NEGATIVE_PROMPT = " "
 EMPTY_PROMPT = " "  # what is encoded in place of "": the tokenizer adds no token of its own
 
 # Turbo's noise levels (T), used as they stand; their number is that of the steps. Made for 1024x1024 and more:
-# below, fine detail becomes a pixel grid, in diffusers too (mflux's notes). Sizes of that area are rounded to 32 pixels.
+# below, fine detail becomes a pixel grid, in diffusers too (mflux's notes). Sizes of that area are rounded to 32.
 TURBO_SIGMAS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568)
 TURBO_AREA = 992 * 992
 
