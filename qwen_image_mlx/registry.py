@@ -293,6 +293,9 @@ CONTROLS: dict[str, Class] = {
         ("QwenImageBlockWiseControlNet", "qwen_image.control:BlockwiseControlNet", "controlnet_blocks",
          "pipeline.qwen_image.control:BlockwiseBranch", "DiffSynth's block-wise kind for Qwen-Image",
          "QwenImageTransformer2DModel"),
+        ("QwenImage21FunControlNet", "qwen_image_21.control:FunControlNet", "control_blocks",
+         "pipeline.qwen_image_21.control:FunBranch", "the Fun kind for Qwen-Image-2.1",
+         "QwenImage21Transformer2DModel"),
     )
 }  # fmt: skip
 

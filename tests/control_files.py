@@ -17,6 +17,7 @@ from qwen_image_mlx.weights.synthetic import random_values
 
 INSTANTX = "QwenImageControlNetModel"
 FUN = "QwenImageFunControlNet"
+FUN_21 = "QwenImage21FunControlNet"
 BLOCKWISE = "QwenImageBlockWiseControlNet"
 
 

@@ -72,24 +72,14 @@ class Conditions:
     keeps_prefix: bool = True
 
 
-@dataclass(frozen=True)
-class Steered:
-    """What a ControlNet is given of the transformer that it steers.
+class ControlBranch(Protocol):
+    """What one control adds to an image's tokens.
 
-    Attributes:
-        texts: the projected text (1, L, D) of each branch.
-        project_latents: packed latents (1, N, C) of the target to its tokens (1, N, D) before the first block.
+    Made from (components, conditions, its `ControlInput`, what its generation's denoiser gives it, report).
     """
 
-    texts: Sequence[mx.array]
-    project_latents: Callable[[mx.array], mx.array]
-
-
-class ControlBranch(Protocol):
-    """What one control adds to an image's tokens; made from (components, conditions, its input, `Steered`, report)."""
-
-    def hint(self, latents: mx.array, evaluation: int) -> Callable[[int, int, mx.array], mx.array | None]:
-        """A function of (block, branch, target tokens (1, N, D) after the block) to what is added there, or None.
+    def hint(self, latents: mx.array, evaluation: int) -> Callable[..., Any]:
+        """What is added after each block in one evaluation, a function that the generation's transformer calls.
 
         Args:
             latents: packed latents (1, N, C) of the target.
@@ -106,6 +96,31 @@ class ControlBranch(Protocol):
             tokens: of the target.
             branches: 1, or 2 with guidance.
         """
+
+
+class Controls:
+    """The controls of one image that have an effect.
+
+    Args:
+        components, conditions, report: as in `DenoiserClass`.
+        steered: what the generation's denoiser gives to its `ControlBranch`es.
+    """
+
+    def __init__(self, components: Components, conditions: Conditions, steered: Any, report: Reporter):
+        self._evaluations = len(conditions.sigmas)
+        self._branches: list[tuple[ControlInput, ControlBranch]] = [
+            (control, components.control(control.role)(components, conditions, control, steered, report))
+            for control in conditions.controls
+            if any(control.runs(evaluation, self._evaluations) for evaluation in range(self._evaluations))
+        ]
+
+    def hints(self, latents: mx.array, evaluation: int) -> list[Callable[..., Any]]:
+        """Those of the controls that run in an evaluation; see `ControlBranch.hint`."""
+        return [
+            branch.hint(latents, evaluation)
+            for control, branch in self._branches
+            if control.runs(evaluation, self._evaluations)
+        ]
 
 
 class Denoiser(Protocol):

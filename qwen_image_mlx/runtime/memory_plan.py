@@ -418,7 +418,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         steps=parameters.num_inference_steps,
         images=len(request.seeds) * len(request.image_indices),
         controls=controls,
-        keeps_prefix=not parameters.no_prefix_cache,
+        keeps_prefix=not parameters.no_prefix_cache and not controls,
     )
 
 

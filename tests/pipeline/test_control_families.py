@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_text_to_image
-from control_files import BLOCKWISE, FUN, half_mask, picture, write_control
+from checkpoints_21 import TINY_TRANSFORMER, write_checkpoint_21
+from control_files import BLOCKWISE, FUN, FUN_21, half_mask, picture, write_control
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21TransformerBlock
 from PIL import Image
 from reference import load_reference, to_numpy
+from reference_21 import make_transformer_21
 from safetensors.torch import load_file
 
 from qwen_image_mlx import Control, QwenImagePipeline
+from qwen_image_mlx.pipeline.conditioning import Reference
 from qwen_image_mlx.pipeline.reporter import Reporter
 from qwen_image_mlx.pipeline.seams import Conditions
 
@@ -184,3 +188,87 @@ def test_block_wise(pipeline, reference, tiny):
     nets = [(load_file(file), context, scale) for file, context, scale in zip(files, contexts, (0.7, 1.2), strict=True)]
     controls = [Control(files[0], photo, scale=0.7), Control(files[1], photo, scale=1.2, mask=mask)]
     compare(pipeline, reference, controls, blockwise_hints(nets))
+
+
+# Qwen-Image-2.1 -------------------------------------------------------------------------------------------------------
+
+
+def steered_21(transformer, state, context, scale):
+    """Hooks on the transformer's blocks: the control chain runs on the joint sequence with each block's own arguments.
+
+    The control's tokens stand where the target is, at the end; elsewhere they are zeros.
+    """
+    blocks = []
+    for number in range(2):
+        block = QwenImage21TransformerBlock(96, 3, 32, mlp_ratio=3, eps=1e-6).eval()
+        prefix = f"control_blocks.{number}."
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        block.load_state_dict({name: value for name, value in own.items() if "_proj." not in name[:12]})
+        blocks.append(block)
+    hints = []
+
+    def begin(_, arguments, named):
+        named = {**named, "layer_cache": None, "kv_cache_mode": None, "cache_write_slice": None}
+        joint = arguments[0] if arguments else named.pop("hidden_states")
+        placed = torch.zeros_like(joint)
+        placed[:, -context.shape[1] :] = linear(state, "control_img_in", context)
+        chain = linear(state, "control_blocks.0.before_proj", placed) + joint
+        hints.clear()
+        for number, block in enumerate(blocks):
+            chain = block(chain, *arguments[1:], **named)
+            hints.append(linear(state, f"control_blocks.{number}.after_proj", chain))
+
+    handles = [transformer.transformer_blocks[0].register_forward_pre_hook(begin, with_kwargs=True)]
+    for number in range(2):
+        handles.append(
+            transformer.transformer_blocks[2 * number].register_forward_hook(
+                lambda _, __, out, number=number: out + scale * hints[number]
+            )
+        )
+    return handles
+
+
+@pytest.mark.parametrize("places", [(), ((3, 4, 6),)], ids=["text alone", "with a reference"])
+def test_fun_21(tmp_path, places):
+    """Three blocks of the transformer, two of the control: hints after the first and the third."""
+    folder, grid = write_checkpoint_21(tmp_path / "tiny"), (4, 6)
+    pipeline = QwenImagePipeline.from_pretrained(folder, dtype="float32")
+    theirs = make_transformer_21(TINY_TRANSFORMER)
+    theirs.load_state_dict(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
+    file = write_control(tmp_path / "fun21.safetensors", folder, FUN_21, layers=2, extra=65)
+    size = (grid[1] * 16, grid[0] * 16)
+    made = Control(file, picture(80, 70), scale=0.7, mask=half_mask(80, 70), source=picture(80, 70, 1))
+    inputs = pipeline.encode_controls([made], size)
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((1, grid[0] * grid[1], 64)).astype(np.float32)
+    states = [3 * rng.standard_normal((1, length, 64)).astype(np.float32) for length in (20, 14)]
+    shown = [rng.standard_normal((1, h * w, 64)).astype(np.float32) for _, h, w in places]
+    references = tuple(Reference(mx.array(r), h, w, start) for r, (start, h, w) in zip(shown, places, strict=True))
+    conditions = Conditions(tuple(map(mx.array, states)), references, 1, *grid, SIGMAS, inputs)
+    make = pipeline.components.use_of("transformer")
+    ours = make(pipeline.components, conditions, Reporter()).velocities(mx.array(noise), 1)
+    plain = make(
+        pipeline.components, Conditions(tuple(map(mx.array, states)), references, 1, *grid, SIGMAS), Reporter()
+    ).velocities(mx.array(noise), 1)
+    handles = steered_21(theirs, load_file(file), tensor(inputs[0].tokens), 0.7)
+    for given, got, without in zip(states, ours, plain, strict=True):
+        is_image = np.zeros(given.shape[1] + noise.shape[1] // 4, bool)
+        is_image[given.shape[1] :] = True
+        for start, h, w in places:
+            is_image[start : start + h * w // 4] = True
+        with torch.no_grad():
+            out = theirs(
+                hidden_states=torch.from_numpy(np.concatenate([*shown, noise], axis=1)),
+                encoder_hidden_states=torch.from_numpy(given),
+                timestep=torch.tensor([float(SIGMAS[1])]),
+                img_shapes=[[*((1, h, w) for _, h, w in places), (1, *grid)]],
+                img_mask=torch.from_numpy(is_image)[None],
+                return_dict=False,
+            )[0]
+        expected = to_numpy(out)[:, -noise.shape[1] :]
+        error = np.abs(np.array(got) - expected).max() / np.abs(expected).max()
+        print("relative error", error)
+        assert error < 2e-5
+        assert np.abs(np.array(without) - expected).max() / np.abs(expected).max() > 0.01
+    for handle in handles:
+        handle.remove()

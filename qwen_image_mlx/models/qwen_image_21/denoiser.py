@@ -15,7 +15,7 @@ from ..layers import OnLayer
 from ..rotary import Rotary
 from .config import TransformerConfig
 from .rope import MAX_HALF_SIDE, MAX_POSITION, Run, last_position, lay_out, rotary_tables
-from .transformer import Branch, Prefix, Rows, Transformer
+from .transformer import Branch, Hint, Prefix, Rows, Transformer
 
 
 class Condition(NamedTuple):
@@ -98,16 +98,37 @@ class Denoiser:
             found += [*parts, *rotary]
         return found
 
-    def velocities(self, latents: mx.array, step: int, on_layer: OnLayer | None = None) -> list[mx.array]:
+    @property
+    def prefixes(self) -> list[tuple[Prefix, Rotary]]:
+        """For each condition what comes before the target, and the target's tables, where prefixes are not kept."""
+        return [(b.prefix, b.rotary) for b in self._branches if isinstance(b.prefix, Prefix)]
+
+    @property
+    def still(self) -> Rows:
+        """The rows of timestep 0."""
+        return self._still
+
+    def rows(self, step: int) -> Rows:
+        """The rows of a step."""
+        return self._table[step]
+
+    def project(self, latents: mx.array) -> mx.array:
+        """Packed latents of the target (1, N, in_channels) to its tokens (1, N, D) before the first block."""
+        return self._transformer.project_references(latents)
+
+    def velocities(
+        self, latents: mx.array, step: int, on_layer: OnLayer | None = None, hints: Sequence[Hint] = ()
+    ) -> list[mx.array]:
         """What the transformer predicts in a step, for each condition: (1, N, out_channels) in the latents' dtype.
 
         Args:
             latents: packed (1, N, in_channels), N the rows times the columns of the grid.
             step: number of the step, from 0.
             on_layer: called after each block with what it made.
+            hints: added after each block; only where prefixes are not kept.
         """
         found, kept = self._transformer.velocities(
-            latents, self._branches, self._table[step], self._still, on_layer, self._keep
+            latents, self._branches, self._table[step], self._still, on_layer, self._keep, hints
         )
         if self._keep:
             self._branches = [Branch(seen, b.rotary) for seen, b in zip(kept, self._branches, strict=True)]

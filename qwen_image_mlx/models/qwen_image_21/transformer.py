@@ -10,7 +10,7 @@ N target tokens, P prefix tokens, L text tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -72,6 +72,10 @@ class Branch(NamedTuple):
     rotary: Rotary
 
 
+# (number of the block, number of the branch) -> what a control adds after it to prefix and target, or None.
+Hint = Callable[[int, int], tuple[mx.array, mx.array] | None]
+
+
 class Transformer(nn.Module):
     """Predicts the velocity of every target token."""
 
@@ -99,6 +103,7 @@ class Transformer(nn.Module):
         still: Rows,
         on_layer: OnLayer | None = None,
         keep: bool = True,
+        hints: Sequence[Hint] = (),
     ) -> tuple[list[mx.array], list[list[KeysValues]]]:
         """Velocities of the target for several branches; every block serves all of them before the next one.
 
@@ -109,6 +114,7 @@ class Transformer(nn.Module):
             still: the rows of timestep 0, for prefixes.
             on_layer: called after each block with what it made.
             keep: hand out the prefixes' keys and values, which takes the memory of all blocks' at once.
+            hints: added after each block to prefixes, which must not be kept ones, and targets.
 
         Returns:
             (B, N, out_channels) for each branch, and the keys and values of each branch's prefix, one for each block:
@@ -131,6 +137,9 @@ class Transformer(nn.Module):
                 if keep:
                     kept[n].append(seen)
                 targets[n] = block(targets[n], rows, rotary, seen)
+            for added, n in ((hint(number, n), n) for hint in hints for n in hidden):
+                if added is not None:
+                    hidden[n], targets[n] = hidden[n] + added[0], targets[n] + added[1]
             if on_layer is not None:
                 on_layer([*made, *targets])
         return [self.proj_out(_scaled_norm(x, rows.out, self._eps)) for x in targets], kept

@@ -6,7 +6,8 @@ transformer's is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -17,8 +18,21 @@ from ...models.qwen_image.transformer import BlockRows, Hint
 from ...registry import TRANSFORMER
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions, ControlInput, Steered
+from ..seams import Conditions, ControlInput
 from .table import Folding
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What a ControlNet is given of the transformer that it steers.
+
+    Attributes:
+        texts: the projected text (1, L, D) of each branch.
+        project_latents: packed latents (1, N, C) of the target to its tokens (1, N, D) before the first block.
+    """
+
+    texts: Sequence[mx.array]
+    project_latents: Callable[[mx.array], mx.array]
 
 
 class ResidualBranch:

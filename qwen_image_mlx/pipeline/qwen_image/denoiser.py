@@ -21,7 +21,8 @@ from ...models.qwen_image.transformer import Modulation, Transformer
 from ...registry import TRANSFORMER
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions, ControlBranch, ControlInput, Steered
+from ..seams import Conditions, Controls
+from .control import Steered
 from .costs import COSTS
 from .states import check_length
 from .table import modulation_table
@@ -66,21 +67,12 @@ class QwenImageDenoiser:
             shown = mx.concatenate([r.latents for r in conditions.references], axis=1).astype(components.dtype)
             self._references = self._transformer.project_references(shown)
         mx.eval(self._text, self._rotary, [] if self._references is None else self._references)
-        self._evaluations = len(conditions.sigmas)
         steered = Steered(self._text, self._transformer.project_references)  # the same projection
-        self._controls: list[tuple[ControlInput, ControlBranch]] = [
-            (control, components.control(control.role)(components, conditions, control, steered, report))
-            for control in conditions.controls
-            if any(control.runs(evaluation, self._evaluations) for evaluation in range(self._evaluations))
-        ]
+        self._controls = Controls(components, conditions, steered, report)
 
     def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
         """The velocity (1, N, C) of each branch, in the model's dtype; see `Denoiser.velocities`."""
-        hints = [
-            branch.hint(latents, evaluation)
-            for control, branch in self._controls
-            if control.runs(evaluation, self._evaluations)
-        ]
+        hints = self._controls.hints(latents, evaluation)
         return self._transformer.velocities(
             latents, self._text, self._table[evaluation], self._rotary, self._references, on_layer=on_layer, hints=hints
         )

@@ -29,7 +29,7 @@ from ...registry import TRANSFORMER
 from ...weights.loader import load_module
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions
+from ..seams import Conditions, Controls
 from .costs import COSTS
 
 _TABLE = "modulation table"
@@ -56,13 +56,14 @@ class QwenImage21Denoiser:
             references=[Shown(shown.latents, shown.height, shown.width) for shown in conditions.references],
             grid=(conditions.rows, conditions.columns),
             dtype=components.dtype,
-            keep_prefix=conditions.keeps_prefix,
+            keep_prefix=conditions.keeps_prefix and not conditions.controls,
         )
         mx.eval(self._denoiser.prepared)
+        self._controls = Controls(components, conditions, self._denoiser, report)
 
     def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
         """As `Denoiser.velocities`; the first call also computes the prefix."""
-        return self._denoiser.velocities(latents, evaluation, on_layer)
+        return self._denoiser.velocities(latents, evaluation, on_layer, self._controls.hints(latents, evaluation))
 
     @staticmethod
     def check(components: Components, conditions: Conditions) -> None:
