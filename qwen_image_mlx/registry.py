@@ -19,6 +19,7 @@ VISION = "vision"
 LANGUAGE_HEAD = "language_head"
 VAE = "vae"
 CONTROL = "controlnet"
+IN_CONTEXT = "in-context"  # a control without a network: a LoRA reads its image as a reference
 # Networks that are loaded by themselves, where a component has several; else they are called as the component is.
 VAE_ENCODER = "vae_encoder"
 VAE_DECODER = "vae_decoder"
@@ -122,6 +123,7 @@ class Class:
             `ConditionEncoder`, of a ControlNet a `ControlBranch` (`pipeline/seams.py`).
         title: how sentences call it; "" for what nobody gives by itself.
         steers: the class of transformer that a ControlNet is made for.
+        in_context: what a prompt begins with for a LoRA that reads a control image as a reference; "" without one.
     """
 
     library: str = "diffusers"
@@ -129,6 +131,7 @@ class Class:
     use: str = ""
     title: str = ""
     steers: str = ""
+    in_context: str = ""
 
 
 CLASSES: dict[str, Class] = {
@@ -145,6 +148,7 @@ CLASSES: dict[str, Class] = {
             ),
         ),
         use="pipeline.qwen_image.denoiser:QwenImageDenoiser",
+        in_context="Context_Control. ",
     ),
     "Qwen2_5_VLForConditionalGeneration": Class(
         library="transformers",

@@ -18,6 +18,7 @@ HINTS = {
     "fault: memory": "--memory auto and --quantize 4 take less",
     "transparent": "leave --transparent out, or use Qwen/Qwen-Image-2.1",
     "control image": "--control-image gives it",
+    "in-context": "give it with --lora",
     "control mask": "--control-mask gives it",
     "ema": "give --full with it",
     "cut run": "--resume continues it",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..names import ControlKind, StrPath
 from ..options import Choice, ImageFile, Number, Text, option, options_of
+from ..registry import IN_CONTEXT
 
 if TYPE_CHECKING:
     from ..images.sources import ImageSource
@@ -24,7 +25,8 @@ class Control:
     """One ControlNet's part in an image. Each field carries its `Option`.
 
     Attributes:
-        controlnet: a file, a folder, `owner/repo`, `owner/repo:file` or the address of a file on the hub.
+        controlnet: a file, a folder, `owner/repo`, `owner/repo:file` or the address of a file on the hub; or
+            "in-context", for a LoRA that reads the image as a reference.
         image: what steers the image; resized to its size. With a mask, and a network that inpaints, what is inpainted.
             None takes what the request itself inpaints, with its mask.
         scale: factor of what the ControlNet adds; 0 runs nothing.
@@ -40,7 +42,8 @@ class Control:
     controlnet: StrPath = option(
         kind=Text(), flags=("--controlnet",), metavar="REF", place=True,
         help="steer the image with this ControlNet: a file, a folder, owner/repo, owner/repo:file or a file's address "
-        "on the hub; repeat for more, each followed by its own --control flags",
+        "on the hub; or in-context, for a LoRA that reads the control image; repeat for more, each followed by its own "
+        "flags",
     )  # fmt: skip
     image: ImageSource | None = option(
         None, kind=ImageFile(), flags=("--control-image",), metavar="IMAGE", place=True,
@@ -82,6 +85,8 @@ class Control:
             raise RequestError(f"the control starts at {self.start:g}, after its end at {self.end:g}")
         if self.source is not None and self.mask is None:
             raise RequestError("the control has an image to inpaint, but no mask")
+        if self.in_context and (self.scale, self.start, self.end, self.mask) != (1.0, 0.0, 1.0, None):
+            raise RequestError("an in-context control has no scale, window or mask: the LoRA has a strength")
         if self.image is None and self.mask is not None:
             raise RequestError("the control has a mask, but no image", cause="control image")
 
@@ -89,6 +94,11 @@ class Control:
     def reference(self) -> str:
         """The ControlNet's reference as text."""
         return str(self.controlnet)
+
+    @property
+    def in_context(self) -> bool:
+        """Whether a LoRA reads its image as a reference, and no ControlNet."""
+        return self.controlnet == IN_CONTEXT
 
     @property
     def runs(self) -> bool:

@@ -17,7 +17,7 @@ from ..gpu import finish
 from ..images.geometry import Size
 from ..images.pixels import to_mask, to_pixels
 from ..lora.fetch import fetch_file
-from ..registry import CONTROL, CONTROLS, LABELS, TRANSFORMER, VAE, VAE_ENCODER, Class, Component
+from ..registry import CLASSES, CONTROL, CONTROLS, IN_CONTEXT, LABELS, TRANSFORMER, VAE, VAE_ENCODER, Class, Component
 from ..weights.mapping import canonical_names, known_share, weights_map
 from ..weights.recognize import kind_of, looks_like_a_lora, part_of, unreadable
 from ..weights.safetensors_files import Tensor
@@ -42,6 +42,9 @@ def open_control(components: Components, report: Reporter, control: Control) -> 
         CheckpointError: the file is damaged, not a ControlNet, or made for a different model.
         HubError: it could not be fetched.
     """
+    if control.in_context:
+        _check_in_context(components, control)
+        return IN_CONTEXT
     reference = control.reference
     opened: dict[str, str] = components.references
     if reference not in opened:
@@ -65,7 +68,8 @@ def open_controls(components: Components, report: Reporter, controls: Sequence[C
     roles = [open_control(components, report, control) for control in controls]
     for control in controls:
         control.opened()
-    return tuple(dict.fromkeys(role for role, control in zip(roles, controls, strict=True) if control.runs))
+    pairs = zip(roles, controls, strict=True)
+    return tuple(dict.fromkeys(role for role, control in pairs if control.runs and not control.in_context))
 
 
 def encode_controls(
@@ -108,7 +112,8 @@ def condition_tokens(components: Components, role: str, control: Control, size: 
     The channels of a latent are, by their number, those of the control image; or those of the masked image and, where
     it is kept, 1; or all three, with zeros for what is not given. Masked pixels are -1, or in the last case 0.
     """
-    space, per_latent = components.latent_space, _channels(components, role)
+    space = components.latent_space
+    per_latent = space.channels if control.in_context else _channels(components, role)
     rows, columns = (side // space.factor for side in reversed(size))
     zeros = mx.zeros((1, rows, columns, space.channels))
     if per_latent == space.channels:
@@ -156,6 +161,17 @@ def _channels(components: Components, role: str) -> int:
     """Condition channels of a latent."""
     channels: int = components.config(role).condition_channels // components.latent_space.patch**2
     return channels
+
+
+def _check_in_context(components: Components, control: Control) -> None:
+    """Raises RequestError where no LoRA reads a control image, or there is none."""
+    model = components.snapshot.model
+    if not CLASSES[components.variant.classes[TRANSFORMER]].in_context or components.variant.takes_images:
+        raise RequestError(f"{model} takes no in-context control: a text-to-image model of Qwen-Image 1.x does")
+    if components.adapters is None:
+        raise RequestError("an in-context control needs the LoRA that reads it", cause="in-context")
+    if control.image is None:
+        raise RequestError("a control lacks its image", cause="control image")
 
 
 def _check_images(components: Components, role: str, control: Control) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import QwenImageError, RequestError
 from ..gpu import all_finite
-from ..registry import TRANSFORMER, VAE, VAE_DECODER
+from ..registry import IN_CONTEXT, TRANSFORMER, VAE, VAE_DECODER
 from ..sampling.denoise import Guidance, denoise
 from ..sampling.schedule import Schedule, exponential_mu, make_schedule, root_mu, static_shift, uniform_sigmas
 from ..sampling.solvers import EULER, Solver
@@ -68,6 +68,7 @@ def denoise_latents(
     if start.blended and variant.samples_references:
         assert start.image is not None
         references = (Reference(start.image, rows, columns),)
+    references += tuple(Reference(c.tokens, rows, columns) for c in controls if c.role == IN_CONTEXT)
     negative = encoding.negative if parameters.cfg_scale > 1 else None
     if parameters.cfg_scale > 1 and negative is None:
         logger.warning("guidance %g has no effect: the encoding has no negative prompt", parameters.cfg_scale)
@@ -78,7 +79,7 @@ def denoise_latents(
         rows=rows,
         columns=columns,
         sigmas=solver.evaluations(start.schedule),
-        controls=tuple(controls),
+        controls=tuple(control for control in controls if control.role != IN_CONTEXT),
         keeps_prefix=not parameters.no_prefix_cache,
     )
     make_denoiser.check(components, conditions)

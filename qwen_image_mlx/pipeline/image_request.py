@@ -10,6 +10,7 @@ from ..images.canvas import Canvas, outpainted, parsed_sides, plan_canvas
 from ..images.colour import alpha_range
 from ..images.sources import ImageSource, open_mask, open_rgba
 from ..names import NamedSize, Rng
+from ..registry import CLASSES, TRANSFORMER
 from ..variants import Variant
 from .control import Control, controls_of
 from .parameters import GenerationParameters, check_num_images, explicit_size
@@ -99,8 +100,9 @@ def image_request(
         RequestError: an argument is out of range, or the model makes no transparent images.
     """
     width, height = canvas.size if canvas else size or variant.size_of("1:1")
+    steering = controls_of(controls)
     return Request(
-        prompt=transparent_prompt(variant, prompt) if transparent else prompt,
+        prompt=control_prompt(variant, transparent_prompt(variant, prompt) if transparent else prompt, steering),
         negative_prompt=negative_prompt,
         parameters=GenerationParameters(
             width=width,
@@ -115,7 +117,7 @@ def image_request(
         images=tuple(images),
         canvas=canvas,
         reference_pixels=reference_pixels,
-        controls=controls_of(controls),
+        controls=steering,
     )
 
 
@@ -124,6 +126,12 @@ def begun(strength: float | None, outpaint: object) -> dict[str, float]:
     if strength is None and outpaint is not None:
         return {"strength": 1.0}
     return {} if strength is None else {"strength": strength}
+
+
+def control_prompt(variant: Variant, prompt: str, controls: Sequence[Control]) -> str:
+    """A prompt with what it begins with for an in-context control, once; without such a control as it is."""
+    begins = CLASSES[variant.classes[TRANSFORMER]].in_context
+    return begins + prompt.removeprefix(begins) if any(control.in_context for control in controls) else prompt
 
 
 def transparent_prompt(variant: Variant, prompt: str) -> str:

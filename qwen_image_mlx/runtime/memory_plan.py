@@ -405,6 +405,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
     shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
     begun = request.starts_from_canvas
+    shown += ((parameters.width, parameters.height),) * sum(control.in_context for control in request.controls)
     controls = pipeline.open_controls(request.steering) if request.controls else ()
     encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * (begun or bool(controls))
     return Work(

@@ -18,7 +18,8 @@ from ..errors import RequestError
 from ..names import Aspect, NamedSize, Task
 from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
-from ..pipeline.image_request import begun, canvas_of, transparent_prompt
+from ..pipeline.control import controls_of
+from ..pipeline.image_request import begun, canvas_of, control_prompt, transparent_prompt
 from ..pipeline.limits import free_memory, limits
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
@@ -150,6 +151,7 @@ class Session:
             wanted = {**recommended, **begun(asked.get("strength"), asked.get("outpaint")), **asked}
             if asked.get("transparent"):
                 wanted["prompt"] = transparent_prompt(variant, wanted["prompt"])
+            wanted["prompt"] = control_prompt(variant, wanted["prompt"], controls_of(wanted.get("controls")))
             request = replace(
                 build_request(wanted, canvas.size if canvas else cast("Size", named)),
                 images=tuple(images) if task == "edit" else (),

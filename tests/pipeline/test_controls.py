@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from commands import error_line
-from control_files import BLOCKWISE, FUN, INSTANTX, half_mask, picture, write_control
+from control_files import BLOCKWISE, FUN, FUN_21, INSTANTX, half_mask, picture, write_control
 
 from qwen_image_mlx import Control, GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.images.files import read_metadata
+from qwen_image_mlx.images.pixels import to_images
+from qwen_image_mlx.pipeline.conditioning import Reference
 from qwen_image_mlx.pipeline.control import CONTROL_KINDS, controls_of
 from qwen_image_mlx.pipeline.control_networks import condition_tokens, family_of, open_control
 from qwen_image_mlx.pipeline.reporter import Reporter
@@ -176,6 +179,56 @@ def test_what_a_network_is_given(opened, files):
     assert np.array_equal(alone[..., 64:68], inpainted[..., 64:])
 
 
+# In context -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora(tiny):
+    key = mx.random.key(3)
+    factors = {
+        f"transformer_blocks.0.attn.to_q.lora_{side}.weight": mx.random.normal(shape, key=key)
+        for side, shape in (("A", (2, 96)), ("B", (96, 2)))
+    }
+    save_tensors(tiny.parent / "context.safetensors", factors, {})
+    return tiny.parent / "context.safetensors"
+
+
+def test_in_context_the_image_is_a_reference_and_the_prompt_says_so(tiny, lora, monkeypatch):
+    """The same as the image's latents after the target, with the words before the prompt."""
+    pipeline = QwenImagePipeline.from_pretrained(tiny, dtype="float32", loras=[lora])
+    asked = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3, "progress": False}
+    control = Control("in-context", picture(80, 70), kind="gray")
+    shown, again, plain = (
+        pipeline.generate(prompt, controls=controls, **asked)[0]
+        for prompt, controls in (("a fox", [control]), ("Context_Control. a fox", [control]), ("a fox", ()))
+    )
+    assert np.array_equal(shown, again), "the words are said once"
+    assert not np.array_equal(shown, plain)
+    record = json.loads(shown.info["qwen_image_mlx"])
+    assert record["prompt"] == "Context_Control. a fox"
+    assert record["controls"] == [{"controlnet": "in-context", "kind": "gray"}]
+    tokens = pipeline.encode_controls([control], SIZE)[0].tokens
+    encoding = pipeline.encode_guidance_prompts("Context_Control. a fox")
+    parameters = GenerationParameters(width=64, height=48, num_inference_steps=2, cfg_scale=1)
+    given = replace(encoding, references=(Reference(tokens, 3, 4),))
+    monkeypatch.setattr("qwen_image_mlx.pipeline.generation._check_encoding", lambda *_: None)
+    expected = pipeline.generate_pixels(parameters, given, seed=3)
+    assert np.array_equal(to_images(expected)[0], shown)
+
+
+@pytest.mark.parametrize(("said", "sentence"), [
+    ({"scale": 0.5}, "no scale, window or mask"), ({"end": 0.5}, "no scale, window or mask"),
+    ({"image": None}, "lacks its image"),
+])  # fmt: skip
+def test_in_context_is_refused(tiny, lora, said, sentence):
+    pipeline = QwenImagePipeline.from_pretrained(tiny, dtype="float32", loras=[lora])
+    with pytest.raises(RequestError, match=sentence):
+        pipeline.open_controls([Control("in-context", **{"image": picture(8, 8)} | said)])
+    plain = QwenImagePipeline.from_pretrained(tiny, dtype="float32")
+    with pytest.raises(RequestError, match="needs the LoRA"):
+        plain.open_controls([Control("in-context", picture(8, 8))])
+
+
 # Recognition ----------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +253,7 @@ SIZES = {
     INSTANTX: ({"num_layers": 5}, 1_768_003_584),
     FUN: ({"num_layers": 5, "condition_channels": 132}, 1_756_206_592),
     BLOCKWISE: ({}, 1_133_399_040),
+    FUN_21: ({"num_layers": 16}, 3_775_479_808),
 }
 
 
@@ -337,8 +391,6 @@ def test_kinds_are_those_that_are_made():
 
 
 def test_another_generation_s_is_refused(files, opened, monkeypatch):
-    from dataclasses import replace
-
     entry = CONTROLS[BLOCKWISE]
     monkeypatch.setitem(CONTROLS, BLOCKWISE, replace(entry, steers="QwenImage21Transformer2DModel", title="2.1"))
     pipeline, _ = opened
