@@ -137,14 +137,14 @@ def test_fewer_reference_pixels_shrink_what_both_are_shown(pipeline):
 @pytest.mark.parametrize("name", GENERATIONS_21)
 def test_without_the_prefix_cache_the_latents_are_the_same(pipeline, monkeypatch, name):
     run, made, kept = GENERATIONS_21[name], {True: [], False: []}, []
-    velocities = Denoiser.velocities
+    leave = Denoiser.leave
 
     def noted(self, *given):
-        found = velocities(self, *given)
+        found = leave(self, *given)
         kept.append(all(not isinstance(branch.prefix, Prefix) for branch in self._branches))
         return found
 
-    monkeypatch.setattr(Denoiser, "velocities", noted)
+    monkeypatch.setattr(Denoiser, "leave", noted)
     asked = {"negative_prompt": run["negative"], "cfg_scale": run["cfg_scale"], "num_inference_steps": 3, "seed": 7}
     asked |= (
         {"images": run["images"], "size": run["size"]}
