@@ -18,6 +18,6 @@ COSTS: Mapping[str, Costs] = {
     "gpu": Costs(
         text=Rate(1.5, 2.07, 1700), patch=Rate(5.9), image=12.3, reference=14.8, prompt=18.0, guided=8.1,
         queued=Rate(0.0, 13.2, 3000), scores=0.0, pixel_in=30.2, pixel_whole=Rate(10.3, 4.6, 1 << 20), pixel_out=45.0,
-        pixel_kept=2.9, read=1.19, base=80 * 10**6, step=45 * 10**6,
+        pixel_kept=2.9, read=1.19, base=80 * 10**6, step=55 * 10**6,
     ),
 }  # fmt: skip
