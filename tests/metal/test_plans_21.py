@@ -24,7 +24,7 @@ from qwen_image_mlx.weights.synthetic import released, write_configs
 
 GB = 10**9
 PIPELINE = "QwenImage21Pipeline"
-DOCUMENT = Path(__file__).parents[2] / "docs" / "memory.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "qwen-image-2.1.md"
 MACS = {16: 11.45, 24: 17.18, 32: 22.9, 64: 51.54}  # GiB of memory, and GB that Metal recommends as a working set
 QUANTIZATIONS = (None, "8", "4")
 EDIT = Work(1024, 1024, steps=40, guided=False, shown=((1024, 1024),), encoded=1024**2)
