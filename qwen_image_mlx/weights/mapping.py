@@ -150,6 +150,8 @@ def needs_tensor(component: Component, stored_name: str, parts: Collection[str])
     """Whether a stored tensor may belong to one of the parts, judged by its name alone, before any header is read."""
     rules = weights_map(component.map)
     names = {_canonical(stored_name, dialect) for dialect in rules["dialects"].values()}
+    if any(_own_paths(component).match(name) for name in names):
+        return True  # though another dialect may read it as another part's
     found = {other_part(component, name) for name in names} - {None}
     return not found or not found.isdisjoint(parts)
 
@@ -170,6 +172,14 @@ def other_part(component: Component, name: str) -> str | None:
 @cache
 def _known_names(component: Component) -> re.Pattern[str]:
     """Matches every canonical name of any config: fields of rows are numbers, or as the map defines them."""
+    parts = weights_map(component.map).get("other_parts", {})
+    prefixes = [re.escape(prefix) + ".*" for part in parts.values() for prefix in part]
+    return re.compile("|".join([rf"{_own_paths(component).pattern}(?:{'|'.join(_PARAMETERS)})", *prefixes]))
+
+
+@cache
+def _own_paths(component: Component) -> re.Pattern[str]:
+    """Matches the beginning of the component's own canonical names, to the dot before the parameter."""
     rules = weights_map(component.map)
     fields = rules.get("fields", {})
     paths = [
@@ -177,8 +187,7 @@ def _known_names(component: Component) -> re.Pattern[str]:
         for rule in rules["tensors"]
         for spelling in _alternatives(rule["name"])
     ]
-    prefixes = [re.escape(prefix) + ".*" for part in rules.get("other_parts", {}).values() for prefix in part]
-    return re.compile("|".join([rf"(?:{'|'.join(paths)})\.(?:{'|'.join(_PARAMETERS)})", *prefixes]))
+    return re.compile(rf"(?:{'|'.join(paths)})\.")
 
 
 def _alternatives(pattern: str) -> list[str]:
