@@ -8,7 +8,7 @@ Writes a random checkpoint of a released model's configuration (bf16, in shards;
 temporary folder, or into DIR, where it stays and is found the next time: Qwen-Image-2512, 57 GB with all 60 blocks, 26
 at 4 bits; with --pipeline QwenImage21Pipeline Qwen-Image-2.1, 31 GB with all 32, its vision tower included. Then the
 command line generates one image in one step without guidance, each time with the memory that the plan for one residency
-asks for. The predicted peak of each stage stands beside the one that --profile noted, which is MLX's own count, and
+asks for. The predicted peak of each stage stands beside the one that --timings noted, which is MLX's own count, and
 beside the most the process had resident at all.
 
 A CPU computes in fp32 (--dtype), as MLX's bf16 products are slow there; weights are then cast while they pass.
@@ -110,10 +110,10 @@ def generate(folder: Path, arguments: Any) -> tuple[Table, Targets]:
         image = folder.with_name("image.png")
         _, most = command(
             "generate", PROMPT, "--model", folder, "--width", arguments.size, "--height", arguments.size, "--steps", 1,
-            "--cfg-scale", 1, "--dtype", arguments.dtype, "--memory", residency, "--seed", 1, "--profile",
+            "--cfg-scale", 1, "--dtype", arguments.dtype, "--memory", residency, "--seed", 1, "--timings",
             "--output", image,
         )  # fmt: skip
-        costs = {row["stage"]: row for row in json.loads(command("info", image, "--json")[0])["profile"]}
+        costs = {row["stage"]: row for row in json.loads(command("info", image, "--json")[0])["timings"]}
         image.unlink()
         for stage, names in STAGES.items():
             predicted = plan["stages"][stage]["peak"]
