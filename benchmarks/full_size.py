@@ -113,7 +113,7 @@ def generate(folder: Path, arguments: Any) -> tuple[Table, Targets]:
             "--cfg-scale", 1, "--dtype", arguments.dtype, "--memory", residency, "--seed", 1, "--timings",
             "--output", image,
         )  # fmt: skip
-        costs = {row["stage"]: row for row in json.loads(command("info", image, "--json")[0])["timings"]}
+        costs = {row["stage"]: row for row in json.loads(command("info", image, "--json")[0])["profile"]}
         image.unlink()
         for stage, names in STAGES.items():
             predicted = plan["stages"][stage]["peak"]
@@ -125,9 +125,9 @@ def generate(folder: Path, arguments: Any) -> tuple[Table, Targets]:
         if residency == "streamed":
             targets.check("streamed: GB of the process at most", most / 1e9, MOST_RESIDENT / 1e9)
     nbytes = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
-    blocks = arguments.blocks or "all"
-    title = f"{arguments.pipeline}, {blocks} blocks, {nbytes / 1e9:.1f} GB on disk, {size}, one step, {arguments.dtype}"
-    return Table(f"{title}; MiB", ("residency", "stage", "predicted", "measured", "ratio", "seconds"), rows), targets
+    blocks = f"{arguments.blocks or 'all'} blocks, {nbytes / 1e9:.1f} GB on disk"
+    title = f"{arguments.pipeline}, {blocks}, {size}, one step, {arguments.dtype}; MiB"
+    return Table(title, ("residency", "stage", "predicted", "measured", "ratio", "seconds"), rows), targets
 
 
 def command(*arguments: object) -> tuple[str, int]:

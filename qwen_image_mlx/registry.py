@@ -117,11 +117,13 @@ class Class:
         components: what is in its folder.
         use: what works with it, as "module:name" of this package: of a transformer a `Denoiser`, of a text encoder a
             `ConditionEncoder` (`pipeline/seams.py`).
+        training: of a transformer that can be trained, its `Trainable` (`training/seam.py`), alike.
     """
 
     library: str = "diffusers"
     components: tuple[Component, ...] = ()
     use: str = ""
+    training: str = ""
 
 
 CLASSES: dict[str, Class] = {
@@ -138,6 +140,7 @@ CLASSES: dict[str, Class] = {
             ),
         ),
         use="pipeline.qwen_image.denoiser:QwenImageDenoiser",
+        training="training.qwen_image.seam:QwenImageTraining",
     ),
     "Qwen2_5_VLForConditionalGeneration": Class(
         library="transformers",
@@ -202,6 +205,7 @@ CLASSES: dict[str, Class] = {
             ),
         ),
         use="pipeline.qwen_image_21.denoiser:QwenImage21Denoiser",
+        training="training.qwen_image_21.seam:QwenImage21Training",
     ),
     "Qwen3VLForConditionalGeneration": Class(
         library="transformers",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
-from ..options import Choice, Option, Several, Switch, Text, by_name
+from ..names import LayersFormat
+from ..options import Choice, Integer, Option, Several, Switch, Text, by_name
 from ..pipeline.parameters import CANVAS, IMAGE_COMMANDS
 from ..runtime.options import OPTIONS
 
@@ -44,6 +45,15 @@ _OWN = (
         help="generate one prompt or all prompts with each of these seeds, such as 1-20 or 1,5,9-12, into a folder",
     ),
     Option(
+        name="contact_sheet", kind=Switch(), group="many", commands=("generate",), flags=("--contact-sheet",),
+        help="with --seeds or --prompts-file, also show all images on one, contact-sheet.png, from which --from-image "
+        "and --pick generate one again",
+    ),
+    Option(
+        name="pick", kind=Integer(1), group="settings", commands=("generate",), flags=("--pick",), metavar="N",
+        help="with --from-image, the number of the image on a contact sheet",
+    ),
+    Option(
         name="force", kind=Switch(), group="memory", commands=IMAGE_COMMANDS, flags=("--force",),
         help="generate even if the plan does not fit in memory",
     ),
@@ -65,7 +75,7 @@ _OWN = (
     ),
     Option(
         name="format", kind=Text(), group="output", commands=("decompose",), flags=("--format",), metavar="F,F",
-        help="png, psd, ora, zip, pptx", usual="png",
+        help=", ".join(get_args(LayersFormat)), usual="png",
     ),
     Option(
         name="preview", kind=Switch(), group="output", commands=IMAGE_COMMANDS, flags=("--preview",),
@@ -173,6 +183,8 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
             said["action"] = "append"
         elif row.nargs:
             said["nargs"] = row.nargs
+            if row.bare is not None:
+                said["const"] = row.bare
         if row.metavar:
             said["metavar"] = row.metavar
         if isinstance(kind, Choice):

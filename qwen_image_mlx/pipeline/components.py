@@ -42,6 +42,7 @@ from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, show
 from ..weights.recognize import holds
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
+from .progress import Passes
 from .sources import CONFIG, Sources
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Components:
         variant: the variant of its pipeline class.
         rows: the registry's rows of its classes, by role.
         kept: results of a denoiser for later images with the same conditions; released with the transformer.
+        passes: the passes of the last image.
         placement: which LoRAs were merged when the transformer was last loaded; None without LoRAs.
     """
 
@@ -101,6 +103,7 @@ class Components:
         self.placement: Placement | None = None
         self._loaded: dict[str, Any] = {}
         self.kept: dict[str, Any] = {}
+        self.passes: Passes = Passes()
         self._weights: dict[str, ComponentWeights] = {}
         self.sources: Sources = Sources(snapshot, replaced)
         self.variant: Variant = variant_of(self.sources.index, snapshot.model)

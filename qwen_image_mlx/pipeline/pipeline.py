@@ -105,8 +105,6 @@ class QwenImagePipeline(Answering):
         )  # fmt: skip
         return cls(components, report)
 
-    # Properties --------------------------------------------------------------------------------------------------
-
     @property
     def model(self) -> str:
         """The directory or repository id it was opened from."""
@@ -130,7 +128,11 @@ class QwenImagePipeline(Answering):
     @property
     def recommended(self) -> Recommended:
         """The recommended sampling: the model card's, or a distilled LoRA's."""
-        return recommended_of(self.components)
+        return self.recommended_at(None)
+
+    def recommended_at(self, steps: int | None) -> Recommended:
+        """The recommended sampling for a number of steps; None is the recommended number."""
+        return recommended_of(self.components, steps)
 
     @property
     def class_name(self) -> str | None:
@@ -165,8 +167,6 @@ class QwenImagePipeline(Answering):
         """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
         if task not in self.variant.tasks:
             raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
-
-    # The core calls ------------------------------------------------------------------------------------------------
 
     def encode_guidance_prompts(
         self, prompt: str, negative_prompt: str | None = None, *,
@@ -337,7 +337,7 @@ class QwenImagePipeline(Answering):
             mask_padding=mask_padding,
         )  # fmt: skip
         cfg_scale = 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale
-        sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
+        sampling = self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
             rng=rng, strength=strength, transparent=transparent, prefix_cache=prefix_cache,
@@ -378,7 +378,7 @@ class QwenImagePipeline(Answering):
             self.variant, sources, opened, mask=mask, size=size, composite=composite, mask_padding=mask_padding,
             keep_alpha=keep_alpha,
         )  # fmt: skip
-        sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
+        sampling = self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
             strength=strength, reference_pixels=reference_pixels, transparent=transparent, prefix_cache=prefix_cache,
@@ -415,7 +415,7 @@ class QwenImagePipeline(Answering):
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
             resolutions=self.variant.resolutions, size=size, cfg_normalize=cfg_normalize,
             caption_language=caption_language, seed=seed, rng=rng,
-            sampling=self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale),
+            sampling=self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale),
         )  # fmt: skip
         with limits(), self._report.shown(progress):
             return decompose(self, request, release_encoders=staged)

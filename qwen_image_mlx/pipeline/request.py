@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..names import CaptionLanguage
+from ..names import CaptionLanguage, PresetName
 from ..outside import MAX_CHARACTERS
 from ..variants import ASPECT_SIZES, NAMED_SIZES, Variant
 from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
@@ -36,6 +36,7 @@ class Request:
         reference_pixels: maximum pixels of each of `images` that the transformer sees.
         caption_language: the language of the caption that a layered model writes if the prompt is empty; a key of
             `CAPTION_TEMPLATES`.
+        preset: the preset that was chosen, for the record.
     """
 
     prompt: str
@@ -47,6 +48,7 @@ class Request:
     canvas: Canvas | None = None
     reference_pixels: int | None = None
     caption_language: CaptionLanguage | None = None
+    preset: PresetName | None = None
 
     @property
     def guiding_prompt(self) -> str | None:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..images.geometry import size_of_area
+from ..names import SolverName
 from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
 from ..pipeline.costs import HALO, backend
 from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
-from ..sampling.solvers import EULER
+from ..sampling.choices import parse_cache
+from ..sampling.solvers import SOLVERS
 from ..weights.mapping import TensorSpec, expected_tensors
 from ..weights.schemes import Scheme
 from ..weights.tensor_formats import PACKED
@@ -46,6 +48,8 @@ class Work:
         guided: whether there are two passes in each step.
         steps: denoising steps.
         images: how many are generated one after another.
+        solver: how velocities become steps.
+        step_cache: as `GenerationParameters.step_cache`.
         keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
@@ -59,6 +63,8 @@ class Work:
     guided: bool = True
     steps: int = 50
     images: int = 1
+    solver: SolverName = "euler"
+    step_cache: str | None = None
     keeps_prefix: bool = True
 
 
@@ -213,7 +219,17 @@ class Planner:
         queries = self.largest_image if self.components.variant.keeps_references else tokens
         scores = costs.scores * queries * tokens * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
-        return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step
+        return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step + self.cached()
+
+    def cached(self) -> int:
+        """Bytes that a step cache keeps from step to step."""
+        if self.work.step_cache is None:
+            return 0
+        from ..sampling.step_caches import METHODS  # here: most runs have no step cache
+
+        method = METHODS[parse_cache(self.work.step_cache)[0]]
+        branches = 2 if self.work.guided else 1
+        return method.kept(branches) * self.target_tokens * self.transformer_config.dim * self.itemsize
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
         """One image, in strips."""
@@ -263,8 +279,13 @@ class Planner:
     def table(self) -> int:
         """Bytes that the denoiser keeps from step to step."""
         prefix, branches = self.prefix_tokens if self.work.keeps_prefix else 0, 2 if self.work.guided else 1
-        values = self.denoiser.kept_values(self.transformer_config, EULER.count(self.work.steps), prefix, branches)
+        evaluations = SOLVERS[self.work.solver].count(self.work.steps)
+        values = self.denoiser.kept_values(self.transformer_config, evaluations, prefix, branches)
         return values * self.itemsize
+
+    def pass_flop(self) -> float:
+        """Floating point operations of one pass through the transformer after the first."""
+        return self.denoiser.pass_flop(self.transformer_config, self.target_tokens, self.prefix_tokens)
 
     @property
     def target_tokens(self) -> int:
@@ -390,6 +411,8 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         guided=request.guiding_prompt is not None,
         steps=parameters.num_inference_steps,
         images=len(request.seeds) * len(request.image_indices),
+        solver=parameters.solver,
+        step_cache=parameters.step_cache,
         keeps_prefix=not parameters.no_prefix_cache,
     )
 

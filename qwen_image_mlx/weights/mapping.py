@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -172,22 +172,30 @@ def other_part(component: Component, name: str) -> str | None:
 @cache
 def _known_names(component: Component) -> re.Pattern[str]:
     """Matches every canonical name of any config: fields of rows are numbers, or as the map defines them."""
-    parts = weights_map(component.map).get("other_parts", {})
-    prefixes = [re.escape(prefix) + ".*" for part in parts.values() for prefix in part]
-    return re.compile("|".join([rf"{_own_paths(component).pattern}(?:{'|'.join(_PARAMETERS)})", *prefixes]))
+    rules = weights_map(component.map)
+    names = [
+        path + rf"\.(?:{'|'.join(parameter for parameter in _PARAMETERS if parameter in rule)})"
+        for path, rule in _paths(component)
+    ]
+    fused = [rf".*\.{re.escape(rule['of'])}" for rule in rules.get("split", ())]
+    prefixes = [re.escape(prefix) + ".*" for part in rules.get("other_parts", {}).values() for prefix in part]
+    return re.compile("|".join([*names, *fused, *prefixes]))
 
 
 @cache
 def _own_paths(component: Component) -> re.Pattern[str]:
     """Matches the beginning of the component's own canonical names, to the dot before the parameter."""
+    return re.compile(rf"(?:{'|'.join(path for path, _ in _paths(component))})\.")
+
+
+def _paths(component: Component) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The pattern of each module's canonical name, whatever its fields, with its rule."""
     rules = weights_map(component.map)
     fields = rules.get("fields", {})
-    paths = [
-        re.sub(r"\\\{(\w+)\\\}", lambda field: rf"(?:{fields.get(field[1], '[0-9]+')})", re.escape(spelling))
-        for rule in rules["tensors"]
-        for spelling in _alternatives(rule["name"])
-    ]
-    return re.compile(rf"(?:{'|'.join(paths)})\.")
+    for rule in rules["tensors"]:
+        for spelling in _alternatives(rule["name"]):
+            escaped = re.escape(spelling)
+            yield re.sub(r"\\\{(\w+)\\\}", lambda field: rf"(?:{fields.get(field[1], '[0-9]+')})", escaped), rule
 
 
 def _alternatives(pattern: str) -> list[str]:

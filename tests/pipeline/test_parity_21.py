@@ -38,8 +38,9 @@ class Ours:
 
         pipeline = self.pipeline
         asked = {
-            "negative_prompt": prompts[1] if len(prompts) > 1 else None, "cfg_scale": cfg_scale, "seed": seed,
-            "num_inference_steps": None if sigmas else steps, "progress": told, "prefix_cache": keep,
+            "prefix_cache": keep, "negative_prompt": prompts[1] if len(prompts) > 1 else None,
+            "cfg_scale": cfg_scale, "seed": seed,
+            "num_inference_steps": None if sigmas else steps, "progress": told,
         }  # fmt: skip
         if images:
             (made,) = pipeline.edit(prompts[0], images=images, size=size, **asked)
