@@ -23,9 +23,12 @@ from qwen_image_mlx.pipeline.advice import advise
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
 from qwen_image_mlx.pipeline.image_request import image_request
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
+from qwen_image_mlx.pipeline.qwen_image_21.denoiser import QwenImage21Denoiser
 from qwen_image_mlx.pipeline.request import Request
-from qwen_image_mlx.runtime.memory_plan import Work, make_plan
+from qwen_image_mlx.runtime.memory import fitting_plan
+from qwen_image_mlx.runtime.memory_plan import Work, make_plan, work_of
 from qwen_image_mlx.runtime.preview import Preview
+from qwen_image_mlx.runtime.session import Session
 from qwen_image_mlx.variants import VARIANTS, variant_of
 
 SMALL = {"width": 64, "height": 32, "num_inference_steps": 2}
@@ -166,6 +169,26 @@ def test_a_plan_without_the_prefix_cache_takes_less(pipeline):
     with_it, without = (make_plan(pipeline.components, replace(work, keeps_prefix=keep)) for keep in (True, False))
     kept = kept_values(pipeline.components.config("transformer"), 20 + 3 * 16, 2)
     assert with_it.stages[2].resident - without.stages[2].resident == 4 * kept
+
+
+def test_a_prefix_that_does_not_fit_is_told_the_way_out(checkpoint, monkeypatch):
+    monkeypatch.setattr(QwenImage21Denoiser, "kept_values", lambda config, steps, tokens, branches: 10**6 * tokens)
+    session = Session.open({"model": str(checkpoint), "memory": "resident"}, "")
+    image = GENERATIONS_21["edit_21"]["images"][0]
+    request = session.request({"prompt": "x", "seed": 1}, (32, 32), [image] * 8, task="edit")
+    work = work_of(request, session.pipeline)
+    kept, anew = (
+        fitting_plan(session.pipeline.components, replace(work, keeps_prefix=keep), session.memory).peak
+        for keep in (True, False)
+    )
+    session.memory = replace(session.memory, budget=(kept + anew) // 2)
+    with pytest.raises(RequestError) as refused, session.planned(request):
+        pass
+    assert refused.value.cause == "prefix cache"
+    session.memory = replace(session.memory, budget=anew // 2)
+    with pytest.raises(RequestError) as refused, session.planned(request):
+        pass
+    assert refused.value.cause == "budget"
 
 
 def test_doubtful_requests_are_warned_of(pipeline, checkpoint, tmp_path, caplog):
