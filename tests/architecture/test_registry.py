@@ -24,6 +24,7 @@ NAMES = ROLES | set(CLASSES) | set(VARIANTS)
 FOR_THEM = (
     *("registry.py", "variants.py", "models/qwen_image/", "models/qwen2_5_vl/", "pipeline/qwen_image/"),
     *("models/qwen_image_21/", "models/qwen3_vl/", "pipeline/qwen_image_21/"),
+    *("training/qwen_image/", "training/qwen_image_21/"),
 )
 # Who else may say which of them, and why.
 EXCEPTIONS = {
