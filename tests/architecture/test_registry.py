@@ -118,6 +118,9 @@ def test_what_works_with_a_class_has_the_seam_s_methods():
             if row.role == TRANSFORMER:
                 made = resolve(entry.use)
                 assert all(callable(getattr(made, name)) for name in ("velocities", "check", "kept_values"))
+                trained = resolve(entry.training)
+                methods = ("segments", "network", "modulation", "table", "denoisers")
+                assert all(callable(getattr(trained, name)) for name in methods)
             if row.role == TEXT_ENCODER:
                 assert all(callable(getattr(resolve(entry.use), name)) for name in ("encode", "caption"))
 
