@@ -403,7 +403,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     """The work of a request on a pipeline."""
     parameters, variant = request.parameters, pipeline.variant
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
-    shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
+    shown = tuple(size_of_area(area, image.size) for image in request.shown) if variant.reference_area else ()
     begun = request.starts_from_canvas
     shown += ((parameters.width, parameters.height),) * sum(control.in_context for control in request.controls)
     controls = pipeline.open_controls(request.steering) if request.controls else ()
@@ -411,7 +411,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     return Work(
         width=parameters.width,
         height=parameters.height,
-        frames=parameters.num_layers + 1 if variant.layered else 1,
+        frames=parameters.num_layers + 1 if variant.layered and not parameters.single_layer else 1,
         shown=shown,
         encoded=max(encoded, default=0),
         captioned=(request.reference_pixels or 0) if request.writes_caption(variant) else 0,
