@@ -100,7 +100,7 @@ def layers_request(
 
     Args:
         resolutions: the model's resolutions, the default first.
-        layer_prompt, layer_mask: what one layer shows, in words or painted; then only this layer is generated.
+        layer_prompt, layer_mask: what one layer shows, in words or as a mask; then only this layer is generated.
         sampling: fields of `GenerationParameters`, such as steps, guidance, shift; they override the defaults.
 
     Raises:

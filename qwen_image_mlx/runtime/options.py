@@ -298,7 +298,7 @@ _OTHERS = (
     Option(
         name="layer_mask", kind=ImageFile(), group="layers", commands=("decompose",), flags=("--layer-mask",),
         metavar="IMAGE", tasks=("decompose",),
-        help="make one layer, of what is painted in an image of the same size (Layered-Control-V2)",
+        help="make one layer, of what is white in a mask of the same size (Layered-Control-V2)",
     ),
     Option(
         name="caption_language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="layers", commands=("decompose",),

@@ -24,7 +24,7 @@ class FunBranch:
     def __init__(
         self, components: Components, conditions: Conditions, control: ControlInput, steered: Denoiser, report: Reporter
     ):
-        logger.info("with a ControlNet, text and references are computed anew in every step")
+        logger.info("with a ControlNet, text and references are computed again in every step")
         self._steered = steered
         self._network = components.network(control.role)
         self._pace = components.pace(control.role)
