@@ -125,7 +125,8 @@ def generate(folder: Path, arguments: Any) -> tuple[Table, Targets]:
         if residency == "streamed":
             targets.check("streamed: GB of the process at most", most / 1e9, MOST_RESIDENT / 1e9)
     nbytes = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
-    title = f"{arguments.pipeline}, {arguments.blocks or 'all'} blocks, {nbytes / 1e9:.1f} GB on disk, {size}, one step, {arguments.dtype}; MiB"
+    blocks = f"{arguments.blocks or 'all'} blocks, {nbytes / 1e9:.1f} GB on disk"
+    title = f"{arguments.pipeline}, {blocks}, {size}, one step, {arguments.dtype}; MiB"
     return Table(title, ("residency", "stage", "predicted", "measured", "ratio", "seconds"), rows), targets
 
 

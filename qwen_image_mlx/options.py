@@ -303,6 +303,7 @@ class Option:
         instead: for a positional argument, flags that mean the same.
         metavar: the name of its value in help.
         nargs: argparse's nargs of the flag; "append" collects a repeated flag.
+        bare: the value of a flag that is given without one, where nargs is "?".
         tasks: the server's tasks whose bodies have it as a field.
         default: the default of that field; None is "not given", and ... is "required".
         page: whether the page's form has it, for an option of sampling.
@@ -327,6 +328,7 @@ class Option:
     instead: tuple[str, ...] = ()
     metavar: str | None = None
     nargs: str | None = None
+    bare: Any = None
     tasks: tuple[str, ...] = ()
     default: Any = None
     page: bool = True

@@ -124,6 +124,7 @@ class Class:
         title: how sentences call it; "" for what nobody gives by itself.
         steers: the class of transformer that a ControlNet is made for.
         in_context: what a prompt begins with for a LoRA that reads a control image as a reference; "" without one.
+        training: of a transformer that can be trained, its `Trainable` (`training/seam.py`), alike.
     """
 
     library: str = "diffusers"
@@ -132,6 +133,7 @@ class Class:
     title: str = ""
     steers: str = ""
     in_context: str = ""
+    training: str = ""
 
 
 CLASSES: dict[str, Class] = {
@@ -149,6 +151,7 @@ CLASSES: dict[str, Class] = {
         ),
         use="pipeline.qwen_image.denoiser:QwenImageDenoiser",
         in_context="Context_Control. ",
+        training="training.qwen_image.seam:QwenImageTraining",
     ),
     "Qwen2_5_VLForConditionalGeneration": Class(
         library="transformers",
@@ -213,6 +216,7 @@ CLASSES: dict[str, Class] = {
             ),
         ),
         use="pipeline.qwen_image_21.denoiser:QwenImage21Denoiser",
+        training="training.qwen_image_21.seam:QwenImage21Training",
     ),
     "Qwen3VLForConditionalGeneration": Class(
         library="transformers",

@@ -375,7 +375,7 @@ VARIANTS: dict[str, Variant] = {
         steps=qwen_image_21.STEPS,
         cfg_scale=qwen_image_21.CFG_SCALE,
         negative_prompt=qwen_image_21.NEGATIVE_PROMPT,
-        preview=(),
+        preview=qwen_image_21.PREVIEW,
         transparent=qwen_image_21.transparent_prompt,
         distilled_area=qwen_image_21.TURBO_AREA,
         noisy_edit_side=qwen_image_21.NOISY_EDIT_SIDE,
@@ -451,7 +451,7 @@ def _own_settings(said: object, usual: Variant, model: str) -> dict[str, Any]:
                 f"but it must be from {low} to {high}: correct it"
             )
     if "preview" in own:
-        own["preview"] = _checked_map(own["preview"], model)
+        own["preview"] = _checked_map(own["preview"], usual.preview, model)
     return own
 
 
@@ -462,9 +462,11 @@ def _in_range(value: Any, usual: object, low: float, high: float) -> bool:
     return bool(value == usual or low <= value <= high)
 
 
-def _checked_map(rows: tuple[Any, ...], model: str) -> tuple[tuple[float, ...], ...]:
+def _checked_map(
+    rows: tuple[Any, ...], usual: tuple[tuple[float, ...], ...], model: str
+) -> tuple[tuple[float, ...], ...]:
     """A map to RGB as the usual one is shaped; raises CheckpointError."""
-    count, width = len(WAN_PREVIEW), len(WAN_PREVIEW[0])
+    count, width = len(usual), len(usual[0])
     fits = len(rows) == count and all(isinstance(row, list) and len(row) == width for row in rows)
     if not fits or not all(type(value) in (int, float) and abs(value) < 1e6 for row in rows for value in row):
         raise CheckpointError(

@@ -335,7 +335,10 @@ def short_macs() -> str:
         flags = f"`quantize` to {mac.bits} bits first" if plan.needs_pack else f"`--quantize {mac.bits}`"
         rows.append((f"{mac.gib} GB", flags if mac.bits else "as it is (bf16)", f"`--memory {_memory_flag(plan)}`",
                      f"{plan.peak / GB:.1f} GB", f"{fast} ({mac.chip})"))  # fmt: skip
-    return table(("Mac", "weights of Qwen-Image-2512", "flag", "peak memory, 1328x1328", "8-step image, 1024x1024, modelled"), rows)
+    return table(
+        ("Mac", "weights of Qwen-Image-2512", "flag", "peak memory, 1328x1328", "8-step image, 1024x1024, modelled"),
+        rows,
+    )
 
 
 def _memory_flag(plan: Any) -> str:

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, get_args
 
 from ..names import LayersFormat
-from ..options import Choice, Group, Option, Several, Switch, Text, by_name, options_of
+from ..options import Choice, Group, Integer, Option, Several, Switch, Text, by_name, options_of
 from ..pipeline.parameters import CANVAS, IMAGE_COMMANDS
 from ..runtime.options import OPTIONS
 
@@ -44,6 +44,15 @@ _OWN = (
     Option(
         name="seeds", kind=Text(), group="many", commands=("generate",), flags=("--seeds",), metavar="A-B,C",
         help="generate one prompt or all prompts with each of these seeds, such as 1-20 or 1,5,9-12, into a folder",
+    ),
+    Option(
+        name="contact_sheet", kind=Switch(), group="many", commands=("generate",), flags=("--contact-sheet",),
+        help="with --seeds or --prompts-file, also show all images on one, contact-sheet.png, from which --from-image "
+        "and --pick generate one again",
+    ),
+    Option(
+        name="pick", kind=Integer(1), group="settings", commands=("generate",), flags=("--pick",), metavar="N",
+        help="with --from-image, the number of the image on a contact sheet",
     ),
     Option(
         name="force", kind=Switch(), group="memory", commands=IMAGE_COMMANDS, flags=("--force",),
@@ -178,6 +187,8 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
             said["action"] = "append"
         elif row.nargs:
             said["nargs"] = row.nargs
+            if row.bare is not None:
+                said["const"] = row.bare
         if row.metavar:
             said["metavar"] = row.metavar
         if isinstance(kind, Choice):

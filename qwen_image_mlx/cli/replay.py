@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..options import Choice, Several, options_of
 from ..pipeline.control import Control
 from ..runtime.options import OPTIONS, recorded
+from ..runtime.presets import yielding
 
 # The keys that --from-image reads; the others are for people.
 _RECORDED = recorded("always", "started from", "set", "asked")
@@ -29,7 +30,9 @@ def replayed(path: str, metadata: Mapping[str, Any], given: Mapping[str, Any]) -
     found = _found_nearby(Path(path).parent, _checked(metadata))
     if "model" in given:  # values recorded for one model are wrong for another
         found = {name: value for name, value in found.items() if not OPTIONS[name].of_model}
-    return found
+    if "steps" in given:  # recorded noise levels are those of the recorded number
+        found.pop("sigmas", None)
+    return yielding(found, given)
 
 
 def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,9 +115,10 @@ def run(arguments: argparse.Namespace) -> None:
             line.show(result)
 
         pipeline = Session.open(wanted, _DEFAULT_MODELS[kind], tell).pipeline
-        task = TASKS[pipeline.variant.task]
-        if given.get("task", task) != task:
-            raise RequestError(f"{pipeline.model} is trained for {task}, not for {given['task']}")
+        tasks = [TASKS[task] for task in pipeline.variant.tasks]
+        task = given.get("task", tasks[0])
+        if task not in tasks:
+            raise RequestError(f"{pipeline.model} is trained for {' or '.join(tasks)}, not for {task}")
         examples = _read(data, task)
         outcome = train(
             pipeline, examples, settings, folder, resume=arguments.resume,

@@ -56,8 +56,8 @@ def read_adapters(
     )
     if distilled := adapters.distillation:
         logger.info(
-            "a distilled LoRA (by %s): %d steps, guidance %g and a static shift of %g unless told otherwise",
-            distilled.evidence, distilled.steps, distilled.cfg_scale, distilled.shift,
+            "a distilled LoRA (by %s): %d steps, guidance %g and %s unless told otherwise",
+            distilled.evidence, distilled.steps, distilled.cfg_scale, distilled.schedule,
         )  # fmt: skip
     return adapters
 

@@ -31,7 +31,7 @@ def advise(request: Request, variant: Variant) -> None:
         logger.warning("no_prefix_cache has no effect: this model keeps nothing of the prompt between steps")
     if variant.sigmas and width * height < variant.distilled_area:
         logger.warning(
-            "at %dx%d this distilled model turns fine detail into a pixel grid: it is made for about 1024x1024 and more",
+            "at %dx%d this distilled model turns fine detail into a pixel grid: use about 1024x1024 or more",
             width, height,
         )  # fmt: skip
     if request.images and width == height == variant.noisy_edit_side:

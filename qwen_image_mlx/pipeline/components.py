@@ -43,6 +43,7 @@ from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, show
 from ..weights.recognize import holds
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
+from .progress import Passes
 from .sources import CONFIG, Sources
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Components:
         controls: the classes of the ControlNets that were opened, by role.
         references: the roles of the ControlNets that were opened, by reference.
         kept: results of a denoiser for later images with the same conditions; released with the transformer.
+        passes: the passes of the last image.
         placement: which LoRAs were merged when the transformer was last loaded; None without LoRAs.
     """
 
@@ -104,6 +106,7 @@ class Components:
         self.placement: Placement | None = None
         self._loaded: dict[str, Any] = {}
         self.kept: dict[str, Any] = {}
+        self.passes: Passes = Passes()
         self._weights: dict[str, ComponentWeights] = {}
         self.sources: Sources = Sources(snapshot, replaced)
         self.variant: Variant = variant_of(self.sources.index, snapshot.model)

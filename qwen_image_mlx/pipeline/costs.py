@@ -38,8 +38,8 @@ class Costs:
         queued: of the tokens of the larger of target and references, the same way.
         scores: per head, byte and pair of the transformer's tokens; 0 where attention is one fused kernel.
         pixel_in: per pixel and base channel of the VAE that it encodes.
-        pixel_whole, pixel_out, pixel_kept: per pixel of a decoded image before the strips, of a strip with its halo, and
-            again of the image while its strips are decoded; per channel of the decoder's result.
+        pixel_whole, pixel_out, pixel_kept: per pixel of a decoded image before the strips, of a strip with its halo,
+            and again of the image while its strips are decoded; per channel of the decoder's result.
         read: copies of a transient weight in memory while the table is made.
         base, step: constant bytes of any work, and of any step.
     """

@@ -18,8 +18,8 @@ from ..weights import int8
 from ..weights.gguf import read_gguf
 from ..weights.loader import ComponentWeights
 from ..weights.mapping import canonical_names, matrix_shapes, shown_settings, weights_map
-from ..weights.recognize import component_of_names, foreign_format, holds, kinds_of, shard_of, unreadable
-from ..weights.safetensors_files import Tensor, is_gguf
+from ..weights.recognize import component_of_names, foreign_format, holds, kinds_of, model_of, shard_of, unreadable
+from ..weights.safetensors_files import Tensor, is_gguf, read_header
 from ..weights.snapshot import DEMO_ROOT, weight_file
 
 
@@ -82,23 +82,23 @@ def identify(path: Path) -> FileReport:
 
 
 def read_known_lora(path: Path, strength: float = 1.0) -> tuple[LoRA, str]:
-    """A LoRA for the released or the demo models, and which of the two.
+    """A LoRA for the released models of some generation or for the demo models, and which of them.
 
     Raises:
         RequestError: the file does not exist.
         CheckpointError: it is damaged, or not a LoRA for the released models.
     """
-    transformer = next(all_components(TRANSFORMER))
-    try:
-        return read_lora(path, matrix_shapes(transformer, transformer.released), strength), "the released models"
-    except CheckpointError:
-        config = json.loads((DEMO_ROOT / "shared/transformer/config.json").read_bytes())
+    first, *others = all_components(TRANSFORMER)
+    demo = first.config.from_dict(json.loads((DEMO_ROOT / "shared/transformer/config.json").read_bytes()))
+    known = [(row, row.released, f"the released models of {weights_map(row.map)['model']}") for row in (first, *others)]
+    faults: dict[str, CheckpointError] = {}
+    for row, config, models in [*known, (first, demo, "the demo models")]:
         try:
-            demo = transformer.config.from_dict(config)
-            return read_lora(path, matrix_shapes(transformer, demo), strength), "the demo models"
-        except CheckpointError:
-            pass
-        raise
+            return read_lora(path, matrix_shapes(row, config), strength), models
+        except CheckpointError as error:
+            faults.setdefault(weights_map(row.map)["model"], error)
+    own = model_of(read_header(path)[0]) if path.is_file() else None
+    raise faults.get(own or "", next(iter(faults.values())))
 
 
 def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
@@ -109,6 +109,7 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
         component = component_of_names(tensors)
         assert component is not None  # `kinds_of` found its kind
         names = set(canonical_names(component, tensors).values())
+        facts["generation"] = weights_map(component.map)["model"]
         facts |= dict(said for name, said in weights_map(component.map).get("facts", {}).items() if name in names)
         if kind == TEXT_ENCODER:
             facts["vision tower"] = "yes" if any(holds(row, tensors) for row in all_components(VISION)) else "no"

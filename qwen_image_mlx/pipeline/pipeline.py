@@ -107,8 +107,6 @@ class QwenImagePipeline(Holding):
         )  # fmt: skip
         return cls(components, report)
 
-    # Properties --------------------------------------------------------------------------------------------------
-
     @property
     def model(self) -> str:
         """The directory or repository id it was opened from."""
@@ -132,7 +130,11 @@ class QwenImagePipeline(Holding):
     @property
     def recommended(self) -> Recommended:
         """The recommended sampling: the model card's, or a distilled LoRA's."""
-        return recommended_of(self.components)
+        return self.recommended_at(None)
+
+    def recommended_at(self, steps: int | None) -> Recommended:
+        """The recommended sampling for a number of steps; None is the recommended number."""
+        return recommended_of(self.components, steps)
 
     @property
     def class_name(self) -> str | None:
@@ -167,8 +169,6 @@ class QwenImagePipeline(Holding):
         """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
         if task not in self.variant.tasks:
             raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
-
-    # The core calls ------------------------------------------------------------------------------------------------
 
     def encode_guidance_prompts(
         self, prompt: str, negative_prompt: str | None = None, *,
@@ -374,7 +374,7 @@ class QwenImagePipeline(Holding):
             mask_padding=mask_padding, outpaint=outpaint,
         )  # fmt: skip
         cfg_scale = 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale
-        sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
+        sampling = self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
             rng=rng, strength=strength, outpaint=outpaint, controls=controls, transparent=transparent,
@@ -419,7 +419,7 @@ class QwenImagePipeline(Holding):
             self.variant, sources, opened, mask=mask, size=size, composite=composite, mask_padding=mask_padding,
             keep_alpha=keep_alpha, outpaint=outpaint,
         )  # fmt: skip
-        sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
+        sampling = self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
             strength=strength, outpaint=outpaint, reference_pixels=reference_pixels, controls=controls,
@@ -461,7 +461,7 @@ class QwenImagePipeline(Holding):
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
             resolutions=self.variant.resolutions, size=size, cfg_normalize=cfg_normalize,
             caption_language=caption_language, seed=seed, rng=rng, layer_prompt=layer_prompt, layer_mask=layer_mask,
-            sampling=self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale),
+            sampling=self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale),
         )  # fmt: skip
         with limits(), self._report.shown(progress):
             return decompose(self, request, release_encoders=staged)

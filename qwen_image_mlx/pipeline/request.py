@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..names import CaptionLanguage
+from ..names import CaptionLanguage, PresetName
 from ..outside import MAX_CHARACTERS
 from ..variants import ASPECT_SIZES, NAMED_SIZES, Variant
 from .control import Control, controls_of
@@ -39,6 +39,7 @@ class Request:
         controls: what steers the images by other images.
         caption_language: the language of the caption that a layered model writes if the prompt is empty; a key of
             `CAPTION_TEMPLATES`.
+        preset: the preset that was chosen, for the record.
     """
 
     prompt: str
@@ -52,6 +53,7 @@ class Request:
     reference_pixels: int | None = None
     controls: tuple[Control, ...] = ()
     caption_language: CaptionLanguage | None = None
+    preset: PresetName | None = None
 
     @property
     def guiding_prompt(self) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .components import Components
+
+
+# Gives what the transformer adds after its blocks in the evaluation that was entered.
+Hints = Callable[[], "list[Callable[..., Any]]"]
+
+
+def no_hints() -> list[Callable[..., Any]]:
+    """Nothing."""
+    return []
 
 
 @dataclass(frozen=True)
@@ -78,12 +88,13 @@ class ControlBranch(Protocol):
     Made from (components, conditions, its `ControlInput`, what its generation's denoiser gives it, report).
     """
 
-    def hint(self, latents: mx.array, evaluation: int) -> Callable[..., Any]:
+    def hint(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Callable[..., Any]:
         """What is added after each block in one evaluation, a function that the generation's transformer calls.
 
         Args:
             latents: packed latents (1, N, C) of the target.
             evaluation: index into `Conditions.sigmas`.
+            branches: how many of the branches run, from the first on; None is all.
         """
 
     @staticmethod
@@ -114,26 +125,68 @@ class Controls:
             if any(control.runs(evaluation, self._evaluations) for evaluation in range(self._evaluations))
         ]
 
-    def hints(self, latents: mx.array, evaluation: int) -> list[Callable[..., Any]]:
-        """Those of the controls that run in an evaluation; see `ControlBranch.hint`."""
-        return [
-            branch.hint(latents, evaluation)
-            for control, branch in self._branches
-            if control.runs(evaluation, self._evaluations)
-        ]
+    def entered(self, latents: mx.array, evaluation: int, branches: int | None) -> Hints:
+        """The hints of an evaluation, computed when its first block runs: none where all blocks are left out."""
+
+        @cache
+        def hints() -> list[Callable[..., Any]]:
+            return [
+                branch.hint(latents, evaluation, branches)
+                for control, branch in self._branches
+                if control.runs(evaluation, self._evaluations)
+            ]
+
+        return hints
+
+
+class Hidden(Protocol):
+    """The streams of a pass between two blocks; all but the targets is a model's own."""
+
+    @property
+    def targets(self) -> Sequence[mx.array]:
+        """The target (1, N, D) of each branch."""
+
+    def with_targets(self, targets: Sequence[mx.array]) -> Any:
+        """The same with other targets."""
 
 
 class Denoiser(Protocol):
     """The velocity of one image's latents. It computes whatever is equal in all steps when it is made."""
 
-    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
         """The velocity of each branch, (1, N, C), in the model's dtype.
 
         Args:
             latents: packed latents (1, N, C) of the target.
             evaluation: index into `Conditions.sigmas`.
             on_layer: called after each layer with the arrays it made.
+            branches: how many of the branches, from the first on; None is all.
         """
+
+
+class DividedDenoiser(Denoiser, Protocol):
+    """A denoiser whose pass can be taken in parts, so that a step cache leaves blocks out.
+
+    `velocities` is `enter`, then `run` through all blocks, then `leave`. `hidden` is what the part before returned.
+    """
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
+        """What enters the first block: `Hidden`; the arguments are those of `velocities`."""
+
+    def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
+        """`Hidden` after some consecutive blocks."""
+
+    def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
+        """The velocity of each branch, from `Hidden` after the last block."""
+
+    def signal(self, hidden: Any, evaluation: int) -> mx.array:
+        """The first branch's target (1, N, D) as the first block's attention takes it, normed and modulated."""
 
 
 class DenoiserClass(Protocol):
@@ -169,6 +222,15 @@ class DenoiserClass(Protocol):
             evaluations: the number of calls of `velocities`.
             prefix_tokens: tokens of prompt and references.
             branches: 1, or 2 with guidance.
+        """
+
+    def pass_flop(self, config: Any, target_tokens: int, prefix_tokens: int) -> float:
+        """Floating point operations of one pass after the first, in products and attention.
+
+        Args:
+            config: of the transformer.
+            target_tokens: of all frames.
+            prefix_tokens: tokens of prompt and references.
         """
 
 

@@ -22,6 +22,7 @@ from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.conductor import GeneratedImage, encode_controls, generate_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
+from ..sampling.solvers import SOLVERS
 from .session import Session
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ def asked_images(
     return list(found.values())
 
 
+def finished_file(one: Asked) -> Path | None:
+    """The finished file of an image, under its own name or a numbered one; None if there is none."""
+    files = [one.path, *sorted(one.path.parent.glob(f"{one.path.stem}-*.png"))]
+    return next((file for file in files if file.is_file() and one.is_in(file)), None)
+
+
 def missing_images(asked: Sequence[Asked]) -> list[Asked]:
     """The images without a finished file, under their own name or under a numbered one that `save_png` chose."""
     there: dict[tuple[Path, str], list[Path]] = {}
@@ -97,6 +104,8 @@ def heaviest(asked: Sequence[Asked]) -> Request:
             largest.parameters,
             num_inference_steps=max(request.parameters.num_inference_steps for request in requests),
             cfg_scale=max(request.parameters.cfg_scale for request in requests),
+            solver=max((request.parameters.solver for request in requests), key=lambda name: SOLVERS[name].count(50)),
+            step_cache=max((r.parameters.step_cache for r in requests if r.parameters.step_cache), default=None),
             sigmas=None,
         ),
         image_indices=range(len(asked)),
@@ -160,4 +169,6 @@ def _schedule(request: Request) -> tuple[Any, ...]:
     parameters = request.parameters
     return (
         parameters.width * parameters.height, parameters.num_inference_steps, parameters.sigmas, parameters.shift,
+        parameters.solver,
+        parameters.stretch,
     )  # fmt: skip

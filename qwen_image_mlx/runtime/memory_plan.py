@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..images.geometry import size_of_area
+from ..names import SolverName
 from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
 from ..pipeline.costs import HALO, backend
 from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
-from ..sampling.solvers import EULER
+from ..sampling.choices import parse_cache
+from ..sampling.solvers import SOLVERS
 from ..weights.mapping import TensorSpec, expected_tensors
 from ..weights.schemes import Scheme
 from ..weights.tensor_formats import PACKED
@@ -47,6 +49,8 @@ class Work:
         steps: denoising steps.
         images: how many are generated one after another.
         controls: names of the ControlNets' components, each once.
+        solver: how velocities become steps.
+        step_cache: as `GenerationParameters.step_cache`.
         keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
@@ -61,6 +65,8 @@ class Work:
     steps: int = 50
     images: int = 1
     controls: tuple[str, ...] = ()
+    solver: SolverName = "euler"
+    step_cache: str | None = None
     keeps_prefix: bool = True
 
 
@@ -216,8 +222,18 @@ class Planner:
         queries = self.most_queries if self.components.variant.keeps_references else tokens
         scores = costs.scores * queries * tokens * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
-        steering = sum(map(self.passing, work.controls))
+        steering = sum(map(self.passing, work.controls)) + self.cached()
         return int(states + scores) + steering + self.passing(TRANSFORMER) + costs.base + costs.step
+
+    def cached(self) -> int:
+        """Bytes that a step cache keeps from step to step."""
+        if self.work.step_cache is None:
+            return 0
+        from ..sampling.step_caches import METHODS  # here: most runs have no step cache
+
+        method = METHODS[parse_cache(self.work.step_cache)[0]]
+        branches = 2 if self.work.guided else 1
+        return method.kept(branches) * self.target_tokens * self.transformer_config.dim * self.itemsize
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
         """One image, in strips."""
@@ -282,7 +298,7 @@ class Planner:
     def table(self) -> int:
         """Bytes that the denoiser keeps from step to step."""
         prefix, branches = self.prefix_tokens if self.work.keeps_prefix else 0, 2 if self.work.guided else 1
-        evaluations = EULER.count(self.work.steps)
+        evaluations = SOLVERS[self.work.solver].count(self.work.steps)
         values = self.denoiser.kept_values(self.transformer_config, evaluations, prefix, branches)
         values += sum(
             self.components.control(name).kept_values(
@@ -291,6 +307,10 @@ class Planner:
             for name in self.work.controls
         )
         return values * self.itemsize
+
+    def pass_flop(self) -> float:
+        """Floating point operations of one pass through the transformer after the first."""
+        return self.denoiser.pass_flop(self.transformer_config, self.target_tokens, self.prefix_tokens)
 
     @property
     def target_tokens(self) -> int:
@@ -314,7 +334,7 @@ class Planner:
 
     @property
     def most_queries(self) -> int:
-        """The most tokens that attend together: the target's, or those of an image before it."""
+        """The maximum number of tokens that attend together: the target's, or those of an image before it."""
         return max(self.target_tokens, *(self.components.latent_space.tokens(*size) for size in self.work.shown), 0)
 
     def largest(self, name: str, part: str) -> int:
@@ -419,6 +439,8 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
         steps=parameters.num_inference_steps,
         images=len(request.seeds) * len(request.image_indices),
         controls=controls,
+        solver=parameters.solver,
+        step_cache=parameters.step_cache,
         keeps_prefix=not parameters.no_prefix_cache and not controls,
     )
 

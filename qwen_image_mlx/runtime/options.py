@@ -54,6 +54,7 @@ from ..variants import (
     full_name,
 )
 from ..weights.schemes import NONE, SCHEMES, Quantization
+from .presets import PRESETS
 from .residency import read_memory
 
 _READS = (*IMAGE_COMMANDS, "caption", "train")  # commands that open a model
@@ -220,6 +221,13 @@ _OTHERS = (
         flags=("--num-images",), metavar="N", tasks=CANVAS, default=1, line=True,
     ),
     Option(name="image_index", kind=IMAGE_INDEX, record="always"),
+    Option(
+        name="preset", kind=Choice(PRESETS), group="sampling", commands=IMAGE_COMMANDS, flags=("--preset",),
+        tasks=TASKS, line=True,
+        help="steps, solver and step cache together, as the model allows: a draft in a quarter of the passes, the same "
+        "image in about half, or the model's own way; other flags override it",
+        config=(Config(commands=TASKS, example="balanced"),),
+    ),
     Option(
         name="aspect", kind=Choice(tuple(ASPECT_SIZES)), group="size", commands=("generate",), flags=("--aspect",),
         help="an official size: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items())

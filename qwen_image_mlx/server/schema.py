@@ -7,7 +7,7 @@ A server may have tighter limits than the ranges here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import from_json as parsed_json
 
 from .. import options as kinds
+from ..errors import RequestError
 from ..layers.stack import MAX_NAME, MAX_OFFSET
 from ..pipeline.control import CONTROL_KINDS
 from ..pipeline.parameters import TASKS
@@ -68,6 +69,18 @@ _MAXIMUM = {
 }  # fmt: skip
 
 
+def _parsed(row: kinds.Option) -> Callable[[str], str]:
+    """A validator by an option's own parser."""
+
+    def check(text: str) -> str:
+        try:
+            return str(row.kind.check(row.name, text))
+        except RequestError as error:
+            raise ValueError(str(error)) from error
+
+    return check
+
+
 def field_of(row: kinds.Option) -> tuple[Any, Any]:
     """A body's field for an option: (type, default), as `create_model` takes it."""
     kind, maximum = row.kind, _MAXIMUM.get(row.name)
@@ -90,6 +103,8 @@ def field_of(row: kinds.Option) -> tuple[Any, Any]:
             annotation = Annotated[list[_body_of_group(group)], Field(min_length=1, max_length=maximum)]
         case kinds.Several(kind=kinds.ImageFile()):
             annotation = Annotated[list[ImageFile], Field(min_length=1, max_length=maximum)]
+        case kinds.Parsed():
+            annotation = Annotated[Text, AfterValidator(_parsed(row))]
         case kinds.Text(pattern=""):
             annotation = Text
         case kinds.Text():

@@ -31,6 +31,7 @@ from ..options import ImageFile, Option, Several
 from ..pipeline.conductor import decompose, generate
 from ..pipeline.request import build_request, parsed_size
 from ..runtime.options import of_task, recorded
+from ..runtime.presets import yielding
 from ..runtime.preview import Preview
 from ..runtime.session import Session, layers_of
 from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
@@ -261,7 +262,8 @@ class Tasks:
         """The options by flag name: the request's, then the configured defaults; a random seed if there is none."""
         names = [row.name for row in of_task(task) if not _is_image(row) and row.name != "controls"]
         values = {name: value for name in names if (value := getattr(body, name, None)) is not None}
-        options = {**{name: value for name, value in self._defaults[task].items() if name in names}, **values}
+        usual = {name: value for name, value in self._defaults[task].items() if name in names}
+        options = yielding(usual, values) | values
         seed = options.get("seed")
         return options | {"seed": [secrets.randbelow(2**32) if seed is None else seed]}
 

@@ -66,7 +66,7 @@ class ComponentWeights:
         check_kind(component, tensors)
         shapes = {name: spec.shape for name, spec in self._specs.items()}
         whole = joined({canonical[name]: tensor for name, tensor in tensors.items()}, weights_map(component.map))
-        self._stored, self._cure = stored_weights(whole, shapes), _cure(tensors)
+        self._stored, self._cure = stored_weights(whole, shapes, weights_map(component.map)), _cure(tensors)
         # Other tools lay convolutions out as MLX does. Small ones fit both layouts, so all are judged together.
         moved = {name: _channels_last(spec.shape) for name, spec in self._specs.items() if len(spec.shape) > 2}
         fits = {name: self._stored[name].shape == shape for name, shape in moved.items() if name in self._stored}

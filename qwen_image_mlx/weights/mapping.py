@@ -172,13 +172,15 @@ def _known_names(component: Component) -> re.Pattern[str]:
     """Matches every canonical name of any config: fields of rows are numbers, or as the map defines them."""
     rules = weights_map(component.map)
     fields = rules.get("fields", {})
-    paths = [
+    names = [
         re.sub(r"\\\{(\w+)\\\}", lambda field: rf"(?:{fields.get(field[1], '[0-9]+')})", re.escape(spelling))
+        + rf"\.(?:{'|'.join(parameter for parameter in _PARAMETERS if parameter in rule)})"
         for rule in rules["tensors"]
         for spelling in _alternatives(rule["name"])
     ]
+    fused = [rf".*\.{re.escape(rule['of'])}" for rule in rules.get("split", ())]
     prefixes = [re.escape(prefix) + ".*" for part in rules.get("other_parts", {}).values() for prefix in part]
-    return re.compile("|".join([rf"(?:{'|'.join(paths)})\.(?:{'|'.join(_PARAMETERS)})", *prefixes]))
+    return re.compile("|".join([*names, *fused, *prefixes]))
 
 
 def _alternatives(pattern: str) -> list[str]:

@@ -141,15 +141,17 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
     if not tensors:
         return
     kind, share, what = component.home, known_share(component, tensors), None
-    cure = "give the file of one"
+    own, cure = weights_map(component.map)["model"], "give the file of one"
     if share < _KNOWN and (other := kind_of(tensors)) not in (None, kind):
         what = f"{LABELS[other]} of Qwen-Image's kind"
-    elif kind == TRANSFORMER and share < 1 and (model := _other_model(tensors)):
-        what = model
+    elif kind == TRANSFORMER and share < 1 and (found := other_model(own, tensors)):
+        what = found[0]
+    elif share < 1 and (model := _other_generation(component, tensors)):
+        what = f"{LABELS[kind]} of {model}"
     elif sentence := unreadable(tensors):
         raise CheckpointError(sentence)
     elif share < _KNOWN and looks_like_a_lora(tensors):
-        what, cure = "a LoRA", "give it with --lora"
+        what, cure = "a LoRA", "give it as a LoRA"
     elif share < _KNOWN:
         what = f"something else ({some(list(tensors))})"
     elif component.label and not holds(component, tensors):
@@ -160,7 +162,7 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
             "of llama.cpp only has to be in its text encoder's folder"
         )
     if what is not None:
-        raise CheckpointError(f"{_file(tensors)} holds {what}, not {LABELS[kind]} of Qwen-Image: {cure}")
+        raise CheckpointError(f"{_file(tensors)} holds {what}, not {LABELS[kind]} of {own}: {cure}")
 
 
 def shard_of(tensors: Mapping[str, Tensor]) -> str | None:
@@ -170,9 +172,34 @@ def shard_of(tensors: Mapping[str, Tensor]) -> str | None:
     return f"shard {match[1]} of {match[2]}" if match and match[2] != "1" else None
 
 
-def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
-    other = weights_map("lora")["other_models"]
-    return next((model for pattern, model in other for name in tensors if re.search(pattern, name)), None)
+def transformers() -> list[Mapping[str, Any]]:
+    """The weights maps of all transformers; `model` names their generation, and `marks` tells it from the others."""
+    return [weights_map(row.map) for row in all_components(TRANSFORMER)]
+
+
+def model_of(names: Iterable[str]) -> str | None:
+    """The generation that a transformer's tensors, or changes of them, are of; None if all have these names."""
+    names = list(names)
+    marks = ((rules["model"], rules["marks"]["names"]) for rules in transformers())
+    return next((model for model, pattern in marks if any(re.search(pattern, name) for name in names)), None)
+
+
+def other_model(own: str | None, names: Iterable[str]) -> tuple[str, str] | None:
+    """A model other than `own` that a file seems to be of, and the name that shows it; None without one."""
+    names = list(names)
+    marks = [(rules["marks"]["names"], rules["model"]) for rules in transformers()]
+    marks += weights_map("lora")["other_models"]
+    found = ((model, name) for pattern, model in marks if model != own for name in names if re.search(pattern, name))
+    return next(found, None)
+
+
+def _other_generation(component: Component, tensors: Mapping[str, Tensor]) -> str | None:
+    """The generation that all names of a file belong to, if it is not the component's."""
+    found = component_of_names(tensors)
+    if found is None or found.home != component.home or known_share(found, tensors) < 1:
+        return None
+    model: str = weights_map(found.map)["model"]
+    return model if model != weights_map(component.map)["model"] else None
 
 
 def _file(tensors: Mapping[str, Tensor]) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Stored:
         scheme: of a weight that MLX can use as it is packed; None for all others.
         problem: why it cannot be read, or None.
         rotation: columns of an int8 weight that were rotated together; 0 for all others.
+        part: (index, number of parts), where the file has several weights of equal rows as one.
     """
 
     tensor: Tensor
@@ -51,11 +52,13 @@ class Stored:
     scheme: Scheme | None = None
     problem: str | None = None
     rotation: int = 0
+    part: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, companions included."""
-        return self.tensor.nbytes + sum(tensor.nbytes for tensor in self.companions.values())
+        """Bytes in the file, companions included; of a part its share."""
+        whole = self.tensor.nbytes + sum(tensor.nbytes for tensor in self.companions.values())
+        return whole // self.part[1] if self.part else whole
 
     @property
     def form(self) -> str:
@@ -108,12 +111,15 @@ def joined(tensors: Mapping[str, Tensor], rules: Mapping[str, Any]) -> dict[str,
     return whole
 
 
-def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """Every weight of a component by canonical name, its companions gathered.
+def stored_weights(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, Any]
+) -> dict[str, Stored]:
+    """Every weight of a component by canonical name, its companions gathered, and those stored as one split.
 
     Args:
         tensors: entries by canonical name.
         shapes: what the weights map expects, by canonical name; gives bits and group size of packed weights.
+        rules: the weights map, which says what is stored as one (`split`).
     """
     stored = {}
     for name, tensor in tensors.items():
@@ -122,8 +128,23 @@ def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
             continue
         places = {word: f"{path}.{word}" for word in COMPANIONS} if last == "weight" else {}
         companions = {word: tensors[place] for word, place in places.items() if place in tensors}
-        stored[name] = _stored(tensor, companions, shapes.get(name, tensor.shape))
+        parts = _parts(name, rules)
+        expected = shapes.get(parts[0] if parts else name, tensor.shape)
+        found = _stored(tensor, companions, expected)
+        if parts and found.shape and found.shape[0] % len(parts) == 0 and tensors.keys().isdisjoint(parts):
+            shape = (found.shape[0] // len(parts), *found.shape[1:])
+            stored |= {part: replace(found, shape=shape, part=(n, len(parts))) for n, part in enumerate(parts)}
+        else:
+            stored[name] = found
     return stored
+
+
+def _parts(name: str, rules: Mapping[str, Any]) -> list[str]:
+    """The weights whose rows a tensor of that name has, one after another; [] if it is one weight."""
+    for rule in rules.get("split", ()):
+        if name.endswith(f".{rule['of']}"):
+            return [name.removesuffix(rule["of"]) + ending for ending in rule["as"]]
+    return []
 
 
 def _stored(tensor: Tensor, companions: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
@@ -206,6 +227,7 @@ class Reader:
         self._component = component
         self._files: dict[Path, LazyTensors] = {}
         self._read: dict[tuple[Path, str], mx.array] = {}
+        self._wholes: dict[tuple[Path, str], tuple[mx.array | Packed, int]] = {}  # and how many parts are still to come
 
     def read(self, weights: Iterable[Stored]) -> None:
         """Reads several weights at once, for `open` to hand out.
@@ -213,12 +235,16 @@ class Reader:
         Raises:
             CheckpointError: a file cannot be read.
         """
-        plain = [stored for stored in weights if not _is_computed(stored.tensor)]
+        plain = [stored for stored in weights if not _is_computed(stored.tensor) and not self._holds(stored)]
         tensors = {(t.file, t.name): t for stored in plain for t in (stored.tensor, *stored.companions.values())}
         found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
         with reading(self._component):
             mx.eval(found)
         self._read |= found
+
+    def _holds(self, stored: Stored) -> bool:
+        """Whether it is a part of a weight that has been read."""
+        return stored.part is not None and (stored.tensor.file, stored.tensor.name) in self._wholes
 
     def open(self, stored: Stored) -> mx.array | Packed:
         """A weight, packed if it is stored packed; in the file's layout and dtype, fp8 and int8 scaled, as fp32.
@@ -228,6 +254,8 @@ class Reader:
         Raises:
             CheckpointError: its file cannot be read.
         """
+        if stored.part is not None:
+            return self._open_part(stored, *stored.part)
         if isinstance(stored.tensor, Joined):
             pieces = [self.open(Stored(piece, {}, piece.shape)) for piece in stored.tensor.pieces]
             pieces = [piece.dequantize() if isinstance(piece, Packed) else piece for piece in pieces]
@@ -253,6 +281,20 @@ class Reader:
             for scale in companions.values():
                 array = array * scale.astype(mx.float32).reshape(-1, *(1,) * (array.ndim - 1))
         return array
+
+    def _open_part(self, stored: Stored, index: int, count: int) -> mx.array | Packed:
+        """A part of what its file has as one, which is read once and held until its last part is handed out."""
+        place, rows = (stored.tensor.file, stored.tensor.name), stored.shape[0]
+        whole, left = self._wholes.pop(place, None) or (self.open(replace(stored, part=None)), count)
+        if left > 1:
+            self._wholes[place] = whole, left - 1
+        if isinstance(whole, Packed):
+            packed = whole.of_rows(index * rows, rows)
+            mx.eval(packed.arrays)
+            return packed
+        part = mx.contiguous(whole[index * rows : (index + 1) * rows])  # a view would keep the whole
+        mx.eval(part)
+        return part
 
     def _lazy(self, tensor: Tensor) -> mx.array:
         try:

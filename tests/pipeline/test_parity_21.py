@@ -38,7 +38,8 @@ class Ours:
 
         pipeline = self.pipeline
         asked = {
-            "prefix_cache": keep, "negative_prompt": prompts[1] if len(prompts) > 1 else None, "cfg_scale": cfg_scale, "seed": seed,
+            "prefix_cache": keep, "negative_prompt": prompts[1] if len(prompts) > 1 else None,
+            "cfg_scale": cfg_scale, "seed": seed,
             "num_inference_steps": None if sigmas else steps, "progress": told,
         }  # fmt: skip
         if images:

@@ -7,12 +7,13 @@ import shutil
 from dataclasses import replace
 
 import goldens
+import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints_21 import GENERATIONS_21, PROMPT_21, TINY_PROCESSOR, write_checkpoint_21
+from checkpoints_21 import GENERATIONS_21, PROMPT_21, TINY_PROCESSOR
 from PIL import Image
 
-from qwen_image_mlx import GenerationParameters, QwenImagePipeline
+from qwen_image_mlx import GenerationParameters, Progress, QwenImagePipeline
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import CheckpointError, RequestError
 from qwen_image_mlx.models.qwen_image_21 import facts
@@ -24,14 +25,15 @@ from qwen_image_mlx.pipeline.image_request import image_request
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
 from qwen_image_mlx.pipeline.request import Request
 from qwen_image_mlx.runtime.memory_plan import Work, make_plan
+from qwen_image_mlx.runtime.preview import Preview
 from qwen_image_mlx.variants import VARIANTS, variant_of
 
 SMALL = {"width": 64, "height": 32, "num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint_21(tmp_path_factory.mktemp("21") / "model")
+def checkpoint(tiny_21):
+    return tiny_21
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +193,22 @@ def test_transparent_words_the_prompt(pipeline):
     with pytest.raises(RequestError, match="no transparent images"):
         image_request(first, "a fox", None, (), None, {}, seed=0, num_images=1, rng="torch", strength=1.0,
                       transparent=True)  # fmt: skip
+
+
+def test_previews_map_its_latents_to_colours(pipeline):
+    """A token is a place of 16x16 pixels: its 64 values times the map, and what is added."""
+    found = []
+    parameters = GenerationParameters(**SMALL)
+    request = Request(prompt="x", negative_prompt=None, parameters=parameters, seeds=(0,))
+    preview = Preview(lambda image, *_: found.append(image), None, pipeline, request)
+    clean = np.random.default_rng(0).standard_normal((1, 8, 64)).astype(np.float32)
+    preview(Progress("denoise", 1, 2, sigma=0.5, latents=mx.array(clean), denoised=mx.array(clean)))
+    *factors, bias = facts.PREVIEW
+    expected = np.clip((clean[0] @ np.array(factors) + bias + 1) / 2, 0, 1).reshape(2, 4, 3)
+    (image,) = found
+    assert image.size == (64, 32)
+    small = np.asarray(image.resize((4, 2), Image.Resampling.BOX)) / 255
+    assert np.corrcoef(small.ravel(), expected.ravel())[0, 1] > 0.95
 
 
 def test_opaque_images_are_rgb(pipeline, monkeypatch):

@@ -35,7 +35,7 @@ class Drift:
     def __init__(self, components, conditions, report):
         self.made.append(conditions)
 
-    def velocities(self, latents, evaluation, on_layer=None):
+    def velocities(self, latents, evaluation, on_layer=None, branches=None):
         return [mx.full(latents.shape, 0.25, latents.dtype) for _ in self.made[-1].branches]
 
     @staticmethod

@@ -223,7 +223,7 @@ def test_files_of_other_kinds_are_not_called_damaged(tmp_path, start, says):
 @pytest.mark.reference
 @pytest.mark.parametrize(("names", "says"), [
     (["single_transformer_blocks.0.proj_out.weight"], "FLUX"),
-    (["transformer_blocks.0.attn.to_q.lora_A.weight"], "a LoRA, .*--lora"),
+    (["transformer_blocks.0.attn.to_q.lora_A.weight"], "a LoRA, .*as a LoRA"),
     (["some.other.weight"], "something else"),
     (["joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3"),
     (["blk.0.attn_q.weight", "token_embd.weight"], "a text encoder"),
