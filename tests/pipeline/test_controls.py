@@ -179,6 +179,24 @@ def test_what_a_network_is_given(opened, files):
     assert np.array_equal(alone[..., 64:68], inpainted[..., 64:])
 
 
+@pytest.mark.parametrize("title", ["residuals", "fun", "block-wise"])
+def test_a_pass_in_parts_has_the_hints_of_a_whole_one(opened, files, title):
+    """A step cache that never skips, and one that skips; outside the guidance's interval the prompt alone is run."""
+    pipeline, encoding = opened
+    made = pipeline.encode_controls([control(files, title)], SIZE)
+
+    def run(**said):
+        parameters = GenerationParameters(width=64, height=48, num_inference_steps=10, cfg_scale=2.0, **said)
+        return np.array(pipeline.denoise_latents(parameters, encoding, controls=made))
+
+    whole = run()
+    assert np.abs(run(step_cache="first-block:0") - whole).max() < 1e-4 * np.abs(whole).max()
+    for said in ({"step_cache": "first-block:0.9"}, {"step_cache": "taylorseer"}, {"guidance_interval": "0.3:0.6"}):
+        other = run(**said)
+        assert np.isfinite(other).all()
+        assert not np.array_equal(other, whole)
+
+
 # In context -----------------------------------------------------------------------------------------------------------
 
 
