@@ -17,12 +17,14 @@ from qwen_image_mlx.images.files import read_metadata
 from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.pipeline.conditioning import Reference
 from qwen_image_mlx.pipeline.control import CONTROL_KINDS, controls_of
-from qwen_image_mlx.pipeline.control_networks import condition_tokens, family_of, open_control
+from qwen_image_mlx.pipeline.control_networks import condition_tokens, open_control
+from qwen_image_mlx.pipeline.identify import identify
 from qwen_image_mlx.pipeline.reporter import Reporter
 from qwen_image_mlx.registry import CONTROLS, TRANSFORMER, resolve
 from qwen_image_mlx.runtime.memory_plan import Work, make_plan
 from qwen_image_mlx.runtime.residency import RESIDENCIES
 from qwen_image_mlx.weights.mapping import UNUSED, expected_tensors, weights_map
+from qwen_image_mlx.weights.recognize import family_of
 from qwen_image_mlx.weights.safetensors_files import component_tensors, save_tensors
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
@@ -265,6 +267,16 @@ def test_every_row_is_whole(name):
     assert all(callable(getattr(resolve(CONTROLS[name].use), method)) for method in ("hint", "kept_values"))
     assert CONTROLS[name].steers
     assert CONTROLS[name].title
+
+
+@pytest.mark.parametrize("title", FAMILIES)
+def test_info_names_it_and_it_is_no_transformer(files, tiny, title, capsys):
+    """As a transformer it is refused for what it is."""
+    report = identify(files[title])
+    assert (report.kind, report.facts["taken by"]) == ("ControlNet", "--controlnet")
+    assert "for Qwen-Image" in report.facts["made for"]
+    line = error_line(run(capsys, "generate", *ASKED, "--model", str(tiny), "--transformer", str(files[title])))
+    assert "holds a ControlNet, not a transformer of Qwen-Image 1.x: give it as one" in line
 
 
 SIZES = {
