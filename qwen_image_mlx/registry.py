@@ -120,21 +120,20 @@ class Class:
         library: where it is from.
         components: what is in its folder.
         use: what works with it, as "module:name" of this package: of a transformer a `Denoiser`, of a text encoder a
-            `ConditionEncoder` (`pipeline/seams.py`).
-        training: of a transformer that can be trained, its `Trainable` (`training/seam.py`), alike.
             `ConditionEncoder`, of a ControlNet a `ControlBranch` (`pipeline/seams.py`).
         title: how sentences call it; "" for what nobody gives by itself.
         steers: the class of transformer that a ControlNet is made for.
         in_context: what a prompt begins with for a LoRA that reads a control image as a reference; "" without one.
+        training: of a transformer that can be trained, its `Trainable` (`training/seam.py`), alike.
     """
 
     library: str = "diffusers"
     components: tuple[Component, ...] = ()
     use: str = ""
-    training: str = ""
     title: str = ""
     steers: str = ""
     in_context: str = ""
+    training: str = ""
 
 
 CLASSES: dict[str, Class] = {
@@ -151,8 +150,8 @@ CLASSES: dict[str, Class] = {
             ),
         ),
         use="pipeline.qwen_image.denoiser:QwenImageDenoiser",
-        training="training.qwen_image.seam:QwenImageTraining",
         in_context="Context_Control. ",
+        training="training.qwen_image.seam:QwenImageTraining",
     ),
     "Qwen2_5_VLForConditionalGeneration": Class(
         library="transformers",

@@ -202,7 +202,7 @@ def encode_request(pipeline: Conducted, request: Request, progress: ProgressCall
     return pipeline.encode_guidance_prompts(
         prompt,
         request.guiding_prompt,
-        images=request.images,
+        images=request.shown,
         reference_pixels=request.reference_pixels,
         progress=progress,
     )

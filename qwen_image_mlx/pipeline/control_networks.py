@@ -18,8 +18,8 @@ from ..images.geometry import Size
 from ..images.pixels import to_mask, to_pixels
 from ..lora.fetch import fetch_file
 from ..registry import CLASSES, CONTROL, CONTROLS, IN_CONTEXT, LABELS, TRANSFORMER, VAE, VAE_ENCODER, Class, Component
-from ..weights.mapping import canonical_names, known_share, weights_map
-from ..weights.recognize import kind_of, looks_like_a_lora, part_of, unreadable
+from ..weights.mapping import canonical_names, weights_map
+from ..weights.recognize import family_of, kind_of, looks_like_a_lora, part_of, unreadable
 from ..weights.safetensors_files import Tensor
 from ..weights.snapshot import HubSnapshot, weight_file
 from .autoencode import encode_mode
@@ -30,8 +30,6 @@ from .progress import ProgressCallback
 from .reporter import Reporter
 from .seams import ControlInput
 from .working import working
-
-_KNOWN = 0.5  # the share of known names above which a file is of a family
 
 
 def open_control(components: Components, report: Reporter, control: Control) -> str:
@@ -206,17 +204,6 @@ def recognised(components: Components, place: Path) -> tuple[Class, Any]:
     if entry.steers != ours:
         raise CheckpointError(f"{place} is a ControlNet of {entry.title}, which does not steer {model}")
     return entry, _config(row, components.config(TRANSFORMER), tensors, place, components)
-
-
-def family_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """The class of a file's ControlNet, a key of `CONTROLS`; None if it is not one."""
-    for name, entry in CONTROLS.items():
-        (row,) = entry.components
-        marks = weights_map(row.map)["control"]
-        found = set(canonical_names(row, tensors).values())
-        if {marks["marker"], marks["layer"]} <= found and known_share(row, tensors) > _KNOWN:
-            return name
-    return None
 
 
 def _tensors(place: Path) -> Mapping[str, Tensor]:

@@ -39,7 +39,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 def frames_of(components: Components, parameters: GenerationParameters) -> int:
     """Number of images generated together: 1, or the whole image and its layers with a layered model."""
-    return parameters.num_layers + 1 if components.variant.layered else 1
+    return parameters.num_layers + 1 if components.variant.layered and not parameters.single_layer else 1
 
 
 def denoise_latents(
@@ -65,7 +65,7 @@ def denoise_latents(
     """
     variant, space, solver = components.variant, components.latent_space, SOLVERS[parameters.solver]
     check_fits(parameters, variant)
-    _check_encoding(components, encoding, initial)
+    _check_encoding(components, encoding, initial, parameters.single_layer)
     rows, columns = space.grid(parameters.width, parameters.height)
     schedule = schedule_of(components, parameters, rows * columns, encoding.references)
     start = _start(components, parameters, schedule, seed, image_index, latents, initial)
@@ -153,7 +153,7 @@ def decode_frames(
     """The work of `QwenImagePipeline.decode_frames`, at most `strip_pixels` pixels at once."""
     frames = frames_of(components, parameters)
     unpacked = components.latent_space.unpack_frames(latents, frames, parameters.width, parameters.height)[0]
-    first = 1 if components.variant.layered else 0
+    first = 1 if frames > 1 else 0
     strips = strips_of(parameters.width * parameters.height, strip_pixels)
     for n in range(first, frames):
         with working(components, report, progress):
@@ -189,16 +189,18 @@ def _guidance(components: Components, parameters: GenerationParameters) -> Guida
     return Guidance(parameters.cfg_scale, renormalize, interval, parameters.cfg_zero_star, parameters.apg)
 
 
-def _check_encoding(components: Components, encoding: GuidanceEncoding, initial: InitialImage | None) -> None:
+def _check_encoding(
+    components: Components, encoding: GuidanceEncoding, initial: InitialImage | None, single_layer: bool
+) -> None:
     """Raises RequestError for an encoding of a different kind of model."""
     variant, model = components.variant, components.snapshot.model
     if not variant.takes_images if encoding.references else variant.needs_images:
         kinds = ("works on images", "none") if variant.takes_images else ("generates from text", "images")
         raise RequestError("{} {}; the encoding holds {}".format(model, *kinds))
-    if variant.max_images is not None and len(encoding.references) > variant.max_images:
+    most = 1 if variant.layered and not single_layer else variant.max_images  # a layer's mask is a second image
+    if most is not None and len(encoding.references) > most:
         raise RequestError(
-            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, "
-            f"but the encoding has {len(encoding.references)}"
+            f"{model} works on at most {most} image{'s' * (most > 1)}, but the encoding has {len(encoding.references)}"
         )
     if variant.layered and initial is not None:
         raise RequestError(f"{model} decomposes an image; it does not change one")

@@ -432,7 +432,8 @@ class QwenImagePipeline(Holding):
         self, image: ImageSource, prompt: str = "", *, negative_prompt: str | None = " ",
         num_layers: int = 4, resolution: int | None = None, size: LayersSize = "source",
         num_inference_steps: int | None = None, cfg_scale: float | None = None, cfg_normalize: bool = False,
-        caption_language: CaptionLanguage = "en", seed: int = 0, rng: Rng = "torch", staged: bool = True,
+        caption_language: CaptionLanguage = "en", layer_prompt: str | None = None,
+        layer_mask: ImageSource | None = None, seed: int = 0, rng: Rng = "torch", staged: bool = True,
         progress: Shown = None,
     ) -> LayeredResult:  # fmt: skip
         """Decomposes an image into layers, with a layered model.
@@ -448,6 +449,9 @@ class QwenImagePipeline(Holding):
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             cfg_normalize: guidance keeps the length of each token's velocity.
             caption_language: "en" or "zh".
+            layer_prompt: what one layer shows, with a model that takes layers by name (Layered-Control); the result has
+                this layer alone.
+            layer_mask: the same by an image of the image's size (Layered-Control-V2): opaque, or white, where it is.
             seed, rng, staged, progress: as in `generate`, which also lists what is raised.
         """
         from .decomposition import layers_request  # here: most runs make no layers
@@ -456,7 +460,7 @@ class QwenImagePipeline(Holding):
         request = layers_request(
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
             resolutions=self.variant.resolutions, size=size, cfg_normalize=cfg_normalize,
-            caption_language=caption_language, seed=seed, rng=rng,
+            caption_language=caption_language, seed=seed, rng=rng, layer_prompt=layer_prompt, layer_mask=layer_mask,
             sampling=self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale),
         )  # fmt: skip
         with limits(), self._report.shown(progress):

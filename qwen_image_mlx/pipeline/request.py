@@ -33,6 +33,7 @@ class Request:
         seeds: at least one.
         image_indices: for each seed, the index of its image, from 0 (as with the reference's num_images_per_prompt).
         images: upright RGB images for an editing model to work on.
+        layer_mask: RGBA, of the image's size: what of it a layer shows.
         canvas: the image that generation starts from, or that gives the result its size.
         reference_pixels: maximum pixels of each of `images` that the transformer sees.
         controls: what steers the images by other images.
@@ -47,6 +48,7 @@ class Request:
     seeds: tuple[int, ...]
     image_indices: range = range(1)
     images: tuple[Image, ...] = ()
+    layer_mask: Image | None = None
     canvas: Canvas | None = None
     reference_pixels: int | None = None
     controls: tuple[Control, ...] = ()
@@ -60,7 +62,12 @@ class Request:
 
     def writes_caption(self, variant: Variant) -> bool:
         """Whether the model captions the image."""
-        return variant.captions and not self.prompt.strip()
+        return variant.captions and not self.prompt.strip() and not self.parameters.single_layer
+
+    @property
+    def shown(self) -> tuple[Image, ...]:
+        """The images that the model sees as references, in the order of its sequence: a layer's mask comes first."""
+        return self.images if self.layer_mask is None else (self.layer_mask, *self.images)
 
     @property
     def steering(self) -> tuple[Control, ...]:

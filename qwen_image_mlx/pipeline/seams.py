@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .components import Components
+
+
+# Gives what the transformer adds after its blocks in the evaluation that was entered.
+Hints = Callable[[], "list[Callable[..., Any]]"]
+
+
+def no_hints() -> list[Callable[..., Any]]:
+    """Nothing."""
+    return []
 
 
 @dataclass(frozen=True)
@@ -72,29 +82,19 @@ class Conditions:
     keeps_prefix: bool = True
 
 
-class Hidden(Protocol):
-    """The streams of a pass between two blocks; all but the targets is a model's own."""
-
-    @property
-    def targets(self) -> Sequence[mx.array]:
-        """The target (1, N, D) of each branch."""
-
-    def with_targets(self, targets: Sequence[mx.array]) -> Any:
-        """The same with other targets."""
-
-
 class ControlBranch(Protocol):
     """What one control adds to an image's tokens.
 
     Made from (components, conditions, its `ControlInput`, what its generation's denoiser gives it, report).
     """
 
-    def hint(self, latents: mx.array, evaluation: int) -> Callable[..., Any]:
+    def hint(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Callable[..., Any]:
         """What is added after each block in one evaluation, a function that the generation's transformer calls.
 
         Args:
             latents: packed latents (1, N, C) of the target.
             evaluation: index into `Conditions.sigmas`.
+            branches: how many of the branches run, from the first on; None is all.
         """
 
     @staticmethod
@@ -125,13 +125,29 @@ class Controls:
             if any(control.runs(evaluation, self._evaluations) for evaluation in range(self._evaluations))
         ]
 
-    def hints(self, latents: mx.array, evaluation: int) -> list[Callable[..., Any]]:
-        """Those of the controls that run in an evaluation; see `ControlBranch.hint`."""
-        return [
-            branch.hint(latents, evaluation)
-            for control, branch in self._branches
-            if control.runs(evaluation, self._evaluations)
-        ]
+    def entered(self, latents: mx.array, evaluation: int, branches: int | None) -> Hints:
+        """The hints of an evaluation, computed when its first block runs: none where all blocks are left out."""
+
+        @cache
+        def hints() -> list[Callable[..., Any]]:
+            return [
+                branch.hint(latents, evaluation, branches)
+                for control, branch in self._branches
+                if control.runs(evaluation, self._evaluations)
+            ]
+
+        return hints
+
+
+class Hidden(Protocol):
+    """The streams of a pass between two blocks; all but the targets is a model's own."""
+
+    @property
+    def targets(self) -> Sequence[mx.array]:
+        """The target (1, N, D) of each branch."""
+
+    def with_targets(self, targets: Sequence[mx.array]) -> Any:
+        """The same with other targets."""
 
 
 class Denoiser(Protocol):

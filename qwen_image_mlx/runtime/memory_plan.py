@@ -48,9 +48,9 @@ class Work:
         guided: whether there are two passes in each step.
         steps: denoising steps.
         images: how many are generated one after another.
+        controls: names of the ControlNets' components, each once.
         solver: how velocities become steps.
         step_cache: as `GenerationParameters.step_cache`.
-        controls: names of the ControlNets' components, each once.
         keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
@@ -64,9 +64,9 @@ class Work:
     guided: bool = True
     steps: int = 50
     images: int = 1
+    controls: tuple[str, ...] = ()
     solver: SolverName = "euler"
     step_cache: str | None = None
-    controls: tuple[str, ...] = ()
     keeps_prefix: bool = True
 
 
@@ -222,9 +222,8 @@ class Planner:
         queries = self.largest_image if self.components.variant.keeps_references else tokens
         scores = costs.scores * queries * tokens * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
-        steering = sum(map(self.passing, work.controls))
-        passing = steering + self.passing(TRANSFORMER)
-        return int(states + scores) + passing + costs.base + costs.step + self.cached()
+        steering = sum(map(self.passing, work.controls)) + self.cached()
+        return int(states + scores) + steering + self.passing(TRANSFORMER) + costs.base + costs.step
 
     def cached(self) -> int:
         """Bytes that a step cache keeps from step to step."""
@@ -424,7 +423,7 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     """The work of a request on a pipeline."""
     parameters, variant = request.parameters, pipeline.variant
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
-    shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
+    shown = tuple(size_of_area(area, image.size) for image in request.shown) if variant.reference_area else ()
     begun = request.starts_from_canvas
     shown += ((parameters.width, parameters.height),) * sum(control.in_context for control in request.controls)
     controls = pipeline.open_controls(request.steering) if request.controls else ()
@@ -432,16 +431,16 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     return Work(
         width=parameters.width,
         height=parameters.height,
-        frames=parameters.num_layers + 1 if variant.layered else 1,
+        frames=parameters.num_layers + 1 if variant.layered and not parameters.single_layer else 1,
         shown=shown,
         encoded=max(encoded, default=0),
         captioned=(request.reference_pixels or 0) if request.writes_caption(variant) else 0,
         guided=request.guiding_prompt is not None,
         steps=parameters.num_inference_steps,
         images=len(request.seeds) * len(request.image_indices),
+        controls=controls,
         solver=parameters.solver,
         step_cache=parameters.step_cache,
-        controls=controls,
         keeps_prefix=not parameters.no_prefix_cache and not controls,
     )
 

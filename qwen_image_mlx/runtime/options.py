@@ -299,6 +299,16 @@ _OTHERS = (
                          "help": "side in pixels of the square whose area the image is shown at"}},
     ),
     Option(
+        name="layer_prompt", kind=Text(), group="layers", commands=("decompose",), flags=("--layer-prompt",),
+        metavar="TEXT", tasks=("decompose",),
+        help="make one layer, of what the text says, with a model that takes layers by name (Layered-Control)",
+    ),
+    Option(
+        name="layer_mask", kind=ImageFile(), group="layers", commands=("decompose",), flags=("--layer-mask",),
+        metavar="IMAGE", tasks=("decompose",),
+        help="make one layer, of what is white in a mask of the same size (Layered-Control-V2)",
+    ),
+    Option(
         name="caption_language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="layers", commands=("decompose",),
         flags=("--caption-language",), help="language of the model's own caption", usual=next(iter(CAPTION_TEMPLATES)),
         tasks=("decompose",),

@@ -213,15 +213,18 @@ class Tasks:
 
     def _decompose(self, body: DecomposeBody) -> Work:
         options = self._options("decompose", body)
-        (image,) = decode([body.image])
-        known = self._models.facts("decompose").get("resolutions")
-        draft = layers_of(open_rgba(image), options, known or [options.get("resolution", LAYERED_RESOLUTIONS[0])])
-        self._check_early("decompose", options, draft.canvas.size if known else None)
+        (image,), masks = decode([body.image]), decode([body.layer_mask] if body.layer_mask else [])
+        known = sized = self._models.facts("decompose").get("resolutions")
+        painted = {"layer_mask": masks[0]} if masks else {}
+        draft = layers_of(
+            open_rgba(image), options | painted, known or [options.get("resolution", LAYERED_RESOLUTIONS[0])]
+        )
+        self._check_early("decompose", options, draft.canvas.size if sized else None)
 
         def work(feed: Feed) -> dict[str, Any]:
             (image,) = decode([body.image])
             session = self._models.open("decompose")
-            request = session.request(options, images=[open_rgba(image)])
+            request = session.request(options | painted, images=[open_rgba(image)])
             with self._prepare("decompose", session, request, feed) as (progress, cache, residency):
                 result = decompose(session.pipeline, request, progress, cache, **residency.releases)
             pngs = [data for name, data in folder_files(result.stack) if LAYER_FILE.fullmatch(name)]

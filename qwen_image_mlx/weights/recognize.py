@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, some
-from ..registry import FOLDERS, LABELS, TRANSFORMER, Component, all_components
+from ..registry import CONTROLS, FOLDERS, LABELS, TRANSFORMER, Component, all_components
 from . import int8
 from .mapping import canonical_names, known_share, other_part, weights_map
 from .safetensors_files import Tensor
@@ -131,6 +131,17 @@ def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
     )
 
 
+def family_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """The class of a file's ControlNet, a key of `CONTROLS`; None if it is not one."""
+    for name, entry in CONTROLS.items():
+        (row,) = entry.components
+        marks = weights_map(row.map)["control"]
+        found = set(canonical_names(row, tensors).values())
+        if {marks["marker"], marks["layer"]} <= found and known_share(row, tensors) > _KNOWN:
+            return name
+    return None
+
+
 def looks_like_a_lora(names: Iterable[str]) -> bool:
     """Whether some names are those of a LoRA's factors."""
     return any(_LORA.search(name) for name in names)
@@ -146,6 +157,8 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
         what = f"{LABELS[other]} of Qwen-Image's kind"
     elif kind == TRANSFORMER and share < 1 and (found := other_model(own, tensors)):
         what = found[0]
+    elif kind == TRANSFORMER and family_of(tensors):
+        what, cure = "a ControlNet", "give it as one"
     elif share < 1 and (model := _other_generation(component, tensors)):
         what = f"{LABELS[kind]} of {model}"
     elif sentence := unreadable(tensors):

@@ -42,8 +42,8 @@ class Stored:
         shape: of the dense weight, as the weights map gives it.
         scheme: of a weight that MLX can use as it is packed; None for all others.
         problem: why it cannot be read, or None.
-        part: (index, number of parts), where the file has several weights of equal rows as one.
         rotation: columns of an int8 weight that were rotated together; 0 for all others.
+        part: (index, number of parts), where the file has several weights of equal rows as one.
     """
 
     tensor: Tensor
@@ -51,8 +51,8 @@ class Stored:
     shape: tuple[int, ...]
     scheme: Scheme | None = None
     problem: str | None = None
-    part: tuple[int, int] | None = None
     rotation: int = 0
+    part: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:

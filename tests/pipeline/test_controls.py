@@ -17,12 +17,14 @@ from qwen_image_mlx.images.files import read_metadata
 from qwen_image_mlx.images.pixels import to_images
 from qwen_image_mlx.pipeline.conditioning import Reference
 from qwen_image_mlx.pipeline.control import CONTROL_KINDS, controls_of
-from qwen_image_mlx.pipeline.control_networks import condition_tokens, family_of, open_control
+from qwen_image_mlx.pipeline.control_networks import condition_tokens, open_control
+from qwen_image_mlx.pipeline.identify import identify
 from qwen_image_mlx.pipeline.reporter import Reporter
 from qwen_image_mlx.registry import CONTROLS, TRANSFORMER, resolve
 from qwen_image_mlx.runtime.memory_plan import Work, make_plan
 from qwen_image_mlx.runtime.residency import RESIDENCIES
 from qwen_image_mlx.weights.mapping import UNUSED, expected_tensors, weights_map
+from qwen_image_mlx.weights.recognize import family_of
 from qwen_image_mlx.weights.safetensors_files import component_tensors, save_tensors
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
@@ -179,6 +181,24 @@ def test_what_a_network_is_given(opened, files):
     assert np.array_equal(alone[..., 64:68], inpainted[..., 64:])
 
 
+@pytest.mark.parametrize("title", ["residuals", "fun", "block-wise"])
+def test_a_pass_in_parts_has_the_hints_of_a_whole_one(opened, files, title):
+    """A step cache that never skips, and one that skips; outside the guidance's interval the prompt alone is run."""
+    pipeline, encoding = opened
+    made = pipeline.encode_controls([control(files, title)], SIZE)
+
+    def run(**said):
+        parameters = GenerationParameters(width=64, height=48, num_inference_steps=10, cfg_scale=2.0, **said)
+        return np.array(pipeline.denoise_latents(parameters, encoding, controls=made))
+
+    whole = run()
+    assert np.abs(run(step_cache="first-block:0") - whole).max() < 1e-4 * np.abs(whole).max()
+    for said in ({"step_cache": "first-block:0.9"}, {"step_cache": "taylorseer"}, {"guidance_interval": "0.3:0.6"}):
+        other = run(**said)
+        assert np.isfinite(other).all()
+        assert not np.array_equal(other, whole)
+
+
 # In context -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +267,16 @@ def test_every_row_is_whole(name):
     assert all(callable(getattr(resolve(CONTROLS[name].use), method)) for method in ("hint", "kept_values"))
     assert CONTROLS[name].steers
     assert CONTROLS[name].title
+
+
+@pytest.mark.parametrize("title", FAMILIES)
+def test_info_names_it_and_it_is_no_transformer(files, tiny, title, capsys):
+    """As a transformer it is refused for what it is."""
+    report = identify(files[title])
+    assert (report.kind, report.facts["taken by"]) == ("ControlNet", "--controlnet")
+    assert "for Qwen-Image" in report.facts["made for"]
+    line = error_line(run(capsys, "generate", *ASKED, "--model", str(tiny), "--transformer", str(files[title])))
+    assert "holds a ControlNet, not a transformer of Qwen-Image 1.x: give it as one" in line
 
 
 SIZES = {

@@ -418,23 +418,6 @@ def test_sigterm_cancels_and_ends_cleanly():
     assert not [line for line in server.log if "Traceback" in line]
 
 
-def test_solvers_guidance_and_step_caches_are_the_command_line_s(api, tmp_path, monkeypatch, capsys):
-    """By the table of options alone; a value that its parser refuses is named."""
-    fields = {"solver": "unipc", "guidance_interval": "0.1:0.9", "apg": 0.3, "step_cache": "taylorseer", "steps": 10}
-    made = ask(api, "generate", prompt=PROMPT, seed=1, **fields)["images"][0]
-    assert {name: made["metadata"][name] for name in fields} == fields
-    assert made["metadata"]["passes"]["skipped"] > 0
-    monkeypatch.chdir(tmp_path)
-    flags = "--solver unipc --guidance-interval 0.1:0.9 --apg 0.3 --step-cache taylorseer --steps 10"
-    assert main(["generate", PROMPT, "--model", "demo", "--seed", "1", "-o", "x.png", *flags.split()]) == 0
-    assert Path("x.png").read_bytes() == png_of(made["image"])
-    assert ask(api, "generate", prompt=PROMPT, seed=1, preset="draft")["images"][0]["metadata"]["steps"] == 8
-    for wrong in ({"step_cache": "magic"}, {"guidance_interval": "1:0"}, {"solver": "rk4"}, {"preset": "fast"}):
-        answer = api.post("/api/qwen-image/generate", json={"prompt": PROMPT, **wrong})
-        assert answer.status_code == 422, answer.text
-        assert next(iter(wrong)) in answer.text
-
-
 def test_controls_are_those_of_the_command_line_and_only_the_server_s_own(tmp_path, monkeypatch):
     """A request names a ControlNet of the server, never a file."""
     monkeypatch.chdir(tmp_path)
@@ -482,3 +465,20 @@ def test_a_request_outpaints(api):
     made = image_of(answer.json()["images"][0]["image"])
     assert np.array_equal(np.asarray(made)[:, 16:], np.asarray(photo))
     assert api.post("/api/qwen-image/generate", json=said | {"outpaint": "1,2"}).status_code == 422
+
+
+def test_solvers_guidance_and_step_caches_are_the_command_line_s(api, tmp_path, monkeypatch, capsys):
+    """By the table of options alone; a value that its parser refuses is named."""
+    fields = {"solver": "unipc", "guidance_interval": "0.1:0.9", "apg": 0.3, "step_cache": "taylorseer", "steps": 10}
+    made = ask(api, "generate", prompt=PROMPT, seed=1, **fields)["images"][0]
+    assert {name: made["metadata"][name] for name in fields} == fields
+    assert made["metadata"]["passes"]["skipped"] > 0
+    monkeypatch.chdir(tmp_path)
+    flags = "--solver unipc --guidance-interval 0.1:0.9 --apg 0.3 --step-cache taylorseer --steps 10"
+    assert main(["generate", PROMPT, "--model", "demo", "--seed", "1", "-o", "x.png", *flags.split()]) == 0
+    assert Path("x.png").read_bytes() == png_of(made["image"])
+    assert ask(api, "generate", prompt=PROMPT, seed=1, preset="draft")["images"][0]["metadata"]["steps"] == 8
+    for wrong in ({"step_cache": "magic"}, {"guidance_interval": "1:0"}, {"solver": "rk4"}, {"preset": "fast"}):
+        answer = api.post("/api/qwen-image/generate", json={"prompt": PROMPT, **wrong})
+        assert answer.status_code == 422, answer.text
+        assert next(iter(wrong)) in answer.text

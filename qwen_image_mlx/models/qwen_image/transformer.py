@@ -129,12 +129,8 @@ class Transformer(nn.Module):
         references: mx.array | None = None,
         run_block: RunBlock | None = None,
         on_layer: OnLayer | None = None,
-        hints: Sequence[Hint] = (),
     ) -> list[mx.array]:
-        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one.
-
-        `hints` are added to the target's tokens after each block; other arguments as in `__call__`.
-        """
+        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one."""
         hidden = self.enter(latents, texts, references)
         hidden = self.run(hidden, modulation, rotary, run_block=run_block, on_layer=on_layer, hints=hints)
         return self.leave(hidden, modulation)
@@ -158,7 +154,7 @@ class Transformer(nn.Module):
         on_layer: OnLayer | None = None,
         hints: Sequence[Hint] = (),
     ) -> Hidden:
-        """The streams after some consecutive blocks."""
+        """The streams after some consecutive blocks; `hints` are added to the target's tokens after each of them."""
         streams = list(zip(hidden.images, hidden.texts, strict=True))
         numbers = range(len(modulation.blocks))[blocks]
         for number, block, rows in zip(

@@ -1,4 +1,4 @@
-"""The network that steers Qwen-Image-2.1 by an image: a chain of blocks beside the transformer's.
+"""The network that steers Qwen-Image-2.1 by an image: a chain of blocks next to the transformer's.
 
 Its hints are added to the whole sequence, so text and references change with them. Source: the Fun ControlNets of
 alibaba-pai, as VideoX-Fun runs them.

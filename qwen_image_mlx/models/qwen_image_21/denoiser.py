@@ -149,7 +149,7 @@ class Denoiser:
         on_layer: OnLayer | None = None,
         hints: Sequence[Hint] = (),
     ) -> Hidden:
-        """The streams after some consecutive blocks; hints are added after each, only where prefixes are not kept."""
+        """The streams after some consecutive blocks, with hints added, which need prefixes that are not kept."""
         branches = self._branches[: len(hidden.targets)]
         return self._transformer.run(
             hidden, branches, self._table[step], self._still, blocks, on_layer, self._keep, hints

@@ -72,10 +72,6 @@ class Branch(NamedTuple):
     rotary: Rotary
 
 
-# (number of the block, number of the branch) -> what a control adds after it to prefix and target, or None.
-Hint = Callable[[int, int], tuple[mx.array, mx.array] | None]
-
-
 class Hidden(NamedTuple):
     """The streams of each branch between two blocks.
 
@@ -92,6 +88,10 @@ class Hidden(NamedTuple):
     def with_targets(self, targets: Sequence[mx.array]) -> Hidden:
         """The same with other targets."""
         return self._replace(targets=targets)
+
+
+# (number of the block, number of the branch) -> what a control adds after it to prefix and target, or None.
+Hint = Callable[[int, int], tuple[mx.array, mx.array] | None]
 
 
 class Transformer(nn.Module):
@@ -121,7 +121,6 @@ class Transformer(nn.Module):
         still: Rows,
         on_layer: OnLayer | None = None,
         keep: bool = True,
-        hints: Sequence[Hint] = (),
     ) -> tuple[list[mx.array], list[list[KeysValues]]]:
         """Velocities of the target for several branches; every block serves all of them before the next one.
 
@@ -132,7 +131,6 @@ class Transformer(nn.Module):
             still: the rows of timestep 0, for prefixes.
             on_layer: called after each block with what it made.
             keep: hand out the prefixes' keys and values, which takes the memory of all blocks' at once.
-            hints: added after each block to prefixes, which must not be kept ones, and targets.
 
         Returns:
             (B, N, out_channels) for each branch, and the keys and values of each branch's prefix, one for each block:
@@ -160,7 +158,10 @@ class Transformer(nn.Module):
         keep: bool = True,
         hints: Sequence[Hint] = (),
     ) -> Hidden:
-        """The streams after some consecutive blocks; the arguments are those of `velocities`."""
+        """The streams after some consecutive blocks; the arguments are those of `velocities`.
+
+        `hints` are added after each block to targets and prefixes, none of which may be a kept one.
+        """
         targets, hidden = list(entered.targets), dict(entered.prefixes)
         kept = [list(seen) for seen in entered.kept]
         for number, block in zip(range(self._depth)[blocks], self.transformer_blocks[blocks], strict=True):

@@ -60,7 +60,7 @@ class ResidualBranch:
         self._condition = self._network.project_condition(control.tokens.astype(dtype))
         mx.eval(self._text, self._rotary, self._condition)
 
-    def hint(self, latents: mx.array, evaluation: int) -> Hint:
+    def hint(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hint:
         """The residuals of one evaluation; see `ControlBranch.hint`."""
         rows = self._table[evaluation]
         residuals = self._network(latents, self._condition, self._text, rows, self._rotary, self._pace)
@@ -99,12 +99,11 @@ class FunBranch:
         self._condition = self._network.project_condition(control.tokens.astype(dtype))
         mx.eval(self._rotary, self._condition)
 
-    def hint(self, latents: mx.array, evaluation: int) -> Hint:
+    def hint(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hint:
         """The hints of one evaluation; see `ControlBranch.hint`."""
         image = self._steered.project_latents(latents)
-        hints = self._network(
-            image, self._condition, self._steered.texts, self._table[evaluation], self._rotary, self._pace
-        )
+        texts, rotary = self._steered.texts[:branches], self._rotary[:branches]
+        hints = self._network(image, self._condition, texts, self._table[evaluation], rotary, self._pace)
         scaled = [[self._scale * hint for hint in of_block] for of_block in hints]
 
         def hint(block: int, text: int, _: mx.array) -> mx.array | None:
@@ -130,15 +129,17 @@ class BlockwiseBranch:
         self._condition = self._network.project_condition(control.tokens.astype(components.dtype))
         mx.eval(self._condition)
 
-    def hint(self, latents: mx.array, evaluation: int) -> Hint:
+    def hint(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hint:
         """A function of the tokens; see `ControlBranch.hint`. Its layers are read in order, if they are streamed."""
-        layers: Iterator[Any] = iter(self._network.controlnet_blocks)
-        layer = None
+        layers: Iterator[Any] = iter(())
+        layer, following = None, -1
 
         def hint(block: int, text: int, image: mx.array) -> mx.array:
-            nonlocal layer
+            nonlocal layers, layer, following
             if text == 0:
-                layer = next(layers)
+                if block != following:  # the first of a pass, or blocks were left out
+                    layers = iter(self._network.controlnet_blocks[block:])
+                layer, following = next(layers), block + 1
             assert layer is not None
             return self._scale * layer(image, self._condition)
 

@@ -24,7 +24,7 @@ class FunBranch:
     def __init__(
         self, components: Components, conditions: Conditions, control: ControlInput, steered: Denoiser, report: Reporter
     ):
-        logger.info("with a ControlNet, text and references are computed anew in every step")
+        logger.info("with a ControlNet, text and references are computed again in every step")
         self._steered = steered
         self._network = components.network(control.role)
         self._pace = components.pace(control.role)
@@ -33,12 +33,12 @@ class FunBranch:
         self._condition = self._network.project_condition(control.tokens.astype(components.dtype))
         mx.eval(self._condition)
 
-    def hint(self, latents: mx.array, evaluation: int) -> Hint:
+    def hint(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hint:
         """The hints of one evaluation, of (block, branch)."""
         steered = self._steered
         hints = self._network(
-            steered.project(latents), self._condition, steered.prefixes, steered.rows(evaluation), steered.still,
-            self._pace,
+            steered.project(latents), self._condition, steered.prefixes[:branches], steered.rows(evaluation),
+            steered.still, self._pace,
         )  # fmt: skip
         scaled = [[Added(*(self._scale * part for part in added)) for added in of_block] for of_block in hints]
 

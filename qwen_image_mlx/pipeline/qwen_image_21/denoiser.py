@@ -32,7 +32,7 @@ from ...weights.loader import ComponentWeights, fill, specs_of
 from ...weights.tensor_formats import Reader
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions, Controls
+from ..seams import Conditions, Controls, Hints, no_hints
 from .costs import COSTS
 
 # From noise levels to their rows and, at the end, those of timestep 0; a network in training has this instead of files.
@@ -75,7 +75,7 @@ class QwenImage21Denoiser:
         )
         mx.eval(self._denoiser.prepared)
         self._controls = Controls(components, conditions, self._denoiser, report)
-        self._hints: Sequence[Hint] = ()  # of the pass that was entered
+        self._hints: Hints = no_hints
 
     def velocities(
         self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
@@ -91,12 +91,12 @@ class QwenImage21Denoiser:
 
     def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hidden:
         """As `Denoiser.enter`."""
-        self._hints = self._controls.hints(latents, evaluation)
+        self._hints = self._controls.entered(latents, evaluation, branches)
         return self._denoiser.enter(latents, evaluation, branches)
 
     def run(self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Hidden:
         """As `Denoiser.run`."""
-        return self._denoiser.run(hidden, evaluation, blocks, on_layer, self._hints)
+        return self._denoiser.run(hidden, evaluation, blocks, on_layer, self._hints())
 
     def leave(self, hidden: Hidden, evaluation: int) -> Sequence[mx.array]:
         """As `Denoiser.leave`."""
