@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import QwenImageError, RequestError
 from ..gpu import all_finite
-from ..registry import TRANSFORMER, VAE, VAE_DECODER
+from ..registry import IN_CONTEXT, TRANSFORMER, VAE, VAE_DECODER
 from ..sampling.choices import parse_interval
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Guidance
@@ -27,7 +27,7 @@ from .conditioning import GuidanceEncoding, InitialImage, Reference
 from .parameters import GenerationParameters, check_fits
 from .progress import Passes, Progress, ProgressCallback
 from .reporter import Reporter
-from .seams import Conditions, Denoiser, DenoiserClass
+from .seams import Conditions, ControlInput, Denoiser, DenoiserClass
 from .start import Start, draw_start
 from .working import working
 
@@ -53,6 +53,7 @@ def denoise_latents(
     image_index: int,
     latents: mx.array | np.ndarray | None,
     initial: InitialImage | None,
+    controls: Sequence[ControlInput] = (),
     progress: ProgressCallback | None,
 ) -> mx.array:
     """The work of `QwenImagePipeline.denoise_latents`; its arguments and errors, and:
@@ -72,6 +73,7 @@ def denoise_latents(
     if start.blended and variant.samples_references:
         assert start.image is not None
         references = (Reference(start.image, rows, columns),)
+    references += tuple(Reference(c.tokens, rows, columns) for c in controls if c.role == IN_CONTEXT)
     negative = encoding.negative if parameters.cfg_scale > 1 else None
     if parameters.cfg_scale > 1 and negative is None:
         logger.warning("guidance %g has no effect: the encoding has no negative prompt", parameters.cfg_scale)
@@ -82,6 +84,7 @@ def denoise_latents(
         rows=rows,
         columns=columns,
         sigmas=solver.evaluations(start.schedule),
+        controls=tuple(control for control in controls if control.role != IN_CONTEXT),
         keeps_prefix=not parameters.no_prefix_cache,
     )
     make_denoiser.check(components, conditions)

@@ -14,6 +14,7 @@ from ..lora.description import describe
 from ..lora.file import LoRA, read_lora
 from ..outside import one_line
 from ..registry import TEXT_ENCODER, TRANSFORMER, VISION, all_components
+from ..weights import int8
 from ..weights.gguf import read_gguf
 from ..weights.loader import ComponentWeights
 from ..weights.mapping import canonical_names, matrix_shapes, shown_settings, weights_map
@@ -114,6 +115,8 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
             facts["vision tower"] = "yes" if any(holds(row, tensors) for row in all_components(VISION)) else "no"
             if not holds(component, tensors):
                 facts["language model"] = "no: put this file next to the text encoder's"
+        if held := sorted({name for name in int8.formats(tensors) if name.startswith("int8")}):
+            facts["stored as"] = ", ".join(held)
         if form := foreign_format(tensors):
             facts |= {"format": form, "cannot be used": unreadable(tensors) or ""}
     if is_gguf(path):

@@ -69,6 +69,8 @@ def describe(
         metadata["preset"] = request.preset
     if encoding is not None and parameters.step_cache:
         metadata["passes"] = parts.passes._asdict()
+    if request.controls:  # absent where there are none: files of batches are named by all that is here
+        metadata["controls"] = [control.recorded() for control in request.controls]
     if pipeline.variant.layered:
         assert request.reference_pixels is not None
         metadata |= parameters.recorded("layered") | {

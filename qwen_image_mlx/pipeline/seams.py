@@ -6,7 +6,7 @@ image, from everything that is known before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -26,6 +26,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ControlInput:
+    """A ControlNet's part in one image.
+
+    Attributes:
+        role: the name of its component.
+        tokens: the encoded control image, packed (1, N, condition channels), fp32.
+        scale: factor of what it adds.
+        start, end: the part of the evaluations, from 0 to 1, in which it runs.
+    """
+
+    role: str
+    tokens: mx.array
+    scale: float
+    start: float
+    end: float
+
+    def runs(self, evaluation: int, evaluations: int) -> bool:
+        """Whether it has an effect in an evaluation. Source: `controlnet_keep` of diffusers' pipelines."""
+        first, last = evaluation / evaluations, (evaluation + 1) / evaluations
+        return self.scale != 0 and self.start <= first and last <= self.end
+
+
+@dataclass(frozen=True)
 class Conditions:
     """Everything that one image depends on except its noise; a second conditioner adds a field.
 
@@ -35,6 +58,7 @@ class Conditions:
         frames: images that are generated together: 1, or layers and the whole.
         rows, columns: of a frame's tokens.
         sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
+        controls: what steers the image by other images.
         keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
@@ -44,6 +68,7 @@ class Conditions:
     rows: int
     columns: int
     sigmas: np.ndarray
+    controls: tuple[ControlInput, ...] = ()
     keeps_prefix: bool = True
 
 
@@ -56,6 +81,57 @@ class Hidden(Protocol):
 
     def with_targets(self, targets: Sequence[mx.array]) -> Any:
         """The same with other targets."""
+
+
+class ControlBranch(Protocol):
+    """What one control adds to an image's tokens.
+
+    Made from (components, conditions, its `ControlInput`, what its generation's denoiser gives it, report).
+    """
+
+    def hint(self, latents: mx.array, evaluation: int) -> Callable[..., Any]:
+        """What is added after each block in one evaluation, a function that the generation's transformer calls.
+
+        Args:
+            latents: packed latents (1, N, C) of the target.
+            evaluation: index into `Conditions.sigmas`.
+        """
+
+    @staticmethod
+    def kept_values(config: Any, evaluations: int, tokens: int, branches: int) -> int:
+        """The number of values, in the model's dtype, that it keeps; the memory plan counts them.
+
+        Args:
+            config: of the ControlNet.
+            evaluations: the number of noise levels.
+            tokens: of the target.
+            branches: 1, or 2 with guidance.
+        """
+
+
+class Controls:
+    """The controls of one image that have an effect.
+
+    Args:
+        components, conditions, report: as in `DenoiserClass`.
+        steered: what the generation's denoiser gives to its `ControlBranch`es.
+    """
+
+    def __init__(self, components: Components, conditions: Conditions, steered: Any, report: Reporter):
+        self._evaluations = len(conditions.sigmas)
+        self._branches: list[tuple[ControlInput, ControlBranch]] = [
+            (control, components.control(control.role)(components, conditions, control, steered, report))
+            for control in conditions.controls
+            if any(control.runs(evaluation, self._evaluations) for evaluation in range(self._evaluations))
+        ]
+
+    def hints(self, latents: mx.array, evaluation: int) -> list[Callable[..., Any]]:
+        """Those of the controls that run in an evaluation; see `ControlBranch.hint`."""
+        return [
+            branch.hint(latents, evaluation)
+            for control, branch in self._branches
+            if control.runs(evaluation, self._evaluations)
+        ]
 
 
 class Denoiser(Protocol):

@@ -16,6 +16,7 @@ from ..names import Dtype, LoRAMode
 from ..options import (
     Choice,
     Config,
+    Group,
     ImageFile,
     Integer,
     Option,
@@ -27,6 +28,7 @@ from ..options import (
     option,
     options_of,
 )
+from ..pipeline.control import Control
 from ..pipeline.parameters import (
     CANVAS,
     DTYPES,
@@ -238,6 +240,16 @@ _OTHERS = (
         name="mask", kind=ImageFile(), group="image to image", commands=CANVAS, flags=("--mask",), metavar="IMAGE",
         help="white is inpainted; all other pixels come back bit for bit", tasks=CANVAS, record="asked",
         place=True, needs=("images",),
+    ),
+    Option(
+        name="outpaint", kind=Text(r"^[0-9]{1,5}(,[0-9]{1,5}){3}$"), group="image to image", commands=CANVAS,
+        flags=("--outpaint",), metavar="L,T,R,B", tasks=CANVAS, record="asked", needs=("images",),
+        help="extend the image by these pixels to the left, above, to the right and below; all of its own pixels come "
+        "back bit for bit",
+    ),
+    Option(
+        name="controls", kind=Several(Group(Control)), group="control", commands=CANVAS, flags=("--controlnet",),
+        tasks=CANVAS, line=True, record="always", place=True, of_model=True,
     ),
     Option(
         name="size", kind=Text(r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$"), group="size",

@@ -18,7 +18,8 @@ from ..errors import RequestError
 from ..names import Aspect, NamedSize, PresetName, Task
 from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
-from ..pipeline.image_request import canvas_of, transparent_prompt
+from ..pipeline.control import controls_of
+from ..pipeline.image_request import begun, canvas_of, control_prompt, transparent_prompt
 from ..pipeline.limits import free_memory, limits
 from ..pipeline.opening import distillation, is_distilled
 from ..pipeline.parameters import GenerationParameters
@@ -150,15 +151,16 @@ class Session:
             if images:
                 canvas = canvas_of(
                     variant, images, mask=mask, size=named, composite=not asked.get("no_composite"),
-                    crop_padding=asked.get("mask_padding"), straight=straight,
+                    crop_padding=asked.get("mask_padding"), straight=straight, outpaint=asked.get("outpaint"),
                 )  # fmt: skip
             recommended: dict[str, Any] = {
                 r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling
             }
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
-            wanted = {**recommended, **asked}
+            wanted = {**recommended, **begun(asked.get("strength"), asked.get("outpaint")), **asked}
             if asked.get("transparent"):
                 wanted["prompt"] = transparent_prompt(variant, wanted["prompt"])
+            wanted["prompt"] = control_prompt(variant, wanted["prompt"], controls_of(wanted.get("controls")))
             request = replace(
                 build_request(wanted, canvas.size if canvas else cast("Size", named)),
                 images=tuple(images) if task == "edit" else (),

@@ -24,6 +24,7 @@ NAMES = ROLES | set(CLASSES) | set(VARIANTS)
 FOR_THEM = (
     *("registry.py", "variants.py", "models/qwen_image/", "models/qwen2_5_vl/", "pipeline/qwen_image/"),
     *("models/qwen_image_21/", "models/qwen3_vl/", "pipeline/qwen_image_21/"),
+    *("training/qwen_image/", "training/qwen_image_21/"),
 )
 # Who else may say which of them, and why.
 EXCEPTIONS = {
@@ -117,6 +118,9 @@ def test_what_works_with_a_class_has_the_seam_s_methods():
             if row.role == TRANSFORMER:
                 made = resolve(entry.use)
                 assert all(callable(getattr(made, name)) for name in ("velocities", "check", "kept_values"))
+                trained = resolve(entry.training)
+                methods = ("segments", "network", "modulation", "table", "denoisers")
+                assert all(callable(getattr(trained, name)) for name in methods)
             if row.role == TEXT_ENCODER:
                 assert all(callable(getattr(resolve(entry.use), name)) for name in ("encode", "caption"))
 

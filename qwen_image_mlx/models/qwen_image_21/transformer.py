@@ -10,7 +10,7 @@ N target tokens, P prefix tokens, L text tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -72,6 +72,10 @@ class Branch(NamedTuple):
     rotary: Rotary
 
 
+# (number of the block, number of the branch) -> what a control adds after it to prefix and target, or None.
+Hint = Callable[[int, int], tuple[mx.array, mx.array] | None]
+
+
 class Hidden(NamedTuple):
     """The streams of each branch between two blocks.
 
@@ -117,6 +121,7 @@ class Transformer(nn.Module):
         still: Rows,
         on_layer: OnLayer | None = None,
         keep: bool = True,
+        hints: Sequence[Hint] = (),
     ) -> tuple[list[mx.array], list[list[KeysValues]]]:
         """Velocities of the target for several branches; every block serves all of them before the next one.
 
@@ -127,12 +132,13 @@ class Transformer(nn.Module):
             still: the rows of timestep 0, for prefixes.
             on_layer: called after each block with what it made.
             keep: hand out the prefixes' keys and values, which takes the memory of all blocks' at once.
+            hints: added after each block to prefixes, which must not be kept ones, and targets.
 
         Returns:
             (B, N, out_channels) for each branch, and the keys and values of each branch's prefix, one for each block:
             given as `Branch.prefix` to later steps, these leave out all work on the prefix. Empty unless kept.
         """
-        hidden = self.run(self.enter(latents, branches), branches, rows, still, slice(None), on_layer, keep)
+        hidden = self.run(self.enter(latents, branches), branches, rows, still, slice(None), on_layer, keep, hints)
         return self.leave(hidden, rows), [list(seen) for seen in hidden.kept]
 
     # The three parts of a pass, for callers that leave some of its blocks out.
@@ -152,6 +158,7 @@ class Transformer(nn.Module):
         blocks: slice = slice(None),
         on_layer: OnLayer | None = None,
         keep: bool = True,
+        hints: Sequence[Hint] = (),
     ) -> Hidden:
         """The streams after some consecutive blocks; the arguments are those of `velocities`."""
         targets, hidden = list(entered.targets), dict(entered.prefixes)
@@ -169,6 +176,9 @@ class Transformer(nn.Module):
                 if keep:
                     kept[n].append(seen)
                 targets[n] = block(targets[n], rows, rotary, seen)
+            for added, n in ((hint(number, n), n) for hint in hints for n in hidden):
+                if added is not None:
+                    hidden[n], targets[n] = hidden[n] + added[0], targets[n] + added[1]
             if on_layer is not None:
                 on_layer([*made, *targets])
         return Hidden(targets, hidden, kept)
