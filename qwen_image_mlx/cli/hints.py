@@ -8,6 +8,8 @@ from ..outside import one_line
 # By `QwenImageError.cause`.
 HINTS = {
     "budget": "try a smaller image or --quantize 4, or generate anyway with --force",
+    "prefix cache": "make the references smaller, as with --reference-pixels 262144, or give --no-prefix-cache, which "
+    "takes much more time",
     "residency": "try --memory auto or --quantize 4, or generate anyway with --force",
     "streamed quantization": "save the model quantized once (qwen-image-mlx quantize MODEL FOLDER --bits 4) and give "
     "--model FOLDER without --quantize, allow more memory, or leave --quantize out",

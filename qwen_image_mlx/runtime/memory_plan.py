@@ -219,7 +219,7 @@ class Planner:
         units = costs.image * self.target_tokens + costs.reference * self.reference_tokens
         units += costs.prompt * self.words + costs.guided * tokens * work.guided
         units += costs.queued(max(self.target_tokens, self.reference_tokens))
-        queries = self.most_queries if self.components.variant.keeps_references else tokens
+        queries = self.largest_image if self.components.variant.keeps_references else tokens
         scores = costs.scores * queries * tokens * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
         steering = sum(map(self.passing, work.controls)) + self.cached()
@@ -333,8 +333,8 @@ class Planner:
         return self.words + self.reference_tokens
 
     @property
-    def most_queries(self) -> int:
-        """The maximum number of tokens that attend together: the target's, or those of an image before it."""
+    def largest_image(self) -> int:
+        """Tokens of the largest image, the target included: these attend together."""
         return max(self.target_tokens, *(self.components.latent_space.tokens(*size) for size in self.work.shown), 0)
 
     def largest(self, name: str, part: str) -> int:

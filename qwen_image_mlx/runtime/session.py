@@ -215,10 +215,14 @@ class Session:
             logger.warning("too large for the memory:\n%s", table_of(others, budget))
             if not self.force:
                 packs = any(other.needs_pack and other.peak <= budget for other in others)
+                without = fitting_plan(pipeline.components, replace(work, keeps_prefix=False), self.memory)
                 raise RequestError(
                     f"this takes {plan.peak / 1e9:.2f} GB, but only {budget / 1e9:.2f} may be used",
-                    cause="streamed quantization" if packs else "budget" if self._said_memory else "residency",
-                )
+                    cause="streamed quantization" if packs
+                    else "prefix cache" if without.peak <= budget
+                    else "budget" if self._said_memory
+                    else "residency",
+                )  # fmt: skip
         elif plan.peak - mx.get_active_memory() > (free := free_memory()):
             logger.warning(
                 "this takes %.1f GB, and only %.1f are free now: the machine will swap; close other programs",

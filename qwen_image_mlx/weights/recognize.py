@@ -152,7 +152,7 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
     if not tensors:
         return
     kind, share, what = component.home, known_share(component, tensors), None
-    own, cure = weights_map(component.map)["model"], "give the file of one"
+    own, cure = weights_map(component.map).get("model"), "give the file of one"
     if share < _KNOWN and (other := kind_of(tensors)) not in (None, kind):
         what = f"{LABELS[other]} of Qwen-Image's kind"
     elif kind == TRANSFORMER and share < 1 and (found := other_model(own, tensors)):
@@ -212,7 +212,7 @@ def _other_generation(component: Component, tensors: Mapping[str, Tensor]) -> st
     if found is None or found.home != component.home or known_share(found, tensors) < 1:
         return None
     model: str = weights_map(found.map)["model"]
-    return model if model != weights_map(component.map)["model"] else None
+    return model if model != weights_map(component.map).get("model") else None
 
 
 def _file(tensors: Mapping[str, Tensor]) -> Any:
