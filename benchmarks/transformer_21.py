@@ -210,7 +210,7 @@ class Ours:
         from qwen_image_mlx.sampling.schedule import Schedule
 
         schedule, pace = Schedule(np.array(SIGMAS, np.float32)), Pace()
-        return stopwatch(lambda: denoise(lambda x, _: denoiser.velocities(x, 0, pace), latents, schedule, None))
+        return stopwatch(lambda: denoise(lambda x, *_: denoiser.velocities(x, 0, pace), latents, schedule, None))
 
     def planned(self, side: int, references: int) -> int:
         """Bytes that the memory plan counts for a first step, in addition to the weights."""

@@ -345,7 +345,7 @@ VARIANTS: dict[str, Variant] = {
     "QwenImageLayeredPipeline": Variant(
         task="decompose",
         template=Template(text=_DESCRIBE, drop=34, max_embeddings=512),
-        max_images=1,
+        max_images=2,  # with a layer's mask
         reference_area=1024**2,
         layered=True,
         captions=True,

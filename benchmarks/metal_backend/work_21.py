@@ -16,7 +16,8 @@ from qwen_image_mlx.models.qwen_image_21 import transformer, vae
 from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig, VAEConfig
 from qwen_image_mlx.models.qwen_image_21.denoiser import Condition, Denoiser, Reference
 from qwen_image_mlx.pipeline import autoencode
-from qwen_image_mlx.sampling.denoise import Guidance, denoise
+from qwen_image_mlx.sampling.denoise import denoise
+from qwen_image_mlx.sampling.guidance import Guidance
 from qwen_image_mlx.sampling.schedule import Schedule
 
 from .graph import Graph, blank, blank_module, trace
@@ -61,7 +62,7 @@ def forward(
         schedule = Schedule(np.linspace(1, 0, steps + 1, dtype=np.float32))
         guidance = GUIDANCE if len(texts) > 1 else None
         noise = blank((1, grid[0] * grid[1], config.in_channels), DTYPE)
-        return denoise(lambda x, step: made.velocities(x, step, pace), noise, schedule, guidance)
+        return denoise(lambda x, step, _: made.velocities(x, step, pace), noise, schedule, guidance)
 
     return trace(run)
 

@@ -177,7 +177,7 @@ def _check_sources(given: Mapping[str, Any], sources: list[Any], task: str, repl
 def _check_needs(given: Mapping[str, Any], options: Mapping[str, Any], task: str, has_images: bool) -> None:
     """Raises RequestError for a flag whose image or mask is missing."""
     missing = {"images"} if not has_images else set()
-    missing |= {"mask"} - options.keys()
+    missing |= set() if {"mask", "outpaint"} & options.keys() else {"mask"}
     for need, why in (("images", ""), ("mask", ": without one an edit begins with noise alone")):
         for row in rows_of(task):
             if row.name in given and need in row.needs and need in missing:

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, get_args
 
 from ..names import LayersFormat
-from ..options import Choice, Integer, Option, Several, Switch, Text, by_name
+from ..options import Choice, Group, Integer, Option, Several, Switch, Text, by_name, options_of
 from ..pipeline.parameters import CANVAS, IMAGE_COMMANDS
 from ..runtime.options import OPTIONS
 
@@ -20,6 +20,7 @@ _HEADINGS = {
     "size": "size",
     "sampling": "sampling",
     "image to image": "image to image and inpainting",
+    "control": "control by an image",
     "layers": "layers",
     "many": "many images",
     "model": "model",
@@ -176,6 +177,9 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
     """Adds one flag or one positional argument."""
     said: dict[str, Any] = {"help": _help(row), "default": None}
     kind = row.kind.kind if isinstance(row.kind, Several) else row.kind
+    if isinstance(kind, Group):
+        _add_group(place, row.name, kind)
+        return
     if isinstance(kind, Switch):
         said["action"] = "store_true"
     else:
@@ -201,6 +205,35 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
         place.add_argument(*row.instead, dest=row.name, action=_Once, metavar=row.metavar, help="the same as a flag")
     else:
         place.add_argument(row.name, **said)
+
+
+def _add_group(place: argparse._ActionsContainer, name: str, kind: Group) -> None:
+    """Adds the flags of a group that may be repeated: the first begins one, the others belong to the one before."""
+    first, *_ = rows = [*options_of(kind.of)]
+    for row in rows:
+        said: dict[str, Any] = {"help": _help(row), "metavar": row.metavar}
+        if isinstance(row.kind, Choice):
+            said |= {"choices": row.kind.values}
+        elif row.kind.read:
+            said |= {"type": row.kind.read}
+        place.add_argument(*row.flags, dest=name, action=_Grouped, const=(first.flag, row.name), **said)
+
+
+class _Grouped(argparse.Action):
+    """Stores a value in the last object of a list; the group's first flag begins a new object."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        (first, name), groups = self.const, [*(getattr(namespace, self.dest, None) or ())]
+        if option_string == first:
+            groups.append({})
+        elif not groups:
+            parser.error(f"{option_string} belongs to a {first}, which is given before it")
+        elif name in groups[-1]:
+            parser.error(f"{option_string} is given twice for {groups[-1]['controlnet']}: repeat {first}")
+        else:
+            groups[-1] = {**groups[-1]}
+        groups[-1][name] = values
+        setattr(namespace, self.dest, groups)
 
 
 class _Once(argparse._StoreAction):

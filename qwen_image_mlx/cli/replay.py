@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..options import Choice, Several
+from ..options import Choice, Several, options_of
+from ..pipeline.control import Control
 from ..runtime.options import OPTIONS, recorded
 from ..runtime.presets import yielding
 
@@ -51,7 +52,10 @@ def _found_nearby(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
         nearby = folder / place
         return str(nearby) if nearby.exists() and not Path(place).exists() else place
 
-    def moved(name: str, value: str) -> str:
+    def moved(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            files = {row.name for row in options_of(Control) if row.place}
+            return {field: find(one) if field in files else one for field, one in value.items()}
         head, mark, tail = value.rpartition(_SUFFIXES[name]) if name in _SUFFIXES else (value, "", "")
         return f"{find(head)}{mark}{tail}"
 

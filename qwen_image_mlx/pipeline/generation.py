@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import QwenImageError, RequestError
 from ..gpu import all_finite
-from ..registry import TRANSFORMER, VAE, VAE_DECODER
+from ..registry import IN_CONTEXT, TRANSFORMER, VAE, VAE_DECODER
 from ..sampling.choices import parse_interval
 from ..sampling.denoise import denoise
 from ..sampling.guidance import Guidance
@@ -27,7 +27,7 @@ from .conditioning import GuidanceEncoding, InitialImage, Reference
 from .parameters import GenerationParameters, check_fits
 from .progress import Passes, Progress, ProgressCallback
 from .reporter import Reporter
-from .seams import Conditions, Denoiser, DenoiserClass
+from .seams import Conditions, ControlInput, Denoiser, DenoiserClass
 from .start import Start, draw_start
 from .working import working
 
@@ -39,7 +39,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 def frames_of(components: Components, parameters: GenerationParameters) -> int:
     """Number of images generated together: 1, or the whole image and its layers with a layered model."""
-    return parameters.num_layers + 1 if components.variant.layered else 1
+    return parameters.num_layers + 1 if components.variant.layered and not parameters.single_layer else 1
 
 
 def denoise_latents(
@@ -53,6 +53,7 @@ def denoise_latents(
     image_index: int,
     latents: mx.array | np.ndarray | None,
     initial: InitialImage | None,
+    controls: Sequence[ControlInput] = (),
     progress: ProgressCallback | None,
 ) -> mx.array:
     """The work of `QwenImagePipeline.denoise_latents`; its arguments and errors, and:
@@ -64,7 +65,7 @@ def denoise_latents(
     """
     variant, space, solver = components.variant, components.latent_space, SOLVERS[parameters.solver]
     check_fits(parameters, variant)
-    _check_encoding(components, encoding, initial)
+    _check_encoding(components, encoding, initial, parameters.single_layer)
     rows, columns = space.grid(parameters.width, parameters.height)
     schedule = schedule_of(components, parameters, rows * columns, encoding.references)
     start = _start(components, parameters, schedule, seed, image_index, latents, initial)
@@ -72,6 +73,7 @@ def denoise_latents(
     if start.blended and variant.samples_references:
         assert start.image is not None
         references = (Reference(start.image, rows, columns),)
+    references += tuple(Reference(c.tokens, rows, columns) for c in controls if c.role == IN_CONTEXT)
     negative = encoding.negative if parameters.cfg_scale > 1 else None
     if parameters.cfg_scale > 1 and negative is None:
         logger.warning("guidance %g has no effect: the encoding has no negative prompt", parameters.cfg_scale)
@@ -82,6 +84,7 @@ def denoise_latents(
         rows=rows,
         columns=columns,
         sigmas=solver.evaluations(start.schedule),
+        controls=tuple(control for control in controls if control.role != IN_CONTEXT),
         keeps_prefix=not parameters.no_prefix_cache,
     )
     make_denoiser.check(components, conditions)
@@ -150,7 +153,7 @@ def decode_frames(
     """The work of `QwenImagePipeline.decode_frames`, at most `strip_pixels` pixels at once."""
     frames = frames_of(components, parameters)
     unpacked = components.latent_space.unpack_frames(latents, frames, parameters.width, parameters.height)[0]
-    first = 1 if components.variant.layered else 0
+    first = 1 if frames > 1 else 0
     strips = strips_of(parameters.width * parameters.height, strip_pixels)
     for n in range(first, frames):
         with working(components, report, progress):
@@ -186,16 +189,18 @@ def _guidance(components: Components, parameters: GenerationParameters) -> Guida
     return Guidance(parameters.cfg_scale, renormalize, interval, parameters.cfg_zero_star, parameters.apg)
 
 
-def _check_encoding(components: Components, encoding: GuidanceEncoding, initial: InitialImage | None) -> None:
+def _check_encoding(
+    components: Components, encoding: GuidanceEncoding, initial: InitialImage | None, single_layer: bool
+) -> None:
     """Raises RequestError for an encoding of a different kind of model."""
     variant, model = components.variant, components.snapshot.model
     if not variant.takes_images if encoding.references else variant.needs_images:
         kinds = ("works on images", "none") if variant.takes_images else ("generates from text", "images")
         raise RequestError("{} {}; the encoding holds {}".format(model, *kinds))
-    if variant.max_images is not None and len(encoding.references) > variant.max_images:
+    most = 1 if variant.layered and not single_layer else variant.max_images  # a layer's mask is a second image
+    if most is not None and len(encoding.references) > most:
         raise RequestError(
-            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, "
-            f"but the encoding has {len(encoding.references)}"
+            f"{model} works on at most {most} image{'s' * (most > 1)}, but the encoding has {len(encoding.references)}"
         )
     if variant.layered and initial is not None:
         raise RequestError(f"{model} decomposes an image; it does not change one")

@@ -65,6 +65,8 @@ def describe(
         **{name: str(parts.sources.replaced.get(name, "")) or None for name in FOLDERS},
         "version": __version__,
     }
+    if request.controls:  # absent where there are none: files of batches are named by all that is here
+        metadata["controls"] = [control.recorded() for control in request.controls]
     if request.preset is not None:
         metadata["preset"] = request.preset
     if encoding is not None and parameters.step_cache:

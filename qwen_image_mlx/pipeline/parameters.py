@@ -86,6 +86,7 @@ class GenerationParameters:
         rng: "torch" draws the noise `torch.Generator("cpu")` would, "mlx" MLX's own.
         sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid, one for each step.
         num_layers: with a layered model, the number of layers to decompose an image into, 1 … 8.
+        single_layer: with a layered model that takes layers by name, generate the one that the prompt, or a mask, says.
         cfg_normalize: whether guidance keeps the length of each token's velocity; None is the model's default (layered
             models: no, all others: yes).
         strength: how much of an initial image is regenerated, above 0 and at most 1; without one it has no effect.
@@ -172,6 +173,7 @@ class GenerationParameters:
         record="layered", but={"plan": {"help": "number of layers of a layered model"}},
         config=(Config(help="how many layers an image is decomposed into", example=4),),
     )  # fmt: skip
+    single_layer: bool = option(False, kind=Switch(), record="set")
     cfg_normalize: bool | None = option(
         None, kind=Switch(), help="guidance keeps the length of each token's velocity",
         group="sampling", commands=("decompose",), flags=("--cfg-normalize",), tasks=("decompose",), record="layered",

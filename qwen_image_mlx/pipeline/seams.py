@@ -6,8 +6,9 @@ image, from everything that is known before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -25,6 +26,38 @@ if TYPE_CHECKING:
     from .components import Components
 
 
+# Gives what the transformer adds after its blocks in the evaluation that was entered.
+Hints = Callable[[], "list[Callable[..., Any]]"]
+
+
+def no_hints() -> list[Callable[..., Any]]:
+    """Nothing."""
+    return []
+
+
+@dataclass(frozen=True)
+class ControlInput:
+    """A ControlNet's part in one image.
+
+    Attributes:
+        role: the name of its component.
+        tokens: the encoded control image, packed (1, N, condition channels), fp32.
+        scale: factor of what it adds.
+        start, end: the part of the evaluations, from 0 to 1, in which it runs.
+    """
+
+    role: str
+    tokens: mx.array
+    scale: float
+    start: float
+    end: float
+
+    def runs(self, evaluation: int, evaluations: int) -> bool:
+        """Whether it has an effect in an evaluation. Source: `controlnet_keep` of diffusers' pipelines."""
+        first, last = evaluation / evaluations, (evaluation + 1) / evaluations
+        return self.scale != 0 and self.start <= first and last <= self.end
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Everything that one image depends on except its noise; a second conditioner adds a field.
@@ -35,6 +68,7 @@ class Conditions:
         frames: images that are generated together: 1, or layers and the whole.
         rows, columns: of a frame's tokens.
         sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
+        controls: what steers the image by other images.
         keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
@@ -44,7 +78,65 @@ class Conditions:
     rows: int
     columns: int
     sigmas: np.ndarray
+    controls: tuple[ControlInput, ...] = ()
     keeps_prefix: bool = True
+
+
+class ControlBranch(Protocol):
+    """What one control adds to an image's tokens.
+
+    Made from (components, conditions, its `ControlInput`, what its generation's denoiser gives it, report).
+    """
+
+    def hint(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Callable[..., Any]:
+        """What is added after each block in one evaluation, a function that the generation's transformer calls.
+
+        Args:
+            latents: packed latents (1, N, C) of the target.
+            evaluation: index into `Conditions.sigmas`.
+            branches: how many of the branches run, from the first on; None is all.
+        """
+
+    @staticmethod
+    def kept_values(config: Any, evaluations: int, tokens: int, branches: int) -> int:
+        """The number of values, in the model's dtype, that it keeps; the memory plan counts them.
+
+        Args:
+            config: of the ControlNet.
+            evaluations: the number of noise levels.
+            tokens: of the target.
+            branches: 1, or 2 with guidance.
+        """
+
+
+class Controls:
+    """The controls of one image that have an effect.
+
+    Args:
+        components, conditions, report: as in `DenoiserClass`.
+        steered: what the generation's denoiser gives to its `ControlBranch`es.
+    """
+
+    def __init__(self, components: Components, conditions: Conditions, steered: Any, report: Reporter):
+        self._evaluations = len(conditions.sigmas)
+        self._branches: list[tuple[ControlInput, ControlBranch]] = [
+            (control, components.control(control.role)(components, conditions, control, steered, report))
+            for control in conditions.controls
+            if any(control.runs(evaluation, self._evaluations) for evaluation in range(self._evaluations))
+        ]
+
+    def entered(self, latents: mx.array, evaluation: int, branches: int | None) -> Hints:
+        """The hints of an evaluation, computed when its first block runs: none where all blocks are left out."""
+
+        @cache
+        def hints() -> list[Callable[..., Any]]:
+            return [
+                branch.hint(latents, evaluation, branches)
+                for control, branch in self._branches
+                if control.runs(evaluation, self._evaluations)
+            ]
+
+        return hints
 
 
 class Hidden(Protocol):

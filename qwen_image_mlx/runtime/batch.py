@@ -19,7 +19,7 @@ from ..errors import RequestError
 from ..files import temporary_folder
 from ..images.files import read_metadata
 from ..pipeline.conditioning import GuidanceEncoding
-from ..pipeline.conductor import GeneratedImage, generate_encoded
+from ..pipeline.conductor import GeneratedImage, encode_controls, generate_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
 from ..sampling.solvers import SOLVERS
@@ -109,6 +109,7 @@ def heaviest(asked: Sequence[Asked]) -> Request:
             sigmas=None,
         ),
         image_indices=range(len(asked)),
+        controls=max((request.controls for request in requests), key=len),
     )
 
 
@@ -128,7 +129,10 @@ def generate_all(
     pipeline = session.pipeline
     with session.planned(heaviest(asked)) as plan, temporary_folder() as folder:
         kept: dict[tuple[str, str | None], Path] = {}
+        controls = {}
         for one in asked:
+            if (steered := _steered(one.request)) not in controls:
+                controls[steered] = encode_controls(pipeline, one.request, session.progress)
             if _prompts(one.request) not in kept:
                 path = folder / f"{len(kept)}.safetensors"
                 session.encoded(one.request).save(path)
@@ -143,7 +147,9 @@ def generate_all(
         for one in ordered:
             request, encoding = one.request, GuidanceEncoding.load(kept[_prompts(one.request)])
             last = staged and one is ordered[-1]
-            images = generate_encoded(pipeline, request, encoding, None, session.watch(request, show), last)
+            images = generate_encoded(
+                pipeline, request, encoding, None, session.watch(request, show), last, controls[_steered(request)]
+            )
             for image, seed, index in images:
                 yield one, GeneratedImage(image, describe(pipeline, request, encoding, seed, index))
 
@@ -151,6 +157,12 @@ def generate_all(
 def _prompts(request: Request) -> tuple[str, str | None]:
     """The part of a request that an encoding depends on, for one pipeline and images from text."""
     return request.prompt, request.guiding_prompt
+
+
+def _steered(request: Request) -> str:
+    """The part of a request that the encoding of its controls depends on."""
+    said = [control.recorded() for control in request.controls]
+    return json.dumps([said, request.parameters.width, request.parameters.height])
 
 
 def _schedule(request: Request) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from ..names import Dtype, LoRAMode
 from ..options import (
     Choice,
     Config,
+    Group,
     ImageFile,
     Integer,
     Option,
@@ -27,6 +28,7 @@ from ..options import (
     option,
     options_of,
 )
+from ..pipeline.control import Control
 from ..pipeline.parameters import (
     CANVAS,
     DTYPES,
@@ -240,6 +242,16 @@ _OTHERS = (
         place=True, needs=("images",),
     ),
     Option(
+        name="outpaint", kind=Text(r"^[0-9]{1,5}(,[0-9]{1,5}){3}$"), group="image to image", commands=CANVAS,
+        flags=("--outpaint",), metavar="L,T,R,B", tasks=CANVAS, record="asked", needs=("images",),
+        help="extend the image by these pixels to the left, above, to the right and below; all of its own pixels come "
+        "back bit for bit",
+    ),
+    Option(
+        name="controls", kind=Several(Group(Control)), group="control", commands=CANVAS, flags=("--controlnet",),
+        tasks=CANVAS, line=True, record="always", place=True, of_model=True,
+    ),
+    Option(
         name="size", kind=Text(r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$"), group="size",
         commands=(*CANVAS, "decompose", "plan"), flags=("--size",), metavar="1mp|source|WxH",
         help="with --image, size of the result: about 1 MP at its aspect, the same resized to its size, or an explicit "
@@ -285,6 +297,16 @@ _OTHERS = (
                        help="side in pixels of the square whose area the model works at"),),
         but={"caption": {"kind": Choice(LAYERED_RESOLUTIONS), "metavar": None,
                          "help": "side in pixels of the square whose area the image is shown at"}},
+    ),
+    Option(
+        name="layer_prompt", kind=Text(), group="layers", commands=("decompose",), flags=("--layer-prompt",),
+        metavar="TEXT", tasks=("decompose",),
+        help="make one layer, of what the text says, with a model that takes layers by name (Layered-Control)",
+    ),
+    Option(
+        name="layer_mask", kind=ImageFile(), group="layers", commands=("decompose",), flags=("--layer-mask",),
+        metavar="IMAGE", tasks=("decompose",),
+        help="make one layer, of what is white in a mask of the same size (Layered-Control-V2)",
     ),
     Option(
         name="caption_language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="layers", commands=("decompose",),

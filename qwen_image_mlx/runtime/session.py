@@ -18,7 +18,8 @@ from ..errors import RequestError
 from ..names import Aspect, NamedSize, PresetName, Task
 from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
-from ..pipeline.image_request import canvas_of, transparent_prompt
+from ..pipeline.control import controls_of
+from ..pipeline.image_request import begun, canvas_of, control_prompt, transparent_prompt
 from ..pipeline.limits import free_memory, limits
 from ..pipeline.opening import distillation, is_distilled
 from ..pipeline.parameters import GenerationParameters
@@ -150,15 +151,16 @@ class Session:
             if images:
                 canvas = canvas_of(
                     variant, images, mask=mask, size=named, composite=not asked.get("no_composite"),
-                    crop_padding=asked.get("mask_padding"), straight=straight,
+                    crop_padding=asked.get("mask_padding"), straight=straight, outpaint=asked.get("outpaint"),
                 )  # fmt: skip
             recommended: dict[str, Any] = {
                 r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling
             }
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
-            wanted = {**recommended, **asked}
+            wanted = {**recommended, **begun(asked.get("strength"), asked.get("outpaint")), **asked}
             if asked.get("transparent"):
                 wanted["prompt"] = transparent_prompt(variant, wanted["prompt"])
+            wanted["prompt"] = control_prompt(variant, wanted["prompt"], controls_of(wanted.get("controls")))
             request = replace(
                 build_request(wanted, canvas.size if canvas else cast("Size", named)),
                 images=tuple(images) if task == "edit" else (),
@@ -213,10 +215,14 @@ class Session:
             logger.warning("too large for the memory:\n%s", table_of(others, budget))
             if not self.force:
                 packs = any(other.needs_pack and other.peak <= budget for other in others)
+                without = fitting_plan(pipeline.components, replace(work, keeps_prefix=False), self.memory)
                 raise RequestError(
                     f"this takes {plan.peak / 1e9:.2f} GB, but only {budget / 1e9:.2f} may be used",
-                    cause="streamed quantization" if packs else "budget" if self._said_memory else "residency",
-                )
+                    cause="streamed quantization" if packs
+                    else "prefix cache" if without.peak <= budget
+                    else "budget" if self._said_memory
+                    else "residency",
+                )  # fmt: skip
         elif plan.peak - mx.get_active_memory() > (free := free_memory()):
             logger.warning(
                 "this takes %.1f GB, and only %.1f are free now: the machine will swap; close other programs",

@@ -17,7 +17,7 @@ HEAVY = ("mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "torch", "trans
 
 PUBLIC = {
     "__version__", "QwenImagePipeline", "GenerationParameters", "GuidanceEncoding", "InitialImage", "Progress",
-    "LayeredResult", "Quantization", "compose", "Preview", "to_images", "pack_multi_layer_latents",
+    "LayeredResult", "Control", "Quantization", "compose", "Preview", "to_images", "pack_multi_layer_latents",
     "unpack_multi_layer_latents", "HubSnapshot",
     "ignore_profiles", "QwenImageError", "RequestError", "CheckpointError", "GPUError", "HubError", "OutputError",
     "Cancelled",
@@ -39,16 +39,16 @@ SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--guidance", "--seed
 }
 PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
-    "--no-composite", "--transparent", "--no-prefix-cache", "--cache", "--from-image", "--ignore-profile",
-    "-W", "-H", "-o", "--prompt",
-    "-p", "--image-path",
+    "--no-composite", "--transparent", "--no-prefix-cache", "--cache", "--from-image", "--ignore-profile", "-W", "-H",
+    "-o", "--prompt", "-p", "--image-path", "--outpaint", "--controlnet", "--control-image", "--control-scale",
+    "--control-start", "--control-end", "--control-mask", "--control-source", "--control-kind",
 }  # fmt: skip
 FLAGS = {
     "generate": PAINTING | {"--aspect", "--prompts-file", "--seeds", "--contact-sheet", "--pick"},
     "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
     "decompose": PAINTER | SAMPLING | {
         "--layer", "--prompt", "-p", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
-        "--format", "--output", "--cache", "--ignore-profile", "-o",
+        "--format", "--output", "--layer-prompt", "--layer-mask", "--cache", "--ignore-profile", "-o",
     },
     "compose": PAINTER | SAMPLING | {
         "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "--ignore-profile", "-o",
@@ -86,7 +86,7 @@ FLAGS = {
     "serve": {
         "-h", "--help", "--host", "--port", "--config", "--profile", "--model", "-m", "--edit-model", "--layered-model",
         "--quantize", "-q", "--memory", "--token-file", "--alias", "--allow-host", "--allow-origin", "--idle-unload",
-        "--job-limit", "--grace", "--queue", "--max-pixels", "--max-steps", "--ignore-profile",
+        "--job-limit", "--grace", "--queue", "--max-pixels", "--max-steps", "--ignore-profile", "--controlnet",
     },
 }  # fmt: skip
 

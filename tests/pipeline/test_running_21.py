@@ -23,9 +23,12 @@ from qwen_image_mlx.pipeline.advice import advise
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
 from qwen_image_mlx.pipeline.image_request import image_request
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
+from qwen_image_mlx.pipeline.qwen_image_21.denoiser import QwenImage21Denoiser
 from qwen_image_mlx.pipeline.request import Request
-from qwen_image_mlx.runtime.memory_plan import Work, make_plan
+from qwen_image_mlx.runtime.memory import fitting_plan
+from qwen_image_mlx.runtime.memory_plan import Work, make_plan, work_of
 from qwen_image_mlx.runtime.preview import Preview
+from qwen_image_mlx.runtime.session import Session
 from qwen_image_mlx.variants import VARIANTS, variant_of
 
 SMALL = {"width": 64, "height": 32, "num_inference_steps": 2}
@@ -137,14 +140,14 @@ def test_fewer_reference_pixels_shrink_what_both_are_shown(pipeline):
 @pytest.mark.parametrize("name", GENERATIONS_21)
 def test_without_the_prefix_cache_the_latents_are_the_same(pipeline, monkeypatch, name):
     run, made, kept = GENERATIONS_21[name], {True: [], False: []}, []
-    velocities = Denoiser.velocities
+    leave = Denoiser.leave
 
     def noted(self, *given):
-        found = velocities(self, *given)
+        found = leave(self, *given)
         kept.append(all(not isinstance(branch.prefix, Prefix) for branch in self._branches))
         return found
 
-    monkeypatch.setattr(Denoiser, "velocities", noted)
+    monkeypatch.setattr(Denoiser, "leave", noted)
     asked = {"negative_prompt": run["negative"], "cfg_scale": run["cfg_scale"], "num_inference_steps": 3, "seed": 7}
     asked |= (
         {"images": run["images"], "size": run["size"]}
@@ -166,6 +169,26 @@ def test_a_plan_without_the_prefix_cache_takes_less(pipeline):
     with_it, without = (make_plan(pipeline.components, replace(work, keeps_prefix=keep)) for keep in (True, False))
     kept = kept_values(pipeline.components.config("transformer"), 20 + 3 * 16, 2)
     assert with_it.stages[2].resident - without.stages[2].resident == 4 * kept
+
+
+def test_a_prefix_that_does_not_fit_is_told_the_way_out(checkpoint, monkeypatch):
+    monkeypatch.setattr(QwenImage21Denoiser, "kept_values", lambda config, steps, tokens, branches: 10**6 * tokens)
+    session = Session.open({"model": str(checkpoint), "memory": "resident"}, "")
+    image = GENERATIONS_21["edit_21"]["images"][0]
+    request = session.request({"prompt": "x", "seed": 1}, (32, 32), [image] * 8, task="edit")
+    work = work_of(request, session.pipeline)
+    kept, anew = (
+        fitting_plan(session.pipeline.components, replace(work, keeps_prefix=keep), session.memory).peak
+        for keep in (True, False)
+    )
+    session.memory = replace(session.memory, budget=(kept + anew) // 2)
+    with pytest.raises(RequestError) as refused, session.planned(request):
+        pass
+    assert refused.value.cause == "prefix cache"
+    session.memory = replace(session.memory, budget=anew // 2)
+    with pytest.raises(RequestError) as refused, session.planned(request):
+        pass
+    assert refused.value.cause == "budget"
 
 
 def test_doubtful_requests_are_warned_of(pipeline, checkpoint, tmp_path, caplog):
@@ -262,7 +285,7 @@ def test_the_command_line_generates_edits_packs_and_plans(checkpoint, tmp_path, 
 def test_what_it_cannot_do_is_said(checkpoint, pipeline, tmp_path):
     with pytest.raises(RequestError, match="not a model to decompose"):
         pipeline.decompose(Image.new("RGBA", (32, 32)))
-    with pytest.raises(CheckpointError, match="cannot write captions"):
+    with pytest.raises(CheckpointError, match=r"cannot write captions: it lacks the files .*lm_head\.weight"):
         pipeline.caption_image(Image.new("RGB", (32, 32)))
     with pytest.raises(RequestError, match="zero_cond_t"):
         QwenImagePipeline.from_pretrained(checkpoint, zero_cond_t=True).prepare()

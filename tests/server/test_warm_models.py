@@ -20,8 +20,7 @@ from served import serving
 from qwen_image_mlx import variants
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import Cancelled, HubError, RequestError
-from qwen_image_mlx.pipeline import conductor
-from qwen_image_mlx.pipeline.qwen_image import caption
+from qwen_image_mlx.pipeline import caption, conductor
 from qwen_image_mlx.runtime.memory_plan import make_plan
 from qwen_image_mlx.runtime.session import Session
 from qwen_image_mlx.server.api_errors import ApiError

@@ -167,7 +167,7 @@ FORMATS = {
     "HQQ": {"W_q": "U8", "scale": "F16", "zero": "F16"},
     "optimum-quanto": {"weight._data": "I8", "weight._scale": "BF16"},
     "SDNQ": {"weight": "U8", "scale": "F32", "zero_point": "F32"},
-    "int8": {"weight": "I8", "weight_scale": "F32", "comfy_quant": "U8"},
+    "int8 without scales": {"weight": "I8"},
     "fp4": {"weight": "F4", "weight_scale": "F8_E8M0"},
     "mxfp8": {"weight": "F8_E4M3", "weight_scale": "F8_E8M0"},
     "fnuz": {"weight": "F8_E4M3FNUZ"},

@@ -73,6 +73,8 @@ class Hidden(NamedTuple):
 
 # (block, images, text, rows, rotary tables) -> the streams after the block.
 RunBlock = Callable[..., tuple[list[mx.array], mx.array]]
+# (number of the block, number of the text, target tokens (B, N, D) after the block) -> what a control adds to them.
+Hint = Callable[[int, int, mx.array], mx.array | None]
 
 
 class Transformer(nn.Module):
@@ -150,15 +152,24 @@ class Transformer(nn.Module):
         blocks: slice = slice(None),
         run_block: RunBlock | None = None,
         on_layer: OnLayer | None = None,
+        hints: Sequence[Hint] = (),
     ) -> Hidden:
-        """The streams after some consecutive blocks."""
+        """The streams after some consecutive blocks; `hints` are added to the target's tokens after each of them."""
         streams = list(zip(hidden.images, hidden.texts, strict=True))
-        for block, rows in zip(self.transformer_blocks[blocks], modulation.blocks[blocks], strict=True):
+        numbers = range(len(modulation.blocks))[blocks]
+        for number, block, rows in zip(
+            numbers, self.transformer_blocks[blocks], modulation.blocks[blocks], strict=True
+        ):
             before = streams
             streams = [
                 (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
                 for (images, txt), tables in zip(streams, rotary, strict=True)
             ]
+            if hints:
+                streams = [
+                    ([_hinted(hints, number, text, images[0]), *images[1:]], txt)
+                    for text, (images, txt) in enumerate(streams)
+                ]
             if on_layer is not None:  # the last block returns its text unchanged
                 texts_before = {id(txt) for _, txt in before}
                 on_layer([x for images, txt in streams for x in (*images, txt) if id(x) not in texts_before])
@@ -172,6 +183,14 @@ class Transformer(nn.Module):
         """The target (B, N, D) of the first branch as the first block's attention takes it: normed and modulated."""
         shift, scale, *_ = modulation.blocks[0].target
         return modulate(hidden.targets[0], scale, shift)
+
+
+def _hinted(hints: Sequence[Hint], block: int, text: int, target: mx.array) -> mx.array:
+    """The target's tokens and the sum of all hints, each of which sees the tokens without the others."""
+    added = [value for hint in hints if (value := hint(block, text, target)) is not None]
+    for value in added:
+        target = target + value
+    return target
 
 
 class TransformerBlock(nn.Module):

@@ -15,7 +15,7 @@ from ..layers import OnLayer
 from ..rotary import Rotary
 from .config import TransformerConfig
 from .rope import MAX_HALF_SIDE, MAX_POSITION, Run, last_position, lay_out, rotary_tables
-from .transformer import Branch, Hidden, Prefix, Rows, Transformer
+from .transformer import Branch, Hidden, Hint, Prefix, Rows, Transformer
 
 
 class Condition(NamedTuple):
@@ -98,6 +98,24 @@ class Denoiser:
             found += [*parts, *rotary]
         return found
 
+    @property
+    def prefixes(self) -> list[tuple[Prefix, Rotary]]:
+        """For each condition what comes before the target, and the target's tables, where prefixes are not kept."""
+        return [(b.prefix, b.rotary) for b in self._branches if isinstance(b.prefix, Prefix)]
+
+    @property
+    def still(self) -> Rows:
+        """The rows of timestep 0."""
+        return self._still
+
+    def rows(self, step: int) -> Rows:
+        """The rows of a step."""
+        return self._table[step]
+
+    def project(self, latents: mx.array) -> mx.array:
+        """Packed latents of the target (1, N, in_channels) to its tokens (1, N, D) before the first block."""
+        return self._transformer.project_references(latents)
+
     def velocities(
         self, latents: mx.array, step: int, on_layer: OnLayer | None = None, branches: int | None = None
     ) -> list[mx.array]:
@@ -123,10 +141,19 @@ class Denoiser:
         """What enters the first block, for each condition."""
         return self._transformer.enter(latents, self._branches[:branches])
 
-    def run(self, hidden: Hidden, step: int, blocks: slice = slice(None), on_layer: OnLayer | None = None) -> Hidden:
-        """The streams after some consecutive blocks."""
+    def run(
+        self,
+        hidden: Hidden,
+        step: int,
+        blocks: slice = slice(None),
+        on_layer: OnLayer | None = None,
+        hints: Sequence[Hint] = (),
+    ) -> Hidden:
+        """The streams after some consecutive blocks, with hints added, which need prefixes that are not kept."""
         branches = self._branches[: len(hidden.targets)]
-        return self._transformer.run(hidden, branches, self._table[step], self._still, blocks, on_layer, self._keep)
+        return self._transformer.run(
+            hidden, branches, self._table[step], self._still, blocks, on_layer, self._keep, hints
+        )
 
     def leave(self, hidden: Hidden, step: int) -> list[mx.array]:
         """The velocities of what leaves the last block; prefixes that went through all blocks are kept."""

@@ -10,7 +10,7 @@ N target tokens, P prefix tokens, L text tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -90,6 +90,10 @@ class Hidden(NamedTuple):
         return self._replace(targets=targets)
 
 
+# (number of the block, number of the branch) -> what a control adds after it to prefix and target, or None.
+Hint = Callable[[int, int], tuple[mx.array, mx.array] | None]
+
+
 class Transformer(nn.Module):
     """Predicts the velocity of every target token."""
 
@@ -152,8 +156,12 @@ class Transformer(nn.Module):
         blocks: slice = slice(None),
         on_layer: OnLayer | None = None,
         keep: bool = True,
+        hints: Sequence[Hint] = (),
     ) -> Hidden:
-        """The streams after some consecutive blocks; the arguments are those of `velocities`."""
+        """The streams after some consecutive blocks; the arguments are those of `velocities`.
+
+        `hints` are added after each block to targets and prefixes, none of which may be a kept one.
+        """
         targets, hidden = list(entered.targets), dict(entered.prefixes)
         kept = [list(seen) for seen in entered.kept]
         for number, block in zip(range(self._depth)[blocks], self.transformer_blocks[blocks], strict=True):
@@ -169,6 +177,9 @@ class Transformer(nn.Module):
                 if keep:
                     kept[n].append(seen)
                 targets[n] = block(targets[n], rows, rotary, seen)
+            for added, n in ((hint(number, n), n) for hint in hints for n in hidden):
+                if added is not None:
+                    hidden[n], targets[n] = hidden[n] + added[0], targets[n] + added[1]
             if on_layer is not None:
                 on_layer([*made, *targets])
         return Hidden(targets, hidden, kept)

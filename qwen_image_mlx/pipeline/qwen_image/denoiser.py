@@ -21,7 +21,8 @@ from ...models.qwen_image.transformer import Hidden, Modulation, Transformer
 from ...registry import TRANSFORMER
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions
+from ..seams import Conditions, Controls, Hints, no_hints
+from .control import Steered
 from .costs import COSTS
 from .states import check_length
 from .table import modulation_table
@@ -66,6 +67,9 @@ class QwenImageDenoiser:
             shown = mx.concatenate([r.latents for r in conditions.references], axis=1).astype(components.dtype)
             self._references = self._transformer.project_references(shown)
         mx.eval(self._text, self._rotary, [] if self._references is None else self._references)
+        steered = Steered(self._text, self._transformer.project_references)  # the same projection
+        self._controls = Controls(components, conditions, steered, report)
+        self._hints: Hints = no_hints
 
     def velocities(
         self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
@@ -81,12 +85,15 @@ class QwenImageDenoiser:
 
     def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hidden:
         """As `Denoiser.enter`."""
+        self._hints = self._controls.entered(latents, evaluation, branches)
         return self._transformer.enter(latents, self._text[:branches], self._references)
 
     def run(self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Hidden:
         """As `Denoiser.run`."""
         rotary = self._rotary[: len(hidden.texts)]
-        return self._transformer.run(hidden, self._table[evaluation], rotary, blocks, on_layer=on_layer)
+        return self._transformer.run(
+            hidden, self._table[evaluation], rotary, blocks, on_layer=on_layer, hints=self._hints()
+        )
 
     def leave(self, hidden: Hidden, evaluation: int) -> Sequence[mx.array]:
         """As `Denoiser.leave`."""

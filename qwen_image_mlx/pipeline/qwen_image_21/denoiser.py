@@ -32,7 +32,7 @@ from ...weights.loader import ComponentWeights, fill, specs_of
 from ...weights.tensor_formats import Reader
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions
+from ..seams import Conditions, Controls, Hints, no_hints
 from .costs import COSTS
 
 # From noise levels to their rows and, at the end, those of timestep 0; a network in training has this instead of files.
@@ -71,15 +71,18 @@ class QwenImage21Denoiser:
             references=[Shown(shown.latents, shown.height, shown.width) for shown in conditions.references],
             grid=(conditions.rows, conditions.columns),
             dtype=components.dtype,
-            keep_prefix=conditions.keeps_prefix,
+            keep_prefix=conditions.keeps_prefix and not conditions.controls,
         )
         mx.eval(self._denoiser.prepared)
+        self._controls = Controls(components, conditions, self._denoiser, report)
+        self._hints: Hints = no_hints
 
     def velocities(
         self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
     ) -> Sequence[mx.array]:
         """As `Denoiser.velocities`; the first call also computes the prefix."""
-        return self._denoiser.velocities(latents, evaluation, on_layer, branches)
+        hidden = self.enter(latents, evaluation, branches)
+        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
 
     @property
     def depth(self) -> int:
@@ -88,11 +91,12 @@ class QwenImage21Denoiser:
 
     def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hidden:
         """As `Denoiser.enter`."""
+        self._hints = self._controls.entered(latents, evaluation, branches)
         return self._denoiser.enter(latents, evaluation, branches)
 
     def run(self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Hidden:
         """As `Denoiser.run`."""
-        return self._denoiser.run(hidden, evaluation, blocks, on_layer)
+        return self._denoiser.run(hidden, evaluation, blocks, on_layer, self._hints())
 
     def leave(self, hidden: Hidden, evaluation: int) -> Sequence[mx.array]:
         """As `Denoiser.leave`."""
