@@ -64,12 +64,14 @@ FAST_SIDE, FAST_STEPS = 1024, 8
 METHODS = (
     "from_pretrained", "generate", "edit", "decompose", "caption_image", "encode_guidance_prompts",
     "encode_initial_image", "encode_controls", "open_controls", "generate_pixels", "output_size", "prepare",
-    "set_loras", "release_text_encoder", "release_tokenizer", "release_encoders", "release_transformer", "release_vae", "reload_text_encoder",
+    "set_loras", "release_text_encoder", "release_tokenizer", "release_encoders", "release_transformer", "release_vae",
+    "reload_text_encoder",
     "reload_tokenizer", "is_text_encoder_loaded", "is_tokenizer_loaded", "is_transformer_loaded", "is_vae_loaded",
 )  # fmt: skip
 CLASSES = {
     "GenerationParameters": (), "GuidanceEncoding": ("save", "load"), "InitialImage": (), "Control": (),
-    "Progress": ("cancel",), "LayeredResult": ("layers", "prompt", "psnr", "composite", "save"), "Quantization": ("parse",), "Preview": (),
+    "Progress": ("cancel",), "LayeredResult": ("layers", "prompt", "psnr", "composite", "save"),
+    "Quantization": ("parse",), "Preview": (),
     "HubSnapshot": (),
 }  # fmt: skip
 FUNCTIONS = (

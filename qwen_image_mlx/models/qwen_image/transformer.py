@@ -132,7 +132,7 @@ class Transformer(nn.Module):
     ) -> list[mx.array]:
         """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one."""
         hidden = self.enter(latents, texts, references)
-        hidden = self.run(hidden, modulation, rotary, run_block=run_block, on_layer=on_layer, hints=hints)
+        hidden = self.run(hidden, modulation, rotary, run_block=run_block, on_layer=on_layer)
         return self.leave(hidden, modulation)
 
     # The three parts of a pass, for callers that leave some of its blocks out.

@@ -136,7 +136,7 @@ class Transformer(nn.Module):
             (B, N, out_channels) for each branch, and the keys and values of each branch's prefix, one for each block:
             given as `Branch.prefix` to later steps, these leave out all work on the prefix. Empty unless kept.
         """
-        hidden = self.run(self.enter(latents, branches), branches, rows, still, slice(None), on_layer, keep, hints)
+        hidden = self.run(self.enter(latents, branches), branches, rows, still, slice(None), on_layer, keep)
         return self.leave(hidden, rows), [list(seen) for seen in hidden.kept]
 
     # The three parts of a pass, for callers that leave some of its blocks out.

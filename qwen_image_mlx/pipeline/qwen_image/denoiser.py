@@ -17,7 +17,7 @@ from ...errors import RequestError
 from ...models.layers import OnLayer
 from ...models.qwen_image.config import TransformerConfig
 from ...models.qwen_image.rope import Segment, place_images, rotary_tables, text_start
-from ...models.qwen_image.transformer import Hidden, Hint, Modulation, Transformer
+from ...models.qwen_image.transformer import Hidden, Modulation, Transformer
 from ...registry import TRANSFORMER
 from ..components import Components
 from ..reporter import Reporter

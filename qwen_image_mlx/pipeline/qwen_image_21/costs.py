@@ -11,8 +11,8 @@ from ..costs import Costs, Rate
 
 COSTS: Mapping[str, Costs] = {
     "cpu": Costs(
-        text=Rate(1.0), patch=Rate(0.0), image=22.5, reference=16.0, prompt=16.0, guided=0.0, queued=Rate(0.0),
-        scores=1.2, pixel_in=115.0, pixel_whole=Rate(26.0), pixel_out=40.0, read=1.19, base=40 << 20, step=0,
+        text=Rate(1.0), patch=Rate(0.0), image=23.5, reference=16.0, prompt=16.0, guided=0.0, queued=Rate(0.0),
+        scores=1.2, pixel_in=115.0, pixel_whole=Rate(40.0), pixel_out=78.0, read=1.19, base=40 << 20, step=0,
     ),
     # Modelled, as those of 1.x: they cover what benchmarks/metal_backend/work_21.py takes by the model of Metal.
     "gpu": Costs(

@@ -25,7 +25,7 @@ from ...models.qwen_image_21.denoiser import (
 )
 from ...models.qwen_image_21.denoiser import Reference as Shown
 from ...models.qwen_image_21.modulation import TimeModulation
-from ...models.qwen_image_21.transformer import Hidden, Hint, Rows
+from ...models.qwen_image_21.transformer import Hidden, Rows
 from ...registry import TRANSFORMER
 from ...weights.changes import WeightChanges
 from ...weights.loader import ComponentWeights, fill, specs_of
