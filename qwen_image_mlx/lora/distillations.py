@@ -68,6 +68,10 @@ class Distillation:
 #   shift_terminal null); the nodes of v0.2.1 for 6 and 8 steps, of v0.1 for 4, of v0.2 for 5.
 # - Pruna's LoRAs of Qwen-Image-2.1 (p_qwen_image_2.1_8step_v0.1): the levels of its card, used as they stand. Those of
 #   8 steps are a uniform grid shifted by 2, which is what other numbers of steps take.
+# - DMD2 (MusePublic/Qwen-Image-Distill, qwen_image_distill_3step) and DiffSynth's Qwen-Image-Distill, as LoRA and as a
+#   whole model: examples/qwen_image/model_inference of modelscope/DiffSynth-Studio (3 steps with an exponential shift
+#   of log 2.5, which is a static one of 2.5; 15 steps with the model's own; no guidance).
+# - Rapid-AIO (Phr00t): its card (4 to 8 steps, no guidance); Lightning LoRAs are merged into it, so their shift.
 # - The difference of 2.1-Turbo and 2.1 as a LoRA (qwen_image_2.1_turbo_lora_avg_rank_178): Turbo's saved levels.
 FAMILIES: tuple[Distillation, ...] = (
     Distillation(),
@@ -92,6 +96,9 @@ FAMILIES: tuple[Distillation, ...] = (
         },
         other_shift=2.0,
     ),
+    Distillation(name=r"qwen[-_]image[-_]distill.*(dmd2|3[-_ ]?step)", steps=3, shift=2.5),
+    Distillation(name=r"qwen[-_]image[-_]distill", steps=15, shift=None),
+    Distillation(name=r"rapid[-_]?aio", steps=4),
     Distillation(
         name=r"2[._]1_turbo_lora",
         steps=len(qwen_image_21.TURBO_SIGMAS),
@@ -101,6 +108,7 @@ FAMILIES: tuple[Distillation, ...] = (
 )
 
 _STEPS_PATTERN = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?step", re.IGNORECASE)
+_NAMELESS = ("model", "pytorch_lora_weights", "adapter_model")
 _MAX_TITLE = 500  # characters
 _MAX_STEPS = 16  # more is not a distillation: "lightning" is also weather, and "steps" also training
 _NAMING_METADATA = ("ss_output_name", "modelspec.title", "name", "title")
@@ -124,15 +132,24 @@ def distillation_of(lora: LoRA) -> Distillation | None:
     """
     texts = [("its name", lora.path.stem)]
     texts += [("its metadata", lora.metadata[key]) for key in _NAMING_METADATA if key in lora.metadata]
+    if lora.path.stem in _NAMELESS:  # a file of the hub, which its repository names
+        texts.append(("its folder's name", "/".join(lora.path.parts[-4:-1])))
     for evidence, text in texts:
-        text = text[:_MAX_TITLE]
-        match = _STEPS_PATTERN.search(text)
-        for family in FAMILIES:
-            if not re.search(family.name, text, re.IGNORECASE):
-                continue
-            if 0 < (steps := int(match[1]) if match else family.steps) <= _MAX_STEPS:
-                return replace(family, steps=steps, evidence=evidence)
+        if found := named_distillation(text, evidence):
+            return found
     return Distillation(_STEPS_BY_SHAPE, evidence="its rank and alpha") if _has_lightning_shape(lora) else None
+
+
+def named_distillation(text: str, evidence: str = "its name") -> Distillation | None:
+    """The sampling that a name, of a LoRA or of a whole model, stands for; None for one of no family."""
+    text = text[:_MAX_TITLE]
+    match = _STEPS_PATTERN.search(text)
+    for family in FAMILIES:
+        if not re.search(family.name, text, re.IGNORECASE):
+            continue
+        if 0 < (steps := int(match[1]) if match else family.steps) <= _MAX_STEPS:
+            return replace(family, steps=steps, evidence=evidence)
+    return None
 
 
 def _has_lightning_shape(lora: LoRA) -> bool:

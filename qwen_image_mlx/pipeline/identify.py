@@ -13,11 +13,21 @@ from ..errors import CheckpointError
 from ..lora.description import describe
 from ..lora.file import LoRA, read_lora
 from ..outside import one_line
-from ..registry import TEXT_ENCODER, TRANSFORMER, VISION, all_components
+from ..registry import CONTROLS, TEXT_ENCODER, TRANSFORMER, VISION, all_components
+from ..weights import int8
 from ..weights.gguf import read_gguf
 from ..weights.loader import ComponentWeights
 from ..weights.mapping import canonical_names, matrix_shapes, shown_settings, weights_map
-from ..weights.recognize import component_of_names, foreign_format, holds, kinds_of, model_of, shard_of, unreadable
+from ..weights.recognize import (
+    component_of_names,
+    family_of,
+    foreign_format,
+    holds,
+    kinds_of,
+    model_of,
+    shard_of,
+    unreadable,
+)
 from ..weights.safetensors_files import Tensor, is_gguf, read_header
 from ..weights.snapshot import DEMO_ROOT, weight_file
 
@@ -28,12 +38,12 @@ class FileReport:
 
     Attributes:
         path: the file.
-        kind: one of `FOLDERS`, several of these, or "LoRA".
+        kind: one of `FOLDERS`, several of these, "ControlNet" or "LoRA".
         tensors: the number of tensors.
         file_bytes: bytes of their data.
         forms: bytes by storage format.
         facts: further facts, by label.
-        resident_bytes: bytes in memory after loading in bf16 (an autoencoder in fp32); None for a LoRA, and for a
+        resident_bytes: bytes in memory after loading in bf16 (an autoencoder in fp32); None for the last two, and for a
             component of a size that no released model has.
     """
 
@@ -59,6 +69,11 @@ def identify(path: Path) -> FileReport:
         forms[tensor.dtype] = forms.get(tensor.dtype, 0) + tensor.nbytes
     forms = dict(sorted(forms.items(), key=lambda form: -form[1]))
     total, flags = sum(forms.values()), weights_map("files")["flags"]
+    if family := family_of(tensors):
+        facts = {"made for": CONTROLS[family].title, "taken by": flags["ControlNet"]}
+        if form := foreign_format(tensors):
+            facts |= {"format": form, "cannot be used": unreadable(tensors) or ""}
+        return FileReport(str(path), "ControlNet", len(tensors), total, forms, facts)
     if parts := kinds_of(tensors):
         facts, kind = _facts(path, parts), ", ".join(parts)
         sizes = [_resident_bytes(own) for own in parts.values()]
@@ -114,6 +129,8 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
             facts["vision tower"] = "yes" if any(holds(row, tensors) for row in all_components(VISION)) else "no"
             if not holds(component, tensors):
                 facts["language model"] = "no: put this file next to the text encoder's"
+        if held := sorted({name for name in int8.formats(tensors) if name.startswith("int8")}):
+            facts["stored as"] = ", ".join(held)
         if form := foreign_format(tensors):
             facts |= {"format": form, "cannot be used": unreadable(tensors) or ""}
     if is_gguf(path):

@@ -35,7 +35,7 @@ from .quantize import quantize_matrix
 from .recognize import check_kind, shard_of
 from .safetensors_files import Tensor
 from .schemes import Scheme
-from .tensor_formats import FLOATS, FP8, PACKED, Reader, Stored, joined, stored_weights
+from .tensor_formats import FLOATS, FP8, Reader, Stored, joined, stored_weights
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class ComponentWeights:
         """Bytes of its weights by stored form: "BF16", "F8_E4M3", "Q4_K", "4 bit" or "mxfp8"."""
         forms: dict[str, int] = {}
         for stored in (self._stored[name] for name in self._specs if name in self._stored):
-            form = f"packed {stored.scheme}" if stored.tensor.dtype == PACKED else stored.tensor.dtype
+            form = stored.form
             forms[form] = forms.get(form, 0) + stored.nbytes
         return dict(sorted(forms.items(), key=lambda item: -item[1]))
 

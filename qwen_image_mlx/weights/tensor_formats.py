@@ -1,4 +1,4 @@
-"""How a weight is stored in its file: as floats, as fp8 with or without a scale, packed by MLX, or in GGUF's blocks.
+"""How a weight is stored in its file: as floats, as fp8 or int8 with a scale, packed by MLX, or in GGUF's blocks.
 
 Other tools store what belongs to a weight as further tensors of the same path: `x.weight`, `x.scales`, `x.biases`,
 `x.weight_scale`. Here these become one `Stored` weight with the shape of the dense matrix, which opens lazily.
@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..gpu import gpu_error
+from . import int8
 from .packed import Packed
 from .safetensors_files import LazyTensors, Tensor
 from .schemes import Scheme
@@ -41,6 +42,7 @@ class Stored:
         shape: of the dense weight, as the weights map gives it.
         scheme: of a weight that MLX can use as it is packed; None for all others.
         problem: why it cannot be read, or None.
+        rotation: columns of an int8 weight that were rotated together; 0 for all others.
         part: (index, number of parts), where the file has several weights of equal rows as one.
     """
 
@@ -49,6 +51,7 @@ class Stored:
     shape: tuple[int, ...]
     scheme: Scheme | None = None
     problem: str | None = None
+    rotation: int = 0
     part: tuple[int, int] | None = None
 
     @property
@@ -56,6 +59,13 @@ class Stored:
         """Bytes in the file, companions included; of a part its share."""
         whole = self.tensor.nbytes + sum(tensor.nbytes for tensor in self.companions.values())
         return whole // self.part[1] if self.part else whole
+
+    @property
+    def form(self) -> str:
+        """The name of the form: "BF16", "F8_E4M3", "Q4_K", "packed 4 bit" or "int8_convrot"."""
+        if self.tensor.dtype == int8.DTYPE:
+            return int8.CONVROT if self.rotation else int8.TENSORWISE
+        return f"packed {self.scheme}" if self.tensor.dtype == PACKED else self.tensor.dtype
 
     @property
     def files(self) -> set[Path]:
@@ -104,7 +114,7 @@ def joined(tensors: Mapping[str, Tensor], rules: Mapping[str, Any]) -> dict[str,
 def stored_weights(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, Any]
 ) -> dict[str, Stored]:
-    """Every weight of a component by canonical name, its companions gathered, and those stored as one taken apart.
+    """Every weight of a component by canonical name, its companions gathered, and those stored as one split.
 
     Args:
         tensors: entries by canonical name.
@@ -148,6 +158,10 @@ def _stored(tensor: Tensor, companions: Mapping[str, Tensor], expected: tuple[in
         return Stored(tensor, {}, tensor.shape, scheme, None if tensor.dtype in DECODED else tensor.dtype)
     if tensor.dtype in FLOATS:
         return Stored(tensor, {}, tensor.shape)
+    if tensor.dtype == int8.DTYPE:
+        form = int8.form_of(tensor, companions)
+        scales = {word: companions[word] for word in int8.SCALES if word in companions}
+        return Stored(tensor, scales, tensor.shape, problem=form.problem, rotation=form.group)
     if tensor.dtype in FP8:
         scales = {word: companions[word] for word in ("weight_scale", "scale_weight") if word in companions}
         rows = tensor.shape[:1]
@@ -233,7 +247,7 @@ class Reader:
         return stored.part is not None and (stored.tensor.file, stored.tensor.name) in self._wholes
 
     def open(self, stored: Stored) -> mx.array | Packed:
-        """A weight, packed if it is stored packed; in the file's layout and dtype, fp8 as fp32 with its scale applied.
+        """A weight, packed if it is stored packed; in the file's layout and dtype, fp8 and int8 scaled, as fp32.
 
         Floats and packed weights are evaluated; what has to be computed from them is not.
 
@@ -259,6 +273,9 @@ class Reader:
             return Packed(
                 array, companions["scales"], companions.get("biases"), scheme.group_size, scheme.bits, scheme.mode
             )
+        if stored.tensor.dtype == int8.DTYPE:
+            (scale,) = companions.values()
+            return int8.dense(array, scale, stored.rotation)
         if stored.tensor.dtype in FP8:
             array = array.astype(mx.float32) if array.dtype == mx.float16 else mx.from_fp8(array, dtype=mx.float32)
             for scale in companions.values():

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-LICENCE = "the Qwen research licence: no commercial use"  # of the released weights (their model cards)
+# Of the released weights: its section 1 defines non-commercial, its section 2 grants no more and says whom to ask else.
+LICENCE = (
+    "Qwen Research License: for non-commercial purposes only, that is research or evaluation; commercial use needs a "
+    "license from Alibaba Cloud"
+)
 
 # Sampling (P): guided and, with guidance above 1, without renormalisation.
 STEPS = 40
@@ -17,9 +21,10 @@ RENORMALIZE = False
 NEGATIVE_PROMPT = " "
 EMPTY_PROMPT = " "  # what is encoded in place of "": the tokenizer adds no token of its own
 
-# Turbo's noise levels (T), used as they stand; their number is that of the steps. For 1024 pixels a side and more.
+# Turbo's noise levels (T), used as they stand; their number is that of the steps. Made for 1024x1024 and more:
+# below, fine detail becomes a pixel grid, in diffusers too (mflux's notes). Sizes of that area are rounded to 32.
 TURBO_SIGMAS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568)
-TURBO_SIDE = 1024
+TURBO_AREA = 992 * 992
 
 # Sizes: pixels a latent stands for, latents a place in the prompt stands for, what both sides are multiples of (P).
 LATENT_PIXELS = 16
