@@ -73,7 +73,7 @@ def lineart(image: Image.Image) -> Image.Image:
 
 def tile(image: Image.Image) -> Image.Image:
     """The image at a quarter of its size, made large again: what it shows, without sharpness."""
-    small = tuple(max(1, side // _TILE) for side in image.size)
+    small = max(1, image.width // _TILE), max(1, image.height // _TILE)
     return image.resize(small, Image.Resampling.BOX).resize(image.size, _LANCZOS)
 
 

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, RequestError, some
 from ..gpu import finish
 from ..images.geometry import Size
 from ..images.pixels import to_mask, to_pixels
+from ..images.sources import open_image, open_mask
 from ..lora.fetch import fetch_file
 from ..registry import CLASSES, CONTROL, CONTROLS, IN_CONTEXT, LABELS, TRANSFORMER, VAE, VAE_ENCODER, Class, Component
 from ..weights.mapping import canonical_names, weights_map
@@ -122,7 +123,7 @@ def condition_tokens(components: Components, role: str, control: Control, size: 
         shown = [_encoded(components, _drawn(control, size)) if steers else zeros] if union else []
         keep, masked = mx.zeros((1, rows, columns, 1)), zeros
         if control.mask is not None:
-            mask = to_mask(control.mask, size)
+            mask = to_mask(open_mask(control.mask), size)
             keep = 1 - mx.array(np.ascontiguousarray(mask[:: space.factor, :: space.factor]))[None, :, :, None]
             image = control.image if control.source is None else control.source
             masked = _encoded(components, image, mx.array(mask)[None, :, :, None], size, 0.0 if union else -1.0)
@@ -136,7 +137,8 @@ def _drawn(control: Control, size: Size) -> Image.Image:
     """The control image of a size."""
     from ..images.control import control_image  # here: most images have no control
 
-    return control_image(control.image, control.kind, size)
+    assert control.image is not None  # `_check_images`
+    return control_image(open_image(control.image), control.kind, size)
 
 
 def _encoded(

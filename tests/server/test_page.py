@@ -338,7 +338,7 @@ def test_results_go_on_and_themes_and_tabs_follow_the_keyboard(page: Page):
         panel(page, "generate").locator(f"[data-do={task}]").click()
         expect(page.locator(f"#panel-{task} .images .name")).to_have_text("a-red-circle-on-a-blue-background-4.png")
     panel(page, "generate").get_by_text("Start from an image").click()
-    generate.locator("input[type=file]").set_input_files(png(scene().crop((0, 0, 64, 48))))
+    generate.locator("[data-well=image] input[type=file]").set_input_files(png(scene().crop((0, 0, 64, 48))))
     expect(generate.locator("[data-aspects]")).to_be_hidden()  # the image says which shape
     fill(generate, steps=4)
     with page.expect_request("**/jobs") as sent:

@@ -70,7 +70,8 @@ class ResidualBranch:
     @staticmethod
     def kept_values(config: Any, evaluations: int, tokens: int, branches: int) -> int:
         """Rows of all evaluations, the condition, and a step's residuals."""
-        return _rows(config, evaluations) + (config.num_layers + 1) * tokens * config.dim
+        values: int = _rows(config, evaluations) + (config.num_layers + 1) * tokens * config.dim
+        return values
 
 
 class FunBranch:
@@ -115,7 +116,8 @@ class FunBranch:
     @staticmethod
     def kept_values(config: Any, evaluations: int, tokens: int, branches: int) -> int:
         """Rows of all evaluations, the condition, and a step's hints."""
-        return _rows(config, evaluations) + (config.num_layers * branches + 1) * tokens * config.dim
+        values: int = _rows(config, evaluations) + (config.num_layers * branches + 1) * tokens * config.dim
+        return values
 
 
 class BlockwiseBranch:
@@ -141,7 +143,8 @@ class BlockwiseBranch:
                     layers = iter(self._network.controlnet_blocks[block:])
                 layer, following = next(layers), block + 1
             assert layer is not None
-            return self._scale * layer(image, self._condition)
+            added: mx.array = self._scale * layer(image, self._condition)
+            return added
 
         return hint
 
