@@ -222,7 +222,8 @@ def _unipc(schedule: Schedule, noise: Noise) -> TakeStep:
 def _whole_timesteps(schedule: Schedule) -> np.ndarray:
     """The levels of UniPC's evaluations: its timesteps are whole, rounded down."""
     levels = _exact(schedule)[:-1]
-    return (np.floor(levels * _TRAINED_STEPS) / _TRAINED_STEPS).astype(np.float32)
+    whole: np.ndarray = np.floor(levels * _TRAINED_STEPS) / _TRAINED_STEPS
+    return whole.astype(np.float32)
 
 
 def _exact(schedule: Schedule) -> np.ndarray:
