@@ -57,7 +57,7 @@ class Hidden(NamedTuple):
         texts: (B, L, D) for each branch.
     """
 
-    images: Sequence[Sequence[mx.array]]
+    images: Sequence[list[mx.array]]
     texts: Sequence[mx.array]
 
     @property
