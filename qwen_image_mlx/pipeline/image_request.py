@@ -121,7 +121,7 @@ def image_request(
     )
 
 
-def begun(strength: float | None, outpaint: object) -> dict[str, float]:
+def begun(strength: float | None, outpaint: object) -> dict[str, Any]:
     """The field strength of `GenerationParameters`, or nothing: without one, outpainting regenerates all it adds."""
     if strength is None and outpaint is not None:
         return {"strength": 1.0}
