@@ -70,7 +70,7 @@ ANSWERED = [
     ("generate x --cfg 4", "give --cfg-scale"),
     ("generate x --batch-size 4", "give --num-images"),
     ("generate x --auto-seeds 4", "give --seeds 1-4"),
-    ("generate x --sampler euler", "leave it out: the schedule"),
+    ("generate x --sampler euler", "give --solver"),
     ("generate x --scheduler linear", "leave it out: the schedule"),
     ("generate x --clip-skip 2", "leave it out: these models have no CLIP"),
     ("generate x --lora-paths a.safetensors --lora-scales 0.7", "give --lora FILE STRENGTH"),
@@ -86,7 +86,7 @@ ANSWERED = [
     ("generate x --metadata", "leave it out: every image carries"),
     ("generate x --config-from-metadata a.png", "give --from-image"),
     ("generate x --stepwise-image-output-dir d", "give --preview"),
-    ("generate x --controlnet-image-path a.png", "leave it out: ControlNets"),
+    ("generate x --controlnet-image-path a.png", "give --control-image"),
     ("generate x --no-progress", "give --quiet"),
     ("generate x -v", "give --verbose"),
     ("generate x --dry-run", "the command `plan`"),
@@ -315,7 +315,8 @@ def test_help_is_short_before_it_is_long_and_ends_with_examples_that_parse(comma
 def test_help_is_in_groups(capsys):
     lines = help_of("generate", capsys).splitlines()
     titles = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert titles[2:] == ["image", "size", "sampling", "image to image and inpainting", "many images", "model",
+    assert titles[2:] == ["image", "size", "sampling", "image to image and inpainting",
+                          "control by an image", "many images", "model",
                           "speed and memory", "output", "settings", "messages and progress", "examples"]  # fmt: skip
 
 
