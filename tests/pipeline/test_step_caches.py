@@ -18,6 +18,8 @@ from qwen_image_mlx.sampling.choices import CACHE_NAMES
 from qwen_image_mlx.sampling.step_caches import METHODS, RELEASED, CacheFacts, TeaFacts
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 STEPS = 10
 ENCODINGS = {}
 ALWAYS = {"teacache": 100, "first-block": 100, "easycache": 100, "magcache": 100, "taylorseer": 3}
