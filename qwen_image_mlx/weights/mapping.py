@@ -156,7 +156,7 @@ def needs_tensor(component: Component, stored_name: str, parts: Collection[str])
     return not found or not found.isdisjoint(parts)
 
 
-def shown_settings(component: Component, stored_names: Iterable[str]) -> dict[str, Any]:
+def settings_of_names(component: Component, stored_names: Iterable[str]) -> dict[str, Any]:
     """The config fields that a checkpoint's tensor names determine, by the map's markers."""
     markers = weights_map(component.map).get("markers", {})
     found = set(canonical_names(component, stored_names).values())

@@ -149,7 +149,7 @@ def test_no_foreign_name_is_one_of_ours():
 def test_a_short_name_is_a_hub_id(here):
     for name, model in MODEL_ALIASES.items():
         assert HubSnapshot(name).model == full_name(name.upper()) == model
-        assert OpenOptions.asked({"model": name}, "demo").model == model
+        assert OpenOptions.from_options({"model": name}, "demo").model == model
     assert full_name("demo") == "demo"
     with pytest.raises(CheckpointError, match=r"did you mean layered\?"):
         HubSnapshot("layerd")
@@ -238,10 +238,10 @@ def test_quiet_shows_nothing_but_the_path(run):
     assert run(f"generate 'a red circle' {DEMO} --quiet -o a.png") == (0, ["a.png"], "")
 
 
-def test_verbose_shows_what_is_asked_for_and_what_stages_take(run):
+def test_verbose_shows_the_options_and_what_stages_take(run):
     code, out, err = run(f"generate 'a red circle' {DEMO} --seed 3 --verbose -o a.png")
     assert (code, out) == (0, ["a.png"])
-    assert "asked: model 'demo'" in err
+    assert "options: model 'demo'" in err
     assert "seconds" in err
     assert "profile" not in read_metadata("a.png")
 

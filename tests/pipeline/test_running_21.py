@@ -184,11 +184,11 @@ def test_a_prefix_that_does_not_fit_is_told_the_way_out(checkpoint, monkeypatch)
         for keep in (True, False)
     )
     session.memory = replace(session.memory, budget=(kept + anew) // 2)
-    with pytest.raises(RequestError) as refused, session.planned(request):
+    with pytest.raises(RequestError) as refused, session.plan(request):
         pass
     assert refused.value.cause == "prefix cache"
     session.memory = replace(session.memory, budget=anew // 2)
-    with pytest.raises(RequestError) as refused, session.planned(request):
+    with pytest.raises(RequestError) as refused, session.plan(request):
         pass
     assert refused.value.cause == "budget"
 
