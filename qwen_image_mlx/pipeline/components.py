@@ -18,7 +18,6 @@ from ..gpu import Pace
 from ..names import StrPath
 from ..registry import (
     CLASSES,
-    ENCODING,
     LANGUAGE_HEAD,
     MAIN,
     PROCESSOR,
@@ -371,7 +370,7 @@ class Components:
             )
         _ = self.image_processor, self.generation_config
         self._tokenizer_files()
-        for component in ENCODING:
+        for component in (TEXT_ENCODER, VISION, LANGUAGE_HEAD):
             self.weights(component)
 
     def _writes(self) -> bool:
