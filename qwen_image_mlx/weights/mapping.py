@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..registry import Component
+from ..registry import Component, all_components
 
 if TYPE_CHECKING:
     from .schemes import Scheme
@@ -138,9 +138,16 @@ def dialect_of(component: Component, names: Iterable[str]) -> str:
     )
 
 
-def dialect_name(component: Component, dialect: str, name: str) -> str:
-    """How a dialect spells a canonical name; the inverse of `canonical_names`."""
-    rules = weights_map(component.map)["dialects"][dialect]
+def dialect_name(component: Component | str, dialect: str, name: str) -> str:
+    """How a dialect spells a canonical name; the inverse of `canonical_names`.
+
+    Args:
+        component: a component, or its role: "vae" is that of Qwen-Image.
+        dialect: a key of the map's `dialects`.
+        name: a canonical name.
+    """
+    row = next(all_components(component)) if isinstance(component, str) else component
+    rules = weights_map(row.map)["dialects"][dialect]
     for stored, canonical in rules.get("segments", ()):
         name = _replace_segment(name, canonical, stored)
     return _replace_prefix(name, [(new, old) for old, new in rules["prefixes"]])

@@ -104,7 +104,7 @@ def test_every_dialect_leads_to_the_canonical_names_and_back(component):
     config = {"text_encoder": TEXT, "vision": VISION}.get(component) or REAL[component][1]
     names = list(expected_tensors(ROWS[component], config))
     for dialect in weights_map(ROWS[component].map)["dialects"]:
-        spelled = [dialect_name(ROWS[component], dialect, name) for name in names]
+        spelled = [dialect_name(component, dialect, name) for name in names]
         assert len(set(spelled)) == len(names)
         assert list(canonical_names(ROWS[component], spelled).values()) == names
 
