@@ -26,6 +26,7 @@ class Distillation:
         stretch: whether the noise levels are then stretched to the checkpoint's shift_terminal.
         levels: unshifted noise levels, by number of steps; other numbers have a uniform grid.
         other_shift: the shift of that grid, where it differs.
+        fewest: with fewer steps than these, of its card, it is sampled like any other model.
         name: how its family is known in file names, a regular expression.
         evidence: how it was recognized, for messages: "its name", "its metadata" or "its rank and alpha".
     """
@@ -36,6 +37,7 @@ class Distillation:
     stretch: bool = True
     levels: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     other_shift: float | None = None
+    fewest: int = 0
     name: str = "lightning"
     evidence: str = ""
 
@@ -98,7 +100,7 @@ FAMILIES: tuple[Distillation, ...] = (
     ),
     Distillation(name=r"qwen[-_]image[-_]distill.*(dmd2|3[-_ ]?step)", steps=3, shift=2.5),
     Distillation(name=r"qwen[-_]image[-_]distill", steps=15, shift=None),
-    Distillation(name=r"rapid[-_]?aio", steps=4),
+    Distillation(name=r"rapid[-_]?aio", steps=4, fewest=4),
     Distillation(
         name=r"2[._]1_turbo_lora",
         steps=len(qwen_image_21.TURBO_SIGMAS),

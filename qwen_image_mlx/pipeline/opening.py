@@ -86,7 +86,7 @@ def replace_loras(components: Components, report: Reporter, loras: Sequence[LoRA
 def recommended_of(components: Components, steps: int | None = None) -> Recommended:
     """The recommended sampling of a checkpoint, its model card's or a distilled LoRA's; for some steps if given."""
     distilled = distillation(components)
-    if distilled is None:
+    if distilled is None or (steps is not None and steps < distilled.fewest):
         variant = components.variant
         return Recommended(variant.steps if steps is None else steps, variant.cfg_scale, None, None, True)
     found = distilled.at(steps)

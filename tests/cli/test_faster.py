@@ -207,3 +207,14 @@ def test_a_whole_model_is_distilled_by_its_name(run, tmp_path_factory):
     sizes = ["--width", "32", "--height", "32", "--seed", "1"]
     given = generated(run, "x", "--model", folder, "--steps", "2", "--cfg-scale", "2", "-o", "y.png", *sizes)
     assert (given["steps"], given["cfg_scale"]) == (2, 2.0)
+
+
+def test_below_the_fewest_steps_of_its_card_a_model_is_sampled_as_usual(run, tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("hub") / "Qwen-Rapid-AIO-v5", TINY)
+    common = ["--model", folder, "--width", "32", "--height", "32", "--seed", "1"]
+    made = [generated(run, "x", *common, *steps, "-o", "y.png") for steps in ([], ["--steps", "6"], ["--steps", "3"])]
+    assert [(one["steps"], one["cfg_scale"], one["shift"]) for one in made] == [
+        (4, 1.0, 3.0),
+        (6, 1.0, 3.0),
+        (3, 4.0, None),
+    ]
