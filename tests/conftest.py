@@ -5,9 +5,11 @@ The reference libraries take seconds to import, so they are imported only when a
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +43,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     left_out = re.findall(r"\bnot (\w+)", config.option.markexpr)
     mark = _WHOLE_FILE.search(collection_path.read_text(encoding="utf-8"))
     return True if mark and mark[1] in left_out else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases of a `sampled` test that the others stand for are nightly: each value of each parameter is in one that is not.
+
+    Cases are taken as they come, if they have a value that none before had; `sampled(n)` takes at most n.
+    """
+    seen: dict[str, set[tuple[str, str]]] = {}
+    taken: Counter[str] = Counter()
+    for item in items:
+        mark, cases = item.get_closest_marker("sampled"), getattr(item, "callspec", None)
+        if mark is None or cases is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        values = {(name, repr(value)) for name, value in cases.params.items()}
+        new = values - seen.setdefault(test, set())
+        if new and taken[test] < (mark.args or (math.inf,))[0]:
+            seen[test] |= values
+            taken[test] += 1
+        else:
+            item.add_marker(pytest.mark.nightly)
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,7 @@ def modelled(graph, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("residency", RESIDENCIES, ids=lambda residency: residency.name)
 @pytest.mark.parametrize(
     ("side", "guided"),
@@ -149,6 +150,7 @@ def test_what_fits_a_mac(opened, mac, gib):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("gib", MACS)
 @pytest.mark.parametrize("title", MODELS)
 def test_everything_fits_every_mac(opened, mac, title, gib):

@@ -87,6 +87,7 @@ def test_encoding_equals_the_reference(pair, name, size):
     assert np.abs(ours - expected).max() / np.abs(expected).max() < 1e-5
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("size", [(8, 12), (15, 6), (33, 4), (64, 3), (50, 22)])
 @pytest.mark.parametrize("strips", [2, 3, 4, 7, 1000])
 def test_strips_change_no_bit(pair, size, strips):

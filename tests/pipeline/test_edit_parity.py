@@ -104,6 +104,7 @@ def assert_same(ours, theirs):
     assert np.abs(pixels - expected).max() <= 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("size", [(300, 200), (64, 181)])
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 def test_edit(edit, monkeypatch, size, cfg_scale):
@@ -137,6 +138,7 @@ def test_edit_at_the_real_area(edit):
     assert_same(run_ours(edit, images=[image], **request), theirs)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["edit_plus", "edit_plus_resaved", "edit_2511"])
 @pytest.mark.parametrize("sizes", [[(300, 200)], [(300, 200), (64, 181)], [(90, 90), (200, 120), (75, 300)]], ids=len)
 def test_edit_plus_with_images_of_different_aspects(request, small_areas, name, sizes):

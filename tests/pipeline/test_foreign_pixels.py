@@ -111,6 +111,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray, *, packed: bool = False
 # --- single files next to a model ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("prefix", foreign_names.PREFIXES)
 @pytest.mark.parametrize("form", foreign.COMFY)
 def test_comfy_transformers(models, dense, tmp_path, form, prefix):
@@ -119,6 +120,7 @@ def test_comfy_transformers(models, dense, tmp_path, form, prefix):
     assert_same(generate(models["generate"], transformer=file), dense("generate", transformer=numbers))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", foreign.COMFY)
 @pytest.mark.parametrize("spelling", ["model.", "model.language_model."])
 def test_comfy_text_encoders(models, dense, tmp_path, form, spelling):
@@ -343,6 +345,7 @@ def test_types_that_mlx_does_not_open(models, copied, dense, tmp_path, part, for
 # --- zero_cond_t ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("marker", "said", "expected"), [
     (True, None, True), (False, None, False), (True, False, False), (False, True, True),
 ])  # fmt: skip
@@ -360,6 +363,7 @@ def test_the_marker_of_2511(models, tmp_path, marker, said, expected, prefix):
 # --- whole snapshots ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("bits", "group", "mode"), [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4")])
 @pytest.mark.parametrize("task", ["generate", "edit"])
 def test_swift_snapshots(copied, dense, task, bits, group, mode):

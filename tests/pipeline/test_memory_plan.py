@@ -72,6 +72,7 @@ def nbytes(*modules):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("quantize", [None, "4/32"])
 @pytest.mark.parametrize("residency", RESIDENCIES, ids=lambda residency: residency.name)
 def test_weights_are_counted_to_the_byte(model, packed, residency, quantize):

@@ -77,6 +77,7 @@ def test_prompts(pipeline, reference, prompt):
     assert_same(pipeline, reference, **{**BASE, "prompt": prompt}, cfg_scale=4.0, seed=42)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("size", [(16, 16), (48, 80), (112, 112), (80, 208), (256, 64), (176, 144)])
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.5])
 def test_sizes_odd_grids_included(pipeline, reference, size, cfg_scale):

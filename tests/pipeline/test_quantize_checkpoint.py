@@ -50,6 +50,7 @@ def generate(folder, quantize=None, dtype="float32"):
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bits", ["4", "8/32", "mxfp4", "nvfp4", "transformer=5,text_encoder=mxfp8"])
 def test_a_pack_generates_what_a_run_that_quantizes_generates(source, tmp_path, bits, dtype):
