@@ -200,6 +200,29 @@ def test_a_pass_in_parts_has_the_hints_of_a_whole_one(opened, files, title):
         assert not np.array_equal(other, whole)
 
 
+@pytest.mark.parametrize("method", ["first-block:100", "easycache:100", "taylorseer:9"])
+def test_a_step_cache_reuses_nothing_across_the_end_of_a_control(opened, files, method):
+    """Caches that leave out all they may compute the step where the control begins and the one after its end."""
+    pipeline, encoding = opened
+    (made,) = pipeline.encode_controls([control(files, "block-wise", start=0.25, end=0.75)], SIZE)
+
+    def computed(*controls):
+        steps, before = [], 0
+
+        def note(progress):
+            nonlocal before
+            if progress.stage == "denoise" and progress.step:
+                steps.extend([progress.step - 1] * (progress.skipped == before))
+                before = progress.skipped
+
+        parameters = GenerationParameters(width=64, height=48, num_inference_steps=12, cfg_scale=2.0, step_cache=method)
+        pipeline.denoise_latents(parameters, encoding, controls=controls, progress=note)
+        return set(steps)
+
+    assert computed(made) >= {0, 3, 9, 11}
+    assert 9 not in computed()
+
+
 # In context -----------------------------------------------------------------------------------------------------------
 
 
