@@ -79,12 +79,15 @@ def test_a_control_has_an_effect_that_grows_with_its_scale(opened, files, plain,
     assert 0 < np.abs(slight - plain).max() < np.abs(whole - plain).max()
 
 
-@pytest.mark.parametrize("said", [{"scale": 0}, {"start": 0.5, "end": 0.5}, {"start": 0.1, "end": 0.4}])
-def test_without_effect_nothing_runs(opened, files, plain, said, monkeypatch):
+@pytest.mark.parametrize(("said", "encoded"), [
+    ({"scale": 0}, 0), ({"start": 0.5, "end": 0.5}, 0), ({"start": 0.1, "end": 0.4}, 1),
+])  # fmt: skip
+def test_without_effect_nothing_runs(opened, files, plain, said, encoded):
     """No image is encoded or no network loaded, and the bits are those of no control."""
     pipeline, _ = opened
     role = open_control(pipeline.components, Reporter(), control(files, "residuals"))
     pipeline.components.release(role)
+    assert len(pipeline.encode_controls([control(files, "residuals", **said)], SIZE)) == encoded
     assert np.array_equal(latents(opened, control(files, "residuals", **said)), plain)
     assert not pipeline.components.is_loaded(role)
 
@@ -151,8 +154,12 @@ def test_the_plan_counts_a_control(tiny, files):
     weights = components.weights(role).resident_bytes("main", mx.float32)
     assert after.stages[2].resident - before.stages[2].resident == weights + 4 * kept
     assert after.disk - before.disk == components.weights(role).nbytes
-    streamed = make_plan(components, Work(64, 48, steps=2, controls=(role,)), RESIDENCIES[-1])
+    bare, streamed = (
+        make_plan(components, Work(64, 48, steps=2, controls=roles), RESIDENCIES[-1]) for roles in ((), (role,))
+    )
     assert streamed.stages[2].resident < after.stages[2].resident - weights / 2
+    moving, unsteered = (plan.stages[2].peak - plan.stages[2].resident for plan in (streamed, bare))
+    assert moving - unsteered > weights / 2, "its one layer is read while it works"
 
 
 def test_what_a_network_is_given(opened, files):
@@ -361,8 +368,13 @@ def test_a_line_of_a_file_of_prompts_has_its_own_controls(tiny, files, capsys, m
     monkeypatch.setitem(__import__("qwen_image_mlx.variants").variants.ASPECT_SIZES, "1:1", (32, 32))
     code, out, err = run(capsys, "generate", "--prompts-file", "p.jsonl", *words)
     assert (code, len(out)) == (0, 2), err
-    records = [read_metadata(path).get("controls") for path in out]
-    assert sorted(records, key=str) == sorted([lines[0]["controls"], None], key=str)
+    made = {str(read_metadata(path).get("controls")): np.asarray(picture_of(path)) for path in out}
+    assert made.keys() == {str(lines[0]["controls"]), "None"}
+    steering = ["--controlnet", "fun.safetensors", "--control-image", "photo.png"]
+    for controls, more in ((lines[0]["controls"], steering), (None, [])):
+        alone = ["a", "--model", "tiny", "--steps", "1", "--dtype", "float32", "--quiet", "--seed", "0", *more]
+        _, (path,), _ = run(capsys, "generate", *alone, "-W", "32", "-H", "32", "-o", "alone.png")
+        assert np.array_equal(picture_of(path), made[str(controls)])
 
 
 BAD = {
