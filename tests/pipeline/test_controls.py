@@ -400,6 +400,8 @@ BAD = {
     "two images": (["--controlnet", "inpainting.safetensors", "--control-image", "photo.png", "--control-mask",
                     "mask.png", "--control-source", "photo.png"], "sees one image"),
     "wider": (["--controlnet", "wider.safetensors", "--control-image", "photo.png"], "of width 128"),
+    "fewer blocks": (["--controlnet", "short.safetensors", "--control-image", "photo.png"], "has 1 block, but"),
+    "more blocks": (["--controlnet", "long.safetensors", "--control-image", "photo.png"], "has 3 blocks, but"),
     "odd channels": (["--controlnet", "odd.safetensors", "--control-image", "photo.png"], "takes 72 values"),
     "cut": (["--controlnet", "cut.safetensors", "--control-image", "photo.png"], "cut.safetensors"),
     "a tensor less": (["--controlnet", "less.safetensors", "--control-image", "photo.png"], "it lacks"),
@@ -412,6 +414,8 @@ BAD = {
 def damaged(files, tiny):
     folder = tiny.parent
     write_control(folder / "wider.safetensors", tiny, INSTANTX, layers=1, num_attention_heads=4)
+    write_control(folder / "short.safetensors", tiny, BLOCKWISE, layers=1)
+    write_control(folder / "long.safetensors", tiny, INSTANTX, layers=3)
     write_control(folder / "odd.safetensors", tiny, BLOCKWISE, layers=2, extra=2)
     whole = files["fun"].read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -443,6 +447,9 @@ def test_refused_in_one_sentence(title, damaged, capsys, monkeypatch):
     ([{"controlnet": "a", "image": "b", "scale": True}], "scale is True"),
     ([{"controlnet": 3, "image": "b"}], "controlnet is 3"),
     (["a"], "must be a Control"),
+    (3, "controls are 3, but must be a list"),
+    ({"controlnet": "a"}, "controls are {'controlnet': 'a'}, but must be a list"),
+    (Control("a", "b"), "controls are Control"),
     ([{"controlnet": "a", "image": "b"}] * 9, "at most 8"),
 ])  # fmt: skip
 def test_objects_are_checked(said, sentence):
