@@ -126,6 +126,7 @@ def _control(scene: Scene) -> Control:
 
 def test_the_controlnet_works_offline_by_its_name_and_is_small(run):
     assert sum(file.stat().st_size for file in (DEMO_ROOT / "demo-control").iterdir()) < 1_000_000
+    assert "ControlNet" in run("info", "demo-control")[0]
     scene = Scene((Thing("circle", "red", 0.3, 0.65, 0.24),), "blue")
     Image.fromarray(outlines(scene)).save("edges.png")
     Image.fromarray(replace(scene, things=(replace(scene.things[0], colour="white"),)).render()).save("scene.png")
