@@ -252,7 +252,7 @@ def _train(
     judged: Callable[[Network], dict[str, float]],
     write: Callable[[], None],
 ) -> None:
-    """Takes a stage's steps; every so many of them are saved, judged, reported and written."""
+    """Takes a stage's steps; after each `every` of them it is saved, judged, reported and written."""
     steps = STEPS[folder.name]
     record = {"stage": folder.name, "steps": SCHEDULES[folder.name], "seed": seed, "batch": BATCH}
     last = last_checkpoint(folder)
