@@ -276,6 +276,7 @@ class Config:
         usual: the default, as text; "" is the option's.
         example: a value for the commented example.
         kind: its kind of value; None is the option's.
+        of_model: whether it applies only to the models that the config names, or to the default ones.
     """
 
     commands: tuple[str, ...] = ()
@@ -285,6 +286,7 @@ class Config:
     usual: str = ""
     example: Any = None
     kind: Kind | None = None
+    of_model: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

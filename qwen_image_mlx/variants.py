@@ -21,6 +21,7 @@ DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
 DEFAULT_EDIT_MODEL = "Qwen/Qwen-Image-Edit-2511"
 DEFAULT_LAYERED_MODEL = "Qwen/Qwen-Image-Layered"
 DEMOS = ("demo", "demo-edit", "demo-layered")  # the models inside this package; these names are never folders
+DEMO_CONTROL = "demo-control"  # the ControlNet inside this package, for the first of them; never a folder, either
 
 # Short names of released models, as people and other programs write them.
 MODEL_ALIASES = {

@@ -2,7 +2,7 @@
 """Train the models that the package ships, from nothing, stage by stage; a stage that was cut goes on where it was.
 
 python scripts/train_demo.py vae rgba-vae text-encoder t2i-edit polish layered layered-alone layered-polish pack \
-    --out build/demo
+    control --out build/demo
 """
 
 import argparse
@@ -14,22 +14,27 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from demo import autoencoder, checkpoint, judge, painter, preview, samples
+from demo import autoencoder, checkpoint, control, judge, painter, preview, samples
 
 from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
+from qwen_image_mlx.training.loop import Trainer
 from qwen_image_mlx.training.network import Network
+from qwen_image_mlx.variants import DEMO_CONTROL
+from qwen_image_mlx.weights.snapshot import DEMO_ROOT
 
 VAE = VAEConfig(base_dim=8)
 STEPS = {
     "vae": 3000, "rgba-vae": 1000, "t2i-edit": 3000, "polish": 2500,
     "layered": 1500, "layered-alone": 800, "layered-polish": 3500,
+    "control": 1000,
 }  # fmt: skip
 # Steps that learning rates fall over, where a stage stops before: its average is good enough by then.
 SCHEDULES = {
     **STEPS, "vae": 5000, "rgba-vae": 2500, "t2i-edit": 8000, "polish": 6000, "layered": 5000, "layered-alone": 4000,
+    "control": 2000,
 }  # fmt: skip
-SAMPLES = {"images": 30000, "edits": 16000, "layered": 5000, "layered-polish": 4000}
+SAMPLES = {"images": 30000, "edits": 16000, "layered": 5000, "layered-polish": 4000, "control": 6000}
 LAYERS = (2, 3, 4)
 BATCH = 64
 SIZES = {
@@ -38,6 +43,7 @@ SIZES = {
     "layered": (21, 21, 21),
     "layered-alone": (12, 16, 32),
     "layered-polish": (8, 12, 28, 12),
+    "control": (BATCH,),
 }  # of a step's batches
 DROPS = {"layered-alone": 0.6, "layered-polish": 0.6}  # prompts left away: mostly nobody says what an image shows
 JUDGED = 100  # held-out scenes
@@ -171,13 +177,32 @@ def pack(out: Path, every: int, seed: int) -> None:
         frame = samples.Frame(out / "models" / model)
         channels = 4 if checkpoint.transformer_config(model).use_layer3d_rope else 3
         checkpoint.write_preview(out / "models" / model, preview.fit_preview(frame, channels))
-    checkpoint.pack(out / "models", Path(__file__).parents[1] / "qwen_image_mlx" / "demo")
+    checkpoint.pack(out / "models", DEMO_ROOT)
+
+
+def train_control(out: Path, every: int, seed: int) -> None:
+    """The ControlNet of the packed `demo`, which goes into the package too."""
+    folder, frame = out / "control", samples.Frame("demo")
+    scenes = control.draw_anywhere(JUDGED, HELD_OUT_SEED, held_out=True)
+    outlined = control.steered(frame, scenes)
+    kind = _kept(folder / "scenes.npz", lambda: control.steered(
+        frame, control.draw_anywhere(SAMPLES["control"], seed), seed), control.Steered)  # fmt: skip
+    network = control.SteeredNetwork(checkpoint.transformer_config("demo"), seed)
+    network.load(DEMO_ROOT / "shared" / "transformer" / checkpoint.WEIGHTS)
+    batches = painter.draw_batches([kind], SIZES["control"], seed, 0.1)
+
+    def judged(network: Network) -> dict[str, float]:
+        images = frame.images(painter.generate(network, outlined, 12, SCALES["demo"]))
+        return judge.judge_places(images, scenes) | judge.judge_paintings(images, scenes)
+
+    trainer = control.new_trainer(network, batches, SCHEDULES["control"], seed)
+    _train(folder, trainer, every, seed, judged, lambda: control.write_control(DEMO_ROOT / DEMO_CONTROL, trainer))
 
 
 STAGES = {
     "vae": train_vae, "rgba-vae": train_rgba_vae, "text-encoder": write_frames, "t2i-edit": train_t2i_edit,
     "polish": polish, "layered": train_layered, "layered-alone": train_layered_alone,
-    "layered-polish": polish_layered, "pack": pack,
+    "layered-polish": polish_layered, "pack": pack, "control": train_control,
 }  # fmt: skip
 
 
@@ -205,14 +230,31 @@ def _train_painter(
     models: Sequence[Path],
     start: Path | None = None,
 ) -> None:
-    config, steps = checkpoint.transformer_config(model), STEPS[folder.name]
-    schedule = SCHEDULES[folder.name]
-    record = {"stage": folder.name, "steps": schedule, "seed": seed, "batch": BATCH}
+    config = checkpoint.transformer_config(model)
     network = painter.new_network(config, seed)
     batches = painter.draw_batches(kinds, SIZES[folder.name], seed, DROPS.get(folder.name, 0.1))
     if start is not None:
         painter.put_average(network, start)
-    trainer = painter.new_trainer(network, batches, schedule, seed)
+    trainer = painter.new_trainer(network, batches, SCHEDULES[folder.name], seed)
+
+    def write() -> None:
+        for target in models:
+            checkpoint.write_component(target, "transformer", config, painter.file_weights(trainer))
+
+    _train(folder, trainer, every, seed, judged, write)
+
+
+def _train(
+    folder: Path,
+    trainer: Trainer,
+    every: int,
+    seed: int,
+    judged: Callable[[Network], dict[str, float]],
+    write: Callable[[], None],
+) -> None:
+    """Takes a stage's steps; after each `every` of them it is saved, judged, reported and written."""
+    steps = STEPS[folder.name]
+    record = {"stage": folder.name, "steps": SCHEDULES[folder.name], "seed": seed, "batch": BATCH}
     last = last_checkpoint(folder)
     if last is not None:
         load_checkpoint(last, trainer, record)
@@ -224,16 +266,17 @@ def _train_painter(
         with trainer.weights() as network:
             found = judged(network)
         _report(folder, trainer.step, seconds, {"loss": float(np.mean(losses))} | found)
-        for target in models:
-            checkpoint.write_component(target, "transformer", config, painter.file_weights(trainer))
+        write()
 
 
-def _kept(path: Path, make: Callable[[], samples.Samples]) -> samples.Samples:
-    """Samples from a file, made if it is not there."""
+def _kept(
+    path: Path, make: Callable[[], samples.Samples], of: type[samples.Samples] = samples.Samples
+) -> samples.Samples:
+    """Samples of a class from a file, made if it is not there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         make().save(path)
-    return samples.Samples.load(path)
+    return of.load(path)
 
 
 def _report(folder: Path, step: int, seconds: float, found: dict[str, float]) -> None:

@@ -100,7 +100,7 @@ def config_options(arguments: argparse.Namespace, command: str, recorded: Mappin
     """
     settings = load_settings(find_config(arguments.config), arguments.profile)
     values = settings.of_command(command, arguments.model or recorded.get("model"))
-    left = set(recorded)
+    left = {*recorded, "controls"} if recorded else set()  # the record of an image without controls has no such key
     if getattr(arguments, "lightning", None):
         left |= {"steps", "cfg_scale"}
     if getattr(arguments, "preset", None):

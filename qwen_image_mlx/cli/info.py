@@ -30,14 +30,17 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints one fact a line, or JSON."""
     from ..files import named_path
     from ..layers.formats import is_layers
+    from ..variants import DEMO_CONTROL, DEMOS
     from ..weights.safetensors_files import PICKLES
-    from ..weights.snapshot import DEMOS
+    from ..weights.snapshot import DEMO_ROOT
 
     path = named_path(arguments.path, "PATH")
     if path.exists() and path.suffix.lower() not in PICKLES and is_layers(path):
         facts = _layers(path)
     elif path.is_dir() or arguments.path in DEMOS:
         facts = _checkpoint(str(path))
+    elif arguments.path == DEMO_CONTROL:
+        facts = _weights(next((DEMO_ROOT / DEMO_CONTROL).iterdir()))
     elif path.suffix.lower() in (".safetensors", ".gguf", *PICKLES):
         facts = _weights(path)
     else:

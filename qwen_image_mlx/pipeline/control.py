@@ -26,7 +26,7 @@ class Control:
 
     Attributes:
         controlnet: a file, a folder, `owner/repo`, `owner/repo:file` or the address of a file on the hub; or
-            "in-context", for a LoRA that reads the image as a reference.
+            "in-context", for a LoRA that reads the image as a reference; or "demo-control", the one in this package.
         image: what steers the image; resized to its size. With a mask, and a network that inpaints, what is inpainted.
             None takes what the request itself inpaints, with its mask.
         scale: factor of what the ControlNet adds; 0 runs nothing.
@@ -42,8 +42,8 @@ class Control:
     controlnet: StrPath = option(
         kind=Text(), flags=("--controlnet",), metavar="REF", place=True,
         help="steer the image with this ControlNet: a file, a folder, owner/repo, owner/repo:file or a file's address "
-        "on the hub; or in-context, for a LoRA that reads the control image; repeat for more, each followed by its own "
-        "flags",
+        "on the hub; or in-context, for a LoRA that reads the control image; or demo-control, for the model demo; "
+        "repeat for more, each followed by its own flags",
     )  # fmt: skip
     image: ImageSource | None = option(
         None, kind=ImageFile(), flags=("--control-image",), metavar="IMAGE", place=True,
@@ -133,6 +133,8 @@ def controls_of(controls: Sequence[Control | Mapping[str, Any]] | None) -> tuple
     Raises:
         RequestError: a field is unknown or missing, a value is out of range, or there are too many.
     """
+    if not isinstance(controls, list | tuple | None):
+        raise RequestError(f"controls are {controls!r:.80}, but must be a list of controls")
     made = []
     names = {row.name for row in options_of(Control)}
     for one in controls or ():

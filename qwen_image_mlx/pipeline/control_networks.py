@@ -19,10 +19,11 @@ from ..images.pixels import to_mask, to_pixels
 from ..images.sources import open_image, open_mask
 from ..lora.fetch import fetch_file
 from ..registry import CLASSES, CONTROL, CONTROLS, IN_CONTEXT, LABELS, TRANSFORMER, VAE, VAE_ENCODER, Class, Component
+from ..variants import DEMO_CONTROL
 from ..weights.mapping import canonical_names, weights_map
 from ..weights.recognize import family_of, kind_of, looks_like_a_lora, part_of, unreadable
 from ..weights.safetensors_files import Tensor
-from ..weights.snapshot import HubSnapshot, weight_file
+from ..weights.snapshot import DEMO_ROOT, HubSnapshot, weight_file
 from .autoencode import encode_mode
 from .components import Components
 from .control import Control
@@ -47,7 +48,10 @@ def open_control(components: Components, report: Reporter, control: Control) -> 
     reference = control.reference
     opened: dict[str, str] = components.references
     if reference not in opened:
-        place = fetch_file(reference, "ControlNet", components.snapshot.offline, report.download)
+        if reference == DEMO_CONTROL:
+            place = DEMO_ROOT / DEMO_CONTROL
+        else:
+            place = fetch_file(reference, "ControlNet", components.snapshot.offline, report.download)
         number = len(components.controls) + 1
         role = CONTROL if number == 1 else f"{CONTROL} {number}"
         entry, config = recognize(components, place)
@@ -228,6 +232,12 @@ def _config(row: Component, base: Any, tensors: Mapping[str, Tensor], place: Pat
         width = shape[0] if shape else 0
         raise CheckpointError(
             f"{place} is made for a transformer of width {width}, but that of {components.snapshot.model} is {base.dim}"
+        )
+    depth = components.depth(TRANSFORMER)
+    if len(layers) > depth or ("each" in marks and len(layers) < depth):
+        raise CheckpointError(
+            f"{place} has {len(layers)} block{'s' * (len(layers) > 1)}, but the transformer of "
+            f"{components.snapshot.model} has {depth}"
         )
     if shape[1] not in (channels * patch, (channels + 1) * patch, (2 * channels + 1) * patch):
         raise CheckpointError(f"{place} takes {shape[1]} values of a control image for each token, which none here has")

@@ -103,9 +103,8 @@ def denoise_latents(
             from .step_cache import with_cache
 
             denoiser = cache = with_cache(
-                denoiser, components, parameters.step_cache, evaluations=conditions.sigmas, steps=steps,
-                all_steps=schedule.num_steps,
-            )  # fmt: skip
+                denoiser, components, parameters.step_cache, conditions, steps=steps, all_steps=schedule.num_steps
+            )
         report(Progress("denoise", 0, steps, sigma=float(sigmas[0]), latents=start.latents))
         with components.passing(TRANSFORMER) as pace:
 

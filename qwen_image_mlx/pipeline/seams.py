@@ -81,6 +81,13 @@ class Conditions:
     controls: tuple[ControlInput, ...] = ()
     keeps_prefix: bool = True
 
+    @property
+    def turns(self) -> set[int]:
+        """The evaluations in which other controls run than in the one before."""
+        count = len(self.sigmas)
+        running = [[control.runs(n, count) for control in self.controls] for n in range(count)]
+        return {n for n in range(1, count) if running[n] != running[n - 1]}
+
 
 class ControlBranch(Protocol):
     """What one control adds to an image's tokens.

@@ -5,11 +5,10 @@ It wraps any `DividedDenoiser` for one image and is dropped with it, so nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import RequestError
 from ..models.layers import OnLayer
@@ -17,7 +16,7 @@ from ..sampling.choices import check_cache, parse_cache
 from ..sampling.step_caches import METHODS, CacheFacts, StepCache
 from .calibrated import facts_of
 from .components import Components
-from .seams import DividedDenoiser
+from .seams import Conditions, DividedDenoiser
 
 
 class CachedDenoiser:
@@ -26,20 +25,20 @@ class CachedDenoiser:
     Args:
         denoiser: computes the passes.
         cache: decides; of this image alone.
-        evaluations: number of calls of `velocities`.
+        always: the evaluations that are computed whatever the cache decides.
 
     Attributes:
         skipped: passes left out so far; with guidance a step has two.
     """
 
-    def __init__(self, denoiser: DividedDenoiser, cache: StepCache, evaluations: int):
-        self._denoiser, self._cache, self._last = denoiser, cache, evaluations - 1
+    def __init__(self, denoiser: DividedDenoiser, cache: StepCache, always: Collection[int]):
+        self._denoiser, self._cache, self._always = denoiser, cache, always
         self.skipped: int = 0
 
     def velocities(
         self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
     ) -> Sequence[mx.array]:
-        """As `Denoiser.velocities`; the first and the last evaluation are always computed."""
+        """As `Denoiser.velocities`."""
         denoiser, cache = self._denoiser, self._cache
         if cache.reuses == "velocity":
             return self._whole(latents, evaluation, on_layer, branches)
@@ -79,7 +78,7 @@ class CachedDenoiser:
     def _skips(self, evaluation: int, seen: mx.array | None, branches: int) -> bool:
         """Whether a pass is left out; a branch that was not computed last time, as outside the guidance's interval,
         has nothing to reuse."""
-        skips = self._cache.skips(evaluation, seen) and 0 < evaluation < self._last
+        skips = self._cache.skips(evaluation, seen) and evaluation not in self._always
         skips = skips and self._cache.threshold > 0 and branches <= self._cache.branches
         self.skipped += branches * skips
         return skips
@@ -90,15 +89,16 @@ def _sum(x: mx.array, added: mx.array) -> mx.array:
 
 
 def with_cache(
-    denoiser: Any, components: Components, text: str, *, evaluations: np.ndarray, steps: int, all_steps: int
+    denoiser: Any, components: Components, text: str, conditions: Conditions, *, steps: int, all_steps: int
 ) -> CachedDenoiser:
-    """Wraps an image's denoiser in a step cache.
+    """Wraps an image's denoiser in a step cache. The first and the last evaluation are always computed, and those in
+    which a control begins or has ended: what was kept before holds other hints.
 
     Args:
         denoiser: a `DividedDenoiser`.
         components: the checkpoint's, for the facts of its model.
         text: METHOD[:THRESHOLD].
-        evaluations: the noise levels of the velocity's evaluations.
+        conditions: what the image depends on.
         steps, all_steps: of the image, and of a whole schedule, of which an image to image has the last.
 
     Raises:
@@ -106,8 +106,9 @@ def with_cache(
     """
     method, threshold, facts = cache_of(components, text, steps)
     begin = 1 - steps / all_steps
-    places = [begin + (1 - begin) * n / max(len(evaluations) - 1, 1) for n in range(len(evaluations))]
-    return CachedDenoiser(denoiser, method(threshold, facts, places), len(evaluations))
+    last = len(conditions.sigmas) - 1
+    places = [begin + (1 - begin) * n / max(last, 1) for n in range(last + 1)]
+    return CachedDenoiser(denoiser, method(threshold, facts, places), {0, last, *conditions.turns})
 
 
 def cache_of(components: Components, text: str, steps: int) -> tuple[type[StepCache], float, CacheFacts]:

@@ -73,6 +73,7 @@ def _model(key: str, usual: str, help: str, *commands: str) -> Config:
 _QUANTIZATION = Parsed(
     f"one of {', '.join(SCHEMES)}, {NONE}, or in quotes as transformer=4,text_encoder=8", Quantization.parse, (str, int)
 )
+_CONTROLS = Several(Group(Control), f"a list of tables, each with {', '.join(row.name for row in options_of(Control))}")
 _FILE = {"kind": Text(), "group": "model", "flags": (), "metavar": "FILE", "record": "always", "place": True,
          "of_model": True}  # fmt: skip
 
@@ -141,7 +142,7 @@ class OpenOptions:
         place=True, help="a LoRA and its strength: a file, a folder, owner/repo, owner/repo:file or a file's address "
         "on the hub; repeat for more",
         config=(Config(commands=TASKS, help="LoRAs of the models named here, with their strengths; another --model "
-                       "goes without", usual="none", example=["fox-style.safetensors@0.8"]),),
+                       "goes without", usual="none", example=["fox-style.safetensors@0.8"], of_model=True),),
     )  # fmt: skip
     lora_mode: LoRAMode = option(
         LORA_MODES[0], kind=Choice(LORA_MODES), group="model", commands=IMAGE_COMMANDS, flags=("--lora-mode",),
@@ -250,6 +251,9 @@ _OTHERS = (
     Option(
         name="controls", kind=Several(Group(Control)), group="control", commands=CANVAS, flags=("--controlnet",),
         tasks=CANVAS, line=True, record="always", place=True, of_model=True,
+        config=(Config(commands=CANVAS, kind=_CONTROLS, usual="none", of_model=True,
+                       help="ControlNets with their images, for the models named here; another --model goes without",
+                       example=[{"controlnet": "edges.safetensors", "image": "edges.png"}]),),
     ),
     Option(
         name="size", kind=Text(r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$"), group="size",

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 
 from ..errors import RequestError
 from ..names import StrPath
+from ..options import Group, Kind, Several
 from ..pipeline.parameters import GENERATION
-from ..variants import DEMOS, full_name
+from ..registry import IN_CONTEXT
+from ..variants import DEMO_CONTROL, DEMOS, full_name
 from .lines import Names, parse_toml
 from .schema import DEFAULT_PROFILE, SCHEMA, TABLE, table_name
 
@@ -25,6 +27,7 @@ BUILT_IN = "built-in"
 _MAX_BYTES = 100_000
 _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # pipes that a shell or a parent process writes to
 
+_NAMES = (*DEMOS, DEMO_CONTROL, IN_CONTEXT)  # never files or folders
 _ROWS = {(row.table, row.key): row for row in SCHEMA}
 _HOMES = {row.key: row.table for row in SCHEMA} | {GENERATION: ""}
 
@@ -58,13 +61,15 @@ class Settings:
 
         Args:
             command: a key of `Setting.feeds`.
-            model: the requested model; if it is not the config's or the default one, the config's LoRAs are left out.
+            model: the requested model; if it is not the config's or the default one, settings that apply to those
+                alone are left out.
         """
         rows = {row.feeds[command]: row for row in SCHEMA if command in row.feeds}
         found = {flag: self.values[row.key] for flag, row in rows.items() if self.values[row.key] is not None}
-        own = found.get("model", rows["model"].usual) if "loras" in found else None
+        bound = {flag for flag in found if rows[flag].of_model}
+        own = found.get("model", rows["model"].usual) if bound else None
         if model is not None and own is not None and full_name(model) != full_name(own):
-            del found["loras"]
+            found = {flag: value for flag, value in found.items() if flag not in bound}
         return found
 
 
@@ -189,7 +194,7 @@ def _check(path: Path, found: Any, outer: Names, lines: Mapping[Names, int]) -> 
             if not row.kind.accepts(value):
                 raise fault(names, f"{key} is {_quote(value)}, but must be {row.kind.allowed}")
             value = row.kind.store(value)
-            yield key, (_resolve(value, path.parent) if row.place else value, table_name(outer[0], table))
+            yield key, (_resolve(value, row.kind, path.parent) if row.place else value, table_name(outer[0], table))
         elif key in _HOMES:
             raise fault(names, f"{key} belongs in [{table_name(outer[0], _HOMES[key])}]")
         else:
@@ -209,17 +214,28 @@ def _quote(value: Any) -> str:
         return "a very deep table"
 
 
-def _resolve(value: str | Iterable[str], folder: Path) -> str | list[str]:
-    """Paths with ~ expanded; those that exist in the config's folder are taken from there."""
-    if not isinstance(value, str):
-        return [_resolve_lora(item, folder) for item in value]
+def _resolve(value: Any, kind: Kind, folder: Path) -> Any:
+    """A value with ~ expanded in its paths; those that exist in the config's folder are taken from there.
+
+    A text in a list is a LoRA: REF or REF@STRENGTH.
+    """
+    if isinstance(kind, Several):
+        if isinstance(kind.kind, Group):
+            return [_resolve(one, kind.kind, folder) for one in value]
+        return [_resolve_lora(one, folder) for one in value]
+    if isinstance(kind, Group):
+        return {name: _place(one, folder) if kind.rows[name].place else one for name, one in value.items()}
+    return _place(value, folder)
+
+
+def _place(value: str, folder: Path) -> str:
     local = folder / os.path.expanduser(value)
-    return str(local) if value not in DEMOS and os.path.exists(local) else os.path.expanduser(value)
+    return str(local) if value not in _NAMES and os.path.exists(local) else os.path.expanduser(value)
 
 
 def _resolve_lora(reference: str, folder: Path) -> str:
-    """REF or REF@STRENGTH with REF's path resolved like `_resolve`; an existing path that contains an @ is a path."""
+    """REF or REF@STRENGTH with the place of REF; an existing path that contains an @ is a path."""
     place, at, strength = reference.rpartition("@")
     if not at or os.path.exists(folder / os.path.expanduser(reference)):
-        return str(_resolve(reference, folder))
-    return f"{_resolve(place, folder)}@{strength}"
+        return _place(reference, folder)
+    return f"{_place(place, folder)}@{strength}"

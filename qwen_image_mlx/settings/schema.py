@@ -28,6 +28,7 @@ class Setting:
         feeds: by the name of a command, the name of the flag it stands for; "edit" is `compose --harmonize` too.
         table: its table within `[PROFILE.qwen_image]`; "" for that one itself.
         place: whether it names files, which may be in the config's folder.
+        of_model: whether it applies only to the models that the config names, or to the default ones.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Setting:
     feeds: Mapping[str, str]
     table: str = ""
     place: bool = False
+    of_model: bool = False
 
 
 # The settings of a profile's own table come first.
@@ -46,6 +48,7 @@ SCHEMA = tuple(sorted((
         key=entry.key or row.name, kind=entry.kind or row.kind, help=entry.help or row.help,
         usual=entry.usual or row.usual, example=entry.example,
         feeds=dict.fromkeys(entry.commands or row.commands, row.name), table=entry.table, place=row.place,
+        of_model=entry.of_model,
     )
     for row in OPTIONS.values() for entry in row.config
 ), key=lambda row: row.table))  # fmt: skip
@@ -64,8 +67,17 @@ def example_config() -> str:
         for row in SCHEMA:
             if row.table == table:
                 lines += [f"# {row.help} (where it is not set: {row.usual})"]
-                lines += [f"#{row.key} = {json.dumps(row.example, ensure_ascii=False)}"]
+                lines += [f"#{row.key} = {_toml(row.example)}"]
         lines += [""]
     lines += ["# A second profile, chosen by --profile fast; settings it lacks are taken from default."]
     lines += [f"#[{table_name('fast', '')}]", "#quantize = 4", f"#[{table_name('fast', GENERATION)}]", "#steps = 20"]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

@@ -25,6 +25,7 @@ from .tokenizer import write_tokenizer
 PIPELINES = {
     "demo": "QwenImagePipeline", "demo-edit": "QwenImageEditPlusPipeline", "demo-layered": "QwenImageLayeredPipeline",
 }  # fmt: skip
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What they say of themselves in model_index.json.
 _OWN = {
     "demo": {"target_area": SIDE**2, "steps": 12, "cfg_scale": 3.0, "negative_prompt": " "},
@@ -92,7 +93,7 @@ def write_component(
         for name, spec in expected_tensors(ROWS[component], config).items()
     }
     (folder / component).mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / component / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+    save_tensors(folder / component / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / component / "config.json", {"_class_name": class_name, **asdict(config)})
 
 

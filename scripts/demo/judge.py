@@ -13,6 +13,7 @@ from .scenes import PLACES, Scene, Thing, analyse, coverage, flatten
 
 NEAR = 0.06  # how far an object may have moved, as part of the side
 NAMED_NEAR = 0.12  # how far from a named place's middle it may be
+FOLLOWS = 0.8  # overlap of a shape with its outline's inside, from which on it follows it
 _RIM = 2  # pixels on both sides of an edge that belong to neither what is inside nor what is outside
 
 
@@ -59,6 +60,18 @@ def judge_layers(stacks: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float
         overlaps = [_overlap(layer[..., 3], 255 * coverage(thing)) for layer, thing in things]
         rows.append({"psnr": psnr(flatten(stack), scene.render()), "iou": float(np.mean(overlaps))})
     return _means(rows)
+
+
+def judge_places(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
+    """How far the shapes in images (N, H, W, 3), uint8, of one thing each lie where they do in their scenes.
+
+    Returns:
+        "iou": the mean overlap of what stands out with the scene's shape; "follows": the part with at least
+        `FOLLOWS`.
+    """
+    overlaps = [_overlap(analyse(image).mask, coverage(scene.things[0]) > 0.5)
+                for image, scene in zip(images, scenes, strict=True)]  # fmt: skip
+    return _means([{"iou": overlap, "follows": overlap >= FOLLOWS} for overlap in overlaps])
 
 
 def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float:

@@ -97,17 +97,27 @@ def is_held_out(shape: str, colour: str, background: str) -> bool:
 
 
 def coverage(thing: Thing, side: int = SIDE) -> np.ndarray:
-    """How much of each pixel a shape covers: (side, side), float64 in [0, 1], from its signed distance."""
+    """How much of each pixel a shape covers: (side, side), float64 in [0, 1]."""
+    return np.clip(0.5 - distance(thing, side), 0, 1)
+
+
+def outline(thing: Thing, width: float, side: int = SIDE) -> np.ndarray:
+    """How much of each pixel a shape's outline covers: (side, side), float64 in [0, 1]; its width is in pixels."""
+    return np.clip(0.5 + width / 2 - np.abs(distance(thing, side)), 0, 1)
+
+
+def distance(thing: Thing, side: int = SIDE) -> np.ndarray:
+    """Each pixel's distance to a shape, negative inside: (side, side), float64, in pixels."""
     down, across = (np.mgrid[:side, :side] + 0.5) / side
     x, y, r = across - thing.x, down - thing.y, thing.radius
     if thing.shape == "circle":
-        distance = np.hypot(x, y) - r
+        found = np.hypot(x, y) - r
     elif thing.shape == "square":
-        distance = np.maximum(np.abs(x), np.abs(y)) - r * 0.9
+        found = np.maximum(np.abs(x), np.abs(y)) - r * 0.9
     else:  # its tip up, as wide as high
         slope = np.hypot(2, 1)
-        distance = np.maximum(y - r, (2 * np.abs(x) - (y + r)) / slope)
-    return np.clip(0.5 - distance * side, 0, 1)
+        found = np.maximum(y - r, (2 * np.abs(x) - (y + r)) / slope)
+    return found * side
 
 
 def flatten(layers: np.ndarray) -> np.ndarray:

@@ -172,6 +172,20 @@ def test_loras_of_a_config_without_a_model_are_for_the_usual_one(here):
         assert config_options(arguments, "generate").get("loras") == loras
 
 
+def test_controls_of_the_config_are_for_its_own_model_and_never_for_a_recorded_image(here):
+    config('[default.qwen_image]\nmodel_path = "o/mine"\ncontrols = [{controlnet = "o/r"}]')
+    parsed = build_parser().parse_args
+    theirs = [{"controlnet": "o/r"}]
+    for flags, recorded, controls in (
+        ([], {}, theirs),
+        (["--model", "o/other"], {}, None),
+        ([], {"model": "o/mine", "controls": [{"controlnet": "x"}]}, None),
+        ([], {"model": "o/mine"}, None),  # it was generated without one
+    ):
+        options = config_options(parsed(["generate", "x", *flags]), "generate", recorded)
+        assert options.get("controls") == controls, (flags, recorded)
+
+
 def test_lightning_brings_its_own_steps_and_guidance(here):
     config("[default.qwen_image]\ncfg_scale = 3\nquantize = 4\ngeneration.steps = 30")
     said = config_options(build_parser().parse_args(["generate", "x", "--lightning", "8"]), "generate")
@@ -207,6 +221,27 @@ def test_generate_generates_what_its_flags_generate(run):
     assert run("generate", PROMPT, "--config", "my.toml", "-o", "config.png")[0] == 0
     assert run("generate", PROMPT, "--model", "demo", *flags, "-o", "flags.png")[0] == 0
     assert Path("config.png").read_bytes() == Path("flags.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_controls_of_the_config_steer_as_their_flags_do(run):
+    from control_files import BLOCKWISE, picture, write_control
+
+    write_control(Path("edges.safetensors"), "demo", BLOCKWISE, layers=4, strength=2.0)
+    picture(64, 64).save("edges.png")
+    config(DEMOS + "[[default.qwen_image.controls]]\ncontrolnet = 'edges.safetensors'\nimage = 'edges.png'\n"
+           "kind = 'gray'\nscale = 0.5\n[bare.qwen_image]\ncontrols = []")  # fmt: skip
+    same = ["--steps", 1, "--seed", 3]
+    flags = ["--controlnet", "edges.safetensors", "--control-image", "edges.png"]
+    flags += ["--control-kind", "gray", "--control-scale", 0.5]
+    assert run("generate", PROMPT, *same, "-o", "config.png")[0] == 0
+    assert run("generate", PROMPT, "--model", "demo", *same, *flags, "--profile", "bare", "-o", "flags.png")[0] == 0
+    plain = run("generate", PROMPT, *same, "--profile", "bare", "-o", "plain.png")
+    assert "controls" not in generated(plain)
+    images = [Path(name).read_bytes() for name in ("config.png", "flags.png", "plain.png")]
+    assert images[0] == images[1] != images[2]
+    assert run("generate", "--from-image", "plain.png", "-o", "again.png")[0] == 0
+    assert Path("again.png").read_bytes() == images[2]
 
 
 @pytest.mark.slow

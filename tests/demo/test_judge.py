@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from demo.judge import judge_edits, judge_layers, judge_paintings
+from demo.judge import judge_edits, judge_layers, judge_paintings, judge_places
 from demo.scenes import COLOURS, Scene, Thing, draw_scene, recolour
 
 pytestmark = pytest.mark.demo
@@ -74,3 +74,11 @@ def test_layers_must_make_up_the_image_each_in_its_place():
     flat[:, 1:, ..., 3] = 0
     flat[:, 0, ..., :3] = rendered(scenes)
     assert judge_layers(flat, scenes)["iou"] == 0
+
+
+def test_a_shape_must_lie_on_its_own_place():
+    scene = Scene((Thing("circle", "red", 0.3, 0.6, 0.2),), "blue")
+    assert judge_places(rendered([scene]), [scene])["iou"] > 0.95
+    assert judge_places(rendered([altered(scene, x=0.4)]), [scene])["follows"] == 0
+    assert judge_places(rendered([altered(scene, radius=0.27)]), [scene])["iou"] < 0.6
+    assert judge_places(np.zeros((1, 64, 64, 3), np.uint8), [scene]) == {"iou": 0, "follows": 0, "right": 0}

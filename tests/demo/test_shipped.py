@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from demo.judge import judge_edits, judge_layers, judge_paintings
+from demo.control import draw_anywhere, outlines
+from demo.judge import judge_edits, judge_layers, judge_paintings, judge_places
 from demo.samples import draw_edits, draw_scenes
 from demo.scenes import Scene, Thing, analyse
 from PIL import Image
 
-from qwen_image_mlx import QwenImagePipeline
+from qwen_image_mlx import Control, QwenImagePipeline
 from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.weights.snapshot import DEMO_ROOT
 
 pytestmark = pytest.mark.demo
 
@@ -91,6 +94,46 @@ def test_layers_are_right(told, overlap, count):
     found = judge_layers(np.stack(stacks), scenes)
     assert found["psnr"] >= 25
     assert found["iou"] >= overlap  # 0.85 is asked for
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.nightly)])
+def test_shapes_follow_outlines(count):
+    """Their places and sizes, which no caption names; without the ControlNet they are elsewhere."""
+    scenes = draw_anywhere(100, SEED, held_out=True)[:count]
+    pipeline = QwenImagePipeline.from_pretrained("demo", dtype="float32")
+
+    def judge(steered: bool) -> dict[str, float]:
+        images = [
+            pipeline.generate(
+                scene.caption, negative_prompt=" ", seed=n, controls=[_control(scene)] if steered else ()
+            )[0]
+            for n, scene in enumerate(scenes)
+        ]
+        pixels = np.stack([np.asarray(image) for image in images])
+        return judge_places(pixels, scenes) | judge_paintings(pixels, scenes)
+
+    steered, free = judge(True), judge(False)
+    assert steered["iou"] >= 0.8
+    assert steered["follows"] >= share(0.8, count)
+    assert steered["colour"] >= share(0.95, count)
+    assert free["iou"] <= 0.4
+    assert free["follows"] <= 0.1
+
+
+def _control(scene: Scene) -> Control:
+    return Control("demo-control", Image.fromarray(outlines(scene)))
+
+
+def test_the_controlnet_works_offline_by_its_name_and_is_small(run):
+    assert sum(file.stat().st_size for file in (DEMO_ROOT / "demo-control").iterdir()) < 1_000_000
+    assert "ControlNet" in run("info", "demo-control")[0]
+    scene = Scene((Thing("circle", "red", 0.3, 0.65, 0.24),), "blue")
+    Image.fromarray(outlines(scene)).save("edges.png")
+    Image.fromarray(replace(scene, things=(replace(scene.things[0], colour="white"),)).render()).save("scene.png")
+    words = ["--model", "demo", "--seed", "1", "--controlnet", "demo-control", "-o", "x.png"]
+    for image in (["edges.png"], ["scene.png", "--control-kind", "canny"]):
+        (path,) = run("generate", "a red circle on a blue background", *words, "--control-image", *image)
+        assert judge_places(np.asarray(Image.open(path))[None], [scene])["iou"] > 0.8
 
 
 def test_the_judge_tells_right_from_wrong():

@@ -43,6 +43,16 @@ def test_canny_draws_the_outline_alone(kind):
     assert 0.7 * around < len(xs) < 1.5 * around, "one pixel thin, and closed"
 
 
+def test_canny_sees_colours_of_equal_brightness():
+    """Pure green darkened to red's brightness next to it: the grey image is flat."""
+    two = Image.new("RGB", (80, 40), (200, 0, 0))
+    two.paste((0, 102, 0), (40, 0, 80, 40))
+    assert len(np.unique(two.convert("L"))) == 1
+    edges = np.asarray(control_image(two, "canny", (80, 40)))[..., 0]
+    assert set(np.flatnonzero(edges.any(axis=0))) <= {39, 40}
+    assert edges.any(axis=1).all()
+
+
 def test_canny_traces_weak_edges_from_strong_ones_alone():
     ramp = np.full((60, 200), 100, np.uint8)
     for x in range(200):  # a step whose height falls from 120 to 0

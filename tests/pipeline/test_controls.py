@@ -79,12 +79,15 @@ def test_a_control_has_an_effect_that_grows_with_its_scale(opened, files, plain,
     assert 0 < np.abs(slight - plain).max() < np.abs(whole - plain).max()
 
 
-@pytest.mark.parametrize("said", [{"scale": 0}, {"start": 0.5, "end": 0.5}, {"start": 0.1, "end": 0.4}])
-def test_without_effect_nothing_runs(opened, files, plain, said, monkeypatch):
+@pytest.mark.parametrize(("said", "encoded"), [
+    ({"scale": 0}, 0), ({"start": 0.5, "end": 0.5}, 0), ({"start": 0.1, "end": 0.4}, 1),
+])  # fmt: skip
+def test_without_effect_nothing_runs(opened, files, plain, said, encoded):
     """No image is encoded or no network loaded, and the bits are those of no control."""
     pipeline, _ = opened
     role = open_control(pipeline.components, Reporter(), control(files, "residuals"))
     pipeline.components.release(role)
+    assert len(pipeline.encode_controls([control(files, "residuals", **said)], SIZE)) == encoded
     assert np.array_equal(latents(opened, control(files, "residuals", **said)), plain)
     assert not pipeline.components.is_loaded(role)
 
@@ -151,8 +154,12 @@ def test_the_plan_counts_a_control(tiny, files):
     weights = components.weights(role).resident_bytes("main", mx.float32)
     assert after.stages[2].resident - before.stages[2].resident == weights + 4 * kept
     assert after.disk - before.disk == components.weights(role).nbytes
-    streamed = make_plan(components, Work(64, 48, steps=2, controls=(role,)), RESIDENCIES[-1])
+    bare, streamed = (
+        make_plan(components, Work(64, 48, steps=2, controls=roles), RESIDENCIES[-1]) for roles in ((), (role,))
+    )
     assert streamed.stages[2].resident < after.stages[2].resident - weights / 2
+    moving, unsteered = (plan.stages[2].peak - plan.stages[2].resident for plan in (streamed, bare))
+    assert moving - unsteered > weights / 2, "its one layer is read while it works"
 
 
 def test_what_a_network_is_given(opened, files):
@@ -198,6 +205,29 @@ def test_a_pass_in_parts_has_the_hints_of_a_whole_one(opened, files, title):
         other = run(**said)
         assert np.isfinite(other).all()
         assert not np.array_equal(other, whole)
+
+
+@pytest.mark.parametrize("method", ["first-block:100", "easycache:100", "taylorseer:9"])
+def test_a_step_cache_reuses_nothing_across_the_end_of_a_control(opened, files, method):
+    """Caches that leave out all they may compute the step where the control begins and the one after its end."""
+    pipeline, encoding = opened
+    (made,) = pipeline.encode_controls([control(files, "block-wise", start=0.25, end=0.75)], SIZE)
+
+    def computed(*controls):
+        steps, before = [], 0
+
+        def note(progress):
+            nonlocal before
+            if progress.stage == "denoise" and progress.step:
+                steps.extend([progress.step - 1] * (progress.skipped == before))
+                before = progress.skipped
+
+        parameters = GenerationParameters(width=64, height=48, num_inference_steps=12, cfg_scale=2.0, step_cache=method)
+        pipeline.denoise_latents(parameters, encoding, controls=controls, progress=note)
+        return set(steps)
+
+    assert computed(made) >= {0, 3, 9, 11}
+    assert 9 not in computed()
 
 
 # In context -----------------------------------------------------------------------------------------------------------
@@ -338,8 +368,13 @@ def test_a_line_of_a_file_of_prompts_has_its_own_controls(tiny, files, capsys, m
     monkeypatch.setitem(__import__("qwen_image_mlx.variants").variants.ASPECT_SIZES, "1:1", (32, 32))
     code, out, err = run(capsys, "generate", "--prompts-file", "p.jsonl", *words)
     assert (code, len(out)) == (0, 2), err
-    records = [read_metadata(path).get("controls") for path in out]
-    assert sorted(records, key=str) == sorted([lines[0]["controls"], None], key=str)
+    made = {str(read_metadata(path).get("controls")): np.asarray(picture_of(path)) for path in out}
+    assert made.keys() == {str(lines[0]["controls"]), "None"}
+    steering = ["--controlnet", "fun.safetensors", "--control-image", "photo.png"]
+    for controls, more in ((lines[0]["controls"], steering), (None, [])):
+        alone = ["a", "--model", "tiny", "--steps", "1", "--dtype", "float32", "--quiet", "--seed", "0", *more]
+        _, (path,), _ = run(capsys, "generate", *alone, "-W", "32", "-H", "32", "-o", "alone.png")
+        assert np.array_equal(picture_of(path), made[str(controls)])
 
 
 BAD = {
@@ -365,6 +400,8 @@ BAD = {
     "two images": (["--controlnet", "inpainting.safetensors", "--control-image", "photo.png", "--control-mask",
                     "mask.png", "--control-source", "photo.png"], "sees one image"),
     "wider": (["--controlnet", "wider.safetensors", "--control-image", "photo.png"], "of width 128"),
+    "fewer blocks": (["--controlnet", "short.safetensors", "--control-image", "photo.png"], "has 1 block, but"),
+    "more blocks": (["--controlnet", "long.safetensors", "--control-image", "photo.png"], "has 3 blocks, but"),
     "odd channels": (["--controlnet", "odd.safetensors", "--control-image", "photo.png"], "takes 72 values"),
     "cut": (["--controlnet", "cut.safetensors", "--control-image", "photo.png"], "cut.safetensors"),
     "a tensor less": (["--controlnet", "less.safetensors", "--control-image", "photo.png"], "it lacks"),
@@ -377,6 +414,8 @@ BAD = {
 def damaged(files, tiny):
     folder = tiny.parent
     write_control(folder / "wider.safetensors", tiny, INSTANTX, layers=1, num_attention_heads=4)
+    write_control(folder / "short.safetensors", tiny, BLOCKWISE, layers=1)
+    write_control(folder / "long.safetensors", tiny, INSTANTX, layers=3)
     write_control(folder / "odd.safetensors", tiny, BLOCKWISE, layers=2, extra=2)
     whole = files["fun"].read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -408,6 +447,9 @@ def test_refused_in_one_sentence(title, damaged, capsys, monkeypatch):
     ([{"controlnet": "a", "image": "b", "scale": True}], "scale is True"),
     ([{"controlnet": 3, "image": "b"}], "controlnet is 3"),
     (["a"], "must be a Control"),
+    (3, "controls are 3, but must be a list"),
+    ({"controlnet": "a"}, "controls are {'controlnet': 'a'}, but must be a list"),
+    (Control("a", "b"), "controls are Control"),
     ([{"controlnet": "a", "image": "b"}] * 9, "at most 8"),
 ])  # fmt: skip
 def test_objects_are_checked(said, sentence):

@@ -54,6 +54,7 @@ def test_by_name_one_frame_is_generated_and_is_the_layer(small, seen):
     (conditions,) = seen
     assert (conditions.frames, len(conditions.references)) == (1, 1)
     assert result.stack.metadata["single_layer"] is True
+    assert result.stack.metadata["num_layers"] == 1
     segments = place_images([(4, 4), (4, 4)], True)
     assert [segment.frame for segment in segments] == [0, -1]
     assert text_start(place_images([(1, 1), (1, 1)], True)) == 1, "as many as there are entries, less one"

@@ -170,9 +170,9 @@ def test_each_image_has_a_cache_of_its_own(pipeline, monkeypatch):
     caches = []
     begin = CachedDenoiser.__init__
 
-    def noted(self, denoiser, cache, evaluations):
+    def noted(self, denoiser, cache, always):
         caches.append(cache)
-        begin(self, denoiser, cache, evaluations)
+        begin(self, denoiser, cache, always)
 
     monkeypatch.setattr(CachedDenoiser, "__init__", noted)
     for seed in (1, 2):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from control_files import BLOCKWISE, picture, write_control
+from control_files import BLOCKWISE, half_mask, picture, write_control
 from PIL import Image
 from served import events_of, serving
 
@@ -449,11 +449,41 @@ def test_controls_are_those_of_the_command_line_and_only_the_server_s_own(tmp_pa
             assert (answer.status_code, sentence in answer.text) == (422, True), answer.text
         seen = ask(api, "control-image", image=url_of(photo), kind="canny")["image"]
         assert set(np.unique(image_of(seen))) <= {0, 255}
+        change = {"prompt": "make it green", "image": url_of(photo), "steps": 1, "seed": 3}
+        edited = [ask(api, "edit", **change, **more)["images"][0] for more in ({}, {"controls": [control]})]
+        assert edited[1]["metadata"]["controls"][0]["scale"] == 0.5
+        assert not np.array_equal(*(image_of(image["image"]) for image in edited))
     words = ["--controlnet", "edges.safetensors", "--control-image", "photo.png", "--control-scale", "0.5"]
     words += ["--control-kind", "gray", "--model", "demo", "--steps", "1", "--seed", "3", "--quiet", "-o", "own.png"]
     assert main(["generate", PROMPT, *words]) == 0
     assert np.array_equal(image_of(made["image"]), Image.open("own.png"))
     assert not np.array_equal(image_of(made["image"]), image_of(plain["image"]))
+
+
+def test_a_request_makes_one_layer_by_its_name_or_a_mask(api):
+    photo = url_of(picture(48, 48))
+    asked = {"image": photo, "steps": 1, "seed": 3, "cfg_scale": 1}
+    made = [
+        ask(api, "decompose", **asked, **more)
+        for more in (
+            {"layer_prompt": "the boat"},
+            {"layer_mask": url_of(half_mask(48, 48))},
+            {"layer_mask": url_of(half_mask(48, 48).rotate(180))},
+        )
+    ]
+    assert [len(one["layers"]) for one in made] == [1, 1, 1]
+    assert [one["prompt"] for one in made] == ["the boat", "", ""]
+    images = [image_of(one["layers"][0]["image"]) for one in made]
+    assert {(image.mode, image.size) for image in images} == {("RGBA", (48, 48))}
+    assert not np.array_equal(images[1], images[2])
+    for wrong, sentence in (
+        ({"layer_prompt": "the boat", "prompt": "a lake"}, "not both"),
+        ({"layer_prompt": " "}, "the layer's prompt is empty"),
+        ({"layer_mask": url_of(half_mask(9, 9))}, "the layer's mask has 9x9 pixels, but the image 48x48"),
+        ({"layer_mask": "brush.png"}, "layer_mask: must be a data URL"),
+    ):
+        answer = api.post("/api/qwen-image/decompose", json={**asked, **wrong})
+        assert (answer.status_code, sentence in answer.text) == (422, True), answer.text
 
 
 def test_a_request_outpaints(api):

@@ -201,8 +201,8 @@ def test_a_control_is_shown_as_the_network_sees_it_and_steers(page: Page):
     part.locator("[name=control_kind]").select_option("canny")
     expect(seen).not_to_have_attribute("src", plain)
     expect(seen).to_be_visible()
-    page.wait_for_function("() => document.querySelector('[data-control-view] img').naturalWidth > 0")
-    drawn = pixels(page, "[data-control-view] img")
+    page.wait_for_function("() => document.querySelector('#panel-generate [data-control-view] img').naturalWidth > 0")
+    drawn = pixels(page, "#panel-generate [data-control-view] img")
     assert set(np.unique(drawn[..., :3])) <= {0, 255}
     part.locator("[name=control_scale]").fill("0.5")
     fill(generate, prompt=PROMPT, steps=2, seed=5)
@@ -215,6 +215,28 @@ def test_a_control_is_shown_as_the_network_sees_it_and_steers(page: Page):
     assert control["image"].startswith("data:image/png")
     assert {"image", "controlnet", "control_scale"}.isdisjoint(sent.value.post_data_json)
     expect(generate.locator(".result")).to_contain_text("seed 5")
+    check_phone_width(page)
+
+
+def test_an_edit_is_steered_too(page: Page):
+    edit = panel(page, "edit")
+    part = edit.locator("[data-control-part]")
+    part.evaluate("node => { node.open = true; }")
+    edit.locator("[data-well=images] input[type=file]").set_input_files(png(scene()))
+    part.locator("input[type=file]").set_input_files(png(scene()))
+    expect(part.locator("[data-control-view] img")).to_be_visible()
+    fill(edit, prompt="make the circle green", steps=2, seed=5)
+    with page.expect_request("**/jobs") as sent:
+        edit.locator("[data-go]").click()
+    body = sent.value.post_data_json
+    assert (body["task"], len(body["images"]), body["controls"][0]["controlnet"]) == ("edit", 1, "edges")
+    expect(edit.locator(".result")).to_contain_text("seed 5")
+    steered = pixels(page, "#panel-edit .result .frame > img:first-child")
+    edit.get_by_label("Remove image 1").last.click()
+    edit.locator("[data-go]").click()
+    expect(edit.locator(".progress")).to_have_count(0)
+    page.wait_for_function("() => document.querySelectorAll('.history li').length === 2")
+    assert not np.array_equal(pixels(page, "#panel-edit .result .frame > img:first-child"), steered)
     check_phone_width(page)
 
 
@@ -326,6 +348,46 @@ def test_layers_are_moved_ordered_edited_and_saved(page: Page):
     assert edited[1] > edited[0]
     front.get_by_text("Undo edit").click()
     assert np.array_equal(pixels(page, canvas)[45, 37], moved[45, 47])
+
+
+def test_one_layer_is_named_and_marked_and_another_is_laid_in_front(page: Page):
+    layers = panel(page, "decompose")
+    layers.locator("input[type=file]").set_input_files(png(scene()))
+    layers.get_by_text("Draw a mask").click()
+    expect(page.locator("#mask-title")).to_have_text("Mark what the layer shows")
+    drag(page, "#mask canvas", (0.3, 0.3), (0.6, 0.6))
+    page.get_by_text("Use mask").click()
+    expect(layers.locator("[name=num_layers]")).to_be_hidden()
+    layers.locator("[name=layer_prompt]").fill("the circle")
+    fill(layers, steps=2, seed=1)
+    with page.expect_request("**/jobs") as sent:
+        layers.locator("[data-go]").click()
+    body = sent.value.post_data_json
+    assert {"prompt", "num_layers", "mask"}.isdisjoint(body)
+    assert body["layer_prompt"] == "the circle"
+    assert body["layer_mask"].startswith("data:image/png")
+    names = layers.locator(".layers .name")
+    expect(names).to_have_text(["the circle"])
+
+    adding = layers.locator("[data-add]")
+    adding.get_by_role("button", name="Add layer").click()
+    expect(layers.locator(".stack .notice")).to_have_text("Name what the layer shows, or mark it.")
+    adding.get_by_label("What a new layer shows").fill("the sky")
+    adding.get_by_role("button", name="Mark it").click()
+    drag(page, "#mask canvas", (0.1, 0.9), (0.9, 0.9))
+    page.get_by_text("Use mask").click()
+    with page.expect_request("**/jobs") as sent:
+        adding.get_by_role("button", name="Add layer").click()
+    body = sent.value.post_data_json
+    assert (body["layer_prompt"], body["steps"], body["size"]) == ("the sky", 2, "source")
+    expect(names).to_have_text(["the sky", "the circle"])
+    layers.get_by_label("Show the circle").click()
+    whole = pixels(page, "#panel-decompose .stack canvas")
+    page.wait_for_timeout(400)  # it is kept shortly after the last change
+    page.reload()
+    expect(names).to_have_text(["the sky", "the circle"])
+    assert np.array_equal(pixels(page, "#panel-decompose .stack canvas"), whole)
+    check_phone_width(page, "one-layer")
 
 
 def test_results_go_on_and_themes_and_tabs_follow_the_keyboard(page: Page):

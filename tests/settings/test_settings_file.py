@@ -134,6 +134,9 @@ def test_every_setting_feeds_flags_that_are_there():
      ["7", "4.0", "true", '"transformer=7"', "[4]"]),
     ("memory", ['"16GB"', '"auto"', '"streamed"', "16000000000"], ['"lots"', '"16 TB"', "16", "true", "[]"]),
     ("loras", ['["a@0.5", "o/r"]', "[]"], ['"a"', "[1]", '[""]', "{}"]),
+    ("controls", ['[{controlnet = "o/r"}]', '[{controlnet = "a", scale = 1, kind = "canny", image = "b"}]', "[]"],
+     ['{controlnet = "a"}', '["a"]', "[{}]", '[{controlnet = "a", scale = 11}]', '[{controlnet = "a", kind = "depth"}]',
+      '[{controlnet = "a", strength = 1}]', "[{controlnet = 3}]"]),
     ("steps", ["1", "1000"], ["0", "-3", "1001", "2.0", "true", '"30"', "1979-05-27"]),
     ("seed", ["0", "18446744073709551615"], ["-1", "18446744073709551616", "1.0", "[1, 2]"]),
     ("negative_prompt", ['""', '"blurry"'], ["3", "false", "[]"]),
@@ -342,6 +345,36 @@ def test_places_beside_the_config(here, monkeypatch):
     assert placed("styles@2@0.5", "loras") == f"{folder / 'styles@2'}@0.5"
     assert placed("owner/repo:file.safetensors@0.8", "loras") == "owner/repo:file.safetensors@0.8"
     assert placed("~/style.safetensors@1", "loras") == f"{home / 'style.safetensors'}@1"
+
+
+def test_places_of_controls_beside_the_config(here):
+    folder = here / "sub"
+    for name in ("edges.safetensors", "edges.png", "in-context", "demo-control"):
+        written("", folder / name)
+
+    def placed(control: str) -> dict:
+        path = written(f"[default.qwen_image]\ncontrols = [{{{control}}}]", folder / "config.toml")
+        (found,) = load_settings(path)["controls"]
+        return found
+
+    assert placed('controlnet = "edges.safetensors", image = "edges.png", mask = "none.png", scale = 1') == {
+        "controlnet": str(folder / "edges.safetensors"), "image": str(folder / "edges.png"), "mask": "none.png",
+        "scale": 1,
+    }  # fmt: skip
+    for name in ("in-context", "demo-control", "owner/repo:file.safetensors"):
+        assert placed(f'controlnet = "{name}"') == {"controlnet": name}
+
+
+def test_controls_as_tables_of_their_own(here):
+    text = "\n[[default.qwen_image.controls]]\ncontrolnet = 'a'\n[[default.qwen_image.controls]]\ncontrolnet = 'b'\n"
+    settings = load_settings(written(OURS + text + "scale = 0.5\n[bare.qwen_image]\ncontrols = []"))
+    assert settings["controls"] == [{"controlnet": "a"}, {"controlnet": "b", "scale": 0.5}]
+    assert (
+        settings.of_command("generate")["controls"] == settings.of_command("edit")["controls"] == settings["controls"]
+    )
+    assert "controls" not in settings.of_command("decompose")
+    assert load_settings(Path("config.toml"), "bare")["controls"] == []
+    assert refused(OURS + text + "scale = 99").startswith("config.toml, line 4: controls is ")
 
 
 # --- where it is found ---------------------------------------------------------------------------------------------

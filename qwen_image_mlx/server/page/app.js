@@ -38,7 +38,7 @@ const elsewhere = "BroadcastChannel" in window ? new BroadcastChannel("history")
 async function keepResult({ task, settings, wells, result, id }) {
   const first = result.images?.[0] ?? result.layers.at(-1);
   const preview = task === "decompose" ? wells.image.images[0].url : first.image;
-  const card = { task, prompt: settings.prompt, thumbnail: await thumbnail(preview), time: Date.now() };
+  const card = { task, prompt: settings.prompt ?? settings.layer_prompt, thumbnail: await thumbnail(preview), time: Date.now() };
   await remember(card, { task, settings, wells, result }, id);
   await historyChanged();
 }

@@ -11,12 +11,14 @@ const NUDGE = 24; // presses of an arrow key that cross the image
  *
  * @param {{url: string, width: number, height: number}} image the image under the mask.
  * @param {?{strokes: Array}} before the mask to change.
+ * @param {string} title of the dialog.
  * @returns {Promise<?{url: string, overlay: string, strokes: Array}>} null without a mask;
  *   `url` is a PNG of the image's size, `overlay` a tinted PNG for the thumbnail.
  */
-export async function drawMask(image, before) {
+export async function drawMask(image, before, title = "Mark the area to change") {
   const below = await decode(image.url);
   const dialog = one("#mask");
+  one("#mask-title", dialog).textContent = title;
   const canvas = one("canvas", dialog);
   const brush = one("[name=brush]", dialog);
   const { width, height } = image;

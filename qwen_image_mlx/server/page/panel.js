@@ -39,6 +39,7 @@ export class Panel {
     this.offered = false;
     this.shown = null; // id of the history entry on the stage
     this.restored = false;
+    this.needsPrompt = false; // to decompose an image
     const common = one("[data-common]", this.form);
     common.append(one("#common").content.cloneNode(true));
     if (this.task === "decompose") one("[data-count]", common).remove();
@@ -48,6 +49,7 @@ export class Panel {
     this.model = el("p", { class: "faint" });
     one(".go", this.form).append(this.notice, el("div", { class: "row" }, this.button, this.stop,
       el("span", { class: "faint keys" }, /Mac|iP/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵")), this.model);
+    one("[data-control-part]", this.form)?.append(one("#control").content.cloneNode(true));
     this.view = new ControlView(this.form, (message) => this.say(message));
     this.wells = all("[data-well]", this.form).map((node) => makeWell(node, () => this.follow(), (message) => this.say(message)));
     this.form.noValidate = true; // `start` validates, so that the keys and the button behave alike
@@ -104,7 +106,7 @@ export class Panel {
     if (form.num_layers) form.num_layers.value = offer.num_layers ?? defaults.num_layers ?? form.num_layers.value;
     const described = one("[data-captions]", this.form);
     if (described) {
-      described.hidden = form.prompt.required = offer.captions === false;
+      described.hidden = this.needsPrompt = offer.captions === false;
       if (!described.hidden) form.prompt.placeholder = "Leave empty to let the model describe the image";
     }
     if (form.resolution) {
@@ -158,13 +160,15 @@ export class Panel {
   /** Shows or hides the fields that depend on an image or a mask, and updates the sliders' values. */
   follow() {
     this.keep();
-    const filled = { image: false, mask: false };
+    const filled = { image: false, mask: false, layer: Boolean(this.form.elements.layer_prompt?.value.trim()) };
     this.view?.follow(this.wells?.find(({ name }) => name === "control"));
     for (const well of this.wells ?? []) {
       if (well.name === "control") continue;
       filled.image ||= well.images.length > 0;
       filled.mask ||= Boolean(well.mask);
+      filled.layer ||= Boolean(well.mask) && well.maskField === "layer_mask";
     }
+    if (this.task === "decompose") this.form.elements.prompt.required = this.needsPrompt && !filled.layer;
     for (const node of all("[data-with]", this.form)) node.hidden = !filled[node.dataset.with];
     for (const node of all("[data-without]", this.form)) node.hidden = filled[node.dataset.without];
     for (const node of all(".slider input[type=range]", this.form)) {
@@ -249,11 +253,11 @@ export class Panel {
     const settings = this.settings();
     const wells = this.chosen();
     const fields = withControl(settings, wells.control);
-    for (const { name, max } of this.wells) {
+    for (const { name, max, maskField } of this.wells) {
       if (!wells[name] || name === "control") continue;
       const { images, mask } = wells[name];
       fields[name] = max > 1 ? images.map(({ url }) => url) : images[0].url;
-      if (mask) fields.mask = mask.url;
+      if (mask) fields[maskField] = mask.url;
     }
     await this.attend(settings, wells, async () => {
       const job = await submit(this.task, fields);

@@ -3,12 +3,15 @@
 import { ApiError, compose, follow, submit } from "./api.js";
 import { button, duration, el, icon, iconButton, reorderable, say } from "./dom.js";
 import { amend, note, notes, unnote } from "./history.js";
-import { comparison, decode, download, fileName, markSmall, toCanvas } from "./images.js";
+import { asImage, comparison, decode, download, fileName, markSmall, toCanvas } from "./images.js";
+import { drawMask } from "./mask.js";
 
 const FORMATS = { png: "PNG", psd: "PSD", ora: "ORA", zip: "ZIP" };
 const NUDGES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const HAZE = 40; // pixels with at most this alpha are ignored by clicks and outlines
 const FAR = 10; // pixels an arrow key moves a layer with Shift
+const NEW = "new"; // of a job: the layer that it makes
+const OF_ALL_LAYERS = ["prompt", "num_layers", "caption_language", "layer_prompt", "layer_mask"]; // settings
 
 /**
  * An editor for the layers of a result.
@@ -20,11 +23,12 @@ const FAR = 10; // pixels an arrow key moves a layer with Shift
  * @param {{id: number, work: ?Array<object>}} kept its id in the history and the saved state of its layers.
  */
 export async function stackEditor(result, settings, original, way, { id, work }) {
+  const nameOf = (from) => (from ? `Layer ${from}` : result.layers.length > 1 ? "Background" : settings.layer_prompt || "Layer");
   const untouched = result.layers.map((_, from) => ({ from, x: 0, y: 0, opacity: 1, visible: true, undo: [] }));
   let layers = await Promise.all((work ?? untouched).map(async (state) => {
     const url = state.url ?? result.layers[state.from].image;
     const undo = await Promise.all(state.undo.map(async (before) => ({ url: before, image: await decode(before) })));
-    return { ...state, name: state.from ? `Layer ${state.from}` : "Background", url, image: await decode(url), undo };
+    return { ...state, name: state.name ?? nameOf(state.from), url, image: await decode(url), undo };
   }));
   const past = []; // states before each change, for undo
   const width = Math.max(...layers.map(({ image }) => image.naturalWidth));
@@ -65,8 +69,8 @@ export async function stackEditor(result, settings, original, way, { id, work })
   let keeping = 0;
   function keep() {
     clearTimeout(keeping);
-    keeping = setTimeout(() => amend(id, layers.map(({ from, url, x, y, opacity, visible, undo }) => ({
-      from, url: url === result.layers[from].image ? undefined : url, x, y, opacity, visible, undo: undo.map((before) => before.url),
+    keeping = setTimeout(() => amend(id, layers.map(({ from, name, url, x, y, opacity, visible, undo }) => ({
+      from, name, url: url === result.layers[from]?.image ? undefined : url, x, y, opacity, visible, undo: undo.map((before) => before.url),
     }))), 200);
   }
 
@@ -80,6 +84,7 @@ export async function stackEditor(result, settings, original, way, { id, work })
     const state = past.pop();
     if (!state) return;
     layers = state.map(([layer, before]) => Object.assign(layer, before));
+    if (!layers.includes(selected)) selected = layers.at(-1);
     backward.disabled = !past.length;
     rows();
     say("Undone.");
@@ -225,6 +230,72 @@ export async function stackEditor(result, settings, original, way, { id, work })
     }
   }
 
+  /** The form that adds one layer, of what is named or marked on the original. */
+  function adder() {
+    const place = {};
+    const words = el("input", { type: "text", placeholder: "The boat", "aria-label": "What a new layer shows" });
+    let mask = null;
+    const marking = button("Mark it", async () => {
+      mask = await drawMask(await asImage(original, ""), mask, "Mark what the layer shows");
+      marking.textContent = mask ? "Change mask" : "Mark it";
+    });
+    place.go = el("button", { class: "primary" }, "Add layer");
+    place.bar = el("progress", { max: 1, hidden: true, "aria-label": "Progress of the new layer" });
+    place.now = el("span", { class: "faint", "aria-hidden": "true" });
+    const form = el("form", { class: "words", "data-add": "" }, el("div", { class: "row" }, words, marking, place.go), place.bar, place.now);
+    form.addEventListener("submit", async (event) => {
+      event.preventDefault();
+      if (place.stop) {
+        place.stop.abort();
+        return;
+      }
+      const named = words.value.trim();
+      if (!named && !mask) {
+        Object.assign(notice, { hidden: false, textContent: "Name what the layer shows, or mark it." });
+        return;
+      }
+      const fields = Object.fromEntries(Object.entries(settings).filter(([field]) => !OF_ALL_LAYERS.includes(field)));
+      await add(place, named || "Marked layer", async () => {
+        const job = await submit("decompose", {
+          ...fields, image: original, ...(named ? { layer_prompt: named } : {}), ...(mask ? { layer_mask: mask.url } : {}),
+        });
+        await note({ id: `job ${job}`, kind: "job", job, task: "decompose", entry: id, layer: NEW, name: named });
+        return job;
+      });
+    });
+    return Object.assign(place, { form });
+  }
+
+  /** Follows the job that makes a layer, to its end, and lays the layer in front. */
+  async function add(place, name, begin) {
+    let job = null;
+    place.stop = new AbortController();
+    place.go.textContent = "Cancel";
+    place.bar.hidden = !(notice.hidden = true);
+    try {
+      job = await begin();
+      const { layers: [made] } = await follow(job, (event, data) => tell(place, event, data), place.stop.signal);
+      const image = await decode(made.image);
+      const same = image.naturalWidth === width && image.naturalHeight === height;
+      const url = same ? made.image : toCanvas(image, width, height).toDataURL("image/png");
+      const from = Math.max(result.layers.length - 1, ...layers.map((layer) => layer.from)) + 1;
+      mark();
+      selected = { from, name, url, image: same ? image : await decode(url), x: 0, y: 0, opacity: 1, visible: true, undo: [] };
+      layers = [...layers, selected];
+      rows();
+      say(`${name} is a layer now.`);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      if (error.code !== "cancelled") Object.assign(notice, { hidden: false, textContent: error.message });
+    } finally {
+      place.stop = null;
+      place.go.textContent = "Add layer";
+      place.bar.hidden = true;
+      place.now.textContent = "";
+      if (job) await unnote(`job ${job}`);
+    }
+  }
+
   function tell(layer, event, { step, total, seconds_left: left, position }) {
     if (event === "step") layer.bar.value = step / total;
     if (event === "queued") layer.now.textContent = position ? `Waiting, ${position} ahead in the queue` : "Waiting";
@@ -283,19 +354,20 @@ export async function stackEditor(result, settings, original, way, { id, work })
     button(text, (event) => save(format, event.currentTarget), { "data-format": format, "aria-label": `Download as ${text}` }));
   const near = result.psnr == null ? "" : ` · ${result.psnr.toFixed(1)} dB from the original`;
   rows();
-  if (way("edit")) {
-    for (const { job, entry, layer } of await notes("job")) {
-      const edited = entry === id && layers.find(({ from }) => from === layer);
-      if (edited && !edited.stop) attend(edited, async () => job);
-    }
+  const adding = original && way("decompose") ? adder() : null;
+  for (const { job, entry, layer, name: named } of await notes("job")) {
+    if (entry !== id) continue;
+    const edited = way("edit") && layers.find(({ from }) => from === layer);
+    if (edited && !edited.stop) attend(edited, async () => job);
+    if (adding && layer === NEW && !adding.stop) add(adding, named || "Marked layer", async () => job);
   }
   const editor = el("div", { class: "stack" },
     el("div", { class: "table" }, frame, slider, el("div", { class: "row" }, backward),
       el("div", { class: "row save" }, el("span", { class: "faint" }, "Download"), ...saving),
       notice,
       el("p", { class: "faint" }, `${width} × ${height} · seed ${result.seed}${near}`),
-      result.prompt && result.prompt !== settings.prompt ? el("p", { class: "faint" }, `Described as: ${result.prompt}`) : null),
-    list);
+      result.prompt && ![settings.prompt, settings.layer_prompt].includes(result.prompt) ? el("p", { class: "faint" }, `Described as: ${result.prompt}`) : null),
+    el("div", {}, list, adding?.form));
   editor.addEventListener("keydown", (event) => {
     if (event.key !== "z" || !(event.ctrlKey || event.metaKey) || event.target.matches("[type=text]")) return;
     event.preventDefault();

@@ -4,18 +4,21 @@ import { button, el, iconButton, reorderable, say } from "./dom.js";
 import { drawMask } from "./mask.js";
 import { markSmall, readImage } from "./images.js";
 
+const MASK_TITLES = { layer_mask: "Mark what the layer shows" };
 let wells = 0;
 
 /**
  * Turns an element into a well.
  *
- * @param {HTMLElement} node the element; `data-max` is the maximum number of images, `data-mask` allows a mask on the first.
+ * @param {HTMLElement} node the element; `data-max` is the maximum number of images, `data-mask` allows a mask on the first; its
+ *   value is the API's field for it, if that is not "mask".
  * @param {() => void} changed called after every change.
  * @param {(message: string) => void} refuse called with a message when a file is not an image.
  */
 export function makeWell(node, changed, refuse) {
   const max = Number(node.dataset.max);
   const canMask = "mask" in node.dataset;
+  const maskField = node.dataset.mask || "mask";
   const id = `file-${(wells += 1)}`;
   const list = el("ol", { class: "images", "aria-label": "Chosen images" });
   const input = el("input", { type: "file", id, accept: "image/*", multiple: max > 1, class: "visually-hidden" });
@@ -79,7 +82,7 @@ export function makeWell(node, changed, refuse) {
     const masking = el("div", { class: "row" });
     if (canMask && index === 0) {
       masking.append(button(mask ? "Change mask" : "Draw a mask", async () => {
-        const changedMask = await drawMask(image, mask);
+        const changedMask = await drawMask(image, mask, MASK_TITLES[maskField]);
         if (images[0] === image) set(images, changedMask);
       }, { "data-draw-mask": "" }));
       if (mask) masking.append(button("Remove mask", () => set(images), { class: "link" }));
@@ -94,5 +97,5 @@ export function makeWell(node, changed, refuse) {
   });
   if (max > 1) reorderable(list, ".grip", move);
   set([]);
-  return { name: node.dataset.well, max, node, add, set, get images() { return images; }, get mask() { return mask; } };
+  return { name: node.dataset.well, max, maskField, node, add, set, get images() { return images; }, get mask() { return mask; } };
 }
