@@ -18,7 +18,7 @@ from demo import autoencoder, checkpoint, judge, painter, preview, samples
 
 from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
-from qwen_image_mlx.training.network import Network
+from qwen_image_mlx.training.qwen_image.network import Network
 
 VAE = VAEConfig(base_dim=8)
 STEPS = {
