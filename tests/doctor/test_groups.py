@@ -65,13 +65,16 @@ def test_free_memory_is_what_plans_are_made_with(tmp_path, monkeypatch):
     assert env.run({"folder": str(tmp_path)}).figures["machine"]["free_memory_bytes"] == 123
 
 
+FORMS = ("bf16", "8 bits", "4 bits")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("gib", "recommended", "forms"), [
-    (8, 5.73, ("streamed", "streamed once saved quantized", "streamed once saved quantized")),
-    (16, 11.45, ("streamed", "streamed once saved quantized", "staged")),
-    (64, 51.54, ("resident", "resident", "resident")),
+@pytest.mark.parametrize(("gib", "recommended", "first", "second"), [
+    (8, 5.73, ("streamed", "streamed once saved quantized", "streamed once saved quantized"), ("too large",) * 3),
+    (16, 11.45, ("streamed", "streamed once saved quantized", "staged"), ("streamed", "staged", "staged")),
+    (64, 51.54, ("resident", "resident", "resident"), ("resident", "resident", "resident")),
 ])  # fmt: skip
-def test_what_fits_a_mac_is_what_can_run_there(tmp_path, monkeypatch, gib, recommended, forms):
+def test_what_fits_a_mac_is_what_can_run_there(tmp_path, monkeypatch, gib, recommended, first, second):
     """Layers that are read at each pass are not quantized: only a saved pack is streamed."""
     info = {
         "memory_size": gib << 30, "max_recommended_working_set_size": int(recommended * 1e9),
@@ -81,15 +84,17 @@ def test_what_fits_a_mac_is_what_can_run_there(tmp_path, monkeypatch, gib, recom
     monkeypatch.setattr(mx, "device_info", lambda device=None: info)
     monkeypatch.setattr(memory_plan, "backend", lambda: "gpu")
     outcome = fits.run({"folder": str(tmp_path)})
-    plans = outcome.figures["plans"]
-    assert tuple(plans[name]["fits"] for name in ("bf16", "8 bits", "4 bits")) == forms
-    assert outcome.summary.endswith(f"as planned: bf16 {forms[0]}; 8 bits {forms[1]}; 4 bits {forms[2]}")
+    for figure, said, forms in (("plans", "2512 at 1328x1328", first), ("plans_21", "2.1 at 2048x2048", second)):
+        assert tuple(outcome.figures[figure][form]["fits"] for form in FORMS) == forms
+        pairs = "; ".join(f"{form} {found}" for form, found in zip(FORMS, forms, strict=True))
+        assert f"Qwen-Image-{said}, as planned: {pairs}" in outcome.summary
 
 
 @pytest.mark.slow
 def test_what_fits_nowhere_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "usable_memory", lambda: 1 << 30)
-    assert {plan["fits"] for plan in fits.run({"folder": str(tmp_path)}).figures["plans"].values()} == {"too large"}
+    figures = fits.run({"folder": str(tmp_path)}).figures
+    assert {plan["fits"] for model in fits.MODELS for plan in figures[model.figure].values()} == {"too large"}
 
 
 def test_warnings_of_a_mac(m5):
