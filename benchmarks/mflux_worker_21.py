@@ -40,8 +40,9 @@ class Transformer:
     def velocity(self, output: str) -> None:
         mx.save_safetensors(output, {"velocity": self._predict()})
 
-    def step(self) -> float:
-        return stopwatch(lambda: mx.eval(self.latents + self._predict() * (self.sigmas[1] - self.sigmas[0])))
+    def step(self, processor: bool) -> float:
+        step = self.sigmas[1] - self.sigmas[0]
+        return stopwatch(lambda: mx.eval(self.latents + self._predict() * step), processor)
 
     def _predict(self) -> mx.array:
         return self.model(0, self.config, self.latents, self.text, self.mask)

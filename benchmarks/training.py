@@ -124,8 +124,9 @@ def measure(blocks: int, side: int, form: str, checkpointing: bool) -> Step:
     from qwen_image_mlx.training.loop import LoopSettings, Trainer
     from qwen_image_mlx.training.lora import add_lora, matrices
     from qwen_image_mlx.training.loss import FlowMatching
-    from qwen_image_mlx.training.network import Batch, Network
+    from qwen_image_mlx.training.network import Batch
     from qwen_image_mlx.training.optimizers import Optimizer, Rate
+    from qwen_image_mlx.training.qwen_image.network import Network
 
     dtype = mx.float32 if form == "fp32" else mx.bfloat16
     config = TransformerConfig(num_layers=blocks)

@@ -1,12 +1,14 @@
 """A step of Qwen-Image-2.1's transformer at real width (4096, 32 heads), fp32, with random weights.
 
     python benchmarks/transformer_21.py [--tokens 1024] [--reference-tokens 256] [--references 0 1 4 10] [--layers 2]
-                                        [--rounds 5] [--json FILE]
+                                        [--rounds 5] [--processor-time] [--json FILE]
 
 First ours against mflux's, from text alone: both keep the text between steps; mflux packs its projections and compiles
 its step. Then ours with reference images, with the prefix cache and without: the first step, which computes the prefix,
 and a later one. All have the same weights; how far velocities are apart is printed. Memory is MLX's own peak in a step
-in addition to the weights, next to what the memory plan counts for a CPU.
+in addition to the weights, next to what the memory plan counts for a CPU. `--processor-time` counts the seconds that
+each process's threads run rather than those that pass, which other programs hardly change. It needs one thread of
+OpenBLAS (OPENBLAS_NUM_THREADS=1): several wait for each other, and count that.
 
 Needs the environment that mflux_env.py makes for mflux's rows. Takes a quarter of an hour on two cores and 4 GB.
 """
@@ -40,6 +42,7 @@ def main() -> None:
         "--reference-tokens", type=int, default=256, help="of the target and each reference in the second part (256)"
     )
     options.add_argument("--references", type=int, nargs="*", default=[0, 1, 4, 10], help="how many (0 1 4 10)")
+    options.add_argument("--processor-time", action="store_true", help="count seconds on a processor")
     add_option(options)
     arguments = options.parse_args()
     preload_blas()
@@ -47,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder, "transformer.safetensors"))
         write_weights(weights, arguments.layers)
-        ours = Ours(weights, arguments.layers)
+        ours = Ours(weights, arguments.layers, arguments.processor_time)
         if python := mflux_python(arguments.mflux):
             tables += against_mflux(ours, python, weights, arguments, Path(folder), targets)
         if arguments.references:
@@ -76,7 +79,10 @@ def against_mflux(
         worker.call("prepare", inputs=inputs, grid=(side, side), sigmas=SIGMAS)
         worker.call("velocity", output=output)
         theirs = np.array(mx.load(output)["velocity"])
-        runs = {"ours": lambda: ours.step(denoiser, latents), MFLUX: lambda: worker.call("step")}
+        runs = {
+            "ours": lambda: ours.step(denoiser, latents),
+            MFLUX: lambda: worker.call("step", processor=options.processor_time),
+        }
         seconds = take_turns(runs, options.rounds)
     apart = float(np.abs(mine - theirs).max() / np.abs(mine).max())
     ratio = median_ratio(seconds, "ours", MFLUX)
@@ -164,13 +170,14 @@ def _row(layers: int) -> tuple[Any, Any]:
 class Ours:
     """This package."""
 
-    def __init__(self, weights: str, layers: int):
+    def __init__(self, weights: str, layers: int, processor_time: bool):
         import mlx.core as mx
 
         from qwen_image_mlx.models.qwen_image_21.modulation import TimeModulation
         from qwen_image_mlx.weights.loader import ComponentWeights, load_module
         from qwen_image_mlx.weights.safetensors_files import component_tensors
 
+        self._processor_time = processor_time
         row, self.config = _row(layers)
         tensors = component_tensors((Path(weights),), None)
         stored = ComponentWeights(row, self.config, tensors, ("main", "modulation"))
@@ -210,7 +217,10 @@ class Ours:
         from qwen_image_mlx.sampling.schedule import Schedule
 
         schedule, pace = Schedule(np.array(SIGMAS, np.float32)), Pace()
-        return stopwatch(lambda: denoise(lambda x, *_: denoiser.velocities(x, 0, pace), latents, schedule, None))
+        return stopwatch(
+            lambda: denoise(lambda x, *_: denoiser.velocities(x, 0, pace), latents, schedule, None),
+            self._processor_time,
+        )
 
     def planned(self, side: int, references: int) -> int:
         """Bytes that the memory plan counts for a first step, in addition to the weights."""

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from .errors import CheckpointError
 from .models.qwen_image_21 import facts as qwen_image_21
@@ -204,7 +204,26 @@ WAN_PREVIEW: tuple[tuple[float, ...], ...] = (
 )
 
 _USUAL_AREA = 1024**2
-APACHE = "Apache-2.0"
+
+
+class Licence(NamedTuple):
+    """The licence of released weights.
+
+    Attributes:
+        text: its name and, in short, what it does not allow.
+        link: where it stands.
+        key: its name on the hub's cards, if whatever is made from the weights stays under it; else "".
+    """
+
+    text: str
+    link: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.link})"
+
+
+APACHE = Licence("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 
 # The classes of Qwen-Image 1.x by folder, as its model_index.json has them.
 QWEN_IMAGE = {
@@ -257,7 +276,7 @@ class Variant:
         distilled_area: pixels below which a distilled model's images have faults.
         noisy_edit_side: an edit of exactly this width and height comes out noisy; 0 where none does.
         sizes: the official (width, height) by aspect ratio.
-        licence: of the released weights, by its name.
+        licence: of the released weights.
         size_multiple: what both sides of a result are multiples of.
         classes: those of its parts, by folder; rows of `registry.CLASSES`.
     """
@@ -287,7 +306,7 @@ class Variant:
     distilled_area: int = 0
     noisy_edit_side: int = 0
     sizes: Mapping[Aspect, tuple[int, int]] = field(default_factory=lambda: ASPECT_SIZES, hash=False)
-    licence: str = APACHE
+    licence: Licence = APACHE
     size_multiple: int = 16
     classes: Mapping[str, str] = field(default_factory=lambda: QWEN_IMAGE, hash=False)
 
@@ -381,7 +400,7 @@ VARIANTS: dict[str, Variant] = {
         distilled_area=qwen_image_21.TURBO_AREA,
         noisy_edit_side=qwen_image_21.NOISY_EDIT_SIDE,
         sizes=cast(Mapping[Aspect, tuple[int, int]], qwen_image_21.ASPECT_SIZES),  # facts know no names
-        licence=qwen_image_21.LICENCE,
+        licence=Licence(qwen_image_21.LICENCE, qwen_image_21.LICENCE_LINK, qwen_image_21.LICENCE_KEY),
         size_multiple=qwen_image_21.SIZE_MULTIPLE,
         classes=QWEN_IMAGE_21,
     ),

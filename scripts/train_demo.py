@@ -19,7 +19,7 @@ from demo import autoencoder, checkpoint, control, judge, painter, preview, samp
 from qwen_image_mlx.models.qwen_image.config import VAEConfig
 from qwen_image_mlx.training.checkpoints import last_checkpoint, load_checkpoint, save_checkpoint
 from qwen_image_mlx.training.loop import Trainer
-from qwen_image_mlx.training.network import Network
+from qwen_image_mlx.training.qwen_image.network import Network
 from qwen_image_mlx.variants import DEMO_CONTROL
 from qwen_image_mlx.weights.snapshot import DEMO_ROOT
 

@@ -22,8 +22,9 @@ from qwen_image_mlx.sampling.schedule import exponential_mu, make_schedule, unif
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
 from qwen_image_mlx.training.loss import FlowMatching
-from qwen_image_mlx.training.network import Batch, Network
+from qwen_image_mlx.training.network import Batch
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
+from qwen_image_mlx.training.qwen_image.network import Network
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.safetensors_files import component_tensors
 from qwen_image_mlx.weights.synthetic import ROWS

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         if "num_layers" in given and not session.pipeline.variant.layered:
             logger.warning("--layers has no effect: %s is not a layered model", session.pipeline.model)
     budget, model = session.memory.budget, session.pipeline.model
-    licence = session.pipeline.variant.licence
+    licence = str(session.pipeline.variant.licence)
     presets = _presets(session, work)
     if arguments.json:
         print(json_text({"licence": licence} | _facts(model, work, plans, budget) | {"presets": presets}))

@@ -1,10 +1,10 @@
-"""The memory limits, and the quantizations of Qwen-Image-2512 that fit, by the pipeline's own plan."""
+"""The memory limits, and the quantizations of a model of each generation that fit, by the pipeline's own plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -13,26 +13,42 @@ from ..pipeline.pipeline import QwenImagePipeline
 from ..runtime.memory_plan import MemoryPlan, Work
 from ..runtime.session import Session
 from ..weights.schemes import NONE, Quantization
-from ..weights.synthetic import FULL, write_configs
+from ..weights.synthetic import FULL, released, write_configs
 from .measure import on_metal
 from .outcome import Outcome
 
-SIDE = 1328  # the model's own square
 _FORMS = {"bf16": NONE, "8 bits": "8", "4 bits": "4"}
 
 
+class Model(NamedTuple):
+    """A released model, and the image that is planned.
+
+    Attributes:
+        name: what people call it.
+        pipeline: its class.
+        side: of its own square, in pixels.
+        guided: whether it is guided by default.
+        figure: the name of its plans in the report.
+    """
+
+    name: str
+    pipeline: str
+    side: int
+    guided: bool
+    figure: str
+
+
+MODELS = (
+    Model("Qwen-Image-2512", "QwenImagePipeline", 1328, True, "plans"),
+    Model("Qwen-Image-2.1", "QwenImage21Pipeline", 2048, False, "plans_21"),
+)
+
+
 def run(options: Mapping[str, Any]) -> Outcome:
-    """Plans a guided image with the configs of the released model, which need no weights."""
+    """Plans an image with the configs of each released model, which need no weights."""
     outcome, budget = Outcome(), usable_memory()
-    folder, work = Path(options["folder"]) / "configs", Work(width=SIDE, height=SIDE)
-    write_configs(folder, FULL)
-    plans: dict[str, Any] = {}
-    for name, quantize in _FORMS.items():
-        pipeline = QwenImagePipeline.from_pretrained(folder, quantize=Quantization.parse(quantize))
-        made = Session(pipeline, {"memory": "auto"}).alternatives(work)
-        peaks = {f"{plan.residency.name.replace(', ', ' ')}_bytes": plan.peak for plan in made}
-        plans[name] = {"fits": fitting(made, budget), **peaks}
-    outcome.figures = {"memory_bytes": memory_size(), "usable_bytes": budget, "plans": plans}
+    plans = {model.figure: plan(model, Path(options["folder"]) / model.figure, budget) for model in MODELS}
+    outcome.figures = {"memory_bytes": memory_size(), "usable_bytes": budget, **plans}
     largest = max(largest_buffers().values())
     outcome.figures |= {"largest_buffer_needed_bytes": largest}
     allowed = mx.device_info().get("max_buffer_length") if on_metal() else None
@@ -41,9 +57,29 @@ def run(options: Mapping[str, Any]) -> Outcome:
             "odd",
             f"one buffer may hold {int(allowed) / 1e9:.1f} GB, but models take {largest / 1e9:.1f}",
         )
-    forms = "; ".join(f"{name} {plan['fits']}" for name, plan in plans.items())
-    outcome.summary = f"{budget / 1e9:.1f} GB may be used; Qwen-Image-2512 at {SIDE}x{SIDE}, as planned: {forms}"
+    outcome.summary = f"{budget / 1e9:.1f} GB may be used"
+    for model in MODELS:
+        forms = "; ".join(f"{form} {found['fits']}" for form, found in plans[model.figure].items())
+        outcome.summary += f"; {model.name} at {model.side}x{model.side}, as planned: {forms}"
     return outcome
+
+
+def plan(model: Model, folder: Path, budget: int) -> dict[str, dict[str, Any]]:
+    """For each form what fits a budget in bytes, and every plan's peak.
+
+    Args:
+        model: a row of the table.
+        folder: where to write its configs.
+        budget: bytes that may be used.
+    """
+    plans, work = {}, Work(width=model.side, height=model.side, guided=model.guided)
+    write_configs(folder, released(model.pipeline), pipeline=model.pipeline)
+    for form, quantize in _FORMS.items():
+        pipeline = QwenImagePipeline.from_pretrained(folder, quantize=Quantization.parse(quantize))
+        made = Session(pipeline, {"memory": "auto"}).alternatives(work)
+        peaks = {f"{one.residency.name.replace(', ', ' ')}_bytes": one.peak for one in made}
+        plans[form] = {"fits": fitting(made, budget), **peaks}
+    return plans
 
 
 def fitting(plans: Sequence[MemoryPlan], budget: int) -> str:

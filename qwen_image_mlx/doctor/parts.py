@@ -17,18 +17,26 @@ from ..gpu import Pace, finish
 from ..models import nn
 from ..models.qwen2_5_vl.text import DecoderLayer, mrope_tables
 from ..models.qwen2_5_vl.vision import VisionBlock, window_index
+from ..models.qwen3_vl import text as text_3
+from ..models.qwen3_vl import vision as vision_3
 from ..models.qwen_image.config import TransformerConfig
 from ..models.qwen_image.rope import Segment, place_images, rotary_tables
 from ..models.qwen_image.transformer import BlockRows, TransformerBlock
 from ..models.qwen_image.vae import Decoder, Encoder
+from ..models.qwen_image_21 import rope as rope_21
+from ..models.qwen_image_21 import transformer as transformer_21
+from ..models.qwen_image_21 import vae as vae_21
+from ..models.rotary import Rotary
 from ..models.rotary import patch_tables as vision_tables
 from ..pipeline.autoencode import decode, encode_moments
-from ..weights.synthetic import FULL
+from ..weights.synthetic import FULL, released
 from .values import array, fill
 
 # (module, shape, dtype) -> all outputs as one array.
 Run = Callable[[nn.Module, tuple[int, ...], mx.Dtype], mx.array]
-_DIT, _TEXT, _VISION, _VAE = (FULL[name] for name in ("transformer", "text_encoder", "vision", "vae"))
+_NETWORKS = ("transformer", "text_encoder", "vision", "vae")
+_DIT, _TEXT, _VISION, _VAE = (FULL[name] for name in _NETWORKS)
+_DIT_21, _TEXT_3, _VISION_3, _VAE_21 = map(released("QwenImage21Pipeline").__getitem__, _NETWORKS)
 
 
 class Case(NamedTuple):
@@ -131,11 +139,33 @@ def _joint(references: int, block: nn.Module, shape: tuple[int, ...], dtype: mx.
     return mx.concatenate([text, *images], axis=1) if references or not block._last else images[0]
 
 
-def _language(layer: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+def _stream(block: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Text, a reference and text again, then the target, which sees them."""
+    text, height, width, *reference = shape
+    runs = [rope_21.Run(text), rope_21.Run.image(*reference), rope_21.Run(text)]
+    tables = rope_21.rotary_tables([*runs, rope_21.Run.image(height, width)], _DIT_21.axes_dims_rope)
+    length = sum(run.length for run in runs)
+    before, after = (Rotary(*(table[part] for table in tables)) for part in (slice(length), slice(length, None)))
+    rows, still = (
+        transformer_21.Rows(
+            *(array(f"{name}.{kind}", (_DIT_21.dim,), dtype, 0.1) + ("gate" not in kind) for kind in
+              transformer_21.Rows._fields)
+        )
+        for name in ("target", "still")
+    )  # fmt: skip
+    prefix, target = (
+        array(name, (1, tokens, _DIT_21.dim), dtype)
+        for name, tokens in (("prefix", length), ("target", height * width))
+    )
+    seen, prefix = block.prefix(prefix, runs, still, before)
+    return mx.concatenate([prefix, block(target, rows, after, seen)], axis=1)
+
+
+def _language(config: Any, tables_of: Any, layer: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     (tokens,) = shape
     positions = mx.stack([mx.arange(tokens), mx.arange(tokens) // 5, mx.arange(tokens) % 7])
-    tables = mrope_tables(positions, _TEXT.mrope_section, _TEXT.head_dim, _TEXT.rope_theta, dtype)
-    return layer(array("language", (1, tokens, _TEXT.hidden_size), dtype), tables, None)
+    tables = tables_of(positions, config.mrope_section, config.head_dim, config.rope_theta, dtype)
+    return layer(array("language", (1, tokens, config.hidden_size), dtype), tables, None)
 
 
 def _seeing(windowed: bool, block: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -146,12 +176,19 @@ def _seeing(windowed: bool, block: nn.Module, shape: tuple[int, ...], dtype: mx.
     return block(hidden, vision_tables(height, width, merge, _VISION.head_dim), windows)
 
 
-def _decode(decoder: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    return decode(decoder, _VAE, array("latents", (1, *shape, _VAE.z_dim), dtype), strips=1)
+def _looking(block: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    height, width = shape
+    tables = vision_tables(height, width, _VISION_3.spatial_merge_size, _VISION_3.head_dim)
+    return block(array("vision", (height * width, _VISION_3.hidden_size), dtype), tables)
 
 
-def _encode(encoder: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    mean, std = encode_moments(encoder, _VAE, mx.tanh(array("pixels", (1, *shape, _VAE.input_channels), dtype)))
+def _decode(config: Any, decoder: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return decode(decoder, config, array("latents", (1, *shape, config.z_dim), dtype), strips=1)
+
+
+def _encode(config: Any, encoder: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    pixels = mx.tanh(array("pixels", (1, *shape, config.input_channels), dtype))
+    mean, std = encode_moments(encoder, config, pixels)
     return mx.concatenate([mean, std], axis=-1)
 
 
@@ -167,7 +204,7 @@ PARTS = (
     Part(partial(transformer_block, True), (Case("transformer-last", partial(_joint, 0), (4, 2, 4), (16, 8, 8)),)),
     Part(
         lambda: fill(DecoderLayer(_TEXT), "language"),
-        (Case("language-layer", _language, (8,), (80,)),),
+        (Case("language-layer", partial(_language, _TEXT, mrope_tables), (8,), (80,)),),
     ),
     Part(
         lambda: fill(VisionBlock(_VISION), "vision"),
@@ -177,10 +214,40 @@ PARTS = (
         ),
     ),
     # Winograd, which Metal uses, is 8e-6 from exact sums by itself.
-    Part(lambda: fill(Decoder(_VAE), "decoder"), (Case("vae-decoder", _decode, (4, 4), (32, 32)),), 5e-5, halves=False),
+    Part(
+        lambda: fill(Decoder(_VAE), "decoder"),
+        (Case("vae-decoder", partial(_decode, _VAE), (4, 4), (32, 32)),),
+        5e-5,
+        halves=False,
+    ),
     Part(
         lambda: fill(Encoder(_VAE), "encoder"),
-        (Case("vae-encoder", _encode, (32, 32), (256, 256)),),
+        (Case("vae-encoder", partial(_encode, _VAE), (32, 32), (256, 256)),),
+        5e-5,
+        halves=False,
+    ),
+    # Qwen-Image-2.1: text tokens before and after a reference, rows and columns of the target and of the reference.
+    Part(
+        lambda: fill(transformer_21.TransformerBlock(_DIT_21), "transformer_block_21"),
+        (Case("transformer-block-2.1", _stream, (3, 2, 4, 2, 2), (16, 8, 8, 4, 4)),),
+    ),
+    Part(
+        lambda: fill(text_3.DecoderLayer(_TEXT_3), "language_3"),
+        (Case("language-layer-2.1", partial(_language, _TEXT_3, text_3.mrope_tables), (8,), (80,)),),
+    ),
+    Part(
+        lambda: fill(vision_3.VisionBlock(_VISION_3), "vision_3"),
+        (Case("vision-2.1", _looking, (2, 10), (8, 10)),),
+    ),
+    Part(
+        lambda: fill(vae_21.Decoder(_VAE_21), "decoder_21"),
+        (Case("vae-decoder-2.1", partial(_decode, _VAE_21), (1, 2), (16, 16)),),
+        5e-5,
+        halves=False,
+    ),
+    Part(
+        lambda: fill(vae_21.Encoder(_VAE_21), "encoder_21"),
+        (Case("vae-encoder-2.1", partial(_encode, _VAE_21), (32, 32), (256, 256)),),
         5e-5,
         halves=False,
     ),

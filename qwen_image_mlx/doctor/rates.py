@@ -16,6 +16,7 @@ from ..gpu import finish
 from ..models.layers import gelu_tanh
 from ..models.qwen_image.config import TransformerConfig
 from ..models.qwen_image.transformer import EPS
+from ..models.qwen_image_21.config import TransformerConfig as TransformerConfig21
 from .chip import nominal_tflops
 from .measure import on_gpu, on_metal, seconds_of
 from .outcome import Outcome
@@ -25,9 +26,9 @@ from .values import array
 Prepare = Callable[[tuple[int, ...], mx.Dtype], tuple[Callable[[], Any], float]]
 _SLOW = 0.4  # share of the nominal speed; 0.8 is usual
 _SLOW_CPU = 5.0  # GFLOP/s in fp32, below which only MLX's own BLAS is
-# Bytes that a block moves outside products and attention, per token, element and byte of the stream: modelled for 4296
-# tokens, in which it is 1.0 GB.
-_OTHER_TRAFFIC = 38
+# Bytes that a block of either generation moves outside products and attention, per token, element and byte of the
+# stream: modelled for 1024x1024 and 200 tokens of text, in which it is 1.0 and 1.1 GB.
+_TRAFFIC, _TRAFFIC_21 = 38, 32
 _TEXT = 200  # tokens of a prompt
 _GRAPH = 2000
 
@@ -52,6 +53,28 @@ class Rate(NamedTuple):
     unit: str = "gflops"
 
 
+class Pass(NamedTuple):
+    """The work of one pass of a transformer.
+
+    Attributes:
+        layers: blocks.
+        dim: the stream's width D.
+        tokens: that are computed.
+        seen: that each of them sees.
+        wide: weights of a block's products of D columns.
+        deep: weights of those of more.
+        traffic: bytes that a block moves elsewhere, per token, element and byte of the stream.
+    """
+
+    layers: int
+    dim: int
+    tokens: int
+    seen: int
+    wide: int
+    deep: int
+    traffic: int
+
+
 def run(options: Mapping[str, Any]) -> Outcome:
     """Times every row, then the overheads: allocation, launches, graphs."""
     outcome = Outcome()
@@ -62,12 +85,13 @@ def run(options: Mapping[str, Any]) -> Outcome:
         mx.clear_cache()
     outcome.figures |= _around()
     rates = outcome.figures
-    seconds = pass_seconds(TransformerConfig(), 4096, rates)
-    rates["pass_1024_s"] = seconds
+    rates["pass_1024_s"] = seconds = pass_seconds(first_generation(TransformerConfig(), 4096), rates)
+    rates["pass_1024_21_s"] = seconds_21 = pass_seconds(second_generation(TransformerConfig21(), 4096), rates)
     rates["faster_at_4_bits"] = max(("quantized_4", "unpacked_4"), key=lambda name: rates[f"{name}_gflops"])
     projection = (
         f"1024x1024: {duration(seconds)} a pass, 8 steps of Lightning: {duration(8 * seconds)}, 50 guided steps: "
-        f"{duration(100 * seconds)} (modelled from these rates)"
+        f"{duration(100 * seconds)}; with Qwen-Image-2.1 {duration(seconds_21)} a pass, 40 steps: "
+        f"{duration(40 * seconds_21)} (modelled from these rates)"
     )
     rate = rates["gemm_bf16_gflops"]
     outcome.summary = f"{f'{rate / 1e3:.3g} T' if rate >= 1e3 else f'{rate:.3g} G'}FLOP/s in bf16; {projection}"
@@ -90,23 +114,33 @@ def _judge(outcome: Outcome) -> None:
         outcome.summary += "; MLX's own BLAS is slow, preload OpenBLAS (see README)"
 
 
-def pass_seconds(config: TransformerConfig, tokens: int, rates: Mapping[str, float]) -> float:
-    """Seconds of one pass without guidance, modelled: products and attention at their rates, and other traffic.
+def first_generation(config: TransformerConfig, tokens: int) -> Pass:
+    """A pass of Qwen-Image 1.x: the tokens of prompt and image meet 4 D^2 weights of attention and 8 D^2 of the MLP."""
+    length, dim = tokens + _TEXT, config.dim
+    return Pass(config.num_layers, dim, length, length, 4 * dim**2, 8 * dim**2, _TRAFFIC)
 
-    Each block has 12 D^2 weights a token (4 of attention's, 8 of the MLP's), two FLOP each, and 4 L^2 D FLOP of
-    attention.
+
+def second_generation(config: TransformerConfig21, tokens: int) -> Pass:
+    """A later step of Qwen-Image-2.1: the image alone, which sees the prompt; the MLP's gate is a third matrix."""
+    dim, inner = config.dim, config.inner_dim
+    wide, deep = 4 * dim**2 + 2 * dim * inner, dim * inner
+    return Pass(config.num_layers, dim, tokens, tokens + _TEXT, wide, deep, _TRAFFIC_21)
+
+
+def pass_seconds(work: Pass, rates: Mapping[str, float]) -> float:
+    """Seconds of one pass, modelled: products and attention at their rates, and other traffic.
+
+    Each weight takes two FLOP a token, attention 4 D for each pair of tokens.
 
     Args:
-        config: of the transformer.
-        tokens: of the image; a prompt's are added.
+        work: the pass.
         rates: figures of this group.
     """
-    length, dim = tokens + _TEXT, config.dim
-    products = 24 * dim**2 * length
-    seconds = products / 3 / rates["gemm_bf16_gflops"] + products * 2 / 3 / rates["gemm_bf16_deep_gflops"]
-    seconds += 4 * length**2 * dim / rates["attention_gflops"]
-    seconds += _OTHER_TRAFFIC * length * dim * 2 / rates["copy_gbs"]
-    return config.num_layers * seconds / 1e9
+    seconds = 2 * work.tokens * work.wide / rates["gemm_bf16_gflops"]
+    seconds += 2 * work.tokens * work.deep / rates["gemm_bf16_deep_gflops"]
+    seconds += 4 * work.tokens * work.seen * work.dim / rates["attention_gflops"]
+    seconds += work.traffic * work.tokens * work.dim * 2 / rates["copy_gbs"]
+    return work.layers * seconds / 1e9
 
 
 def product_rate() -> float:

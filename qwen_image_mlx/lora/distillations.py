@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ..models.qwen_image_21 import facts as qwen_image_21
 from .file import SUFFIX, LoRA
@@ -134,12 +135,19 @@ def distillation_of(lora: LoRA) -> Distillation | None:
     """
     texts = [("its name", lora.path.stem)]
     texts += [("its metadata", lora.metadata[key]) for key in _NAMING_METADATA if key in lora.metadata]
-    if lora.path.stem in _NAMELESS:  # a file of the hub, which its repository names
-        texts.append(("its folder's name", "/".join(lora.path.parts[-4:-1])))
+    if lora.path.stem in _NAMELESS:
+        texts.append(("its folder's name", _folders(lora.path)))
     for evidence, text in texts:
         if found := named_distillation(text, evidence):
             return found
     return Distillation(_STEPS_BY_SHAPE, evidence="its rank and alpha") if _has_lightning_shape(lora) else None
+
+
+def _folders(path: Path) -> str:
+    """The folders that name a file: from its repository's on in the hub's cache, else the last three."""
+    folders = path.parts[:-1]
+    first = next((n for n, name in enumerate(folders) if name.startswith("models--")), max(0, len(folders) - 3))
+    return "/".join(folders[first:])
 
 
 def named_distillation(text: str, evidence: str = "its name") -> Distillation | None:

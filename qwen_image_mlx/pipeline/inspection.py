@@ -89,7 +89,7 @@ def inspect_checkpoint(
         str(model),
         str(components.sources.index.get("_class_name")),
         ", ".join(components.variant.tasks),
-        components.variant.licence,
+        str(components.variant.licence),
         components.depth(TRANSFORMER),
         tuple(reports),
     )

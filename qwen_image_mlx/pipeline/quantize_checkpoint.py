@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +22,9 @@ from .._version import __version__
 from ..errors import OutputError, QwenImageError, RequestError, some
 from ..files import claim, is_from_macos, sweep
 from ..names import StrPath
+from ..outside import why_not_read
 from ..registry import FOLDERS, MAIN, PROCESSOR, SCHEDULER, TOKENIZER, TRANSFORMER
+from ..variants import Licence
 from ..weights.loader import say_what_does_not_fit
 from ..weights.pack import Part, quantization_config, write_component
 from ..weights.schemes import Quantization
@@ -40,6 +42,9 @@ REPORT = "quantization_report.json"
 _PLAN = ".qwen-image-mlx-plan"
 _CARD = "README.md"
 _MAX_CARD = 1 << 16  # characters; the first lines state the licence
+# Files at the root of a checkpoint that go where its weights go: LICENSE, LICENCE.txt, Notice.md, USE_POLICY.md.
+_LEGAL = re.compile(r"(licen[cs]e|notice|copying|copyright|patents|use[-_]policy)([-_. ].*)?", re.IGNORECASE)
+_MAX_LEGAL = 1 << 20  # bytes of such a file
 # The files that are copied; other weights at the root are not part of the layout.
 _COPIED = (SCHEDULER, TOKENIZER, PROCESSOR, *reversed(FOLDERS))
 _COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".safetensors")
@@ -163,7 +168,7 @@ def _take_over(partial: Path, plan: str) -> None:
     """Keeps the files of an earlier run with the same plan, and removes those of any other plan."""
     found = partial / _PLAN
     there = {path.name for path in partial.iterdir() if not is_from_macos(path.name)}
-    strangers = there - {_PLAN, INDEX, REPORT, _CARD, *_COPIED}
+    strangers = {name for name in there - {_PLAN, INDEX, REPORT, _CARD, *_COPIED} if not _LEGAL.fullmatch(name)}
     if strangers or (there and not found.is_file()):
         raise RequestError(f"{partial} was not written by an earlier run; remove it or name another folder")
     if found.is_file() and found.read_text() != plan:
@@ -185,8 +190,14 @@ def _folders(components: Components) -> Folders:
 
 
 def copy_unwritten(components: Components, partial: Path, written: set[str]) -> None:
-    """Copies the rest of a checkpoint: files other than weights, and the weights of folders that are not quantized."""
+    """Copies the rest of a checkpoint: files other than weights, and the weights of folders that are not quantized.
+
+    What states its licence is copied too.
+    """
     snapshot = components.snapshot
+    for name in snapshot.names(""):
+        if _LEGAL.fullmatch(name) and not why_not_read(snapshot.file(name), _MAX_LEGAL):
+            shutil.copyfile(snapshot.file(name), partial / name)
     if snapshot.exists(INDEX):
         shutil.copyfile(snapshot.file(INDEX), partial / INDEX)
     for folder in _COPIED:
@@ -226,7 +237,7 @@ def _card(components: Components, name: str, errors: Mapping[str, Mapping[str, f
     ]
     forms = sorted({form for part in (TRANSFORMER, *components.encoders) for form in components.weights(part).forms})
     base = f"base_model: {source.model}\n" if source.revision else ""
-    licence = "".join(f"{line}\n" for line in _licence(source))
+    licence = "".join(f"{line}\n" for line in _licence(source, components.variant.licence))
     weights = f"Licence of the released weights: {components.variant.licence}."
     return f"""---
 library_name: mlx
@@ -256,15 +267,21 @@ modulation (which never stays in memory) and the VAE are as in the source.
 """
 
 
-def _licence(source: HubSnapshot) -> list[str]:
-    """The lines on the licence in the model's own card; empty if there are none."""
-    try:
-        with open(source.file(_CARD), encoding="utf-8", errors="replace") as file:
-            head = re.match(r"---\s*\n(.*?)\n---", file.read(_MAX_CARD), re.DOTALL)
-    except (QwenImageError, OSError):
-        return []
+def _licence(source: HubSnapshot, released: Licence) -> list[str]:
+    """The lines of a card on the licence: those of the model's own, else of the licence that it must be under, or none.
+
+    Args:
+        source: the model.
+        released: the licence of the released weights of its kind.
+    """
+    head = None
+    with suppress(QwenImageError, OSError), open(source.file(_CARD), encoding="utf-8", errors="replace") as file:
+        head = re.match(r"---\s*\n(.*?)\n---", file.read(_MAX_CARD), re.DOTALL)
     declared = re.findall(r"^license(?:_name|_link)?:[ \t]*\S.*", head[1] if head else "", re.MULTILINE)
-    return [line.rstrip()[:200] for line in declared if line.rstrip().isprintable()]
+    lines = [line.rstrip()[:200] for line in declared if line.rstrip().isprintable()]
+    if lines or not released.key:
+        return lines
+    return ["license: other", f"license_name: {released.key}", f"license_link: {released.link}"]
 
 
 def _by_kind(layers: Mapping[str, float]) -> dict[str, list[float]]:

@@ -6,6 +6,7 @@ image, from everything that is known before its first step.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -196,14 +197,54 @@ class DividedDenoiser(Denoiser, Protocol):
         """The first branch's target (1, N, D) as the first block's attention takes it, normed and modulated."""
 
 
-class DenoiserClass(Protocol):
-    """Makes the `Denoiser` of an image.
+class ControlledDenoiser(ABC):
+    """What every generation's `DividedDenoiser` shares: a pass is three parts, and controls add to its blocks.
 
-    Attributes:
-        costs: the memory that its generation takes while it works, encoders and autoencoder included, by backend.
+    Args:
+        controls: those of the image.
     """
 
-    costs: Mapping[str, Costs]
+    def __init__(self, controls: Controls):
+        self._controls = controls
+        self._hints: Hints = no_hints
+
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
+        """As `Denoiser.velocities`."""
+        hidden = self.enter(latents, evaluation, branches)
+        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
+
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
+        """As `DividedDenoiser.enter`."""
+        self._hints = self._controls.entered(latents, evaluation, branches)
+        return self._enter(latents, branches)
+
+    def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
+        """As `DividedDenoiser.run`."""
+        return self._run(hidden, evaluation, blocks, on_layer, self._hints())
+
+    @abstractmethod
+    def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
+        """As `DividedDenoiser.leave`."""
+
+    @abstractmethod
+    def _enter(self, latents: mx.array, branches: int | None) -> Any:
+        """What enters the first block."""
+
+    @abstractmethod
+    def _run(
+        self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None, hints: list[Callable[..., Any]]
+    ) -> Any:
+        """The streams after some blocks, with hints added."""
+
+
+class DenoiserClass(Protocol):
+    """Makes the `Denoiser` of an image."""
+
+    @property
+    def costs(self) -> Mapping[str, Costs]:
+        """The memory that its generation takes while it works, encoders and autoencoder included, by backend."""
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
         """Prepares an image.
@@ -239,6 +280,42 @@ class DenoiserClass(Protocol):
             target_tokens: of all frames.
             prefix_tokens: tokens of prompt and references.
         """
+
+
+@dataclass(frozen=True)
+class TrainedDenoisers:
+    """A `DenoiserClass` for a network in training, whose modulation is not the files'.
+
+    Attributes:
+        denoiser: the generation's own; it takes `rows` as a keyword.
+        rows: makes the modulation of noise levels.
+    """
+
+    denoiser: Any
+    rows: Callable[[np.ndarray], Any]
+
+    @property
+    def costs(self) -> Mapping[str, Costs]:
+        """As `DenoiserClass.costs`."""
+        found: Mapping[str, Costs] = self.denoiser.costs
+        return found
+
+    def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
+        """Makes the denoiser of an image."""
+        made: Denoiser = self.denoiser(components, conditions, report, rows=self.rows)
+        return made
+
+    def check(self, components: Components, conditions: Conditions) -> None:
+        """As `DenoiserClass.check`."""
+        self.denoiser.check(components, conditions)
+
+    def kept_values(self, config: Any, evaluations: int, prefix_tokens: int, branches: int) -> int:
+        """As `DenoiserClass.kept_values`."""
+        return int(self.denoiser.kept_values(config, evaluations, prefix_tokens, branches))
+
+    def pass_flop(self, config: Any, target_tokens: int, prefix_tokens: int) -> float:
+        """As `DenoiserClass.pass_flop`."""
+        return float(self.denoiser.pass_flop(config, target_tokens, prefix_tokens))
 
 
 class Encoded(NamedTuple):

@@ -1,22 +1,16 @@
-"""The network in training: a transformer, with the modulation of every sample's own noise level.
-
-When all weights are trained it includes the modulation; with a LoRA that is frozen, and read from a table of levels.
-"""
+"""A batch of samples, and what the networks of all generations share in training."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
 from ..models import nn
-from ..models.qwen_image.config import TransformerConfig
-from ..models.qwen_image.modulation import TimeModulation
-from ..models.qwen_image.rope import Segment, rotary_tables
-from ..models.qwen_image.transformer import BlockRows, Modulation, Rows, Transformer, TransformerBlock
-from ..models.rotary import Rotary
 from .seam import Segments
 
 
@@ -50,8 +44,11 @@ class Batch:
         return replace(first, **join)
 
 
-class Network(nn.Module):
+class TrainingNetwork(nn.Module, ABC):
     """A transformer and, if it is trained too, its modulation.
+
+    A generation says how it is called: with noisy latents, states, sigmas, what `rotary` makes of the batch, references
+    and the modulation of `Trainable.table`, None if it is trained.
 
     Args:
         transformer: dense or quantized; its frozen parameters stay as they are.
@@ -61,65 +58,20 @@ class Network(nn.Module):
     """
 
     def __init__(
-        self,
-        transformer: Transformer,
-        config: TransformerConfig,
-        modulation: TimeModulation | None = None,
-        *,
-        checkpointing: bool = False,
+        self, transformer: nn.Module, config: Any, modulation: nn.Module | None = None, *, checkpointing: bool = False
     ):
         super().__init__()
         self.transformer = transformer
         if modulation is not None:
             self.modulation = modulation
-        self._run_block = _recompute if checkpointing else None
-        self._rotary = cache(
-            lambda segments, length: rotary_tables([Segment(*s) for s in segments], length, config.axes_dims_rope)
-        )
+        self._checkpointing = checkpointing
+        self._rotary = cache(lambda segments, length: self.lay_out(segments, length, config.axes_dims_rope))
 
-    def rotary(self, batch: Batch) -> Rotary:
-        """The rotary tables of a batch's tokens."""
+    @staticmethod
+    @abstractmethod
+    def lay_out(segments: Segments, length: int, axes_dims: Sequence[int]) -> Any:
+        """The tokens' rotary tables, for samples with these segments and `length` states."""
+
+    def rotary(self, batch: Batch) -> Any:
+        """The rotary tables of a batch's tokens, made once for each shape."""
         return self._rotary(batch.segments, batch.text.shape[1])
-
-    def __call__(
-        self,
-        latents: mx.array,
-        text: mx.array,
-        sigmas: mx.array,
-        rotary: Rotary,
-        references: mx.array | None = None,
-        rows: Modulation | None = None,
-    ) -> mx.array:
-        """Velocity (B, N, C) of noisy packed latents (B, N, C); all arrays in the dtype to compute in.
-
-        Args:
-            latents: of the target.
-            text: encoder states (B, L, J).
-            sigmas: noise levels (B,), fp32.
-            rotary: the tables that `rotary` returns for the batch.
-            references: packed latents (B, R, C), or None.
-            rows: the modulation where it is not trained.
-        """
-        transformer = self.transformer
-        return transformer(
-            latents,
-            transformer.project_text(text),
-            self.modulation(sigmas, latents.dtype) if rows is None else rows,
-            rotary,
-            None if references is None else transformer.project_references(references),
-            self._run_block,
-        )
-
-
-def _recompute(
-    block: TransformerBlock, images: list[mx.array], txt: mx.array, rows: BlockRows, rotary: Rotary
-) -> tuple[list[mx.array], mx.array]:
-    """Runs a block without keeping its intermediate arrays, which the gradient recomputes."""
-
-    def run(
-        parameters: dict, images: list[mx.array], txt: mx.array, rows: Sequence[Rows], rotary: Sequence[mx.array]
-    ) -> tuple[list[mx.array], mx.array]:
-        block.update(parameters)
-        return block(images, txt, BlockRows(*rows), Rotary(*rotary))
-
-    return mx.checkpoint(run)(block.trainable_parameters(), images, txt, tuple(rows), tuple(rotary))

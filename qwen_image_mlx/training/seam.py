@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import RequestError
 from ..models import nn
 from ..pipeline.conditioning import Reference
 from ..pipeline.pipeline import QwenImagePipeline
-from ..pipeline.seams import DenoiserClass
+from ..pipeline.seams import DenoiserClass, TrainedDenoisers
 from ..registry import CLASSES, TRANSFORMER, resolve
 from ..weights.changes import WeightChanges
 from ..weights.loader import ComponentWeights
@@ -63,6 +65,37 @@ class Trainable(Protocol):
 
     def denoisers(self, modulation: nn.Module, dtype: mx.Dtype) -> DenoiserClass:
         """Makes denoisers whose modulation is in training."""
+
+
+class GenerationTraining:
+    """What is the same in every generation's `Trainable`, from classes that each one names.
+
+    Attributes:
+        network_class: a `TrainingNetwork`.
+        modulation_class: made from the transformer's config.
+        denoiser_class: takes the modulation of all steps as `rows`, instead of reading it.
+    """
+
+    network_class: ClassVar[Callable[..., nn.Module]]
+    modulation_class: ClassVar[Callable[[Any], nn.Module]]
+    denoiser_class: ClassVar[Any]
+
+    @staticmethod
+    def rows_of_steps(modulation: Any, sigmas: np.ndarray, dtype: mx.Dtype) -> Any:
+        """The modulation at every noise level, sigmas (S,), as the denoiser takes it."""
+        raise NotImplementedError
+
+    def network(self, transformer: nn.Module, config: Any, modulation: nn.Module | None, checkpointing: bool) -> Any:
+        """As `Trainable.network`."""
+        return self.network_class(transformer, config, modulation, checkpointing=checkpointing)
+
+    def modulation(self, config: Any) -> nn.Module:
+        """As `Trainable.modulation`."""
+        return self.modulation_class(config)
+
+    def denoisers(self, modulation: nn.Module, dtype: mx.Dtype) -> DenoiserClass:
+        """As `Trainable.denoisers`."""
+        return TrainedDenoisers(self.denoiser_class, partial(self.rows_of_steps, modulation, dtype=dtype))
 
 
 def trainable_of(pipeline: QwenImagePipeline) -> Trainable:

@@ -17,8 +17,9 @@ from qwen_image_mlx.sampling.schedule import make_schedule, uniform_sigmas
 from qwen_image_mlx.sampling.solvers import euler_step
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
 from qwen_image_mlx.training.loss import FlowMatching, key_of
-from qwen_image_mlx.training.network import Batch, Network
+from qwen_image_mlx.training.network import Batch
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
+from qwen_image_mlx.training.qwen_image.network import Network
 
 from .checkpoint import SCHEDULER
 from .samples import Samples

@@ -48,7 +48,7 @@ def test_the_report_has_every_group_s_figures(whole):
         "errors": "cancel_s",
     }.items():  # fmt: skip
         assert groups[name]["figures"][figure], name
-    assert len(groups["parity"]["figures"]) == 8
+    assert len(groups["parity"]["figures"]) == 13
     assert all(group["peak_bytes"] < 2.5e9 for group in groups.values())
 
 

@@ -12,6 +12,8 @@ from qwen_image_mlx.doctor import block, chip, disk, env, faults, fits, measure,
 from qwen_image_mlx.doctor.__main__ import peak_bytes
 from qwen_image_mlx.doctor.outcome import Outcome
 from qwen_image_mlx.models.qwen_image.config import TransformerConfig
+from qwen_image_mlx.models.qwen_image_21.config import TransformerConfig as TransformerConfig21
+from qwen_image_mlx.pipeline.qwen_image_21.denoiser import QwenImage21Denoiser
 from qwen_image_mlx.runtime import memory_plan
 from qwen_image_mlx.runtime.memory_plan import Work
 
@@ -63,13 +65,16 @@ def test_free_memory_is_what_plans_are_made_with(tmp_path, monkeypatch):
     assert env.run({"folder": str(tmp_path)}).figures["machine"]["free_memory_bytes"] == 123
 
 
+FORMS = ("bf16", "8 bits", "4 bits")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("gib", "recommended", "forms"), [
-    (8, 5.73, ("streamed", "streamed once saved quantized", "streamed once saved quantized")),
-    (16, 11.45, ("streamed", "streamed once saved quantized", "staged")),
-    (64, 51.54, ("resident", "resident", "resident")),
+@pytest.mark.parametrize(("gib", "recommended", "first", "second"), [
+    (8, 5.73, ("streamed", "streamed once saved quantized", "streamed once saved quantized"), ("too large",) * 3),
+    (16, 11.45, ("streamed", "streamed once saved quantized", "staged"), ("streamed", "staged", "staged")),
+    (64, 51.54, ("resident", "resident", "resident"), ("resident", "resident", "resident")),
 ])  # fmt: skip
-def test_what_fits_a_mac_is_what_can_run_there(tmp_path, monkeypatch, gib, recommended, forms):
+def test_what_fits_a_mac_is_what_can_run_there(tmp_path, monkeypatch, gib, recommended, first, second):
     """Layers that are read at each pass are not quantized: only a saved pack is streamed."""
     info = {
         "memory_size": gib << 30, "max_recommended_working_set_size": int(recommended * 1e9),
@@ -79,15 +84,17 @@ def test_what_fits_a_mac_is_what_can_run_there(tmp_path, monkeypatch, gib, recom
     monkeypatch.setattr(mx, "device_info", lambda device=None: info)
     monkeypatch.setattr(memory_plan, "backend", lambda: "gpu")
     outcome = fits.run({"folder": str(tmp_path)})
-    plans = outcome.figures["plans"]
-    assert tuple(plans[name]["fits"] for name in ("bf16", "8 bits", "4 bits")) == forms
-    assert outcome.summary.endswith(f"as planned: bf16 {forms[0]}; 8 bits {forms[1]}; 4 bits {forms[2]}")
+    for figure, said, forms in (("plans", "2512 at 1328x1328", first), ("plans_21", "2.1 at 2048x2048", second)):
+        assert tuple(outcome.figures[figure][form]["fits"] for form in FORMS) == forms
+        pairs = "; ".join(f"{form} {found}" for form, found in zip(FORMS, forms, strict=True))
+        assert f"Qwen-Image-{said}, as planned: {pairs}" in outcome.summary
 
 
 @pytest.mark.slow
 def test_what_fits_nowhere_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "usable_memory", lambda: 1 << 30)
-    assert {plan["fits"] for plan in fits.run({"folder": str(tmp_path)}).figures["plans"].values()} == {"too large"}
+    figures = fits.run({"folder": str(tmp_path)}).figures
+    assert {plan["fits"] for model in fits.MODELS for plan in figures[model.figure].values()} == {"too large"}
 
 
 def test_warnings_of_a_mac(m5):
@@ -129,12 +136,17 @@ def test_what_a_chip_can_do(m5):
     assert chip.nominal_tflops() == pytest.approx(12.5)
 
 
-def test_a_pass_of_the_released_transformer():
-    """72 TFLOP at 1024x1024 without guidance; other traffic is a few per cent where it is fast."""
+def test_a_pass_of_the_released_transformers():
+    """72 TFLOP and 61 GB of other traffic at 1024x1024 without guidance; for 2.1 the FLOP that its denoiser counts."""
     flop = dict.fromkeys(("gemm_bf16_gflops", "gemm_bf16_deep_gflops", "attention_gflops"), 1000.0)
-    assert rates.pass_seconds(TransformerConfig(), 4096, {**flop, "copy_gbs": 1e9}) == pytest.approx(72.0, rel=0.01)
-    traffic = rates.pass_seconds(TransformerConfig(), 4096, {**dict.fromkeys(flop, 1e12), "copy_gbs": 61.0})
-    assert traffic == pytest.approx(1.0, rel=0.05)  # 61 GB a pass
+    first = rates.first_generation(TransformerConfig(), 4096)
+    second = rates.second_generation(TransformerConfig21(), 4096)
+    assert rates.pass_seconds(first, {**flop, "copy_gbs": 1e9}) == pytest.approx(72.0, rel=0.01)
+    counted = QwenImage21Denoiser.pass_flop(TransformerConfig21(), 4096, 200) / 1e12
+    assert rates.pass_seconds(second, {**flop, "copy_gbs": 1e12}) == pytest.approx(counted, rel=1e-6)
+    for work, seconds in ((first, 1.0), (second, 34 / 61)):
+        traffic = rates.pass_seconds(work, {**dict.fromkeys(flop, 1e12), "copy_gbs": 61.0})
+        assert traffic == pytest.approx(seconds, rel=0.05)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [

@@ -144,6 +144,29 @@ def test_distilled_loras_are_known_by_their_names(tmp_path, name):
     assert distilled.sigmas is None or len(distilled.sigmas) == steps
 
 
+@pytest.mark.parametrize(
+    ("folder", "steps"),
+    [
+        ("models--Viggle--Qwen-Image-2.1-viggle-turbo/snapshots/0123abcd", 6),
+        ("models--Viggle--Qwen-Image-2.1-viggle-turbo/snapshots/0123abcd/peft/4step-lora-r64", 4),
+        ("loras/viggle-turbo-v0.2-5step/peft", 5),
+    ],
+)
+def test_peft_s_own_layout_is_known_by_its_folders(tmp_path, folder, steps):
+    """adapter_model.safetensors with adapter_config.json, which has the scale."""
+    (tmp_path / folder).mkdir(parents=True)
+    file = tmp_path / folder / "adapter_model.safetensors"
+    names = {f"base_model.model.{target}": shape for target, shape in SHAPES.items()}
+    write(file, targets=[f"base_model.model.{target}" for target in USED], shapes=names)
+    (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "peft_type": "LORA"}))
+    lora = read_lora(file.parent, SHAPES)
+    assert not lora.unmatched
+    assert {update.scale for update in lora.updates.values()} == {2.0}
+    distilled = distillation_of(lora)
+    assert (distilled.steps, distilled.stretch, distilled.evidence) == (steps, False, "its folder's name")
+    assert len(distilled.sigmas) == steps
+
+
 def test_others_are_not_distilled(tmp_path):
     for name in ("film-6steps", "p_quiet_image_2.1_8step", "pruna"):
         assert distillation_of(read_lora(write(tmp_path / f"{name}.safetensors"), SHAPES)) is None

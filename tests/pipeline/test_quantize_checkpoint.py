@@ -21,8 +21,10 @@ from qwen_image_mlx import (
 )
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.models.layers import QuantizedEmbedding, QuantizedLinear
+from qwen_image_mlx.models.qwen_image_21 import facts
 from qwen_image_mlx.pipeline import quantize_checkpoint as packing
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
+from qwen_image_mlx.variants import APACHE, VARIANTS
 from qwen_image_mlx.weights import pack
 from qwen_image_mlx.weights.safetensors_files import read_header
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
@@ -98,16 +100,26 @@ CARDS = {
 @pytest.mark.parametrize("card", CARDS, ids=range(len(CARDS)))
 def test_a_pack_has_the_licence_of_its_model(tmp_path, card):
     (tmp_path / "README.md").write_bytes(card.encode())
-    assert packing._licence(packing.HubSnapshot(tmp_path)) == CARDS[card]
+    assert packing._licence(packing.HubSnapshot(tmp_path), APACHE) == CARDS[card]
+    binding = ["license: other", "license_name: qwen-research", f"license_link: {facts.LICENCE_LINK}"]
+    licence = VARIANTS["QwenImage21Pipeline"].licence
+    assert packing._licence(packing.HubSnapshot(tmp_path), licence) == (CARDS[card] or binding)
 
 
-def test_the_licence_stands_on_the_card(source, tmp_path):
+def test_the_licence_goes_along(source, tmp_path):
+    """The lines of the card, and the files that state it."""
     model = shutil.copytree(source, tmp_path / "model")
     (model / "README.md").write_text("---\nlicense: other\nlicense_name: house\n---\n")
+    legal = {"LICENSE", "Notice.txt", "USE_POLICY.md"}
+    for name in (*legal, "licenses_of_images.txt", "notes.md"):
+        (model / name).write_text(f"{name} in full")
     folder = quantize_checkpoint(model, tmp_path / "pack", Quantization.parse("4"))
     head = (folder / "README.md").read_text().split("---")[1]
     assert "license: other\nlicense_name: house\n" in head
     assert "apache" not in head
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    assert files == {*legal, "README.md", "model_index.json", "quantization_report.json"}
+    assert (folder / "LICENSE").read_text() == "LICENSE in full"
 
 
 def test_modulation_is_as_exact_as_in_the_source(source, tmp_path):

@@ -280,10 +280,12 @@ def test_the_command_line_generates_edits_packs_and_plans(checkpoint, tmp_path, 
     b, c, d = (np.asarray(Image.open(f"{name}.png").convert("RGBA"), int) for name in "bcd")
     assert b.shape == c.shape == d.shape
     assert not np.array_equal(b, d)
-    assert facts.LICENCE in (tmp_path / "pack" / "README.md").read_text()
+    licence, card = f"{facts.LICENCE} ({facts.LICENCE_LINK})", (tmp_path / "pack" / "README.md").read_text()
+    assert f"license_name: qwen-research\nlicense_link: {facts.LICENCE_LINK}\n" in card.split("---")[1]
+    assert licence in card
     assert main(["info", "pack"]) == 0
     assert main(["plan", "pack", "--references", "10"]) == 0
-    assert capsys.readouterr().out.count(facts.LICENCE) == 2
+    assert capsys.readouterr().out.count(licence) == 2
 
 
 def test_what_it_cannot_do_is_said(checkpoint, pipeline, tmp_path):

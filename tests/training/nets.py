@@ -15,7 +15,8 @@ from qwen_image_mlx.models.qwen_image.config import TransformerConfig
 from qwen_image_mlx.models.qwen_image.modulation import TimeModulation
 from qwen_image_mlx.models.qwen_image.rope import Segment, place_images
 from qwen_image_mlx.models.qwen_image.transformer import Transformer
-from qwen_image_mlx.training.network import Batch, Network
+from qwen_image_mlx.training.network import Batch
+from qwen_image_mlx.training.qwen_image.network import Network
 from qwen_image_mlx.weights.loader import ComponentWeights, load_module
 from qwen_image_mlx.weights.safetensors_files import component_tensors, read_header
 from qwen_image_mlx.weights.synthetic import ROWS

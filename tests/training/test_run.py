@@ -20,7 +20,7 @@ from qwen_image_mlx.models.layers import QuantizedLinear
 from qwen_image_mlx.training import checkpoints, loop, run, samples
 from qwen_image_mlx.training.examples import Example
 from qwen_image_mlx.training.lora import LoRALinear
-from qwen_image_mlx.training.network import Network
+from qwen_image_mlx.training.qwen_image.network import Network
 from qwen_image_mlx.training.run import train
 from qwen_image_mlx.training.settings import TrainingSettings
 from qwen_image_mlx.variants import VARIANTS

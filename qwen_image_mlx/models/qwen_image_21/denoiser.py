@@ -127,7 +127,7 @@ class Denoiser:
             on_layer: called after each block with what it made.
             branches: how many of the conditions, from the first on; None is all.
         """
-        hidden = self.run(self.enter(latents, step, branches), step, on_layer=on_layer)
+        hidden = self.run(self.enter(latents, branches), step, on_layer=on_layer)
         return self.leave(hidden, step)
 
     # The three parts of a step, for callers that leave some of its blocks out.
@@ -137,7 +137,7 @@ class Denoiser:
         """Number of blocks."""
         return len(self._transformer.transformer_blocks)
 
-    def enter(self, latents: mx.array, step: int, branches: int | None = None) -> Hidden:
+    def enter(self, latents: mx.array, branches: int | None = None) -> Hidden:
         """What enters the first block, for each condition."""
         return self._transformer.enter(latents, self._branches[:branches])
 

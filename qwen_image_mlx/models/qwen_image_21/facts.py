@@ -13,6 +13,7 @@ LICENCE = (
     "Qwen Research License: for non-commercial purposes only, that is research or evaluation; commercial use needs a "
     "license from Alibaba Cloud"
 )
+LICENCE_KEY, LICENCE_LINK = "qwen-research", "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE"
 
 # Sampling (P): guided and, with guidance above 1, without renormalisation.
 STEPS = 40

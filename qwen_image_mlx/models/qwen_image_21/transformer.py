@@ -209,8 +209,7 @@ class TransformerBlock(nn.Module):
     def __call__(self, x: mx.array, rows: Rows, rotary: Rotary, before: KeysValues) -> mx.array:
         """The target (B, N, D) after the block; `before` is what it sees besides itself."""
         q, own = self.attn.project(_scaled_norm(x, rows.scale1, self._eps), rotary)
-        keys, values = (mx.concatenate([*pair], axis=1) for pair in zip(before, own, strict=True))
-        return self._finish(x, attention(q, keys, values), rows)
+        return self._finish(x, attention(q, *(_join(*pair) for pair in zip(before, own, strict=True))), rows)
 
     def prefix(self, x: mx.array, runs: Sequence[Run], rows: Rows, rotary: Rotary) -> tuple[KeysValues, mx.array]:
         """The keys and values of a prefix (B, P, D), and the prefix after the block."""
@@ -289,6 +288,14 @@ class ZeroCentredNorm(nn.Module):
         return mx.fast.rms_norm(x.astype(mx.float32), scale, self._eps).astype(x.dtype)
 
 
+def _join(before: mx.array, own: mx.array) -> mx.array:
+    """Keys or values (B, tokens, heads, head_dim) of all tokens, with each head's next to each other in memory.
+
+    So attention reads them: copied in any other order, a CPU's would copy them again.
+    """
+    return mx.concatenate([before.swapaxes(1, 2), own.swapaxes(1, 2)], axis=2).swapaxes(1, 2)
+
+
 def _scaled_norm(x: mx.array, scale: mx.array, eps: float) -> mx.array:
     """Layer norm of x (B, tokens, D) times scale; a scale (D,) that all samples share makes it one kernel."""
     if scale.ndim == 1:
@@ -298,6 +305,10 @@ def _scaled_norm(x: mx.array, scale: mx.array, eps: float) -> mx.array:
 
 @mx.compile
 def _silu_gate(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) * x; silu in fp32, rounded once, as torch computes it."""
+    """silu(gate) * x; silu in fp32, rounded once, as torch computes it.
+
+    Written as gate / (1 + exp(-gate)), torch's own form, which takes half the time of `mx.sigmoid`'s on a CPU. The
+    exponent ends at 80, where the result is 0 to 33 digits: past 88 the gradient is not a number.
+    """
     wide = gate.astype(mx.float32)
-    return (wide * mx.sigmoid(wide)).astype(gate.dtype) * x
+    return (wide / (1 + mx.exp(mx.minimum(-wide, 80)))).astype(gate.dtype) * x

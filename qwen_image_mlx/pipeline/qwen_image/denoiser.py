@@ -7,8 +7,7 @@ their file, used for all steps at once, and dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +20,7 @@ from ...models.qwen_image.transformer import Hidden, Modulation, Transformer
 from ...registry import TRANSFORMER
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions, Controls, Hints, no_hints
+from ..seams import Conditions, ControlledDenoiser, Controls
 from .control import Steered
 from .costs import COSTS
 from .states import check_length
@@ -33,7 +32,7 @@ Rows = Callable[[np.ndarray], list[Modulation]]
 _TABLE = "modulation table"
 
 
-class QwenImageDenoiser:
+class QwenImageDenoiser(ControlledDenoiser):
     """The `Denoiser` of Qwen-Image 1.x.
 
     Args:
@@ -68,32 +67,21 @@ class QwenImageDenoiser:
             self._references = self._transformer.project_references(shown)
         mx.eval(self._text, self._rotary, [] if self._references is None else self._references)
         steered = Steered(self._text, self._transformer.project_references)  # the same projection
-        self._controls = Controls(components, conditions, steered, report)
-        self._hints: Hints = no_hints
-
-    def velocities(
-        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
-    ) -> Sequence[mx.array]:
-        """The velocity (1, N, C) of each branch, in the model's dtype; see `Denoiser.velocities`."""
-        hidden = self.enter(latents, evaluation, branches)
-        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
+        super().__init__(Controls(components, conditions, steered, report))
 
     @property
     def depth(self) -> int:
         """As `Denoiser.depth`."""
         return len(self._transformer.transformer_blocks)
 
-    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hidden:
-        """As `Denoiser.enter`."""
-        self._hints = self._controls.entered(latents, evaluation, branches)
+    def _enter(self, latents: mx.array, branches: int | None) -> Hidden:
         return self._transformer.enter(latents, self._text[:branches], self._references)
 
-    def run(self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Hidden:
-        """As `Denoiser.run`."""
+    def _run(
+        self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None, hints: list[Callable[..., Any]]
+    ) -> Hidden:
         rotary = self._rotary[: len(hidden.texts)]
-        return self._transformer.run(
-            hidden, self._table[evaluation], rotary, blocks, on_layer=on_layer, hints=self._hints()
-        )
+        return self._transformer.run(hidden, self._table[evaluation], rotary, blocks, on_layer=on_layer, hints=hints)
 
     def leave(self, hidden: Hidden, evaluation: int) -> Sequence[mx.array]:
         """As `Denoiser.leave`."""
@@ -125,25 +113,6 @@ class QwenImageDenoiser:
         """As `DenoiserClass.pass_flop`: each token meets 12 D^2 weights of a block, whichever stream it is in."""
         tokens, dim = target_tokens + prefix_tokens, config.dim
         return config.num_layers * (24.0 * dim**2 * tokens + 4.0 * tokens**2 * dim)
-
-
-@dataclass(frozen=True)
-class TrainedDenoisers:
-    """Makes denoisers of a network in training, whose modulation is not the files'.
-
-    Attributes:
-        rows: makes the modulation.
-    """
-
-    rows: Rows
-    costs: ClassVar = COSTS
-    check: ClassVar = staticmethod(QwenImageDenoiser.check)
-    kept_values: ClassVar = staticmethod(QwenImageDenoiser.kept_values)
-    pass_flop: ClassVar = staticmethod(QwenImageDenoiser.pass_flop)
-
-    def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> QwenImageDenoiser:
-        """Makes the denoiser of an image; see `DenoiserClass`."""
-        return QwenImageDenoiser(components, conditions, report, rows=self.rows)
 
 
 def _segments(config: TransformerConfig, conditions: Conditions) -> list[Segment]:

@@ -7,8 +7,7 @@ at once, and dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -32,7 +31,7 @@ from ...weights.loader import ComponentWeights, fill, specs_of
 from ...weights.tensor_formats import Reader
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions, Controls, Hints, no_hints
+from ..seams import Conditions, ControlledDenoiser, Controls
 from .costs import COSTS
 
 # From noise levels to their rows and, at the end, those of timestep 0; a network in training has this instead of files.
@@ -42,7 +41,7 @@ _TABLE = "modulation table"
 _ROWS = len(Rows._fields)  # numbers of a timestep for each channel
 
 
-class QwenImage21Denoiser:
+class QwenImage21Denoiser(ControlledDenoiser):
     """The `Denoiser` of Qwen-Image-2.1.
 
     Args:
@@ -74,29 +73,20 @@ class QwenImage21Denoiser:
             keep_prefix=conditions.keeps_prefix and not conditions.controls,
         )
         mx.eval(self._denoiser.prepared)
-        self._controls = Controls(components, conditions, self._denoiser, report)
-        self._hints: Hints = no_hints
-
-    def velocities(
-        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
-    ) -> Sequence[mx.array]:
-        """As `Denoiser.velocities`; the first call also computes the prefix."""
-        hidden = self.enter(latents, evaluation, branches)
-        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
+        super().__init__(Controls(components, conditions, self._denoiser, report))
 
     @property
     def depth(self) -> int:
         """As `Denoiser.depth`."""
         return self._denoiser.depth
 
-    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hidden:
-        """As `Denoiser.enter`."""
-        self._hints = self._controls.entered(latents, evaluation, branches)
-        return self._denoiser.enter(latents, evaluation, branches)
+    def _enter(self, latents: mx.array, branches: int | None) -> Hidden:
+        return self._denoiser.enter(latents, branches)
 
-    def run(self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Hidden:
-        """As `Denoiser.run`."""
-        return self._denoiser.run(hidden, evaluation, blocks, on_layer, self._hints())
+    def _run(
+        self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None, hints: list[Callable[..., Any]]
+    ) -> Hidden:
+        return self._denoiser.run(hidden, evaluation, blocks, on_layer, hints)
 
     def leave(self, hidden: Hidden, evaluation: int) -> Sequence[mx.array]:
         """As `Denoiser.leave`."""
@@ -134,24 +124,6 @@ class QwenImage21Denoiser:
         weights = 4.0 * config.dim**2 + 3.0 * config.dim * config.inner_dim
         seen = 4.0 * target_tokens * (target_tokens + prefix_tokens) * config.dim
         return config.num_layers * (2 * weights * target_tokens + seen)
-
-
-@dataclass(frozen=True)
-class TrainedDenoisers:
-    """Makes denoisers of a network in training, whose modulation is not the files'.
-
-    Attributes:
-        rows: makes the modulation.
-    """
-
-    rows: StepRows
-    check: ClassVar = staticmethod(QwenImage21Denoiser.check)
-    kept_values: ClassVar = staticmethod(QwenImage21Denoiser.kept_values)
-    pass_flop: ClassVar = staticmethod(QwenImage21Denoiser.pass_flop)
-
-    def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> QwenImage21Denoiser:
-        """Makes the denoiser of an image; see `DenoiserClass`."""
-        return QwenImage21Denoiser(components, conditions, report, rows=self.rows)
 
 
 def _branches(conditions: Conditions) -> list[Condition]:

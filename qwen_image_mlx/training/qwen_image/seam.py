@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,18 +12,36 @@ from mlx.utils import tree_map
 from ...models.qwen_image.config import TransformerConfig
 from ...models.qwen_image.modulation import TimeModulation
 from ...models.qwen_image.rope import place_images
-from ...models.qwen_image.transformer import Modulation, Transformer
+from ...models.qwen_image.transformer import Modulation
 from ...pipeline.conditioning import Reference
-from ...pipeline.qwen_image.denoiser import TrainedDenoisers
+from ...pipeline.qwen_image.denoiser import QwenImageDenoiser
 from ...weights.changes import WeightChanges
 from ...weights.loader import ComponentWeights
-from ..network import Network
-from ..seam import Segments
+from ..seam import GenerationTraining, Segments
 from ..table import LevelTable
+from .network import Network
 
 
-class QwenImageTraining:
+def rows_of_steps(modulation: TimeModulation, sigmas: np.ndarray, dtype: mx.Dtype) -> list[Modulation]:
+    """The modulation at every noise level, sigmas (S,), equal to `modulation_table`'s, which reads files."""
+    rows = modulation(mx.array(sigmas), dtype)
+    mx.eval(rows)
+
+    def of_step(step: int) -> Modulation:
+        return tree_map(lambda row: row[step, 0] if row.ndim == 3 else row, rows)
+
+    table = [of_step(step) for step in range(len(sigmas))]
+    mx.eval(table)
+    return table
+
+
+class QwenImageTraining(GenerationTraining):
     """See `Trainable`."""
+
+    network_class = Network
+    modulation_class = TimeModulation
+    denoiser_class = QwenImageDenoiser
+    rows_of_steps = staticmethod(rows_of_steps)
 
     def segments(
         self, config: TransformerConfig, grids: Sequence[tuple[int, int]], references: Sequence[Reference]
@@ -32,20 +49,6 @@ class QwenImageTraining:
         """Segments with the frame of each image."""
         whole = [*grids, *((reference.height, reference.width) for reference in references)]
         return tuple(place_images(whole, config.use_layer3d_rope))
-
-    def network(
-        self,
-        transformer: Transformer,
-        config: TransformerConfig,
-        modulation: TimeModulation | None,
-        checkpointing: bool,
-    ) -> Network:
-        """The network in training."""
-        return Network(transformer, config, modulation, checkpointing=checkpointing)
-
-    def modulation(self, config: TransformerConfig) -> TimeModulation:
-        """The modulation of a config."""
-        return TimeModulation(config)
 
     def table(
         self,
@@ -60,20 +63,3 @@ class QwenImageTraining:
         """The rows of the drawn levels, on disk."""
         still = weights.config.zero_cond_t
         return LevelTable(folder, weights, sigmas, levels, dtype, still, adapters, fingerprint)
-
-    def denoisers(self, modulation: TimeModulation, dtype: mx.Dtype) -> TrainedDenoisers:
-        """Denoisers with the trained modulation."""
-        return TrainedDenoisers(partial(rows_of_steps, modulation, dtype=dtype))
-
-
-def rows_of_steps(modulation: TimeModulation, sigmas: np.ndarray, dtype: mx.Dtype) -> list[Modulation]:
-    """The modulation at every noise level, sigmas (S,), equal to `modulation_table`'s, which reads files."""
-    rows = modulation(mx.array(sigmas), dtype)
-    mx.eval(rows)
-
-    def of_step(step: int) -> Modulation:
-        return tree_map(lambda row: row[step, 0] if row.ndim == 3 else row, rows)
-
-    table = [of_step(step) for step in range(len(sigmas))]
-    mx.eval(table)
-    return table

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ...models import nn
-from ...models.qwen_image_21.config import TransformerConfig
 from ...models.qwen_image_21.denoiser import interleave
-from ...models.qwen_image_21.modulation import TimeModulation
 from ...models.qwen_image_21.rope import Run, lay_out, rotary_tables
 from ...models.qwen_image_21.transformer import Rows, Transformer, TransformerBlock
 from ...models.rotary import Rotary
-from ..network import Batch
+from ..network import TrainingNetwork
 from ..seam import Segments
 
 
@@ -45,34 +41,20 @@ class Sequence21(NamedTuple):
     after: Rotary
 
 
-class Network21(nn.Module):
-    """A transformer and, if it is trained too, its modulation.
+class Network21(TrainingNetwork):
+    """Qwen-Image-2.1 in training."""
 
-    Args:
-        transformer: dense or quantized; its frozen parameters stay as they are.
-        config: its config.
-        modulation: the trained one; None takes each batch's rows from a table.
-        checkpointing: keep only the inputs of each block, and recompute the rest for the gradient.
-    """
+    transformer: Transformer
 
-    def __init__(
-        self,
-        transformer: Transformer,
-        config: TransformerConfig,
-        modulation: TimeModulation | None = None,
-        *,
-        checkpointing: bool = False,
-    ):
-        super().__init__()
-        self.transformer = transformer
-        if modulation is not None:
-            self.modulation = modulation
-        self._run = _recompute if checkpointing else _run
-        self._sequence = cache(lambda segments, length: _sequence(segments, length, config.axes_dims_rope))
-
-    def rotary(self, batch: Batch) -> Sequence21:
-        """The tokens of a batch, with their rotary tables."""
-        return self._sequence(batch.segments, batch.text.shape[1])
+    @staticmethod
+    def lay_out(segments: Segments, length: int, axes_dims: Sequence[int]) -> Sequence21:
+        """The tokens with their tables; a reference's segment begins with the first of its places among the states."""
+        (_, *grid), *references = segments
+        runs = tuple(lay_out(length, [start for start, *_ in references], [(h, w) for _, h, w in references]))
+        tables = rotary_tables([*runs, Run.image(*grid)], axes_dims)
+        count = sum(run.length for run in runs)
+        before, after = (Rotary(*(table[part] for table in tables)) for part in (slice(count), slice(count, None)))
+        return Sequence21(runs, before, after)
 
     def __call__(
         self,
@@ -103,19 +85,10 @@ class Network21(nn.Module):
                 start += run.length
         prefix = interleave(transformer.project_text(text), shown, rotary.runs)
         target = transformer.project_references(latents)
+        run_block = _recompute if self._checkpointing else _run
         for block in transformer.transformer_blocks:
-            prefix, target = self._run(block, prefix, target, rotary, rows)
+            prefix, target = run_block(block, prefix, target, rotary, rows)
         return transformer.read_out(target, rows.own)
-
-
-def _sequence(segments: Segments, length: int, axes_dims: Sequence[int]) -> Sequence21:
-    """The tokens of samples with `length` states; a reference's segment begins with the first of its places in them."""
-    (_, *grid), *references = segments
-    runs = tuple(lay_out(length, [start for start, *_ in references], [(h, w) for _, h, w in references]))
-    tables = rotary_tables([*runs, Run.image(*grid)], axes_dims)
-    count = sum(run.length for run in runs)
-    before, after = (Rotary(*(table[part] for table in tables)) for part in (slice(count), slice(count, None)))
-    return Sequence21(runs, before, after)
 
 
 def _run(

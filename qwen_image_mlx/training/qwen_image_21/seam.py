@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,17 +10,29 @@ import numpy as np
 
 from ...models.qwen_image_21.config import TransformerConfig
 from ...models.qwen_image_21.modulation import TimeModulation
-from ...models.qwen_image_21.transformer import Rows, Transformer
+from ...models.qwen_image_21.transformer import Rows
 from ...pipeline.conditioning import Reference
-from ...pipeline.qwen_image_21.denoiser import TrainedDenoisers, load_modulation
+from ...pipeline.qwen_image_21.denoiser import QwenImage21Denoiser, load_modulation
 from ...weights.changes import WeightChanges
 from ...weights.loader import ComponentWeights
-from ..seam import Segments
+from ..seam import GenerationTraining, Segments
 from .network import Modulated, Network21
 
 
-class QwenImage21Training:
+def rows_of_steps(modulation: TimeModulation, sigmas: np.ndarray, dtype: mx.Dtype) -> list[Rows]:
+    """The rows (D,) at every noise level, sigmas (S,), and at the end those of timestep 0; evaluated."""
+    table = modulation.table(mx.array([*sigmas.tolist(), 0.0]), dtype)
+    mx.eval(table)
+    return table
+
+
+class QwenImage21Training(GenerationTraining):
     """See `Trainable`."""
+
+    network_class = Network21
+    modulation_class = TimeModulation
+    denoiser_class = QwenImage21Denoiser
+    rows_of_steps = staticmethod(rows_of_steps)
 
     def segments(
         self, config: TransformerConfig, grids: Sequence[tuple[int, int]], references: Sequence[Reference]
@@ -29,20 +40,6 @@ class QwenImage21Training:
         """The target, then each reference with the first of its places in the prompt."""
         shown = ((reference.start or 0, reference.height, reference.width) for reference in references)
         return (*((0, *grid) for grid in grids), *shown)
-
-    def network(
-        self,
-        transformer: Transformer,
-        config: TransformerConfig,
-        modulation: TimeModulation | None,
-        checkpointing: bool,
-    ) -> Network21:
-        """The network in training."""
-        return Network21(transformer, config, modulation, checkpointing=checkpointing)
-
-    def modulation(self, config: TransformerConfig) -> TimeModulation:
-        """The modulation of a config."""
-        return TimeModulation(config)
 
     def table(
         self,
@@ -56,10 +53,6 @@ class QwenImage21Training:
     ) -> Levels:
         """The rows of the drawn levels, in memory."""
         return Levels(weights, sigmas, levels, dtype, adapters)
-
-    def denoisers(self, modulation: TimeModulation, dtype: mx.Dtype) -> TrainedDenoisers:
-        """Denoisers with the trained modulation."""
-        return TrainedDenoisers(partial(rows_of_steps, modulation, dtype=dtype))
 
 
 class Levels:
@@ -94,10 +87,3 @@ class Levels:
         found = [self._rows[level] for level in levels]
         own = found[0] if len(found) == 1 else Rows(*(mx.stack(rows)[:, None] for rows in zip(*found, strict=True)))
         return Modulated(own, self._still)
-
-
-def rows_of_steps(modulation: TimeModulation, sigmas: np.ndarray, dtype: mx.Dtype) -> list[Rows]:
-    """The rows (D,) at every noise level, sigmas (S,), and at the end those of timestep 0; evaluated."""
-    table = modulation.table(mx.array([*sigmas.tolist(), 0.0]), dtype)
-    mx.eval(table)
-    return table
