@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 from commands import error_line
+from PIL import Image
 
+from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.cli.main import main
-from qwen_image_mlx.images.files import read_metadata
+from qwen_image_mlx.images.files import METADATA_KEY, read_metadata
 from qwen_image_mlx.options import Switch
 from qwen_image_mlx.pipeline.parameters import TASKS
+from qwen_image_mlx.pipeline.presets import GOVERNED, PRESETS, preset_of, yielding
 from qwen_image_mlx.runtime.options import OPTIONS, of_task
-from qwen_image_mlx.runtime.presets import GOVERNED, PRESETS, preset_of, yielding
 from qwen_image_mlx.settings import SCHEMA
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
@@ -98,6 +100,38 @@ def test_apg_without_a_number_is_zero(run):
 ])  # fmt: skip
 def test_what_makes_no_sense_is_one_sentence_and_code_2(run, flags, said):
     assert said in error_line(run("generate", PROMPT, "--model", "demo", *flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "options"), [
+    (["--solver", "unipc", "--guidance-interval", "0.1:0.9", "--apg", "0.3", "--step-cache", "first-block:0.2"],
+     {"solver": "unipc", "guidance_interval": (0.1, 0.9), "apg": 0.3, "step_cache": "first-block:0.2"}),
+    (["--preset", "draft", "--cfg-zero-star"], {"preset": "draft", "cfg_zero_star": True}),
+    (["--preset", "best", "--solver", "lcm"], {"preset": "best", "solver": "lcm"}),
+])  # fmt: skip
+def test_python_makes_the_same_file(run, flags, options):
+    words = ["--model", "demo", "--seed", "1", "--negative-prompt", "blurry", "--cfg-scale", "3", *flags]
+    if "preset" not in options:
+        words, options = [*words, "--steps", "10"], options | {"num_inference_steps": 10}
+    generated(run, PROMPT, *words, "-o", "line.png")
+    pipeline = QwenImagePipeline.from_pretrained("demo")
+    (image,) = pipeline.generate(PROMPT, negative_prompt="blurry", cfg_scale=3, seed=1, progress=False, **options)
+    image.save("python.png")
+    assert read_metadata("python.png") == read_metadata("line.png")
+    assert Path("python.png").read_bytes() == Path("line.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_edits_and_layers_in_python_record_them():
+    photo = Image.new("RGB", (64, 64), "red")
+    options = {"seed": 1, "progress": False, "solver": "dpmpp-2m", "num_inference_steps": 2}
+    editor = QwenImagePipeline.from_pretrained("demo-edit")
+    (edited,) = editor.edit("make the circle green", images=[photo], preset="draft", **options)
+    made = json.loads(edited.info[METADATA_KEY])
+    assert (made["solver"], made["preset"]) == ("dpmpp-2m", "draft")
+    layered = QwenImagePipeline.from_pretrained("demo-layered")
+    result = layered.decompose(photo, PROMPT, preset="draft", **options)
+    assert (result.stack.metadata["solver"], result.stack.metadata["preset"]) == ("dpmpp-2m", "draft")
 
 
 @pytest.mark.slow
