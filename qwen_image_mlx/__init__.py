@@ -22,6 +22,7 @@ _PUBLIC = {
     "GenerationParameters": "pipeline.parameters",
     "GuidanceEncoding": "pipeline.conditioning",
     "InitialImage": "pipeline.conditioning",
+    "SamplingOptions": "pipeline.sampling_options",
     "LayeredResult": "pipeline.decomposition",
     "compose": "layers.recompose",
     "ignore_profiles": "images.colour",
@@ -60,6 +61,7 @@ __all__ = [
     "QwenImageError",
     "QwenImagePipeline",
     "RequestError",
+    "SamplingOptions",
     "__version__",
     "compose",
     "ignore_profiles",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from .pipeline.parameters import GenerationParameters
     from .pipeline.pipeline import QwenImagePipeline
     from .pipeline.progress import Progress
+    from .pipeline.sampling_options import SamplingOptions
     from .runtime.preview import Preview
     from .sampling.latents import pack_multi_layer_latents, unpack_multi_layer_latents
     from .weights.schemes import Quantization

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, is_typeddict
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +69,7 @@ METHODS = (
     "reload_tokenizer", "is_text_encoder_loaded", "is_tokenizer_loaded", "is_transformer_loaded", "is_vae_loaded",
 )  # fmt: skip
 CLASSES = {
+    "SamplingOptions": (),
     "GenerationParameters": (), "GuidanceEncoding": ("save", "load"), "InitialImage": (), "Control": (),
     "Progress": ("cancel",), "LayeredResult": ("layers", "prompt", "psnr", "composite", "save"),
     "Quantization": ("parse",), "Preview": (),
@@ -201,7 +202,7 @@ def _member(kind: type, name: str) -> list[str]:
 
 def _signature(name: str, function: Callable[..., Any]) -> str:
     """A signature as code, one argument per line if it is long."""
-    signature = inspect.signature(function)
+    signature = _keywords(function) if is_typeddict(function) else inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
     words, starred = [], False
     for parameter in parameters:
@@ -215,6 +216,13 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
     if len(line) > 100:
         line = "\n".join([f"{name}(", *(f"    {word}," for word in words), f"){arrow}"])
     return f"```py\n{line}\n```"
+
+
+def _keywords(kind: Any) -> inspect.Signature:
+    """The keys of a TypedDict as arguments."""
+    words = {name: hint.__forward_arg__ for name, hint in kind.__annotations__.items()}
+    only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature([inspect.Parameter(name, only, annotation=hint) for name, hint in words.items()])
 
 
 def _parameter(parameter: inspect.Parameter) -> str:

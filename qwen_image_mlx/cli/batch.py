@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import RequestError
 from ..options import options_of
 from ..pipeline.parameters import MAX_IMAGES, check_num_images, check_seed
+from ..pipeline.presets import yielding
 from ..pipeline.request import Request, build_request
 from ..runtime.options import OpenOptions
-from ..runtime.presets import yielding
 from ..variants import ASPECT_SIZES
 from .config import config_options
 from .flags import FOLDER, rows, rows_of

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import OutputError, RequestError
-from ..runtime.presets import GOVERNED
+from ..pipeline.presets import GOVERNED
 from ..settings import SCHEMA, default_place, example_config, find_config, load_settings
 from .flags import add_option, rows
 from .results import json_text, print_table

@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _presets(session: Session, work: Work) -> list[dict[str, Any]]:
     """What each preset takes: passes, and the seconds that the work of their transformer is modelled to take."""
     from ..doctor.rates import product_rate
-    from ..runtime.presets import PRESETS
+    from ..pipeline.presets import PRESETS
 
     flop, rate = session.pass_flop(work), product_rate()
     found = []

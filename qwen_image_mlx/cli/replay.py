@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import RequestError
 from ..options import Choice, Several, options_of
 from ..pipeline.control import Control
+from ..pipeline.presets import yielding
 from ..runtime.options import OPTIONS, recorded
-from ..runtime.presets import yielding
 
 # The keys that --from-image reads; the others are for people.
 _RECORDED = recorded("always", "started from", "set", "given")

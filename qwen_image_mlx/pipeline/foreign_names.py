@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from .sampling_options import SamplingOptions
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,14 +44,20 @@ METHODS = {
 
 
 def answering(method: Callable[P, T]) -> Callable[P, T]:
-    """Makes a method raise a TypeError for another library's argument name that states the name here."""
-    known = inspect.signature(method).parameters
+    """Makes a method raise a TypeError for an unknown argument, with the name here of another library's, or the nearest
+    name there is."""
+    parameters = inspect.signature(method).parameters
+    known = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    if len(known) < len(parameters):
+        known |= SamplingOptions.__annotations__.keys()
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        for name in kwargs:
-            if name not in known and ARGUMENTS.get(name) in known:
-                raise TypeError(f"{method.__name__}() has no argument {name}: give {ARGUMENTS[name]}")
+        for name in kwargs.keys() - known:
+            if (ours := ARGUMENTS.get(name)) in known:
+                raise TypeError(f"{method.__name__}() has no argument {name}: give {ours}")
+            near = "".join(f"; did you mean {one}?" for one in get_close_matches(name, known, 1))
+            raise TypeError(f"{method.__name__}() got an unexpected keyword argument '{name}'{near}")
         return method(*args, **kwargs)
 
     return call

@@ -68,10 +68,6 @@ class Recommended(NamedTuple):
     sigmas: tuple[float, ...] | None
     stretch: bool
 
-    def unless(self, **given: float | None) -> dict[str, Any]:
-        """The fields by name; arguments that are not None override the recommended values."""
-        return self._asdict() | {name: value for name, value in given.items() if value is not None}
-
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationParameters:
@@ -197,9 +193,13 @@ class GenerationParameters:
         if self.step_cache == NO_CACHE:  # said against a config or a preset
             object.__setattr__(self, "step_cache", None)
         check_cache(self.step_cache, self.num_inference_steps)
+        self.check_guidance(negative=True)
+
+    def check_guidance(self, negative: bool) -> None:
+        """Raises RequestError if a variant of guidance has no effect, with or without a negative prompt."""
         check_guidance(
-            steps=self.num_inference_steps, cfg_scale=self.cfg_scale, interval=self.guidance_interval,
-            zero_star=self.cfg_zero_star, apg=self.apg,
+            steps=self.num_inference_steps, cfg_scale=self.cfg_scale if negative else 1.0,
+            interval=self.guidance_interval, zero_star=self.cfg_zero_star, apg=self.apg,
         )  # fmt: skip
 
     @classmethod

@@ -37,10 +37,12 @@ from .parameters import GenerationParameters, Recommended, check_image_index, ch
 from .progress import ProgressCallback, Shown
 from .reporter import Reporter
 from .request import Request
+from .sampling_options import SamplingOptions, check_sampling, sampling_of, with_preset
 from .seams import ControlInput, DenoiserClass
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
+    from typing_extensions import Unpack  # of `typing` from Python 3.11 on
 
     from ..lora.fetch import LoRAReference
     from .decomposition import LayeredResult
@@ -336,6 +338,7 @@ class QwenImagePipeline(Holding):
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
         transparent: bool = False, prefix_cache: bool = True,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[PILImage]:  # fmt: skip
         """Generates images from text, or from text and an image, with a text-to-image model.
 
@@ -362,6 +365,7 @@ class QwenImagePipeline(Holding):
             staged: release the encoders before generating, so that they and the transformer never share the memory.
             progress: called for every stage and step; can cancel; False shows nothing. None shows progress bars on
                 stderr, unless the pipeline was opened with a callback.
+            **options: solver, guidance, step cache and preset: the fields of `SamplingOptions`.
 
         Returns:
             PIL images. Each has its parameters as JSON in `info["qwen_image_mlx"]`, and keeps them when it is
@@ -374,13 +378,13 @@ class QwenImagePipeline(Holding):
             mask_padding=mask_padding, outpaint=outpaint,
         )  # fmt: skip
         cfg_scale = 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale
-        sampling = self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale)
+        sampling = self._sampling(num_inference_steps, cfg_scale, options)
         request = image_request(
             self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
             rng=rng, strength=strength, outpaint=outpaint, controls=controls, transparent=transparent,
             prefix_cache=prefix_cache,
         )  # fmt: skip
-        return self._generate(request, staged, progress)
+        return self._generate(with_preset(request, options), staged, progress)
 
     @answering
     def edit(
@@ -392,6 +396,7 @@ class QwenImagePipeline(Holding):
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
         transparent: bool = False, prefix_cache: bool = True,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[PILImage]:  # fmt: skip
         """Edits images with an editing model; returns and raises as `generate` does.
 
@@ -410,7 +415,7 @@ class QwenImagePipeline(Holding):
             composite: with a mask, put the image back where the mask is black.
             keep_alpha: give the result the image's transparency.
             controls, outpaint: as in `generate`.
-            staged, progress: as in `generate`.
+            staged, progress, **options: as in `generate`.
         """
         self.check_task("edit")
         sources = as_list(images)
@@ -419,13 +424,13 @@ class QwenImagePipeline(Holding):
             self.variant, sources, opened, mask=mask, size=size, composite=composite, mask_padding=mask_padding,
             keep_alpha=keep_alpha, outpaint=outpaint,
         )  # fmt: skip
-        sampling = self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale)
+        sampling = self._sampling(num_inference_steps, cfg_scale, options)
         request = image_request(
             self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
             strength=strength, outpaint=outpaint, reference_pixels=reference_pixels, controls=controls,
             transparent=transparent, prefix_cache=prefix_cache,
         )  # fmt: skip
-        return self._generate(request, staged, progress)
+        return self._generate(with_preset(request, options), staged, progress)
 
     @answering
     def decompose(
@@ -434,7 +439,7 @@ class QwenImagePipeline(Holding):
         num_inference_steps: int | None = None, cfg_scale: float | None = None, cfg_normalize: bool = False,
         caption_language: CaptionLanguage = "en", layer_prompt: str | None = None,
         layer_mask: ImageSource | None = None, seed: int = 0, rng: Rng = "torch", staged: bool = True,
-        progress: Shown = None,
+        progress: Shown = None, **options: Unpack[SamplingOptions],
     ) -> LayeredResult:  # fmt: skip
         """Decomposes an image into layers, with a layered model.
 
@@ -452,7 +457,7 @@ class QwenImagePipeline(Holding):
             layer_prompt: what one layer shows, with a model that takes layers by name (Layered-Control); the result has
                 this layer alone.
             layer_mask: the same by an image of the image's size (Layered-Control-V2): opaque, or white, where it is.
-            seed, rng, staged, progress: as in `generate`, which also lists what is raised.
+            seed, rng, staged, progress, **options: as in `generate`, which also lists what is raised.
         """
         from .decomposition import layers_request  # here: most runs make no layers
 
@@ -461,12 +466,18 @@ class QwenImagePipeline(Holding):
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
             resolutions=self.variant.resolutions, size=size, cfg_normalize=cfg_normalize,
             caption_language=caption_language, seed=seed, rng=rng, layer_prompt=layer_prompt, layer_mask=layer_mask,
-            sampling=self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale),
+            sampling=self._sampling(num_inference_steps, cfg_scale, options),
         )  # fmt: skip
+        request = with_preset(request, options)
+        check_sampling(self.components, request)
         with limits(), self._report.report_to(progress):
             return decompose(self, request, release_encoders=staged)
 
+    def _sampling(self, steps: int | None, cfg_scale: float | None, options: SamplingOptions) -> dict[str, Any]:
+        return sampling_of(self.components, options, num_inference_steps=steps, cfg_scale=cfg_scale)
+
     def _generate(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
+        check_sampling(self.components, request)
         with limits(), self._report.report_to(progress):
             images = generate(self, request, release_encoders=staged)
             return [with_record(generated.image, generated.metadata) for generated in images]

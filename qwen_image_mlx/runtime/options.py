@@ -43,6 +43,7 @@ from ..pipeline.parameters import (
     WORDS,
     GenerationParameters,
 )
+from ..pipeline.presets import PRESETS
 from ..variants import (
     ASPECT_SIZES,
     CAPTION_TEMPLATES,
@@ -54,7 +55,6 @@ from ..variants import (
     full_name,
 )
 from ..weights.schemes import NONE, SCHEMES, Quantization
-from .presets import PRESETS
 from .residency import read_memory
 
 _READS = (*IMAGE_COMMANDS, "caption", "train")  # commands that open a model

@@ -24,14 +24,15 @@ from ..pipeline.limits import free_memory, limits
 from ..pipeline.opening import distillation, is_distilled
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.presets import Preset
 from ..pipeline.request import Request, build_request
+from ..pipeline.sampling_options import check_sampling, preset_for, recommended_sampling
 from ..registry import TEXT_ENCODER
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.schemes import NONE, Quantization
 from .memory import Memory, alternatives, fitting_plan, parse_memory
 from .memory_plan import MemoryPlan, Planner, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
-from .presets import Preset, preset_of
 from .residency import DEFAULT
 
 if TYPE_CHECKING:
@@ -137,10 +138,8 @@ class Session:
         Raises:
             RequestError: something is out of range or does not fit the model.
         """
-        variant, sampling = self.pipeline.variant, self.pipeline.recommended_at(options.get("steps"))._asdict()
-        preset = self.preset(options["preset"]) if options.get("preset") else None
-        if preset is not None:
-            sampling |= {OPTIONS[name].field: value for name, value in preset.values.items()}
+        variant, components = self.pipeline.variant, self.pipeline.components
+        sampling, preset = recommended_sampling(components, options.get("steps"), options.get("preset"))
         task = task or self.task
         if variant.layered:
             request = layers_of(images[0], options, variant.resolutions, sampling)
@@ -172,10 +171,7 @@ class Session:
             if preset != self._said_preset:
                 self._said_preset = preset
                 logger.info("%s", preset.sentence)
-        if request.parameters.step_cache:
-            from ..pipeline.step_cache import cache_of  # here: most runs have no step cache
-
-            cache_of(self.pipeline.components, request.parameters.step_cache, request.parameters.num_inference_steps)
+        check_sampling(components, request)
         if (options.get("negative_prompt") or "").strip() and request.guiding_prompt is None and not self._warned:
             self._warned = True
             logger.warning(
@@ -191,11 +187,7 @@ class Session:
 
     def preset(self, name: PresetName) -> Preset:
         """What a preset means for the model."""
-        from ..pipeline.calibrated import facts_of  # here: most runs have no step cache
-
-        measured = facts_of(self.pipeline.components).tea is not None
-        steps = self.pipeline.recommended.num_inference_steps
-        return preset_of(name, steps, distilled=self.is_distilled, measured=measured)
+        return preset_for(self.pipeline.components, name)
 
     # Plan -----------------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ def check_guidance(*, steps: int, cfg_scale: float, interval: str | None, zero_s
 
     Args:
         steps: of the schedule.
-        cfg_scale: guidance; 1 is none.
+        cfg_scale: guidance; 1 is none, as is to have no negative prompt.
         interval, zero_star, apg: the variants; None or False where one is not chosen.
     """
     variants = [
@@ -59,7 +59,10 @@ def check_guidance(*, steps: int, cfg_scale: float, interval: str | None, zero_s
         if chosen
     ]  # fmt: skip
     if variants and cfg_scale <= 1:
-        raise RequestError(f"{' and '.join(variants)} would change nothing: cfg_scale is 1, so guidance is off")
+        raise RequestError(
+            f"{' and '.join(variants)} would change nothing: guidance is off; it needs a negative prompt and a "
+            "cfg_scale above 1"
+        )
     if zero_star and apg is not None:
         raise RequestError("CFG-Zero* and APG are two ways to combine the same two velocities: choose one")
     if interval is not None:

@@ -29,9 +29,9 @@ from ..layers.formats import FORMATS, check_formats
 from ..layers.stack import Layer, LayerStack, composite
 from ..options import ImageFile, Option, Several
 from ..pipeline.conductor import decompose, generate
+from ..pipeline.presets import yielding
 from ..pipeline.request import build_request, parse_size
 from ..runtime.options import of_task, recorded
-from ..runtime.presets import yielding
 from ..runtime.preview import Preview
 from ..runtime.session import Session, layers_of
 from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS

@@ -18,7 +18,7 @@ HEAVY = ("mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "torch", "trans
 PUBLIC = {
     "__version__", "QwenImagePipeline", "GenerationParameters", "GuidanceEncoding", "InitialImage", "Progress",
     "LayeredResult", "Control", "Quantization", "compose", "Preview", "to_images", "pack_multi_layer_latents",
-    "unpack_multi_layer_latents", "HubSnapshot",
+    "unpack_multi_layer_latents", "HubSnapshot", "SamplingOptions",
     "ignore_profiles", "QwenImageError", "RequestError", "CheckpointError", "GPUError", "HubError", "OutputError",
     "Cancelled",
 }  # fmt: skip

@@ -37,7 +37,7 @@ def strict(tmp_path: Path, text: str) -> str:
 def test_the_documents_scripts_are_strict(tmp_path):
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
     blocks = [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     everything = f"from qwen_image_mlx import {', '.join(qwen_image_mlx.__all__)}\n"
     assert "Success" in strict(tmp_path, "\n".join([everything, *blocks]))
 
@@ -51,8 +51,13 @@ def test_the_examples_are_strict(tmp_path, name):
 
 @pytest.mark.process
 def test_a_wrong_word_is_seen(tmp_path):
-    text = "from qwen_image_mlx import QwenImagePipeline\nQwenImagePipeline.from_pretrained('model', dtype='int8')\n"
-    assert "incompatible type \"Literal['int8']\"" in strict(tmp_path, text)
+    opened = "from qwen_image_mlx import QwenImagePipeline\npipeline = QwenImagePipeline.from_pretrained('model', "
+    assert "incompatible type \"Literal['int8']\"" in strict(tmp_path, opened + "dtype='int8')\n")
+    said = strict(
+        tmp_path, opened + ")\npipeline.edit('x', images=[], solver='magic')\npipeline.generate('x', magic=1)\n"
+    )
+    assert "incompatible type \"Literal['magic']\"" in said
+    assert 'Unexpected keyword argument "magic"' in said
 
 
 def test_the_public_names_are_the_table_s():

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import json
 import logging
+from base64 import b64decode
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import error_line
+from PIL import Image
 
+from qwen_image_mlx import QwenImagePipeline, SamplingOptions
 from qwen_image_mlx.cli.main import main
-from qwen_image_mlx.images.files import read_metadata
+from qwen_image_mlx.images.files import METADATA_KEY, read_metadata
 from qwen_image_mlx.options import Switch
 from qwen_image_mlx.pipeline.parameters import TASKS
+from qwen_image_mlx.pipeline.presets import GOVERNED, PRESETS, preset_of, yielding
 from qwen_image_mlx.runtime.options import OPTIONS, of_task
-from qwen_image_mlx.runtime.presets import GOVERNED, PRESETS, preset_of, yielding
 from qwen_image_mlx.settings import SCHEMA
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 PROMPT = "a red circle on a blue background"
-NAMES = ("solver", "guidance_interval", "cfg_zero_star", "apg", "step_cache", "preset")
-VALUES = {"solver": "unipc", "guidance_interval": "0.1:0.9", "apg": 0.3, "step_cache": "first-block:0.2"}
+NAMES = tuple(SamplingOptions.__annotations__)
+# For each its flags, what the record says of it, and the same flags as options of the other front ends.
+FILES: dict[str, tuple[list[str], Any, dict[str, Any]]] = {
+    "solver": (["--steps", "4", "--solver", "unipc"], "unipc", {"steps": 4, "solver": "unipc"}),
+    "guidance_interval": (
+        ["--steps", "4", "--guidance-interval", "0:0.5"], "0:0.5", {"steps": 4, "guidance_interval": "0:0.5"},
+    ),
+    "cfg_zero_star": (["--steps", "4", "--cfg-zero-star"], True, {"steps": 4, "cfg_zero_star": True}),
+    "apg": (["--steps", "4", "--apg", "0.3"], 0.3, {"steps": 4, "apg": 0.3}),
+    "step_cache": (["--steps", "9", "--step-cache", "taylorseer:4"], "taylorseer:4",
+                   {"steps": 9, "step_cache": "taylorseer:4"}),
+    "preset": (["--preset", "draft"], "draft", {"preset": "draft"}),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +56,11 @@ def run(here, capsys):
     return call
 
 
+def pixels(path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
 def generated(run, *arguments) -> dict:
     code, out, err = run("generate", *arguments)
     assert code == 0, err
@@ -59,27 +79,66 @@ def test_each_is_everywhere_by_its_row(name):
 
 
 @pytest.mark.slow
-def test_flags_records_replays_lines_and_config(run):
-    steps = ["--model", "demo", "--steps", "10"]
-    flags = ["--solver", "unipc", "--guidance-interval", "0.1:0.9", "--apg", "0.3", "--step-cache", "first-block:0.2"]
-    made = generated(run, PROMPT, *steps, *flags, "--seed", "1", "-o", "flags.png")
-    assert {name: made[name] for name in VALUES} == VALUES
-    assert made["passes"]["run"] + made["passes"]["skipped"] == 18
-    again = generated(run, "--from-image", "flags.png", "-o", "again.png")
-    assert Path("flags.png").read_bytes() == Path("again.png").read_bytes()
-    assert again == made
-    Path("my.toml").write_text("\n".join([
-        "[default.qwen_image]", 'solver = "unipc"', 'guidance_interval = "0.1:0.9"', "apg = 0.3",
-        'step_cache = "first-block:0.2"',
-    ]))  # fmt: skip
-    generated(run, PROMPT, *steps, "--seed", "1", "--config", "my.toml", "-o", "config.png")
-    assert Path("config.png").read_bytes() == Path("flags.png").read_bytes()
-    Path("p.jsonl").write_text(json.dumps({"prompt": PROMPT, "seed": 1, "steps": 10, **VALUES}))
-    code, (line,), _ = run("generate", "--prompts-file", "p.jsonl", "--model", "demo", "-o", "many")
-    assert code == 0
-    assert {name: read_metadata(line)[name] for name in VALUES} == VALUES
-    plain = generated(run, PROMPT, *steps, "--seed", "1", "-o", "plain.png")
+@pytest.mark.parametrize("name", NAMES)
+def test_each_makes_the_same_file_everywhere(run, name):
+    """A flag, a replayed record, a config, a line of a file of prompts, and Python; the server is below."""
+    flags, value, options = FILES[name]
+    made = generated(run, PROMPT, "--model", "demo", "--seed", "1", *flags, "-o", "flag.png")
+    assert made[name] == value
+    plain = generated(run, PROMPT, "--model", "demo", "--seed", "1", "--steps", str(made["steps"]), "-o", "plain.png")
     assert not {*NAMES, "passes"} & plain.keys()
+    assert (pixels("flag.png") == pixels("plain.png")) == (name == "preset")  # a draft is the steps alone
+    expected = Path("flag.png").read_bytes()
+
+    again = generated(run, "--from-image", "flag.png", "-o", "again.png")
+    assert again == {key: one for key, one in made.items() if key != "preset"}  # a record has what a preset meant
+    Path("my.toml").write_text(
+        "[default.qwen_image]\n"
+        + "\n".join(f"{key} = {json.dumps(one)}" for key, one in options.items() if key != "steps")
+        + "".join(f"\n[default.qwen_image.generation]\nsteps = {options[key]}" for key in options if key == "steps")
+    )
+    generated(run, PROMPT, "--model", "demo", "--seed", "1", "--config", "my.toml", "-o", "config.png")
+    assert Path("config.png").read_bytes() == expected
+    Path("p.jsonl").write_text(json.dumps({"prompt": PROMPT, "seed": 1, **options}))
+    code, (line,), err = run("generate", "--prompts-file", "p.jsonl", "--model", "demo", "-o", "many")
+    assert code == 0, err
+    assert Path(line).read_bytes() == expected
+    pipeline, words = QwenImagePipeline.from_pretrained("demo"), dict(options)
+    words["num_inference_steps"] = words.pop("steps", None)
+    made_here = pipeline.generate(
+        PROMPT, negative_prompt=made["negative_prompt"], cfg_scale=made["cfg_scale"], seed=1, progress=False, **words
+    )
+    made_here[0].save("python.png")
+    assert Path("python.png").read_bytes() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_each_makes_the_same_file_in_the_server(run, name):
+    pytest.importorskip("fastapi")
+    from qwen_image_mlx.server.models import Models
+    from qwen_image_mlx.server.openai import Generation
+    from qwen_image_mlx.server.schema import BODIES, form_of
+    from qwen_image_mlx.server.tasks import Limits, Tasks
+
+    class Feed:
+        followed, images = False, 1
+
+        def __call__(self, progress):
+            pass
+
+    flags, _, options = FILES[name]
+    generated(run, PROMPT, "--model", "demo", "--seed", "1", *flags, "-o", "flag.png")
+    models = Models({"generate": {"model": "demo", "quantize": None, "loras": []}}, None, None)
+    for defaults, fields in (({}, options), (options, {})):  # said by a request, and by the server's config
+        tasks = Tasks(models, {"generate": defaults}, Limits())
+        body = BODIES["generate"](prompt=PROMPT, seed=1, **fields)
+        (made,) = tasks.work("generate", body)(Feed())["images"]
+        assert b64decode(made["image"].partition(",")[2]) == Path("flag.png").read_bytes()
+    for task in TASKS:
+        assert name in form_of(task)
+        assert name in BODIES[task].model_json_schema()["properties"]
+    assert name in Generation.model_fields
 
 
 def test_apg_without_a_number_is_zero(run):
@@ -98,6 +157,38 @@ def test_apg_without_a_number_is_zero(run):
 ])  # fmt: skip
 def test_what_makes_no_sense_is_one_sentence_and_code_2(run, flags, said):
     assert said in error_line(run("generate", PROMPT, "--model", "demo", *flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "options"), [
+    (["--solver", "unipc", "--guidance-interval", "0.1:0.9", "--apg", "0.3", "--step-cache", "first-block:0.2"],
+     {"solver": "unipc", "guidance_interval": (0.1, 0.9), "apg": 0.3, "step_cache": "first-block:0.2"}),
+    (["--preset", "draft", "--cfg-zero-star"], {"preset": "draft", "cfg_zero_star": True}),
+    (["--preset", "best", "--solver", "lcm"], {"preset": "best", "solver": "lcm"}),
+])  # fmt: skip
+def test_python_makes_the_same_file(run, flags, options):
+    words = ["--model", "demo", "--seed", "1", "--negative-prompt", "blurry", "--cfg-scale", "3", *flags]
+    if "preset" not in options:
+        words, options = [*words, "--steps", "10"], options | {"num_inference_steps": 10}
+    generated(run, PROMPT, *words, "-o", "line.png")
+    pipeline = QwenImagePipeline.from_pretrained("demo")
+    (image,) = pipeline.generate(PROMPT, negative_prompt="blurry", cfg_scale=3, seed=1, progress=False, **options)
+    image.save("python.png")
+    assert read_metadata("python.png") == read_metadata("line.png")
+    assert Path("python.png").read_bytes() == Path("line.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_edits_and_layers_in_python_record_them():
+    photo = Image.new("RGB", (64, 64), "red")
+    options = {"seed": 1, "progress": False, "solver": "dpmpp-2m", "num_inference_steps": 2}
+    editor = QwenImagePipeline.from_pretrained("demo-edit")
+    (edited,) = editor.edit("make the circle green", images=[photo], preset="draft", **options)
+    made = json.loads(edited.info[METADATA_KEY])
+    assert (made["solver"], made["preset"]) == ("dpmpp-2m", "draft")
+    layered = QwenImagePipeline.from_pretrained("demo-layered")
+    result = layered.decompose(photo, PROMPT, preset="draft", **options)
+    assert (result.stack.metadata["solver"], result.stack.metadata["preset"]) == ("dpmpp-2m", "draft")
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def test_others_are_not_distilled(tmp_path):
 
 def scheduled(folder, lora, steps=None, size=(64, 96)):
     pipeline = QwenImagePipeline.from_pretrained(folder, loras=[lora])
-    parameters = GenerationParameters(width=size[0], height=size[1], **pipeline.recommended_at(steps).unless())
+    parameters = GenerationParameters(width=size[0], height=size[1], **pipeline.recommended_at(steps)._asdict())
     return schedule_of(pipeline.components, parameters, size[0] * size[1] // 256, ()).sigmas
 
 
