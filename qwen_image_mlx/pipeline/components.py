@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..config import GenerationConfig, ImageProcessorConfig, SchedulerConfig
 from ..errors import CheckpointError, RequestError
 from ..gpu import Pace
+from ..models import nn
 from ..names import StrPath
 from ..registry import (
     CLASSES,
@@ -46,6 +47,7 @@ from .sources import CONFIG, Sources
 
 if TYPE_CHECKING:
     from ..lora.adapters import Adapters, Placement
+    from ..models.layers import Relay
     from ..weights.changes import Branch
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class Components:
         rows: the registry's rows of its classes, by role.
         kept: results of a denoiser for later images with the same conditions; released with the transformer.
         placement: which LoRAs were merged when the transformer was last loaded; None without LoRAs.
+        relay: what connects the transformer's blocks here with those that run elsewhere; None if all run here.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Components:
             raise RequestError(f"{', '.join(odd)} cannot be streamed; {', '.join(sorted(STREAMABLE))} can")
         self._read_loras = read_loras
         self.placement: Placement | None = None
+        self.relay: Relay | None = None
         self._loaded: dict[str, Any] = {}
         self.kept: dict[str, Any] = {}
         self._weights: dict[str, ComponentWeights] = {}
@@ -162,7 +166,9 @@ class Components:
         return resolve(CLASSES[self.variant.classes[folder]].use)
 
     def depth(self, role: str) -> int:
-        """How many layers a component has."""
+        """How many layers of a component run here."""
+        if role == TRANSFORMER and self.relay is not None:
+            return len(self.relay.blocks)
         depth: int = getattr(self.config(role), self.rows[role].depth)
         return depth
 
@@ -300,6 +306,14 @@ class Components:
         self.release(*(self.streamed ^ frozenset(streamed)))
         self.streamed = frozenset(streamed)
 
+    def connect(self, relay: Relay | None) -> None:
+        """Sets which of the transformer's blocks run here; if it was loaded with others, it is released."""
+        if (relay and relay.blocks) != (self.relay and self.relay.blocks):
+            self.release(TRANSFORMER)
+        elif self.is_loaded(TRANSFORMER):
+            self.network(TRANSFORMER).relay = relay
+        self.relay = relay
+
     def release_all(self) -> None:
         """Frees the memory of all components."""
         self.release(TRANSFORMER, *self.loaded)
@@ -353,11 +367,12 @@ class Components:
         return commit + repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found])
 
     def weights(self, role: str) -> ComponentWeights:
-        """A component's tensors, fetched and checked once, not yet read."""
+        """A component's tensors, fetched and checked once, not yet read; of the transformer's blocks those here."""
         if role not in self._weights:
             row = self.rows[role]
             self._weights[role] = ComponentWeights(row, self.config(role), self._files(row).tensors, row.parts)
-        return self._weights[role]
+        weights = self._weights[role]
+        return weights.of_layers(self.relay.blocks) if role == TRANSFORMER and self.relay is not None else weights
 
     def _files(self, row: Component) -> WeightFiles:
         return self.sources.weights(row, keep=lambda name: needs_tensor(row, name, row.parts))
@@ -376,6 +391,10 @@ class Components:
             self._check_adapters(self.adapters)
             adapters = self.adapters
         scheme, weights = getattr(self.quantization, row.role, None), self.weights(row.role)
+        if row.role == TRANSFORMER and self.relay is not None:
+            layers = getattr(module, row.layers)
+            layers[:] = [layer if n in self.relay.blocks else nn.Identity() for n, layer in enumerate(layers)]
+            module.relay = self.relay
         if row.role in self.streamed:
             from ..weights.streaming import stream_module  # here: most runs stream nothing
 

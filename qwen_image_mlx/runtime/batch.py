@@ -22,6 +22,7 @@ from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.conductor import GeneratedImage, generate_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
+from .ranks import Ranks
 from .session import Session
 
 if TYPE_CHECKING:
@@ -76,14 +77,33 @@ def asked_images(
     return list(found.values())
 
 
-def missing_images(asked: Sequence[Asked]) -> list[Asked]:
-    """The images without a finished file, under their own name or under a numbered one that `save_png` chose."""
+def missing_images(asked: Sequence[Asked], ranks: Ranks | None = None) -> list[Asked]:
+    """The images without a finished file, under their own name or under a numbered one that `save_png` chose.
+
+    Args:
+        asked: from `asked_images`.
+        ranks: of this run, which must ask for the same; rank 0's files count. None is a single process.
+
+    Raises:
+        RankError: the ranks ask for different images.
+    """
+    ranks = ranks or Ranks()
+    ranks.agree({"the images": hashlib.sha256(repr([one.facts for one in asked]).encode()).hexdigest()[:12]})
+    return [asked[number] for number in ranks.led(lambda: _missing(asked))]
+
+
+def _missing(asked: Sequence[Asked]) -> list[int]:
+    """The numbers of the images without a finished file."""
     there: dict[tuple[Path, str], list[Path]] = {}
     for folder in {one.path.parent for one in asked}:
         for file in sorted(folder.glob("*.png")):
             for stem in {file.stem, re.sub(r"-\d+$", "", file.stem)}:
                 there.setdefault((folder, stem), []).append(file)
-    return [one for one in asked if not any(map(one.is_in, there.get((one.path.parent, one.path.stem), ())))]
+    return [
+        number
+        for number, one in enumerate(asked)
+        if not any(map(one.is_in, there.get((one.path.parent, one.path.stem), ())))
+    ]
 
 
 def heaviest(asked: Sequence[Asked]) -> Request:
@@ -118,6 +138,8 @@ def generate_all(
     """
     pipeline = session.pipeline
     with session.planned(heaviest(asked)) as plan, temporary_folder() as folder:
+        if not session.works:
+            return
         kept: dict[tuple[str, str | None], Path] = {}
         for one in asked:
             if _prompts(one.request) not in kept:

@@ -19,7 +19,7 @@ from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
 from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
 from ..sampling.solvers import EULER
-from ..weights.mapping import TensorSpec, expected_tensors
+from ..weights.mapping import TensorSpec, expected_tensors, specs_of_layers
 from ..weights.schemes import Scheme
 from ..weights.tensor_formats import PACKED
 from .costs import COSTS, HALO, backend
@@ -258,7 +258,8 @@ class Planner:
         prefix, branches = self.prompt_tokens + self.reference_tokens, 2 if self.work.guided else 1
         denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
         values = denoiser.kept_values(self.transformer_config, EULER.count(self.work.steps), prefix, branches)
-        return values * self.itemsize
+        blocks = getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
+        return values * self.itemsize * self.components.depth(TRANSFORMER) // blocks
 
     @property
     def target_tokens(self) -> int:
@@ -317,7 +318,10 @@ class Planner:
 
     def specs(self, name: str, part: str) -> list[TensorSpec]:
         """A component's tensors, of one part of the weights map."""
-        return [spec for spec in self.tensors(name).values() if spec.part == part]
+        specs, relay = [spec for spec in self.tensors(name).values() if spec.part == part], self.components.relay
+        if name == TRANSFORMER and relay is not None:
+            return list(specs_of_layers(self.components.rows[name], specs, relay.blocks))
+        return specs
 
     def network(self, name: str) -> list[TensorSpec]:
         """The tensors of one of the autoencoder's networks."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from ..errors import RequestError
-from ..names import Aspect, NamedSize, Task
+from ..names import Aspect, NamedSize, Parallel, Task
 from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
 from ..pipeline.image_request import canvas_of
@@ -29,6 +29,7 @@ from ..weights.schemes import NONE, Quantization
 from .memory import Memory, alternatives, fitting_plan, parse_memory
 from .memory_plan import MemoryPlan, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
+from .ranks import current
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,6 +69,7 @@ class Session:
         self._said_memory = memory is not None
         self.memory: Memory = memory if isinstance(memory, Memory) else parse_memory(memory)
         self.force: bool = bool(asked.get("force"))
+        self._parallel: Parallel = asked.get("parallel", "auto")
         self._wire = bool(asked.get("wire"))
         self._cache = _cache() if asked.get("cache") else None
         self._warned = False
@@ -178,7 +180,8 @@ class Session:
         """
         pipeline, budget = self.pipeline, self.memory.budget
         work = work_of(request, pipeline)
-        plan = self.plans[work] = self.plans.get(work) or fitting_plan(pipeline.components, work, self.memory)
+        self._share(request, work)
+        plan = self._plan(work)
         if plan.peak > budget:
             others = self.alternatives(work)
             logger.warning("too large for the memory:\n%s", table_of(others, budget))
@@ -204,6 +207,29 @@ class Session:
         with limits(budget, plan.working, wire=self._wire), keeping(pipeline, streamed, plan.strip_pixels):
             yield plan
 
+    def _plan(self, work: Work) -> MemoryPlan:
+        """The plan for a piece of work; those of a whole transformer are kept."""
+        if self.pipeline.components.relay is not None:
+            return fitting_plan(self.pipeline.components, work, self.memory)
+        if work not in self.plans:
+            self.plans[work] = fitting_plan(self.pipeline.components, work, self.memory)
+        return self.plans[work]
+
+    def _share(self, request: Request, work: Work) -> None:
+        """If there are several ranks, lets them agree on a request and on how they share it."""
+        if current().size == 1:
+            return
+        from .shared import SharedPipeline, begin  # here: most runs are one process
+
+        assert isinstance(self.pipeline, SharedPipeline)
+        self.pipeline.components.connect(None)
+        begin(self.pipeline, request, work, self._plan(work), self.memory, self._parallel)
+
+    @property
+    def works(self) -> bool:
+        """Whether this process has a part in the work that was planned last; among several ranks some may have none."""
+        return getattr(self.pipeline, "works", True)
+
     def alternatives(self, work: Work) -> list[MemoryPlan]:
         """For each residency, the plan of a piece of work that fits the session's memory, or has the lowest peak."""
         return alternatives(self.pipeline.components, work, self.memory.budget)
@@ -221,12 +247,24 @@ class Session:
             RequestError: as `planned`.
         """
         with self.planned(request) as plan:
-            yield from generate(
-                self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases
-            )
+            if self.works:
+                yield from generate(
+                    self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases
+                )
 
-    def decompose(self, request: Request, show: Show | None = None) -> LayeredResult:
-        """Plans, then decomposes an image; raises RequestError if nothing fits. The cache stores the caption too."""
+    def decompose(self, request: Request, show: Show | None = None) -> LayeredResult | None:
+        """Plans, then decomposes an image; the cache stores the caption too.
+
+        Returns:
+            The layers; None on all ranks but the first.
+
+        Raises:
+            RequestError: nothing fits the memory.
+        """
+        if not current().leads:
+            for _ in self.generate(request):
+                raise AssertionError("only rank 0 decodes")
+            return None
         with self.planned(request) as plan:
             return decompose(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
 
@@ -236,7 +274,7 @@ class Session:
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """The progress callback for a request: the session's own, wrapped in a `Preview` if `show` is given."""
-        if show is None:
+        if show is None or not current().leads:
             return self.progress
         if not self.pipeline.variant.preview:
             logger.warning("no preview is shown: how the latents of %s look is not known", self.pipeline.model)
@@ -263,7 +301,10 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
         if options.model not in LIGHTNING:
             raise RequestError(f"no official Lightning LoRA of {options.model} is known", cause="lightning")
         loras.append(LIGHTNING[options.model][options.lightning])
-    return QwenImagePipeline.from_pretrained(
+    kind = QwenImagePipeline
+    if current().size > 1:
+        from .shared import SharedPipeline as kind  # here: most runs are one process
+    return kind.from_pretrained(
         options.model,
         revision=options.revision,
         dtype=options.dtype,

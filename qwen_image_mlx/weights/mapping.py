@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -152,6 +152,14 @@ def needs_tensor(component: Component, stored_name: str, parts: Collection[str])
     names = {_canonical(stored_name, dialect) for dialect in rules["dialects"].values()}
     found = {other_part(component, name) for name in names} - {None}
     return not found or not found.isdisjoint(parts)
+
+
+def specs_of_layers(component: Component, specs: Iterable[TensorSpec], layers: Collection[int]) -> Iterator[TensorSpec]:
+    """A component's tensors without those of its other layers, by number."""
+    prefix = f"{component.layers}."
+    for spec in specs:
+        if not spec.name.startswith(prefix) or int(spec.name.removeprefix(prefix).partition(".")[0]) in layers:
+            yield spec
 
 
 def shown_settings(component: Component, stored_names: Iterable[str]) -> dict[str, Any]:

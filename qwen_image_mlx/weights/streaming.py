@@ -141,6 +141,13 @@ class StreamedLayers:
     def __len__(self) -> int:
         return len(self._layers)
 
+    def __getitem__(self, numbers: slice) -> StreamedLayers:
+        some = copy.copy(self)
+        some._layers, some._prefixes, some._specs = (
+            values[numbers] for values in (self._layers, self._prefixes, self._specs)
+        )
+        return some
+
     def __iter__(self) -> Iterator[nn.Module]:
         self._weights.check_unchanged()
         reader = Reader(self._weights.component.role)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import nn
-from ..layers import Linear, OnLayer, attention, gated_add, gelu_tanh
+from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh
 from ..rotary import Rotary, rotate
 from .config import TransformerConfig
 
@@ -54,7 +54,13 @@ RunBlock = Callable[..., tuple[list[mx.array], mx.array]]
 
 
 class Transformer(nn.Module):
-    """Predicts the velocity of every target token."""
+    """Predicts the velocity of every target token.
+
+    Attributes:
+        relay: what connects the blocks here with those that run elsewhere; None runs all of them here.
+    """
+
+    relay: Relay | None = None
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -106,12 +112,20 @@ class Transformer(nn.Module):
         run_block: RunBlock | None = None,
         on_layer: OnLayer | None = None,
     ) -> list[mx.array]:
-        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one."""
+        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one.
+
+        `modulation` has the rows of the blocks that run here. The result means nothing if the last one runs elsewhere.
+        """
         images = [self.img_in(latents)]
         if references is not None:
             images.append(references)
         streams = [(images, text) for text in texts]
-        for block, rows in zip(self.transformer_blocks, modulation.blocks, strict=True):
+        blocks, relay = self.transformer_blocks, self.relay
+        if relay is not None:
+            blocks = blocks[relay.blocks.start : relay.blocks.stop]
+            received = [relay.receive([*images, text]) for images, text in streams]
+            streams = [(arrays[:-1], arrays[-1]) for arrays in received]
+        for block, rows in zip(blocks, modulation.blocks, strict=True):
             before = streams
             streams = [
                 (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
@@ -120,6 +134,9 @@ class Transformer(nn.Module):
             if on_layer is not None:  # the last block returns its text unchanged
                 texts_before = {id(txt) for _, txt in before}
                 on_layer([x for images, txt in streams for x in (*images, txt) if id(x) not in texts_before])
+        if relay is not None:
+            for images, text in streams:
+                relay.send([*images, text])
         return [self.proj_out(modulate(images[0], *modulation.out)) for images, _ in streams]
 
 

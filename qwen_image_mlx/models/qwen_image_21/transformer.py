@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from .. import nn
 from ..causal import causal_attention
-from ..layers import Linear, OnLayer, attention, gated_add, gelu_tanh
+from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh
 from ..rotary import Rotary, rotate
 from .config import TransformerConfig
 from .rope import Run
@@ -73,7 +73,13 @@ class Branch(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Predicts the velocity of every target token."""
+    """Predicts the velocity of every target token.
+
+    Attributes:
+        relay: what connects the blocks here with those that run elsewhere; None runs all of them here.
+    """
+
+    relay: Relay | None = None
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -111,20 +117,29 @@ class Transformer(nn.Module):
             keep: hand out the prefixes' keys and values, which takes the memory of all blocks' at once.
 
         Returns:
-            (B, N, out_channels) for each branch, and the keys and values of each branch's prefix, one for each block:
-            given as `Branch.prefix` to later steps, these leave out all work on the prefix. Empty unless kept.
+            (B, N, out_channels) for each branch, which mean nothing if the last block runs elsewhere; and the keys and
+            values of each branch's prefix, one for each block here: given as `Branch.prefix` to later steps, these
+            leave out all work on the prefix. Empty unless kept.
         """
         target = self.img_in(latents)
         targets = [target for _ in branches]
         hidden = {n: b.prefix.hidden for n, b in enumerate(branches) if isinstance(b.prefix, Prefix)}
         kept: list[list[KeysValues]] = [[] for _ in branches]
-        for number, block in enumerate(self.transformer_blocks):
+        blocks, relay, first = self.transformer_blocks, self.relay, 0
+        if relay is not None:
+            first = relay.blocks.start
+            blocks = blocks[first : relay.blocks.stop]
+            for n in range(len(branches)):
+                targets[n], *before = relay.receive([targets[n], *([hidden[n]] if n in hidden else [])])
+                if before:
+                    (hidden[n],) = before
+        for number, block in enumerate(blocks):
             made: list[mx.array] = []
             for n, (prefix, rotary) in enumerate(branches):
                 if isinstance(prefix, Prefix):
                     seen, hidden[n] = block.prefix(hidden[n], prefix.runs, still, prefix.rotary)
                     made += seen
-                    if number + 1 < self._depth:  # after the last block nobody reads it
+                    if first + number + 1 < self._depth:  # after the last block nobody reads it
                         made.append(hidden[n])
                 else:
                     seen = prefix[number]
@@ -133,6 +148,9 @@ class Transformer(nn.Module):
                 targets[n] = block(targets[n], rows, rotary, seen)
             if on_layer is not None:
                 on_layer([*made, *targets])
+        if relay is not None:
+            for n, target in enumerate(targets):
+                relay.send([target, *([hidden[n]] if n in hidden else [])])
         return [self.proj_out(_scaled_norm(x, rows.out, self._eps)) for x in targets], kept
 
 

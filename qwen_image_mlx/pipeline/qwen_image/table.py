@@ -39,8 +39,8 @@ def modulation_table(
         adapters: LoRAs, merged on the way.
 
     Returns:
-        One `Modulation` per timestep, evaluated: it belongs to no thread. Its rows are views into one array per block
-        and stream.
+        One `Modulation` per timestep, of the weights' blocks, evaluated: it belongs to no thread. Its rows are views
+        into one array per block and stream.
     """
     specs = {spec.name: spec for spec in weights.specs("modulation")}
     reader = Reader(weights.component.role)
@@ -72,11 +72,8 @@ def modulation_table(
         mx.eval(views)
         return views
 
-    num_blocks = sum(name.endswith(".img_mod.1.weight") for name in specs)
-    blocks = [
-        tuple(rows(f"transformer_blocks.{n}.{stream}_mod.1", BLOCK_SCALES) for stream in ("txt", "img"))
-        for n in range(num_blocks)
-    ]
+    held = [name.removesuffix("img_mod.1.weight") for name in specs if name.endswith(".img_mod.1.weight")]
+    blocks = [tuple(rows(f"{block}{stream}_mod.1", BLOCK_SCALES) for stream in ("txt", "img")) for block in held]
     out = rows("norm_out.linear", OUT_SCALES)
     return [
         Modulation([BlockRows(txt[i], img[i], img[-1 if zero_cond_t else i]) for txt, img in blocks], out[i])

@@ -1,0 +1,373 @@
+"""How ranks share the work: the branches of guidance, the images of a request, or the transformer's blocks.
+
+A `SharedPipeline` has the calls of any pipeline, and rank 0 gets the results. The denoising loop runs on every rank
+that has a part; what a step needs from elsewhere is exchanged inside the `Denoiser`, or between blocks by a `Relay`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import RequestError
+from ..models.layers import OnLayer
+from ..names import Parallel
+from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.seams import Conditions, Denoiser, DenoiserClass
+from ..registry import TEXT_ENCODER, TRANSFORMER, VAE
+from .ranks import REPORT, Ranks, current, exchanging, parts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..pipeline.components import Components
+    from ..pipeline.conditioning import GuidanceEncoding, InitialImage
+    from ..pipeline.parameters import GenerationParameters
+    from ..pipeline.progress import ProgressCallback
+    from ..pipeline.reporter import Reporter
+    from ..pipeline.request import Request
+    from ..weights.safetensors_files import Tensor
+    from .memory import Memory
+    from .memory_plan import MemoryPlan, Work
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+WORDS: dict[Parallel, str] = {
+    "guidance": "the branches of guidance",
+    "images": "the images",
+    "layers": "the transformer's blocks",
+    "none": "nothing: rank 0 works alone",
+}
+_SAMPLES = 64  # tensors of which a few bytes are compared: headers of two fine-tunes are equal
+_SAMPLE_BYTES = 64
+
+
+class SharedPipeline(QwenImagePipeline):
+    """A pipeline whose work the ranks of this run share; made by `from_pretrained` like any other.
+
+    Attributes:
+        ranks: of this run.
+        mode: how the work is shared now: "guidance", "images", "layers" or "none", which leaves it to rank 0.
+    """
+
+    def __init__(self, components: Components, report: Reporter, denoiser: DenoiserClass | None = None):
+        super().__init__(components, report, denoiser)
+        self._denoiser = _SharedDenoisers(self, self._denoiser)
+        self.ranks: Ranks = current()
+        self.mode: Parallel = "none"
+        self._compared = False
+        self._images = 1
+        self._number = 0
+        self._round: list[mx.array | None] = []
+
+    def begin(self, mode: Parallel, images: int) -> None:
+        """Begins a piece of work; every rank calls this with the same values.
+
+        Args:
+            mode: how it is shared.
+            images: how many will be denoised.
+
+        Raises:
+            RequestError: there are more ranks than blocks.
+        """
+        self.mode, self._images, self._number, self._round = mode, images, 0, []
+        self.components.connect(None)
+        if mode == "layers":
+            blocks = parts(self.components.depth(TRANSFORMER), self.ranks.size)
+            self.components.connect(RankRelay(self.ranks, blocks[self.ranks.rank]))
+
+    @property
+    def works(self) -> bool:
+        """Whether this rank has a part in the work."""
+        return self.ranks.leads or (self.mode != "none" and (self.mode != "images" or self.ranks.rank < self._images))
+
+    @property
+    def part(self) -> str:
+        """This rank's part, in a few words."""
+        rank = self.ranks.rank
+        if not self.works or (self.mode == "guidance" and rank > 1):
+            return "nothing to do"
+        if self.mode == "layers":
+            assert self.components.relay is not None
+            blocks = self.components.relay.blocks
+            return f"blocks {blocks.start} to {blocks.stop - 1}"
+        return {"guidance": f"the {('positive', 'negative')[rank % 2]} branch", "images": "a share of the images"}.get(
+            self.mode, "everything"
+        )
+
+    def prepare(self) -> None:
+        """As `QwenImagePipeline.prepare`; raises RankError unless all ranks opened the same model in the same way."""
+        super().prepare()
+        if self._compared:
+            return
+        self._compared = True
+        parts = self.components
+        self.ranks.agree(
+            {
+                "the pipeline's class": self.class_name,
+                "the dtype": str(self.dtype),
+                "the quantization": str(parts.quantization),
+                "the LoRAs": list(parts.adapters.references) if parts.adapters else [],
+                **{
+                    f"the files of the {role}": fingerprint(parts.weights(role).tensors)
+                    for role in (TRANSFORMER, TEXT_ENCODER, VAE)
+                },
+            }
+        )
+
+    def denoise_latents(
+        self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
+        seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
+        initial: InitialImage | None = None, progress: ProgressCallback | None = None,
+    ) -> mx.array:  # fmt: skip
+        """As `QwenImagePipeline.denoise_latents`; on ranks that do not decode the result may be empty."""
+
+        def denoised() -> mx.array:
+            return super(SharedPipeline, self).denoise_latents(
+                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial,
+                progress=progress,
+            )  # fmt: skip
+
+        if self.mode != "images":
+            return denoised() if self.works else mx.zeros((0,))
+        place = self._number % self.ranks.size
+        together = min(self.ranks.size, self._images - (self._number - place))  # images of this round
+        self._number += 1
+        mine = denoised() if place == self.ranks.rank else None
+        if place == self.ranks.rank and self.ranks.leads:
+            self._round = [mine]
+        elif together > 1 and place == max(1, min(self.ranks.rank, together - 1)):
+            self._round = self._gathered(mine)
+        found = self._round[place] if self.ranks.leads else None
+        return mx.zeros((0,)) if found is None else found
+
+    def _gathered(self, mine: mx.array | None) -> list[mx.array | None]:
+        """Every rank's latents of this round."""
+        kind = self.components.dtype
+        payload = b"" if mine is None else bytes(memoryview(np.array(mine.view(mx.uint8))))
+        shape = [] if mine is None else list(mine.shape)
+        shapes, payloads = self.ranks.gather_values(shape), self.ranks.gather(payload)
+        return [
+            mx.array(np.frombuffer(data, np.uint8)).view(kind).reshape(shape) if shape else None
+            for shape, data in zip(shapes, payloads, strict=True)
+        ]
+
+    def decode_frames(
+        self, parameters: GenerationParameters, latents: mx.array, *, progress: ProgressCallback | None = None
+    ) -> Iterator[mx.array]:
+        """As `QwenImagePipeline.decode_frames`; only rank 0 decodes, the others yield nothing."""
+        return super().decode_frames(parameters, latents, progress=progress) if self.ranks.leads else iter(())
+
+
+class _SharedDenoisers:
+    """The `DenoiserClass` of a shared pipeline.
+
+    Args:
+        pipeline: says how the work is shared.
+        make: makes the denoiser of a single process.
+    """
+
+    def __init__(self, pipeline: SharedPipeline, make: DenoiserClass):
+        self._pipeline, self._make = pipeline, make
+        self.check = make.check
+        self.kept_values = make.kept_values
+
+    def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
+        """Makes the denoiser of an image; see `DenoiserClass`."""
+        ranks, mode = self._pipeline.ranks, self._pipeline.mode
+
+        def of_branch(states: mx.array) -> Denoiser:
+            return self._make(components, replace(conditions, branches=(states,)), report)
+
+        if mode == "guidance" and len(conditions.branches) > 1:
+            branches = conditions.branches
+            return GuidanceDenoiser(
+                ranks, of_branch(branches[ranks.rank]) if ranks.rank < len(branches) else None, len(branches)
+            )
+        if mode == "layers":
+            return LayersDenoiser(ranks, [of_branch(states) for states in conditions.branches])
+        return self._make(components, conditions, report)
+
+
+class GuidanceDenoiser:
+    """A `Denoiser` that runs one branch and gets the other from a different rank, in one exchange an evaluation.
+
+    Args:
+        ranks: the rank's number is that of its branch.
+        own: the denoiser of this rank's branch; None for a rank without one, which only takes part in the exchange.
+        branches: how many there are.
+    """
+
+    def __init__(self, ranks: Ranks, own: Denoiser | None, branches: int):
+        self._ranks, self._own, self._branches = ranks, own, branches
+
+    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+        """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
+        own = mx.zeros_like(latents)
+        if self._own is not None:
+            (own,) = self._own.velocities(latents, evaluation, on_layer)
+        with exchanging():
+            everyone = mx.distributed.all_gather(own, group=self._ranks.group)
+        return mx.split(everyone, self._ranks.size)[: self._branches]
+
+
+class LayersDenoiser:
+    """A `Denoiser` whose blocks are spread over ranks: the streams go from each to the next, the velocities to all.
+
+    One branch runs after another, so that a rank has the next branch to run while the one behind it runs the first.
+
+    Args:
+        ranks: in order of their blocks.
+        branches: a denoiser of each branch, whose transformer has this rank's blocks.
+    """
+
+    def __init__(self, ranks: Ranks, branches: Sequence[Denoiser]):
+        self._ranks, self._branches = ranks, branches
+
+    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+        """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
+        found = [branch.velocities(latents, evaluation, on_layer)[0] for branch in self._branches]
+        if self._ranks.rank + 1 < self._ranks.size:
+            found = [mx.zeros_like(latents) for _ in found]  # only the last rank has the last block
+        with exchanging():
+            everyone = mx.distributed.all_gather(mx.concatenate(found), group=self._ranks.group)
+        return mx.split(everyone, len(found) * self._ranks.size)[-len(found) :]
+
+
+class RankRelay:
+    """The `Relay` of a rank: one message a branch from the rank before it, one to the next.
+
+    Args:
+        ranks: in order of their blocks.
+        blocks: the numbers of this rank's.
+
+    Attributes:
+        blocks: the numbers of this rank's.
+        sent: bytes sent to the next rank so far.
+    """
+
+    def __init__(self, ranks: Ranks, blocks: range):
+        self._ranks, self.blocks = ranks, blocks
+        self.sent: int = 0
+
+    def receive(self, streams: Sequence[mx.array]) -> list[mx.array]:
+        """See `Relay.receive`."""
+        if self._ranks.rank == 0:
+            return list(streams)
+        lengths = np.cumsum([x.shape[1] for x in streams]).tolist()
+        shape = (streams[0].shape[0], lengths[-1], streams[0].shape[2])
+        with exchanging():
+            whole = mx.distributed.recv(shape, streams[0].dtype, self._ranks.rank - 1, group=self._ranks.group)
+            mx.async_eval(whole)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
+        return mx.split(whole, lengths[:-1], axis=1)
+
+    def send(self, streams: Sequence[mx.array]) -> None:
+        """See `Relay.send`."""
+        if self._ranks.rank + 1 == self._ranks.size:
+            return
+        whole = mx.concatenate(list(streams), axis=1)
+        with exchanging():
+            # Queued now, in the order in which the next rank receives.
+            sent = mx.distributed.send(whole, self._ranks.rank + 1, group=self._ranks.group)
+            mx.async_eval(sent)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
+        self.sent += whole.nbytes
+
+
+def begin(
+    pipeline: SharedPipeline, request: Request, work: Work, whole: MemoryPlan, memory: Memory, asked: Parallel
+) -> None:
+    """Lets the ranks agree on a request and on how they share it; every rank calls this.
+
+    Args:
+        pipeline: of this rank.
+        request: the request.
+        work: its work.
+        whole: the plan for it with the whole transformer on this rank.
+        memory: what this rank may use.
+        asked: the user's choice.
+
+    Raises:
+        RankError: they have different requests.
+        RequestError: the choice does not suit the request.
+    """
+    ranks = pipeline.ranks
+    ranks.agree(facts_of(request))
+    kept = TRANSFORMER not in whole.residency.streamed
+    fits = whole.peak <= memory.budget and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
+    everywhere = all(ranks.gather_values(fits))
+    mode = chosen_mode(
+        ranks.led(lambda: asked), ranks=ranks.size, images=work.images, guided=work.guided, fits=everywhere,
+        blocks=pipeline.components.depth(TRANSFORMER),
+    )  # fmt: skip
+    pipeline.begin(mode, work.images)
+    if ranks.leads:
+        logger.info("%d ranks share %s", ranks.size, WORDS[mode])
+    else:
+        logger.log(REPORT, "rank %d of %d: %s", ranks.rank, ranks.size, pipeline.part)
+
+
+def chosen_mode(asked: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int) -> Parallel:
+    """How work is shared.
+
+    Args:
+        asked: the user's choice; "auto" leaves it to this function.
+        ranks: how many there are.
+        images: how many are generated.
+        guided: whether there are two branches.
+        fits: whether the whole transformer stays in memory on every rank.
+        blocks: of the transformer.
+
+    Raises:
+        RequestError: the choice does not suit the work.
+    """
+    if asked == "guidance" and not guided:
+        raise RequestError("the branches of guidance cannot be shared: guidance is off, so there is only one")
+    if asked == "images" and images < 2:
+        raise RequestError("the images cannot be shared: there is only one")
+    if asked == "layers":
+        parts(blocks, ranks)
+    if asked != "auto":
+        return asked
+    if not fits and ranks <= blocks:
+        return "layers"
+    if images >= ranks or (images > 1 and not guided):
+        return "images"
+    return "guidance" if guided else "none"
+
+
+def facts_of(request: Request) -> dict[str, Any]:
+    """What ranks must agree on before they run a request, keyed by what a sentence calls it."""
+    images = list(request.images)
+    if request.canvas is not None:
+        images += [image for image in request.canvas.initial if image is not None]
+    return {
+        "the prompt": request.prompt,
+        "the negative prompt": request.negative_prompt,
+        "the options": repr(request.parameters),
+        "the seeds": list(request.seeds),
+        "the number of images": len(request.image_indices),
+        "the reference pixels": request.reference_pixels,
+        "the caption's language": request.caption_language,
+        "the images": [_digest(image) for image in images],
+    }
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> str:
+    """A short hash of a component's headers, and of a few bytes of some of its tensors."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    found = hashlib.sha256(repr([(t.name, t.dtype, t.shape) for t in ordered]).encode())
+    for tensor in ordered[:: max(1, len(ordered) // _SAMPLES)]:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset + tensor.nbytes // 2)
+            found.update(file.read(min(_SAMPLE_BYTES, tensor.nbytes - tensor.nbytes // 2)))
+    return found.hexdigest()[:12]
+
+
+def _digest(image: Image) -> str:
+    return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()[:12]
