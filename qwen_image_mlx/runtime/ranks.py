@@ -96,7 +96,7 @@ class Ranks:
 
     def led(self, make: Callable[[], T]) -> T:
         """Rank 0's value, of JSON's types; only rank 0 makes one. Raises RankError as `gather`."""
-        if self._group is None:
+        if self.size == 1:
             return make()
         value: T = self.gather_values(make() if self.leads else None)[0]
         return value

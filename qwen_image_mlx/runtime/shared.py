@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +136,16 @@ class SharedPipeline(QwenImagePipeline):
 
         if self.mode != "images":
             return denoised() if self.works else mx.zeros((0,))
+        return self.shared_latents(denoised)
+
+    def shared_latents(self, denoised: Callable[[], mx.array]) -> mx.array:
+        """The next image's latents on rank 0, whoever makes them; on other ranks an empty array.
+
+        The images of a round, one for each rank, are made at the same time, and then gathered.
+
+        Args:
+            denoised: makes them; called on one rank.
+        """
         place = self._number % self.ranks.size
         together = min(self.ranks.size, self._images - (self._number - place))  # images of this round
         self._number += 1
