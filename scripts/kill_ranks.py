@@ -3,7 +3,7 @@
 
 python scripts/kill_ranks.py --count 30 --seed 0
 
-Two or three ranks on this machine, over MLX's ring backend, share the branches of guidance, the images of a batch or
+Two or three ranks that mlx.launch starts on this machine share the branches of guidance, the images of a batch or
 the transformer's blocks. A random one gets SIGKILL at a random moment. Every other rank must end within 10 seconds with
 an exit code that is not 0, every PNG must be whole, and a second run must make the missing images, the same as those of
 one process.
@@ -12,11 +12,10 @@ one process.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,26 +27,26 @@ COMMAND = ["generate", "a fox", "--model", "tiny", "--width", "64", "--height", 
            "4", "--dtype", "float32", "--seeds", "1-4", "--output", "out"]  # fmt: skip
 
 
-def started(folder: Path, size: int, mode: str) -> list[subprocess.Popen]:
-    """The ranks of a command in a folder; their messages go to files."""
-    sockets = [socket.socket() for _ in range(size)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
-    for one in sockets:
-        one.close()
-    (folder / "hosts.json").write_text(json.dumps(hosts))
-    processes = []
-    for rank in range(size):
-        environment = {**os.environ, "MLX_HOSTFILE": str(folder / "hosts.json"), "MLX_RANK": str(rank)}
-        with (folder / f"messages{rank}.txt").open("w") as messages:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "qwen_image_mlx", *COMMAND, "--parallel", mode],
-                    cwd=folder, env=environment, stdout=messages, stderr=messages,
-                )
-            )  # fmt: skip
-    return processes
+def started(folder: Path, size: int, mode: str) -> subprocess.Popen:
+    """The launcher of a command in a folder; messages go to a file."""
+    launch = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", str(size), "--"]
+    with (folder / "messages.txt").open("w") as messages:
+        return subprocess.Popen(
+            [*launch, sys.executable, "-m", "qwen_image_mlx", *COMMAND, "--parallel", mode],
+            cwd=folder, stdout=messages, stderr=messages,
+        )  # fmt: skip
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """The process ids of the launcher's ranks, in no particular order."""
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout
+    return sorted(map(int, found.split()))
+
+
+def codes_of(folder: Path) -> dict[int, int]:
+    """The exit codes that are not 0, by rank, as the launcher reports them."""
+    text = (folder / "messages.txt").read_text(errors="replace")
+    return {int(rank): int(code) for rank, code in re.findall(r"rank (\d+) exited with code (-?\d+)", text)}
 
 
 def images(folder: Path) -> dict[str, bytes]:
@@ -75,28 +74,28 @@ def main() -> int:
         wanted = images(folder)
         for number in range(arguments.count):
             size, mode = draw.choice((2, 3)), draw.choice(("guidance", "images", "layers"))
-            victim, moment = draw.randrange(size), draw.uniform(0.2, lasts)
+            moment = draw.uniform(0.2, lasts)
             for name in list(images(folder)):
                 (folder / "out" / name).unlink()
-            processes = started(folder, size, mode)
+            launcher = started(folder, size, mode)
             time.sleep(moment)
-            alive = all(process.poll() is None for process in processes)
-            processes[victim].send_signal(signal.SIGKILL)
+            ranks = ranks_of(launcher)
+            alive = len(ranks) == size
+            if alive:
+                os.kill(draw.choice(ranks), signal.SIGKILL)
             began = time.monotonic()
-            codes = []
-            for process in processes:
-                try:
-                    codes.append(process.wait(max(SECONDS - (time.monotonic() - began), 0.1)))
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    codes.append(None)
-            took = time.monotonic() - began
+            try:
+                launcher.wait(SECONDS if alive else None)
+            except subprocess.TimeoutExpired:
+                faults.append(f"{number}: {mode}: ranks {ranks_of(launcher)} did not end")
+                launcher.terminate()
+                launcher.wait()
+            took, codes = time.monotonic() - began, codes_of(folder)
             slowest = max(slowest, took) if alive else slowest
             left = images(folder)
-            what = f"{number}: {mode}, rank {victim} of {size} after {moment:.1f} s"
-            if alive and any(code in (0, None) for code in codes):
-                texts = [(folder / f"messages{rank}.txt").read_text()[-300:] for rank in range(size)]
-                faults.append(f"{what}: exit codes {codes}: {texts}")
+            what = f"{number}: {mode}, {size} ranks, after {moment:.1f} s"
+            if alive and len(codes) < size:
+                faults.append(f"{what}: exit codes {codes}: {(folder / 'messages.txt').read_text()[-500:]}")
             if any(left[name] != wanted.get(name) for name in left):
                 faults.append(f"{what}: a file is not whole")
             again = [process.wait() for process in started(folder, size, mode)]

@@ -314,6 +314,15 @@ class Components:
             self.network(TRANSFORMER).relay = relay
         self.relay = relay
 
+    @contextmanager
+    def unconnected(self) -> Iterator[None]:
+        """Inside the block, configs and plans are those of a transformer whose blocks all run here; loads nothing."""
+        relay, self.relay = self.relay, None
+        try:
+            yield
+        finally:
+            self.relay = relay
+
     def release_all(self) -> None:
         """Frees the memory of all components."""
         self.release(TRANSFORMER, *self.loaded)

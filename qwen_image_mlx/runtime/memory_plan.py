@@ -258,8 +258,11 @@ class Planner:
         prefix, branches = self.prompt_tokens + self.reference_tokens, 2 if self.work.guided else 1
         denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
         values = denoiser.kept_values(self.transformer_config, EULER.count(self.work.steps), prefix, branches)
-        blocks = getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
-        return values * self.itemsize * self.components.depth(TRANSFORMER) // blocks
+        if (relay := self.components.relay) is not None:
+            values = (
+                values * len(relay.blocks) // getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
+            )
+        return values * self.itemsize
 
     @property
     def target_tokens(self) -> int:

@@ -17,10 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .._version import __version__
 from ..errors import RankError, RequestError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -83,12 +86,19 @@ class Ranks:
         import mlx.core as mx  # here: a single process exchanges nothing
         import numpy as np
 
-        with exchanging():
-            lengths = np.array(mx.distributed.all_gather(mx.array([len(payload)]), group=self._group)).tolist()
-            padded = np.zeros(max(*lengths, 1), np.uint8)
-            padded[: len(payload)] = np.frombuffer(payload, np.uint8)
-            rows = np.array(mx.distributed.all_gather(mx.array(padded)[None], group=self._group))
+        lengths = np.array(self.gathered(mx.array([len(payload)]))).tolist()
+        padded = np.zeros(max(*lengths, 1), np.uint8)
+        padded[: len(payload)] = np.frombuffer(payload, np.uint8)
+        rows = np.array(self.gathered(mx.array(padded)[None]))
         return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+    def gathered(self, array: mx.array) -> mx.array:
+        """Every rank's array of one shape, joined along the first axis, evaluated; raises RankError as `gather`."""
+        import mlx.core as mx
+
+        whole = mx.distributed.all_gather(array, group=self._group)
+        arrive(whole)
+        return whole
 
     def gather_values(self, value: Any) -> list[Any]:
         """Every rank's value, of JSON's types, in order of the ranks; raises RankError as `gather`."""
@@ -158,12 +168,11 @@ def measured_link(ranks: Ranks, nbytes: int = 4_000_000, rounds: int = 5) -> Lin
         found = []
         for _ in range(rounds):
             start = time.perf_counter()
-            mx.eval(mx.distributed.all_gather(data, group=ranks.group))
+            ranks.gathered(data)
             found.append(time.perf_counter() - start)
         return min(found)
 
-    with exchanging():
-        small, large = seconds(1), seconds(nbytes)
+    small, large = seconds(1), seconds(nbytes)
     received = nbytes * (ranks.size - 1)
     own = Link(small, received / max(large - small, 1e-9))
     everyone = ranks.gather_values(list(own))
@@ -188,6 +197,21 @@ def current() -> Ranks:
     ranks = Ranks(group)
     ranks.agree({"the version of qwen-image-mlx": __version__, "the version of MLX": mx.__version__})
     return ranks
+
+
+def arrive(*arrays: mx.array) -> None:
+    """Waits for the results of exchanges.
+
+    Each is waited for before the next one begins: MLX may return from a failed one as if nothing were wrong, with any
+    numbers, until it synchronizes; and an exchange after a failed one may wait for ever.
+
+    Raises:
+        RankError: a rank has ended or cannot be reached.
+    """
+    from ..gpu import finish  # here, because it loads MLX
+
+    with exchanging():
+        finish(*arrays)
 
 
 @contextmanager

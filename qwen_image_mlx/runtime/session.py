@@ -222,8 +222,9 @@ class Session:
         from .shared import SharedPipeline, begin  # here: most runs are one process
 
         assert isinstance(self.pipeline, SharedPipeline)
-        self.pipeline.components.connect(None)
-        begin(self.pipeline, request, work, self._plan(work), self.memory, self._parallel)
+        with self.pipeline.components.unconnected():
+            whole = self._plan(work)
+        begin(self.pipeline, request, work, whole, self.memory, self._parallel)
 
     @property
     def works(self) -> bool:

@@ -21,7 +21,7 @@ from ..names import Parallel
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.seams import Conditions, Denoiser, DenoiserClass
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE
-from .ranks import REPORT, Ranks, current, exchanging, parts
+from .ranks import REPORT, Ranks, arrive, current, exchanging, parts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,6 +61,7 @@ class SharedPipeline(QwenImagePipeline):
         self._denoiser = _SharedDenoisers(self, self._denoiser)
         self.ranks: Ranks = current()
         self.mode: Parallel = "none"
+        self.relay: RankRelay | None = None
         self._compared = False
         self._images = 1
         self._number = 0
@@ -77,10 +78,16 @@ class SharedPipeline(QwenImagePipeline):
             RequestError: there are more ranks than blocks.
         """
         self.mode, self._images, self._number, self._round = mode, images, 0, []
-        self.components.connect(None)
+        self.relay = None
         if mode == "layers":
-            blocks = parts(self.components.depth(TRANSFORMER), self.ranks.size)
-            self.components.connect(RankRelay(self.ranks, blocks[self.ranks.rank]))
+            self.relay = RankRelay(self.ranks, parts(self.blocks, self.ranks.size)[self.ranks.rank])
+        self.components.connect(self.relay)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the whole transformer has."""
+        with self.components.unconnected():
+            return self.components.depth(TRANSFORMER)
 
     @property
     def works(self) -> bool:
@@ -94,8 +101,8 @@ class SharedPipeline(QwenImagePipeline):
         if not self.works or (self.mode == "guidance" and rank > 1):
             return "nothing to do"
         if self.mode == "layers":
-            assert self.components.relay is not None
-            blocks = self.components.relay.blocks
+            assert self.relay is not None
+            blocks = self.relay.blocks
             return f"blocks {blocks.start} to {blocks.stop - 1}"
         return {"guidance": f"the {('positive', 'negative')[rank % 2]} branch", "images": "a share of the images"}.get(
             self.mode, "everything"
@@ -201,7 +208,8 @@ class _SharedDenoisers:
                 ranks, of_branch(branches[ranks.rank]) if ranks.rank < len(branches) else None, len(branches)
             )
         if mode == "layers":
-            return LayersDenoiser(ranks, [of_branch(states) for states in conditions.branches])
+            relay = self._pipeline.relay
+            return LayersDenoiser(ranks, [of_branch(states) for states in conditions.branches], relay)
         return self._make(components, conditions, report)
 
 
@@ -222,8 +230,7 @@ class GuidanceDenoiser:
         own = mx.zeros_like(latents)
         if self._own is not None:
             (own,) = self._own.velocities(latents, evaluation, on_layer)
-        with exchanging():
-            everyone = mx.distributed.all_gather(own, group=self._ranks.group)
+        everyone = self._ranks.gathered(own)
         return mx.split(everyone, self._ranks.size)[: self._branches]
 
 
@@ -235,18 +242,20 @@ class LayersDenoiser:
     Args:
         ranks: in order of their blocks.
         branches: a denoiser of each branch, whose transformer has this rank's blocks.
+        relay: that transformer's.
     """
 
-    def __init__(self, ranks: Ranks, branches: Sequence[Denoiser]):
-        self._ranks, self._branches = ranks, branches
+    def __init__(self, ranks: Ranks, branches: Sequence[Denoiser], relay: RankRelay | None = None):
+        self._ranks, self._branches, self._relay = ranks, branches, relay
 
     def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
         """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
         found = [branch.velocities(latents, evaluation, on_layer)[0] for branch in self._branches]
         if self._ranks.rank + 1 < self._ranks.size:
             found = [mx.zeros_like(latents) for _ in found]  # only the last rank has the last block
-        with exchanging():
-            everyone = mx.distributed.all_gather(mx.concatenate(found), group=self._ranks.group)
+        if self._relay is not None:
+            self._relay.wait()
+        everyone = self._ranks.gathered(mx.concatenate(found))
         return mx.split(everyone, len(found) * self._ranks.size)[-len(found) :]
 
 
@@ -265,6 +274,7 @@ class RankRelay:
     def __init__(self, ranks: Ranks, blocks: range):
         self._ranks, self.blocks = ranks, blocks
         self.sent: int = 0
+        self._sending: mx.array | None = None
 
     def receive(self, streams: Sequence[mx.array]) -> list[mx.array]:
         """See `Relay.receive`."""
@@ -272,21 +282,27 @@ class RankRelay:
             return list(streams)
         lengths = np.cumsum([x.shape[1] for x in streams]).tolist()
         shape = (streams[0].shape[0], lengths[-1], streams[0].shape[2])
-        with exchanging():
-            whole = mx.distributed.recv(shape, streams[0].dtype, self._ranks.rank - 1, group=self._ranks.group)
-            mx.async_eval(whole)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
+        whole = mx.distributed.recv(shape, streams[0].dtype, self._ranks.rank - 1, group=self._ranks.group)
+        arrive(whole)
         return mx.split(whole, lengths[:-1], axis=1)
 
     def send(self, streams: Sequence[mx.array]) -> None:
         """See `Relay.send`."""
         if self._ranks.rank + 1 == self._ranks.size:
             return
+        self.wait()
         whole = mx.concatenate(list(streams), axis=1)
         with exchanging():
-            # Queued now, in the order in which the next rank receives.
-            sent = mx.distributed.send(whole, self._ranks.rank + 1, group=self._ranks.group)
-            mx.async_eval(sent)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
+            # On its way while the next branch runs here; in the order in which the next rank receives.
+            self._sending = mx.distributed.send(whole, self._ranks.rank + 1, group=self._ranks.group)
+            mx.async_eval(self._sending)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
         self.sent += whole.nbytes
+
+    def wait(self) -> None:
+        """Waits until what was sent is on its way; raises RankError if it cannot be sent."""
+        if self._sending is not None:
+            arrive(self._sending)
+            self._sending = None
 
 
 def begin(
@@ -313,7 +329,7 @@ def begin(
     everywhere = all(ranks.gather_values(fits))
     mode = chosen_mode(
         ranks.led(lambda: asked), ranks=ranks.size, images=work.images, guided=work.guided, fits=everywhere,
-        blocks=pipeline.components.depth(TRANSFORMER),
+        blocks=pipeline.blocks,
     )  # fmt: skip
     pipeline.begin(mode, work.images)
     if ranks.leads:
