@@ -96,14 +96,15 @@ def main() -> int:
             what = f"{number}: {mode}, {size} ranks, after {moment:.1f} s"
             if alive and len(codes) < size:
                 faults.append(f"{what}: exit codes {codes}: {(folder / 'messages.txt').read_text()[-500:]}")
+            if "Traceback" in (said := (folder / "messages.txt").read_text(errors="replace")):
+                faults.append(f"{what}: {said[said.index('Traceback') :][:3000]}")
             if any(left[name] != wanted.get(name) for name in left):
                 faults.append(f"{what}: a file is not whole")
-            again = [process.wait() for process in started(folder, size, mode)]
-            if any(again) or images(folder) != wanted:
-                faults.append(f"{what}: the second run: exit codes {again}, {len(images(folder))} images")
-            print(
-                f"{what}: {'ended' if alive else 'was over'} in {took:.1f} s, {codes}, {len(left)} images", flush=True
-            )
+            started(folder, size, mode).wait()
+            if codes_of(folder) or images(folder) != wanted:
+                faults.append(f"{what}: the second run: exit codes {codes_of(folder)}, {len(images(folder))} images")
+            how = "ended" if alive else "was over"
+            print(f"{what}: {how} in {took:.1f} s, {codes}, {len(left)} images", flush=True)
     print(f"{arguments.count} kills, {len(faults)} faults; the slowest end took {slowest:.1f} s", *faults, sep="\n")
     return bool(faults)
 

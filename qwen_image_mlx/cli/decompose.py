@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+SHARES = True  # all ranks run it
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""

@@ -16,7 +16,7 @@ from importlib import import_module
 from .._version import __version__
 from ..errors import QwenImageError
 from ..outside import one_line
-from ..runtime.ranks import current, ending, launched, lost, said_rank
+from ..runtime.ranks import alone, current, ending, joined, launched, lost, said_rank
 from .hints import sentence
 from .parser import Parser
 from .results import Unread, messages_kept, results
@@ -102,14 +102,16 @@ def _run(arguments: argparse.Namespace) -> int | None:
 
 def _run_ranks(arguments: argparse.Namespace) -> int | None:
     """Runs the command as one of several ranks. All end together: one that fails is missed by the others."""
+    shares = getattr(import_module(arguments.run.__module__), "SHARES", False)
+    if not shares and said_rank():
+        print(f"rank {said_rank()}: nothing to do, this command runs on rank 0", file=sys.stderr)
+        return None
+    if not shares:
+        alone()
     with ending():
-        ranks = current()
-        if "parallel" not in arguments and not ranks.leads:
-            print(f"rank {ranks.rank} of {ranks.size}: nothing to do, this command runs on rank 0", file=sys.stderr)
-            return None
         code: int | None = arguments.run(arguments)
-        if "parallel" in arguments:
-            ranks.wait()
+        if shares and joined():
+            current().wait()
         return code
 
 

@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..pipeline.parameters import GenerationParameters, check_size
 from ..pipeline.request import parsed_size
 from ..runtime.options import OPTIONS
+from ..runtime.ranks import current
 from ..variants import DEFAULT_MODEL
 from .config import configured
 from .flags import add_options
@@ -32,6 +33,8 @@ Estimate the memory that each stage of generation takes, in GB, for every reside
 Reads configs and, for a model on disk, the headers of its files; no weights are downloaded."""
 
 _OTHERS = ("8", "6", "4")  # quantizations that are shown too if none is given
+
+SHARES = True  # all ranks run it
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -77,6 +80,15 @@ def run(arguments: argparse.Namespace) -> None:
         others = [] if arguments.quantize else [(bits, plans_for(bits)[2]) for bits in _OTHERS]
         if "num_layers" in given and not session.pipeline.variant.layered:
             logger.warning("--layers has no effect: %s is not a layered model", session.pipeline.model)
+    ranks = current()
+    shared = ""
+    if ranks.size > 1:
+        from ..runtime.traffic import table_of_ranks
+
+        link = ranks.link  # measured by all together
+        shared = table_of_ranks(session.pipeline.components, work, link, ranks.size)
+    if not ranks.leads:
+        return
     budget, model = session.memory.budget, session.pipeline.model
     licence = session.pipeline.variant.licence
     if arguments.json:
@@ -90,6 +102,8 @@ def run(arguments: argparse.Namespace) -> None:
     for bits, plans in others:
         print(f"\nwith --quantize {bits}")
         print(table_of(plans, budget))
+    if shared:
+        print(f"\n{shared}")
 
 
 def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:

@@ -233,6 +233,18 @@ def lost(error: BaseException) -> RankError | None:
     return RankError(f"another rank has ended or cannot be reached ({reason}): see its own message, and start again")
 
 
+def alone() -> None:
+    """From here on this process, and what it starts, is a run of its own."""
+    for key in _RANK_KEYS:
+        os.environ.pop(key, None)
+    current.cache_clear()
+
+
+def joined() -> bool:
+    """Whether this process has joined the others."""
+    return current.cache_info().currsize > 0
+
+
 @contextmanager
 def ending() -> Iterator[None]:
     """Inside the block, a signal ends this process at the latest after some seconds.

@@ -22,6 +22,7 @@ from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.seams import Conditions, Denoiser, DenoiserClass
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE
 from .ranks import REPORT, Ranks, arrive, current, exchanging, parts
+from .traffic import is_worth_splitting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -326,9 +327,14 @@ def begin(
     ranks.agree(facts_of(request))
     kept = TRANSFORMER not in whole.residency.streamed
     fits = whole.peak <= memory.budget and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
-    everywhere = all(ranks.gather_values(fits))
+    everywhere, asked = all(ranks.gather_values(fits)), ranks.led(lambda: asked)
+    if asked == "auto" and not everywhere:
+        link = ranks.link
+        with pipeline.components.unconnected():
+            everywhere = not is_worth_splitting(pipeline.components, work, ranks.size, link)
+        everywhere = ranks.led(lambda: everywhere)
     mode = chosen_mode(
-        ranks.led(lambda: asked), ranks=ranks.size, images=work.images, guided=work.guided, fits=everywhere,
+        asked, ranks=ranks.size, images=work.images, guided=work.guided, fits=everywhere,
         blocks=pipeline.blocks,
     )  # fmt: skip
     pipeline.begin(mode, work.images)
@@ -346,7 +352,8 @@ def chosen_mode(asked: Parallel, *, ranks: int, images: int, guided: bool, fits:
         ranks: how many there are.
         images: how many are generated.
         guided: whether there are two branches.
-        fits: whether the whole transformer stays in memory on every rank.
+        fits: whether the whole transformer stays in memory on every rank, or splitting it would be slower than
+            reading it again in each step.
         blocks: of the transformer.
 
     Raises:

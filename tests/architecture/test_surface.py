@@ -33,14 +33,14 @@ SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--guidance", "--seed
 PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
     "--no-composite", "--transparent", "--cache", "--from-image", "--ignore-profile", "-W", "-H", "-o", "--prompt",
-    "-p", "--image-path",
+    "-p", "--image-path", "--parallel",
 }  # fmt: skip
 FLAGS = {
     "generate": PAINTING | {"--aspect", "--prompts-file", "--seeds"},
     "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
     "decompose": PAINTER | SAMPLING | {
         "--layer", "--prompt", "-p", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
-        "--format", "--output", "--cache", "--ignore-profile", "-o",
+        "--format", "--output", "--cache", "--ignore-profile", "-o", "--parallel",
     },
     "compose": PAINTER | SAMPLING | {
         "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "--ignore-profile", "-o",
