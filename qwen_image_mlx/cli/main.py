@@ -16,7 +16,7 @@ from importlib import import_module
 from .._version import __version__
 from ..errors import QwenImageError
 from ..outside import one_line
-from ..runtime.ranks import alone, current, ending, joined, launched, lost, said_rank
+from ..runtime.ranks import alone, current, ending, joined, launched, leave, lost, said_rank
 from .hints import sentence
 from .parser import Parser
 from .results import Unread, messages_kept, results
@@ -47,7 +47,10 @@ def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     with messages_kept():
-        return _main(argv)
+        code = _main(argv)
+    if code and launched() and joined():
+        leave(code)
+    return code
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -238,6 +239,13 @@ def alone() -> None:
     for key in _RANK_KEYS:
         os.environ.pop(key, None)
     current.cache_clear()
+
+
+def leave(code: int) -> None:
+    """Ends a rank that failed, at once: MLX may wait for the others when Python ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def joined() -> bool:

@@ -38,11 +38,18 @@ class Traffic:
         return self.gathered + self.relayed * self.branches
 
     def seconds(self, link: Link) -> float:
-        """The time in which a rank waits for the connection: the first branch goes through all ranks, the other
-        follows while the ranks compute.
+        """What the connection adds to a step.
+
+        The first branch goes through all ranks; a rank receives the next one once it has run the one before.
         """
-        hops = (self.ranks - 1) * link.seconds(self.relayed) if self.relayed else 0.0
+        hops = (self.ranks - 1 + self.branches - 1) * link.seconds(self.relayed) if self.relayed else 0.0
         return hops + link.seconds(self.gathered)
+
+    def turns(self) -> float:
+        """The time that the ranks compute in a step, as a share of the time in which one alone runs all branches."""
+        if self.relayed:  # a branch takes 1 / ranks of its time on each, and the ranks fill up one after another
+            return (self.ranks + self.branches - 1) / (self.ranks * self.branches)
+        return 1 / self.branches if self.gathered else 1.0
 
 
 @dataclass(frozen=True)
