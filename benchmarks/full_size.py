@@ -1,12 +1,14 @@
 """Text to image at the released size, with little memory: what is predicted, and what is taken.
 
-    python benchmarks/full_size.py [--blocks 60] [--encoder-layers 28] [--bits B] [--residency streamed ...]
-                                   [--size 256] [--dtype float32] [--folder DIR] [--json FILE]
+    python benchmarks/full_size.py [--pipeline QwenImagePipeline] [--blocks N] [--encoder-layers N] [--bits B]
+                                   [--residency streamed ...] [--size 256] [--dtype float32] [--folder DIR]
+                                   [--json FILE]
 
-Writes a random checkpoint of Qwen-Image-2512's configuration (bf16, in shards, 57 GB with all 60 blocks; --bits packs
-it on the way, 26 GB at 4) into a temporary folder, or into DIR, where it stays and is found the next time. Then the
+Writes a random checkpoint of a released model's configuration (bf16, in shards; --bits packs it on the way) into a
+temporary folder, or into DIR, where it stays and is found the next time: Qwen-Image-2512, 57 GB with all 60 blocks, 26
+at 4 bits; with --pipeline QwenImage21Pipeline Qwen-Image-2.1, 31 GB with all 32, its vision tower included. Then the
 command line generates one image in one step without guidance, each time with the memory that the plan for one residency
-asks for. The predicted peak of each stage stands beside the one that --profile noted, which is MLX's own count, and
+asks for. The predicted peak of each stage stands beside the one that --timings noted, which is MLX's own count, and
 beside the most the process had resident at all.
 
 A CPU computes in fp32 (--dtype), as MLX's bf16 products are slow there; weights are then cast while they pass.
@@ -43,8 +45,9 @@ WITHIN = 0.15
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--blocks", type=int, default=60, help="transformer blocks (60)")
-    options.add_argument("--encoder-layers", type=int, default=28, help="layers of the text encoder (28)")
+    options.add_argument("--pipeline", default="QwenImagePipeline", help="the class of the checkpoint (%(default)s)")
+    options.add_argument("--blocks", type=int, help="transformer blocks (all)")
+    options.add_argument("--encoder-layers", type=int, help="layers of the text encoder (all)")
     options.add_argument("--bits", help="pack the transformer in so many bits and the text encoder in 8")
     options.add_argument("--residency", nargs="+", default=["streamed"], help="streamed, staged, resident (streamed)")
     options.add_argument("--size", type=int, default=256, help="side of the image (256)")
@@ -56,7 +59,7 @@ def main() -> None:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
         if not (folder / "model_index.json").exists():
             # In a process of its own: the most that this one ever held would count as its children's.
-            options = [arguments.blocks, arguments.encoder_layers, arguments.bits or ""]
+            options = [arguments.pipeline, arguments.blocks, arguments.encoder_layers, arguments.bits or ""]
             code = f"import full_size; from pathlib import Path; full_size.write(Path({str(folder)!r}), *{options!r})"
             subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
         table, targets = generate(folder, arguments)
@@ -64,19 +67,23 @@ def main() -> None:
     finish([table, targets], arguments.json)
 
 
-def write(folder: Path, blocks: int, encoder_layers: int, bits: str) -> None:
+def write(folder: Path, pipeline: str, blocks: int | None, encoder_layers: int | None, bits: str) -> None:
     """Writes the checkpoint under another name and renames it; asks the disk first."""
     from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
+    from qwen_image_mlx.registry import components_of
+    from qwen_image_mlx.variants import VARIANTS
     from qwen_image_mlx.weights.mapping import expected_tensors
     from qwen_image_mlx.weights.schemes import Quantization
-    from qwen_image_mlx.weights.synthetic import FULL, ROWS, write_checkpoint
+    from qwen_image_mlx.weights.synthetic import released, write_checkpoint
 
-    configs = {
-        "transformer": replace(FULL["transformer"], num_layers=blocks),
-        "text_encoder": replace(FULL["text_encoder"], num_hidden_layers=encoder_layers),
-        "vae": FULL["vae"],
-    }
-    nbytes = sum(2 * prod(s.shape) for name, c in configs.items() for s in expected_tensors(ROWS[name], c).values())
+    configs, rows = released(pipeline), components_of(VARIANTS[pipeline].classes)
+    if not VARIANTS[pipeline].takes_images:
+        del configs["vision"]
+    if blocks:
+        configs["transformer"] = replace(configs["transformer"], num_layers=blocks)
+    if encoder_layers:
+        configs["text_encoder"] = replace(configs["text_encoder"], num_hidden_layers=encoder_layers)
+    nbytes = sum(2 * prod(s.shape) for name, c in configs.items() for s in expected_tensors(rows[name], c).values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     needed, free = 1.02 * nbytes * (1.5 if bits else 1), shutil.disk_usage(folder.parent).free
     if free < needed:
@@ -84,7 +91,7 @@ def write(folder: Path, blocks: int, encoder_layers: int, bits: str) -> None:
             f"{folder.parent} has {free / 1e9:.0f} GB left, but {needed / 1e9:.0f} GB are needed; take fewer blocks"
         )
     partial = folder.with_name(f"{folder.name}.partial")
-    write_checkpoint(partial, configs)
+    write_checkpoint(partial, configs, pipeline=pipeline)
     if bits:
         quantize_checkpoint(partial, folder, Quantization.parse(bits))
         shutil.rmtree(partial)
@@ -103,7 +110,7 @@ def generate(folder: Path, arguments: Any) -> tuple[Table, Targets]:
         image = folder.with_name("image.png")
         _, most = command(
             "generate", PROMPT, "--model", folder, "--width", arguments.size, "--height", arguments.size, "--steps", 1,
-            "--cfg-scale", 1, "--dtype", arguments.dtype, "--memory", residency, "--seed", 1, "--profile",
+            "--cfg-scale", 1, "--dtype", arguments.dtype, "--memory", residency, "--seed", 1, "--timings",
             "--output", image,
         )  # fmt: skip
         costs = {row["stage"]: row for row in json.loads(command("info", image, "--json")[0])["profile"]}
@@ -118,7 +125,8 @@ def generate(folder: Path, arguments: Any) -> tuple[Table, Targets]:
         if residency == "streamed":
             targets.check("streamed: GB of the process at most", most / 1e9, MOST_RESIDENT / 1e9)
     nbytes = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
-    title = f"{arguments.blocks} blocks, {nbytes / 1e9:.1f} GB on disk, {size}, one step, {arguments.dtype}; MiB"
+    blocks = f"{arguments.blocks or 'all'} blocks, {nbytes / 1e9:.1f} GB on disk"
+    title = f"{arguments.pipeline}, {blocks}, {size}, one step, {arguments.dtype}; MiB"
     return Table(title, ("residency", "stage", "predicted", "measured", "ratio", "seconds"), rows), targets
 
 

@@ -187,13 +187,13 @@ class Ours:
         return stopwatch(lambda: mx.eval(block(self.images, self.text, rows, self.rotary)))
 
     def step(self, cfg: float) -> float:
-        from qwen_image_mlx.sampling.denoise import Guidance, denoise
+        from qwen_image_mlx.sampling.denoise import denoise
+        from qwen_image_mlx.sampling.guidance import Guidance
 
         guidance = Guidance(cfg, renormalize=True) if cfg > 1 else None
-        predict = partial(self._predict, branches=1 if guidance is None else 2)
-        return stopwatch(lambda: denoise(predict, self.latents, self.schedule, guidance))
+        return stopwatch(lambda: denoise(self._predict, self.latents, self.schedule, guidance))
 
-    def _predict(self, latents: Any, step: int, branches: int = 1) -> Any:
+    def _predict(self, latents: Any, step: int, branches: int) -> Any:
         texts, tables = [self.text] * branches, [self.rotary] * branches
         return self.model.velocities(latents, texts, self.table[step], tables, self.shown)
 

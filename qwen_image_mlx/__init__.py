@@ -18,6 +18,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 _PUBLIC = {
     "QwenImagePipeline": "pipeline.pipeline",
+    "Control": "pipeline.control",
     "GenerationParameters": "pipeline.parameters",
     "GuidanceEncoding": "pipeline.conditioning",
     "InitialImage": "pipeline.conditioning",
@@ -44,6 +45,7 @@ _PUBLIC = {
 __all__ = [
     "Cancelled",
     "CheckpointError",
+    "Control",
     "GPUError",
     "GenerationParameters",
     "GuidanceEncoding",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from .images.pixels import to_images
     from .layers.recompose import compose
     from .pipeline.conditioning import GuidanceEncoding, InitialImage
+    from .pipeline.control import Control
     from .pipeline.decomposition import LayeredResult
     from .pipeline.parameters import GenerationParameters
     from .pipeline.pipeline import QwenImagePipeline

@@ -182,6 +182,10 @@ class Pace:
         self._queued: deque[mx.array] = deque()
         self._count = 0
 
+    def begin(self) -> None:
+        """Counts from the first layer again: a pass begins."""
+        self._count = 0
+
     def __call__(self, arrays: Sequence[mx.array]) -> None:
         """Queues a layer's arrays, and waits until at most `unfinished` layers are queued."""
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types

@@ -228,6 +228,39 @@ class Several(Kind):
         return isinstance(value, list) and all(map(self.kind.has_type, value))
 
 
+@dataclass(frozen=True)
+class Group(Kind):
+    """An object whose fields are the options of a dataclass.
+
+    Attributes:
+        of: the dataclass; fields without a default must be there.
+    """
+
+    of: type
+
+    @property
+    def rows(self) -> dict[str, Option]:
+        """Its options by name."""
+        return {row.name: row for row in options_of(self.of)}
+
+    @property
+    def allowed(self) -> str:
+        """The names of its fields as text."""
+        return f"an object with {', '.join(self.rows)}"
+
+    def accepts(self, value: Any) -> bool:
+        """Whether it is an object with allowed values, all that it must have, and no other fields."""
+        return self.has_type(value) and all(self.rows[name].kind.accepts(one) for name, one in value.items())
+
+    def has_type(self, value: Any) -> bool:
+        """Whether it is an object with known fields of the right types, and all that it must have."""
+        if not isinstance(value, dict):
+            return False
+        needed = {field.name for field in dataclasses.fields(self.of) if field.default is dataclasses.MISSING}
+        known = needed <= value.keys() <= self.rows.keys()
+        return known and all(self.rows[name].kind.has_type(one) for name, one in value.items())
+
+
 # Options --------------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +269,7 @@ class Config:
     """An option's setting in config.toml.
 
     Attributes:
-        commands: the commands whose flag it sets; () is all the option's commands that generate.
+        commands: the commands whose flag it sets; () is all the commands of the option.
         key: its name; "" is the option's name.
         table: the table within `[PROFILE.qwen_image]`; "" is that table itself.
         help: its description; "" is the option's.
@@ -270,6 +303,7 @@ class Option:
         instead: for a positional argument, flags that mean the same.
         metavar: the name of its value in help.
         nargs: argparse's nargs of the flag; "append" collects a repeated flag.
+        bare: the value of a flag that is given without one, where nargs is "?".
         tasks: the server's tasks whose bodies have it as a field.
         default: the default of that field; None is "not given", and ... is "required".
         page: whether the page's form has it, for an option of sampling.
@@ -294,6 +328,7 @@ class Option:
     instead: tuple[str, ...] = ()
     metavar: str | None = None
     nargs: str | None = None
+    bare: Any = None
     tasks: tuple[str, ...] = ()
     default: Any = None
     page: bool = True

@@ -18,6 +18,8 @@ TEXT_ENCODER = "text_encoder"
 VISION = "vision"
 LANGUAGE_HEAD = "language_head"
 VAE = "vae"
+CONTROL = "controlnet"
+IN_CONTEXT = "in-context"  # a control without a network: a LoRA reads its image as a reference
 # Networks that are loaded by themselves, where a component has several; else they are called as the component is.
 VAE_ENCODER = "vae_encoder"
 VAE_DECODER = "vae_decoder"
@@ -66,6 +68,7 @@ class Component:
         depth: the config's field that says how many there are.
         rows: the embedding of which, streamed, only the rows that are used are read; "" if it has none.
         full_precision: computes in fp32, whatever the dtype of the others, and is never quantized.
+        like: the role whose quantization and streaming it shares, and with which it is released; "" has its own.
         released_settings: what the released models have set, where it is not the dataclass's default.
     """
 
@@ -80,6 +83,7 @@ class Component:
     depth: str = ""
     rows: str = ""
     full_precision: bool = False
+    like: str = ""
     released_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -116,12 +120,20 @@ class Class:
         library: where it is from.
         components: what is in its folder.
         use: what works with it, as "module:name" of this package: of a transformer a `Denoiser`, of a text encoder a
-            `ConditionEncoder` (`pipeline/seams.py`).
+            `ConditionEncoder`, of a ControlNet a `ControlBranch` (`pipeline/seams.py`).
+        title: how sentences call it; "" for what nobody gives by itself.
+        steers: the class of transformer that a ControlNet is made for.
+        in_context: what a prompt begins with for a LoRA that reads a control image as a reference; "" without one.
+        training: of a transformer that can be trained, its `Trainable` (`training/seam.py`), alike.
     """
 
     library: str = "diffusers"
     components: tuple[Component, ...] = ()
     use: str = ""
+    title: str = ""
+    steers: str = ""
+    in_context: str = ""
+    training: str = ""
 
 
 CLASSES: dict[str, Class] = {
@@ -138,6 +150,8 @@ CLASSES: dict[str, Class] = {
             ),
         ),
         use="pipeline.qwen_image.denoiser:QwenImageDenoiser",
+        in_context="Context_Control. ",
+        training="training.qwen_image.seam:QwenImageTraining",
     ),
     "Qwen2_5_VLForConditionalGeneration": Class(
         library="transformers",
@@ -202,6 +216,7 @@ CLASSES: dict[str, Class] = {
             ),
         ),
         use="pipeline.qwen_image_21.denoiser:QwenImage21Denoiser",
+        training="training.qwen_image_21.seam:QwenImage21Training",
     ),
     "Qwen3VLForConditionalGeneration": Class(
         library="transformers",
@@ -255,6 +270,42 @@ CLASSES: dict[str, Class] = {
     "Qwen2Tokenizer": Class(library="transformers"),
     "Qwen3VLProcessor": Class(library="transformers"),
 }
+
+
+def _control(name: str, place: str, layers: str, use: str, title: str, steers: str, *transient: str) -> Class:
+    """The row of a class of ControlNet: one component, with a list of layers and a weights map of that name."""
+    family, network = place.split(":")
+    component = Component(
+        role=CONTROL,
+        map=name,
+        settings=f"{family}:ControlConfig",
+        networks=(Network(CONTROL, MAIN, f"{family}:{network}"),),
+        transient=transient,
+        layers=layers,
+        depth="num_layers",
+        like=TRANSFORMER,
+    )
+    return Class(components=(component,), use=use, title=title, steers=steers)
+
+
+# What steers a transformer: given by itself, by file or folder, and told by its tensors.
+CONTROLS: dict[str, Class] = {
+    name: _control(name, *row)
+    for name, *row in (
+        ("QwenImageControlNetModel", "qwen_image.control:ControlNet", "transformer_blocks",
+         "pipeline.qwen_image.control:ResidualBranch", "InstantX's kind for Qwen-Image",
+         "QwenImageTransformer2DModel", "modulation"),
+        ("QwenImageFunControlNet", "qwen_image.control:FunControlNet", "control_blocks",
+         "pipeline.qwen_image.control:FunBranch", "the Fun kind for Qwen-Image",
+         "QwenImageTransformer2DModel", "modulation"),
+        ("QwenImageBlockWiseControlNet", "qwen_image.control:BlockwiseControlNet", "controlnet_blocks",
+         "pipeline.qwen_image.control:BlockwiseBranch", "DiffSynth's block-wise kind for Qwen-Image",
+         "QwenImageTransformer2DModel"),
+        ("QwenImage21FunControlNet", "qwen_image_21.control:FunControlNet", "control_blocks",
+         "pipeline.qwen_image_21.control:FunBranch", "the Fun kind for Qwen-Image-2.1",
+         "QwenImage21Transformer2DModel"),
+    )
+}  # fmt: skip
 
 STREAMABLE = frozenset(row.role for entry in CLASSES.values() for row in entry.components if row.layers)
 

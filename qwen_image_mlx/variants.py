@@ -242,6 +242,7 @@ class Variant:
         target_area: area in pixels of a result whose size follows from an image.
         size_from: index of the image whose aspect the result takes.
         keeps_references: images are computed once, not in every step.
+        interleaved: the transformer reads images in the midst of the prompt, where their places are.
         samples_references: with a mask, the transformer is shown the sampled latents that the loop blends with,
             rather than the most likely ones.
         layered: it generates a frame with everything, which is dropped, and one for each layer.
@@ -255,6 +256,8 @@ class Variant:
         preview: from normalised latents to RGB in [-1, 1], a row a channel, and in the last row what is added.
         sigmas: the noise levels that it was distilled for, unshifted; () is a uniform grid of any number.
         transparent: what words a prompt for a transparent background; None where the model knows none.
+        distilled_area: pixels below which a distilled model's images have faults.
+        noisy_edit_side: an edit of exactly this width and height comes out noisy; 0 where none does.
         sizes: the official (width, height) by aspect ratio.
         licence: of the released weights, by its name.
         size_multiple: what both sides of a result are multiples of.
@@ -270,6 +273,7 @@ class Variant:
     target_area: int = _USUAL_AREA
     size_from: int = 0
     keeps_references: bool = False
+    interleaved: bool = False
     samples_references: bool = False
     layered: bool = False
     captions: bool = False
@@ -282,6 +286,8 @@ class Variant:
     preview: tuple[tuple[float, ...], ...] = WAN_PREVIEW
     sigmas: tuple[float, ...] = ()
     transparent: Callable[[str], str] | None = field(default=None, repr=False)  # caches are keyed by the repr
+    distilled_area: int = 0
+    noisy_edit_side: int = 0
     sizes: Mapping[Aspect, tuple[int, int]] = field(default_factory=lambda: ASPECT_SIZES, hash=False)
     licence: str = APACHE
     size_multiple: int = 16
@@ -342,7 +348,7 @@ VARIANTS: dict[str, Variant] = {
     "QwenImageLayeredPipeline": Variant(
         task="decompose",
         template=Template(text=_DESCRIBE, drop=34, max_embeddings=512),
-        max_images=1,
+        max_images=2,  # with a layer's mask
         reference_area=1024**2,
         layered=True,
         captions=True,
@@ -367,12 +373,15 @@ VARIANTS: dict[str, Variant] = {
         target_area=qwen_image_21.TARGET_AREA,
         size_from=qwen_image_21.SIZE_FROM,
         keeps_references=True,
+        interleaved=True,
         renormalize=qwen_image_21.RENORMALIZE,
         steps=qwen_image_21.STEPS,
         cfg_scale=qwen_image_21.CFG_SCALE,
         negative_prompt=qwen_image_21.NEGATIVE_PROMPT,
-        preview=(),
+        preview=qwen_image_21.PREVIEW,
         transparent=qwen_image_21.transparent_prompt,
+        distilled_area=qwen_image_21.TURBO_AREA,
+        noisy_edit_side=qwen_image_21.NOISY_EDIT_SIDE,
         sizes=cast(Mapping[Aspect, tuple[int, int]], qwen_image_21.ASPECT_SIZES),  # facts know no names
         licence=qwen_image_21.LICENCE,
         size_multiple=qwen_image_21.SIZE_MULTIPLE,
@@ -445,7 +454,7 @@ def _own_settings(said: object, usual: Variant, model: str) -> dict[str, Any]:
                 f"but it must be from {low} to {high}: correct it"
             )
     if "preview" in own:
-        own["preview"] = _checked_map(own["preview"], model)
+        own["preview"] = _checked_map(own["preview"], usual.preview, model)
     return own
 
 
@@ -456,9 +465,11 @@ def _in_range(value: Any, usual: object, low: float, high: float) -> bool:
     return bool(value == usual or low <= value <= high)
 
 
-def _checked_map(rows: tuple[Any, ...], model: str) -> tuple[tuple[float, ...], ...]:
+def _checked_map(
+    rows: tuple[Any, ...], usual: tuple[tuple[float, ...], ...], model: str
+) -> tuple[tuple[float, ...], ...]:
     """A map to RGB as the usual one is shaped; raises CheckpointError."""
-    count, width = len(WAN_PREVIEW), len(WAN_PREVIEW[0])
+    count, width = len(usual), len(usual[0])
     fits = len(rows) == count and all(isinstance(row, list) and len(row) == width for row in rows)
     if not fits or not all(type(value) in (int, float) and abs(value) < 1e6 for row in rows for value in row):
         raise CheckpointError(

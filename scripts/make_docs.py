@@ -63,13 +63,15 @@ FAST_SIDE, FAST_STEPS = 1024, 8
 # What docs/python.md describes, in its order; methods of QwenImagePipeline first.
 METHODS = (
     "from_pretrained", "generate", "edit", "decompose", "caption_image", "encode_guidance_prompts",
-    "encode_initial_image", "generate_pixels", "output_size", "prepare", "set_loras", "release_text_encoder",
-    "release_tokenizer", "release_encoders", "release_transformer", "release_vae", "reload_text_encoder",
+    "encode_initial_image", "encode_controls", "open_controls", "generate_pixels", "output_size", "prepare",
+    "set_loras", "release_text_encoder", "release_tokenizer", "release_encoders", "release_transformer", "release_vae",
+    "reload_text_encoder",
     "reload_tokenizer", "is_text_encoder_loaded", "is_tokenizer_loaded", "is_transformer_loaded", "is_vae_loaded",
 )  # fmt: skip
 CLASSES = {
-    "GenerationParameters": (), "GuidanceEncoding": ("save", "load"), "InitialImage": (), "Progress": ("cancel",),
-    "LayeredResult": ("layers", "prompt", "psnr", "composite", "save"), "Quantization": ("parse",), "Preview": (),
+    "GenerationParameters": (), "GuidanceEncoding": ("save", "load"), "InitialImage": (), "Control": (),
+    "Progress": ("cancel",), "LayeredResult": ("layers", "prompt", "psnr", "composite", "save"),
+    "Quantization": ("parse",), "Preview": (),
     "HubSnapshot": (),
 }  # fmt: skip
 FUNCTIONS = (
@@ -335,7 +337,10 @@ def short_macs() -> str:
         flags = f"`quantize` to {mac.bits} bits first" if plan.needs_pack else f"`--quantize {mac.bits}`"
         rows.append((f"{mac.gib} GB", flags if mac.bits else "as it is (bf16)", f"`--memory {_memory_flag(plan)}`",
                      f"{plan.peak / GB:.1f} GB", f"{fast} ({mac.chip})"))  # fmt: skip
-    return table(("Mac", "weights of Qwen-Image-2512", "flag", "peak memory", "8-step image, modelled"), rows)
+    return table(
+        ("Mac", "weights of Qwen-Image-2512", "flag", "peak memory, 1328x1328", "8-step image, 1024x1024, modelled"),
+        rows,
+    )
 
 
 def _memory_flag(plan: Any) -> str:

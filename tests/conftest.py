@@ -52,6 +52,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of Qwen-Image-2.1; shared, so copy it before changing it."""
+    from checkpoints_21 import write_checkpoint_21
+
+    return write_checkpoint_21(tmp_path_factory.mktemp("checkpoints") / "tiny-21")
+
+
+@pytest.fixture(scope="session")
 def reference(tiny: Path) -> QwenImagePipeline:
     """The reference's pipeline of the tiny checkpoint, in fp32 on the CPU."""
     from reference import load_reference

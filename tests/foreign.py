@@ -292,15 +292,18 @@ def _blocks(word: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return blocks.reshape(shape[0], -1)
 
 
-def write_llama(path: Path, tensors: Tensors, word: str = "F32", split: bool = True) -> Path:
+def write_llama(
+    path: Path, tensors: Tensors, word: str = "F32", split: bool = True, spell: Callable[[str], str] = llama_name
+) -> Path:
     """A text encoder, or its vision tower as an mmproj file, as convert_hf_to_gguf.py writes them.
 
-    Matrices in `word`, the rest in F32; with `split` queries, keys and values by themselves, as most files have them.
+    Matrices in `word`, the rest in F32; with `split` queries, keys and values by themselves, as most files have them;
+    `spell` is `foreign_names.llama_name`, or its counterpart for Qwen3-VL.
     """
-    vision = all(name.startswith("visual.") for name in tensors)
+    vision = all("visual." in name for name in tensors)
     writer = gguf.GGUFWriter(path, "clip" if vision else "qwen2vl")
     for name, tensor in tensors.items():
-        spelled, array = llama_name(name), tensor.numpy()
+        spelled, array = spell(name), tensor.numpy()
         if spelled == "v.patch_embd.weight":
             pieces = {spelled: array[:, :, 0], f"{spelled}.1": array[:, :, 1]}
         elif ".attn_qkv." in spelled and split:

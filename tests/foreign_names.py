@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 PREFIXES = ("", "diffusion_model.", "model.diffusion_model.")
 _WAN_BLOCK = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
@@ -67,3 +68,39 @@ def llama_name(name: str) -> str:
     for old, new in words.items():
         name = name.replace(f".{old}.", f".{new}.")
     return name
+
+
+_LLAMA_3 = {
+    "model.language_model.embed_tokens.": "token_embd.", "model.language_model.norm.": "output_norm.",
+    "model.language_model.layers.": "blk.", "lm_head.": "output.",
+    "model.visual.patch_embed.proj.": "v.patch_embd.", "model.visual.pos_embed.": "v.position_embd.",
+    "model.visual.blocks.": "v.blk.", "model.visual.merger.norm.": "v.post_ln.",
+    "model.visual.merger.linear_fc1.": "mm.0.", "model.visual.merger.linear_fc2.": "mm.2.",
+}  # fmt: skip
+_WORDS_3 = {
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "attn.qkv": "attn_qkv",
+    "attn.proj": "attn_out", "mlp.linear_fc1": "ffn_up", "mlp.linear_fc2": "ffn_down", "norm1": "ln1", "norm2": "ln2",
+}  # fmt: skip
+
+
+def llama_name_21(name: str) -> str:
+    """A tensor's name of Qwen3-VL-8B in llama.cpp; a merger is named by its layer of the vision tower, 8, 16 or 24."""
+    found = re.fullmatch(r"model\.visual\.deepstack_merger_list\.(\d)\.(?:linear_)?(.+)", name)
+    if found:
+        return f"v.deepstack.{8 * (int(found[1]) + 1)}.{found[2]}"
+    old = next(old for old in _LLAMA_3 if name.startswith(old))
+    name = _LLAMA_3[old] + name.removeprefix(old)
+    for words in (_WORDS_3, _LLAMA):
+        for long, short in words.items():
+            name = name.replace(f".{long}.", f".{short}.")
+    return name
+
+
+def fused_21(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """How ComfyUI names a transformer's tensors of Qwen-Image-2.1, and whose rows each has: the gate's come first."""
+    fused: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        gate = name.replace("img_mlp.proj.", "img_mlp.gate_layer.")
+        whole = gate.replace("img_mlp.gate_layer.", "img_mlp.gate_up.")
+        fused[whole] = (gate, gate.replace("gate_layer.", "proj.")) if "img_mlp.gate_up." in whole else (name,)
+    return fused

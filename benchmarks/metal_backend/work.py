@@ -16,7 +16,8 @@ from qwen_image_mlx.models.qwen_image import transformer, vae
 from qwen_image_mlx.models.qwen_image.config import TransformerConfig, VAEConfig
 from qwen_image_mlx.models.rotary import Rotary
 from qwen_image_mlx.pipeline import autoencode
-from qwen_image_mlx.sampling.denoise import Guidance, denoise
+from qwen_image_mlx.sampling.denoise import denoise
+from qwen_image_mlx.sampling.guidance import Guidance
 from qwen_image_mlx.sampling.schedule import Schedule
 from qwen_image_mlx.weights.synthetic import FULL
 
@@ -50,7 +51,7 @@ def forward(image: int, texts: Sequence[int], references: int = 0, blocks: int =
     shown = blank((1, references, config.dim), DTYPE) if references else None
     pace = Pace()
 
-    def step(latents: mx.array, _: int) -> list[mx.array]:
+    def step(latents: mx.array, _: int, __: int) -> list[mx.array]:
         return model.velocities(latents, prompts, modulation, tables, shown, on_layer=pace)
 
     guidance = GUIDANCE if len(texts) > 1 else None

@@ -7,16 +7,17 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import RequestError
 from ..options import options_of
 from ..pipeline.parameters import MAX_IMAGES, check_num_images, check_seed
 from ..pipeline.request import Request, build_request
 from ..runtime.options import OpenOptions
+from ..runtime.presets import yielding
 from ..runtime.ranks import current, said_rank
 from ..variants import ASPECT_SIZES
 from .config import configured
@@ -25,8 +26,12 @@ from .idle import warn_idle
 from .output import check_output
 from .words import RANDOM, filled, read_prompt
 
+if TYPE_CHECKING:
+    from ..runtime.batch import Asked
+
 logger: logging.Logger = logging.getLogger(__name__)
 
+SHEET = "contact-sheet.png"
 _MAX_BYTES = 64_000_000
 _KEYS = [row.name for row in rows().values() if row.line]
 
@@ -43,7 +48,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     for row in rows_of("generate"):
-        if row.name in given and (row.name in ("images", "from_image") or {"images", "mask"} & {*row.needs}):
+        if row.name in given and (row.name in ("images", "from_image", "pick") or {"images", "mask"} & {*row.needs}):
             raise RequestError(f"{row.flag} applies to one image: it cannot be combined with --prompts-file or --seeds")
     if ("prompt" in given) == ("prompts_file" in given):
         raise RequestError("give one source of prompts: PROMPT or --prompts-file")
@@ -89,15 +94,43 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         if not missing:
             if said_rank() == 0:
                 sweep_results(folder)
+                if "contact_sheet" in given:
+                    console.result(_save_sheet(asked, folder))
             return
         show = stack.enter_context(preview_file(folder / "qwen-image.png")) if "preview" in given else None
         for one, generated in generate_all(session, missing, show):
             metadata = {**generated.metadata, **provenance}
             written = save_png(generated.image, one.path, metadata)
             console.result(written, seed=metadata["seed"], index=metadata["image_index"], metadata=metadata)
+        if "contact_sheet" in given:
+            console.result(_save_sheet(asked, folder))
         if timings:
             console.close()
             logger.info("%s", timings.table())
+
+
+def _save_sheet(asked: Sequence[Asked], folder: Path) -> Path:
+    """Writes the contact sheet of a batch, with the records of its images, in the place of an earlier one."""
+    from ..files import replace_file
+    from ..images.files import encode_png, read_metadata
+    from ..images.sheet import MAX_IMAGES as MOST
+    from ..images.sheet import RECORDS, contact_sheet, thumbnail
+    from ..images.sources import open_rgba
+    from ..runtime.batch import finished_file
+
+    files = [file for one in asked[:MOST] if (file := finished_file(one)) is not None]
+    records = [read_metadata(file) for file in files]
+    prompts = {record.get("prompt") for record in records}
+    labels = [
+        f"seed {record.get('seed')}" + (f"  {record.get('prompt')!s:.24}" if len(prompts) > 1 else "")
+        for record in records
+    ]
+    sheet = contact_sheet([thumbnail(open_rgba(file)) for file in files], labels)
+    path = folder / SHEET
+    replace_file(path, encode_png(sheet, {RECORDS: records}))
+    if len(asked) > MOST:
+        logger.warning("the contact sheet shows the first %d of %d images", MOST, len(asked))
+    return path
 
 
 # Options of each line -------------------------------------------------------------------------------------------------
@@ -121,7 +154,7 @@ def _wanted(line: _Line, usual: Mapping[str, Any], given: Mapping[str, Any]) -> 
             if said["seed"] == RANDOM:
                 raise RequestError("seed is -1, a random one, which a second run would not find again; give a number")
             check_seed(said["seed"])
-        wanted = {**usual, **given, **said}
+        wanted = yielding({**usual, **given}, said) | said
         check_num_images(wanted.get("num_images", 1))
         sized = said if said.keys() & {"width", "height", "aspect"} else given
         size = _size(sized) or usual.get("aspect") or next(iter(ASPECT_SIZES))

@@ -103,10 +103,16 @@ def choose(arguments: argparse.Namespace, task: str) -> Choices:
         OutputError: the output cannot be written.
     """
     from ..images.files import check_text, read_metadata
+    from ..images.sheet import picked
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
-    metadata = read_metadata(given["from_image"]) if "from_image" in given else {}
+    metadata = (
+        picked(read_metadata(given["from_image"]), given.get("pick"), given["from_image"])
+        if ("from_image" in given)
+        else {}
+    )
+    _check_many(given)
     record = replayed(given["from_image"], metadata, given) if metadata else {}
     config = configured(arguments, task, metadata)
     options = {"seed": [RANDOM], **config, **record, **given}
@@ -123,6 +129,14 @@ def choose(arguments: argparse.Namespace, task: str) -> Choices:
     chosen = Choices(given, options, size, sources, draft, drawn, _layer(given, options, draft))
     _check_output(chosen)
     return chosen
+
+
+def _check_many(given: Mapping[str, Any]) -> None:
+    """Raises RequestError for flags that mean something for a contact sheet alone."""
+    if "pick" in given and "from_image" not in given:
+        raise RequestError("--pick needs --from-image with a contact sheet")
+    if "contact_sheet" in given:
+        raise RequestError("--contact-sheet shows many images: give --seeds or --prompts-file with it")
 
 
 def _layer(given: Mapping[str, Any], options: Mapping[str, Any], draft: Request) -> Path | None:
@@ -162,7 +176,7 @@ def _check_sources(given: Mapping[str, Any], sources: list[Any], task: str, repl
 def _check_needs(given: Mapping[str, Any], options: Mapping[str, Any], task: str, has_images: bool) -> None:
     """Raises RequestError for a flag whose image or mask is missing."""
     missing = {"images"} if not has_images else set()
-    missing |= {"mask"} - options.keys()
+    missing |= set() if {"mask", "outpaint"} & options.keys() else {"mask"}
     for need, why in (("images", ""), ("mask", ": without one an edit begins with noise alone")):
         for row in rows_of(task):
             if row.name in given and need in row.needs and need in missing:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import OutputError, RequestError
+from ..runtime.presets import GOVERNED
 from ..settings import SCHEMA, default_place, example_config, find_config, load_settings
 from .flags import add_option, rows
 from .results import json_text, print_table
@@ -102,4 +103,6 @@ def configured(arguments: argparse.Namespace, command: str, recorded: Mapping[st
     left = set(recorded)
     if getattr(arguments, "lightning", None):
         left |= {"steps", "cfg_scale"}
+    if getattr(arguments, "preset", None):
+        left |= GOVERNED
     return {name: value for name, value in said.items() if name not in left}

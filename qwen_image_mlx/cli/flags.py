@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
-from ..options import Choice, Option, Several, Switch, Text, by_name
+from ..names import LayersFormat
+from ..options import Choice, Group, Integer, Option, Several, Switch, Text, by_name, options_of
 from ..pipeline.parameters import CANVAS, IMAGE_COMMANDS
 from ..runtime.options import OPTIONS
 
@@ -19,6 +20,7 @@ _HEADINGS = {
     "size": "size",
     "sampling": "sampling",
     "image to image": "image to image and inpainting",
+    "control": "control by an image",
     "layers": "layers",
     "many": "many images",
     "model": "model",
@@ -44,6 +46,15 @@ _OWN = (
         help="generate one prompt or all prompts with each of these seeds, such as 1-20 or 1,5,9-12, into a folder",
     ),
     Option(
+        name="contact_sheet", kind=Switch(), group="many", commands=("generate",), flags=("--contact-sheet",),
+        help="with --seeds or --prompts-file, also show all images on one, contact-sheet.png, from which --from-image "
+        "and --pick generate one again",
+    ),
+    Option(
+        name="pick", kind=Integer(1), group="settings", commands=("generate",), flags=("--pick",), metavar="N",
+        help="with --from-image, the number of the image on a contact sheet",
+    ),
+    Option(
         name="force", kind=Switch(), group="memory", commands=IMAGE_COMMANDS, flags=("--force",),
         help="generate even if the plan does not fit in memory",
     ),
@@ -65,7 +76,7 @@ _OWN = (
     ),
     Option(
         name="format", kind=Text(), group="output", commands=("decompose",), flags=("--format",), metavar="F,F",
-        help="png, psd, ora, zip, pptx", usual="png",
+        help=", ".join(get_args(LayersFormat)), usual="png",
     ),
     Option(
         name="preview", kind=Switch(), group="output", commands=IMAGE_COMMANDS, flags=("--preview",),
@@ -166,6 +177,9 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
     """Adds one flag or one positional argument."""
     said: dict[str, Any] = {"help": _help(row), "default": None}
     kind = row.kind.kind if isinstance(row.kind, Several) else row.kind
+    if isinstance(kind, Group):
+        _add_group(place, row.name, kind)
+        return
     if isinstance(kind, Switch):
         said["action"] = "store_true"
     else:
@@ -173,6 +187,8 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
             said["action"] = "append"
         elif row.nargs:
             said["nargs"] = row.nargs
+            if row.bare is not None:
+                said["const"] = row.bare
         if row.metavar:
             said["metavar"] = row.metavar
         if isinstance(kind, Choice):
@@ -189,6 +205,35 @@ def add_option(place: argparse._ActionsContainer, row: Option) -> None:
         place.add_argument(*row.instead, dest=row.name, action=_Once, metavar=row.metavar, help="the same as a flag")
     else:
         place.add_argument(row.name, **said)
+
+
+def _add_group(place: argparse._ActionsContainer, name: str, kind: Group) -> None:
+    """Adds the flags of a group that may be repeated: the first begins one, the others belong to the one before."""
+    first, *_ = rows = [*options_of(kind.of)]
+    for row in rows:
+        said: dict[str, Any] = {"help": _help(row), "metavar": row.metavar}
+        if isinstance(row.kind, Choice):
+            said |= {"choices": row.kind.values}
+        elif row.kind.read:
+            said |= {"type": row.kind.read}
+        place.add_argument(*row.flags, dest=name, action=_Grouped, const=(first.flag, row.name), **said)
+
+
+class _Grouped(argparse.Action):
+    """Stores a value in the last object of a list; the group's first flag begins a new object."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        (first, name), groups = self.const, [*(getattr(namespace, self.dest, None) or ())]
+        if option_string == first:
+            groups.append({})
+        elif not groups:
+            parser.error(f"{option_string} belongs to a {first}, which is given before it")
+        elif name in groups[-1]:
+            parser.error(f"{option_string} is given twice for {groups[-1]['controlnet']}: repeat {first}")
+        else:
+            groups[-1] = {**groups[-1]}
+        groups[-1][name] = values
+        setattr(namespace, self.dest, groups)
 
 
 class _Once(argparse._StoreAction):

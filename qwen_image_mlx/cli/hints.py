@@ -8,6 +8,8 @@ from ..outside import one_line
 # By `QwenImageError.cause`.
 HINTS = {
     "budget": "try a smaller image or --quantize 4, or generate anyway with --force",
+    "prefix cache": "make the references smaller, as with --reference-pixels 262144, or give --no-prefix-cache, which "
+    "takes much more time",
     "residency": "try --memory auto or --quantize 4, or generate anyway with --force",
     "streamed quantization": "save the model quantized once (qwen-image-mlx quantize MODEL FOLDER --bits 4) and give "
     "--model FOLDER without --quantize, allow more memory, or leave --quantize out",
@@ -17,6 +19,12 @@ HINTS = {
     "lightning": "give one with --lora",
     "fault: memory": "--memory auto and --quantize 4 take less",
     "transparent": "leave --transparent out, or use Qwen/Qwen-Image-2.1",
+    "control image": "--control-image gives it",
+    "in-context": "give it with --lora",
+    "control mask": "--control-mask gives it",
+    "calibrate": "measure it once with qwen-image-mlx calibrate-cache, or choose first-block, easycache or taylorseer",
+    "few steps": "leave --step-cache out, or give --step-cache off",
+    "pick": "give --pick with its number",
     "ema": "give --full with it",
     "cut run": "--resume continues it",
     "no run": "leave --resume out",

@@ -25,8 +25,11 @@ from .signals import GaveUp, HungUp, Terminated, terminable
 # Modules next to this one, each imported after the handlers for Ctrl-C are in place.
 COMMANDS = (
     "generate", "edit", "decompose", "compose", "caption", "train", "quantize", "lora", "plan", "info", "config",
-    "serve", "doctor", "completion",
+    "calibrate-cache", "serve", "doctor", "completion",
 )  # fmt: skip
+
+
+_MODULES = {"calibrate-cache": "calibrate"}  # where they are not called as the command
 
 
 def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -39,7 +42,7 @@ def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwen-image-mlx {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in names:
-        module = import_module(f".{name}", __package__)
+        module = import_module(f".{_MODULES.get(name, name)}", __package__)
         module.add_parser(commands).set_defaults(run=module.run)
     return parser
 

@@ -11,6 +11,7 @@ from ..pipeline.parameters import GenerationParameters, check_size
 from ..pipeline.request import parsed_size
 from ..runtime.options import OPTIONS
 from ..runtime.ranks import current
+from ..sampling.choices import NO_CACHE, parse_cache
 from ..variants import DEFAULT_MODEL
 from .config import configured
 from .flags import add_options
@@ -91,19 +92,42 @@ def run(arguments: argparse.Namespace) -> None:
         return
     budget, model = session.memory.budget, session.pipeline.model
     licence = session.pipeline.variant.licence
+    presets = _presets(session, work)
     if arguments.json:
-        print(json_text({"licence": licence} | _facts(model, work, plans, budget)))
+        print(json_text({"licence": licence} | _facts(model, work, plans, budget) | {"presets": presets}))
         return
     quantized = f", --quantize {arguments.quantize}" if arguments.quantize else ""
     print(f"{model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "
           f"{budget / 1e9:.1f} GB may be used")  # fmt: skip
     print(f"licence of the released weights: {licence}")
     print(table_of(plans, budget))
+    print("\npreset    steps  passes  minutes on this machine (modelled; the passes of a step cache are an estimate)")
+    for one in presets:
+        minutes, cache = one["modelled_seconds"] / 60, f", {one['step_cache']}" if one["step_cache"] else ""
+        print(f"{one['preset']:8}  {one['steps']:5}  {one['passes']:6}  {minutes:7.1f}  {one['solver']}{cache}")
     for bits, plans in others:
         print(f"\nwith --quantize {bits}")
         print(table_of(plans, budget))
     if shared:
         print(f"\n{shared}")
+
+
+def _presets(session: Session, work: Work) -> list[dict[str, Any]]:
+    """What each preset takes: passes, and the seconds that the work of their transformer is modelled to take."""
+    from ..doctor.rates import product_rate
+    from ..runtime.presets import PRESETS
+
+    flop, rate = session.pass_flop(work), product_rate()
+    found = []
+    for name in PRESETS:
+        preset = session.preset(name)
+        passes = preset.passes(work.guided)
+        found.append({
+            "preset": name, "steps": preset.steps, "solver": preset.values.get("solver", "euler"),
+            "step_cache": preset.values.get("step_cache"), "passes": passes,
+            "modelled_seconds": round(passes * flop / rate, 1),
+        })  # fmt: skip
+    return found
 
 
 def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:
@@ -132,7 +156,14 @@ def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:
         width=size[0], height=size[1], frames=arguments.num_layers + 1 if variant.layered else 1,
         shown=(shown,) * references, encoded=shown[0] * shown[1] if references else 0,
         guided=variant.cfg_scale > 1, steps=variant.steps if arguments.steps is None else arguments.steps,
+        solver=arguments.solver or "euler", step_cache=_cache(arguments.step_cache),
+        keeps_prefix=not arguments.no_prefix_cache,
     )  # fmt: skip
+
+
+def _cache(text: str | None) -> str | None:
+    """A step cache that is one; raises RequestError."""
+    return None if text is None or parse_cache(text)[0] == NO_CACHE else text
 
 
 def _facts(model: str, work: Work, plans: list[MemoryPlan], budget: int) -> dict[str, Any]:

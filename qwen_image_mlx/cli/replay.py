@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..options import Choice, Several
+from ..options import Choice, Several, options_of
+from ..pipeline.control import Control
 from ..runtime.options import OPTIONS, recorded
+from ..runtime.presets import yielding
 
 # The keys that --from-image reads; the others are for people.
 _RECORDED = recorded("always", "started from", "set", "asked")
@@ -28,7 +30,9 @@ def replayed(path: str, metadata: Mapping[str, Any], given: Mapping[str, Any]) -
     found = _found_nearby(Path(path).parent, _checked(metadata))
     if "model" in given:  # values recorded for one model are wrong for another
         found = {name: value for name, value in found.items() if not OPTIONS[name].of_model}
-    return found
+    if "steps" in given:  # recorded noise levels are those of the recorded number
+        found.pop("sigmas", None)
+    return yielding(found, given)
 
 
 def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +52,10 @@ def _found_nearby(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
         nearby = folder / place
         return str(nearby) if nearby.exists() and not Path(place).exists() else place
 
-    def moved(name: str, value: str) -> str:
+    def moved(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            files = {row.name for row in options_of(Control) if row.place}
+            return {field: find(one) if field in files else one for field, one in value.items()}
         head, mark, tail = value.rpartition(_SUFFIXES[name]) if name in _SUFFIXES else (value, "", "")
         return f"{find(head)}{mark}{tail}"
 

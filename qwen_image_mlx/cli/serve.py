@@ -42,6 +42,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--model", "-m", help=f"model for generating: a directory or a Hugging Face id (default: {DEFAULT_MODEL})")
     add("--edit-model", metavar="MODEL", help=f"model for editing (default: {DEFAULT_EDIT_MODEL})")
     add("--layered-model", metavar="MODEL", help=f"model for decomposing (default: {DEFAULT_LAYERED_MODEL})")
+    add("--controlnet", action="append", default=[], metavar="REF", help="let requests use this ControlNet: a file, a "
+        "folder, owner/repo or owner/repo:file; they name it by the last part; repeat for more")  # fmt: skip
     add("--token-file", metavar="FILE", help="require the token in this file: Authorization: Bearer TOKEN")
     add("--allow-origin", action="append", default=[], metavar="O", help="let pages of a web origin use the "
         "server, such as https://example.org; repeat for more")  # fmt: skip
@@ -91,6 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         "memory": arguments.memory or settings["memory"],
         "idle_seconds": _seconds("--idle-unload", arguments.idle_unload),
         "is_own_host": own_hosts(arguments.host, [allowed_host(name) for name in arguments.allow_host]),
+        "controlnets": _controlnets(arguments.controlnet),
         "aliases": _aliases(arguments.alias),
         "token": token,
         "origins": arguments.allow_origin,
@@ -126,6 +129,17 @@ def _offer(arguments: argparse.Namespace, task: str, said: dict[str, Any]) -> di
         "quantize": arguments.quantize or said.get("quantize"),
         "loras": said.get("loras", []),
     }
+
+
+def _controlnets(given: list[str]) -> dict[str, str]:
+    """The references of ControlNets by the names that requests use: their last parts, without an ending."""
+    found: dict[str, str] = {}
+    for reference in given:
+        name = re.split(r"[/:]", reference.rstrip("/"))[-1].removesuffix(".safetensors")
+        if name in found:
+            raise RequestError(f"--controlnet has two of the name {name!r}: rename one")
+        found[name] = reference
+    return found
 
 
 def _check_local(task: str, model: str) -> None:

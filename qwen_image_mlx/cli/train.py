@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tqdm import tqdm
-
 from ..errors import RequestError
 from ..training.settings import SCHEDULES, TARGETS, TASKS, TIMESTEPS, WEIGHTINGS, TrainingSettings
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
@@ -18,6 +16,8 @@ from .flags import add_options
 from .signals import ENDS, handled
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from ..pipeline.progress import Progress
     from ..training.loop import StepResult
 
@@ -115,9 +115,10 @@ def run(arguments: argparse.Namespace) -> None:
             line.show(result)
 
         pipeline = Session.open(wanted, _DEFAULT_MODELS[kind], tell).pipeline
-        task = TASKS[pipeline.variant.task]
-        if given.get("task", task) != task:
-            raise RequestError(f"{pipeline.model} is trained for {task}, not for {given['task']}")
+        tasks = [TASKS[task] for task in pipeline.variant.tasks]
+        task = given.get("task", tasks[0])
+        if task not in tasks:
+            raise RequestError(f"{pipeline.model} is trained for {' or '.join(tasks)}, not for {task}")
         examples = _read(data, task)
         outcome = train(
             pipeline, examples, settings, folder, resume=arguments.resume,
@@ -146,6 +147,8 @@ class _LossLine:
 
     def show(self, result: StepResult) -> None:
         """After a step."""
+        from tqdm import tqdm
+
         if self._bar is None:
             self._bar = tqdm(total=self._steps, initial=result.step - 1, desc="train", unit="step", dynamic_ncols=True,
                              file=sys.stderr)  # fmt: skip

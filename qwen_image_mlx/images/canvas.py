@@ -7,6 +7,7 @@ get_crop_region and the resize modes "fill" and "crop" of diffusers' VaeImagePro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,9 @@ from ..variants import NAMED_SIZES
 from .geometry import Size, size_of_area
 
 Box = tuple[int, int, int, int]
+Sides = tuple[int, int, int, int]
+MAX_OUTPAINTED = 1 << 26  # pixels
+_MAX_SIDE = 16_384
 
 _ONE_MEGAPIXEL = 1024 * 1024
 _LANCZOS = Image.Resampling.LANCZOS
@@ -118,6 +122,43 @@ def plan_canvas(
     # A crop goes back into the whole image.
     result = source.size if size == "source" or box is not None else generated
     return Canvas(source, mask, generated, result, composite, box, straight)
+
+
+def outpainted(image: Image.Image, sides: Sides) -> tuple[Image.Image, Image.Image]:
+    """An image with room around it, filled with its edge's colours, and the mask that is white there.
+
+    Args:
+        image: RGB or RGBA.
+        sides: pixels to the left, above, to the right and below.
+
+    Raises:
+        RequestError: no side grows, or the result is too large.
+    """
+    left, top, right, bottom = sides
+    if not any(sides):
+        raise RequestError("outpainting by 0,0,0,0 adds nothing: give LEFT,TOP,RIGHT,BOTTOM in pixels")
+    width, height = image.width + left + right, image.height + top + bottom
+    if width * height > MAX_OUTPAINTED:
+        raise RequestError(f"outpainted, the image has {width}x{height} pixels; at most {MAX_OUTPAINTED:,} work")
+    around = ((top, bottom), (left, right), (0, 0))
+    wide = Image.fromarray(np.pad(np.asarray(image), around, mode="edge"))
+    mask = Image.new("L", wide.size, 255)
+    mask.paste(0, (left, top, left + image.width, top + image.height))
+    return wide, mask
+
+
+def parsed_sides(text: str | Sequence[int]) -> Sides:
+    """Pixels to the left, above, to the right and below, of "64,0,64,0" or four numbers; raises RequestError."""
+    parts = text.split(",") if isinstance(text, str) else [*text]
+    try:
+        sides = tuple(int(part) for part in parts)
+    except (TypeError, ValueError):
+        sides = ()
+    if len(sides) != 4 or not all(0 <= side <= _MAX_SIDE for side in sides):
+        raise RequestError(
+            f"outpaint is {text!r:.80}, but must be LEFT,TOP,RIGHT,BOTTOM in pixels, such as 256,0,256,0"
+        )
+    return sides[0], sides[1], sides[2], sides[3]
 
 
 def feathered(mask: Image.Image) -> Image.Image:

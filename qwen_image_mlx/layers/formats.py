@@ -1,7 +1,7 @@
 """Layers on disk: the table of formats, saving them together or not at all, loading by content.
 
-A format is a row of `FORMATS`; how each is written and read stands in layer_own.py and layer_psd.py. A
-folder of layers is written once and never over anything.
+A format is a row of `FORMATS`, and has a module of this room that writes and reads it. A folder of layers is written
+once and never over anything.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from ..errors import RequestError
 
-# module -> (package, our extra)
+# Module -> the package to install.
 _LIBRARIES = {"psd_tools": "psd-tools", "pptx": "python-pptx"}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import CheckpointError, some
 from ..weights.mapping import weights_map
+from ..weights.recognize import model_of, other_model, transformers
 from ..weights.safetensors_files import Tensor
 from .kinds import Shapes
 
@@ -74,7 +75,9 @@ def bind(path: Path, tensors: Mapping[str, Tensor], targets: Shapes) -> Binding:
             unmatched.append(name)
     for target in [target for target, roles in bound.items() if roles.keys() == {"alpha"}]:
         unmatched.append(bound.pop(target)["alpha"].name)  # harmless: nothing to scale
-    _check_model(path, list(tensors), unmatched, len(targets))
+    _check_model(path, list(tensors), unmatched, targets)
+    _check_width(path, bound, targets)
+    _check_whole(path, unmatched, pieces)
     return Binding(bound, tuple(sorted(counts, key=lambda dialect: -counts[dialect])), tuple(unmatched))
 
 
@@ -176,32 +179,61 @@ def _refuse(path: Path, name: str, suffix: str) -> None:
             )
 
 
-def _check_model(path: Path, names: list[str], unmatched: list[str], targets: int) -> None:
+def _own_model(targets: Shapes) -> str:
+    """The generation that the targets are a transformer's of."""
+    return model_of(f"{target}." for target in targets) or "this model"
+
+
+def _check_model(path: Path, names: list[str], unmatched: list[str], targets: Shapes) -> None:
     """Refuses a file that does not fit the model, saying which model it seems to be for."""
-    rules = weights_map("lora")
-    encoders = re.compile(rules["text_encoders"])
+    own, encoders = _own_model(targets), re.compile(weights_map("lora")["text_encoders"])
     foreign = [name for name in unmatched if not encoders.search(name)]
-    hits = ((model, name) for pattern, model in rules["other_models"] for name in foreign if re.search(pattern, name))
-    model, sample = next(hits, (None, None))
+    model, sample = other_model(own, foreign) or (None, None)
     if len(unmatched) < len(names):
         if model:  # blocks of another model are often named, and sometimes shaped, like ours
             raise CheckpointError(
                 f"{path} was made for {model}, although some of its names fit: it also has {sample}; "
-                "use a LoRA made for Qwen-Image"
+                f"use a LoRA made for {own}"
             )
         return
     if not names:
         raise CheckpointError(f"{path} holds no tensors: give a LoRA that was saved with some")
-    summary = f"none of its {len(names)} tensors belongs to one of the {targets} modules ({some(names)})"
+    summary = f"none of its {len(names)} tensors belongs to one of the {len(targets)} modules ({some(names)})"
     if model:
-        raise CheckpointError(f"{path} was made for {model}: {summary}; use a LoRA made for Qwen-Image")
+        raise CheckpointError(f"{path} was made for {model}: {summary}; use a LoRA made for {own}")
     if not foreign:
         raise CheckpointError(
             f"{path} changes only a text encoder: {summary}; Qwen-Image takes LoRAs of its transformer alone"
         )
     if not any(re.search(r"lora|lokr|hada|\.diff|\.alpha$|dora_scale", name) for name in names):
         raise CheckpointError(f"{path} is not a LoRA: {summary}; a whole model is given as the model")
-    raise CheckpointError(f"{path} was made for a different model: {summary}; use a LoRA made for Qwen-Image")
+    raise CheckpointError(f"{path} was made for a different model: {summary}; use a LoRA made for {own}")
+
+
+def _check_width(path: Path, bound: Mapping[str, Mapping[str, Tensor]], targets: Shapes) -> None:
+    """Refuses a file whose names are those of every generation, and whose width is another's."""
+    own = _own_model(targets)
+    widths = {rules["marks"]["width"]: rules["model"] for rules in transformers() if rules["model"] != own}
+    for target, roles in bound.items():
+        down = roles.get("down")
+        if down is None or len(down.shape) != 2 or ".attn." not in target:
+            continue
+        width, expected = down.shape[1], targets[target][-1]
+        if width != expected and width in widths:
+            raise CheckpointError(
+                f"{path} was made for {widths[width]}: {down.name} has {width} columns, and {target} has {expected}; "
+                f"use a LoRA made for {own}"
+            )
+
+
+def _check_whole(path: Path, unmatched: Iterable[str], places: Mapping[str, Any]) -> None:
+    """Refuses a file that replaces weights under their own names, and would be half applied without them."""
+    for name in unmatched:
+        if any(suffix == "weight" for _, suffix in _readings(name, places, {})):
+            raise CheckpointError(
+                f"{path} holds whole weights in addition to its changes ({name}), as distillations with an output "
+                "layer for each step do, which are not run here: use a LoRA of changes alone"
+            )
 
 
 def check_dtypes(path: Path, tensors: Mapping[str, Tensor], binding: Binding) -> None:

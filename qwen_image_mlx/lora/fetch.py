@@ -56,8 +56,8 @@ def read_adapters(
     )
     if distilled := adapters.distillation:
         logger.info(
-            "a distilled LoRA (by %s): %d steps, guidance %g and a static shift of %g unless told otherwise",
-            distilled.evidence, distilled.steps, distilled.cfg_scale, distilled.shift,
+            "a distilled LoRA (by %s): %d steps, guidance %g and %s unless told otherwise",
+            distilled.evidence, distilled.steps, distilled.cfg_scale, distilled.schedule,
         )  # fmt: skip
     return adapters
 
@@ -74,10 +74,16 @@ def split_reference(reference: LoRAReference) -> tuple[str, float]:
 
 
 def fetch_lora(reference: str, offline: bool = False, download: Progress | None = None) -> Path:
+    """The file or folder of a LoRA; as `fetch_file`."""
+    return fetch_file(reference, "LoRA", offline, download)
+
+
+def fetch_file(reference: str, what: str, offline: bool = False, download: Progress | None = None) -> Path:
     """The file or folder a reference leads to, downloaded if need be.
 
     Args:
         reference: without a strength.
+        what: how messages call it.
         offline: never ask the network.
         download: called with file, bytes done and bytes in all during a download.
 
@@ -85,12 +91,12 @@ def fetch_lora(reference: str, offline: bool = False, download: Progress | None 
         RequestError: the reference leads nowhere, or to several files.
         HubError: the file could not be downloaded.
     """
-    source = kind_of(reference)
+    source = kind_of(reference, what)
     if source.path is not None:
         return source.path
     assert source.repo is not None
     snapshot = HubSnapshot(source.repo, revision=source.revision, offline=offline, progress=download)
-    name = source.file or _only_file(snapshot, source.repo)
+    name = source.file or _only_file(snapshot, source.repo, what)
     folder, _, file = name.rpartition("/")
     settings = f"{folder}/adapter_config.json".lstrip("/")
     if file == "adapter_model.safetensors" and snapshot.exists(settings):
@@ -98,10 +104,10 @@ def fetch_lora(reference: str, offline: bool = False, download: Progress | None 
     return snapshot.file(name)
 
 
-def _only_file(snapshot: HubSnapshot, repo: str) -> str:
+def _only_file(snapshot: HubSnapshot, repo: str, what: str) -> str:
     names = [name for name in snapshot.names("") if name.endswith(SUFFIX)]
     if len(names) != 1:
-        found = f"{len(names)} LoRA files: {', '.join(names)}" if names else f"no {SUFFIX} file"
+        found = f"{len(names)} {what} files: {', '.join(names)}" if names else f"no {SUFFIX} file"
         example = names[0] if names else f"folder/file{SUFFIX}"
         raise RequestError(f"{repo} holds {found}; name one as in {repo}:{example}")
     return names[0]

@@ -65,10 +65,10 @@ def _nonempty(reference: str, text: str) -> str:
     return reference
 
 
-def kind_of(reference: str) -> Source:
+def kind_of(reference: str, what: str = "LoRA") -> Source:
     """Where a reference leads.
 
-    What exists on disk wins over a repository of the same name.
+    What exists on disk wins over a repository of the same name; messages call the reference `what`.
 
     Raises:
         RequestError: it has none of the forms, or is an address of something other than a file.
@@ -82,7 +82,7 @@ def kind_of(reference: str) -> Source:
         raise RequestError(f"the file {reference} does not exist: give {_FORMS}")
     if match := _REPO.fullmatch(reference):
         return Source(repo=match[1], file=_inner_file(reference, match[2]) if match[2] else None)
-    raise RequestError(f"the LoRA {reference!r} was not found: give {_FORMS}")
+    raise RequestError(f"the {what} {reference!r} was not found: give {_FORMS}")
 
 
 def _from_address(reference: str) -> Source:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import mlx.core as mx
 
 from .layers import ATTENTION_FLOP
 
 _ROWS = 64  # queries that Metal's attention kernels treat together, in multiples
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of one layer for the preceding tokens; mlx-lm's caches implement it."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Adds those of new tokens (B, heads, L, head_dim) and returns all (B, heads, S, head_dim)."""
+
+
+Caches = Sequence[KeyValueCache | None]
 
 
 def causal_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:

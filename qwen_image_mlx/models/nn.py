@@ -4,6 +4,7 @@
 """
 
 from mlx.nn.layers.activations import GELU as GELU
+from mlx.nn.layers.activations import gelu as gelu
 from mlx.nn.layers.activations import silu as silu
 from mlx.nn.layers.base import Module as Module
 from mlx.nn.layers.convolution import Conv2d as Conv2d

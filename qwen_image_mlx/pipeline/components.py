@@ -30,6 +30,7 @@ from ..registry import (
     TRANSFORMER,
     VAE,
     VISION,
+    Class,
     Component,
     Network,
     components_of,
@@ -43,6 +44,7 @@ from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, show
 from ..weights.recognize import holds
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
+from .progress import Passes
 from .sources import CONFIG, Sources
 
 if TYPE_CHECKING:
@@ -74,7 +76,10 @@ class Components:
     Attributes:
         variant: the variant of its pipeline class.
         rows: the registry's rows of its classes, by role.
+        controls: the classes of the ControlNets that were opened, by role.
+        references: the roles of the ControlNets that were opened, by reference.
         kept: results of a denoiser for later images with the same conditions; released with the transformer.
+        passes: the passes of the last image.
         placement: which LoRAs were merged when the transformer was last loaded; None without LoRAs.
         relay: what connects the transformer's blocks here with those that run elsewhere; None if all run here.
     """
@@ -105,12 +110,15 @@ class Components:
         self.relay: Relay | None = None
         self._loaded: dict[str, Any] = {}
         self.kept: dict[str, Any] = {}
+        self.passes: Passes = Passes()
         self._weights: dict[str, ComponentWeights] = {}
         self.sources: Sources = Sources(snapshot, replaced)
         self.variant: Variant = variant_of(self.sources.index, snapshot.model)
         self.rows: dict[str, Component] = components_of(self.variant.classes)
         self._networks = {net.name: (row, net) for row in self.rows.values() for net in row.networks}
         self._configs: dict[str, Any] = {}
+        self.controls: dict[str, Class] = {}
+        self.references: dict[str, str] = {}
         for name in self.quantization.components:
             if name not in (TRANSFORMER, *self.encoders):
                 raise RequestError(f"{snapshot.model} has no {name} that could be quantized")
@@ -164,6 +172,37 @@ class Components:
     def use_of(self, folder: str) -> Any:
         """The code that works with the class of a folder: `registry.Class.use`."""
         return resolve(CLASSES[self.variant.classes[folder]].use)
+
+    def add_control(self, role: str, entry: Class, config: Any, place: Path) -> None:
+        """Adds a ControlNet as a component; a fault leaves nothing of it.
+
+        Args:
+            role: its name from now on.
+            entry: its class.
+            config: its config.
+            place: its file or folder.
+
+        Raises:
+            CheckpointError: the weights do not fit the config.
+        """
+        (row,) = entry.components
+        row = replace(row, role=role, networks=tuple(net._replace(name=role) for net in row.networks))
+        self.sources.add(role, place)
+        self._weights[role] = ComponentWeights(row, config, self._files(row).tensors, row.parts)
+        self.rows[role], self._configs[role], self.controls[role] = row, config, entry
+        self._networks |= {net.name: (row, net) for net in row.networks}
+
+    def control(self, role: str) -> Any:
+        """The code that works with a ControlNet: `registry.Class.use`."""
+        return resolve(self.controls[role].use)
+
+    def streams(self, role: str) -> bool:
+        """Whether a component's layers are read at each pass."""
+        return (self.rows[role].like or role) in self.streamed
+
+    def pace(self, role: str) -> Pace:
+        """The `on_layer` argument of a network that runs inside another one's pass."""
+        return Pace(unfinished=1 if self.streams(role) else 2)
 
     def depth(self, role: str) -> int:
         """How many layers of a component run here."""
@@ -298,6 +337,7 @@ class Components:
         """Frees the memory of components; those not loaded are skipped."""
         if TRANSFORMER in names:
             self.kept.clear()
+            names = (*names, *self.controls)
         if [self._loaded.pop(name) for name in names if name in self._loaded]:
             mx.clear_cache()
 
@@ -399,12 +439,12 @@ class Components:
         if row.role == TRANSFORMER:
             self._check_adapters(self.adapters)
             adapters = self.adapters
-        scheme, weights = getattr(self.quantization, row.role, None), self.weights(row.role)
+        scheme, weights = getattr(self.quantization, row.like or row.role, None), self.weights(row.role)
         if row.role == TRANSFORMER and self.relay is not None:
             layers = getattr(module, row.layers)
             layers[:] = [layer if n in self.relay.blocks else nn.Identity() for n, layer in enumerate(layers)]
             module.relay = self.relay
-        if row.role in self.streamed:
+        if self.streams(row.role):
             from ..weights.streaming import stream_module  # here: most runs stream nothing
 
             return stream_module(module, weights, network.part, dtype, scheme, adapters)

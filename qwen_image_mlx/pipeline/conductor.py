@@ -19,16 +19,19 @@ from ..images.pixels import opaque_as_rgb, to_images
 from ..names import CaptionLanguage
 from ..registry import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE_DECODER, VAE_ENCODER, VISION
 from ..variants import Variant
+from .advice import advise
 from .conditioning import EncodingModel, Encodings, GuidanceEncoding, InitialImage
 from .metadata import Described, describe
 from .parameters import GenerationParameters, check_fits
 from .progress import ProgressCallback
 from .request import Request
+from .seams import ControlInput
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..images.geometry import Size
+    from .control import Control
     from .decomposition import LayeredResult
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -66,9 +69,17 @@ class Conducted(Described, EncodingModel, Protocol):
     ) -> InitialImage:
         """Encodes an image to start from."""
 
+    def open_controls(self, controls: Sequence[Control]) -> tuple[str, ...]:
+        """Fetches and checks ControlNets and their images."""
+
+    def encode_controls(
+        self, controls: Sequence[Control], size: Size, *, progress: ProgressCallback | None
+    ) -> tuple[ControlInput, ...]:
+        """Opens ControlNets and encodes their images."""
+
     def denoise_latents(
         self, parameters: GenerationParameters, encoding: GuidanceEncoding, *, seed: int, image_index: int,
-        initial: InitialImage | None, progress: ProgressCallback | None,
+        initial: InitialImage | None, controls: Sequence[ControlInput], progress: ProgressCallback | None,
     ) -> mx.array:  # fmt: skip
         """Clean latents."""
 
@@ -111,19 +122,15 @@ def generate(
         release_encoders: whether encoders are released before the first image.
         release_transformer: whether the transformer is released before the last image is decoded.
     """
-    if not request.prompt.strip():
-        logger.warning("the prompt is empty: the model generates whatever it likes")
-    if len(request.images) > 2 and not pipeline.variant.keeps_references:
-        logger.warning(
-            "%d reference images are given, each as costly in every step as a target of its size; fewer reference "
-            "pixels make them cheaper",
-            len(request.images),
-        )
+    advise(request, pipeline.variant)
     encoding = encoded(pipeline, request, progress, cache)
     initial = encode_canvas(pipeline, request, progress)
+    controls = encode_controls(pipeline, request, progress)
     if release_encoders:
         pipeline.release_encoders()
-    for image, seed, index in generate_encoded(pipeline, request, encoding, initial, progress, release_transformer):
+    for image, seed, index in generate_encoded(
+        pipeline, request, encoding, initial, progress, release_transformer, controls
+    ):
         yield GeneratedImage(image, describe(pipeline, request, encoding, seed, index))
 
 
@@ -167,6 +174,8 @@ def encoded(
     """
     check_fits(request.parameters, pipeline.variant)
     pipeline.prepare()
+    if request.controls:
+        pipeline.open_controls(request.steering)
     encoding = cache.get(pipeline, request) if cache else None
     if encoding is None:
         encoding = encode_request(pipeline, request, progress)
@@ -193,7 +202,7 @@ def encode_request(pipeline: Conducted, request: Request, progress: ProgressCall
     return pipeline.encode_guidance_prompts(
         prompt,
         request.guiding_prompt,
-        images=request.images,
+        images=request.shown,
         reference_pixels=request.reference_pixels,
         progress=progress,
     )
@@ -215,6 +224,16 @@ def encode_canvas(
     return pipeline.encode_initial_image(image, canvas.size, mask, progress=progress)
 
 
+def encode_controls(
+    pipeline: Conducted, request: Request, progress: ProgressCallback | None = None
+) -> tuple[ControlInput, ...]:
+    """Encodes the images of a request's controls."""
+    if not request.controls:
+        return ()
+    size = request.parameters.width, request.parameters.height
+    return pipeline.encode_controls(request.steering, size, progress=progress)
+
+
 def generate_encoded(
     pipeline: Conducted,
     request: Request,
@@ -222,13 +241,15 @@ def generate_encoded(
     initial: InitialImage | None,
     progress: ProgressCallback | None = None,
     release_transformer: bool = False,
+    controls: Sequence[ControlInput] = (),
 ) -> Iterator[tuple[Image, int, int]]:
     """Yields a request's images, (image, seed, index) each; may drop the transformer before the last is decoded."""
     draws = list(product(request.seeds, request.image_indices))
     for seed, index in draws:
         latents = pipeline.denoise_latents(
-            request.parameters, encoding, seed=seed, image_index=index, initial=initial, progress=progress
-        )
+            request.parameters, encoding, seed=seed, image_index=index, initial=initial, controls=controls,
+            progress=progress,
+        )  # fmt: skip
         if release_transformer and (seed, index) == draws[-1]:
             pipeline.release_transformer()
         for frame in pipeline.decode_frames(request.parameters, latents, progress=progress):

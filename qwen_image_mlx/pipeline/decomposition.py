@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..images.canvas import plan_canvas
 from ..images.pixels import on_white
-from ..images.sources import check_visible
+from ..images.sources import ImageSource, check_visible, open_rgba
 from ..layers.formats import save_layers
 from ..layers.stack import Layer, LayerStack, composite, psnr
 from ..names import CaptionLanguage, LayersFormat, LayersSize, Rng, StrPath
@@ -92,12 +92,15 @@ def layers_request(
     cfg_normalize: bool = False,
     caption_language: CaptionLanguage = "en",
     rng: Rng = RNGS[0],
+    layer_prompt: str | None = None,
+    layer_mask: ImageSource | None = None,
 ) -> Request:
     """A request that decomposes an image. The arguments and their meaning are those of `QwenImagePipeline.decompose`;
     this function has the defaults for all front ends.
 
     Args:
         resolutions: the model's resolutions, the default first.
+        layer_prompt, layer_mask: what one layer shows, in words or as a mask; then only this layer is generated.
         sampling: fields of `GenerationParameters`, such as steps, guidance, shift; they override the defaults.
 
     Raises:
@@ -116,6 +119,19 @@ def layers_request(
             f"the prompt is {prompt!r:.80}, but must be a string; an empty one makes the model write a caption"
         )
     check_visible(image)
+    single = layer_prompt is not None or layer_mask is not None
+    if layer_prompt is not None:
+        if prompt.strip():
+            raise RequestError("give a prompt for the whole image, or one for a layer, not both")
+        if not layer_prompt.strip():
+            raise RequestError("the layer's prompt is empty: say what the layer shows")
+        prompt = layer_prompt
+    mask = None if layer_mask is None else open_rgba(layer_mask)
+    if mask is not None and mask.size != image.size:
+        raise RequestError(
+            f"the layer's mask has {mask.width}x{mask.height} pixels, but the image {image.width}x{image.height}; "
+            "make them equal"
+        )
     canvas = plan_canvas(image, size="source" if size == "source" else None, area=resolution**2)
     return Request(
         prompt=prompt,
@@ -124,7 +140,8 @@ def layers_request(
             **{
                 "width": canvas.size[0],
                 "height": canvas.size[1],
-                "num_layers": num_layers,
+                "num_layers": 1 if single else num_layers,
+                "single_layer": single,
                 "cfg_normalize": cfg_normalize,
                 "rng": rng,
                 **sampling,
@@ -132,6 +149,7 @@ def layers_request(
         ),
         seeds=(seed,),
         images=(image,),
+        layer_mask=mask,
         canvas=canvas,
         reference_pixels=resolution**2,
         caption_language=caption_language,

@@ -7,32 +7,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import QwenImageError, RequestError
 from ..gpu import all_finite
-from ..registry import TRANSFORMER, VAE, VAE_DECODER
-from ..sampling.denoise import Guidance, denoise
+from ..registry import IN_CONTEXT, TRANSFORMER, VAE, VAE_DECODER
+from ..sampling.choices import parse_interval
+from ..sampling.denoise import denoise
+from ..sampling.guidance import Guidance
 from ..sampling.schedule import Schedule, exponential_mu, make_schedule, root_mu, static_shift, uniform_sigmas
-from ..sampling.solvers import EULER, Solver
+from ..sampling.solvers import SOLVERS
 from .autoencode import decode, strips_of
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage, Reference
 from .parameters import GenerationParameters, check_fits
-from .progress import Progress, ProgressCallback
+from .progress import Passes, Progress, ProgressCallback
 from .reporter import Reporter
-from .seams import Conditions, DenoiserClass
+from .seams import Conditions, ControlInput, Denoiser, DenoiserClass
 from .start import Start, draw_start
 from .working import working
+
+if TYPE_CHECKING:
+    from .step_cache import CachedDenoiser
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
 def frames_of(components: Components, parameters: GenerationParameters) -> int:
     """Number of images generated together: 1, or the whole image and its layers with a layered model."""
-    return parameters.num_layers + 1 if components.variant.layered else 1
+    return parameters.num_layers + 1 if components.variant.layered and not parameters.single_layer else 1
 
 
 def denoise_latents(
@@ -46,8 +53,8 @@ def denoise_latents(
     image_index: int,
     latents: mx.array | np.ndarray | None,
     initial: InitialImage | None,
+    controls: Sequence[ControlInput] = (),
     progress: ProgressCallback | None,
-    solver: Solver = EULER,
 ) -> mx.array:
     """The work of `QwenImagePipeline.denoise_latents`; its arguments and errors, and:
 
@@ -55,11 +62,10 @@ def denoise_latents(
         components: the checkpoint's parts.
         make_denoiser: makes the `Denoiser` of the image.
         report: receives progress.
-        solver: turns velocities into steps.
     """
-    variant, space = components.variant, components.latent_space
+    variant, space, solver = components.variant, components.latent_space, SOLVERS[parameters.solver]
     check_fits(parameters, variant)
-    _check_encoding(components, encoding, initial)
+    _check_encoding(components, encoding, initial, parameters.single_layer)
     rows, columns = space.grid(parameters.width, parameters.height)
     schedule = schedule_of(components, parameters, rows * columns, encoding.references)
     start = _start(components, parameters, schedule, seed, image_index, latents, initial)
@@ -67,6 +73,7 @@ def denoise_latents(
     if start.blended and variant.samples_references:
         assert start.image is not None
         references = (Reference(start.image, rows, columns),)
+    references += tuple(Reference(c.tokens, rows, columns) for c in controls if c.role == IN_CONTEXT)
     negative = encoding.negative if parameters.cfg_scale > 1 else None
     if parameters.cfg_scale > 1 and negative is None:
         logger.warning("guidance %g has no effect: the encoding has no negative prompt", parameters.cfg_scale)
@@ -77,26 +84,59 @@ def denoise_latents(
         rows=rows,
         columns=columns,
         sigmas=solver.evaluations(start.schedule),
+        controls=tuple(control for control in controls if control.role != IN_CONTEXT),
+        keeps_prefix=not parameters.no_prefix_cache,
     )
     make_denoiser.check(components, conditions)
 
-    renormalize = variant.renormalize if parameters.cfg_normalize is None else parameters.cfg_normalize
+    guidance = None if negative is None else _guidance(components, parameters)
     steps, sigmas = start.schedule.num_steps, start.schedule.sigmas
+    cache: CachedDenoiser | None = None
+    if parameters.step_cache:
+        from .step_cache import cache_of  # here: most runs have no step cache
+
+        cache_of(components, parameters.step_cache, steps)  # its faults, before anything is loaded
+    run = 0
     with working(components, report, progress):
-        denoiser = make_denoiser(components, conditions, report)
+        denoiser: Denoiser = make_denoiser(components, conditions, report)
+        if parameters.step_cache:
+            from .step_cache import cached
+
+            denoiser = cache = cached(
+                denoiser, components, parameters.step_cache, evaluations=conditions.sigmas, steps=steps,
+                all_steps=schedule.num_steps,
+            )  # fmt: skip
         report(Progress("denoise", 0, steps, sigma=float(sigmas[0]), latents=start.latents))
         with components.passing(TRANSFORMER) as pace:
+
+            def velocities(latents: mx.array, evaluation: int, branches: int) -> Sequence[mx.array]:
+                nonlocal run
+                run += branches
+                pace.begin()
+                return denoiser.velocities(latents, evaluation, pace, branches)
+
             result = denoise(
-                lambda x, evaluation: denoiser.velocities(x, evaluation, pace),
+                velocities,
                 start.latents,
                 start.schedule,
-                None if negative is None else Guidance(parameters.cfg_scale, renormalize),
+                guidance,
                 lambda n, step: report(
-                    Progress("denoise", n, steps, sigma=float(sigmas[n]), latents=step.latents, denoised=step.denoised)
+                    Progress(
+                        "denoise",
+                        n,
+                        steps,
+                        sigma=float(sigmas[n]),
+                        latents=step.latents,
+                        denoised=step.denoised,
+                        skipped=cache.skipped if cache else 0,
+                    )
                 ),
                 start.blend if start.blended else None,
                 solver,
+                start.draw,
             )
+    skipped = cache.skipped if cache else 0
+    components.passes = Passes(run - skipped, skipped)
     if not all_finite(result):
         raise QwenImageError("the generated latents are not finite: try the dtype bfloat16, or check the weights")
     return result
@@ -113,7 +153,7 @@ def decode_frames(
     """The work of `QwenImagePipeline.decode_frames`, at most `strip_pixels` pixels at once."""
     frames = frames_of(components, parameters)
     unpacked = components.latent_space.unpack_frames(latents, frames, parameters.width, parameters.height)[0]
-    first = 1 if components.variant.layered else 0
+    first = 1 if frames > 1 else 0
     strips = strips_of(parameters.width * parameters.height, strip_pixels)
     for n in range(first, frames):
         with working(components, report, progress):
@@ -132,6 +172,8 @@ def schedule_of(
     config = components.scheduler_config
     if parameters.shift is not None:
         config = static_shift(config, parameters.shift)
+    if not parameters.stretch:
+        config = replace(config, shift_terminal=0.0)
     sigmas = parameters.sigmas or components.variant.sigmas or uniform_sigmas(parameters.num_inference_steps)
     if components.variant.shift_by_root:
         mu = root_mu(references[0].height * references[0].width)
@@ -140,16 +182,25 @@ def schedule_of(
     return make_schedule(config, sigmas, mu)
 
 
-def _check_encoding(components: Components, encoding: GuidanceEncoding, initial: InitialImage | None) -> None:
+def _guidance(components: Components, parameters: GenerationParameters) -> Guidance:
+    """How the two velocities of a step are combined."""
+    renormalize = components.variant.renormalize if parameters.cfg_normalize is None else parameters.cfg_normalize
+    interval = parse_interval(parameters.guidance_interval) if parameters.guidance_interval else (0.0, 1.0)
+    return Guidance(parameters.cfg_scale, renormalize, interval, parameters.cfg_zero_star, parameters.apg)
+
+
+def _check_encoding(
+    components: Components, encoding: GuidanceEncoding, initial: InitialImage | None, single_layer: bool
+) -> None:
     """Raises RequestError for an encoding of a different kind of model."""
     variant, model = components.variant, components.snapshot.model
     if not variant.takes_images if encoding.references else variant.needs_images:
         kinds = ("works on images", "none") if variant.takes_images else ("generates from text", "images")
         raise RequestError("{} {}; the encoding holds {}".format(model, *kinds))
-    if variant.max_images is not None and len(encoding.references) > variant.max_images:
+    most = 1 if variant.layered and not single_layer else variant.max_images  # a layer's mask is a second image
+    if most is not None and len(encoding.references) > most:
         raise RequestError(
-            f"{model} works on at most {variant.max_images} image{'s' * (variant.max_images > 1)}, "
-            f"but the encoding has {len(encoding.references)}"
+            f"{model} works on at most {most} image{'s' * (most > 1)}, but the encoding has {len(encoding.references)}"
         )
     if variant.layered and initial is not None:
         raise RequestError(f"{model} decomposes an image; it does not change one")

@@ -13,12 +13,22 @@ from ..errors import CheckpointError
 from ..lora.description import describe
 from ..lora.file import LoRA, read_lora
 from ..outside import one_line
-from ..registry import TEXT_ENCODER, TRANSFORMER, VISION, all_components
+from ..registry import CONTROLS, TEXT_ENCODER, TRANSFORMER, VISION, all_components
+from ..weights import int8
 from ..weights.gguf import read_gguf
 from ..weights.loader import ComponentWeights
 from ..weights.mapping import canonical_names, matrix_shapes, shown_settings, weights_map
-from ..weights.recognize import component_of_names, foreign_format, holds, kinds_of, shard_of, unreadable
-from ..weights.safetensors_files import Tensor, is_gguf
+from ..weights.recognize import (
+    component_of_names,
+    family_of,
+    foreign_format,
+    holds,
+    kinds_of,
+    model_of,
+    shard_of,
+    unreadable,
+)
+from ..weights.safetensors_files import Tensor, is_gguf, read_header
 from ..weights.snapshot import DEMO_ROOT, weight_file
 
 
@@ -28,12 +38,12 @@ class FileReport:
 
     Attributes:
         path: the file.
-        kind: one of `FOLDERS`, several of these, or "LoRA".
+        kind: one of `FOLDERS`, several of these, "ControlNet" or "LoRA".
         tensors: the number of tensors.
         file_bytes: bytes of their data.
         forms: bytes by storage format.
         facts: further facts, by label.
-        resident_bytes: bytes in memory after loading in bf16 (an autoencoder in fp32); None for a LoRA, and for a
+        resident_bytes: bytes in memory after loading in bf16 (an autoencoder in fp32); None for the last two, and for a
             component of a size that no released model has.
     """
 
@@ -59,6 +69,11 @@ def identify(path: Path) -> FileReport:
         forms[tensor.dtype] = forms.get(tensor.dtype, 0) + tensor.nbytes
     forms = dict(sorted(forms.items(), key=lambda form: -form[1]))
     total, flags = sum(forms.values()), weights_map("files")["flags"]
+    if family := family_of(tensors):
+        facts = {"made for": CONTROLS[family].title, "taken by": flags["ControlNet"]}
+        if form := foreign_format(tensors):
+            facts |= {"format": form, "cannot be used": unreadable(tensors) or ""}
+        return FileReport(str(path), "ControlNet", len(tensors), total, forms, facts)
     if parts := kinds_of(tensors):
         facts, kind = _facts(path, parts), ", ".join(parts)
         sizes = [_resident_bytes(own) for own in parts.values()]
@@ -81,23 +96,23 @@ def identify(path: Path) -> FileReport:
 
 
 def read_known_lora(path: Path, strength: float = 1.0) -> tuple[LoRA, str]:
-    """A LoRA for the released or the demo models, and which of the two.
+    """A LoRA for the released models of some generation or for the demo models, and which of them.
 
     Raises:
         RequestError: the file does not exist.
         CheckpointError: it is damaged, or not a LoRA for the released models.
     """
-    transformer = next(all_components(TRANSFORMER))
-    try:
-        return read_lora(path, matrix_shapes(transformer, transformer.released), strength), "the released models"
-    except CheckpointError:
-        config = json.loads((DEMO_ROOT / "shared/transformer/config.json").read_bytes())
+    first, *others = all_components(TRANSFORMER)
+    demo = first.config.from_dict(json.loads((DEMO_ROOT / "shared/transformer/config.json").read_bytes()))
+    known = [(row, row.released, f"the released models of {weights_map(row.map)['model']}") for row in (first, *others)]
+    faults: dict[str, CheckpointError] = {}
+    for row, config, models in [*known, (first, demo, "the demo models")]:
         try:
-            demo = transformer.config.from_dict(config)
-            return read_lora(path, matrix_shapes(transformer, demo), strength), "the demo models"
-        except CheckpointError:
-            pass
-        raise
+            return read_lora(path, matrix_shapes(row, config), strength), models
+        except CheckpointError as error:
+            faults.setdefault(weights_map(row.map)["model"], error)
+    own = model_of(read_header(path)[0]) if path.is_file() else None
+    raise faults.get(own or "", next(iter(faults.values())))
 
 
 def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
@@ -108,11 +123,14 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
         component = component_of_names(tensors)
         assert component is not None  # `kinds_of` found its kind
         names = set(canonical_names(component, tensors).values())
+        facts["generation"] = weights_map(component.map)["model"]
         facts |= dict(said for name, said in weights_map(component.map).get("facts", {}).items() if name in names)
         if kind == TEXT_ENCODER:
             facts["vision tower"] = "yes" if any(holds(row, tensors) for row in all_components(VISION)) else "no"
             if not holds(component, tensors):
                 facts["language model"] = "no: put this file next to the text encoder's"
+        if held := sorted({name for name in int8.formats(tensors) if name.startswith("int8")}):
+            facts["stored as"] = ", ".join(held)
         if form := foreign_format(tensors):
             facts |= {"format": form, "cannot be used": unreadable(tensors) or ""}
     if is_gguf(path):

@@ -65,6 +65,12 @@ def describe(
         **{name: str(parts.sources.replaced.get(name, "")) or None for name in FOLDERS},
         "version": __version__,
     }
+    if request.controls:  # absent where there are none: files of batches are named by all that is here
+        metadata["controls"] = [control.recorded() for control in request.controls]
+    if request.preset is not None:
+        metadata["preset"] = request.preset
+    if encoding is not None and parameters.step_cache:
+        metadata["passes"] = parts.passes._asdict()
     if pipeline.variant.layered:
         assert request.reference_pixels is not None
         metadata |= parameters.recorded("layered") | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..names import Dtype, LoRAMode, StrPath
+from ..registry import TRANSFORMER
 from ..weights.schemes import Quantization
 from ..weights.snapshot import HubSnapshot
 from .components import Components
@@ -20,7 +22,11 @@ from .reporter import Reporter
 
 if TYPE_CHECKING:
     from ..lora.adapters import Adapters
+    from ..lora.distillations import Distillation
     from ..lora.fetch import LoRAReference
+
+
+_DISTILLED = re.compile(r"distill|rapid[-_]?aio", re.IGNORECASE)  # names of whole models that may be a family's
 
 
 def open_components(
@@ -77,12 +83,34 @@ def replace_loras(components: Components, report: Reporter, loras: Sequence[LoRA
     components.replace_adapters(adapters)
 
 
-def recommended_of(components: Components) -> Recommended:
-    """The recommended sampling of a checkpoint: its model card's, or a distilled LoRA's."""
-    distilled = components.adapters.distillation if components.adapters else None
+def recommended_of(components: Components, steps: int | None = None) -> Recommended:
+    """The recommended sampling of a checkpoint, its model card's or a distilled LoRA's; for some steps if given."""
+    distilled = distillation(components)
     if distilled is None:
-        return Recommended(components.variant.steps, components.variant.cfg_scale, None)
-    return Recommended(distilled.steps, distilled.cfg_scale, distilled.shift)
+        variant = components.variant
+        return Recommended(variant.steps if steps is None else steps, variant.cfg_scale, None, None, True)
+    found = distilled.at(steps)
+    return Recommended(found.steps, found.cfg_scale, found.static_shift, found.sigmas, found.stretch)
+
+
+def is_distilled(components: Components) -> bool:
+    """Whether a checkpoint, or one of its LoRAs, was trained for a few steps of its own."""
+    return bool(components.variant.sigmas) or distillation(components) is not None
+
+
+def distillation(components: Components) -> Distillation | None:
+    """How a checkpoint is sampled that, or a LoRA on which, was distilled; None for all others.
+
+    A LoRA knows by itself. A whole model, or a file in place of its transformer, is known by its name.
+    """
+    if components.adapters and components.adapters.distillation:
+        return components.adapters.distillation
+    names = [str(components.snapshot.model), str(components.sources.replaced.get(TRANSFORMER, ""))]
+    if not any(map(_DISTILLED.search, names)):
+        return None
+    from ..lora.distillations import named_distillation  # here: most models are not distilled
+
+    return next(filter(None, map(named_distillation, names)), None)
 
 
 def _lora_reader(

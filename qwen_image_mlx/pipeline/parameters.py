@@ -11,8 +11,19 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import RequestError
-from ..names import Dtype, Rng
-from ..options import Choice, Config, Integer, Number, Several, Switch, option, options_of
+from ..names import Dtype, Rng, SolverName
+from ..options import Choice, Config, Integer, Number, Parsed, Several, Switch, option, options_of
+from ..sampling.choices import (
+    CACHE_NAMES,
+    CACHE_WORDS,
+    INTERVAL_WORDS,
+    NO_CACHE,
+    SOLVER_NAMES,
+    check_cache,
+    check_guidance,
+    parse_cache,
+    parse_interval,
+)
 
 if TYPE_CHECKING:
     from ..variants import Variant
@@ -47,11 +58,15 @@ class Recommended(NamedTuple):
         num_inference_steps: denoising steps.
         cfg_scale: guidance.
         shift: a static shift of the schedule; None takes the checkpoint's own.
+        sigmas: unshifted noise levels; None is the uniform grid, or a distilled model's own.
+        stretch: whether the schedule is stretched to the checkpoint's shift_terminal.
     """
 
     num_inference_steps: int
     cfg_scale: float
     shift: float | None
+    sigmas: tuple[float, ...] | None
+    stretch: bool
 
     def unless(self, **given: float | None) -> dict[str, Any]:
         """The fields by name; arguments that are not None override the recommended values."""
@@ -71,11 +86,21 @@ class GenerationParameters:
         rng: "torch" draws the noise `torch.Generator("cpu")` would, "mlx" MLX's own.
         sigmas: unshifted noise levels in (0, 1], falling, instead of the uniform grid, one for each step.
         num_layers: with a layered model, the number of layers to decompose an image into, 1 … 8.
+        single_layer: with a layered model that takes layers by name, generate the one that the prompt, or a mask, says.
         cfg_normalize: whether guidance keeps the length of each token's velocity; None is the model's default (layered
             models: no, all others: yes).
         strength: how much of an initial image is regenerated, above 0 and at most 1; without one it has no effect.
         shift: one static shift instead of the checkpoint's resolution-dependent one, as distilled models need it
             (3 for Lightning).
+        solver: how velocities become steps; a name of `sampling.solvers.SOLVERS`.
+        guidance_interval: "A:B", the part of the steps, from 0 to 1, that are guided; None is all.
+        cfg_zero_star: CFG-Zero*: the negative velocity is scaled to fit, and the first step does not move.
+        apg: eta of adaptive projected guidance; None is ordinary guidance.
+        step_cache: METHOD or METHOD:THRESHOLD of `sampling.step_caches.METHODS`; None computes every pass.
+        no_prefix_cache: whether a model that keeps the keys and values of text and references between steps computes
+            them in every step instead: the same image but for rounding.
+        stretch: whether the schedule is stretched to the checkpoint's shift_terminal, unless the shift is static;
+            some distilled LoRAs were trained without.
 
     Raises:
         RequestError: a value is out of range; the message says which and what is allowed.
@@ -108,6 +133,35 @@ class GenerationParameters:
     )  # fmt: skip
     sigmas: tuple[float, ...] | None = option(None, kind=Several(Number(0, 1, above=True)), record="always")
     shift: float | None = option(None, kind=Number(0, 100, above=True), record="always")
+    solver: SolverName = option(
+        "euler", kind=Choice(SOLVER_NAMES), help="how velocities become steps; heun takes two passes a step",
+        usual="euler", group="sampling", commands=(*IMAGE_COMMANDS, "plan"), flags=("--solver",), tasks=TASKS,
+        line=True, record="set", config=(Config(commands=(*TASKS, "plan"), example="unipc"),),
+    )  # fmt: skip
+    guidance_interval: str | None = option(
+        None, kind=Parsed(INTERVAL_WORDS, parse_interval), group="sampling", commands=IMAGE_COMMANDS,
+        flags=("--guidance-interval",), metavar="A:B", tasks=TASKS, line=True, record="set",
+        help="guide only this part of the steps, such as 0.1:0.9; the others take one pass",
+        config=(Config(commands=TASKS, example="0:0.8"),),
+    )  # fmt: skip
+    cfg_zero_star: bool = option(
+        False, kind=Switch(), group="sampling", commands=IMAGE_COMMANDS, flags=("--cfg-zero-star",), tasks=TASKS,
+        help="guidance by CFG-Zero*: the negative velocity is scaled to fit, and the first step rests",
+        line=True, record="set", config=(Config(commands=TASKS, example=True),),
+    )  # fmt: skip
+    apg: float | None = option(
+        None, kind=Number(0, 10), group="sampling", commands=IMAGE_COMMANDS, flags=("--apg",), metavar="ETA",
+        nargs="?", bare=0.0, tasks=TASKS, line=True, record="set",
+        help="adaptive projected guidance: less saturated at high guidance; ETA weighs the part along the prompt's "
+        "velocity, 0 if it is left out", config=(Config(commands=TASKS, example=0.0),),
+    )  # fmt: skip
+    step_cache: str | None = option(
+        None, kind=Parsed(CACHE_WORDS, parse_cache), group="sampling", commands=(*IMAGE_COMMANDS, "plan"),
+        flags=("--step-cache",), metavar="METHOD[:T]", tasks=TASKS, line=True, record="set", usual=NO_CACHE,
+        help=f"leave passes out that would change little: {', '.join(CACHE_NAMES)}; T is the method's threshold, and a "
+        "higher one saves more", config=(Config(commands=(*TASKS, "plan"), example="teacache"),),
+    )  # fmt: skip
+    stretch: bool = option(True, kind=Switch(), record="set")
     strength: float = option(
         0.6, kind=Number(0, 1, above=True), help="how much of the image changes, above 0 and at most 1", usual="0.6",
         group="image to image", commands=CANVAS, flags=("--strength",), metavar="S", tasks=CANVAS,
@@ -119,9 +173,16 @@ class GenerationParameters:
         record="layered", but={"plan": {"help": "number of layers of a layered model"}},
         config=(Config(help="how many layers an image is decomposed into", example=4),),
     )  # fmt: skip
+    single_layer: bool = option(False, kind=Switch(), record="set")
     cfg_normalize: bool | None = option(
         None, kind=Switch(), help="guidance keeps the length of each token's velocity",
         group="sampling", commands=("decompose",), flags=("--cfg-normalize",), tasks=("decompose",), record="layered",
+    )  # fmt: skip
+    no_prefix_cache: bool = option(
+        False, kind=Switch(), group="sampling", commands=(*CANVAS, "plan"), flags=("--no-prefix-cache",), tasks=CANVAS,
+        help="with Qwen-Image-2.1, compute text and references in every step: less memory, much more time",
+        line=True, record="set", page=False, config=(Config(commands=CANVAS, example=True),),
+        but={"plan": {"help": "with Qwen-Image-2.1, as in generate"}},
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -133,6 +194,13 @@ class GenerationParameters:
             value = getattr(self, row.field)
             if row.field not in ("width", "height", "sigmas") and not (value is None and _may_be_none(self, row.field)):
                 object.__setattr__(self, row.field, row.kind.check(row.field, value))
+        if self.step_cache == NO_CACHE:  # said against a config or a preset
+            object.__setattr__(self, "step_cache", None)
+        check_cache(self.step_cache, self.num_inference_steps)
+        check_guidance(
+            steps=self.num_inference_steps, cfg_scale=self.cfg_scale, interval=self.guidance_interval,
+            zero_star=self.cfg_zero_star, apg=self.apg,
+        )  # fmt: skip
 
     @classmethod
     def asked(cls, asked: Mapping[str, Any], **fixed: Any) -> GenerationParameters:

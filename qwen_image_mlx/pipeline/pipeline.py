@@ -6,7 +6,7 @@ unevaluated encoding would keep the text encoder alive. The conveniences go thro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -27,15 +27,17 @@ from .autoencode import STRIP_PIXELS
 from .components import Components
 from .conditioning import GuidanceEncoding, InitialImage
 from .conductor import decompose, generate
-from .foreign_names import Answering, answering
+from .control import Control, controls_of
+from .foreign_names import answering
+from .holding import Holding
 from .image_request import canvas_or_size, edit_canvas, image_request
 from .limits import limits
-from .opening import open_components, recommended_of, replace_loras
+from .opening import open_components, recommended_of
 from .parameters import GenerationParameters, Recommended, check_image_index, check_seed
 from .progress import ProgressCallback, Shown
 from .reporter import Reporter
 from .request import Request
-from .seams import DenoiserClass
+from .seams import ControlInput, DenoiserClass
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from .decomposition import LayeredResult
 
 
-class QwenImagePipeline(Answering):
+class QwenImagePipeline(Holding):
     """Images from text and from images, with a Qwen-Image checkpoint. Make one with `from_pretrained`.
 
     Args:
@@ -105,8 +107,6 @@ class QwenImagePipeline(Answering):
         )  # fmt: skip
         return cls(components, report)
 
-    # Properties --------------------------------------------------------------------------------------------------
-
     @property
     def model(self) -> str:
         """The directory or repository id it was opened from."""
@@ -130,7 +130,11 @@ class QwenImagePipeline(Answering):
     @property
     def recommended(self) -> Recommended:
         """The recommended sampling: the model card's, or a distilled LoRA's."""
-        return recommended_of(self.components)
+        return self.recommended_at(None)
+
+    def recommended_at(self, steps: int | None) -> Recommended:
+        """The recommended sampling for a number of steps; None is the recommended number."""
+        return recommended_of(self.components, steps)
 
     @property
     def class_name(self) -> str | None:
@@ -165,8 +169,6 @@ class QwenImagePipeline(Answering):
         """Raises RequestError unless the checkpoint is made for "generate", "edit" or "decompose"."""
         if task not in self.variant.tasks:
             raise RequestError(f"{self.model} is not a model to {task} with: use {self.variant.task}")
-
-    # The core calls ------------------------------------------------------------------------------------------------
 
     def encode_guidance_prompts(
         self, prompt: str, negative_prompt: str | None = None, *,
@@ -211,6 +213,33 @@ class QwenImagePipeline(Answering):
         """
         return encode.encode_initial_image(self.components, self._report, image, size, mask, progress)
 
+    def open_controls(self, controls: Sequence[Control]) -> tuple[str, ...]:
+        """Fetches and checks ControlNets and their images, loading none; returns the names of their components.
+
+        Raises what `encode_controls` does.
+        """
+        from .control_networks import open_controls  # here: most images have no control
+
+        return open_controls(self.components, self._report, controls_of(controls))
+
+    def encode_controls(
+        self, controls: Sequence[Control], size: Size, *, progress: ProgressCallback | None = None
+    ) -> tuple[ControlInput, ...]:
+        """Opens ControlNets and encodes their images; `generate_pixels` takes the result as `controls`.
+
+        Args:
+            controls: the ControlNets, each with its image.
+            size: (width, height) of the image to be generated.
+            progress: replaces the pipeline's own callback during the call.
+
+        Raises:
+            RequestError, HubError: a reference leads nowhere, an image cannot be read, or a mask is missing.
+            CheckpointError: a file is damaged, not a ControlNet, or made for a different model.
+        """
+        from .control_networks import encode_controls  # here: most images have no control
+
+        return encode_controls(self.components, self._report, controls_of(controls), size, progress)
+
     def caption_image(
         self, image: ImageSource, *, language: CaptionLanguage = "en", resolution: int = 640, seed: int = 0,
         progress: ProgressCallback | None = None,
@@ -237,7 +266,8 @@ class QwenImagePipeline(Answering):
     def generate_pixels(
         self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
         seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
-        initial: InitialImage | None = None, progress: ProgressCallback | None = None,
+        initial: InitialImage | None = None, controls: Sequence[ControlInput] = (),
+        progress: ProgressCallback | None = None,
     ) -> mx.array:  # fmt: skip
         """Generates one image.
 
@@ -248,6 +278,7 @@ class QwenImagePipeline(Answering):
             image_index: the index among the images of one seed, as with the reference's num_images_per_prompt.
             latents: packed initial noise (1, N, C) instead of the seed's.
             initial: from `encode_initial_image`: an image of which `parameters.strength` is regenerated.
+            controls: from `encode_controls`.
             progress: replaces the pipeline's own callback during the call; called for every step; can cancel.
 
         Returns:
@@ -261,8 +292,9 @@ class QwenImagePipeline(Answering):
         """
         with self._report.using(progress):
             tokens = self.denoise_latents(
-                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial
-            )
+                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial,
+                controls=controls,
+            )  # fmt: skip
             frames = mx.stack(list(self.decode_frames(parameters, tokens)))
             finish(frames)
         return frames
@@ -270,12 +302,14 @@ class QwenImagePipeline(Answering):
     def denoise_latents(
         self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
         seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
-        initial: InitialImage | None = None, progress: ProgressCallback | None = None,
+        initial: InitialImage | None = None, controls: Sequence[ControlInput] = (),
+        progress: ProgressCallback | None = None,
     ) -> mx.array:  # fmt: skip
         """The first half of `generate_pixels`: packed clean latents (1, N, C) in the model's dtype, evaluated."""
         return generation.denoise_latents(
             self.components, self._denoiser, self._report, parameters, encoding, seed=check_seed(seed),
-            image_index=check_image_index(image_index), latents=latents, initial=initial, progress=progress,
+            image_index=check_image_index(image_index), latents=latents, initial=initial, controls=controls,
+            progress=progress,
         )  # fmt: skip
 
     def decode_frames(
@@ -295,10 +329,12 @@ class QwenImagePipeline(Answering):
     @answering
     def generate(
         self, prompt: str, *, negative_prompt: str | None = None,
-        image: ImageSource | None = None, mask: ImageSource | None = None, strength: float = 0.6,
+        image: ImageSource | None = None, mask: ImageSource | None = None, strength: float | None = None,
         mask_padding: int | None = None, composite: bool = True,
         size: NamedSize | Size | None = None, width: int | None = None, height: int | None = None,
+        controls: Sequence[Control] = (), outpaint: Sequence[int] | None = None,
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
+        transparent: bool = False, prefix_cache: bool = True,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
         """Generates images from text, or from text and an image, with a text-to-image model.
@@ -308,14 +344,18 @@ class QwenImagePipeline(Answering):
             negative_prompt: what to avoid; None generates without guidance, as the reference does.
             image: an image to start from.
             mask: white is inpainted; all other pixels come back bit for bit.
-            strength: how much of the image is regenerated, above 0 and at most 1.
+            strength: how much of the image is regenerated, above 0 and at most 1; None is 0.6, or 1 with `outpaint`.
             mask_padding: generate only the mask and this number of pixels around it.
             size: with an image, "1mp" (about 1 MP at its aspect), "source" (its own size) or (width, height); None is
                 "source" with a composited mask, else "1mp".
             width, height: the same as two numbers, multiples of 16; None is the model's own size without an image,
                 1328x1328 for the released ones.
+            controls: ControlNets with their images, which steer the result.
+            outpaint: pixels that the image grows to the left, above, to the right and below, instead of a mask.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation; without a negative prompt
                 guidance has no effect.
+            transparent: word the prompt for a transparent background, where the model knows how.
+            prefix_cache: False computes text and references in every step, where the model would keep them.
             seed, rng: seed and generator of the initial noise; rng is "torch" or "mlx".
             num_images: images from this seed, each with its own noise.
             composite: with a mask, put the image back where the mask is black; False returns the model's own pixels.
@@ -331,22 +371,26 @@ class QwenImagePipeline(Answering):
         opened = None if image is None else encode.opened_for(self.components, image)
         canvas, plain = canvas_or_size(
             self.variant, opened, mask=mask, size=size, width=width, height=height, composite=composite,
-            mask_padding=mask_padding,
+            mask_padding=mask_padding, outpaint=outpaint,
         )  # fmt: skip
         cfg_scale = 1.0 if cfg_scale is None and negative_prompt is None else cfg_scale
-        sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
+        sampling = self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, (), canvas, sampling, size=plain, seed=seed, num_images=num_images,
-            rng=rng, strength=strength,
+            rng=rng, strength=strength, outpaint=outpaint, controls=controls, transparent=transparent,
+            prefix_cache=prefix_cache,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 
     @answering
     def edit(
         self, prompt: str, *, images: Sequence[ImageSource], negative_prompt: str | None = " ",
-        mask: ImageSource | None = None, strength: float = 0.6, mask_padding: int | None = None, composite: bool = True,
+        mask: ImageSource | None = None, strength: float | None = None, mask_padding: int | None = None,
+        composite: bool = True,
         size: NamedSize | Size | None = None, reference_pixels: int | None = None, keep_alpha: bool = False,
+        controls: Sequence[Control] = (), outpaint: Sequence[int] | None = None,
         num_inference_steps: int | None = None, cfg_scale: float | None = None,
+        transparent: bool = False, prefix_cache: bool = True,
         seed: int = 0, num_images: int = 1, rng: Rng = "torch", staged: bool = True, progress: Shown = None,
     ) -> list[PILImage]:  # fmt: skip
         """Edits images with an editing model; returns and raises as `generate` does.
@@ -358,13 +402,14 @@ class QwenImagePipeline(Answering):
             negative_prompt: what to avoid; None generates without guidance.
             size: "1mp" (about 1 MP at the image's aspect), "source" (the image's own size) or (width, height);
                 None is "source" with a composited mask, else "1mp".
-            strength: with a mask, how much changes inside it, above 0 and at most 1.
+            strength: with a mask, how much changes inside it, above 0 and at most 1; None is 0.6.
             mask_padding: generate only the mask and this number of pixels around it.
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
-            seed, num_images, rng: as in `generate`.
+            seed, num_images, rng, transparent, prefix_cache: as in `generate`.
             reference_pixels: maximum pixels of each reference image that the transformer sees.
             composite: with a mask, put the image back where the mask is black.
             keep_alpha: give the result the image's transparency.
+            controls, outpaint: as in `generate`.
             staged, progress: as in `generate`.
         """
         self.check_task("edit")
@@ -372,12 +417,13 @@ class QwenImagePipeline(Answering):
         opened = encode.opened_images(self.components, sources)
         canvas = edit_canvas(
             self.variant, sources, opened, mask=mask, size=size, composite=composite, mask_padding=mask_padding,
-            keep_alpha=keep_alpha,
+            keep_alpha=keep_alpha, outpaint=outpaint,
         )  # fmt: skip
-        sampling = self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
+        sampling = self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale)
         request = image_request(
             self.variant, prompt, negative_prompt, opened, canvas, sampling, seed=seed, num_images=num_images, rng=rng,
-            strength=strength, reference_pixels=reference_pixels,
+            strength=strength, outpaint=outpaint, reference_pixels=reference_pixels, controls=controls,
+            transparent=transparent, prefix_cache=prefix_cache,
         )  # fmt: skip
         return self._generate(request, staged, progress)
 
@@ -386,7 +432,8 @@ class QwenImagePipeline(Answering):
         self, image: ImageSource, prompt: str = "", *, negative_prompt: str | None = " ",
         num_layers: int = 4, resolution: int | None = None, size: LayersSize = "source",
         num_inference_steps: int | None = None, cfg_scale: float | None = None, cfg_normalize: bool = False,
-        caption_language: CaptionLanguage = "en", seed: int = 0, rng: Rng = "torch", staged: bool = True,
+        caption_language: CaptionLanguage = "en", layer_prompt: str | None = None,
+        layer_mask: ImageSource | None = None, seed: int = 0, rng: Rng = "torch", staged: bool = True,
         progress: Shown = None,
     ) -> LayeredResult:  # fmt: skip
         """Decomposes an image into layers, with a layered model.
@@ -402,6 +449,9 @@ class QwenImagePipeline(Answering):
             num_inference_steps, cfg_scale: None takes the checkpoint's recommendation.
             cfg_normalize: guidance keeps the length of each token's velocity.
             caption_language: "en" or "zh".
+            layer_prompt: what one layer shows, with a model that takes layers by name (Layered-Control); the result has
+                this layer alone.
+            layer_mask: the same by an image of the image's size (Layered-Control-V2): opaque, or white, where it is.
             seed, rng, staged, progress: as in `generate`, which also lists what is raised.
         """
         from .decomposition import layers_request  # here: most runs make no layers
@@ -410,8 +460,8 @@ class QwenImagePipeline(Answering):
         request = layers_request(
             open_rgba(image), prompt, negative_prompt=negative_prompt, num_layers=num_layers, resolution=resolution,
             resolutions=self.variant.resolutions, size=size, cfg_normalize=cfg_normalize,
-            caption_language=caption_language, seed=seed, rng=rng,
-            sampling=self.recommended.unless(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale),
+            caption_language=caption_language, seed=seed, rng=rng, layer_prompt=layer_prompt, layer_mask=layer_mask,
+            sampling=self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale),
         )  # fmt: skip
         with limits(), self._report.shown(progress):
             return decompose(self, request, release_encoders=staged)
@@ -420,77 +470,3 @@ class QwenImagePipeline(Answering):
         with limits(), self._report.shown(progress):
             paintings = generate(self, request, release_encoders=staged)
             return [recorded(generated.image, generated.metadata) for generated in paintings]
-
-    # Memory: a released component is loaded again when it is needed ---------------------------------------------------
-
-    def lora_targets(self) -> Mapping[str, tuple[int, ...]]:
-        """The transformer's modules that a LoRA can change, with the shapes of their weights."""
-        return self.components.lora_targets()
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether any component is in memory."""
-        return bool(self.components.loaded)
-
-    def release(self, *parts: str) -> None:
-        """Frees the memory of components by name; of all components without a name."""
-        self.components.release(*(parts or self.components.loaded))
-
-    def release_encoders(self) -> None:
-        """Frees the memory of all encoders: text encoder, vision tower, tokenizer, the VAE's encoder."""
-        self.components.release(*r.ENCODING, r.TOKENIZER, r.VAE_ENCODER)
-
-    def release_text_encoder(self) -> None:
-        """Frees the memory of the text encoder, its vision tower and its head."""
-        self.components.release(*r.ENCODING)
-
-    def release_tokenizer(self) -> None:
-        """Frees the tokenizer's memory."""
-        self.components.release(r.TOKENIZER)
-
-    def release_transformer(self) -> None:
-        """Frees the memory of the transformer and its modulation table."""
-        self.components.release(r.TRANSFORMER)
-
-    def set_loras(self, loras: Sequence[LoRAReference], mode: LoRAMode = "auto") -> None:
-        """Replaces all LoRAs; the arguments are those of `from_pretrained`, and () removes all.
-
-        If all of them, old and new, are unmerged (quantized weights, or mode "side"), the transformer stays loaded;
-        otherwise it is loaded again when it is next needed.
-
-        Raises:
-            RequestError, CheckpointError, HubError: one cannot be found or does not fit; the old ones stay.
-        """
-        replace_loras(self.components, self._report, loras, mode)
-
-    def release_vae(self) -> None:
-        """Frees the autoencoder's memory."""
-        self.components.release(r.VAE_ENCODER, r.VAE_DECODER)
-
-    def reload_text_encoder(self) -> None:
-        """Loads the text encoder now, unless it is loaded."""
-        self.components.load(r.TEXT_ENCODER)
-
-    def reload_tokenizer(self) -> None:
-        """Loads the tokenizer now, unless it is loaded."""
-        self.components.load(r.TOKENIZER)
-
-    @property
-    def is_text_encoder_loaded(self) -> bool:
-        """Whether the text encoder is in memory."""
-        return self.components.is_loaded(r.TEXT_ENCODER)
-
-    @property
-    def is_tokenizer_loaded(self) -> bool:
-        """Whether the tokenizer is in memory."""
-        return self.components.is_loaded(r.TOKENIZER)
-
-    @property
-    def is_transformer_loaded(self) -> bool:
-        """Whether the transformer is in memory."""
-        return self.components.is_loaded(r.TRANSFORMER)
-
-    @property
-    def is_vae_loaded(self) -> bool:
-        """Whether the VAE's encoder or decoder is in memory."""
-        return self.components.is_loaded(r.VAE_ENCODER) or self.components.is_loaded(r.VAE_DECODER)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..names import Stage
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+
+class Passes(NamedTuple):
+    """The passes through the transformer of one image; a guided step has two.
+
+    Attributes:
+        run: those that were computed.
+        skipped: those that a step cache left out.
+    """
+
+    run: int = 0
+    skipped: int = 0
 
 
 @dataclass
@@ -25,6 +37,7 @@ class Progress:
         detail: file or component, for "download", "load" and "layer".
         sigma: the noise level after the step, for "denoise".
         latents: packed latents (1, N, C) after the step, for "denoise"; reading them waits until they are there.
+        skipped: passes that a step cache has left out so far, for "denoise".
         denoised: the clean latents (1, N, C), fp32, that the step points to, for "denoise"; None before the first.
             They are computed only if the callback reads them, inside the call.
     """
@@ -35,6 +48,7 @@ class Progress:
     detail: str = ""
     sigma: float | None = None
     latents: mx.array | None = None
+    skipped: int = 0
     denoised: mx.array | None = None
     _cancelled: bool = field(default=False, init=False, repr=False)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..names import CaptionLanguage
+from ..names import CaptionLanguage, PresetName
 from ..outside import MAX_CHARACTERS
 from ..variants import ASPECT_SIZES, NAMED_SIZES, Variant
+from .control import Control, controls_of
 from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
 
 if TYPE_CHECKING:
@@ -32,10 +33,13 @@ class Request:
         seeds: at least one.
         image_indices: for each seed, the index of its image, from 0 (as with the reference's num_images_per_prompt).
         images: upright RGB images for an editing model to work on.
+        layer_mask: RGBA, of the image's size: what of it a layer shows.
         canvas: the image that generation starts from, or that gives the result its size.
         reference_pixels: maximum pixels of each of `images` that the transformer sees.
+        controls: what steers the images by other images.
         caption_language: the language of the caption that a layered model writes if the prompt is empty; a key of
             `CAPTION_TEMPLATES`.
+        preset: the preset that was chosen, for the record.
     """
 
     prompt: str
@@ -44,9 +48,12 @@ class Request:
     seeds: tuple[int, ...]
     image_indices: range = range(1)
     images: tuple[Image, ...] = ()
+    layer_mask: Image | None = None
     canvas: Canvas | None = None
     reference_pixels: int | None = None
+    controls: tuple[Control, ...] = ()
     caption_language: CaptionLanguage | None = None
+    preset: PresetName | None = None
 
     @property
     def guiding_prompt(self) -> str | None:
@@ -55,7 +62,20 @@ class Request:
 
     def writes_caption(self, variant: Variant) -> bool:
         """Whether the model captions the image."""
-        return variant.captions and not self.prompt.strip()
+        return variant.captions and not self.prompt.strip() and not self.parameters.single_layer
+
+    @property
+    def shown(self) -> tuple[Image, ...]:
+        """The images that the model sees as references, in the order of its sequence: a layer's mask comes first."""
+        return self.images if self.layer_mask is None else (self.layer_mask, *self.images)
+
+    @property
+    def steering(self) -> tuple[Control, ...]:
+        """The controls; one without an image is given what is inpainted, and its mask."""
+        if self.canvas is None or self.canvas.mask is None:
+            return self.controls
+        image, mask = self.canvas.initial
+        return tuple(replace(one, image=image, mask=mask) if one.image is None else one for one in self.controls)
 
     @property
     def starts_from_canvas(self) -> bool:
@@ -94,6 +114,7 @@ def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
         parameters=GenerationParameters.asked(wanted, width=size[0], height=size[1]),
         seeds=tuple(seed) if isinstance(seed, list) else (seed,),
         image_indices=range(first, first + wanted.get("num_images", 1)),
+        controls=controls_of(wanted.get("controls")),
     )
 
 

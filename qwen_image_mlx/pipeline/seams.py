@@ -6,8 +6,9 @@ image, from everything that is known before its first step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -16,12 +17,45 @@ import numpy as np
 from ..models.layers import OnLayer
 from ..names import CaptionLanguage
 from .conditioning import Reference
+from .costs import Costs
 from .reporter import Reporter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .components import Components
+
+
+# Gives what the transformer adds after its blocks in the evaluation that was entered.
+Hints = Callable[[], "list[Callable[..., Any]]"]
+
+
+def no_hints() -> list[Callable[..., Any]]:
+    """Nothing."""
+    return []
+
+
+@dataclass(frozen=True)
+class ControlInput:
+    """A ControlNet's part in one image.
+
+    Attributes:
+        role: the name of its component.
+        tokens: the encoded control image, packed (1, N, condition channels), fp32.
+        scale: factor of what it adds.
+        start, end: the part of the evaluations, from 0 to 1, in which it runs.
+    """
+
+    role: str
+    tokens: mx.array
+    scale: float
+    start: float
+    end: float
+
+    def runs(self, evaluation: int, evaluations: int) -> bool:
+        """Whether it has an effect in an evaluation. Source: `controlnet_keep` of diffusers' pipelines."""
+        first, last = evaluation / evaluations, (evaluation + 1) / evaluations
+        return self.scale != 0 and self.start <= first and last <= self.end
 
 
 @dataclass(frozen=True)
@@ -34,6 +68,8 @@ class Conditions:
         frames: images that are generated together: 1, or layers and the whole.
         rows, columns: of a frame's tokens.
         sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
+        controls: what steers the image by other images.
+        keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
     branches: tuple[mx.array, ...]
@@ -42,23 +78,125 @@ class Conditions:
     rows: int
     columns: int
     sigmas: np.ndarray
+    controls: tuple[ControlInput, ...] = ()
+    keeps_prefix: bool = True
+
+
+class ControlBranch(Protocol):
+    """What one control adds to an image's tokens.
+
+    Made from (components, conditions, its `ControlInput`, what its generation's denoiser gives it, report).
+    """
+
+    def hint(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Callable[..., Any]:
+        """What is added after each block in one evaluation, a function that the generation's transformer calls.
+
+        Args:
+            latents: packed latents (1, N, C) of the target.
+            evaluation: index into `Conditions.sigmas`.
+            branches: how many of the branches run, from the first on; None is all.
+        """
+
+    @staticmethod
+    def kept_values(config: Any, evaluations: int, tokens: int, branches: int) -> int:
+        """The number of values, in the model's dtype, that it keeps; the memory plan counts them.
+
+        Args:
+            config: of the ControlNet.
+            evaluations: the number of noise levels.
+            tokens: of the target.
+            branches: 1, or 2 with guidance.
+        """
+
+
+class Controls:
+    """The controls of one image that have an effect.
+
+    Args:
+        components, conditions, report: as in `DenoiserClass`.
+        steered: what the generation's denoiser gives to its `ControlBranch`es.
+    """
+
+    def __init__(self, components: Components, conditions: Conditions, steered: Any, report: Reporter):
+        self._evaluations = len(conditions.sigmas)
+        self._branches: list[tuple[ControlInput, ControlBranch]] = [
+            (control, components.control(control.role)(components, conditions, control, steered, report))
+            for control in conditions.controls
+            if any(control.runs(evaluation, self._evaluations) for evaluation in range(self._evaluations))
+        ]
+
+    def entered(self, latents: mx.array, evaluation: int, branches: int | None) -> Hints:
+        """The hints of an evaluation, computed when its first block runs: none where all blocks are left out."""
+
+        @cache
+        def hints() -> list[Callable[..., Any]]:
+            return [
+                branch.hint(latents, evaluation, branches)
+                for control, branch in self._branches
+                if control.runs(evaluation, self._evaluations)
+            ]
+
+        return hints
+
+
+class Hidden(Protocol):
+    """The streams of a pass between two blocks; all but the targets is a model's own."""
+
+    @property
+    def targets(self) -> Sequence[mx.array]:
+        """The target (1, N, D) of each branch."""
+
+    def with_targets(self, targets: Sequence[mx.array]) -> Any:
+        """The same with other targets."""
 
 
 class Denoiser(Protocol):
     """The velocity of one image's latents. It computes whatever is equal in all steps when it is made."""
 
-    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
         """The velocity of each branch, (1, N, C), in the model's dtype.
 
         Args:
             latents: packed latents (1, N, C) of the target.
             evaluation: index into `Conditions.sigmas`.
             on_layer: called after each layer with the arrays it made.
+            branches: how many of the branches, from the first on; None is all.
         """
 
 
+class DividedDenoiser(Denoiser, Protocol):
+    """A denoiser whose pass can be taken in parts, so that a step cache leaves blocks out.
+
+    `velocities` is `enter`, then `run` through all blocks, then `leave`. `hidden` is what the part before returned.
+    """
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
+        """What enters the first block: `Hidden`; the arguments are those of `velocities`."""
+
+    def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
+        """`Hidden` after some consecutive blocks."""
+
+    def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
+        """The velocity of each branch, from `Hidden` after the last block."""
+
+    def signal(self, hidden: Any, evaluation: int) -> mx.array:
+        """The first branch's target (1, N, D) as the first block's attention takes it, normed and modulated."""
+
+
 class DenoiserClass(Protocol):
-    """Makes the `Denoiser` of an image."""
+    """Makes the `Denoiser` of an image.
+
+    Attributes:
+        costs: the memory that its generation takes while it works, encoders and autoencoder included, by backend.
+    """
+
+    costs: Mapping[str, Costs]
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
         """Prepares an image.
@@ -84,6 +222,15 @@ class DenoiserClass(Protocol):
             evaluations: the number of calls of `velocities`.
             prefix_tokens: tokens of prompt and references.
             branches: 1, or 2 with guidance.
+        """
+
+    def pass_flop(self, config: Any, target_tokens: int, prefix_tokens: int) -> float:
+        """Floating point operations of one pass after the first, in products and attention.
+
+        Args:
+            config: of the transformer.
+            target_tokens: of all frames.
+            prefix_tokens: tokens of prompt and references.
         """
 
 

@@ -47,6 +47,14 @@ class Sources:
         self._folders = {name: HubSnapshot(path) for name, path in self.replaced.items() if path.is_dir()}
         self._read: dict[str, WeightFiles] = {}
 
+    def add(self, name: str, place: Path) -> None:
+        """Adds a component from elsewhere: its file, or its folder."""
+        self.replaced[name] = place
+        self._read.pop(name, None)
+        self._folders.pop(name, None)
+        if place.is_dir():
+            self._folders[name] = HubSnapshot(place)
+
     @cached_property
     def index(self) -> dict[str, Any]:
         """model_index.json, or an equivalent derived from the weights."""

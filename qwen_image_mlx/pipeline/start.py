@@ -6,7 +6,8 @@ random draws: the image's latents first, then the noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ class Start:
         noise: the noise in it (1, N, C).
         image: latents of the initial image (1, N, C), or None.
         mask: 1 where the image is regenerated (1, N, C), or None.
+        draw: more noise (1, N, C), fp32, of the same generator, for solvers that add some.
     """
 
     latents: mx.array
@@ -36,6 +38,7 @@ class Start:
     noise: mx.array
     image: mx.array | None = None
     mask: mx.array | None = None
+    draw: Callable[[], mx.array] | None = field(default=None, compare=False)
 
     @property
     def blended(self) -> bool:
@@ -88,13 +91,18 @@ def draw_start(
         for _ in range(image_index + 1):
             drawn = draws.normal(shape)
         noise = space.pack_frames(drawn.transpose(0, 2, 3, 1)[None])
+    packed = noise.shape
     noise = noise.astype(dtype)
+
+    def draw() -> mx.array:
+        return draws.normal(packed)
+
     if image is None or initial is None:
-        return Start(noise, schedule, noise)
+        return Start(noise, schedule, noise, draw=draw)
     mask = None
     if initial.mask is not None:
         mask = space.pack(mx.broadcast_to(initial.mask, (*initial.mask.shape[:3], space.channels))).astype(dtype)
-    return Start(add_noise(image, noise, float(schedule.sigmas[0])), schedule, noise, image, mask)
+    return Start(add_noise(image, noise, float(schedule.sigmas[0])), schedule, noise, image, mask, draw)
 
 
 def add_noise(image: mx.array, noise: mx.array, sigma: float) -> mx.array:

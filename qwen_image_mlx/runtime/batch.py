@@ -19,9 +19,10 @@ from ..errors import RequestError
 from ..files import temporary_folder
 from ..images.files import read_metadata
 from ..pipeline.conditioning import GuidanceEncoding
-from ..pipeline.conductor import GeneratedImage, generate_encoded
+from ..pipeline.conductor import GeneratedImage, encode_controls, generate_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
+from ..sampling.solvers import SOLVERS
 from .ranks import Ranks
 from .session import Session
 
@@ -77,6 +78,12 @@ def asked_images(
     return list(found.values())
 
 
+def finished_file(one: Asked) -> Path | None:
+    """The finished file of an image, under its own name or a numbered one; None if there is none."""
+    files = [one.path, *sorted(one.path.parent.glob(f"{one.path.stem}-*.png"))]
+    return next((file for file in files if file.is_file() and one.is_in(file)), None)
+
+
 def missing_images(asked: Sequence[Asked], ranks: Ranks | None = None) -> list[Asked]:
     """The images without a finished file, under their own name or under a numbered one that `save_png` chose.
 
@@ -117,9 +124,12 @@ def heaviest(asked: Sequence[Asked]) -> Request:
             largest.parameters,
             num_inference_steps=max(request.parameters.num_inference_steps for request in requests),
             cfg_scale=max(request.parameters.cfg_scale for request in requests),
+            solver=max((request.parameters.solver for request in requests), key=lambda name: SOLVERS[name].count(50)),
+            step_cache=max((r.parameters.step_cache for r in requests if r.parameters.step_cache), default=None),
             sigmas=None,
         ),
         image_indices=range(len(asked)),
+        controls=max((request.controls for request in requests), key=len),
     )
 
 
@@ -141,7 +151,10 @@ def generate_all(
         if not session.works:
             return
         kept: dict[tuple[str, str | None], Path] = {}
+        controls = {}
         for one in asked:
+            if (steered := _steered(one.request)) not in controls:
+                controls[steered] = encode_controls(pipeline, one.request, session.progress)
             if _prompts(one.request) not in kept:
                 path = folder / f"{len(kept)}.safetensors"
                 session.encoded(one.request).save(path)
@@ -156,7 +169,9 @@ def generate_all(
         for one in ordered:
             request, encoding = one.request, GuidanceEncoding.load(kept[_prompts(one.request)])
             last = staged and one is ordered[-1]
-            images = generate_encoded(pipeline, request, encoding, None, session.watch(request, show), last)
+            images = generate_encoded(
+                pipeline, request, encoding, None, session.watch(request, show), last, controls[_steered(request)]
+            )
             for image, seed, index in images:
                 yield one, GeneratedImage(image, describe(pipeline, request, encoding, seed, index))
 
@@ -166,8 +181,16 @@ def _prompts(request: Request) -> tuple[str, str | None]:
     return request.prompt, request.guiding_prompt
 
 
+def _steered(request: Request) -> str:
+    """The part of a request that the encoding of its controls depends on."""
+    said = [control.recorded() for control in request.controls]
+    return json.dumps([said, request.parameters.width, request.parameters.height])
+
+
 def _schedule(request: Request) -> tuple[Any, ...]:
     parameters = request.parameters
     return (
         parameters.width * parameters.height, parameters.num_inference_steps, parameters.sigmas, parameters.shift,
+        parameters.solver,
+        parameters.stretch,
     )  # fmt: skip

@@ -133,6 +133,6 @@ def _key(pipeline: EncodingModel, request: Request) -> str:
         "negative_prompt": request.guiding_prompt,
         "reference_pixels": request.reference_pixels,
         "caption_language": request.caption_language,
-        "images": [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in request.images],
+        "images": [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in request.shown],
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Predicts the memory that generation takes, from configs and headers alone.
 
-A plan has four stages. Weights are counted to the byte; the rest is a model (`costs.py`). A
+A plan has four stages. Weights are counted to the byte; the rest is a model (`pipeline/costs.py`). A
 residency decides which weights are in memory in which stage.
 """
 
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..images.geometry import size_of_area
+from ..names import SolverName
 from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
+from ..pipeline.costs import HALO, backend
 from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
-from ..sampling.solvers import EULER
+from ..sampling.choices import parse_cache
+from ..sampling.solvers import SOLVERS
 from ..weights.mapping import TensorSpec, expected_tensors, specs_of_layers
 from ..weights.schemes import Scheme
 from ..weights.tensor_formats import PACKED
-from .costs import COSTS, HALO, backend
 from .residency import DEFAULT, Residency
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ class Work:
         guided: whether there are two passes in each step.
         steps: denoising steps.
         images: how many are generated one after another.
+        controls: names of the ControlNets' components, each once.
+        solver: how velocities become steps.
+        step_cache: as `GenerationParameters.step_cache`.
+        keeps_prefix: whether what text and references contribute may be kept between steps.
     """
 
     width: int
@@ -58,6 +64,10 @@ class Work:
     guided: bool = True
     steps: int = 50
     images: int = 1
+    controls: tuple[str, ...] = ()
+    solver: SolverName = "euler"
+    step_cache: str | None = None
+    keeps_prefix: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,8 @@ class Planner:
         self.components, self.work, self.residency = components, work, residency
         self.tensors = cache(self._tensors)
         self.said_config = cache(lambda name: components.sources.config(components.rows[name].home))
-        self.costs = COSTS[backend()]
+        self.denoiser: DenoiserClass = components.use_of(TRANSFORMER)
+        self.costs = self.denoiser.costs[backend()]
         self.itemsize = components.dtype.size
         # Config fields that are corrected by the weights' names do not change memory.
         self.transformer_config = components.declared(TRANSFORMER)
@@ -161,10 +172,11 @@ class Planner:
         vae = self.count(VAE, self.network(VAE_ENCODER), mx.float32) if self.work.encoded else 0
         encode = self.encode(vision, self.held(TEXT_ENCODER) + head, vae)
         kept = 0 if self.residency.staged else encode.resident
-        generated = kept + self.table() + self.held(TRANSFORMER)
+        networks = (TRANSFORMER, *self.work.controls)
+        generated = kept + self.table() + sum(map(self.held, networks))
         streams = TRANSFORMER in self.residency.streamed
-        loading = generated + (0 if streams else self.largest(TRANSFORMER, MAIN))
-        beside = (self.largest(TRANSFORMER, part) for part in self.components.rows[TRANSFORMER].transient)
+        loading = generated + (0 if streams else max(self.largest(name, MAIN) for name in networks))
+        beside = (self.largest(name, part) for name in networks for part in self.components.rows[name].transient)
         folding = kept + self.table() + int(self.costs.read * max(beside, default=0))
         load = Stage("load", generated, max(loading, folding))
         denoise = Stage("denoise", generated, generated + self.moving())
@@ -185,7 +197,9 @@ class Planner:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of a prompt with its images."""
-        seen = len(self.work.shown) * self.components.variant.encoder_area + self.work.captioned
+        variant, shown = self.components.variant, self.work.shown
+        seen = sum(map(prod, shown)) if variant.interleaved else len(shown) * variant.encoder_area
+        seen += self.work.captioned
         if not seen:
             return self.work.text_tokens
         config = self.components.config(VISION)
@@ -193,34 +207,47 @@ class Planner:
 
     def looking(self) -> int:
         """Bytes that the vision tower takes for an image, in addition to its weights."""
-        config = self.components.config(VISION)
-        patches = max(self.components.variant.encoder_area, self.work.captioned) // config.patch_size**2
+        config, variant = self.components.config(VISION), self.components.variant
+        shown = max(map(prod, self.work.shown), default=0) if variant.interleaved else variant.encoder_area
+        patches = max(shown, self.work.captioned) // config.patch_size**2
         return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing(VISION)
 
     def moving(self) -> int:
         """Bytes that a step takes in addition to the transformer."""
         costs, work, config = self.costs, self.work, self.transformer_config
-        tokens = self.target_tokens + self.reference_tokens + self.prompt_tokens
+        tokens = self.target_tokens + self.prefix_tokens
         units = costs.image * self.target_tokens + costs.reference * self.reference_tokens
-        units += costs.prompt * self.prompt_tokens + costs.guided * tokens * work.guided
+        units += costs.prompt * self.words + costs.guided * tokens * work.guided
         units += costs.queued(max(self.target_tokens, self.reference_tokens))
-        scores = costs.scores * tokens**2 * config.num_attention_heads * self.itemsize
+        queries = self.largest_image if self.components.variant.keeps_references else tokens
+        scores = costs.scores * queries * tokens * config.num_attention_heads * self.itemsize
         states = units * config.dim * self.itemsize
-        return int(states + scores) + self.passing(TRANSFORMER) + costs.base + costs.step
+        steering = sum(map(self.passing, work.controls)) + self.cached()
+        return int(states + scores) + steering + self.passing(TRANSFORMER) + costs.base + costs.step
+
+    def cached(self) -> int:
+        """Bytes that a step cache keeps from step to step."""
+        if self.work.step_cache is None:
+            return 0
+        from ..sampling.step_caches import METHODS  # here: most runs have no step cache
+
+        method = METHODS[parse_cache(self.work.step_cache)[0]]
+        branches = 2 if self.work.guided else 1
+        return method.kept(branches) * self.target_tokens * self.transformer_config.dim * self.itemsize
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
         """One image, in strips."""
         config, pixels = self.components.config(VAE), self.work.width * self.work.height
         held = before + self.count(VAE, self.network(VAE_DECODER), mx.float32)
         strip = -(-pixels // strips_of(pixels, strip_pixels)) + HALO * self.work.width
-        strip = self.costs.pixel_out * min(pixels, strip)
-        working = int(config.decoder_width * max(strip, self.costs.pixel_whole * pixels)) + self.costs.base
+        strip = self.costs.pixel_out * min(pixels, strip) + self.costs.pixel_kept * pixels
+        working = int(config.decoder_width * max(strip, self.costs.pixel_whole(pixels))) + self.costs.base
         return Stage("decode", held, held + working + 2 * 4 * pixels * config.input_channels)
 
     def held(self, name: str) -> int:
         """Bytes of a component's weights that stay loaded."""
         specs = self.specs(name, MAIN)
-        if name in self.residency.streamed:
+        if self.streams(name):
             from ..weights.streaming import held_specs  # here: the usual residency streams nothing
 
             specs = held_specs(self.components.rows[name], specs, lambda tensor: self.stored_dtype(name, tensor))
@@ -229,24 +256,39 @@ class Planner:
     @property
     def needs_pack(self) -> bool:
         """Whether a streamed component would be quantized again at each pass, because its files are not quantized."""
-        return any(self.packs(name) for name in self.residency.streamed & {*self.components.quantization.components})
+        names = {*self.components.quantization.components, *self.work.controls}
+        return any(self.streams(name) and self.packs(name) for name in names)
 
     def packs(self, name: str) -> bool:
         """Whether a component's matrices are quantized while they are loaded."""
-        scheme = getattr(self.components.quantization, name)
+        scheme = self.scheme(name)
         return any(
             spec.is_packed_by(scheme) and self.stored_scheme(name, spec) != scheme for spec in self.specs(name, MAIN)
         )
 
+    def streams(self, name: str) -> bool:
+        """Whether a component's layers are read at each pass."""
+        return (self.components.rows[name].like or name) in self.residency.streamed
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme that a component's matrices are quantized to while they are loaded."""
+        return getattr(self.components.quantization, self.components.rows[name].like or name, None)
+
+    def reads_headers(self, name: str) -> bool:
+        """Whether a component's files are on disk; a ControlNet's always are."""
+        return self.is_here or name in self.components.controls
+
     def stored_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
         """The scheme of a tensor that is quantized in its file."""
         return (
-            self.components.weights(name).stored(spec.name).scheme if self.is_here else self.declared_scheme(name, spec)
+            self.components.weights(name).stored(spec.name).scheme
+            if self.reads_headers(name)
+            else self.declared_scheme(name, spec)
         )
 
     def passing(self, name: str) -> int:
         """Bytes of a streamed component's layers in memory: one that runs, and the next that is read."""
-        if name not in self.residency.streamed:
+        if not self.streams(name):
             return 0
         from ..weights.streaming import layer_specs  # here: the usual residency streams nothing
 
@@ -255,14 +297,23 @@ class Planner:
 
     def table(self) -> int:
         """Bytes that the denoiser keeps from step to step."""
-        prefix, branches = self.prompt_tokens + self.reference_tokens, 2 if self.work.guided else 1
-        denoiser: DenoiserClass = self.components.use_of(TRANSFORMER)
-        values = denoiser.kept_values(self.transformer_config, EULER.count(self.work.steps), prefix, branches)
+        prefix, branches = self.prefix_tokens if self.work.keeps_prefix else 0, 2 if self.work.guided else 1
+        evaluations = SOLVERS[self.work.solver].count(self.work.steps)
+        values = self.denoiser.kept_values(self.transformer_config, evaluations, prefix, branches)
         if (relay := self.components.relay) is not None:
-            values = (
-                values * len(relay.blocks) // getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
+            depth = getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
+            values = values * len(relay.blocks) // depth
+        values += sum(
+            self.components.control(name).kept_values(
+                self.components.config(name), evaluations, self.target_tokens, branches
             )
+            for name in self.work.controls
+        )
         return values * self.itemsize
+
+    def pass_flop(self) -> float:
+        """Floating point operations of one pass through the transformer after the first."""
+        return self.denoiser.pass_flop(self.transformer_config, self.target_tokens, self.prefix_tokens)
 
     @property
     def target_tokens(self) -> int:
@@ -273,6 +324,21 @@ class Planner:
     def reference_tokens(self) -> int:
         """Image tokens of the reference images."""
         return sum(self.components.latent_space.tokens(*size) for size in self.work.shown)
+
+    @property
+    def words(self) -> int:
+        """Tokens of the prompt, as the transformer sees it; with its images' places, unless the images fill them."""
+        return self.work.text_tokens if self.components.variant.interleaved else self.prompt_tokens
+
+    @property
+    def prefix_tokens(self) -> int:
+        """All tokens but the target's."""
+        return self.words + self.reference_tokens
+
+    @property
+    def largest_image(self) -> int:
+        """Tokens of the largest image, the target included: these attend together."""
+        return max(self.target_tokens, *(self.components.latent_space.tokens(*size) for size in self.work.shown), 0)
 
     def largest(self, name: str, part: str) -> int:
         """The largest tensor, as `moved`."""
@@ -287,15 +353,15 @@ class Planner:
 
     def count(self, name: str, specs: Sequence[TensorSpec], dtype: mx.Dtype | None = None) -> int:
         """Bytes of tensors after loading."""
-        dtype, scheme = dtype or self.components.dtype, getattr(self.components.quantization, name, None)
-        if self.is_here:
+        dtype, scheme = dtype or self.components.dtype, self.scheme(name)
+        if self.reads_headers(name):
             return self.components.weights(name).bytes_of(specs, dtype, scheme)
         schemes = [scheme if spec.is_packed_by(scheme) else self.declared_scheme(name, spec) for spec in specs]
         return sum(spec.loaded_bytes(dtype, form) for spec, form in zip(specs, schemes, strict=True))
 
     def read(self, name: str, specs: Sequence[TensorSpec]) -> int:
         """Bytes of tensors in their files."""
-        if self.is_here:
+        if self.reads_headers(name):
             weights = self.components.weights(name)
             return sum(weights.stored(spec.name).nbytes for spec in specs)
         schemes = [self.declared_scheme(name, spec) for spec in specs]
@@ -305,7 +371,7 @@ class Planner:
 
     def stored_dtype(self, name: str, tensor: str) -> str:
         """A tensor's dtype in its file, in safetensors' spelling; a missing file counts as quantized or bf16."""
-        if self.is_here:
+        if self.reads_headers(name):
             return self.components.weights(name).stored(tensor).tensor.dtype
         return PACKED if self.declared_scheme(name, self.tensors(name)[tensor]) else "BF16"
 
@@ -339,7 +405,7 @@ class Planner:
     @cached_property
     def disk(self) -> int:
         """Bytes of the files of all components."""
-        names = (TRANSFORMER, *self.components.encoders, VAE)
+        names = (TRANSFORMER, *self.work.controls, *self.components.encoders, VAE)
         if self.is_here:
             return sum(self.components.weights(name).nbytes for name in names)
         return sum(self.read(name, list(self.tensors(name).values())) for name in names)
@@ -363,19 +429,25 @@ def work_of(request: Request, pipeline: QwenImagePipeline) -> Work:
     """The work of a request on a pipeline."""
     parameters, variant = request.parameters, pipeline.variant
     area = min(variant.reference_area, request.reference_pixels or variant.reference_area)
-    shown = tuple(size_of_area(area, image.size) for image in request.images) if variant.reference_area else ()
+    shown = tuple(size_of_area(area, image.size) for image in request.shown) if variant.reference_area else ()
     begun = request.starts_from_canvas
-    encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * begun
+    shown += ((parameters.width, parameters.height),) * sum(control.in_context for control in request.controls)
+    controls = pipeline.open_controls(request.steering) if request.controls else ()
+    encoded = [w * h for w, h in shown] + [parameters.width * parameters.height] * (begun or bool(controls))
     return Work(
         width=parameters.width,
         height=parameters.height,
-        frames=parameters.num_layers + 1 if variant.layered else 1,
+        frames=parameters.num_layers + 1 if variant.layered and not parameters.single_layer else 1,
         shown=shown,
         encoded=max(encoded, default=0),
         captioned=(request.reference_pixels or 0) if request.writes_caption(variant) else 0,
         guided=request.guiding_prompt is not None,
         steps=parameters.num_inference_steps,
         images=len(request.seeds) * len(request.image_indices),
+        controls=controls,
+        solver=parameters.solver,
+        step_cache=parameters.step_cache,
+        keeps_prefix=not parameters.no_prefix_cache and not controls,
     )
 
 

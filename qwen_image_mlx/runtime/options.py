@@ -16,6 +16,7 @@ from ..names import Dtype, LoRAMode
 from ..options import (
     Choice,
     Config,
+    Group,
     ImageFile,
     Integer,
     Option,
@@ -27,6 +28,7 @@ from ..options import (
     option,
     options_of,
 )
+from ..pipeline.control import Control
 from ..pipeline.parameters import (
     CANVAS,
     DTYPES,
@@ -53,6 +55,7 @@ from ..variants import (
     full_name,
 )
 from ..weights.schemes import NONE, SCHEMES, Quantization
+from .presets import PRESETS
 from .residency import read_memory
 
 _READS = (*IMAGE_COMMANDS, "caption", "train")  # commands that open a model
@@ -221,6 +224,13 @@ _OTHERS = (
     ),
     Option(name="image_index", kind=IMAGE_INDEX, record="always"),
     Option(
+        name="preset", kind=Choice(PRESETS), group="sampling", commands=IMAGE_COMMANDS, flags=("--preset",),
+        tasks=TASKS, line=True,
+        help="steps, solver and step cache together, as the model allows: a draft in a quarter of the passes, the same "
+        "image in about half, or the model's own way; other flags override it",
+        config=(Config(commands=TASKS, example="balanced"),),
+    ),
+    Option(
         name="aspect", kind=Choice(tuple(ASPECT_SIZES)), group="size", commands=("generate",), flags=("--aspect",),
         help="an official size: " + ", ".join(f"{name} {w}x{h}" for name, (w, h) in ASPECT_SIZES.items())
         + "; Qwen-Image-2.1 has larger ones",
@@ -232,6 +242,16 @@ _OTHERS = (
         name="mask", kind=ImageFile(), group="image to image", commands=CANVAS, flags=("--mask",), metavar="IMAGE",
         help="white is inpainted; all other pixels come back bit for bit", tasks=CANVAS, record="asked",
         place=True, needs=("images",),
+    ),
+    Option(
+        name="outpaint", kind=Text(r"^[0-9]{1,5}(,[0-9]{1,5}){3}$"), group="image to image", commands=CANVAS,
+        flags=("--outpaint",), metavar="L,T,R,B", tasks=CANVAS, record="asked", needs=("images",),
+        help="extend the image by these pixels to the left, above, to the right and below; all of its own pixels come "
+        "back bit for bit",
+    ),
+    Option(
+        name="controls", kind=Several(Group(Control)), group="control", commands=CANVAS, flags=("--controlnet",),
+        tasks=CANVAS, line=True, record="always", place=True, of_model=True,
     ),
     Option(
         name="size", kind=Text(r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$"), group="size",
@@ -279,6 +299,16 @@ _OTHERS = (
                        help="side in pixels of the square whose area the model works at"),),
         but={"caption": {"kind": Choice(LAYERED_RESOLUTIONS), "metavar": None,
                          "help": "side in pixels of the square whose area the image is shown at"}},
+    ),
+    Option(
+        name="layer_prompt", kind=Text(), group="layers", commands=("decompose",), flags=("--layer-prompt",),
+        metavar="TEXT", tasks=("decompose",),
+        help="make one layer, of what the text says, with a model that takes layers by name (Layered-Control)",
+    ),
+    Option(
+        name="layer_mask", kind=ImageFile(), group="layers", commands=("decompose",), flags=("--layer-mask",),
+        metavar="IMAGE", tasks=("decompose",),
+        help="make one layer, of what is white in a mask of the same size (Layered-Control-V2)",
     ),
     Option(
         name="caption_language", kind=Choice(tuple(CAPTION_TEMPLATES)), group="layers", commands=("decompose",),

@@ -44,7 +44,7 @@ class Preview:
         parameters, variant, space = request.parameters, pipeline.variant, pipeline.latent_space
         self._show, self._inner, self._space = show, inner, space
         self._rows, self._columns = space.grid(parameters.width, parameters.height)
-        self._hidden = 1 if variant.layered else 0
+        self._hidden = 1 if variant.layered and not request.parameters.single_layer else 0
         *factors, bias = variant.preview
         # A token's values are (channel, row, column) of a patch of latents; one product gives (row, column, RGB).
         patch = np.eye(space.patch**2, dtype=np.float32)

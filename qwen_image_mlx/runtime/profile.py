@@ -21,12 +21,14 @@ class StageCost:
         seconds: from its beginning to its end.
         resident: bytes in use after it.
         peak: maximum bytes in use during it.
+        skipped: passes that a step cache left out.
     """
 
     stage: str
     seconds: float
     resident: int
     peak: int
+    skipped: int = 0
 
 
 class Profile:
@@ -58,7 +60,7 @@ class Profile:
         if progress.step == progress.total:
             seconds = time.perf_counter() - self._begun.pop(name)
             held = mx.get_active_memory()
-            self.costs.append(StageCost(name, seconds, held, max(held, mx.get_peak_memory())))
+            self.costs.append(StageCost(name, seconds, held, max(held, mx.get_peak_memory()), progress.skipped))
 
     def record(self) -> list[dict[str, Any]]:
         """The costs for an image's metadata."""
@@ -70,6 +72,7 @@ class Profile:
         rows = [f"{'':{width}}  {'seconds':>8}  {'held GB':>8}  {'peak GB':>8}"]
         rows += [
             f"{cost.stage:{width}}  {cost.seconds:8.2f}  {cost.resident / 1e9:8.3f}  {cost.peak / 1e9:8.3f}"
+            + (f"  {cost.skipped} passes skipped" if cost.skipped else "")
             for cost in self.costs
         ]
         return "\n".join(rows)

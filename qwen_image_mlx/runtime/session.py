@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from ..errors import RequestError
-from ..names import Aspect, NamedSize, Parallel, Task
+from ..names import Aspect, NamedSize, Parallel, PresetName, Task
 from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
-from ..pipeline.image_request import canvas_of
+from ..pipeline.control import controls_of
+from ..pipeline.image_request import begun, canvas_of, control_prompt, transparent_prompt
 from ..pipeline.limits import free_memory, limits
+from ..pipeline.opening import distillation, is_distilled
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.request import Request, build_request
@@ -27,9 +29,11 @@ from ..registry import TEXT_ENCODER
 from ..variants import ASPECT_SIZES, recommended_negative_prompt
 from ..weights.schemes import NONE, Quantization
 from .memory import Memory, alternatives, fitting_plan, parse_memory
-from .memory_plan import MemoryPlan, Work, table_of, work_of
+from .memory_plan import MemoryPlan, Planner, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
+from .presets import Preset, preset_of
 from .ranks import current
+from .residency import DEFAULT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,6 +77,7 @@ class Session:
         self._wire = bool(asked.get("wire"))
         self._cache = _cache() if asked.get("cache") else None
         self._warned = False
+        self._said_preset: Preset | None = None
 
     @classmethod
     def open(
@@ -134,7 +139,10 @@ class Session:
         Raises:
             RequestError: something is out of range or does not fit the model.
         """
-        variant, sampling = self.pipeline.variant, self.pipeline.recommended._asdict()
+        variant, sampling = self.pipeline.variant, self.pipeline.recommended_at(asked.get("steps"))._asdict()
+        preset = self.preset(asked["preset"]) if asked.get("preset") else None
+        if preset is not None:
+            sampling |= {OPTIONS[name].field: value for name, value in preset.values.items()}
         task = task or self.task
         if variant.layered:
             request = layers_of(images[0], asked, variant.resolutions, sampling)
@@ -145,21 +153,31 @@ class Session:
             if images:
                 canvas = canvas_of(
                     variant, images, mask=mask, size=named, composite=not asked.get("no_composite"),
-                    crop_padding=asked.get("mask_padding"), straight=straight,
+                    crop_padding=asked.get("mask_padding"), straight=straight, outpaint=asked.get("outpaint"),
                 )  # fmt: skip
-            recommended = {r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling}
+            recommended: dict[str, Any] = {
+                r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling
+            }
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
-            wanted = {**recommended, **asked}
+            wanted = {**recommended, **begun(asked.get("strength"), asked.get("outpaint")), **asked}
             if asked.get("transparent"):
-                if variant.transparent is None:
-                    raise RequestError(f"{self.pipeline.model} makes no transparent images", cause="transparent")
-                wanted["prompt"] = variant.transparent(wanted["prompt"])
+                wanted["prompt"] = transparent_prompt(variant, wanted["prompt"])
+            wanted["prompt"] = control_prompt(variant, wanted["prompt"], controls_of(wanted.get("controls")))
             request = replace(
                 build_request(wanted, canvas.size if canvas else cast("Size", named)),
                 images=tuple(images) if task == "edit" else (),
                 canvas=canvas,
                 reference_pixels=asked.get("reference_pixels"),
             )
+        if preset is not None:
+            request = replace(request, preset=preset.name)
+            if preset != self._said_preset:
+                self._said_preset = preset
+                logger.info("%s", preset.sentence)
+        if request.parameters.step_cache:
+            from ..pipeline.step_cache import cache_of  # here: most runs have no step cache
+
+            cache_of(self.pipeline.components, request.parameters.step_cache, request.parameters.num_inference_steps)
         if (asked.get("negative_prompt") or "").strip() and request.guiding_prompt is None and not self._warned:
             self._warned = True
             logger.warning(
@@ -167,6 +185,19 @@ class Session:
                 request.parameters.cfg_scale,
             )
         return request
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model, or a LoRA on it, was trained for a few steps of its own."""
+        return is_distilled(self.pipeline.components)
+
+    def preset(self, name: PresetName) -> Preset:
+        """What a preset means for the model."""
+        from ..pipeline.calibrated import facts_of  # here: most runs have no step cache
+
+        measured = facts_of(self.pipeline.components).tea is not None
+        steps = self.pipeline.recommended.num_inference_steps
+        return preset_of(name, steps, distilled=self.is_distilled, measured=measured)
 
     # Plan -----------------------------------------------------------------------------------------------------------
 
@@ -187,10 +218,14 @@ class Session:
             logger.warning("too large for the memory:\n%s", table_of(others, budget))
             if not self.force:
                 packs = any(other.needs_pack and other.peak <= budget for other in others)
+                without = fitting_plan(pipeline.components, replace(work, keeps_prefix=False), self.memory)
                 raise RequestError(
                     f"this takes {plan.peak / 1e9:.2f} GB, but only {budget / 1e9:.2f} may be used",
-                    cause="streamed quantization" if packs else "budget" if self._said_memory else "residency",
-                )
+                    cause="streamed quantization" if packs
+                    else "prefix cache" if without.peak <= budget
+                    else "budget" if self._said_memory
+                    else "residency",
+                )  # fmt: skip
         elif plan.peak - mx.get_active_memory() > (free := free_memory()):
             logger.warning(
                 "this takes %.1f GB, and only %.1f are free now: the machine will swap; close other programs",
@@ -234,6 +269,10 @@ class Session:
     def alternatives(self, work: Work) -> list[MemoryPlan]:
         """For each residency, the plan of a piece of work that fits the session's memory, or has the lowest peak."""
         return alternatives(self.pipeline.components, work, self.memory.budget)
+
+    def pass_flop(self, work: Work) -> float:
+        """Floating point operations of one pass through the transformer after the first."""
+        return Planner(self.pipeline.components, work, DEFAULT).pass_flop()
 
     # Run ------------------------------------------------------------------------------------------------------------
 
@@ -305,7 +344,7 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
     kind = QwenImagePipeline
     if current().size > 1:
         from .shared import SharedPipeline as kind  # here: most runs are one process
-    return kind.from_pretrained(
+    pipeline = kind.from_pretrained(
         options.model,
         revision=options.revision,
         dtype=options.dtype,
@@ -318,6 +357,13 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
         vae=options.vae,
         progress=progress,
     )
+    found = distillation(pipeline.components)
+    if found is not None and pipeline.components.adapters is None:  # a LoRA says so itself
+        logger.info(
+            "a distilled model (by %s): %d steps, guidance %g and %s unless told otherwise",
+            found.evidence, found.steps, found.cfg_scale, found.schedule,
+        )  # fmt: skip
+    return pipeline
 
 
 def layers_of(

@@ -132,14 +132,14 @@ class SharedPipeline(QwenImagePipeline):
     def denoise_latents(
         self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
         seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
-        initial: InitialImage | None = None, progress: ProgressCallback | None = None,
+        initial: InitialImage | None = None, progress: ProgressCallback | None = None, **more: Any,
     ) -> mx.array:  # fmt: skip
         """As `QwenImagePipeline.denoise_latents`; on ranks that do not decode the result may be empty."""
 
         def denoised() -> mx.array:
             return super(SharedPipeline, self).denoise_latents(
                 parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial,
-                progress=progress,
+                progress=progress, **more,
             )  # fmt: skip
 
         if self.mode != "images":
@@ -226,13 +226,17 @@ class GuidanceDenoiser:
     def __init__(self, ranks: Ranks, own: Denoiser | None, branches: int):
         self._ranks, self._own, self._branches = ranks, own, branches
 
-    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
         """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
         own = mx.zeros_like(latents)
-        if self._own is not None:
+        if branches == 1 and self._ranks.rank:
+            pass  # guidance is off in this step: this branch is not used
+        elif self._own is not None:
             (own,) = self._own.velocities(latents, evaluation, on_layer)
         everyone = self._ranks.gathered(own)
-        return mx.split(everyone, self._ranks.size)[: self._branches]
+        return mx.split(everyone, self._ranks.size)[: branches or self._branches]
 
 
 class LayersDenoiser:
@@ -249,9 +253,11 @@ class LayersDenoiser:
     def __init__(self, ranks: Ranks, branches: Sequence[Denoiser], relay: RankRelay | None = None):
         self._ranks, self._branches, self._relay = ranks, branches, relay
 
-    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
         """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
-        found = [branch.velocities(latents, evaluation, on_layer)[0] for branch in self._branches]
+        found = [branch.velocities(latents, evaluation, on_layer)[0] for branch in self._branches[:branches]]
         if self._ranks.rank + 1 < self._ranks.size:
             found = [mx.zeros_like(latents) for _ in found]  # only the last rank has the last block
         if self._relay is not None:
@@ -325,6 +331,8 @@ def begin(
     """
     ranks = pipeline.ranks
     ranks.agree(facts_of(request))
+    if (request.parameters.step_cache or request.controls) and asked in ("guidance", "layers"):
+        raise RequestError("with a step cache or a control only images can be shared")
     kept = TRANSFORMER not in whole.residency.streamed
     fits = whole.peak <= memory.budget and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
     everywhere, asked = all(ranks.gather_values(fits)), ranks.led(lambda: asked)
@@ -337,6 +345,8 @@ def begin(
         asked, ranks=ranks.size, images=work.images, guided=work.guided, fits=everywhere,
         blocks=pipeline.blocks,
     )  # fmt: skip
+    if (request.parameters.step_cache or request.controls) and mode in ("guidance", "layers"):
+        mode = "images" if work.images > 1 else "none"
     pipeline.begin(mode, work.images)
     if ranks.leads:
         logger.info("%d ranks share %s", ranks.size, WORDS[mode])

@@ -21,9 +21,11 @@ class Schedule:
 
     Attributes:
         sigmas: float32 (steps + 1,): noise level before each step and, last, 0.
+        exact: the same in float64, for solvers whose reference rounds a level to a whole timestep; None is `sigmas`.
     """
 
     sigmas: np.ndarray
+    exact: np.ndarray | None = None
 
     @property
     def num_steps(self) -> int:
@@ -42,7 +44,7 @@ class Schedule:
         """
         skipped = int(max(self.num_steps - min(self.num_steps * strength, self.num_steps), 0))
         skipped = min(skipped, self.num_steps - 1)
-        return Schedule(self.sigmas[skipped:])
+        return Schedule(self.sigmas[skipped:], None if self.exact is None else self.exact[skipped:])
 
     def dt(self, step: int) -> float:
         """Change of sigma in a step; negative."""
@@ -73,7 +75,13 @@ def make_schedule(config: SchedulerConfig, sigmas: Sequence[float], mu: float) -
         sigmas: unshifted noise levels in (0, 1], falling.
         mu: strength of the dynamic shift; unused by a static one.
     """
-    grid = np.array(sigmas, dtype=np.float32)
+    levels = (np.append(_shifted(config, np.array(sigmas, dtype), mu), 0) for dtype in (np.float32, np.float64))
+    rounded, exact = levels
+    return Schedule(rounded.astype(np.float32), exact)
+
+
+def _shifted(config: SchedulerConfig, grid: np.ndarray, mu: float) -> np.ndarray:
+    """The grid's levels, shifted and stretched in its own dtype."""
     if not config.use_dynamic_shifting:
         shifted = config.shift * grid / (1 + (config.shift - 1) * grid)
     else:
@@ -83,7 +91,7 @@ def make_schedule(config: SchedulerConfig, sigmas: Sequence[float], mu: float) -
     # A single step starts and ends at sigma 1, which cannot be stretched: the reference divides 0 by 0 there.
     if config.shift_terminal and noiseless[-1] > 0:
         shifted = 1 - noiseless / (noiseless[-1] / (1 - config.shift_terminal))
-    return Schedule(np.append(shifted, 0).astype(np.float32))
+    return shifted
 
 
 def static_shift(config: SchedulerConfig, shift: float) -> SchedulerConfig:

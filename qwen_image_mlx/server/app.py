@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from .._version import __version__
+from ..pipeline.control import CONTROL_KINDS
 from ..pipeline.parameters import TASKS, GenerationParameters
 from ..runtime.options import OPTIONS
 from . import openai
@@ -23,9 +24,9 @@ from .document import describe, takes
 from .guard import Guard
 from .job import Job
 from .jobs import Feed, Jobs, Work
-from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, LoadBody, UnloadBody, form_of
+from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, ControlImageBody, LoadBody, UnloadBody, form_of
 from .service import Service
-from .tasks import compose
+from .tasks import compose, control_image_of
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -85,6 +86,12 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
         body = await read_body(request, ComposeBody)
         return _json(dumps(await service.aside(compose, body)))
 
+    @app.post("/api/qwen-image/control-image", openapi_extra=takes(ControlImageBody))
+    async def show_control(request: Request) -> Response:
+        """What a ControlNet is shown of an image. Needs no model and no job."""
+        body = await read_body(request, ControlImageBody)
+        return _json(dumps(await service.aside(control_image_of, body)))
+
     @app.get("/api/qwen-image/config")
     async def config() -> Response:
         """Models, defaults, fields of the page's form, and limits."""
@@ -95,6 +102,8 @@ def _add_tasks(app: FastAPI, service: Service) -> None:
             "version": __version__,
             "tasks": {task: _describe_task(service, task) for task in setup.offers},
             "defaults": {name: defaults.get(name) for name in _DEFAULTS},
+            "controlnets": list(setup.controlnets),
+            "control_kinds": list(CONTROL_KINDS),
             "fields": {task: form_of(task) for task in setup.offers},
             "limits": {
                 "max_pixels": setup.limits.pixels, "max_steps": setup.limits.steps,

@@ -1,5 +1,5 @@
 """The server's models by task. They are opened when needed, kept loaded, and released when idle or when another model
-needs the memory.
+needs the memory. Tasks of one model share it.
 
 Used in the worker's thread. Other threads may call only the methods in the first section.
 """
@@ -102,7 +102,7 @@ class Models:
 
     def is_loaded(self, task: str) -> bool:
         """Whether any part of a task's model is in memory."""
-        warm = self._warm.get(task)
+        warm = self._warm.get(self._first(task))
         return warm is not None and warm.is_loaded
 
     def facts(self, task: str) -> dict[str, Any]:
@@ -134,14 +134,17 @@ class Models:
 
     def open(self, task: str) -> Session:
         """The session of a task's model; raises ApiError if the model cannot be used."""
-        if task not in self._warm:
+        first = self._first(task)
+        if first not in self._warm:
             with _hide_details(RequestError):
                 options = {**self._offers[task], "memory": self._memory}
                 session = Session.open(options, "", lambda progress: self._progress(progress), task=task)
                 _ = session.pipeline.recommended  # depends on the LoRAs, so they are downloaded and read
-                self._facts[task] = _facts(session.pipeline)
-            self._warm[task] = _Warm(session)
-        warm = self._warm[task]
+            self._warm[first] = _Warm(session)
+        warm = self._warm[first]
+        with _hide_details(RequestError):
+            warm.pipeline.check_task(task)
+        self._facts[task] = _facts(warm.pipeline)
         warm.used = time.monotonic()
         return warm.session
 
@@ -153,7 +156,7 @@ class Models:
             RequestError: no plan fits the memory.
             ApiError: the model cannot be used.
         """
-        warm = self._warm[task]
+        warm = self._warm[self._first(task)]
         pipeline, plans = warm.pipeline, warm.session.plans
         try:
             if len(plans) >= _MAX_PLANS:
@@ -174,12 +177,12 @@ class Models:
         """Downloads an open model's files, and loads the parts that a request's plan keeps; raises as `plan`."""
         with self.plan(task, request) as plan:
             if not plan.residency.staged:
-                load(self._warm[task].pipeline, request)
+                load(self._warm[self._first(task)].pipeline, request)
 
     def unload(self, task: str | None) -> None:
         """Releases a task's model, or all models for None."""
         for name, warm in self._warm.items():
-            if task in (None, name):
+            if task is None or name == self._first(task):
                 warm.release()
         self.encodings.clear()
         mx.clear_cache()
@@ -207,12 +210,18 @@ class Models:
                 due.append(left)
         return min(due, default=None)
 
+    def _first(self, task: str) -> str:
+        """The first task with the same model, opened in the same way; the key of `_warm`."""
+        return next(name for name, offer in self._offers.items() if offer == self._offers[task])
+
     def _free(self, task: str) -> int:
         """Bytes of the budget that other models do not hold."""
-        return self._memory.budget - sum(warm.held for name, warm in self._warm.items() if name != task)
+        own = self._first(task)
+        return self._memory.budget - sum(warm.held for name, warm in self._warm.items() if name != own)
 
     def _make_room(self, task: str, nbytes: int) -> None:
-        others = sorted((warm.used, name) for name, warm in self._warm.items() if name != task and warm.is_loaded)
+        own = self._first(task)
+        others = sorted((warm.used, name) for name, warm in self._warm.items() if name != own and warm.is_loaded)
         for _, name in others:
             if self._free(task) >= nbytes:
                 return
@@ -220,7 +229,7 @@ class Models:
             self._warm[name].release()
 
     def _note(self, task: str) -> None:
-        warm = self._warm[task]
+        warm = self._warm[self._first(task)]
         others = sum(other.held for other in self._warm.values() if other is not warm)
         warm.used, warm.held = time.monotonic(), max(0, mx.get_active_memory() - others)
 

@@ -6,7 +6,8 @@ A server may have tighter limits than the ranges here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,7 +26,9 @@ from pydantic import (
 from pydantic_core import from_json as parsed_json
 
 from .. import options as kinds
+from ..errors import RequestError
 from ..layers.stack import MAX_NAME, MAX_OFFSET
+from ..pipeline.control import CONTROL_KINDS
 from ..pipeline.parameters import TASKS
 from ..runtime.options import of_task
 from ..variants import VARIANTS
@@ -35,6 +38,7 @@ from .images import DATA_URL, image_bytes
 MAX_IMAGES = max(variant.max_images or 3 for variant in VARIANTS.values())  # without a limit of its own, three
 MAX_NUM_IMAGES = 4
 MAX_STACK = 64
+MAX_CONTROLS = 4
 _MAX_PROMPT = 8000
 _MAX_SIDE = 16_384
 _MAX_COMMAS = 1 << 15  # in JSON: enough for two prompts, a stack's names and all fields
@@ -61,8 +65,20 @@ Text = Annotated[str, StringConstraints(max_length=_MAX_PROMPT), AfterValidator(
 # Maximum values that a server sets where the option has none or a higher one.
 _MAXIMUM = {
     "width": _MAX_SIDE, "height": _MAX_SIDE, "mask_padding": _MAX_SIDE, "reference_pixels": 1 << 25,
-    "num_images": MAX_NUM_IMAGES, "images": MAX_IMAGES,
+    "num_images": MAX_NUM_IMAGES, "images": MAX_IMAGES, "controls": MAX_CONTROLS,
 }  # fmt: skip
+
+
+def _parsed(row: kinds.Option) -> Callable[[str], str]:
+    """A validator by an option's own parser."""
+
+    def check(text: str) -> str:
+        try:
+            return str(row.kind.check(row.name, text))
+        except RequestError as error:
+            raise ValueError(str(error)) from error
+
+    return check
 
 
 def field_of(row: kinds.Option) -> tuple[Any, Any]:
@@ -83,8 +99,12 @@ def field_of(row: kinds.Option) -> tuple[Any, Any]:
             annotation = bool
         case kinds.ImageFile():
             annotation = ImageFile
+        case kinds.Several(kind=kinds.Group() as group):
+            annotation = Annotated[list[_body_of_group(group)], Field(min_length=1, max_length=maximum)]
         case kinds.Several(kind=kinds.ImageFile()):
             annotation = Annotated[list[ImageFile], Field(min_length=1, max_length=maximum)]
+        case kinds.Parsed():
+            annotation = Annotated[Text, AfterValidator(_parsed(row))]
         case kinds.Text(pattern=""):
             annotation = Text
         case kinds.Text():
@@ -92,6 +112,16 @@ def field_of(row: kinds.Option) -> tuple[Any, Any]:
         case _:
             raise AssertionError(f"{row.name} has a kind that requests do not support")
     return (annotation | None if row.default is None else annotation), row.default
+
+
+def _body_of_group(group: kinds.Group) -> type[Body]:
+    """The body of an object whose fields are options; its images are bytes."""
+    fields = {}
+    for field in dataclasses.fields(group.of):
+        default = ... if field.default is dataclasses.MISSING else field.default
+        fields[field.name] = field_of(dataclasses.replace(group.rows[field.name], default=default))
+    name = group.of.__name__
+    return create_model(f"{name}Body", __base__=Body, __doc__=f"One {name.lower()}.", **fields)
 
 
 def form_of(task: str) -> dict[str, dict[str, Any]]:
@@ -131,7 +161,8 @@ class Body(BaseModel):
         """Total bytes of its images."""
         fields = [value for _, value in self]
         parts = [part for value in fields for part in (value if isinstance(value, list) else [value])]
-        return sum(len(part) for part in parts if isinstance(part, bytes))
+        inner = sum(part.nbytes for part in parts if isinstance(part, Body))
+        return inner + sum(len(part) for part in parts if isinstance(part, bytes))
 
 
 def _body_of(task: str, doc: str) -> type[Body]:
@@ -172,6 +203,13 @@ class ComposeBody(Body):
         list[Annotated[LayerBody, BeforeValidator(_bare_layer)]], Field(min_length=1, max_length=MAX_STACK)
     ]
     format: Literal["png", "psd", "ora", "zip"] = "png"
+
+
+class ControlImageBody(Body):
+    """What a ControlNet is shown of an image."""
+
+    image: ImageFile
+    kind: Literal[CONTROL_KINDS] = CONTROL_KINDS[0]
 
 
 class LoadBody(Body):

@@ -36,6 +36,7 @@ class Setup:
         idle_seconds: seconds until an unused model is released; None keeps it loaded.
         is_own_host: whether the server accepts a host name.
         token: required from requests; None requires no token.
+        controlnets: the references of the ControlNets that requests may name, by name.
         aliases: for OpenAI's API, tasks by additional model name.
         origins: web origins that may use the server, in addition to its own.
         queue: maximum number of waiting jobs.
@@ -52,6 +53,7 @@ class Setup:
     idle_seconds: float | None = 600.0
     is_own_host: Callable[[str], bool]
     token: str | None = None
+    controlnets: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, Collection[str]] = field(default_factory=dict)
     origins: Collection[str] = ()
     queue: int = 16
@@ -72,7 +74,7 @@ class Service:
     def __init__(self, setup: Setup, give_up: Callable[[], None] = lambda: None):
         self.setup = setup
         self.models: Models = Models(setup.offers, setup.memory, setup.idle_seconds)
-        self.tasks: Tasks = Tasks(self.models, setup.defaults, setup.limits)
+        self.tasks: Tasks = Tasks(self.models, setup.defaults, setup.limits, setup.controlnets)
         self.jobs: Jobs = Jobs(
             queue=setup.queue, seconds=setup.job_seconds, idle=self.models.tick,
             begin=self.models.read_facts, distrust=self.models.distrust, give_up=give_up,

@@ -20,7 +20,9 @@ from PIL.Image import new as new_image
 
 from ..errors import RequestError
 from ..files import temporary_folder
+from ..images.control import control_image
 from ..images.files import encode_png
+from ..images.geometry import size_of_area
 from ..images.sources import open_image, open_mask, open_rgba
 from ..layers.folder import LAYER_FILE, folder_files
 from ..layers.formats import FORMATS, check_formats
@@ -29,6 +31,7 @@ from ..options import ImageFile, Option, Several
 from ..pipeline.conductor import decompose, generate
 from ..pipeline.request import build_request, parsed_size
 from ..runtime.options import of_task, recorded
+from ..runtime.presets import yielding
 from ..runtime.preview import Preview
 from ..runtime.session import Session, layers_of
 from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
@@ -39,8 +42,9 @@ if TYPE_CHECKING:
     from ..pipeline.request import Request
     from .jobs import Feed, Work
     from .models import Models
-    from .schema import CaptionBody, ComposeBody, DecomposeBody, EditBody, GenerateBody
+    from .schema import CaptionBody, ComposeBody, ControlImageBody, DecomposeBody, EditBody, GenerateBody
 
+_SHOWN_PIXELS = 512 * 512  # of a control image, shown
 _BETWEEN_PREVIEWS = 0.25  # seconds
 _MAX_COMPOSED_PIXELS = 1 << 26  # of all layers in total, after scaling
 
@@ -83,10 +87,18 @@ class Tasks:
         models: the models by task.
         defaults: by task and field, the configured default values.
         limits: the limits for requests.
+        controlnets: the references of the ControlNets that requests may name, by name.
     """
 
-    def __init__(self, models: Models, defaults: Mapping[str, Mapping[str, Any]], limits: Limits):
+    def __init__(
+        self,
+        models: Models,
+        defaults: Mapping[str, Mapping[str, Any]],
+        limits: Limits,
+        controlnets: Mapping[str, str] = {},
+    ):
         self._models = models
+        self._controlnets = controlnets
         self._defaults = defaults
         self._limits = limits
 
@@ -144,7 +156,11 @@ class Tasks:
         if (body.image is None) == (body.images is None):
             raise RequestError("give the images to edit, as images or one image")
         for row in of_task("edit"):
-            if "mask" in row.of("edit").needs and getattr(body, row.name) is not None and body.mask is None:
+            if (
+                "mask" in row.of("edit").needs
+                and getattr(body, row.name) is not None
+                and not (body.mask or body.outpaint)
+            ):
                 raise RequestError(f"{row.name} needs a mask")
         files = body.images or [body.image]
         return self._make_images("edit", body, files, None if body.size is None else parsed_size(body.size))
@@ -153,7 +169,8 @@ class Tasks:
         options = self._options(task, body)
         rows = [row for row in recorded("asked") if task in row.tasks and not _is_image(row)]
         recorded_options = {row.name: value for row in rows if (value := getattr(body, row.name)) != row.default}
-        build_request(options | recorded_options, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
+        controls = self._controls(body)
+        build_request(options | recorded_options | controls, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
         self._check_early(task, options, size)
         if files:
             decode([*files, *([body.mask] if body.mask else [])])
@@ -166,7 +183,8 @@ class Tasks:
             straight = [open_rgba(source) for source in sources] if recorded_options.get("keep_alpha") else None
             session = self._models.open(task)
             opened = [(open_rgba if session.shows_alpha else open_image)(source) for source in sources]
-            request = session.request(options | recorded_options, size, opened, mask, straight, task=task)
+            asked = options | recorded_options | self._controls(body)
+            request = session.request(asked, size, opened, mask, straight, task=task)
             images = []
             with self._prepare(task, session, request, feed) as (progress, cache, residency):
                 for generated in generate(session.pipeline, request, progress, cache, **residency.releases):
@@ -178,17 +196,35 @@ class Tasks:
 
         return work
 
+    def _controls(self, body: Any) -> dict[str, Any]:
+        """The option controls, its images decoded; {} without any. Only this server's ControlNets are opened."""
+        made = []
+        for control in body.controls or ():
+            if control.controlnet not in self._controlnets:
+                offered = ", ".join(self._controlnets) or "none, because it was started without --controlnet"
+                raise RequestError(
+                    f"{control.controlnet!r:.100} is not a ControlNet of this server, which has {offered}"
+                )
+            said = {name: value for name, value in control if value is not None}
+            files = [name for name in said if isinstance(said[name], bytes)]
+            images = zip(files, decode([said[name] for name in files]), strict=True)
+            made.append({**said, **dict(images), "controlnet": self._controlnets[control.controlnet]})
+        return {"controls": made} if made else {}
+
     def _decompose(self, body: DecomposeBody) -> Work:
         options = self._options("decompose", body)
-        (image,) = decode([body.image])
-        known = self._models.facts("decompose").get("resolutions")
-        draft = layers_of(open_rgba(image), options, known or [options.get("resolution", LAYERED_RESOLUTIONS[0])])
-        self._check_early("decompose", options, draft.canvas.size if known else None)
+        (image,), masks = decode([body.image]), decode([body.layer_mask] if body.layer_mask else [])
+        known = sized = self._models.facts("decompose").get("resolutions")
+        painted = {"layer_mask": masks[0]} if masks else {}
+        draft = layers_of(
+            open_rgba(image), options | painted, known or [options.get("resolution", LAYERED_RESOLUTIONS[0])]
+        )
+        self._check_early("decompose", options, draft.canvas.size if sized else None)
 
         def work(feed: Feed) -> dict[str, Any]:
             (image,) = decode([body.image])
             session = self._models.open("decompose")
-            request = session.request(options, images=[open_rgba(image)])
+            request = session.request(options | painted, images=[open_rgba(image)])
             with self._prepare("decompose", session, request, feed) as (progress, cache, residency):
                 result = decompose(session.pipeline, request, progress, cache, **residency.releases)
             pngs = [data for name, data in folder_files(result.stack) if LAYER_FILE.fullmatch(name)]
@@ -224,9 +260,10 @@ class Tasks:
 
     def _options(self, task: str, body: Any = None) -> dict[str, Any]:
         """The options by flag name: the request's, then the configured defaults; a random seed if there is none."""
-        names = [row.name for row in of_task(task) if not _is_image(row)]
+        names = [row.name for row in of_task(task) if not _is_image(row) and row.name != "controls"]
         values = {name: value for name in names if (value := getattr(body, name, None)) is not None}
-        options = {**{name: value for name, value in self._defaults[task].items() if name in names}, **values}
+        usual = {name: value for name, value in self._defaults[task].items() if name in names}
+        options = yielding(usual, values) | values
         seed = options.get("seed")
         return options | {"seed": [secrets.randbelow(2**32) if seed is None else seed]}
 
@@ -269,6 +306,17 @@ class _Previews:
         if now - self._sent >= _BETWEEN_PREVIEWS:
             self._sent = now
             self._feed.show(data_url(encode_png(image)))
+
+
+def control_image_of(body: ControlImageBody) -> dict[str, Any]:
+    """What a ControlNet is shown of an image, of about a megapixel; needs no model.
+
+    Raises:
+        RequestError: the image cannot be read.
+    """
+    (image,) = decode([body.image])
+    opened = open_image(image)
+    return {"image": data_url(encode_png(control_image(opened, body.kind, size_of_area(_SHOWN_PIXELS, opened.size))))}
 
 
 def compose(body: ComposeBody) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from ..images.colour import profiles_are_ignored
 from ..images.formats import check_file
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
-from ..images.sources import open_image, open_rgba
-from ..models.qwen_image.rope import Segment, place_images
+from ..images.sources import open_rgba
 from ..pipeline.autoencode import encode_mode
+from ..pipeline.encode import opened_for
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE, VAE_ENCODER
@@ -32,6 +32,7 @@ from ..weights.safetensors_files import load_tensors, read_header, save_tensors
 from .examples import Example, bucket_of, buckets_of
 from .loss import key_of
 from .network import Batch
+from .seam import Segments, trainable_of
 
 _FORMAT = "qwen_image_mlx.example.1"
 _ENLARGED = 1.1  # maximum enlargement of an image, along a side
@@ -43,7 +44,7 @@ class _Entry:
     """An encoded example: its file, and what a batch must have in common."""
 
     path: Path
-    segments: tuple[Segment, ...]
+    segments: Segments
     tokens: int
     dropped_tokens: int
 
@@ -108,7 +109,9 @@ class Dataset:
         return mx.random.uniform(key=key_of(self._seed, "caption", position)).item() < self._dropout
 
 
-def check_images(examples: Sequence[Example], task: str, resolution: int, report: Callable[[Progress], None]) -> None:
+def check_images(
+    examples: Sequence[Example], task: str, resolution: int, report: Callable[[Progress], None], multiple: int = 16
+) -> None:
     """Decodes every image once, before any model is loaded.
 
     Raises:
@@ -118,7 +121,7 @@ def check_images(examples: Sequence[Example], task: str, resolution: int, report
     for n, example in enumerate(examples):
         sizes = {file: open_rgba(file).size for file in example.files}
         size = sizes[example.image]
-        target = target_size(size, task, resolution)
+        target = target_size(size, task, resolution, multiple)
         if max(want / have for want, have in zip(target, size, strict=True)) > _ENLARGED:
             small.append(f"{example.image.name} ({size[0]}x{size[1]})")
         unequal += [f"{file} ({sizes[file][0]}x{sizes[file][1]})" for file in example.layers if sizes[file] != size]
@@ -132,13 +135,13 @@ def check_images(examples: Sequence[Example], task: str, resolution: int, report
         raise RequestError(f"{len(unequal)} layers differ in size from their image: {some(unequal)}")
 
 
-def target_size(size: Size, task: str, resolution: int) -> Size:
+def target_size(size: Size, task: str, resolution: int, multiple: int = 16) -> Size:
     """(width, height) at which an image is trained on.
 
     For text to image, the bucket with the nearest aspect; otherwise the pipeline's size for a result of that area, so
     that image and result have the same size.
     """
-    return bucket_of(size, buckets_of(resolution)) if task == "t2i" else size_of_area(resolution**2, size)
+    return bucket_of(size, buckets_of(resolution, multiple)) if task == "t2i" else size_of_area(resolution**2, size)
 
 
 def encode_examples(
@@ -174,7 +177,7 @@ def encode_examples(
     entries = [_read_entry(path, widths) for path in paths]
     new = [n for n, entry in enumerate(entries) if entry is None]
     if new:
-        check_images([examples[n] for n in new], task, resolution, report)
+        check_images([examples[n] for n in new], task, resolution, report, pipeline.variant.size_multiple)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -204,8 +207,8 @@ def _encode(
 ) -> None:
     parts = pipeline.components
     layered = task == "layered"
-    frames = [open_rgba(file) if layered else open_image(file) for file in (example.image, *example.layers)]
-    size = target_size(frames[0].size, task, resolution)
+    frames = [opened_for(parts, file) for file in (example.image, *example.layers)]
+    size = target_size(frames[0].size, task, resolution, pipeline.variant.size_multiple)
     fit = partial(ImageOps.fit, size=size, method=Image.Resampling.LANCZOS) if task == "t2i" else (lambda image: image)
     encode = partial(encode_mode, parts.network(VAE_ENCODER), parts.config(VAE))
     latents = mx.stack([encode(to_pixels(fit(frame), size))[0] for frame in frames])[None]
@@ -225,8 +228,8 @@ def _encode(
         arrays["references"] = mx.concatenate([reference.latents for reference in references], axis=1)
     if not all_finite(arrays["latents"]):
         raise QwenImageError(f"the latents of {example.image} are not finite: check the autoencoder's weights")
-    grids = [space.grid(*size)] * len(frames) + [(reference.height, reference.width) for reference in references]
-    segments = place_images(grids, parts.config(TRANSFORMER).use_layer3d_rope)
+    grids = [space.grid(*size)] * len(frames)
+    segments = trainable_of(pipeline).segments(parts.config(TRANSFORMER), grids, references)
     metadata = {"format": _FORMAT, "segments": json.dumps(segments)}
     save_tensors(path, arrays, metadata)
 
@@ -241,9 +244,9 @@ def _read_entry(path: Path, widths: tuple[int, int]) -> _Entry | None:
         tensors, metadata = read_header(path) if path.is_file() else ({}, {})
         if metadata.get("format") != _FORMAT:
             return None
-        segments = tuple(Segment(*segment) for segment in json.loads(metadata["segments"]))
+        segments = tuple(_triple(*segment) for segment in json.loads(metadata["segments"]))
         lengths = {name: tensors[name].shape[1] for name in ("text", "dropped", "references") if name in tensors}
-        own = sum(segment.height * segment.width for segment in segments) - lengths.get("references", 0)
+        own = sum(height * width for _, height, width in segments) - lengths.get("references", 0)
         expected = {"latents": (1, own, widths[0]), "text": (1, lengths["text"], widths[1])}
         expected |= {"dropped": (1, lengths["dropped"], widths[1])} if "dropped" in lengths else {}
         expected |= {"references": (1, lengths["references"], widths[0])} if "references" in lengths else {}
@@ -252,6 +255,10 @@ def _read_entry(path: Path, widths: tuple[int, int]) -> _Entry | None:
         return _Entry(path, segments, lengths["text"], lengths.get("dropped", 0))
     except (CheckpointError, IndexError, KeyError, TypeError, ValueError, RecursionError):
         return None
+
+
+def _triple(place: int, height: int, width: int) -> tuple[int, int, int]:
+    return place, height, width
 
 
 def digest_of(examples: Sequence[Example]) -> str:

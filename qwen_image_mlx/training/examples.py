@@ -255,12 +255,13 @@ def bucket_of(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> tupl
     return min(buckets, key=lambda bucket: max(aspect, r := bucket[0] / bucket[1]) / min(aspect, r))
 
 
-def buckets_of(resolution: int) -> list[tuple[int, int]]:
-    """Sizes (width, height) of about resolution² pixels, multiples of 16, up to an aspect of 4:1, for batches to fill.
+def buckets_of(resolution: int, multiple: int = 16) -> list[tuple[int, int]]:
+    """Sizes (width, height) of about resolution² pixels, up to an aspect of 4:1, for batches to fill.
 
-    Their longer sides are a sixteenth of the resolution apart, so that there are few.
+    Both sides are multiples of `multiple`, of which the resolution is one. The longer sides are a sixteenth of the
+    resolution apart, so that there are few.
     """
-    step = max(16, resolution // 16 // 16 * 16)
+    step = max(multiple, resolution // 16 // multiple * multiple)
     long = range(resolution, 2 * resolution + 1, step)
-    wide = [(side, max(16, round(resolution**2 / side / 16) * 16)) for side in long]
+    wide = [(side, max(multiple, round(resolution**2 / side / multiple) * multiple)) for side in long]
     return [*wide, *((height, width) for width, height in wide[1:])]

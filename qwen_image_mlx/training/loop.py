@@ -9,17 +9,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import QwenImageError
 from ..gpu import all_finite, finish
-from ..models.qwen_image.transformer import Modulation
 from .loss import FlowMatching, key_of
-from .network import Batch, Network, Table
+from .network import Batch
 from .optimizers import Optimizer, Parameters
+from .seam import Table
 
 # A step's number, from 0, to its batches.
 Batches = Callable[[int], Sequence[Batch]]
@@ -61,7 +61,7 @@ class Trainer:
     """Trains the trainable parameters of a network.
 
     Args:
-        network: its trainable parameters become fp32.
+        network: that of the generation (`Trainable.network`); its trainable parameters become fp32.
         batches: the batches of each step; several are accumulated, with equal weight for each sample.
         optimizer: updates the parameters.
         flow: the objective.
@@ -71,7 +71,7 @@ class Trainer:
 
     def __init__(
         self,
-        network: Network,
+        network: Any,
         batches: Batches,
         optimizer: Optimizer,
         flow: FlowMatching,
@@ -79,7 +79,7 @@ class Trainer:
         table: Table | None = None,
     ):
         assert (table is None) == ("modulation" in network), "the modulation is either trained or in a table"
-        self.network: Network = network
+        self.network: Any = network
         self.flow: FlowMatching = flow
         self.settings: LoopSettings = settings or LoopSettings()
         self.step: int = 0
@@ -136,7 +136,7 @@ class Trainer:
             rows = None if self._table is None else self._table(levels.tolist())
             loss, found = self._gradients(
                 self.parameters, batch.latents, noise, self._sigmas[levels], batch.text.astype(self.settings.dtype),
-                tuple(self.network.rotary(batch)), batch.references, rows and tuple(rows),
+                self.network.rotary(batch), batch.references, rows,
             )  # fmt: skip
             self._put(self.parameters)
             share = len(batch) / samples
@@ -160,9 +160,9 @@ class Trainer:
         noise: mx.array,
         sigmas: mx.array,
         text: mx.array,
-        rotary: tuple[mx.array, mx.array],
+        rotary: Any,
         references: mx.array | None,
-        rows: tuple | None,
+        rows: Any,
     ) -> mx.array:
         dtype = self.settings.dtype
         self._put({name: array.astype(dtype) for name, array in parameters.items()})
@@ -172,7 +172,7 @@ class Trainer:
             sigmas,
             rotary,
             None if references is None else references.astype(dtype),
-            rows and Modulation(*rows),
+            rows,
         )
         return self.flow.loss(velocity, latents, noise, sigmas).mean()
 
@@ -180,7 +180,7 @@ class Trainer:
         self.network.update(tree_unflatten([*parameters.items()]))
 
     @contextmanager
-    def weights(self, average: bool = True) -> Iterator[Network]:
+    def weights(self, average: bool = True) -> Iterator[Any]:
         """The network with the averaged parameters, if there are any, inside the `with`."""
         dtype = self.settings.dtype
         found = self.average if average and self.average is not None else self.parameters

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..errors import RequestError
 from ..models import nn
-from ..models.qwen_image.config import TransformerConfig
-from ..models.qwen_image.transformer import Transformer
 from ..registry import MAIN, TRANSFORMER, component_for
 from ..weights.mapping import expected_tensors
 from ..weights.safetensors_files import save_tensors
@@ -45,7 +44,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(
-    transformer: Transformer,
+    transformer: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
     targets: str,
     rank: int,
@@ -83,7 +82,7 @@ def add_lora(
     return names
 
 
-def matrices(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+def matrices(config: Any) -> dict[str, tuple[int, ...]]:
     """(out, in) of every matrix that stays in memory, by its module's name."""
     specs = expected_tensors(component_for(TRANSFORMER, config), config).values()
     return {

@@ -5,7 +5,7 @@ When all weights are trained it includes the modulation; with a LoRA that is fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,9 +17,7 @@ from ..models.qwen_image.modulation import TimeModulation
 from ..models.qwen_image.rope import Segment, rotary_tables
 from ..models.qwen_image.transformer import BlockRows, Modulation, Rows, Transformer, TransformerBlock
 from ..models.rotary import Rotary
-
-# Indices of noise levels to a batch's rows, (D,) or (B, 1, D).
-Table = Callable[[Sequence[int]], Modulation]
+from .seam import Segments
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,13 @@ class Batch:
     Attributes:
         latents: clean packed latents of the target, all its frames (B, N, C), fp32.
         text: encoder states (B, L, J).
-        segments: the target's frames, then the references.
+        segments: the target's frames, then the references; what the generation's seam made of them.
         references: packed latents (B, R, C), fp32, or None.
     """
 
     latents: mx.array
     text: mx.array
-    segments: tuple[Segment, ...]
+    segments: Segments
     references: mx.array | None = None
 
     def __len__(self) -> int:
@@ -75,7 +73,9 @@ class Network(nn.Module):
         if modulation is not None:
             self.modulation = modulation
         self._run_block = _recomputed if checkpointing else None
-        self._rotary = cache(lambda segments, length: rotary_tables(segments, length, config.axes_dims_rope))
+        self._rotary = cache(
+            lambda segments, length: rotary_tables([Segment(*s) for s in segments], length, config.axes_dims_rope)
+        )
 
     def rotary(self, batch: Batch) -> Rotary:
         """The rotary tables of a batch's tokens."""

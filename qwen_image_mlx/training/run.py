@@ -30,8 +30,6 @@ import mlx.core as mx
 from ..errors import CheckpointError, OutputError, QwenImageError, RequestError
 from ..files import check_writable, is_from_macos, reason, replace_file, sweep
 from ..images.colour import profiles_are_ignored
-from ..models.qwen_image.config import TransformerConfig
-from ..models.qwen_image.modulation import TimeModulation
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
 from ..registry import TRANSFORMER
@@ -43,12 +41,11 @@ from .export import save_model
 from .loop import LoopSettings, NotFinite, StepResult, Trainer
 from .lora import add_lora, check_lora, matrices, save_lora
 from .loss import FlowMatching, training_shift
-from .network import Network
 from .optimizers import Optimizer, Rate
 from .plot import plot_run
 from .samples import Samples, painter_of
+from .seam import trainable_of
 from .settings import TASKS, TrainingSettings
-from .table import LevelTable
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -130,7 +127,7 @@ def _train(
     stop: Callable[[], bool],
 ) -> Outcome:
     """The run, after the checks."""
-    parts, task = pipeline.components, TASKS[pipeline.variant.task]
+    parts, task = pipeline.components, "edit" if examples[0].sources else TASKS[pipeline.variant.task]
     pipeline.prepare()
     record = _record(pipeline, examples, settings)
     cache = folder / CACHE
@@ -155,7 +152,7 @@ def _train(
     files.begin()
     if done is not None and trainer.step <= settings.steps:
         files.show()  # the run may have been cut right after its checkpoint
-    painter = painter_of(parts, trainer.network, progress) if samples else None
+    painter = painter_of(trainable_of(pipeline), parts, trainer.network, progress) if samples else None
     checkpoint = done
 
     def after(result: StepResult) -> bool:
@@ -192,12 +189,13 @@ def _check(
     resume: bool,
 ) -> None:
     """Raises RequestError for faults that can be found without reading a weight."""
-    if not isinstance(pipeline.transformer_config, TransformerConfig):
-        raise RequestError(f"{pipeline.model} cannot be trained: only the first generation's transformer can")
+    trainable_of(pipeline)
     if not examples:
         raise RequestError("there is nothing to train on: give at least one example")
     if settings.full and TRANSFORMER in pipeline.quantization.components:
         raise RequestError("quantized weights cannot be trained: quantize nothing, or train a LoRA")
+    if settings.resolution % (multiple := pipeline.variant.size_multiple):
+        raise RequestError(f"resolution is {settings.resolution}, but must be a multiple of {multiple} for this model")
     if not settings.full:
         check_lora(matrices(pipeline.transformer_config), settings.targets, settings.rank)
     for place in (folder, *(folder / name for name in (CHECKPOINTS, CACHE, SAMPLES))):
@@ -237,7 +235,7 @@ def _record(pipeline: QwenImagePipeline, examples: Sequence[Example], settings: 
 
 def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSettings, cache: Path) -> Trainer:
     """The trainer with its network, which is in memory from here on."""
-    parts, config = pipeline.components, pipeline.transformer_config
+    parts, config, trainable = pipeline.components, pipeline.transformer_config, trainable_of(pipeline)
     shift = training_shift(parts.scheduler_config) if settings.shift is None else settings.shift
     flow = FlowMatching(
         settings.timesteps, settings.logit_mean, settings.logit_std, shift=shift, weighting=settings.weighting,
@@ -255,16 +253,14 @@ def _trainer(pipeline: QwenImagePipeline, dataset: Dataset, settings: TrainingSe
             raise RequestError(
                 f"{pipeline.model} is quantized, which cannot be trained: use the model it was made from"
             )
-        modulation = load_module(TimeModulation(config), weights, "modulation", pipeline.dtype)
+        modulation = load_module(trainable.modulation(config), weights, "modulation", pipeline.dtype)
     else:
         drawn = _levels(dataset, settings, loop, flow)
         files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in weights.files)
-        table = LevelTable(
-            cache, weights, flow.sigmas, drawn, pipeline.dtype, config.zero_cond_t, parts.adapters, repr(files)
-        )
+        table = trainable.table(cache, weights, flow.sigmas, drawn, pipeline.dtype, parts.adapters, repr(files))
         mx.clear_cache()
     transformer = parts.network(TRANSFORMER)
-    network = Network(transformer, config, modulation, checkpointing=settings.checkpointing)
+    network = trainable.network(transformer, config, modulation, settings.checkpointing)
     if not settings.full:
         names = add_lora(transformer, matrices(config), settings.targets, settings.rank, settings.alpha, settings.seed)
     trainer = Trainer(network, dataset.batches, optimizer, flow, loop, table)

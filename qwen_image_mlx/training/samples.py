@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_map
 from PIL import Image
 
 from ..errors import CheckpointError
@@ -18,48 +14,36 @@ from ..images.files import save_png
 from ..images.geometry import size_of_area
 from ..images.pixels import to_images
 from ..images.sources import open_rgba
-from ..models.qwen_image.modulation import TimeModulation
-from ..models.qwen_image.transformer import Modulation
+from ..models import nn
 from ..pipeline.components import Components
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.parameters import GenerationParameters
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import ProgressCallback
-from ..pipeline.qwen_image.denoiser import TrainedDenoisers
 from ..pipeline.reporter import Reporter
 from ..variants import recommended_negative_prompt
 from .examples import Example
-from .network import Network
+from .seam import Trainable
 
 STEPS = 20  # maximum; enough to judge quality
 _GAP = 8
 
 
-def painter_of(components: Components, network: Network, progress: ProgressCallback | None = None) -> QwenImagePipeline:
+def painter_of(
+    trainable: Trainable, components: Components, network: nn.Module, progress: ProgressCallback | None = None
+) -> QwenImagePipeline:
     """A pipeline whose transformer is being trained.
 
     Args:
+        trainable: the generation's seam.
         components: those that include the network's transformer.
         network: the network in training; its modulation is used if it has one.
         progress: called for the images' steps.
     """
     denoiser = None
     if "modulation" in network:
-        denoiser = TrainedDenoisers(partial(rows_of_steps, network.modulation, dtype=components.dtype))
+        denoiser = trainable.denoisers(network["modulation"], components.dtype)
     return QwenImagePipeline(components, Reporter(progress), denoiser)
-
-
-def rows_of_steps(modulation: TimeModulation, sigmas: np.ndarray, dtype: mx.Dtype) -> list[Modulation]:
-    """The modulation at every noise level, sigmas (S,), equal to `modulation_table`'s, which reads files."""
-    rows = modulation(mx.array(sigmas), dtype)
-    mx.eval(rows)
-
-    def of_step(step: int) -> Modulation:
-        return tree_map(lambda row: row[step, 0] if row.ndim == 3 else row, rows)
-
-    table = [of_step(step) for step in range(len(sigmas))]
-    mx.eval(table)
-    return table
 
 
 class Samples:
@@ -84,7 +68,7 @@ class Samples:
         seed: int,
     ):
         variant, recommended = pipeline.variant, pipeline.recommended
-        images = {"generate": (), "edit": example.sources, "decompose": (example.image,)}[variant.task]
+        images = (example.image,) if variant.layered else example.sources
         size = size_of_area(resolution**2, open_rgba(images[0]).size) if images else (resolution, resolution)
         self._parameters = GenerationParameters(
             width=size[0],
@@ -92,6 +76,7 @@ class Samples:
             num_inference_steps=min(STEPS, recommended.num_inference_steps),
             cfg_scale=recommended.cfg_scale,
             shift=recommended.shift,
+            stretch=recommended.stretch,
             num_layers=len(example.layers) or 1,
         )
         negative = recommended_negative_prompt(variant, pipeline.model) if recommended.cfg_scale > 1 else None

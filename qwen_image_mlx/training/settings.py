@@ -15,7 +15,10 @@ TIMESTEPS = ("uniform", "logit_normal", "mode")
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 SCHEDULES = ("constant", "cosine", "linear")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+MLP = (
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    *("img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out"),
+)
 TARGETS: dict[str, tuple[str, ...]] = {"attention": ATTENTION, "all": ATTENTION + MLP}
 _MAX_STEPS = 10_000_000
 _MAX_SAMPLES = 10_000  # of a batch, and batches of a step

@@ -37,7 +37,7 @@ from .quantize import quantize_matrix
 from .recognize import check_kind, shard_of
 from .safetensors_files import Tensor
 from .schemes import Scheme
-from .tensor_formats import FLOATS, FP8, PACKED, Reader, Stored, joined, stored_weights
+from .tensor_formats import FLOATS, FP8, Reader, Stored, joined, stored_weights
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class ComponentWeights:
         check_kind(component, tensors)
         shapes = {name: spec.shape for name, spec in self._specs.items()}
         whole = joined({canonical[name]: tensor for name, tensor in tensors.items()}, weights_map(component.map))
-        self._stored, self._cure = stored_weights(whole, shapes), _cure(tensors)
+        self._stored, self._cure = stored_weights(whole, shapes, weights_map(component.map)), _cure(tensors)
         # Other tools lay convolutions out as MLX does. Small ones fit both layouts, so all are judged together.
         moved = {name: _channels_last(spec.shape) for name, spec in self._specs.items() if len(spec.shape) > 2}
         fits = {name: self._stored[name].shape == shape for name, shape in moved.items() if name in self._stored}
@@ -170,7 +170,7 @@ class ComponentWeights:
         """Bytes of its weights by stored form: "BF16", "F8_E4M3", "Q4_K", "4 bit" or "mxfp8"."""
         forms: dict[str, int] = {}
         for stored in (self._stored[name] for name in self._specs if name in self._stored):
-            form = f"packed {stored.scheme}" if stored.tensor.dtype == PACKED else stored.tensor.dtype
+            form = stored.form
             forms[form] = forms.get(form, 0) + stored.nbytes
         return dict(sorted(forms.items(), key=lambda item: -item[1]))
 

@@ -150,6 +150,8 @@ def needs_tensor(component: Component, stored_name: str, parts: Collection[str])
     """Whether a stored tensor may belong to one of the parts, judged by its name alone, before any header is read."""
     rules = weights_map(component.map)
     names = {_canonical(stored_name, dialect) for dialect in rules["dialects"].values()}
+    if any(_own_paths(component).match(name) for name in names):
+        return True  # though another dialect may read it as another part's
     found = {other_part(component, name) for name in names} - {None}
     return not found or not found.isdisjoint(parts)
 
@@ -179,14 +181,29 @@ def other_part(component: Component, name: str) -> str | None:
 def _known_names(component: Component) -> re.Pattern[str]:
     """Matches every canonical name of any config: fields of rows are numbers, or as the map defines them."""
     rules = weights_map(component.map)
-    fields = rules.get("fields", {})
-    paths = [
-        re.sub(r"\\\{(\w+)\\\}", lambda field: rf"(?:{fields.get(field[1], '[0-9]+')})", re.escape(spelling))
-        for rule in rules["tensors"]
-        for spelling in _alternatives(rule["name"])
+    names = [
+        path + rf"\.(?:{'|'.join(parameter for parameter in _PARAMETERS if parameter in rule)})"
+        for path, rule in _paths(component)
     ]
+    fused = [rf".*\.{re.escape(rule['of'])}" for rule in rules.get("split", ())]
     prefixes = [re.escape(prefix) + ".*" for part in rules.get("other_parts", {}).values() for prefix in part]
-    return re.compile("|".join([rf"(?:{'|'.join(paths)})\.(?:{'|'.join(_PARAMETERS)})", *prefixes]))
+    return re.compile("|".join([*names, *fused, *prefixes]))
+
+
+@cache
+def _own_paths(component: Component) -> re.Pattern[str]:
+    """Matches the beginning of the component's own canonical names, to the dot before the parameter."""
+    return re.compile(rf"(?:{'|'.join(path for path, _ in _paths(component))})\.")
+
+
+def _paths(component: Component) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The pattern of each module's canonical name, whatever its fields, with its rule."""
+    rules = weights_map(component.map)
+    fields = rules.get("fields", {})
+    for rule in rules["tensors"]:
+        for spelling in _alternatives(rule["name"]):
+            escaped = re.escape(spelling)
+            yield re.sub(r"\\\{(\w+)\\\}", lambda field: rf"(?:{fields.get(field[1], '[0-9]+')})", escaped), rule
 
 
 def _alternatives(pattern: str) -> list[str]:

@@ -45,6 +45,11 @@ class Packed:
         """Weight, scales and biases."""
         return self.weight, self.scales, self.biases
 
+    def of_rows(self, first: int, count: int) -> Packed:
+        """Some of its rows, lazily."""
+        parts = [None if array is None else array[first : first + count] for array in self.arrays]
+        return Packed(parts[0], parts[1], parts[2], self.group_size, self.bits, self.mode)
+
     def astype(self, dtype: mx.Dtype) -> Packed:
         """With scales and biases in this dtype; the microscaling modes are returned unchanged."""
         if self.mode != "affine":

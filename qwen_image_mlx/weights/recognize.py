@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, some
-from ..registry import FOLDERS, LABELS, TRANSFORMER, Component, all_components
+from ..registry import CONTROLS, FOLDERS, LABELS, TRANSFORMER, Component, all_components
+from . import int8
 from .mapping import canonical_names, known_share, other_part, weights_map
 from .safetensors_files import Tensor
 
@@ -33,7 +34,7 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for kind, patterns in weights_map("files")["parts"].items():
         for pattern in map(re.compile, patterns):
             own = {name[match.end() :]: tensor for name, tensor in names.items() if (match := pattern.match(name))}
-            if own and not any(_LORA.search(name) for name in own):
+            if own and not looks_like_a_lora(own):
                 found[kind] = own
                 break
     return found
@@ -97,7 +98,11 @@ def holds(component: Component, names: Iterable[str]) -> bool:
 
 def foreign_format(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of an unsupported quantization; None if all of it is supported."""
+    if said := int8.foreign(tensors):
+        return said
     for rule in weights_map("files")["formats"]:
+        if any(re.search(pattern, name) for pattern in rule.get("without", ()) for name in tensors):
+            continue
         dtypes = rule.get("dtypes")
         names = [name for name, tensor in tensors.items() if not dtypes or tensor.dtype in dtypes]
         found = (map(re.compile(pattern).search, names) for pattern in rule["names"])
@@ -120,9 +125,26 @@ def unreadable(tensors: Mapping[str, Tensor]) -> str | None:
     from .gguf_blocks import DECODED  # for this sentence alone
 
     return (
-        f"{_file(tensors)} is quantized as {form}, which is not read here: use a bf16, an fp8 (e4m3 or e5m2) or a GGUF "
-        f"file ({', '.join(sorted(DECODED))}) of the same model; a bf16 one can be quantized as small"
+        f"{_file(tensors)} is quantized as {form}, which is not read here: use a bf16, an fp8 (e4m3 or e5m2), an int8 "
+        f"(int8_tensorwise, int8_convrot) or a GGUF file ({', '.join(sorted(DECODED))}) of the same model; a bf16 one "
+        "can be quantized as small"
     )
+
+
+def family_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """The class of a file's ControlNet, a key of `CONTROLS`; None if it is not one."""
+    for name, entry in CONTROLS.items():
+        (row,) = entry.components
+        marks = weights_map(row.map)["control"]
+        found = set(canonical_names(row, tensors).values())
+        if {marks["marker"], marks["layer"]} <= found and known_share(row, tensors) > _KNOWN:
+            return name
+    return None
+
+
+def looks_like_a_lora(names: Iterable[str]) -> bool:
+    """Whether some names are those of a LoRA's factors."""
+    return any(_LORA.search(name) for name in names)
 
 
 def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
@@ -130,15 +152,19 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
     if not tensors:
         return
     kind, share, what = component.home, known_share(component, tensors), None
-    cure = "give the file of one"
+    own, cure = weights_map(component.map).get("model"), "give the file of one"
     if share < _KNOWN and (other := kind_of(tensors)) not in (None, kind):
         what = f"{LABELS[other]} of Qwen-Image's kind"
-    elif kind == TRANSFORMER and share < 1 and (model := _other_model(tensors)):
-        what = model
+    elif kind == TRANSFORMER and share < 1 and (found := other_model(own, tensors)):
+        what = found[0]
+    elif kind == TRANSFORMER and family_of(tensors):
+        what, cure = "a ControlNet", "give it as one"
+    elif share < 1 and (model := _other_generation(component, tensors)):
+        what = f"{LABELS[kind]} of {model}"
     elif sentence := unreadable(tensors):
         raise CheckpointError(sentence)
-    elif share < _KNOWN and any(_LORA.search(name) for name in tensors):
-        what, cure = "a LoRA", "give it with --lora"
+    elif share < _KNOWN and looks_like_a_lora(tensors):
+        what, cure = "a LoRA", "give it as a LoRA"
     elif share < _KNOWN:
         what = f"something else ({some(list(tensors))})"
     elif component.label and not holds(component, tensors):
@@ -149,7 +175,7 @@ def check_kind(component: Component, tensors: Mapping[str, Tensor]) -> None:
             "of llama.cpp only has to be in its text encoder's folder"
         )
     if what is not None:
-        raise CheckpointError(f"{_file(tensors)} holds {what}, not {LABELS[kind]} of Qwen-Image: {cure}")
+        raise CheckpointError(f"{_file(tensors)} holds {what}, not {LABELS[kind]} of {own}: {cure}")
 
 
 def shard_of(tensors: Mapping[str, Tensor]) -> str | None:
@@ -159,9 +185,34 @@ def shard_of(tensors: Mapping[str, Tensor]) -> str | None:
     return f"shard {match[1]} of {match[2]}" if match and match[2] != "1" else None
 
 
-def _other_model(tensors: Mapping[str, Tensor]) -> str | None:
-    other = weights_map("lora")["other_models"]
-    return next((model for pattern, model in other for name in tensors if re.search(pattern, name)), None)
+def transformers() -> list[Mapping[str, Any]]:
+    """The weights maps of all transformers; `model` names their generation, and `marks` tells it from the others."""
+    return [weights_map(row.map) for row in all_components(TRANSFORMER)]
+
+
+def model_of(names: Iterable[str]) -> str | None:
+    """The generation that a transformer's tensors, or changes of them, are of; None if all have these names."""
+    names = list(names)
+    marks = ((rules["model"], rules["marks"]["names"]) for rules in transformers())
+    return next((model for model, pattern in marks if any(re.search(pattern, name) for name in names)), None)
+
+
+def other_model(own: str | None, names: Iterable[str]) -> tuple[str, str] | None:
+    """A model other than `own` that a file seems to be of, and the name that shows it; None without one."""
+    names = list(names)
+    marks = [(rules["marks"]["names"], rules["model"]) for rules in transformers()]
+    marks += weights_map("lora")["other_models"]
+    found = ((model, name) for pattern, model in marks if model != own for name in names if re.search(pattern, name))
+    return next(found, None)
+
+
+def _other_generation(component: Component, tensors: Mapping[str, Tensor]) -> str | None:
+    """The generation that all names of a file belong to, if it is not the component's."""
+    found = component_of_names(tensors)
+    if found is None or found.home != component.home or known_share(found, tensors) < 1:
+        return None
+    model: str = weights_map(found.map)["model"]
+    return model if model != weights_map(component.map).get("model") else None
 
 
 def _file(tensors: Mapping[str, Tensor]) -> Any:

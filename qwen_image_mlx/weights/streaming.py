@@ -77,7 +77,7 @@ def stream_module(
         adapters: LoRAs, merged into each layer or run unmerged.
 
     Returns:
-        The module; its list of layers can only be iterated over.
+        The module; its list of layers can only be sliced and iterated over.
 
     Raises:
         RequestError: a matrix is not packed in the scheme in its file, so each pass would have to pack it.
@@ -141,12 +141,11 @@ class StreamedLayers:
     def __len__(self) -> int:
         return len(self._layers)
 
-    def __getitem__(self, numbers: slice) -> StreamedLayers:
-        some = copy.copy(self)
-        some._layers, some._prefixes, some._specs = (
-            values[numbers] for values in (self._layers, self._prefixes, self._specs)
-        )
-        return some
+    def __getitem__(self, some: slice) -> StreamedLayers:
+        """Some of the layers, streamed too."""
+        part = copy.copy(self)
+        part._layers, part._prefixes, part._specs = self._layers[some], self._prefixes[some], self._specs[some]
+        return part
 
     def __iter__(self) -> Iterator[nn.Module]:
         self._weights.check_unchanged()

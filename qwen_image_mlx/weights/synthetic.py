@@ -39,8 +39,15 @@ TINY = {
     VAE: VAEConfig(base_dim=8),
 }  # fmt: skip
 ROWS = components_of(QWEN_IMAGE)
-# Qwen-Image-2512 as released.
-FULL = {row.role: row.released for row in ROWS.values() if row.role != LANGUAGE_HEAD}
+
+
+def released(pipeline: str) -> dict[str, Any]:
+    """The configs of the released models of a pipeline class, one of `VARIANTS`, by role."""
+    rows = components_of(VARIANTS[pipeline].classes)
+    return {row.role: row.released for row in rows.values() if row.role != LANGUAGE_HEAD}
+
+
+FULL = released("QwenImagePipeline")  # Qwen-Image-2512
 SCHEDULER = SchedulerConfig(max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02, use_dynamic_shifting=True)
 LAYERED_SCHEDULER = replace(SCHEDULER, time_shift_type="linear", shift_terminal=0.0)
 PROCESSOR = ImageProcessorConfig(max_pixels=28 * 28 * 16384)
@@ -109,7 +116,7 @@ def write_configs(folder: Path, configs: Mapping[str, Any], *, pipeline: str = "
         _write_json(folder / home / "config.json", head | config_json(configs[home]) | extra)
     if vision:
         _write_json(folder / PROCESSOR_FOLDER / "preprocessor_config.json", asdict(PROCESSOR))
-    _write_tokenizer(folder / TOKENIZER)
+    _write_tokenizer(folder / (TOKENIZER if TOKENIZER in variant.classes else PROCESSOR_FOLDER))
     return configs
 
 

@@ -1,4 +1,4 @@
-"""How a weight is stored in its file: as floats, as fp8 with or without a scale, packed by MLX, or in GGUF's blocks.
+"""How a weight is stored in its file: as floats, as fp8 or int8 with a scale, packed by MLX, or in GGUF's blocks.
 
 Other tools store what belongs to a weight as further tensors of the same path: `x.weight`, `x.scales`, `x.biases`,
 `x.weight_scale`. Here these become one `Stored` weight with the shape of the dense matrix, which opens lazily.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 from ..gpu import gpu_error
+from . import int8
 from .packed import Packed
 from .safetensors_files import LazyTensors, Tensor
 from .schemes import Scheme
@@ -41,6 +42,8 @@ class Stored:
         shape: of the dense weight, as the weights map gives it.
         scheme: of a weight that MLX can use as it is packed; None for all others.
         problem: why it cannot be read, or None.
+        rotation: columns of an int8 weight that were rotated together; 0 for all others.
+        part: (index, number of parts), where the file has several weights of equal rows as one.
     """
 
     tensor: Tensor
@@ -48,11 +51,21 @@ class Stored:
     shape: tuple[int, ...]
     scheme: Scheme | None = None
     problem: str | None = None
+    rotation: int = 0
+    part: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, companions included."""
-        return self.tensor.nbytes + sum(tensor.nbytes for tensor in self.companions.values())
+        """Bytes in the file, companions included; of a part its share."""
+        whole = self.tensor.nbytes + sum(tensor.nbytes for tensor in self.companions.values())
+        return whole // self.part[1] if self.part else whole
+
+    @property
+    def form(self) -> str:
+        """The name of the form: "BF16", "F8_E4M3", "Q4_K", "packed 4 bit" or "int8_convrot"."""
+        if self.tensor.dtype == int8.DTYPE:
+            return int8.CONVROT if self.rotation else int8.TENSORWISE
+        return f"packed {self.scheme}" if self.tensor.dtype == PACKED else self.tensor.dtype
 
     @property
     def files(self) -> set[Path]:
@@ -98,12 +111,15 @@ def joined(tensors: Mapping[str, Tensor], rules: Mapping[str, Any]) -> dict[str,
     return whole
 
 
-def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """Every weight of a component by canonical name, its companions gathered.
+def stored_weights(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, Any]
+) -> dict[str, Stored]:
+    """Every weight of a component by canonical name, its companions gathered, and those stored as one split.
 
     Args:
         tensors: entries by canonical name.
         shapes: what the weights map expects, by canonical name; gives bits and group size of packed weights.
+        rules: the weights map, which says what is stored as one (`split`).
     """
     stored = {}
     for name, tensor in tensors.items():
@@ -112,8 +128,23 @@ def stored_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
             continue
         places = {word: f"{path}.{word}" for word in COMPANIONS} if last == "weight" else {}
         companions = {word: tensors[place] for word, place in places.items() if place in tensors}
-        stored[name] = _stored(tensor, companions, shapes.get(name, tensor.shape))
+        parts = _parts(name, rules)
+        expected = shapes.get(parts[0] if parts else name, tensor.shape)
+        found = _stored(tensor, companions, expected)
+        if parts and found.shape and found.shape[0] % len(parts) == 0 and tensors.keys().isdisjoint(parts):
+            shape = (found.shape[0] // len(parts), *found.shape[1:])
+            stored |= {part: replace(found, shape=shape, part=(n, len(parts))) for n, part in enumerate(parts)}
+        else:
+            stored[name] = found
     return stored
+
+
+def _parts(name: str, rules: Mapping[str, Any]) -> list[str]:
+    """The weights whose rows a tensor of that name has, one after another; [] if it is one weight."""
+    for rule in rules.get("split", ()):
+        if name.endswith(f".{rule['of']}"):
+            return [name.removesuffix(rule["of"]) + ending for ending in rule["as"]]
+    return []
 
 
 def _stored(tensor: Tensor, companions: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
@@ -127,6 +158,10 @@ def _stored(tensor: Tensor, companions: Mapping[str, Tensor], expected: tuple[in
         return Stored(tensor, {}, tensor.shape, scheme, None if tensor.dtype in DECODED else tensor.dtype)
     if tensor.dtype in FLOATS:
         return Stored(tensor, {}, tensor.shape)
+    if tensor.dtype == int8.DTYPE:
+        form = int8.form_of(tensor, companions)
+        scales = {word: companions[word] for word in int8.SCALES if word in companions}
+        return Stored(tensor, scales, tensor.shape, problem=form.problem, rotation=form.group)
     if tensor.dtype in FP8:
         scales = {word: companions[word] for word in ("weight_scale", "scale_weight") if word in companions}
         rows = tensor.shape[:1]
@@ -192,6 +227,7 @@ class Reader:
         self._component = component
         self._files: dict[Path, LazyTensors] = {}
         self._read: dict[tuple[Path, str], mx.array] = {}
+        self._wholes: dict[tuple[Path, str], tuple[mx.array | Packed, int]] = {}  # and how many parts are still to come
 
     def read(self, weights: Iterable[Stored]) -> None:
         """Reads several weights at once, for `open` to hand out.
@@ -199,21 +235,27 @@ class Reader:
         Raises:
             CheckpointError: a file cannot be read.
         """
-        plain = [stored for stored in weights if not _is_computed(stored.tensor)]
+        plain = [stored for stored in weights if not _is_computed(stored.tensor) and not self._holds(stored)]
         tensors = {(t.file, t.name): t for stored in plain for t in (stored.tensor, *stored.companions.values())}
         found = {place: self._lazy(tensor) for place, tensor in tensors.items() if place not in self._read}
         with reading(self._component):
             mx.eval(found)
         self._read |= found
 
+    def _holds(self, stored: Stored) -> bool:
+        """Whether it is a part of a weight that has been read."""
+        return stored.part is not None and (stored.tensor.file, stored.tensor.name) in self._wholes
+
     def open(self, stored: Stored) -> mx.array | Packed:
-        """A weight, packed if it is stored packed; in the file's layout and dtype, fp8 as fp32 with its scale applied.
+        """A weight, packed if it is stored packed; in the file's layout and dtype, fp8 and int8 scaled, as fp32.
 
         Floats and packed weights are evaluated; what has to be computed from them is not.
 
         Raises:
             CheckpointError: its file cannot be read.
         """
+        if stored.part is not None:
+            return self._open_part(stored, *stored.part)
         if isinstance(stored.tensor, Joined):
             pieces = [self.open(Stored(piece, {}, piece.shape)) for piece in stored.tensor.pieces]
             pieces = [piece.dequantize() if isinstance(piece, Packed) else piece for piece in pieces]
@@ -231,11 +273,28 @@ class Reader:
             return Packed(
                 array, companions["scales"], companions.get("biases"), scheme.group_size, scheme.bits, scheme.mode
             )
+        if stored.tensor.dtype == int8.DTYPE:
+            (scale,) = companions.values()
+            return int8.dense(array, scale, stored.rotation)
         if stored.tensor.dtype in FP8:
             array = array.astype(mx.float32) if array.dtype == mx.float16 else mx.from_fp8(array, dtype=mx.float32)
             for scale in companions.values():
                 array = array * scale.astype(mx.float32).reshape(-1, *(1,) * (array.ndim - 1))
         return array
+
+    def _open_part(self, stored: Stored, index: int, count: int) -> mx.array | Packed:
+        """A part of what its file has as one, which is read once and held until its last part is handed out."""
+        place, rows = (stored.tensor.file, stored.tensor.name), stored.shape[0]
+        whole, left = self._wholes.pop(place, None) or (self.open(replace(stored, part=None)), count)
+        if left > 1:
+            self._wholes[place] = whole, left - 1
+        if isinstance(whole, Packed):
+            packed = whole.of_rows(index * rows, rows)
+            mx.eval(packed.arrays)
+            return packed
+        part = mx.contiguous(whole[index * rows : (index + 1) * rows])  # a view would keep the whole
+        mx.eval(part)
+        return part
 
     def _lazy(self, tensor: Tensor) -> mx.array:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 from qwen_image_mlx.models.qwen_image.config import TransformerConfig
 from qwen_image_mlx.models.qwen_image.modulation import TimeModulation
 from qwen_image_mlx.models.qwen_image.transformer import Transformer
-from qwen_image_mlx.sampling.denoise import Guidance, guide
+from qwen_image_mlx.sampling.guidance import Guidance, guide
 from qwen_image_mlx.sampling.schedule import make_schedule, uniform_sigmas
 from qwen_image_mlx.sampling.solvers import euler_step
 from qwen_image_mlx.training.loop import LoopSettings, Trainer

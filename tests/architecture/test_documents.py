@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import posixpath
 import re
 import shlex
@@ -58,6 +59,7 @@ def prose(page: str) -> str:
 @pytest.mark.process
 def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     from checkpoints import write_edit, write_layered
+    from control_files import INSTANTX, picture, write_control
     from lora_files import TARGETS, write_lora
 
     from qwen_image_mlx import variants
@@ -76,7 +78,11 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     Image.fromarray(mask).save("hat-mask.png")
     targets = QwenImagePipeline.from_pretrained(tiny).components.lora_targets()
     write_lora(Path("fox-style.safetensors"), targets, targets=TARGETS)
+    write_control(Path("union.safetensors"), tiny, INSTANTX, layers=1)
+    picture(64, 64).save("sketch.jpg")
     smaller = {
+        '"InstantX/Qwen-Image-ControlNet-Union"': '"union.safetensors"',
+        '"Qwen/Qwen-Image"': repr(str(tiny)),
         '"Qwen/Qwen-Image-2512"': repr(str(tiny)),
         '"Qwen/Qwen-Image-Edit-2511"': repr(str(edit)),
         '"Qwen/Qwen-Image-Layered"': repr(str(layered)),
@@ -85,14 +91,14 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
         "num_inference_steps=30": "num_inference_steps=3",
     }
     scopes: dict[str, dict] = {}
-    for page in ("README.md", "docs/python.md", "docs/layers.md", "docs/loras-and-training.md"):
+    for page in ("README.md", "docs/python.md", "docs/layers.md", "docs/loras-and-training.md", "docs/control.md"):
         scope = scopes[page] = {}
         for example in blocks(page, "python"):
             for old, new in smaller.items():
                 example = example.replace(old, new)
             exec(compile(example, page, "exec"), scope)
     assert (
-        sum(len(blocks(page, "python")) for page in PAGES) == sum(len(blocks(page, "python")) for page in scopes) == 7
+        sum(len(blocks(page, "python")) for page in PAGES) == sum(len(blocks(page, "python")) for page in scopes) == 8
     )
     assert Image.open("fox.png").size == (64, 64)
     assert Image.open("fox-with-hat.png").size == (64, 64)
@@ -100,6 +106,7 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
     assert scopes["docs/loras-and-training.md"]["image"].size == (64, 64)
     assert len({image.tobytes() for image in scopes["docs/python.md"]["sweep"]}) == 3
     assert [layer.size for layer in scopes["docs/layers.md"]["result"].layers] == 4 * [(64, 64)]
+    assert json.loads(scopes["docs/control.md"]["image"].info["qwen_image_mlx"])["controls"][0]["scale"] == 0.8
     assert Image.open("moved.png").mode == "RGBA"
 
 

@@ -50,7 +50,12 @@ COMPONENTS_ARE_SEEN_BY = ("runtime/session.py", "runtime/shared.py")
 # Where a text may name a flag: the command line, what is started with flags, and config.toml, which stands for flags.
 NAMES_FLAGS = ("cli", "server", "doctor", "settings")
 # The tables of options, whose help is the command line's; and the card of a model, which says how it is run.
-NAMES_FLAGS_TOO = ("runtime/options.py", "pipeline/parameters.py", "pipeline/quantize_checkpoint.py")
+NAMES_FLAGS_TOO = (
+    "runtime/options.py",
+    "pipeline/parameters.py",
+    "pipeline/control.py",
+    "pipeline/quantize_checkpoint.py",
+)
 FLAG = re.compile(r"(?<![\w-])--(?!out\b)[a-z]")  # `sips --out` is another program's
 
 

@@ -11,7 +11,7 @@ import pytest
 from qwen_image_mlx import registry
 from qwen_image_mlx.registry import CLASSES, FOLDERS, STREAMABLE, TEXT_ENCODER, TRANSFORMER, all_components, resolve
 from qwen_image_mlx.variants import VARIANTS
-from qwen_image_mlx.weights.mapping import UNUSED, expected_tensors, weights_map
+from qwen_image_mlx.weights.mapping import UNUSED, expected_tensors, needs_tensor, weights_map
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "qwen_image_mlx"
@@ -24,6 +24,7 @@ NAMES = ROLES | set(CLASSES) | set(VARIANTS)
 FOR_THEM = (
     *("registry.py", "variants.py", "models/qwen_image/", "models/qwen2_5_vl/", "pipeline/qwen_image/"),
     *("models/qwen_image_21/", "models/qwen3_vl/", "pipeline/qwen_image_21/"),
+    *("training/qwen_image/", "training/qwen_image_21/"),
 )
 # Who else may say which of them, and why.
 EXCEPTIONS = {
@@ -117,6 +118,9 @@ def test_what_works_with_a_class_has_the_seam_s_methods():
             if row.role == TRANSFORMER:
                 made = resolve(entry.use)
                 assert all(callable(getattr(made, name)) for name in ("velocities", "check", "kept_values"))
+                trained = resolve(entry.training)
+                methods = ("segments", "network", "modulation", "table", "denoisers")
+                assert all(callable(getattr(trained, name)) for name in methods)
             if row.role == TEXT_ENCODER:
                 assert all(callable(getattr(resolve(entry.use), name)) for name in ("encode", "caption"))
 
@@ -126,3 +130,17 @@ def test_what_tells_folders_without_configs_names_rows():
     for guess in packs["guessed"]:
         assert registry.component_of(guess["component"]) in ROWS
         assert guess["class"] in VARIANTS
+
+
+@pytest.mark.parametrize("row", [row for row in all_components() if "other_parts" in weights_map(row.map)],
+                         ids=lambda row: row.map)  # fmt: skip
+def test_of_a_shared_folder_s_files_a_component_needs_its_own(row):
+    """As an index lists them, before any file is opened: a sharded model's vision tower is found."""
+    mine = expected_tensors(row, row.released)
+    needed = [spec.name for spec in mine.values() if spec.part in row.parts]
+    assert all(needs_tensor(row, name, row.parts) for name in needed)
+    family = row.map.split(".")[0]
+    for other in all_components():
+        if other.map.split(".")[0] == family and other is not row:
+            names = expected_tensors(other, other.released).keys() - mine.keys()
+            assert not [name for name in names if needs_tensor(row, name, row.parts)], other.map

@@ -17,7 +17,7 @@ HEAVY = ("mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "torch", "trans
 
 PUBLIC = {
     "__version__", "QwenImagePipeline", "GenerationParameters", "GuidanceEncoding", "InitialImage", "Progress",
-    "LayeredResult", "Quantization", "compose", "Preview", "to_images", "pack_multi_layer_latents",
+    "LayeredResult", "Control", "Quantization", "compose", "Preview", "to_images", "pack_multi_layer_latents",
     "unpack_multi_layer_latents", "HubSnapshot",
     "ignore_profiles", "QwenImageError", "RequestError", "CheckpointError", "GPUError", "HubError", "OutputError",
     "Cancelled",
@@ -29,18 +29,26 @@ PAINTER = MODEL | {
     "--lora", "--lora-mode", "--lightning", "--transformer", "--vae", "--memory", "--force", "--config", "--profile",
     "--preview", "--wire", "--timings", "--quiet", "--verbose", "--json",
 }  # fmt: skip
-SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--guidance", "--seed", "--rng", "-n", "-g", "-s"}
+SAMPLING = {"--negative-prompt", "--steps", "--cfg-scale", "--guidance", "--seed", "--rng", "-n", "-g", "-s"} | {
+    "--solver",
+    "--guidance-interval",
+    "--cfg-zero-star",
+    "--apg",
+    "--step-cache",
+    "--preset",
+}
 PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
-    "--no-composite", "--transparent", "--cache", "--from-image", "--ignore-profile", "-W", "-H", "-o", "--prompt",
-    "-p", "--image-path", "--parallel",
+    "--no-composite", "--transparent", "--no-prefix-cache", "--cache", "--from-image", "--ignore-profile", "-W", "-H",
+    "-o", "--prompt", "-p", "--image-path", "--outpaint", "--controlnet", "--control-image", "--control-scale",
+    "--control-start", "--control-end", "--control-mask", "--control-source", "--control-kind", "--parallel",
 }  # fmt: skip
 FLAGS = {
-    "generate": PAINTING | {"--aspect", "--prompts-file", "--seeds"},
+    "generate": PAINTING | {"--aspect", "--prompts-file", "--seeds", "--contact-sheet", "--pick"},
     "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
     "decompose": PAINTER | SAMPLING | {
         "--layer", "--prompt", "-p", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
-        "--format", "--output", "--cache", "--ignore-profile", "-o", "--parallel",
+        "--format", "--output", "--layer-prompt", "--layer-mask", "--cache", "--ignore-profile", "-o", "--parallel",
     },
     "compose": PAINTER | SAMPLING | {
         "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "--ignore-profile", "-o",
@@ -59,7 +67,8 @@ FLAGS = {
     "quantize": {"-h", "--help", "--bits", "-q", "--group-size", "--revision"},
     "plan": {
         "-h", "--help", "--memory", "--revision", "--dtype", "--quantize", "-q", "--group-size", "--size",
-        "--references", "--layers", "--steps", "--json", "--config", "--profile",
+        "--references", "--layers", "--steps", "--solver", "--step-cache", "--json", "--config", "--profile",
+        "--no-prefix-cache",
     },
     "lora": {"-h", "--help"},
     "lora inspect": {"-h", "--help", "--model", "-m"},
@@ -70,10 +79,14 @@ FLAGS = {
     "config show": {"-h", "--help", "--json", "--config", "--profile"},
     "config init": {"-h", "--help"},
     "config path": {"-h", "--help", "--config"},
+    "calibrate-cache": MODEL | {
+        "--lora", "--lora-mode", "--lightning", "--transformer", "--vae", "--memory", "--cfg-scale", "-g", "--guidance",
+        "--quiet", "--prompt", "-p", "--steps", "--size",
+    },
     "serve": {
         "-h", "--help", "--host", "--port", "--config", "--profile", "--model", "-m", "--edit-model", "--layered-model",
         "--quantize", "-q", "--memory", "--token-file", "--alias", "--allow-host", "--allow-origin", "--idle-unload",
-        "--job-limit", "--grace", "--queue", "--max-pixels", "--max-steps", "--ignore-profile",
+        "--job-limit", "--grace", "--queue", "--max-pixels", "--max-steps", "--ignore-profile", "--controlnet",
     },
 }  # fmt: skip
 

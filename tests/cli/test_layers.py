@@ -33,7 +33,7 @@ def models(tmp_path_factory):
 def small_areas(monkeypatch):
     """The real areas are of 640 pixels squared and more; nothing but time depends on them."""
     from qwen_image_mlx import variants
-    from qwen_image_mlx.pipeline.qwen_image import caption
+    from qwen_image_mlx.pipeline import caption
 
     name = "QwenImageEditPlusPipeline"
     small = replace(variants.VARIANTS[name], encoder_area=96**2, reference_area=128**2, target_area=128**2)

@@ -846,6 +846,20 @@ def test_lightning_is_known_by_its_name(tmp_path, targets, name, steps) -> None:
         assert (distilled.cfg_scale, distilled.shift, distilled.evidence) == (1.0, 3.0, "its name")
 
 
+@pytest.mark.parametrize(("name", "steps", "shift"), [
+    ("qwen_image_distill_3step", 3, 2.5),
+    ("Qwen-Image-Distill-LoRA", 15, None),
+    ("models--DiffSynth-Studio--Qwen-Image-Distill-LoRA/snapshots/0a1b/model", 15, None),
+    ("Qwen-Image-Rapid-AIO-v2", 4, 3.0),
+    ("models--someone--a-style/snapshots/0a1b/model", None, None),
+])  # fmt: skip
+def test_other_distillations_are_known_by_name_or_folder(tmp_path, targets, name, steps, shift) -> None:
+    path = tmp_path / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    distilled = distillation_of(read_lora(write(path, spell("kohya", "", False, targets)), targets))
+    assert (distilled and (distilled.steps, distilled.static_shift)) == (steps and (steps, shift))
+
+
 def test_lightning_is_known_by_its_metadata(tmp_path, targets) -> None:
     metadata = {"modelspec.title": "Qwen-Image Lightning 4 steps"}
     lora = lora_of(tmp_path, spell("kohya", "", False, targets), targets, metadata=metadata)

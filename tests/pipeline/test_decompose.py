@@ -21,9 +21,8 @@ from qwen_image_mlx import (
     variants,
 )
 from qwen_image_mlx.images.geometry import size_of_area
-from qwen_image_mlx.pipeline import decomposition
+from qwen_image_mlx.pipeline import caption, decomposition
 from qwen_image_mlx.pipeline.conductor import decompose
-from qwen_image_mlx.pipeline.qwen_image import caption
 from qwen_image_mlx.runtime.cache import EncodingCache
 from qwen_image_mlx.settings import SCHEMA
 

@@ -14,7 +14,7 @@ from qwen_image_mlx import GenerationParameters, QwenImagePipeline
 from qwen_image_mlx.config import GenerationConfig
 from qwen_image_mlx.images.geometry import size_of_area
 from qwen_image_mlx.images.pixels import to_images
-from qwen_image_mlx.pipeline.qwen_image import caption
+from qwen_image_mlx.pipeline import caption
 from qwen_image_mlx.text.tokenizer import QwenTokenizer
 
 pytestmark = pytest.mark.reference

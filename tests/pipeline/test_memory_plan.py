@@ -17,8 +17,10 @@ from qwen_image_mlx.cli.hints import HINTS
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.pipeline.limits import limits
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
+from qwen_image_mlx.pipeline.qwen_image.costs import COSTS
+from qwen_image_mlx.pipeline.qwen_image.denoiser import QwenImageDenoiser
 from qwen_image_mlx.pipeline.qwen_image.table import modulation_table
-from qwen_image_mlx.runtime import memory, memory_plan
+from qwen_image_mlx.runtime import memory
 from qwen_image_mlx.runtime.memory import Memory, fitting_plan, parse_memory
 from qwen_image_mlx.runtime.memory_plan import STRIPS, Work, make_plan
 from qwen_image_mlx.runtime.residency import DEFAULT, RESIDENCIES
@@ -47,8 +49,8 @@ def packed(model, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_base(monkeypatch):
     """What any work takes is tens of MB, which would hide the rest of a tiny model."""
-    costs = {name: replace(cost, base=0) for name, cost in memory_plan.COSTS.items()}
-    monkeypatch.setattr(memory_plan, "COSTS", costs)
+    costs = {name: replace(cost, base=0) for name, cost in COSTS.items()}
+    monkeypatch.setattr(QwenImageDenoiser, "costs", costs)
 
 
 @pytest.fixture
@@ -115,8 +117,8 @@ def test_the_first_that_fits_is_chosen(model):
 
 @pytest.mark.slow
 def test_large_images_are_decoded_in_smaller_strips_where_memory_is_short(model, monkeypatch):
-    costs = replace(memory_plan.COSTS["cpu"], scores=0.0, image=0.0, prompt=0.0)  # decoding is what takes most
-    monkeypatch.setattr(memory_plan, "COSTS", {"cpu": costs})
+    costs = replace(COSTS["cpu"], scores=0.0, image=0.0, prompt=0.0)  # decoding is what takes most
+    monkeypatch.setattr(QwenImageDenoiser, "costs", {"cpu": costs})
     components = QwenImagePipeline.from_pretrained(model, dtype="float32").components
     large = Work(512, 512, steps=2)
     wide = make_plan(components, large)

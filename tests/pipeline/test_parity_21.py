@@ -16,17 +16,11 @@ from reference_21 import (
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.models.qwen_image_21 import facts
-from qwen_image_mlx.pipeline.qwen_image_21.denoiser import QwenImage21Denoiser
-from qwen_image_mlx.pipeline.reporter import Reporter
 from qwen_image_mlx.text.prompt import tokenize_prompt
 
 pytestmark = pytest.mark.reference
 
 PROMPT = "make <image1> blue, 让它变蓝 🦊 {like} <this>"
-
-
-class Recomputing(QwenImage21Denoiser):
-    keep_prefix = False
 
 
 class Ours:
@@ -43,10 +37,9 @@ class Ours:
                 latents.append(np.array(progress.latents))
 
         pipeline = self.pipeline
-        if not keep:
-            pipeline = QwenImagePipeline(pipeline.components, Reporter(None), Recomputing)
         asked = {
-            "negative_prompt": prompts[1] if len(prompts) > 1 else None, "cfg_scale": cfg_scale, "seed": seed,
+            "prefix_cache": keep, "negative_prompt": prompts[1] if len(prompts) > 1 else None,
+            "cfg_scale": cfg_scale, "seed": seed,
             "num_inference_steps": None if sigmas else steps, "progress": told,
         }  # fmt: skip
         if images:

@@ -7,25 +7,36 @@ import shutil
 from dataclasses import replace
 
 import goldens
+import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints_21 import GENERATIONS_21, PROMPT_21, TINY_PROCESSOR, write_checkpoint_21
+from checkpoints_21 import GENERATIONS_21, PROMPT_21, TINY_PROCESSOR
 from PIL import Image
 
-from qwen_image_mlx import QwenImagePipeline
+from qwen_image_mlx import GenerationParameters, Progress, QwenImagePipeline
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import CheckpointError, RequestError
 from qwen_image_mlx.models.qwen_image_21 import facts
+from qwen_image_mlx.models.qwen_image_21.denoiser import Denoiser, kept_values
+from qwen_image_mlx.models.qwen_image_21.transformer import Prefix
+from qwen_image_mlx.pipeline.advice import advise
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
+from qwen_image_mlx.pipeline.image_request import image_request
 from qwen_image_mlx.pipeline.inspection import inspect_checkpoint
+from qwen_image_mlx.pipeline.qwen_image_21.denoiser import QwenImage21Denoiser
+from qwen_image_mlx.pipeline.request import Request
+from qwen_image_mlx.runtime.memory import fitting_plan
+from qwen_image_mlx.runtime.memory_plan import Work, make_plan, work_of
+from qwen_image_mlx.runtime.preview import Preview
+from qwen_image_mlx.runtime.session import Session
 from qwen_image_mlx.variants import VARIANTS, variant_of
 
 SMALL = {"width": 64, "height": 32, "num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_checkpoint_21(tmp_path_factory.mktemp("21") / "model")
+def checkpoint(tiny_21):
+    return tiny_21
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +137,103 @@ def test_fewer_reference_pixels_shrink_what_both_are_shown(pipeline):
     assert usual.positive.shape[1] - fewer.positive.shape[1] == 9 - 4
 
 
+@pytest.mark.parametrize("name", GENERATIONS_21)
+def test_without_the_prefix_cache_the_latents_are_the_same(pipeline, monkeypatch, name):
+    run, made, kept = GENERATIONS_21[name], {True: [], False: []}, []
+    leave = Denoiser.leave
+
+    def noted(self, *given):
+        found = leave(self, *given)
+        kept.append(all(not isinstance(branch.prefix, Prefix) for branch in self._branches))
+        return found
+
+    monkeypatch.setattr(Denoiser, "leave", noted)
+    asked = {"negative_prompt": run["negative"], "cfg_scale": run["cfg_scale"], "num_inference_steps": 3, "seed": 7}
+    asked |= (
+        {"images": run["images"], "size": run["size"]}
+        if run["images"]
+        else dict(zip(("width", "height"), run["size"], strict=True))
+    )
+    for keep, steps in made.items():
+        (image,) = (pipeline.edit if run["images"] else pipeline.generate)(
+            PROMPT_21, **asked, prefix_cache=keep,
+            progress=lambda p, steps=steps: p.stage == "denoise" and steps.append(np.array(p.latents)),
+        )  # fmt: skip
+        assert json.loads(image.info["qwen_image_mlx"]).get("no_prefix_cache", False) == (not keep)
+    assert kept == [True] * 3 + [False] * 3
+    assert max(np.abs(a - b).max() for a, b in zip(made[True], made[False], strict=True)) <= 1e-6
+
+
+def test_a_plan_without_the_prefix_cache_takes_less(pipeline):
+    work = Work(64, 64, shown=((64, 64),) * 3, encoded=64 * 64, guided=True, text_tokens=20)
+    with_it, without = (make_plan(pipeline.components, replace(work, keeps_prefix=keep)) for keep in (True, False))
+    kept = kept_values(pipeline.components.config("transformer"), 20 + 3 * 16, 2)
+    assert with_it.stages[2].resident - without.stages[2].resident == 4 * kept
+
+
+def test_a_prefix_that_does_not_fit_is_told_the_way_out(checkpoint, monkeypatch):
+    monkeypatch.setattr(QwenImage21Denoiser, "kept_values", lambda config, steps, tokens, branches: 10**6 * tokens)
+    session = Session.open({"model": str(checkpoint), "memory": "resident"}, "")
+    image = GENERATIONS_21["edit_21"]["images"][0]
+    request = session.request({"prompt": "x", "seed": 1}, (32, 32), [image] * 8, task="edit")
+    work = work_of(request, session.pipeline)
+    kept, anew = (
+        fitting_plan(session.pipeline.components, replace(work, keeps_prefix=keep), session.memory).peak
+        for keep in (True, False)
+    )
+    session.memory = replace(session.memory, budget=(kept + anew) // 2)
+    with pytest.raises(RequestError) as refused, session.planned(request):
+        pass
+    assert refused.value.cause == "prefix cache"
+    session.memory = replace(session.memory, budget=anew // 2)
+    with pytest.raises(RequestError) as refused, session.planned(request):
+        pass
+    assert refused.value.cause == "budget"
+
+
+def test_doubtful_requests_are_warned_of(pipeline, checkpoint, tmp_path, caplog):
+    turbo = QwenImagePipeline.from_pretrained(with_index(checkpoint, tmp_path / "t", sample_sigmas=facts.TURBO_SIGMAS))
+    image = GENERATIONS_21["edit_21"]["images"][0]
+
+    def said(variant, size, images=()):
+        caplog.clear()
+        parameters = GenerationParameters(width=size[0], height=size[1], num_inference_steps=8)
+        advise(Request(prompt="x", negative_prompt=None, parameters=parameters, seeds=(0,), images=images), variant)
+        return caplog.text
+
+    assert "pixel grid" in said(turbo.variant, (960, 960))
+    assert not said(turbo.variant, (1248, 832)), "about 1024x1024, as sizes are rounded"
+    assert not said(pipeline.variant, (512, 512))
+    assert "992x992 and 1056x1056" in said(pipeline.variant, (1024, 1024), (image,))
+    assert not said(pipeline.variant, (1024, 1024))
+    assert not said(pipeline.variant, (1024, 992), (image,))
+
+
+def test_transparent_words_the_prompt(pipeline):
+    (image,) = pipeline.generate("a fox", transparent=True, **SMALL)
+    assert json.loads(image.info["qwen_image_mlx"])["prompt"] == facts.transparent_prompt("a fox")
+    first = VARIANTS["QwenImagePipeline"]
+    with pytest.raises(RequestError, match="no transparent images"):
+        image_request(first, "a fox", None, (), None, {}, seed=0, num_images=1, rng="torch", strength=1.0,
+                      transparent=True)  # fmt: skip
+
+
+def test_previews_map_its_latents_to_colours(pipeline):
+    """A token is a place of 16x16 pixels: its 64 values times the map, and what is added."""
+    found = []
+    parameters = GenerationParameters(**SMALL)
+    request = Request(prompt="x", negative_prompt=None, parameters=parameters, seeds=(0,))
+    preview = Preview(lambda image, *_: found.append(image), None, pipeline, request)
+    clean = np.random.default_rng(0).standard_normal((1, 8, 64)).astype(np.float32)
+    preview(Progress("denoise", 1, 2, sigma=0.5, latents=mx.array(clean), denoised=mx.array(clean)))
+    *factors, bias = facts.PREVIEW
+    expected = np.clip((clean[0] @ np.array(factors) + bias + 1) / 2, 0, 1).reshape(2, 4, 3)
+    (image,) = found
+    assert image.size == (64, 32)
+    small = np.asarray(image.resize((4, 2), Image.Resampling.BOX)) / 255
+    assert np.corrcoef(small.ravel(), expected.ravel())[0, 1] > 0.95
+
+
 def test_opaque_images_are_rgb(pipeline, monkeypatch):
     (image,) = pipeline.generate("x", **SMALL)
     assert image.mode == "RGBA"
@@ -177,7 +285,7 @@ def test_the_command_line_generates_edits_packs_and_plans(checkpoint, tmp_path, 
 def test_what_it_cannot_do_is_said(checkpoint, pipeline, tmp_path):
     with pytest.raises(RequestError, match="not a model to decompose"):
         pipeline.decompose(Image.new("RGBA", (32, 32)))
-    with pytest.raises(CheckpointError, match="cannot write captions"):
+    with pytest.raises(CheckpointError, match=r"cannot write captions: it lacks the files .*lm_head\.weight"):
         pipeline.caption_image(Image.new("RGB", (32, 32)))
     with pytest.raises(RequestError, match="zero_cond_t"):
         QwenImagePipeline.from_pretrained(checkpoint, zero_cond_t=True).prepare()

@@ -10,6 +10,7 @@ import pytest
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.pipeline.parameters import check_size
+from qwen_image_mlx.pipeline.qwen_image.denoiser import QwenImageDenoiser
 from qwen_image_mlx.pipeline.reporter import Reporter
 from qwen_image_mlx.registry import CLASSES, TRANSFORMER
 from qwen_image_mlx.runtime.memory_plan import Work, make_plan
@@ -29,11 +30,12 @@ class Drift:
     """A denoiser whose velocity is one number, and that notes what it is made from."""
 
     made: list = []  # noqa: RUF012
+    costs = QwenImageDenoiser.costs
 
     def __init__(self, components, conditions, report):
         self.made.append(conditions)
 
-    def velocities(self, latents, evaluation, on_layer=None):
+    def velocities(self, latents, evaluation, on_layer=None, branches=None):
         return [mx.full(latents.shape, 0.25, latents.dtype) for _ in self.made[-1].branches]
 
     @staticmethod

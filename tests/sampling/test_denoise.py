@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import to_numpy
 
-from qwen_image_mlx.sampling.denoise import Guidance, denoise, guide
+from qwen_image_mlx.sampling.denoise import denoise
+from qwen_image_mlx.sampling.guidance import Guidance, guide
 from qwen_image_mlx.sampling.schedule import Schedule
 from qwen_image_mlx.sampling.solvers import EULER, Solver, Step, euler_step
 
@@ -85,19 +86,18 @@ def test_an_euler_step_is_the_scheduler_s(dtype):
 class Model:
     """Velocities that depend on everything they are given; counts how often."""
 
-    def __init__(self, branches: int) -> None:
+    def __init__(self) -> None:
         self.calls: list[int] = []
         self.dtypes: set[mx.Dtype] = set()
-        self.branches = branches
 
-    def __call__(self, latents: mx.array, step: int) -> list[mx.array]:
+    def __call__(self, latents: mx.array, step: int, branches: int) -> list[mx.array]:
         self.calls.append(step)
         self.dtypes.add(latents.dtype)
-        return [(latents * (0.3 - 0.2 * n) + 0.1 * step).astype(latents.dtype) for n in range(self.branches)]
+        return [(latents * (0.3 - 0.2 * n) + 0.1 * step).astype(latents.dtype) for n in range(branches)]
 
 
 def run(guidance: Guidance | None = None, dtype: str = "float32", **options) -> tuple[Model, mx.array]:
-    model = Model(1 if guidance is None else 2)
+    model = Model()
     latents, _ = random_pair(0, dtype)
     return model, denoise(model, latents, Schedule(SIGMAS), guidance, **options)
 
@@ -141,11 +141,11 @@ def test_the_next_step_is_built_while_the_last_one_runs(monkeypatch):
     monkeypatch.setattr(mx, "async_eval", lambda latents: order.append("queue"))
     monkeypatch.setattr(mx, "eval", lambda *arrays: order.append("eval"))
     monkeypatch.setattr(mx, "synchronize", lambda: order.append("synchronize"))
-    model = Model(1)
+    model = Model()
 
-    def velocities(latents, step):
+    def velocities(latents, step, branches):
         order.append(f"build {step}")
-        return model(latents, step)
+        return model(latents, step, branches)
 
     latents, _ = random_pair(0, "float32")
     denoise(velocities, latents, Schedule(SIGMAS), None, on_step=lambda step, _: order.append(f"told {step}"))
@@ -156,7 +156,7 @@ def test_the_next_step_is_built_while_the_last_one_runs(monkeypatch):
 def test_each_step_is_the_model_then_the_blend_then_the_callback():
     events = []
 
-    def velocity(latents: mx.array, step: int) -> list[mx.array]:
+    def velocity(latents: mx.array, step: int, _branches: int) -> list[mx.array]:
         events.append(("model", step))
         return [latents]
 
@@ -176,7 +176,7 @@ def test_an_exception_of_the_callback_stops_the_loop():
     class Stop(Exception):
         pass
 
-    model = Model(1)
+    model = Model()
 
     def stop(count: int, _step: Step) -> None:
         if count == 2:
@@ -217,23 +217,26 @@ def test_another_solver_says_first_where_it_evaluates():
     def evaluations(schedule):
         return np.repeat(schedule.sigmas, 2)[1:-1]
 
-    def heun(evaluate, latents, schedule, step):
-        first = evaluate(latents, 2 * step)
-        there = euler_step(latents, first, schedule.dt(step))
-        mean = (first + evaluate(there, 2 * step + 1)) / 2
-        return Step(euler_step(latents, mean, schedule.dt(step)), latents - float(schedule.sigmas[step]) * mean)
+    def heun(schedule, noise):
+        def take_step(evaluate, latents, step):
+            first = evaluate(latents, 2 * step)
+            there = euler_step(latents, first, schedule.dt(step))
+            mean = (first + evaluate(there, 2 * step + 1)) / 2
+            return Step(euler_step(latents, mean, schedule.dt(step)), latents - float(schedule.sigmas[step]) * mean)
+
+        return take_step
 
     schedule, solver = Schedule(SIGMAS), Solver(evaluations, heun, lambda steps: 2 * steps)
     asked = []
 
-    def velocities(latents, evaluation):
+    def velocities(latents, evaluation, branches):
         asked.append(evaluation)
         return [latents * float(solver.evaluations(schedule)[evaluation])]
 
     latents, exact = mx.ones(SHAPE), np.exp(-0.5)  # dx/ds = s x, from s = 1 to 0
     result = denoise(velocities, latents, schedule, None, solver=solver)
     assert asked == [*range(8)] == [*range(solver.count(4))]
-    euler = denoise(lambda x, n: [x * float(SIGMAS[n])], latents, schedule, None)
+    euler = denoise(lambda x, n, _: [x * float(SIGMAS[n])], latents, schedule, None)
     assert abs(float(result[0, 0, 0]) - exact) < 0.2 * abs(float(euler[0, 0, 0]) - exact)
     assert EULER.evaluations(schedule).tolist() == SIGMAS[:-1].tolist()
 

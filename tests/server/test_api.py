@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from control_files import BLOCKWISE, picture, write_control
 from PIL import Image
 from served import events_of, serving
 
@@ -24,6 +25,7 @@ from qwen_image_mlx.images.sources import open_image
 pytestmark = pytest.mark.process
 
 PROMPT = "a red circle on a blue background"
+DEMO_LAYERS = 4
 LONG = {"task": "generate", "prompt": PROMPT, "steps": 60, "num_images": 4}
 
 
@@ -414,3 +416,69 @@ def test_sigterm_cancels_and_ends_cleanly():
         assert list(stream)[-1] == ("failed", {"error": {"message": "the server is stopping", "code": "stopping"}})
         assert server.process.wait(30) == 0
     assert not [line for line in server.log if "Traceback" in line]
+
+
+def test_controls_are_those_of_the_command_line_and_only_the_server_s_own(tmp_path, monkeypatch):
+    """A request names a ControlNet of the server, never a file."""
+    monkeypatch.chdir(tmp_path)
+    write_control(tmp_path / "edges.safetensors", "demo", BLOCKWISE, layers=DEMO_LAYERS)
+    photo = picture(64, 64)
+    photo.save("photo.png")
+    asked = {"prompt": PROMPT, "steps": 1, "seed": 3}
+    control = {"controlnet": "edges", "image": url_of(photo), "scale": 0.5, "kind": "gray"}
+    with serving("--controlnet", tmp_path / "edges.safetensors") as running, running.client() as api:
+        said = api.get("/api/qwen-image/config").json()
+        assert said["controlnets"] == ["edges"]
+        assert said["control_kinds"][:2] == ["image", "canny"]
+        (made,) = ask(api, "generate", **asked, controls=[control])["images"]
+        (plain,) = ask(api, "generate", **asked)["images"]
+        for wrong, sentence in (
+            (
+                {"controlnet": str(tmp_path / "edges.safetensors")},
+                "of this server, which has edges",
+            ),
+            ({"controlnet": "owner/repo"}, "is not a ControlNet of this server"),
+            ({"image": "photo.png"}, "controls.0.image: must be a data URL"),
+            ({"scale": 11}, "controls.0.scale"),
+            ({"kind": "depth"}, "controls.0.kind"),
+            ({"end": 2}, "controls.0.end"),
+            ({"start": 0.6, "end": 0.5}, "after its end"),
+            ({"path": "x"}, "controls.0.path: is an unknown field"),
+        ):
+            answer = api.post("/api/qwen-image/generate", json={**asked, "controls": [{**control, **wrong}]})
+            assert (answer.status_code, sentence in answer.text) == (422, True), answer.text
+        seen = ask(api, "control-image", image=url_of(photo), kind="canny")["image"]
+        assert set(np.unique(image_of(seen))) <= {0, 255}
+    words = ["--controlnet", "edges.safetensors", "--control-image", "photo.png", "--control-scale", "0.5"]
+    words += ["--control-kind", "gray", "--model", "demo", "--steps", "1", "--seed", "3", "--quiet", "-o", "own.png"]
+    assert main(["generate", PROMPT, *words]) == 0
+    assert np.array_equal(image_of(made["image"]), Image.open("own.png"))
+    assert not np.array_equal(image_of(made["image"]), image_of(plain["image"]))
+
+
+def test_a_request_outpaints(api):
+    """Also what is added, and by how much, is checked before the job."""
+    photo = picture(48, 48)
+    said = {"prompt": PROMPT, "steps": 1, "image": url_of(photo), "outpaint": "16,0,0,0"}
+    answer = api.post("/api/qwen-image/generate", json=said)
+    assert answer.status_code == 200, answer.text
+    made = image_of(answer.json()["images"][0]["image"])
+    assert np.array_equal(np.asarray(made)[:, 16:], np.asarray(photo))
+    assert api.post("/api/qwen-image/generate", json=said | {"outpaint": "1,2"}).status_code == 422
+
+
+def test_solvers_guidance_and_step_caches_are_the_command_line_s(api, tmp_path, monkeypatch, capsys):
+    """By the table of options alone; a value that its parser refuses is named."""
+    fields = {"solver": "unipc", "guidance_interval": "0.1:0.9", "apg": 0.3, "step_cache": "taylorseer", "steps": 10}
+    made = ask(api, "generate", prompt=PROMPT, seed=1, **fields)["images"][0]
+    assert {name: made["metadata"][name] for name in fields} == fields
+    assert made["metadata"]["passes"]["skipped"] > 0
+    monkeypatch.chdir(tmp_path)
+    flags = "--solver unipc --guidance-interval 0.1:0.9 --apg 0.3 --step-cache taylorseer --steps 10"
+    assert main(["generate", PROMPT, "--model", "demo", "--seed", "1", "-o", "x.png", *flags.split()]) == 0
+    assert Path("x.png").read_bytes() == png_of(made["image"])
+    assert ask(api, "generate", prompt=PROMPT, seed=1, preset="draft")["images"][0]["metadata"]["steps"] == 8
+    for wrong in ({"step_cache": "magic"}, {"guidance_interval": "1:0"}, {"solver": "rk4"}, {"preset": "fast"}):
+        answer = api.post("/api/qwen-image/generate", json={"prompt": PROMPT, **wrong})
+        assert answer.status_code == 422, answer.text
+        assert next(iter(wrong)) in answer.text

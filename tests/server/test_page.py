@@ -17,7 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from control_files import BLOCKWISE, write_control
 from PIL import Image, ImageDraw
+
+from qwen_image_mlx import QwenImagePipeline
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra [browser]")
 Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect
@@ -35,10 +38,13 @@ TASKS = ("generate", "edit", "decompose")
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """The address of a server with the demo models."""
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server with the demo models and a ControlNet of random values."""
+    layers = QwenImagePipeline.from_pretrained("demo").transformer_config.num_layers
+    edges = write_control(tmp_path_factory.mktemp("page") / "edges.safetensors", "demo", BLOCKWISE, layers=layers)
     command = [sys.executable, "-m", "qwen_image_mlx", "serve", "--port", "0", "--model", "demo"]
     command += ["--edit-model", "demo-edit", "--layered-model", "demo-layered"]
+    command += ["--controlnet", str(edges)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
             assert server.stdout is not None
@@ -184,6 +190,34 @@ def test_generate_tells_how_far_it_is_and_remembers(page: Page):
     check_phone_width(page)
 
 
+def test_a_control_is_shown_as_the_network_sees_it_and_steers(page: Page):
+    generate = panel(page, "generate")
+    part = generate.locator("[data-control-part]")
+    part.evaluate("node => { node.open = true; }")
+    part.locator("input[type=file]").set_input_files(png(scene()))
+    seen = part.locator("[data-control-view] img")
+    expect(seen).to_be_visible()
+    plain = seen.get_attribute("src")
+    part.locator("[name=control_kind]").select_option("canny")
+    expect(seen).not_to_have_attribute("src", plain)
+    expect(seen).to_be_visible()
+    page.wait_for_function("() => document.querySelector('[data-control-view] img').naturalWidth > 0")
+    drawn = pixels(page, "[data-control-view] img")
+    assert set(np.unique(drawn[..., :3])) <= {0, 255}
+    part.locator("[name=control_scale]").fill("0.5")
+    fill(generate, prompt=PROMPT, steps=2, seed=5)
+    with page.expect_request("**/jobs") as sent:
+        generate.locator("[data-go]").click()
+    (control,) = sent.value.post_data_json["controls"]
+    assert {name: control[name] for name in ("controlnet", "kind", "scale")} == {
+        "controlnet": "edges", "kind": "canny", "scale": 0.5,
+    }  # fmt: skip
+    assert control["image"].startswith("data:image/png")
+    assert {"image", "controlnet", "control_scale"}.isdisjoint(sent.value.post_data_json)
+    expect(generate.locator(".result")).to_contain_text("seed 5")
+    check_phone_width(page)
+
+
 def test_escape_and_button_cancel(page: Page):
     generate = panel(page, "generate")
     for cancel in (lambda: page.keyboard.press("Escape"), lambda: generate.locator("[data-cancel]").click()):
@@ -304,7 +338,7 @@ def test_results_go_on_and_themes_and_tabs_follow_the_keyboard(page: Page):
         panel(page, "generate").locator(f"[data-do={task}]").click()
         expect(page.locator(f"#panel-{task} .images .name")).to_have_text("a-red-circle-on-a-blue-background-4.png")
     panel(page, "generate").get_by_text("Start from an image").click()
-    generate.locator("input[type=file]").set_input_files(png(scene().crop((0, 0, 64, 48))))
+    generate.locator("[data-well=image] input[type=file]").set_input_files(png(scene().crop((0, 0, 64, 48))))
     expect(generate.locator("[data-aspects]")).to_be_hidden()  # the image says which shape
     fill(generate, steps=4)
     with page.expect_request("**/jobs") as sent:

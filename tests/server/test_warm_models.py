@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_layered
+from checkpoints_21 import write_checkpoint_21
 from PIL import Image
 from served import serving
 
 from qwen_image_mlx import variants
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import Cancelled, HubError, RequestError
-from qwen_image_mlx.pipeline import conductor
-from qwen_image_mlx.pipeline.qwen_image import caption
+from qwen_image_mlx.pipeline import caption, conductor
 from qwen_image_mlx.runtime.memory_plan import make_plan
+from qwen_image_mlx.runtime.session import Session
+from qwen_image_mlx.server.api_errors import ApiError
 from qwen_image_mlx.server.models import Models
 from qwen_image_mlx.server.schema import CaptionBody, DecomposeBody, EditBody, GenerateBody
 from qwen_image_mlx.server.tasks import Limits, Tasks
@@ -329,3 +331,27 @@ def test_a_limit_of_steps_is_no_bar_where_the_model_is_not_known_yet():
     models, _ = models_of(None)
     tasks = Tasks(models, {task: {} for task in DEMOS}, Limits(steps=20))
     assert tasks.work("generate", GenerateBody(prompt="x"))(Told())["images"]
+
+
+def test_one_model_for_two_tasks_is_opened_once(tmp_path, monkeypatch):
+    model = str(write_checkpoint_21(tmp_path / "model"))
+    models, tasks = models_of(None, generate=model, edit=model)
+    opened, open_one = [], Session.open
+
+    def noted(options, *given, **more):
+        opened.append(options["model"])
+        return open_one(options, *given, **more)
+
+    monkeypatch.setattr(Session, "open", noted)
+    sized = {"prompt": "a fox", "steps": 1, "seed": 1}
+    made = tasks.work("generate", GenerateBody(**sized, width=64, height=32))(Told())["images"][0]["metadata"]
+    edited = tasks.work("edit", EditBody(**sized, images=[png(), png(colour="red")], size="64x64"))(Told())
+    assert opened == [model]
+    assert (made["width"], made["height"]) == (64, 32)
+    assert edited["images"][0]["metadata"]["size"] == "64x64"
+    assert models.is_loaded("generate")
+    assert models.is_loaded("edit")
+    models.unload("edit")
+    assert not models.is_loaded("generate")
+    with pytest.raises(ApiError):
+        Models(models._offers | {"decompose": models._offers["edit"]}, None, None).open("decompose")

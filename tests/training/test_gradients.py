@@ -123,7 +123,8 @@ def test_lora_gradients_are_those_of_peft(adapted, tmp_path, task, targets, chec
     assert loss == pytest.approx(reference_loss(both, trainer, batch), rel=TOLERANCE)
     worst = {name: relative(gradients[name], theirs[name].grad) for name in gradients}
     assert max(worst.values()) < TOLERANCE, worst
-    assert len(worst) == 2 * (len(TARGETS[targets]) * 2 - len(dead) // 2)
+    ends = tuple(f".{end}" for end in TARGETS[targets])
+    assert len(worst) == 2 * sum(name.endswith(ends) for name in matrices(both.config)) > 8
 
 
 def test_a_single_sample_has_the_gradients_it_has_in_a_batch(adapted, tmp_path):

@@ -167,7 +167,7 @@ FORMATS = {
     "HQQ": {"W_q": "U8", "scale": "F16", "zero": "F16"},
     "optimum-quanto": {"weight._data": "I8", "weight._scale": "BF16"},
     "SDNQ": {"weight": "U8", "scale": "F32", "zero_point": "F32"},
-    "int8": {"weight": "I8", "weight_scale": "F32", "comfy_quant": "U8"},
+    "int8 without scales": {"weight": "I8"},
     "fp4": {"weight": "F4", "weight_scale": "F8_E8M0"},
     "mxfp8": {"weight": "F8_E4M3", "weight_scale": "F8_E8M0"},
     "fnuz": {"weight": "F8_E4M3FNUZ"},
@@ -223,7 +223,7 @@ def test_files_of_other_kinds_are_not_called_damaged(tmp_path, start, says):
 @pytest.mark.reference
 @pytest.mark.parametrize(("names", "says"), [
     (["single_transformer_blocks.0.proj_out.weight"], "FLUX"),
-    (["transformer_blocks.0.attn.to_q.lora_A.weight"], "a LoRA, .*--lora"),
+    (["transformer_blocks.0.attn.to_q.lora_A.weight"], "a LoRA, .*as a LoRA"),
     (["some.other.weight"], "something else"),
     (["joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3"),
     (["blk.0.attn_q.weight", "token_embd.weight"], "a text encoder"),

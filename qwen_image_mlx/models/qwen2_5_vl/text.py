@@ -7,23 +7,13 @@ values before. Formulas: transformers' modeling_qwen2_5_vl.py. Shapes: B batch, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import mlx.core as mx
 
 from .. import nn
+from ..causal import Caches, KeyValueCache
 from ..layers import Embedding, GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
 from .config import TextEncoderConfig
-
-
-class KeyValueCache(Protocol):
-    """Keys and values of one layer for the preceding tokens; mlx-lm's caches implement it."""
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Adds those of new tokens (B, heads, L, head_dim) and returns all (B, heads, S, head_dim)."""
-
-
-Caches = Sequence[KeyValueCache | None]
 
 
 class TextEncoder(nn.Module):

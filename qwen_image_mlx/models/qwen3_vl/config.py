@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...config import read_config
@@ -47,6 +47,12 @@ class TextEncoderConfig:
         if config.attention_bias:
             raise CheckpointError(f"{where}: attention_bias is true; no released Qwen3-VL model has such weights")
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout of the released files, which `from_dict` reads."""
+        text = asdict(self)
+        rotary = {"mrope_interleaved": True, "mrope_section": text.pop("mrope_section"), "rope_type": "default"}
+        return {"model_type": "qwen3_vl", "text_config": text | {"rope_scaling": rotary}}
 
     @property
     def query_dim(self) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import nn
-from ..causal import causal_attention
+from ..causal import Caches, KeyValueCache, causal_attention
 from ..layers import Embedding, GatedMLP, Linear, OnLayer, Turns, periods, rotate_half, turns
 from .config import TextEncoderConfig
 
@@ -51,6 +51,11 @@ class TextEncoder(nn.Module):
         """States after the final norm, as the language head takes them."""
         return self.model.language_model.norm(states)
 
+    def __call__(self, prompt: Prompt, caches: Caches, on_layer: OnLayer | None = None) -> mx.array:
+        """States (B, L, C) after the final norm of tokens that follow others; `caches`, one a layer, take them up."""
+        (states,) = self.model.language_model([prompt], on_layer, caches)
+        return self.normed(states)
+
 
 class LanguageHead(nn.Module):
     """States after the final norm to scores of the next token."""
@@ -82,12 +87,14 @@ class LanguageModel(nn.Module):
         self.norm: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rope = (config.mrope_section, config.head_dim, config.rope_theta)
 
-    def __call__(self, prompts: Sequence[Prompt], on_layer: OnLayer | None) -> list[mx.array]:
-        """(B, L, C) of each prompt, causally; not yet normalised."""
+    def __call__(
+        self, prompts: Sequence[Prompt], on_layer: OnLayer | None, caches: Caches | None = None
+    ) -> list[mx.array]:
+        """(B, L, C) of each prompt, causally; not yet normalised. With caches one prompt goes on."""
         tables = [mrope_tables(prompt.positions, *self._rope, prompt.embeddings.dtype) for prompt in prompts]
         states = [prompt.embeddings for prompt in prompts]
-        for number, layer in enumerate(self.layers):
-            states = [layer(hidden, turns) for hidden, turns in zip(states, tables, strict=True)]
+        for number, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
+            states = [layer(hidden, turns, cache) for hidden, turns in zip(states, tables, strict=True)]
             states = [
                 hidden + prompt.additions[number] if number < len(prompt.additions) else hidden
                 for hidden, prompt in zip(states, prompts, strict=True)
@@ -107,9 +114,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm: nn.RMSNorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: GatedMLP = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def __call__(self, hidden: mx.array, tables: Turns) -> mx.array:
+    def __call__(self, hidden: mx.array, tables: Turns, cache: KeyValueCache | None = None) -> mx.array:
         """(B, L, C) to (B, L, C)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), tables)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), tables, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -126,12 +133,15 @@ class Attention(nn.Module):
         self.k_norm: nn.RMSNorm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self._head_dim = config.head_dim
 
-    def __call__(self, x: mx.array, tables: Turns) -> mx.array:
+    def __call__(self, x: mx.array, tables: Turns, cache: KeyValueCache | None = None) -> mx.array:
         """(B, L, C) to (B, L, C)."""
         q, k, v = (
             y.reshape(*y.shape[:-1], -1, self._head_dim) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
         q, k = rotate_half(self.q_norm(q), *tables), rotate_half(self.k_norm(k), *tables)
+        if cache is not None:
+            kept = cache.update_and_fetch(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+            k, v = (x.transpose(0, 2, 1, 3) for x in kept)
         return self.o_proj(causal_attention(q, k, v))
 
 

@@ -49,8 +49,32 @@ class Modulation(NamedTuple):
     out: Rows
 
 
+class Hidden(NamedTuple):
+    """The streams of each branch between two blocks.
+
+    Attributes:
+        images: the target (B, N, D) and, if any, the references (B, R, D), for each branch.
+        texts: (B, L, D) for each branch.
+    """
+
+    images: Sequence[Sequence[mx.array]]
+    texts: Sequence[mx.array]
+
+    @property
+    def targets(self) -> list[mx.array]:
+        """The target (B, N, D) of each branch."""
+        return [images[0] for images in self.images]
+
+    def with_targets(self, targets: Sequence[mx.array]) -> Hidden:
+        """The same with other targets."""
+        moved = [[target, *images[1:]] for target, images in zip(targets, self.images, strict=True)]
+        return Hidden(moved, self.texts)
+
+
 # (block, images, text, rows, rotary tables) -> the streams after the block.
 RunBlock = Callable[..., tuple[list[mx.array], mx.array]]
+# (number of the block, number of the text, target tokens (B, N, D) after the block) -> what a control adds to them.
+Hint = Callable[[int, int, mx.array], mx.array | None]
 
 
 class Transformer(nn.Module):
@@ -112,32 +136,73 @@ class Transformer(nn.Module):
         run_block: RunBlock | None = None,
         on_layer: OnLayer | None = None,
     ) -> list[mx.array]:
-        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one.
+        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one."""
+        hidden = self.enter(latents, texts, references)
+        hidden = self.run(hidden, modulation, rotary, run_block=run_block, on_layer=on_layer)
+        return self.leave(hidden, modulation)
 
-        `modulation` has the rows of the blocks that run here. The result means nothing if the last one runs elsewhere.
-        """
+    # The three parts of a pass, for callers that leave some of its blocks out.
+
+    def enter(self, latents: mx.array, texts: Sequence[mx.array], references: mx.array | None = None) -> Hidden:
+        """What enters the first block, for each of several texts."""
         images = [self.img_in(latents)]
         if references is not None:
             images.append(references)
-        streams = [(images, text) for text in texts]
-        blocks, relay = self.transformer_blocks, self.relay
-        if relay is not None:
-            blocks = blocks[relay.blocks.start : relay.blocks.stop]
+        return Hidden([images for _ in texts], texts)
+
+    def run(
+        self,
+        hidden: Hidden,
+        modulation: Modulation,
+        rotary: Sequence[Rotary],
+        blocks: slice = slice(None),
+        run_block: RunBlock | None = None,
+        on_layer: OnLayer | None = None,
+        hints: Sequence[Hint] = (),
+    ) -> Hidden:
+        """The streams after some consecutive blocks; `hints` are added to the target's tokens after each of them."""
+        streams = list(zip(hidden.images, hidden.texts, strict=True))
+        numbers, all_rows, relay = range(len(modulation.blocks))[blocks], modulation.blocks[blocks], self.relay
+        if relay is not None:  # then a pass is whole, and the rows are those of the blocks here
+            numbers, all_rows = relay.blocks, modulation.blocks
+            blocks = slice(numbers.start, numbers.stop)
             received = [relay.receive([*images, text]) for images, text in streams]
             streams = [(arrays[:-1], arrays[-1]) for arrays in received]
-        for block, rows in zip(blocks, modulation.blocks, strict=True):
+        for number, block, rows in zip(numbers, self.transformer_blocks[blocks], all_rows, strict=True):
             before = streams
             streams = [
                 (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
                 for (images, txt), tables in zip(streams, rotary, strict=True)
             ]
+            if hints:
+                streams = [
+                    ([_hinted(hints, number, text, images[0]), *images[1:]], txt)
+                    for text, (images, txt) in enumerate(streams)
+                ]
             if on_layer is not None:  # the last block returns its text unchanged
                 texts_before = {id(txt) for _, txt in before}
                 on_layer([x for images, txt in streams for x in (*images, txt) if id(x) not in texts_before])
         if relay is not None:
             for images, text in streams:
                 relay.send([*images, text])
-        return [self.proj_out(modulate(images[0], *modulation.out)) for images, _ in streams]
+        return Hidden([images for images, _ in streams], [text for _, text in streams])
+
+    def leave(self, hidden: Hidden, modulation: Modulation) -> list[mx.array]:
+        """The velocities (B, N, patch channels) of what leaves the last block."""
+        return [self.proj_out(modulate(target, *modulation.out)) for target in hidden.targets]
+
+    def signal(self, hidden: Hidden, modulation: Modulation) -> mx.array:
+        """The target (B, N, D) of the first branch as the first block's attention takes it: normed and modulated."""
+        shift, scale, *_ = modulation.blocks[0].target
+        return modulate(hidden.targets[0], scale, shift)
+
+
+def _hinted(hints: Sequence[Hint], block: int, text: int, target: mx.array) -> mx.array:
+    """The target's tokens and the sum of all hints, each of which sees the tokens without the others."""
+    added = [value for hint in hints if (value := hint(block, text, target)) is not None]
+    for value in added:
+        target = target + value
+    return target
 
 
 class TransformerBlock(nn.Module):

@@ -15,7 +15,7 @@ from ..layers import OnLayer
 from ..rotary import Rotary
 from .config import TransformerConfig
 from .rope import MAX_HALF_SIDE, MAX_POSITION, Run, last_position, lay_out, rotary_tables
-from .transformer import Branch, Prefix, Rows, Transformer
+from .transformer import Branch, Hidden, Hint, Prefix, Rows, Transformer
 
 
 class Condition(NamedTuple):
@@ -85,7 +85,7 @@ class Denoiser:
             text = transformer.project_text(condition.states.astype(dtype))
             tables = rotary_tables([*runs, Run.image(*grid)], config.axes_dims_rope)
             length = sum(run.length for run in runs)
-            hidden = _interleave(text, shown, runs)
+            hidden = interleave(text, shown, runs)
             before, after = (Rotary(*(t[part] for t in tables)) for part in (slice(length), slice(length, None)))
             self._branches.append(Branch(Prefix(hidden, runs, before), after))
 
@@ -98,20 +98,74 @@ class Denoiser:
             found += [*parts, *rotary]
         return found
 
-    def velocities(self, latents: mx.array, step: int, on_layer: OnLayer | None = None) -> list[mx.array]:
+    @property
+    def prefixes(self) -> list[tuple[Prefix, Rotary]]:
+        """For each condition what comes before the target, and the target's tables, where prefixes are not kept."""
+        return [(b.prefix, b.rotary) for b in self._branches if isinstance(b.prefix, Prefix)]
+
+    @property
+    def still(self) -> Rows:
+        """The rows of timestep 0."""
+        return self._still
+
+    def rows(self, step: int) -> Rows:
+        """The rows of a step."""
+        return self._table[step]
+
+    def project(self, latents: mx.array) -> mx.array:
+        """Packed latents of the target (1, N, in_channels) to its tokens (1, N, D) before the first block."""
+        return self._transformer.project_references(latents)
+
+    def velocities(
+        self, latents: mx.array, step: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> list[mx.array]:
         """What the transformer predicts in a step, for each condition: (1, N, out_channels) in the latents' dtype.
 
         Args:
             latents: packed (1, N, in_channels), N the rows times the columns of the grid.
             step: number of the step, from 0.
             on_layer: called after each block with what it made.
+            branches: how many of the conditions, from the first on; None is all.
         """
-        found, kept = self._transformer.velocities(
-            latents, self._branches, self._table[step], self._still, on_layer, self._keep
+        hidden = self.run(self.enter(latents, step, branches), step, on_layer=on_layer)
+        return self.leave(hidden, step)
+
+    # The three parts of a step, for callers that leave some of its blocks out.
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks here."""
+        relay = self._transformer.relay
+        return len(self._transformer.transformer_blocks if relay is None else relay.blocks)
+
+    def enter(self, latents: mx.array, step: int, branches: int | None = None) -> Hidden:
+        """What enters the first block, for each condition."""
+        return self._transformer.enter(latents, self._branches[:branches])
+
+    def run(
+        self,
+        hidden: Hidden,
+        step: int,
+        blocks: slice = slice(None),
+        on_layer: OnLayer | None = None,
+        hints: Sequence[Hint] = (),
+    ) -> Hidden:
+        """The streams after some consecutive blocks, with hints added, which need prefixes that are not kept."""
+        branches = self._branches[: len(hidden.targets)]
+        return self._transformer.run(
+            hidden, branches, self._table[step], self._still, blocks, on_layer, self._keep, hints
         )
-        if self._keep:
-            self._branches = [Branch(seen, b.rotary) for seen, b in zip(kept, self._branches, strict=True)]
-        return found
+
+    def leave(self, hidden: Hidden, step: int) -> list[mx.array]:
+        """The velocities of what leaves the last block; prefixes that went through all blocks are kept."""
+        for n, seen in enumerate(hidden.kept):
+            if len(seen) == self.depth:
+                self._branches[n] = Branch(seen, self._branches[n].rotary)
+        return self._transformer.leave(hidden, self._table[step])
+
+    def signal(self, hidden: Hidden, step: int) -> mx.array:
+        """As `Transformer.signal`."""
+        return self._transformer.signal(hidden, self._table[step])
 
 
 def prefix_runs(condition: Condition, grids: Sequence[tuple[int, int]]) -> list[Run]:
@@ -140,8 +194,8 @@ def kept_values(config: TransformerConfig, prefix_tokens: int, branches: int) ->
     return 2 * config.num_layers * config.dim * prefix_tokens * branches
 
 
-def _interleave(text: mx.array, shown: Sequence[mx.array], runs: Sequence[Run], per_slot: int = 4) -> mx.array:
-    """Text tokens (1, L, D) with each image's own tokens in its places."""
+def interleave(text: mx.array, shown: Sequence[mx.array], runs: Sequence[Run], per_slot: int = 4) -> mx.array:
+    """Text tokens (B, L, D) with each image's own tokens, (B, rows * columns, D), in its places."""
     parts, place, images = [], 0, iter(shown)
     for run in runs:
         parts.append(next(images) if run.grid else text[:, place : place + run.length])

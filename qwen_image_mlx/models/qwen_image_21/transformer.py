@@ -10,7 +10,7 @@ N target tokens, P prefix tokens, L text tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -72,6 +72,28 @@ class Branch(NamedTuple):
     rotary: Rotary
 
 
+class Hidden(NamedTuple):
+    """The streams of each branch between two blocks.
+
+    Attributes:
+        targets: (B, N, D) of each branch.
+        prefixes: (B, P, D) by the number of the branch, where the prefix is computed in this pass.
+        kept: the keys and values of each branch's prefix, one for each block that has run; empty unless kept.
+    """
+
+    targets: Sequence[mx.array]
+    prefixes: Mapping[int, mx.array]
+    kept: Sequence[Sequence[KeysValues]]
+
+    def with_targets(self, targets: Sequence[mx.array]) -> Hidden:
+        """The same with other targets."""
+        return self._replace(targets=targets)
+
+
+# (number of the block, number of the branch) -> what a control adds after it to prefix and target, or None.
+Hint = Callable[[int, int], tuple[mx.array, mx.array] | None]
+
+
 class Transformer(nn.Module):
     """Predicts the velocity of every target token.
 
@@ -121,37 +143,75 @@ class Transformer(nn.Module):
             values of each branch's prefix, one for each block here: given as `Branch.prefix` to later steps, these
             leave out all work on the prefix. Empty unless kept.
         """
+        hidden = self.run(self.enter(latents, branches), branches, rows, still, slice(None), on_layer, keep)
+        return self.leave(hidden, rows), [list(seen) for seen in hidden.kept]
+
+    # The three parts of a pass, for callers that leave some of its blocks out.
+
+    def enter(self, latents: mx.array, branches: Sequence[Branch]) -> Hidden:
+        """What enters the first block, for each branch."""
         target = self.img_in(latents)
-        targets = [target for _ in branches]
-        hidden = {n: b.prefix.hidden for n, b in enumerate(branches) if isinstance(b.prefix, Prefix)}
-        kept: list[list[KeysValues]] = [[] for _ in branches]
-        blocks, relay, first = self.transformer_blocks, self.relay, 0
-        if relay is not None:
-            first = relay.blocks.start
-            blocks = blocks[first : relay.blocks.stop]
-            for n in range(len(branches)):
+        prefixes = {n: b.prefix.hidden for n, b in enumerate(branches) if isinstance(b.prefix, Prefix)}
+        return Hidden([target for _ in branches], prefixes, [[] for _ in branches])
+
+    def run(
+        self,
+        entered: Hidden,
+        branches: Sequence[Branch],
+        rows: Rows,
+        still: Rows,
+        blocks: slice = slice(None),
+        on_layer: OnLayer | None = None,
+        keep: bool = True,
+        hints: Sequence[Hint] = (),
+    ) -> Hidden:
+        """The streams after some consecutive blocks; the arguments are those of `velocities`.
+
+        `hints` are added after each block to targets and prefixes, none of which may be a kept one.
+        """
+        targets, hidden = list(entered.targets), dict(entered.prefixes)
+        kept = [list(seen) for seen in entered.kept]
+        first, relay = 0, self.relay
+        if relay is not None:  # then a pass is whole
+            first, blocks = relay.blocks.start, slice(relay.blocks.start, relay.blocks.stop)
+            for n in range(len(targets)):
                 targets[n], *before = relay.receive([targets[n], *([hidden[n]] if n in hidden else [])])
                 if before:
                     (hidden[n],) = before
-        for number, block in enumerate(blocks):
+        for number, block in zip(range(self._depth)[blocks], self.transformer_blocks[blocks], strict=True):
             made: list[mx.array] = []
             for n, (prefix, rotary) in enumerate(branches):
                 if isinstance(prefix, Prefix):
                     seen, hidden[n] = block.prefix(hidden[n], prefix.runs, still, prefix.rotary)
                     made += seen
-                    if first + number + 1 < self._depth:  # after the last block nobody reads it
+                    if number + 1 < self._depth:  # after the last block nobody reads it
                         made.append(hidden[n])
                 else:
-                    seen = prefix[number]
+                    seen = prefix[number - first]
                 if keep:
                     kept[n].append(seen)
                 targets[n] = block(targets[n], rows, rotary, seen)
+            for added, n in ((hint(number, n), n) for hint in hints for n in hidden):
+                if added is not None:
+                    hidden[n], targets[n] = hidden[n] + added[0], targets[n] + added[1]
             if on_layer is not None:
                 on_layer([*made, *targets])
         if relay is not None:
             for n, target in enumerate(targets):
                 relay.send([target, *([hidden[n]] if n in hidden else [])])
-        return [self.proj_out(_scaled_norm(x, rows.out, self._eps)) for x in targets], kept
+        return Hidden(targets, hidden, kept)
+
+    def leave(self, hidden: Hidden, rows: Rows) -> list[mx.array]:
+        """The velocities (B, N, out_channels) of what leaves the last block."""
+        return [self.read_out(target, rows) for target in hidden.targets]
+
+    def read_out(self, target: mx.array, rows: Rows) -> mx.array:
+        """Velocities (B, N, out_channels) of the target (B, N, D) after the last block."""
+        return self.proj_out(_scaled_norm(target, rows.out, self._eps))
+
+    def signal(self, hidden: Hidden, rows: Rows) -> mx.array:
+        """The target (B, N, D) of the first branch as the first block's attention takes it: normed and scaled."""
+        return _scaled_norm(hidden.targets[0], rows.scale1, self._eps)
 
 
 class TransformerBlock(nn.Module):

@@ -88,7 +88,9 @@ class _EncoderBody(nn.Module):
         dims = config.encoder_dims
         self.conv_in: Conv2d = Conv2d(config.in_channels, dims[0])
         levels = [level for level in config.levels if level["side"] == "encoder"]
-        self.down_blocks: list[DownBlock] = [DownBlock(level, config.num_res_blocks) for level in levels]
+        self.down_blocks: list[DownBlock] = [
+            DownBlock(level, config.num_res_blocks, BAND << max(0, TAIL - 1 - n)) for n, level in enumerate(levels)
+        ]
         self.mid_block: MidBlock = MidBlock(dims[-1])
         self.norm_out: ChannelNorm = ChannelNorm(dims[-1])
         self.conv_out: Conv2d = Conv2d(dims[-1], 2 * config.z_dim)
@@ -104,7 +106,8 @@ class _DecoderBody(nn.Module):
         levels = [level for level in config.levels if level["side"] == "decoder"]
         self.conv_in: Conv2d = Conv2d(config.z_dim, dims[0])
         self.mid_block: MidBlock = MidBlock(dims[0])
-        bands = [None] * max(0, len(levels) - TAIL) + [BAND << n for n in range(min(TAIL, len(levels)))]
+        first = max(0, len(levels) - TAIL)  # before the tail, bands only save memory
+        bands = [BAND << max(0, n - first) for n in range(len(levels))]
         self.up_blocks: list[UpBlock] = [
             UpBlock(level, config.num_res_blocks + 1, band) for level, band in zip(levels, bands, strict=True)
         ]
@@ -121,12 +124,15 @@ class DownBlock(nn.Module):
     Args:
         level: a row of `VAEConfig.levels`.
         num_resnets: how many residual blocks.
+        band: rows that are computed at a time, before the halving, which saves memory.
     """
 
-    def __init__(self, level: dict[str, Any], num_resnets: int):
+    def __init__(self, level: dict[str, Any], num_resnets: int, band: int):
         super().__init__()
         cin, cout = level["cin"], level["cout"]
-        self.resnets: list[ResidualBlock] = [ResidualBlock(cin if n == 0 else cout, cout) for n in range(num_resnets)]
+        self.resnets: list[ResidualBlock] = [
+            ResidualBlock(cin if n == 0 else cout, cout, band) for n in range(num_resnets)
+        ]
         if level["resampled"]:
             self.downsampler: Downsample = Downsample(cout)
         self._shortcut = (cout, level["frames"], 2 if level["resampled"] else 1)

@@ -17,11 +17,13 @@ from ...errors import RequestError
 from ...models.layers import OnLayer
 from ...models.qwen_image.config import TransformerConfig
 from ...models.qwen_image.rope import Segment, place_images, rotary_tables, text_start
-from ...models.qwen_image.transformer import Modulation, Transformer
+from ...models.qwen_image.transformer import Hidden, Modulation, Transformer
 from ...registry import TRANSFORMER
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions
+from ..seams import Conditions, Controls, Hints, no_hints
+from .control import Steered
+from .costs import COSTS
 from .states import check_length
 from .table import modulation_table
 
@@ -38,6 +40,8 @@ class QwenImageDenoiser:
         components, conditions, report: the arguments of `DenoiserClass`.
         rows: makes the modulation if it is not read from the checkpoint's files.
     """
+
+    costs: ClassVar = COSTS
 
     def __init__(
         self,
@@ -63,12 +67,41 @@ class QwenImageDenoiser:
             shown = mx.concatenate([r.latents for r in conditions.references], axis=1).astype(components.dtype)
             self._references = self._transformer.project_references(shown)
         mx.eval(self._text, self._rotary, [] if self._references is None else self._references)
+        steered = Steered(self._text, self._transformer.project_references)  # the same projection
+        self._controls = Controls(components, conditions, steered, report)
+        self._hints: Hints = no_hints
 
-    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
         """The velocity (1, N, C) of each branch, in the model's dtype; see `Denoiser.velocities`."""
-        return self._transformer.velocities(
-            latents, self._text, self._table[evaluation], self._rotary, self._references, on_layer=on_layer
+        hidden = self.enter(latents, evaluation, branches)
+        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
+
+    @property
+    def depth(self) -> int:
+        """As `Denoiser.depth`."""
+        return len(self._transformer.transformer_blocks)
+
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hidden:
+        """As `Denoiser.enter`."""
+        self._hints = self._controls.entered(latents, evaluation, branches)
+        return self._transformer.enter(latents, self._text[:branches], self._references)
+
+    def run(self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Hidden:
+        """As `Denoiser.run`."""
+        rotary = self._rotary[: len(hidden.texts)]
+        return self._transformer.run(
+            hidden, self._table[evaluation], rotary, blocks, on_layer=on_layer, hints=self._hints()
         )
+
+    def leave(self, hidden: Hidden, evaluation: int) -> Sequence[mx.array]:
+        """As `Denoiser.leave`."""
+        return self._transformer.leave(hidden, self._table[evaluation])
+
+    def signal(self, hidden: Hidden, evaluation: int) -> mx.array:
+        """As `Denoiser.signal`."""
+        return self._transformer.signal(hidden, self._table[evaluation])
 
     @staticmethod
     def check(components: Components, conditions: Conditions) -> None:
@@ -87,6 +120,12 @@ class QwenImageDenoiser:
         """The number of values in the modulation rows of all evaluations."""
         return evaluations * config.modulation_size
 
+    @staticmethod
+    def pass_flop(config: TransformerConfig, target_tokens: int, prefix_tokens: int) -> float:
+        """As `DenoiserClass.pass_flop`: each token meets 12 D^2 weights of a block, whichever stream it is in."""
+        tokens, dim = target_tokens + prefix_tokens, config.dim
+        return config.num_layers * (24.0 * dim**2 * tokens + 4.0 * tokens**2 * dim)
+
 
 @dataclass(frozen=True)
 class TrainedDenoisers:
@@ -97,8 +136,10 @@ class TrainedDenoisers:
     """
 
     rows: Rows
+    costs: ClassVar = COSTS
     check: ClassVar = staticmethod(QwenImageDenoiser.check)
     kept_values: ClassVar = staticmethod(QwenImageDenoiser.kept_values)
+    pass_flop: ClassVar = staticmethod(QwenImageDenoiser.pass_flop)
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> QwenImageDenoiser:
         """Makes the denoiser of an image; see `DenoiserClass`."""

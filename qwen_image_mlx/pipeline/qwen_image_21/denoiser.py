@@ -6,7 +6,8 @@ at once, and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
@@ -24,12 +25,18 @@ from ...models.qwen_image_21.denoiser import (
 )
 from ...models.qwen_image_21.denoiser import Reference as Shown
 from ...models.qwen_image_21.modulation import TimeModulation
-from ...models.qwen_image_21.transformer import Rows
+from ...models.qwen_image_21.transformer import Hidden, Rows
 from ...registry import TRANSFORMER
-from ...weights.loader import load_module
+from ...weights.changes import WeightChanges
+from ...weights.loader import ComponentWeights, fill, specs_of
+from ...weights.tensor_formats import Reader
 from ..components import Components
 from ..reporter import Reporter
-from ..seams import Conditions
+from ..seams import Conditions, Controls, Hints, no_hints
+from .costs import COSTS
+
+# From noise levels to their rows and, at the end, those of timestep 0; a network in training has this instead of files.
+StepRows = Callable[[np.ndarray], list[Rows]]
 
 _TABLE = "modulation table"
 _ROWS = len(Rows._fields)  # numbers of a timestep for each channel
@@ -40,16 +47,21 @@ class QwenImage21Denoiser:
 
     Args:
         components, conditions, report: as `DenoiserClass` says.
-
-    Attributes:
-        keep_prefix: whether the keys and values of text and references are kept between steps; without, the same
-            numbers in less memory and much more time.
+        rows: makes the modulation if it is not read from the checkpoint's files.
     """
 
-    keep_prefix: ClassVar[bool] = True
+    costs: ClassVar = COSTS
 
-    def __init__(self, components: Components, conditions: Conditions, report: Reporter):
-        *table, still = _table(components, conditions.sigmas, report)
+    def __init__(
+        self,
+        components: Components,
+        conditions: Conditions,
+        report: Reporter,
+        *,
+        rows: StepRows | None = None,
+    ):
+        made = _table(components, conditions.sigmas, report) if rows is None else rows(conditions.sigmas)
+        *table, still = made
         self._denoiser = Denoiser(
             components.network(TRANSFORMER),
             components.config(TRANSFORMER),
@@ -59,13 +71,40 @@ class QwenImage21Denoiser:
             references=[Shown(shown.latents, shown.height, shown.width) for shown in conditions.references],
             grid=(conditions.rows, conditions.columns),
             dtype=components.dtype,
-            keep_prefix=self.keep_prefix,
+            keep_prefix=conditions.keeps_prefix and not conditions.controls,
         )
         mx.eval(self._denoiser.prepared)
+        self._controls = Controls(components, conditions, self._denoiser, report)
+        self._hints: Hints = no_hints
 
-    def velocities(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None) -> Sequence[mx.array]:
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
         """As `Denoiser.velocities`; the first call also computes the prefix."""
-        return self._denoiser.velocities(latents, evaluation, on_layer)
+        hidden = self.enter(latents, evaluation, branches)
+        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
+
+    @property
+    def depth(self) -> int:
+        """As `Denoiser.depth`."""
+        return self._denoiser.depth
+
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hidden:
+        """As `Denoiser.enter`."""
+        self._hints = self._controls.entered(latents, evaluation, branches)
+        return self._denoiser.enter(latents, evaluation, branches)
+
+    def run(self, hidden: Hidden, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Hidden:
+        """As `Denoiser.run`."""
+        return self._denoiser.run(hidden, evaluation, blocks, on_layer, self._hints())
+
+    def leave(self, hidden: Hidden, evaluation: int) -> Sequence[mx.array]:
+        """As `Denoiser.leave`."""
+        return self._denoiser.leave(hidden, evaluation)
+
+    def signal(self, hidden: Hidden, evaluation: int) -> mx.array:
+        """As `Denoiser.signal`."""
+        return self._denoiser.signal(hidden, evaluation)
 
     @staticmethod
     def check(components: Components, conditions: Conditions) -> None:
@@ -89,6 +128,31 @@ class QwenImage21Denoiser:
         """As `DenoiserClass.kept_values`: the prefixes' keys and values, and a few rows for each evaluation."""
         return kept_values(config, prefix_tokens, branches) + _ROWS * config.dim * (evaluations + 1)
 
+    @staticmethod
+    def pass_flop(config: TransformerConfig, target_tokens: int, prefix_tokens: int) -> float:
+        """As `DenoiserClass.pass_flop`: the target alone runs, and sees the kept prefix."""
+        weights = 4.0 * config.dim**2 + 3.0 * config.dim * config.inner_dim
+        seen = 4.0 * target_tokens * (target_tokens + prefix_tokens) * config.dim
+        return config.num_layers * (2 * weights * target_tokens + seen)
+
+
+@dataclass(frozen=True)
+class TrainedDenoisers:
+    """Makes denoisers of a network in training, whose modulation is not the files'.
+
+    Attributes:
+        rows: makes the modulation.
+    """
+
+    rows: StepRows
+    check: ClassVar = staticmethod(QwenImage21Denoiser.check)
+    kept_values: ClassVar = staticmethod(QwenImage21Denoiser.kept_values)
+    pass_flop: ClassVar = staticmethod(QwenImage21Denoiser.pass_flop)
+
+    def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> QwenImage21Denoiser:
+        """Makes the denoiser of an image; see `DenoiserClass`."""
+        return QwenImage21Denoiser(components, conditions, report, rows=self.rows)
+
 
 def _branches(conditions: Conditions) -> list[Condition]:
     """Each encoded prompt, with the places of the references in it.
@@ -102,18 +166,24 @@ def _branches(conditions: Conditions) -> list[Condition]:
     return [Condition(states, tuple(starts)) for states in conditions.branches]
 
 
+def loaded_modulation(
+    weights: ComponentWeights, dtype: mx.Dtype, adapters: WeightChanges | None = None
+) -> TimeModulation:
+    """The network of the modulation, with LoRAs; raises CheckpointError if its weights cannot be read."""
+    (part,) = weights.component.transient
+    network = TimeModulation(weights.config)
+    placement = adapters.placement() if adapters else None
+    fill(network, weights, specs_of(network, weights, part, None), Reader(TRANSFORMER), dtype, None, placement)
+    return network
+
+
 def _table(components: Components, sigmas: np.ndarray, report: Reporter) -> list[Rows]:
     """The rows of every evaluation, and at the end those of timestep 0; kept for other images of the same schedule."""
     kept = components.kept
     if _TABLE not in kept or not np.array_equal(kept[_TABLE][0], sigmas):
         kept.pop(_TABLE, None)
         with report.stage("load", "modulation"):
-            adapters = components.adapters
-            placement = adapters.placement() if adapters else None
-            (part,) = components.rows[TRANSFORMER].transient
-            network = TimeModulation(components.config(TRANSFORMER))
-            weights = components.weights(TRANSFORMER)
-            network = load_module(network, weights, part, components.dtype, None, placement)
+            network = loaded_modulation(components.weights(TRANSFORMER), components.dtype, components.adapters)
             made = network.table(mx.array([*sigmas.tolist(), 0.0]), components.dtype)
             mx.eval(made)
         kept[_TABLE] = sigmas, made

@@ -20,9 +20,10 @@ from ...models.qwen3_vl.vision import Features
 from ...models.qwen_image_21 import facts
 from ...models.qwen_image_21.rope import MAX_POSITION
 from ...names import CaptionLanguage
-from ...registry import TEXT_ENCODER, VISION
+from ...registry import LANGUAGE_HEAD, TEXT_ENCODER, VISION
 from ...text.places import image_starts
 from ...text.prompt import TokenizedPrompt, replace_vision_tokens, tokenize_prompt
+from ...variants import CAPTION_TEMPLATES
 from ..components import Components
 from ..reporter import Reporter
 from ..seams import Encoded
@@ -67,12 +68,21 @@ class QwenImage21Encoder:
         return Encoded(states, image_starts(tokens[0], grids))
 
     def caption(self, image: Image.Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
-        """As `ConditionEncoder.caption`: this model writes none.
+        """As `ConditionEncoder.caption`, by the prompts that Qwen-Image-Layered writes its captions with."""
+        from ..caption import write_text  # here: most runs write no caption
 
-        Raises:
-            CheckpointError: always.
-        """
-        raise CheckpointError(f"{self._components.snapshot.model} cannot write captions; say what the image shows")
+        parts = self._components
+        parts.prepare_captions()
+        size = self._size(image, area)
+        parts.load(VISION, TEXT_ENCODER, LANGUAGE_HEAD)
+        grid = size[1] // facts.SIZE_MULTIPLE, size[0] // facts.SIZE_MULTIPLE
+        tokens = tokenize_prompt(parts.tokenizer, CAPTION_TEMPLATES[language], "", [grid])
+        prompt, encoder = self._prompt(tokens, [self._features(image, size)]), parts.network(TEXT_ENCODER)
+        return write_text(
+            parts, list(map(int, tokens.ids)), int(tokens.positions.max()),
+            lambda caches, pace: encoder(prompt, caches, pace),
+            lambda embedding, here, caches, pace: encoder(Prompt(embedding, here), caches, pace), seed, report,
+        )  # fmt: skip
 
     def _size(self, image: Image.Image, area: int) -> Size:
         """(width, height) at which an image is shown.
@@ -116,19 +126,22 @@ class QwenImage21Encoder:
             finish(features.merged, *features.taps)
         return features
 
+    def _prompt(self, prompt: TokenizedPrompt, features: Sequence[Features]) -> Prompt:
+        """What the language model is given: images' features in their places, and their taps."""
+        embeddings = self._components.network(TEXT_ENCODER).embed(mx.array(prompt.ids)[None])
+        additions: list[mx.array] = []
+        if features:
+            seen = zip(*([image.merged, *image.taps] for image in features), strict=True)
+            merged, *taps = (mx.concatenate(list(images)) for images in seen)
+            nothing = mx.zeros_like(embeddings)
+            additions = [replace_vision_tokens(nothing, prompt.is_image, tap) for tap in taps]
+            embeddings = replace_vision_tokens(embeddings, prompt.is_image, merged)
+        return Prompt(embeddings, mx.array(prompt.positions), additions)
+
     def _states(self, tokens: Sequence[TokenizedPrompt], features: Sequence[Features]) -> list[mx.array]:
         """States (1, L, C) of each prompt's rows that count, evaluated."""
         parts = self._components
-        encoder, prompts = parts.network(TEXT_ENCODER), []
-        for prompt in tokens:
-            embeddings, additions = encoder.embed(mx.array(prompt.ids)[None]), []
-            if features:
-                seen = zip(*([image.merged, *image.taps] for image in features), strict=True)
-                merged, *taps = (mx.concatenate(list(images)) for images in seen)
-                nothing = mx.zeros_like(embeddings)
-                additions = [replace_vision_tokens(nothing, prompt.is_image, tap) for tap in taps]
-                embeddings = replace_vision_tokens(embeddings, prompt.is_image, merged)
-            prompts.append(Prompt(embeddings, mx.array(prompt.positions), additions))
+        encoder, prompts = parts.network(TEXT_ENCODER), [self._prompt(prompt, features) for prompt in tokens]
         with parts.passing(TEXT_ENCODER) as pace:
             whole = encoder.together(prompts, pace)
             states = [rows[:, prompt.first :] for rows, prompt in zip(whole, tokens, strict=True)]

@@ -26,6 +26,9 @@ export async function config() {
 /** Composites layers: {image} for PNG, {file, name} for other formats. */
 export const compose = (layers, format) => call("POST", "/api/qwen-image/compose", { layers, format });
 
+/** What a ControlNet is shown of an image: {image}. */
+export const controlImage = (image, kind) => call("POST", "/api/qwen-image/control-image", { image, kind });
+
 /** Starts a job for a task, "generate", "edit" or "decompose", and returns its id. */
 export const submit = async (task, fields) => (await call("POST", "/jobs", { task, ...fields })).id;
 

@@ -1,6 +1,7 @@
 // The panel of one task: its form, its wells, the running job and the result.
 
 import { ApiError, follow, submit } from "./api.js";
+import { ControlView, offerControls, withControl } from "./control.js";
 import { all, button, duration, el, one, say } from "./dom.js";
 import { newId, note, tab, unnote } from "./history.js";
 import { markSmall } from "./images.js";
@@ -47,6 +48,7 @@ export class Panel {
     this.model = el("p", { class: "faint" });
     one(".go", this.form).append(this.notice, el("div", { class: "row" }, this.button, this.stop,
       el("span", { class: "faint keys" }, /Mac|iP/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵")), this.model);
+    this.view = new ControlView(this.form, (message) => this.say(message));
     this.wells = all("[data-well]", this.form).map((node) => makeWell(node, () => this.follow(), (message) => this.say(message)));
     this.form.noValidate = true; // `start` validates, so that the keys and the button behave alike
     this.form.addEventListener("submit", (event) => {
@@ -79,7 +81,8 @@ export class Panel {
   }
 
   /** Adapts the form to the server's configuration. */
-  configure({ tasks, defaults = {}, fields = {}, limits = {} }) {
+  configure(said) {
+    const { tasks, defaults = {}, fields = {}, limits = {} } = said;
     const offer = tasks[this.task];
     this.offered = Boolean(offer);
     this.button.disabled = !offer;
@@ -89,6 +92,7 @@ export class Panel {
       return;
     }
     this.notice.hidden = true;
+    offerControls(this.form, said);
     const form = this.form.elements;
     for (const [name, field] of Object.entries(fields[this.task] ?? {})) this.offer(name, field);
     form.steps.placeholder = offer.steps ?? defaults.steps ?? "";
@@ -155,7 +159,9 @@ export class Panel {
   follow() {
     this.keep();
     const filled = { image: false, mask: false };
+    this.view?.follow(this.wells?.find(({ name }) => name === "control"));
     for (const well of this.wells ?? []) {
+      if (well.name === "control") continue;
       filled.image ||= well.images.length > 0;
       filled.mask ||= Boolean(well.mask);
     }
@@ -241,10 +247,10 @@ export class Panel {
     for (const wrong of all("details :invalid", this.form)) wrong.closest("details").open = true;
     if (!this.form.reportValidity()) return;
     const settings = this.settings();
-    const fields = { ...settings };
     const wells = this.chosen();
+    const fields = withControl(settings, wells.control);
     for (const { name, max } of this.wells) {
-      if (!wells[name]) continue;
+      if (!wells[name] || name === "control") continue;
       const { images, mask } = wells[name];
       fields[name] = max > 1 ? images.map(({ url }) => url) : images[0].url;
       if (mask) fields.mask = mask.url;
@@ -299,7 +305,7 @@ export class Panel {
 
   /** Shows a result. */
   async present(result, settings, wells, kept) {
-    const [well] = Object.values(wells);
+    const well = wells.image ?? wells.images;
     this.stage.replaceChildren(await this.show(result, settings, well?.images[0].url, kept));
     this.shown = kept.id;
     this.keep();

@@ -1,6 +1,6 @@
-"""Memory that work takes in addition to weights and results: a model, with constants for each backend.
+"""Memory that work takes in addition to weights and results: a model, whose constants each generation states.
 
-Those of a CPU are measured by benchmarks/full_size.py and benchmarks/vae.py; those of Metal are modelled.
+A generation's `Denoiser` hands its table over, a row for each backend; `runtime/memory_plan.py` reads it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Costs:
         queued: of the tokens of the larger of target and references, the same way.
         scores: per head, byte and pair of the transformer's tokens; 0 where attention is one fused kernel.
         pixel_in: per pixel and base channel of the VAE that it encodes.
-        pixel_whole, pixel_out: per pixel of a decoded image before the strips, and of a strip with its halo.
-        read: copies of a modulation weight in memory while the table is made.
+        pixel_whole, pixel_out, pixel_kept: per pixel of a decoded image before the strips, of a strip with its halo,
+            and again of the image while its strips are decoded; per channel of the decoder's result.
+        read: copies of a transient weight in memory while the table is made.
         base, step: constant bytes of any work, and of any step.
     """
 
@@ -52,26 +53,14 @@ class Costs:
     queued: Rate
     scores: float
     pixel_in: float
-    pixel_whole: float
+    pixel_whole: Rate
     pixel_out: float
     read: float
     base: int
     step: int
+    pixel_kept: float = 0.0
 
 
-COSTS = {
-    "cpu": Costs(
-        text=Rate(1.0), patch=Rate(0.0), image=20.0, reference=20.0, prompt=20.0, guided=0.0, queued=Rate(0.0),
-        scores=1.2, pixel_in=115.0, pixel_whole=26.0, pixel_out=40.0, read=1.19, base=40 << 20, step=0,
-    ),
-    # Modelled: the smallest constants that cover the results of benchmarks/metal_model.py for Metal, with command
-    # buffers of 40 or 50 kernels.
-    "gpu": Costs(
-        text=Rate(0.75, 2.5, 2000), patch=Rate(0.1, 5.2, 5476), image=11.4, reference=7.3, prompt=11.0, guided=6.6,
-        queued=Rate(0.0, 12.5, 3000), scores=0.0, pixel_in=26.4, pixel_whole=13.6, pixel_out=22.3,
-        read=1.19, base=80 * 10**6, step=220 * 10**6,
-    ),
-}  # fmt: skip
 HALO = 144  # extra rows of pixels that a strip is decoded with
 
 

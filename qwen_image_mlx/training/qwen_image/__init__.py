@@ -1,0 +1,1 @@
+"""What training differs in for Qwen-Image 1.x."""

@@ -1,0 +1,73 @@
+"""The seam at which generations of the model differ in training; `registry.py` finds it by the transformer's class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import mlx.core as mx
+
+from ..errors import RequestError
+from ..models import nn
+from ..pipeline.conditioning import Reference
+from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.seams import DenoiserClass
+from ..registry import CLASSES, TRANSFORMER, resolve
+from ..weights.changes import WeightChanges
+from ..weights.loader import ComponentWeights
+
+# A sample's images: (what tells it from others, rows, columns) of each, the target's frames before the references.
+Segments = tuple[tuple[int, int, int], ...]
+# Indices of noise levels to what the network takes as a batch's modulation.
+Table = Callable[[Sequence[int]], Any]
+
+
+class Trainable(Protocol):
+    """What training has to know of a generation's transformer."""
+
+    def segments(self, config: Any, grids: Sequence[tuple[int, int]], references: Sequence[Reference]) -> Segments:
+        """The images of a sample: rows and columns of the target's frames, then the references."""
+
+    def network(self, transformer: nn.Module, config: Any, modulation: nn.Module | None, checkpointing: bool) -> Any:
+        """The network in training, its transformer as `transformer` and a trained modulation as `modulation`.
+
+        It is called with noisy latents, states, sigmas, the tables that its `rotary` makes of a batch, references and
+        the modulation of `table` (None if it is trained), and returns velocities.
+        """
+
+    def modulation(self, config: Any) -> nn.Module:
+        """The modulation, with the checkpoint's names, its parameters zeros."""
+
+    def table(
+        self,
+        folder: Path,
+        weights: ComponentWeights,
+        sigmas: mx.array,
+        levels: Sequence[int],
+        dtype: mx.Dtype,
+        adapters: WeightChanges | None,
+        fingerprint: str,
+    ) -> Table:
+        """The frozen modulation of the noise levels that a run draws.
+
+        Args:
+            folder: for what is kept on disk.
+            weights: the transformer's.
+            sigmas: every noise level (N,).
+            levels: the indices that are drawn.
+            dtype: of the rows.
+            adapters: LoRAs, merged on the way.
+            fingerprint: identifies the weights' files.
+        """
+
+    def denoisers(self, modulation: nn.Module, dtype: mx.Dtype) -> DenoiserClass:
+        """Makes denoisers whose modulation is in training."""
+
+
+def trainable_of(pipeline: QwenImagePipeline) -> Trainable:
+    """The seam of a pipeline's transformer; raises RequestError if it cannot be trained."""
+    place = CLASSES[pipeline.variant.classes[TRANSFORMER]].training
+    if not place:
+        raise RequestError(f"{pipeline.model} cannot be trained: use another model")
+    return cast(Trainable, resolve(place)())
