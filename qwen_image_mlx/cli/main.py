@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with messages_kept():
         code = _main(argv)
     if code and launched() and joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
         leave(code)
     return code
 

@@ -82,12 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         if "num_layers" in given and not session.pipeline.variant.layered:
             logger.warning("--layers has no effect: %s is not a layered model", session.pipeline.model)
     ranks = current()
-    shared = ""
-    if ranks.size > 1:
-        from ..runtime.traffic import table_of_ranks
-
-        link = ranks.link  # measured by all together
-        shared = table_of_ranks(session.pipeline.components, work, link, ranks.size)
+    shared = session.shared_table(work) if ranks.size > 1 else ""
     if not ranks.leads:
         return
     budget, model = session.memory.budget, session.pipeline.model

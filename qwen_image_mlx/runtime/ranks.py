@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -243,8 +242,6 @@ def alone() -> None:
 
 def leave(code: int) -> None:
     """Ends a rank that failed, at once: MLX may wait for the others when Python ends."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 

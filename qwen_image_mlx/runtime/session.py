@@ -261,6 +261,13 @@ class Session:
             whole = self._plan(work)
         begin(self.pipeline, request, work, whole, self.memory, self._parallel)
 
+    def shared_table(self, work: Work) -> str:
+        """For people: what a piece of work takes on each rank; every rank calls this."""
+        from .traffic import table_of_ranks  # here: most runs are one process
+
+        ranks = current()
+        return table_of_ranks(self.pipeline.components, work, ranks.link, ranks.size)
+
     @property
     def works(self) -> bool:
         """Whether this process has a part in the work that was planned last; among several ranks some may have none."""
