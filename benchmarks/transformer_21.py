@@ -227,7 +227,7 @@ class Ours:
             size = (16 * side, 16 * side)
             work = Work(*size, shown=(size,) * references, text_tokens=TEXT_TOKENS, guided=False, steps=1)
             planner = Planner(components, work, DEFAULT)
-            return planner.moving() + planner.table()
+            return planner.denoise_bytes() + planner.table()
 
 
 if __name__ == "__main__":

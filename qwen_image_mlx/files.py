@@ -154,14 +154,14 @@ def publish(partial: Path, path: Path) -> Path:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            if not _renamed(partial, candidate):
+            if not _rename(partial, candidate):
                 continue
         partial.unlink(missing_ok=True)
         return candidate
     raise AssertionError("unreachable: candidates never end")
 
 
-def _renamed(partial: Path, candidate: Path) -> bool:
+def _rename(partial: Path, candidate: Path) -> bool:
     """For file systems without links: renames a file if the name is free; returns whether it was."""
     try:
         os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -191,7 +191,7 @@ def sweep(folder: Path, *, alone: bool = False) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(OSError):
-                match = _HIDDEN.fullmatch(entry.name) or _previewed(entry)
+                match = _HIDDEN.fullmatch(entry.name) or _match_preview(entry)
                 if match and (alone or _has_ended(match)):
                     shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
 
@@ -202,7 +202,7 @@ def sweep_results(folder: Path) -> None:
         sweep(place)
 
 
-def _previewed(entry: os.DirEntry[str]) -> re.Match[str] | None:
+def _match_preview(entry: os.DirEntry[str]) -> re.Match[str] | None:
     """The owner of a preview; None for any other file."""
     if not _PREVIEW_NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
         return None

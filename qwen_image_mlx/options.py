@@ -310,7 +310,7 @@ class Option:
         line: whether a line of a .jsonl file of prompts may have it.
         config: its settings in config.toml.
         record: when a PNG's record has it: "always"; "started from" or "layered" for such a request; "set" if it
-            differs from the dataclass's default; "asked" if the user gave it; "" never.
+            differs from the dataclass's default; "given" if the user gave it; "" never.
         needs: names of options without which it has no meaning.
         place: whether it names a file, which may have been moved together with an image or a config.
         of_model: whether it has a meaning only for the model it was recorded with.

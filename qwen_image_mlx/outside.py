@@ -28,7 +28,7 @@ def printable(text: object, most: int = MOST) -> str:
     if len(text) > most:
         text = f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
     text = text.replace("\t", "    ")
-    return "".join(escaped(c) if c not in _PLAIN and unicodedata.category(c) in _UNPRINTABLE else c for c in text)
+    return "".join(escape(c) if c not in _PLAIN and unicodedata.category(c) in _UNPRINTABLE else c for c in text)
 
 
 def one_line(text: object, most: int = MOST) -> str:
@@ -36,7 +36,7 @@ def one_line(text: object, most: int = MOST) -> str:
     return printable(" ".join(str(text).split()), most)
 
 
-def escaped(text: str) -> str:
+def escape(text: str) -> str:
     """Escape sequences for characters that are not printable."""
     return text.encode("unicode_escape").decode()
 

@@ -30,7 +30,7 @@ PROCESSOR = "processor"
 
 FOLDERS = (TRANSFORMER, TEXT_ENCODER, VAE)  # those with weights; a file may stand in for each
 LABELS = {TRANSFORMER: "a transformer", TEXT_ENCODER: "a text encoder", VAE: "an autoencoder"}
-ENCODING = (TEXT_ENCODER, VISION, LANGUAGE_HEAD)  # of the text encoder's folder
+ENCODING = (TEXT_ENCODER, VISION, LANGUAGE_HEAD)  # released together; a model may lack some
 MAIN = "main"
 
 

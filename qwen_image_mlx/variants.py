@@ -420,11 +420,11 @@ def variant_of(index: Mapping[str, Any], model: str) -> Variant:
             f"this version runs {', '.join(VARIANTS)}"
         )
     usual = VARIANTS[class_name]
-    said = _distilled(index.get(SIGMAS), model) | _own_settings(index.get(OWN, {}), usual, model)
-    return replace(usual, **said)
+    stored = _distilled_settings(index.get(SIGMAS), model) | _own_settings(index.get(OWN, {}), usual, model)
+    return replace(usual, **stored)
 
 
-def _distilled(sigmas: Any, model: str) -> dict[str, Any]:
+def _distilled_settings(sigmas: Any, model: str) -> dict[str, Any]:
     """The noise levels that a distilled model was saved with, and their number; {} without any."""
     if sigmas is None:
         return {}
@@ -437,13 +437,13 @@ def _distilled(sigmas: Any, model: str) -> dict[str, Any]:
     return {"sigmas": tuple(map(float, sigmas)), "steps": len(sigmas)}
 
 
-def _own_settings(said: object, usual: Variant, model: str) -> dict[str, Any]:
+def _own_settings(stored: object, usual: Variant, model: str) -> dict[str, Any]:
     """What a checkpoint says of itself, checked against the kinds of the usual values."""
-    if not isinstance(said, dict) or said.keys() - set(_OWN_FIELDS):
+    if not isinstance(stored, dict) or stored.keys() - set(_OWN_FIELDS):
         raise CheckpointError(
-            f"model_index.json of {model} says {said!r:.80} under {OWN}, but may only say {', '.join(_OWN_FIELDS)}"
+            f"model_index.json of {model} says {stored!r:.80} under {OWN}, but may only say {', '.join(_OWN_FIELDS)}"
         )
-    own = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     for name, value in own.items():
         if type(value) is not type(getattr(usual, name)):
             raise CheckpointError(f"model_index.json of {model} gives {name} as {value!r:.80} under {OWN}")
@@ -454,7 +454,7 @@ def _own_settings(said: object, usual: Variant, model: str) -> dict[str, Any]:
                 f"but it must be from {low} to {high}: correct it"
             )
     if "preview" in own:
-        own["preview"] = _checked_map(own["preview"], usual.preview, model)
+        own["preview"] = _check_map(own["preview"], usual.preview, model)
     return own
 
 
@@ -465,7 +465,7 @@ def _in_range(value: Any, usual: object, low: float, high: float) -> bool:
     return bool(value == usual or low <= value <= high)
 
 
-def _checked_map(
+def _check_map(
     rows: tuple[Any, ...], usual: tuple[tuple[float, ...], ...], model: str
 ) -> tuple[tuple[float, ...], ...]:
     """A map to RGB as the usual one is shaped; raises CheckpointError."""

@@ -32,7 +32,7 @@ def main() -> None:
         del module
     rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(values)}" for name, values in stored.items())
     parity.STORED.write_text("{\n" + rows + "\n}\n", encoding="utf-8")
-    for name, image in picture.pictures().items():
+    for name, image in picture.images().items():
         image.save(picture.STORED / f"{name}.png", optimize=True)
         print(name, image.size)
 

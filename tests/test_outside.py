@@ -23,7 +23,7 @@ from qwen_image_mlx.images.files import read_metadata, save_png
 from qwen_image_mlx.images.sources import open_image
 from qwen_image_mlx.layers.formats import load_layers
 from qwen_image_mlx.lora.peft import peft_config
-from qwen_image_mlx.outside import escaped, printable, why_not_read
+from qwen_image_mlx.outside import escape, printable, why_not_read
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
 from qwen_image_mlx.pipeline.progress import Progress
 from qwen_image_mlx.server.api_errors import ApiError
@@ -121,7 +121,7 @@ def test_an_encoding_s_escapes_are_those_of_messages():
     with results._escaping(stream):
         stream.write("狐é🦊")
     stream.flush()
-    assert stream.buffer.getvalue().decode() == escaped("狐é🦊")
+    assert stream.buffer.getvalue().decode() == escape("狐é🦊")
 
 
 @pytest.fixture(params=["fifo", "device", "folder"])

@@ -20,14 +20,14 @@ from ..runtime.options import OpenOptions
 from ..runtime.presets import yielding
 from ..runtime.ranks import current, said_rank
 from ..variants import ASPECT_SIZES
-from .config import configured
+from .config import config_options
 from .flags import FOLDER, rows, rows_of
 from .idle import warn_idle
 from .output import check_output
-from .words import RANDOM, filled, read_prompt
+from .words import RANDOM, fill_placeholders, read_prompt
 
 if TYPE_CHECKING:
-    from ..runtime.batch import Asked
+    from ..runtime.batch import BatchImage
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -55,16 +55,17 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     read_prompt(given)
     if RANDOM in given.get("seed", ()):
         raise RequestError("--seed is -1, a random one, which a second run would not find again; give --seeds 1-4")
-    filled(given.get("output"))
+    fill_placeholders(given.get("output"))
     if "seeds" in given:
         if "seed" in given:
             raise RequestError("give --seed or --seeds, not both")
         given["seed"] = _seeds(given["seeds"])
-    usual = {"seed": 0, **configured(arguments, "generate")}
+    usual = {"seed": 0, **config_options(arguments, "generate")}
     path = named_path(given["prompts_file"], "--prompts-file") if "prompts_file" in given else None
-    _draft(_wanted(_Line("", {"prompt": given.get("prompt", "")}), usual, given))  # the flags' own faults, at no line
-    wanted = [_wanted(line, usual, given) for line in ([_Line("", {})] if path is None else _lines(path))]
-    drafts = [_draft(one) for one in wanted]
+    # The flags' own faults are at no line.
+    _draft(_merge_options(_Line("", {"prompt": given.get("prompt", "")}), usual, given))
+    merged = [_merge_options(line, usual, given) for line in ([_Line("", {})] if path is None else _lines(path))]
+    drafts = [_draft(one) for one in merged]
     count = sum(len(draft.seeds) * len(draft.image_indices) for draft in drafts)
     if count > MAX_IMAGES:
         raise RequestError(f"these are {count:,} images; at most {MAX_IMAGES:,} work")
@@ -72,7 +73,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     check_output(folder / "image.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
 
     from ..files import sweep_results
-    from ..runtime.batch import asked_images, generate_all, missing_images
+    from ..runtime.batch import batch_images, generate_all, missing_images
     from ..runtime.session import Session
     from .console import Console
     from .preview import preview_file
@@ -81,21 +82,21 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         timings = console.timings("timings" in given)
         session = Session.open({**usual, **given}, default_model, timings or console, task="generate")
         requests = []
-        for one in wanted:
+        for one in merged:
             with _at(one.place):
-                requests.append(session.request(one.said, one.size))
+                requests.append(session.request(one.options, one.size))
         warn_idle("generate", given, requests[0])
-        opened = {row.name for row in options_of(OpenOptions) if row.record == "asked"}
+        opened = {row.name for row in options_of(OpenOptions) if row.record == "given"}
         provenance = {name: value for name, value in given.items() if name in opened}
-        asked = asked_images(session.pipeline, requests, folder, provenance)
-        missing = missing_images(asked, current())
-        if len(missing) < len(asked):
-            logger.info("%d of %d images are in %s already", len(asked) - len(missing), len(asked), folder)
+        images = batch_images(session.pipeline, requests, folder, provenance)
+        missing = missing_images(images, current())
+        if len(missing) < len(images):
+            logger.info("%d of %d images are in %s already", len(images) - len(missing), len(images), folder)
         if not missing:
             if said_rank() == 0:
                 sweep_results(folder)
                 if "contact_sheet" in given:
-                    console.result(_save_sheet(asked, folder))
+                    console.result(_save_sheet(images, folder))
             return
         show = stack.enter_context(preview_file(folder / "qwen-image.png")) if "preview" in given else None
         for one, generated in generate_all(session, missing, show):
@@ -103,13 +104,13 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
             written = save_png(generated.image, one.path, metadata)
             console.result(written, seed=metadata["seed"], index=metadata["image_index"], metadata=metadata)
         if "contact_sheet" in given:
-            console.result(_save_sheet(asked, folder))
+            console.result(_save_sheet(images, folder))
         if timings:
             console.close()
             logger.info("%s", timings.table())
 
 
-def _save_sheet(asked: Sequence[Asked], folder: Path) -> Path:
+def _save_sheet(images: Sequence[BatchImage], folder: Path) -> Path:
     """Writes the contact sheet of a batch, with the records of its images, in the place of an earlier one."""
     from ..files import replace_file
     from ..images.files import encode_png, read_metadata
@@ -118,7 +119,7 @@ def _save_sheet(asked: Sequence[Asked], folder: Path) -> Path:
     from ..images.sources import open_rgba
     from ..runtime.batch import finished_file
 
-    files = [file for one in asked[:MOST] if (file := finished_file(one)) is not None]
+    files = [file for one in images[:MOST] if (file := finished_file(one)) is not None]
     records = [read_metadata(file) for file in files]
     prompts = {record.get("prompt") for record in records}
     labels = [
@@ -128,8 +129,8 @@ def _save_sheet(asked: Sequence[Asked], folder: Path) -> Path:
     sheet = contact_sheet([thumbnail(open_rgba(file)) for file in files], labels)
     path = folder / SHEET
     replace_file(path, encode_png(sheet, {RECORDS: records}))
-    if len(asked) > MOST:
-        logger.warning("the contact sheet shows the first %d of %d images", MOST, len(asked))
+    if len(images) > MOST:
+        logger.warning("the contact sheet shows the first %d of %d images", MOST, len(images))
     return path
 
 
@@ -140,43 +141,43 @@ class _Line(NamedTuple):
     """The options of one line keyed by flag name, the line's place in the file, and the size of the image."""
 
     place: str
-    said: dict[str, Any]
+    options: dict[str, Any]
     size: tuple[int, int] | str = ""
 
 
-def _wanted(line: _Line, usual: Mapping[str, Any], given: Mapping[str, Any]) -> _Line:
+def _merge_options(line: _Line, usual: Mapping[str, Any], given: Mapping[str, Any]) -> _Line:
     """A line with all its options: its own keys override the flags, which override the defaults."""
-    said = line.said
+    options = line.options
     with _at(line.place):
         for name in ("prompt", "negative_prompt"):
-            _check_text(name, said.get(name, ""))
-        if "seed" in said:
-            if said["seed"] == RANDOM:
+            _check_text(name, options.get(name, ""))
+        if "seed" in options:
+            if options["seed"] == RANDOM:
                 raise RequestError("seed is -1, a random one, which a second run would not find again; give a number")
-            check_seed(said["seed"])
-        wanted = yielding({**usual, **given}, said) | said
-        check_num_images(wanted.get("num_images", 1))
-        sized = said if said.keys() & {"width", "height", "aspect"} else given
+            check_seed(options["seed"])
+        merged = yielding({**usual, **given}, options) | options
+        check_num_images(merged.get("num_images", 1))
+        sized = options if options.keys() & {"width", "height", "aspect"} else given
         size = _size(sized) or usual.get("aspect") or next(iter(ASPECT_SIZES))
-    return _Line(line.place, wanted, size)
+    return _Line(line.place, merged, size)
 
 
 def _draft(one: _Line) -> Request:
     """The request, as far as it is known without the model."""
     with _at(one.place):
-        return build_request(one.said, ASPECT_SIZES[one.size] if isinstance(one.size, str) else one.size)
+        return build_request(one.options, ASPECT_SIZES[one.size] if isinstance(one.size, str) else one.size)
 
 
-def _size(said: Mapping[str, Any]) -> tuple[int, int] | str | None:
+def _size(options: Mapping[str, Any]) -> tuple[int, int] | str | None:
     """(width, height), an aspect, or None."""
-    if ("width" in said) != ("height" in said):
+    if ("width" in options) != ("height" in options):
         raise RequestError("give both width and height, or aspect")
-    if "width" in said and "aspect" in said:
+    if "width" in options and "aspect" in options:
         raise RequestError("give one size only: width and height, or aspect")
-    aspect = said.get("aspect")
+    aspect = options.get("aspect")
     if aspect is not None and aspect not in tuple(ASPECT_SIZES):
         raise RequestError(f"aspect is {aspect!r:.80}, but must be one of {', '.join(ASPECT_SIZES)}")
-    return (said["width"], said["height"]) if "width" in said else aspect
+    return (options["width"], options["height"]) if "width" in options else aspect
 
 
 def _seeds(text: str) -> list[int]:
@@ -229,10 +230,10 @@ def _lines(path: Path) -> Iterator[_Line]:
     for number, line in enumerate(lines, 1):
         place = f"{path}, line {number}"
         with _at(place):
-            said = readers[path.suffix.lower()](line.strip())
-        if said is not None:
+            options = readers[path.suffix.lower()](line.strip())
+        if options is not None:
             found += 1
-            yield _Line(place, said)
+            yield _Line(place, options)
     if not found:
         raise RequestError(f"{path} holds no prompts")
 
@@ -245,20 +246,20 @@ def _json_line(line: str) -> dict[str, Any] | None:
     if not line:
         return None
     try:
-        said = json.loads(line)
+        options = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"this is not JSON: {error}") from error
-    if not isinstance(said, dict):
+    if not isinstance(options, dict):
         raise RequestError('this is not a JSON object, such as {"prompt": "a fox"}')
-    for name in said:
+    for name in options:
         if name not in _KEYS:
             near = difflib.get_close_matches(name, _KEYS, 1)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(_KEYS)}"
             raise RequestError(f"{name!r:.80} is not a key: {hint}")
-    said = {name: value for name, value in said.items() if value is not None}
-    if "prompt" not in said:
+    options = {name: value for name, value in options.items() if value is not None}
+    if "prompt" not in options:
         raise RequestError("the prompt is missing")
-    return said
+    return options
 
 
 def _check_text(name: str, value: Any) -> None:

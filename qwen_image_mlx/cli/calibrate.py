@@ -46,17 +46,17 @@ def run(arguments: argparse.Namespace) -> None:
     from ..images.geometry import size_of_area
     from ..pipeline.calibration import STEPS, calibrate, write_facts
     from ..pipeline.limits import limits
-    from ..pipeline.request import parsed_size
+    from ..pipeline.request import parse_size
     from ..runtime.session import Session
     from .console import Console
 
-    asked = {name: value for name, value in vars(arguments).items() if value is not None}
+    options = {name: value for name, value in vars(arguments).items() if value is not None}
     with Console(arguments) as console:
-        session = Session.open(asked, DEFAULT_MODEL, console, task="generate")
+        session = Session.open(options, DEFAULT_MODEL, console, task="generate")
         pipeline = session.pipeline
         size: Any = size_of_area(pipeline.variant.target_area // 4, (1, 1))
         if arguments.size is not None:
-            size = parsed_size(arguments.size, "--size")
+            size = parse_size(arguments.size, "--size")
             if isinstance(size, str):
                 raise RequestError(f"--size is {arguments.size}, but must be WIDTHxHEIGHT here")
         if session.is_distilled:

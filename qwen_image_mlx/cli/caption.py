@@ -9,7 +9,7 @@ from typing import Any
 from ..outside import MAX_CHARACTERS, printable
 from ..runtime.options import OPTIONS
 from ..variants import DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
-from .config import configured
+from .config import config_options
 from .flags import add_options
 from .words import RANDOM, draw_seed
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     drawn = arguments.seed == RANDOM
     seed = draw_seed() if drawn else check_seed(arguments.seed or 0)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    wanted = {**configured(arguments, "caption"), **given}
+    options = {**config_options(arguments, "caption"), **given}
 
     from .console import Console, event, messages
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..runtime.session import Session
 
     with Console(arguments) as console:
-        session = Session.open(wanted, DEFAULT_LAYERED_MODEL, console)
+        session = Session.open(options, DEFAULT_LAYERED_MODEL, console)
         caption = session.pipeline.caption_image(
             image, language=arguments.language or OPTIONS["language"].default,
             resolution=arguments.resolution or LAYERED_RESOLUTIONS[0], seed=seed,

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..pipeline.request import Request, build_request, parsed_size
+from ..pipeline.request import Request, build_request, parse_size
 from ..runtime.options import recorded
 from ..variants import ASPECT_SIZES
-from .config import configured
+from .config import config_options
 from .flags import flag_of, rows_of
 from .output import check_output, output_path
-from .replay import replayed
-from .words import RANDOM, draw_seed, filled, read_prompt
+from .replay import replay_options
+from .words import RANDOM, draw_seed, fill_placeholders, read_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Metadata of an image that only a front end knows.
-_PROVENANCE = [row.name for row in recorded("asked")]
+_PROVENANCE = [row.name for row in recorded("given")]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Choices:
         return path.with_stem(f"{path.stem}-{number}") if number else path
 
     def _path(self, seed: int, index: int) -> Path:
-        named = filled(self.given.get("output"), seed=seed, index=index, prompt=self.draft.prompt)
+        named = fill_placeholders(self.given.get("output"), seed=seed, index=index, prompt=self.draft.prompt)
         return self.layer or output_path(named)
 
     def open_images(self, alpha: bool = False) -> tuple[list[Image], Image | None, list[Image] | None]:
@@ -103,18 +103,18 @@ def choose(arguments: argparse.Namespace, task: str) -> Choices:
         OutputError: the output cannot be written.
     """
     from ..images.files import check_text, read_metadata
-    from ..images.sheet import picked
+    from ..images.sheet import pick_record
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
     metadata = (
-        picked(read_metadata(given["from_image"]), given.get("pick"), given["from_image"])
+        pick_record(read_metadata(given["from_image"]), given.get("pick"), given["from_image"])
         if ("from_image" in given)
         else {}
     )
     _check_many(given)
-    record = replayed(given["from_image"], metadata, given) if metadata else {}
-    config = configured(arguments, task, metadata)
+    record = replay_options(given["from_image"], metadata, given) if metadata else {}
+    config = config_options(arguments, task, metadata)
     options = {"seed": [RANDOM], **config, **record, **given}
     if drawn := RANDOM in (seeds := options["seed"] if isinstance(options["seed"], list) else []):
         options["seed"] = [draw_seed() if seed == RANDOM else seed for seed in seeds]
@@ -216,13 +216,13 @@ def _size(
     if "aspect" in given:
         explicit.append(given["aspect"])
     if "size" in given:
-        explicit.append(parsed_size(given["size"], "--size"))
+        explicit.append(parse_size(given["size"], "--size"))
     if len(explicit) > 1:
         raise RequestError("give one size only: --width and --height, or --aspect, or --size")
     if explicit:
         return explicit[0]
     if "size" in record:
-        return parsed_size(record["size"])
+        return parse_size(record["size"])
     if "layer" in given:
         return "source"
     if {"width", "height"} <= record.keys() and not from_image_input:

@@ -12,7 +12,7 @@ from ..variants import DEFAULT_EDIT_MODEL
 from .flags import COMPOSITION, add_options, rows_of
 from .images import run_images
 from .output import output_path
-from .words import filled
+from .words import fill_placeholders
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if arguments.harmonize is None and blending:
         raise RequestError(f"{min(blending)} needs --harmonize")
-    path = output_path(filled(arguments.output), COMPOSITION)
+    path = output_path(fill_placeholders(arguments.output), COMPOSITION)
     changes = {
         "hide": arguments.hide,
         "move": _by_layer("--move", arguments.move, int, 2),
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.harmonize is None:
             console.result(save_image(image, path, made_from), metadata=made_from)
             return
-        composed, there = _composed(image, path.with_name(f"{path.stem}-composed.png"), made_from)
+        composed, there = _compose(image, path.with_name(f"{path.stem}-composed.png"), made_from)
     edit = {
         "prompt": arguments.harmonize,
         "images": [str(composed)],
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise
 
 
-def _composed(image: Image, path: Path, made_from: dict[str, Any]) -> tuple[Path, bool]:
+def _compose(image: Image, path: Path, made_from: dict[str, Any]) -> tuple[Path, bool]:
     """The composite's file, and whether an earlier run already wrote the same one."""
     from ..images.files import encode_png, save_png
 
@@ -91,13 +91,13 @@ def _composed(image: Image, path: Path, made_from: dict[str, Any]) -> tuple[Path
 
 
 def _by_layer(flag: str, texts: list[str], kind: type, count: int) -> dict[int, Any]:
-    numbered = [_numbered(text, flag, kind, count) for text in texts]
+    numbered = [_parse_numbered(text, flag, kind, count) for text in texts]
     if len(dict(numbered)) < len(numbered):
         raise RequestError(f"{flag} is given twice for one layer; give their sum once")
     return dict(numbered)
 
 
-def _numbered(text: str, flag: str, kind: type, count: int) -> tuple[int, Any]:
+def _parse_numbered(text: str, flag: str, kind: type, count: int) -> tuple[int, Any]:
     """(layer, value or values) of N:V or N:V,V."""
     number, _, values = text.partition(":")
     try:

@@ -54,18 +54,18 @@ def _show(arguments: argparse.Namespace) -> None:
     settings = load_settings(find_config(arguments.config), arguments.profile)
     rows = [(f"{row.table}.{row.key}".lstrip("."), row) for row in SCHEMA]
     if arguments.json:
-        said = {name: {"value": settings[row.key], "origin": settings.origins[row.key]} for name, row in rows}
+        values = {name: {"value": settings[row.key], "origin": settings.origins[row.key]} for name, row in rows}
         file = None if settings.path is None else str(settings.path)
-        facts = {"file": file, "profile": settings.profile, "settings": said}
+        facts = {"file": file, "profile": settings.profile, "settings": values}
         print(json_text(facts))
         return
     print_table([
-        (name, row.usual if settings[row.key] is None else _written(settings[row.key]), settings.origins[row.key])
+        (name, row.usual if settings[row.key] is None else _as_json(settings[row.key]), settings.origins[row.key])
         for name, row in rows
     ])  # fmt: skip
 
 
-def _written(value: Any) -> str:
+def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -85,7 +85,7 @@ def _path(arguments: argparse.Namespace) -> None:
     print(path)
 
 
-def configured(arguments: argparse.Namespace, command: str, recorded: Mapping[str, Any] = {}) -> dict[str, Any]:
+def config_options(arguments: argparse.Namespace, command: str, recorded: Mapping[str, Any] = {}) -> dict[str, Any]:
     """The settings of the config for a command, keyed by flag name; flags override them.
 
     Settings that belong together are used or ignored together: --lightning decides how its LoRA is sampled.
@@ -99,10 +99,10 @@ def configured(arguments: argparse.Namespace, command: str, recorded: Mapping[st
         RequestError: the config is wrong, or has no such profile.
     """
     settings = load_settings(find_config(arguments.config), arguments.profile)
-    said = settings.of_command(command, arguments.model or recorded.get("model"))
+    values = settings.of_command(command, arguments.model or recorded.get("model"))
     left = set(recorded)
     if getattr(arguments, "lightning", None):
         left |= {"steps", "cfg_scale"}
     if getattr(arguments, "preset", None):
         left |= GOVERNED
-    return {name: value for name, value in said.items() if name not in left}
+    return {name: value for name, value in values.items() if name not in left}

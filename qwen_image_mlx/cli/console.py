@@ -45,8 +45,8 @@ class Console:
     def __call__(self, progress: Progress) -> None:
         if self._json:
             if progress.stage != "layer" or self.verbose:
-                said = {name: getattr(progress, name) for name in ("stage", "detail", "step", "total")}
-                event("progress", **said)
+                fields = {name: getattr(progress, name) for name in ("stage", "detail", "step", "total")}
+                event("progress", **fields)
         elif not self._quiet:
             self._bars(progress)
 

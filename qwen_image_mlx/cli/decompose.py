@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, RequestError
 from ..variants import DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
-from .config import configured
+from .config import config_options
 from .flags import add_options
 from .idle import warn_idle
 from .output import check_output
-from .words import RANDOM, draw_seed, filled, read_prompt
+from .words import RANDOM, draw_seed, fill_placeholders, read_prompt
 
 if TYPE_CHECKING:
     from ..pipeline.decomposition import LayeredResult
@@ -39,12 +39,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def _save(result: LayeredResult, wanted: Path, formats: Sequence[str]) -> Path:
+def _save(result: LayeredResult, path: Path, formats: Sequence[str]) -> Path:
     """Saves into the first free folder; tries the next one if another run has taken it meanwhile."""
     from ..layers.formats import free_folder, is_free
 
     while True:
-        folder = free_folder(wanted)
+        folder = free_folder(path)
         try:
             result.save(folder, formats)
         except OutputError:
@@ -64,9 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
-    wanted = {**configured(arguments, "decompose"), **given}
-    if drawn := wanted.get("seed", RANDOM) == RANDOM:
-        wanted["seed"] = draw_seed()
+    options = {**config_options(arguments, "decompose"), **given}
+    if drawn := options.get("seed", RANDOM) == RANDOM:
+        options["seed"] = draw_seed()
     if (arguments.image is None) == (arguments.layer is None):
         raise RequestError("give one image: PHOTO, or --layer DIR:N")
     name = Path(arguments.layer.replace(":", "-") if arguments.image is None else arguments.image).stem
@@ -77,19 +77,19 @@ def run(arguments: argparse.Namespace) -> None:
     from ..runtime.session import Session, layers_of
     from .preview import preview_file
 
-    draft = layers_of(image, wanted, (wanted.get("resolution") or LAYERED_RESOLUTIONS[0],))
-    named = filled(arguments.output, seed=wanted["seed"], prompt=wanted.get("prompt"))
+    draft = layers_of(image, options, (options.get("resolution") or LAYERED_RESOLUTIONS[0],))
+    named = fill_placeholders(arguments.output, seed=options["seed"], prompt=options.get("prompt"))
     folder = named_path(f"{name}-layers" if named is None else named, "--output")
     width, height = draft.canvas.result_size
     check_output(folder / "layer_0.png", nbytes=4 * width * height * (draft.parameters.num_layers + 2) * len(formats))
 
     with Console(arguments) as console, ExitStack() as stack:
         timings = console.timings(bool(arguments.timings))
-        session = Session.open(wanted, DEFAULT_LAYERED_MODEL, timings or console, task="decompose")
-        request = session.request(wanted, images=[image])
+        session = Session.open(options, DEFAULT_LAYERED_MODEL, timings or console, task="decompose")
+        request = session.request(options, images=[image])
         warn_idle("decompose", given, request)
         if drawn:
-            logger.info("seed %d", wanted["seed"])
+            logger.info("seed %d", options["seed"])
         show = stack.enter_context(preview_file(folder)) if arguments.preview else None
         result = session.decompose(request, show)
         console.close()
@@ -101,6 +101,6 @@ def run(arguments: argparse.Namespace) -> None:
             logger.info("%s", timings.table())
         saved, psnr = _save(result, folder, formats), result.psnr
         console.result(
-            saved, f"PSNR {psnr:.2f} dB", seed=wanted["seed"], prompt=result.prompt,
+            saved, f"PSNR {psnr:.2f} dB", seed=options["seed"], prompt=result.prompt,
             psnr=round(psnr, 2) if math.isfinite(psnr) else None,
         )  # fmt: skip

@@ -106,13 +106,13 @@ def _groups(arguments: argparse.Namespace) -> list[Group]:
     for flag in ("golden", "model", "compare"):
         if getattr(arguments, flag) == "":
             raise RequestError(f"--{flag} is '', but must name something")
-    wanted = [name.strip() for name in arguments.only.split(",")] if arguments.only is not None else []
-    for name in wanted:
+    names = [name.strip() for name in arguments.only.split(",")] if arguments.only is not None else []
+    for name in names:
         if name not in NAMES:
             raise RequestError(f"--only has {name!r}, but the groups are {', '.join(NAMES)}")
     if arguments.only is None:
         return [GOLDEN] if arguments.golden is not None else list(GROUPS)
-    chosen = [group_named(name) for name in NAMES if name in wanted]
+    chosen = [group_named(name) for name in NAMES if name in names]
     return [GOLDEN, *chosen] if arguments.golden is not None else chosen  # first, as it may refuse its input
 
 

@@ -175,48 +175,48 @@ def add_options(parser: argparse.ArgumentParser, command: str, heading: str = ""
 
 def add_option(place: argparse._ActionsContainer, row: Option) -> None:
     """Adds one flag or one positional argument."""
-    said: dict[str, Any] = {"help": _help(row), "default": None}
+    keywords: dict[str, Any] = {"help": _help(row), "default": None}
     kind = row.kind.kind if isinstance(row.kind, Several) else row.kind
     if isinstance(kind, Group):
         _add_group(place, row.name, kind)
         return
     if isinstance(kind, Switch):
-        said["action"] = "store_true"
+        keywords["action"] = "store_true"
     else:
         if row.nargs == "append":
-            said["action"] = "append"
+            keywords["action"] = "append"
         elif row.nargs:
-            said["nargs"] = row.nargs
+            keywords["nargs"] = row.nargs
             if row.bare is not None:
-                said["const"] = row.bare
+                keywords["const"] = row.bare
         if row.metavar:
-            said["metavar"] = row.metavar
+            keywords["metavar"] = row.metavar
         if isinstance(kind, Choice):
-            said["choices"] = kind.values
-            said["type"] = type(kind.values[0])
+            keywords["choices"] = kind.values
+            keywords["type"] = type(kind.values[0])
         elif kind.read:
-            said["type"] = kind.read
-    if said.get("type") is str:
-        del said["type"]
+            keywords["type"] = kind.read
+    if keywords.get("type") is str:
+        del keywords["type"]
     if row.flags:
-        place.add_argument(*row.flags, dest=row.name, **said)
+        place.add_argument(*row.flags, dest=row.name, **keywords)
     elif row.instead:  # a positional argument, or a flag
-        place.add_argument(row.name, **said | {"action": _Once, "default": argparse.SUPPRESS})
+        place.add_argument(row.name, **keywords | {"action": _Once, "default": argparse.SUPPRESS})
         place.add_argument(*row.instead, dest=row.name, action=_Once, metavar=row.metavar, help="the same as a flag")
     else:
-        place.add_argument(row.name, **said)
+        place.add_argument(row.name, **keywords)
 
 
 def _add_group(place: argparse._ActionsContainer, name: str, kind: Group) -> None:
     """Adds the flags of a group that may be repeated: the first begins one, the others belong to the one before."""
     first, *_ = rows = [*options_of(kind.of)]
     for row in rows:
-        said: dict[str, Any] = {"help": _help(row), "metavar": row.metavar}
+        keywords: dict[str, Any] = {"help": _help(row), "metavar": row.metavar}
         if isinstance(row.kind, Choice):
-            said |= {"choices": row.kind.values}
+            keywords |= {"choices": row.kind.values}
         elif row.kind.read:
-            said |= {"type": row.kind.read}
-        place.add_argument(*row.flags, dest=name, action=_Grouped, const=(first.flag, row.name), **said)
+            keywords |= {"type": row.kind.read}
+        place.add_argument(*row.flags, dest=name, action=_Grouped, const=(first.flag, row.name), **keywords)
 
 
 class _Grouped(argparse.Action):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 _LORA = "--lora FILE STRENGTH, once for each"
 _IMAGE = "--image"
-_NO_CONTROL = "nothing: ControlNets are not supported here"
-_NO_CACHE = "nothing: every step is computed; --lightning 8 or fewer --steps are faster"
-_NO_SAMPLER = "nothing: the schedule is the model's own flow-matching Euler"
 _RECORDED = "nothing: every image carries its parameters; `info` prints them and --from-image repeats them"
 _MEMORY = "--memory auto"
 _UNATTENDED = "nothing: this program never asks a question"
@@ -46,12 +43,12 @@ FOREIGN = {
     "--num-images-per-prompt": "--num-images",
     "--num_images_per_prompt": "--num-images",
     "--auto-seeds": "--seeds 1-4, or --num-images",
-    "--sampler": _NO_SAMPLER,
-    "--sampler-name": _NO_SAMPLER,
-    "--sampling-method": _NO_SAMPLER,
-    "--scheduler": _NO_SAMPLER,
-    "--step-cache-ratio": _NO_CACHE,
-    "--cfg-end": _NO_CACHE,
+    "--sampler": "--solver",
+    "--sampler-name": "--solver",
+    "--sampling-method": "--solver",
+    "--scheduler": "nothing: the schedule is the model's own; --solver chooses how steps are taken",
+    "--step-cache-ratio": "--step-cache",
+    "--cfg-end": "--guidance-interval",
     "--clip-skip": "nothing: these models have no CLIP",
     "--temp": "nothing: captions are drawn as the checkpoint says",
     "--max-tokens": "nothing: captions end by themselves",
@@ -73,9 +70,8 @@ FOREIGN = {
     "--resolution": "--width and --height, or --aspect",
     "--aspect-ratio": "--aspect",
     "--ar": "--aspect",
-    "--controlnet-image-path": _NO_CONTROL,
-    "--controlnet-strength": _NO_CONTROL,
-    "--controlnet": _NO_CONTROL,
+    "--controlnet-image-path": "--control-image",
+    "--controlnet-strength": "--control-scale",
     # the model
     "--base-model": "--model",
     "--model-path": "--model",

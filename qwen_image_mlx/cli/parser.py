@@ -45,13 +45,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses flags whose text begins with a dash; an unknown flag is reported by the command itself."""
-        args = None if args is None else list(self._joined(args))
+        args = None if args is None else list(self._join(args))
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._answer(unknown)}")
         return namespace, unknown
 
-    def _joined(self, words: Sequence[str]) -> Iterator[str]:
+    def _join(self, words: Sequence[str]) -> Iterator[str]:
         """The words in a form that argparse reads: it takes no value that begins with a dash, and no pairs.
 
         `-n -blurry` is `-n=-blurry`; `--lora FILE 0.7` is `--lora FILE@0.7`; `--seed 1,2` is `--seed 1 2`.
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         rest = list(words)
         while rest:
             word = rest.pop(0)
-            flag, said, value = word.partition("=")
+            flag, equals, value = word.partition("=")
             action = self._option_string_actions.get(flag)
             if word == "--":
                 yield from (word, *rest)
@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unrecognized arguments: {word}; {_DASHED}")
             if action is not None and action.nargs == "+" and action.type is int:
                 yield flag
-                rest[:0] = [value] if said else []
+                rest[:0] = [value] if equals else []
                 while rest and re.fullmatch(_INTEGERS, rest[0]):
                     yield from rest.pop(0).split(",")
             elif self._takes_text(word) and rest:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..pipeline.parameters import GenerationParameters, check_size
-from ..pipeline.request import parsed_size
+from ..pipeline.request import parse_size
 from ..runtime.options import OPTIONS
 from ..runtime.ranks import current
 from ..sampling.choices import NO_CACHE, parse_cache
 from ..variants import DEFAULT_MODEL
-from .config import configured
+from .config import config_options
 from .flags import add_options
 from .results import json_text
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .console import messages
 
     given = {name for name, value in vars(arguments).items() if value is not None}
-    usual = {"memory": "auto", "num_layers": GenerationParameters.num_layers, **configured(arguments, "plan")}
+    usual = {"memory": "auto", "num_layers": GenerationParameters.num_layers, **config_options(arguments, "plan")}
     for name, value in usual.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -138,7 +138,7 @@ def _work(arguments: argparse.Namespace, pipeline: QwenImagePipeline) -> Work:
         raise RequestError(f"--references is {references}, which {pipeline.model} does not take")
     square = (1, 1)
     if arguments.size is not None:
-        size = parsed_size(arguments.size, "--size")
+        size = parse_size(arguments.size, "--size")
         if isinstance(size, str):
             raise RequestError(f"--size is {arguments.size}, but must be WIDTHxHEIGHT here")
     elif variant.layered:

@@ -28,11 +28,11 @@ def preview_file(output: Path) -> Iterator[Show]:
 
     from ..files import PREVIEW_KEY, new_file, owner, replace_file, sweep
 
-    wanted = output.with_name(f"{output.stem}-preview.png")
+    target = output.with_name(f"{output.stem}-preview.png")
     path, failed = None, False
     info = PngImagePlugin.PngInfo()
     info.add_text(PREVIEW_KEY, owner())
-    sweep(wanted.parent)
+    sweep(target.parent)
 
     def show(image: Image, step: int, total: int) -> None:
         nonlocal path, failed
@@ -42,7 +42,7 @@ def preview_file(output: Path) -> Iterator[Show]:
         image.save(png, "PNG", compress_level=1, pnginfo=info)
         try:
             if path is None:
-                path = new_file(wanted, png.getvalue())
+                path = new_file(target, png.getvalue())
                 logger.info("preview: %s", path)
             else:
                 replace_file(path, png.getvalue())

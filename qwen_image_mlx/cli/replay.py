@@ -13,10 +13,10 @@ from ..runtime.options import OPTIONS, recorded
 from ..runtime.presets import yielding
 
 # The keys that --from-image reads; the others are for people.
-_RECORDED = recorded("always", "started from", "set", "asked")
+_RECORDED = recorded("always", "started from", "set", "given")
 
 
-def replayed(path: str, metadata: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def replay_options(path: str, metadata: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The options in an image's record, keyed by name, except those that a flag makes meaningless.
 
     Args:
@@ -27,7 +27,7 @@ def replayed(path: str, metadata: Mapping[str, Any], given: Mapping[str, Any]) -
     Raises:
         RequestError: a value is of the wrong type.
     """
-    found = _found_nearby(Path(path).parent, _checked(metadata))
+    found = _found_nearby(Path(path).parent, _check(metadata))
     if "model" in given:  # values recorded for one model are wrong for another
         found = {name: value for name, value in found.items() if not OPTIONS[name].of_model}
     if "steps" in given:  # recorded noise levels are those of the recorded number
@@ -35,7 +35,7 @@ def replayed(path: str, metadata: Mapping[str, Any], given: Mapping[str, Any]) -
     return yielding(found, given)
 
 
-def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _check(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded values that are set; raises RequestError for one of the wrong type."""
     found = {row.name: (row, metadata[row.name]) for row in _RECORDED if metadata.get(row.name) is not None}
     for name, (row, value) in found.items():

@@ -15,23 +15,23 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 from ..errors import OutputError
-from ..outside import escaped, one_line, printable
+from ..outside import escape, one_line, printable
 
 _ESCAPED = "qwen_image_mlx.escaped"
 _MAX_CHARACTERS = 20_000  # of a table's cell
 
 
-def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
     """The replacement for characters that an encoding lacks: an escape, or the original byte of a file's name."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeEncodeError:
-        return escaped(error.object[error.start : error.end]), error.end
+        return escape(error.object[error.start : error.end]), error.end
 
 
-codecs.register_error(_ESCAPED, _escaped)
+codecs.register_error(_ESCAPED, _escape)
 
 
 class Unread(Exception):

@@ -85,11 +85,11 @@ def run(arguments: argparse.Namespace) -> None:
     if token is None and not is_loopback(arguments.host):
         raise RequestError(f"--host is {arguments.host}, which other machines can reach: give a --token-file as well")
     settings = load_settings(find_config(arguments.config), arguments.profile)
-    said = {task: settings.of_command(task, getattr(arguments, flag)) for task, (flag, _) in _MODELS.items()}
+    configured = {task: settings.of_command(task, getattr(arguments, flag)) for task, (flag, _) in _MODELS.items()}
     setup = {
         "profile": settings.profile,
-        "offers": {task: _offer(arguments, task, said[task]) for task in _MODELS},
-        "defaults": said,
+        "offers": {task: _offer(arguments, task, configured[task]) for task in _MODELS},
+        "defaults": configured,
         "memory": arguments.memory or settings["memory"],
         "idle_seconds": _seconds("--idle-unload", arguments.idle_unload),
         "is_own_host": own_hosts(arguments.host, [allowed_host(name) for name in arguments.allow_host]),
@@ -121,13 +121,13 @@ def run(arguments: argparse.Namespace) -> None:
             raise KeyboardInterrupt
 
 
-def _offer(arguments: argparse.Namespace, task: str, said: dict[str, Any]) -> dict[str, Any]:
+def _offer(arguments: argparse.Namespace, task: str, configured: dict[str, Any]) -> dict[str, Any]:
     """The options for opening the model of a task; flags override the config."""
     flag, usual = _MODELS[task]
     return {
-        "model": full_name(getattr(arguments, flag) or said.get("model") or usual),
-        "quantize": arguments.quantize or said.get("quantize"),
-        "loras": said.get("loras", []),
+        "model": full_name(getattr(arguments, flag) or configured.get("model") or usual),
+        "quantize": arguments.quantize or configured.get("quantize"),
+        "loras": configured.get("loras", []),
     }
 
 

@@ -32,7 +32,7 @@ ENDS: dict[int, type[BaseException]] = {
 
 
 @contextmanager
-def handled(handlers: Mapping[int, Any]) -> Iterator[None]:
+def handle_signals(handlers: Mapping[int, Any]) -> Iterator[None]:
     """Replaces signal handlers inside the block, except for ignored signals, as under `nohup`.
 
     It does nothing in threads other than the main one, where Python cannot set handlers.
@@ -56,5 +56,5 @@ def terminable() -> Iterator[None]:
     def end(number: int, frame: object) -> NoReturn:
         raise ENDS[number]
 
-    with handled({signal.SIGTERM: end, signal.SIGHUP: end}):
+    with handle_signals({signal.SIGTERM: end, signal.SIGHUP: end}):
         yield

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import RequestError
 from ..training.settings import SCHEDULES, TARGETS, TASKS, TIMESTEPS, WEIGHTINGS, TrainingSettings
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL
-from .config import configured
+from .config import config_options
 from .flags import add_options
-from .signals import ENDS, handled
+from .signals import ENDS, handle_signals
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -87,12 +87,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains, and prints the path of the result."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     names = {field.name for field in fields(TrainingSettings)}
-    asked = {name: value for name, value in given.items() if name in names}
-    settings = TrainingSettings(**asked | {"sample_prompts": tuple(asked.get("sample_prompts", ()))})
+    chosen = {name: value for name, value in given.items() if name in names}
+    settings = TrainingSettings(**chosen | {"sample_prompts": tuple(chosen.get("sample_prompts", ()))})
     if settings.sample_prompts and not settings.sample_every:
         raise RequestError("--sample-prompt needs --sample-every")
     kind = given.get("task", "t2i")
-    wanted = {**configured(arguments, f"train --task {kind}"), **given}
+    options = {**config_options(arguments, f"train --task {kind}"), **given}
 
     from ..files import named_path
 
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
             interrupt.gently = True
             line.show(result)
 
-        pipeline = Session.open(wanted, _DEFAULT_MODELS[kind], tell).pipeline
+        pipeline = Session.open(options, _DEFAULT_MODELS[kind], tell).pipeline
         tasks = [TASKS[task] for task in pipeline.variant.tasks]
         task = given.get("task", tasks[0])
         if task not in tasks:
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         examples = _read(data, task)
         outcome = train(
             pipeline, examples, settings, folder, resume=arguments.resume,
-            progress=tell, on_step=on_step, stop=lambda: interrupt.asked is not None,
+            progress=tell, on_step=on_step, stop=lambda: interrupt.signal is not None,
         )  # fmt: skip
         line.close()
         if outcome.result is None:
@@ -182,21 +182,21 @@ class _Interrupt:
 
     Attributes:
         gently: whether there is something to save.
-        asked: the signal that was received; None if none was.
+        signal: the signal that was received; None if none was.
     """
 
     def __init__(self) -> None:
         self.gently = False
-        self.asked: int | None = None
-        self._handled = handled(dict.fromkeys(ENDS, self._handle))
+        self.signal: int | None = None
+        self._handled = handle_signals(dict.fromkeys(ENDS, self._handle))
 
     def end(self) -> NoReturn:
         """Raises the exception of the signal that was received."""
-        raise ENDS[self.asked]
+        raise ENDS[self.signal]
 
     def _handle(self, number: int, frame: Any) -> None:
-        at_once = self.asked is not None or not self.gently
-        self.asked = number
+        at_once = self.signal is not None or not self.gently
+        self.signal = number
         if at_once:
             self.end()
         print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr)

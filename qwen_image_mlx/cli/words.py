@@ -41,7 +41,7 @@ def draw_seed() -> int:
     return current().led(lambda: secrets.randbelow(2**32))
 
 
-def filled(output: str | None, **facts: Any) -> str | None:
+def fill_placeholders(output: str | None, **facts: Any) -> str | None:
     """The name of an output with its placeholders filled in.
 
     Args:

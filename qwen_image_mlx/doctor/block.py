@@ -40,12 +40,12 @@ def run(options: Mapping[str, Any]) -> Outcome:
     }
     with limits():
         chain(block, inputs, 2)
-        outcome.figures["plain"] = _measured(block, inputs, 1, plans["plain"])
-        outcome.figures["guided"] = _measured(block, inputs, 2, plans["guided"])
+        outcome.figures["plain"] = _measure(block, inputs, 1, plans["plain"])
+        outcome.figures["guided"] = _measure(block, inputs, 2, plans["guided"])
     for name, cache in _CACHES.items():
         with _cache_limit(cache):
             chain(block, inputs, 2)
-            outcome.figures[name] = {"block_s": _measured(block, inputs, 1, plans["plain"])["block_s"]}
+            outcome.figures[name] = {"block_s": _measure(block, inputs, 1, plans["plain"])["block_s"]}
     judge_memory(outcome, {name: outcome.figures[name] for name in plans})
     plain = outcome.figures["plain"]
     outcome.summary = (
@@ -60,7 +60,7 @@ def width() -> TransformerConfig:
     return FULL["transformer"] if on_gpu() else replace(FULL["transformer"], num_attention_heads=3)
 
 
-def _measured(block: nn.Module, inputs: Any, branches: int, plan: int) -> dict[str, float]:
+def _measure(block: nn.Module, inputs: Any, branches: int, plan: int) -> dict[str, float]:
     count, seconds = _BLOCKS if on_gpu() else _CPU_BLOCKS, []
     peak = peak_of(lambda: seconds.append(chain(block, inputs, count, branches)))
     return {

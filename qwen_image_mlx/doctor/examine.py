@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..files import temporary_folder
 from .groups import Group
 from .outcome import Outcome
-from .report import VERSION, scrubbed, summed_up
+from .report import VERSION, scrub, summarize
 
 OnGroup = Callable[[str, Mapping[str, Any]], None]
 
@@ -44,16 +44,16 @@ def examine(
         outcome = run_group(group, env, options)
         if "refused" in outcome:
             raise CheckpointError(outcome["refused"])
-        found[group.name] = scrubbed(outcome)
+        found[group.name] = scrub(outcome)
         on_group(group.name, found[group.name])
     report = {
         "version": VERSION,
         "program": __version__,
         "created": time.strftime("%Y-%m-%d", time.gmtime()),
-        "variables": scrubbed(dict(env)),
+        "variables": scrub(dict(env)),
         "groups": found,
     }
-    return summed_up(report)
+    return summarize(report)
 
 
 def run_group(group: Group, env: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:

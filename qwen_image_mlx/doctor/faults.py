@@ -26,14 +26,14 @@ _MAX_BLOCKS = 8  # that cancelling may take; two are queued, and one is being bu
 def run(options: Mapping[str, Any]) -> Outcome:
     """Tries each fault."""
     outcome = Outcome()
-    refusal = outcome.figures["refused_allocation"] = refused_allocation()
+    refusal = outcome.figures["refused_allocation"] = allocate_too_much()
     if refusal.startswith("not refused"):
         outcome.find("odd", "an array larger than the memory was not refused; keep --memory below what you have")
     outcome.figures["finished_array_across_threads"] = finished = across_threads(lazy=False)
     outcome.figures["lazy_array_across_threads"] = across_threads(lazy=True)
     if finished != "works":
         outcome.find("odd", f"a finished array of another thread cannot be used ({finished}); the server needs that")
-    block_s, latency = cancelled_chain()
+    block_s, latency = cancel_chain()
     outcome.figures |= {"block_s": block_s, "cancel_s": latency, "cancel_blocks": latency / block_s}
     if latency > _MAX_BLOCKS * block_s + 0.5:
         outcome.find("odd", f"cancelling took {latency:.1f} s, or {latency / block_s:.0f} blocks, where 3 are usual")
@@ -44,7 +44,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
     return outcome
 
 
-def refused_allocation() -> str:
+def allocate_too_much() -> str:
     """Allocates an array above the maximum buffer size; returns the outcome in words."""
     if not on_metal():
         return "not tried (MLX refuses it on Metal only: its CPU backend crashes, CUDA would take the memory)"
@@ -72,7 +72,7 @@ def across_threads(lazy: bool) -> str:
         return str(error)
 
 
-def cancelled_chain() -> tuple[float, float]:
+def cancel_chain() -> tuple[float, float]:
     """Seconds of a block in a chain, and from a cancel in the middle of it until nothing runs any more."""
     config = replace(FULL["transformer"], num_attention_heads=8 if on_gpu() else 3)
     side = _SIDE if on_gpu() else _CPU_SIDE

@@ -177,7 +177,7 @@ def stages(pipeline: QwenImagePipeline, facts: Mapping[str, Any]) -> dict[str, n
         if progress.stage == "denoise" and (progress.step in facts["kept_steps"] or not progress.step):
             kept["noise" if not progress.step else f"latents-{progress.step}"] = numbers(progress.latents)
 
-    with Session(pipeline, {"memory": "auto"}).planned(request):
+    with Session(pipeline, {"memory": "auto"}).plan(request):
         encoding = pipeline.encode_guidance_prompts(request.prompt, request.guiding_prompt)
         pipeline.release_encoders()
         kept["text"] = numbers(encoding.positive)

@@ -53,10 +53,10 @@ def check(part: Part, large: bool, outcome: Outcome) -> None:
     for dtype in (mx.float32, mx.bfloat16) if part.halves else (mx.float32,):
         module.set_dtype(dtype)
         for case in part.cases:
-            got, cpu, same = computed(module, case, large, dtype)
+            got, cpu, same = compute(module, case, large, dtype)
             figures = outcome.figures.setdefault(case.name, {})
             if not same:
-                outcome.find("wrong", f"{case.name} in {_called(dtype)} gives other bits when it is run again")
+                outcome.find("wrong", f"{case.name} in {_dtype_name(dtype)} gives other bits when it is run again")
             if dtype == mx.float32:
                 exact[case.name] = cpu
                 figures |= _judge_exact(part, case, large, got, cpu, outcome)
@@ -64,7 +64,7 @@ def check(part: Part, large: bool, outcome: Outcome) -> None:
                 figures |= _judge_half(case, got, cpu, exact[case.name], outcome)
 
 
-def computed(module: nn.Module, case: Case, large: bool, dtype: mx.Dtype) -> tuple[np.ndarray, np.ndarray, bool]:
+def compute(module: nn.Module, case: Case, large: bool, dtype: mx.Dtype) -> tuple[np.ndarray, np.ndarray, bool]:
     """A case's result on the default device, the same on the CPU, and whether two runs gave equal bits; all fp32."""
     shape = case.large if large else case.small
     first = numbers(case.run(module, shape, dtype))
@@ -111,7 +111,7 @@ def _judge_half(case: Case, got: np.ndarray, cpu: np.ndarray, exact: np.ndarray,
     return figures
 
 
-def _called(dtype: mx.Dtype) -> str:
+def _dtype_name(dtype: mx.Dtype) -> str:
     return "fp32" if dtype == mx.float32 else "bf16"
 
 

@@ -146,11 +146,11 @@ def _seeing(windowed: bool, block: nn.Module, shape: tuple[int, ...], dtype: mx.
     return block(hidden, vision_tables(height, width, merge, _VISION.head_dim), windows)
 
 
-def _decoded(decoder: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+def _decode(decoder: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return decode(decoder, _VAE, array("latents", (1, *shape, _VAE.z_dim), dtype), strips=1)
 
 
-def _encoded(encoder: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+def _encode(encoder: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     mean, std = encode_moments(encoder, _VAE, mx.tanh(array("pixels", (1, *shape, _VAE.input_channels), dtype)))
     return mx.concatenate([mean, std], axis=-1)
 
@@ -177,12 +177,10 @@ PARTS = (
         ),
     ),
     # Winograd, which Metal uses, is 8e-6 from exact sums by itself.
-    Part(
-        lambda: fill(Decoder(_VAE), "decoder"), (Case("vae-decoder", _decoded, (4, 4), (32, 32)),), 5e-5, halves=False
-    ),
+    Part(lambda: fill(Decoder(_VAE), "decoder"), (Case("vae-decoder", _decode, (4, 4), (32, 32)),), 5e-5, halves=False),
     Part(
         lambda: fill(Encoder(_VAE), "encoder"),
-        (Case("vae-encoder", _encoded, (32, 32), (256, 256)),),
+        (Case("vae-encoder", _encode, (32, 32), (256, 256)),),
         5e-5,
         halves=False,
     ),

@@ -24,10 +24,10 @@ _COARSE_LEVELS = 4  # the same where fp32 is TF32
 def run(options: Mapping[str, Any]) -> Outcome:
     """Makes the images and compares them."""
     outcome, allowed = Outcome(), _COARSE_LEVELS if coarse_fp32() else _LEVELS
-    made = pictures(stored("demo"))
+    made = images(stored_image("demo"))
     for name, image in made.items():
         got = falsified(name, np.asarray(image).astype(np.float32))
-        steps = np.abs(got - np.asarray(stored(name)).astype(np.float32))
+        steps = np.abs(got - np.asarray(stored_image(name)).astype(np.float32))
         outcome.figures[name] = {"most_levels": float(steps.max()), "changed_ratio": float((steps > 0).mean())}
         if steps.max() > allowed:
             outcome.find(
@@ -40,13 +40,13 @@ def run(options: Mapping[str, Any]) -> Outcome:
     return outcome
 
 
-def stored(name: str) -> Image.Image:
+def stored_image(name: str) -> Image.Image:
     """A stored image."""
     with Image.open(STORED / f"{name}.png") as image:
         return image.copy()
 
 
-def pictures(source: Image.Image | None = None) -> dict[str, Image.Image]:
+def images(source: Image.Image | None = None) -> dict[str, Image.Image]:
     """The images of the demo models, by name.
 
     Args:

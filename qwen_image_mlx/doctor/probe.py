@@ -67,19 +67,19 @@ def changed_by_compiling(shape: tuple[int, int]) -> float:
     Args:
         shape: (rows, columns) of the matrix; it is quantized to 4 and to 8 bits.
     """
-    return max(float(np.mean(_quantized(shape, bits) != _uncompiled(shape, bits))) for bits in (4, 8))
+    return max(float(np.mean(_quantize(shape, bits) != _run_uncompiled(shape, bits))) for bits in (4, 8))
 
 
-def _quantized(shape: tuple[int, int], bits: int) -> np.ndarray:
+def _quantize(shape: tuple[int, int], bits: int) -> np.ndarray:
     """Words, scales and biases, as they are in memory, one after another; as float64, which holds them exactly."""
     packed = quantize.quantize_matrix(array("compiled", shape, mx.float32), quantize.Scheme("affine", bits, 64))
     parts = (packed.weight, *(part.view(mx.uint16) for part in (packed.scales, packed.biases)))
     return np.concatenate([np.array(part).astype(np.float64).reshape(-1) for part in parts])
 
 
-def _uncompiled(shape: tuple[int, int], bits: int) -> np.ndarray:
+def _run_uncompiled(shape: tuple[int, int], bits: int) -> np.ndarray:
     fused, quantize.fused = quantize.fused, lambda function: function
     try:
-        return _quantized(shape, bits)
+        return _quantize(shape, bits)
     finally:
         quantize.fused = fused

@@ -117,7 +117,8 @@ def product_rate() -> float:
     nominal = nominal_tflops() if on_metal() else None
     if nominal:
         return 0.8e12 * nominal
-    fn, work = _product((1024, 1024, 1024), mx.bfloat16 if on_gpu() else mx.float32)
+    side = 1024 if on_gpu() else 256  # a CPU without a fast BLAS takes seconds for a large one
+    fn, work = _product((side, side, side), mx.bfloat16 if on_gpu() else mx.float32)
     return work / seconds_of(fn)
 
 

@@ -29,12 +29,12 @@ _MIN_CHANGE = 0.1  # share of a figure that is worth a line
 _MIN_ERROR = 1e-5  # change of a relative error; less is rounding
 
 
-def scrubbed(value: Any) -> Any:
+def scrub(value: Any) -> Any:
     """A JSON value without absolute paths, the user's name and the host's."""
     if isinstance(value, Mapping):
-        return {key: scrubbed(part) for key, part in value.items()}
+        return {key: scrub(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [scrubbed(part) for part in value]
+        return [scrub(part) for part in value]
     if not isinstance(value, str):
         return value
     value = _PATH.sub("<path>", value)
@@ -54,7 +54,7 @@ def _names() -> dict[str, str]:
     return {name: stand_in for name, stand_in in found.items() if len(name) > 2 and name not in ("root", "localhost")}
 
 
-def summed_up(report: dict[str, Any]) -> dict[str, Any]:
+def summarize(report: dict[str, Any]) -> dict[str, Any]:
     """The report with its overall verdict and the issue's body."""
     worst = max((group["verdict"] for group in report["groups"].values()), key=VERDICTS.index, default="ok")
     code = EXITS[worst]

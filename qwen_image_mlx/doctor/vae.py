@@ -36,7 +36,7 @@ def run(options: Mapping[str, Any]) -> Outcome:
     finish(decoder.parameters(), latents)
     plan = plan_bytes(Path(options["folder"]) / "configs", "decode", Work(width=side, height=side), vae=config)
 
-    def measured() -> dict[str, float]:
+    def measure() -> dict[str, float]:
         seconds: list[float] = []
 
         def once() -> None:
@@ -49,10 +49,10 @@ def run(options: Mapping[str, Any]) -> Outcome:
         return {"decode_s": seconds[1], "peak_bytes": peak, "plan_bytes": plan, "plan_ratio": peak / plan}
 
     with limits():
-        outcome.figures["decode"] = measured()
+        outcome.figures["decode"] = measure()
         if on_metal():
             with _without_winograd():
-                outcome.figures["without_winograd"] = measured()
+                outcome.figures["without_winograd"] = measure()
     judge_memory(outcome, {"decode": outcome.figures["decode"]})
     figures = outcome.figures["decode"]
     outcome.summary = (

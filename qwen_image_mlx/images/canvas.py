@@ -60,20 +60,20 @@ class Canvas:
     @property
     def resized_source(self) -> Image.Image:
         """The image at the result's size."""
-        return _resized(self.source, self.result_size)
+        return _resize(self.source, self.result_size)
 
     def finish(self, generated: Image.Image) -> Image.Image:
         """The result, RGB or RGBA of `result_size`: resized, pasted back, composited, with its alpha."""
-        straight = None if self.straight is None else _resized(self.straight, self.result_size)
+        straight = None if self.straight is None else _resize(self.straight, self.result_size)
         base = (self.resized_source if straight is None else straight).convert(generated.mode)
         if self.box is not None:
             width, height = self.box[2] - self.box[0], self.box[3] - self.box[1]
             pasted = base.copy()
             pasted.paste(_cover(generated, (width, height)), self.box[:2])
             generated = pasted
-        generated = _resized(generated, self.result_size)
+        generated = _resize(generated, self.result_size)
         if self.composite and self.mask is not None:
-            generated = Image.composite(generated, base, feathered(_resized(self.mask, self.result_size)))
+            generated = Image.composite(generated, base, feather(_resize(self.mask, self.result_size)))
         if straight is not None:
             generated.putalpha(straight.getchannel("A"))
         return generated
@@ -105,7 +105,7 @@ def plan_canvas(
         RequestError: the mask's size differs from the image's, it selects nothing or everything, or `size` is unknown.
     """
     if mask is not None:
-        mask = _checked_mask(mask, source.size)
+        mask = _check_mask(mask, source.size)
     if crop_padding is not None and mask is None:
         raise RequestError("a padding around the mask needs a mask")
     if crop_padding is not None and (type(crop_padding) is not int or crop_padding < 0):
@@ -124,7 +124,7 @@ def plan_canvas(
     return Canvas(source, mask, generated, result, composite, box, straight)
 
 
-def outpainted(image: Image.Image, sides: Sides) -> tuple[Image.Image, Image.Image]:
+def extend(image: Image.Image, sides: Sides) -> tuple[Image.Image, Image.Image]:
     """An image with room around it, filled with its edge's colours, and the mask that is white there.
 
     Args:
@@ -147,7 +147,7 @@ def outpainted(image: Image.Image, sides: Sides) -> tuple[Image.Image, Image.Ima
     return wide, mask
 
 
-def parsed_sides(text: str | Sequence[int]) -> Sides:
+def parse_sides(text: str | Sequence[int]) -> Sides:
     """Pixels to the left, above, to the right and below, of "64,0,64,0" or four numbers; raises RequestError."""
     parts = text.split(",") if isinstance(text, str) else [*text]
     try:
@@ -161,7 +161,7 @@ def parsed_sides(text: str | Sequence[int]) -> Sides:
     return sides[0], sides[1], sides[2], sides[3]
 
 
-def feathered(mask: Image.Image) -> Image.Image:
+def feather(mask: Image.Image) -> Image.Image:
     """A mask as opacity: 0 outside, rising over some pixels inside, so that the seam lies within what was generated."""
     inside = np.asarray(mask.convert("L")) >= 128
     width = max(1, round(4 * math.sqrt(mask.width * mask.height / _ONE_MEGAPIXEL)))
@@ -180,13 +180,13 @@ def crop_region(mask: Image.Image, size: Size, padding: int) -> Box:
     y1, y2 = max(int(rows[0]) - padding, 0), min(int(rows[-1]) + 1 + padding, mask.height)
     ratio = size[0] / size[1]
     if (x2 - x1) / (y2 - y1) > ratio:
-        y1, y2 = _widened(y1, y2, (x2 - x1) / ratio, mask.height)
+        y1, y2 = _widen(y1, y2, (x2 - x1) / ratio, mask.height)
     else:
-        x1, x2 = _widened(x1, x2, (y2 - y1) * ratio, mask.width)
+        x1, x2 = _widen(x1, x2, (y2 - y1) * ratio, mask.width)
     return x1, y1, x2, y2
 
 
-def _widened(low: int, high: int, length: float, limit: int) -> tuple[int, int]:
+def _widen(low: int, high: int, length: float, limit: int) -> tuple[int, int]:
     """Widens a range on both sides to `length` pixels, then shifts and cuts it to fit 0 … limit."""
     more = int(length - (high - low))
     low, high = low - more // 2, high + more - more // 2
@@ -228,7 +228,7 @@ def _cover(image: Image.Image, size: Size) -> Image.Image:
     return scaled.crop((left, top, left + width, top + height))
 
 
-def _checked_mask(mask: Image.Image, size: Size) -> Image.Image:
+def _check_mask(mask: Image.Image, size: Size) -> Image.Image:
     if mask.size != size:
         raise RequestError(
             f"the mask has {mask.width}x{mask.height} pixels, but the image {size[0]}x{size[1]}; make them equal"
@@ -242,5 +242,5 @@ def _checked_mask(mask: Image.Image, size: Size) -> Image.Image:
     return grey
 
 
-def _resized(image: Image.Image, size: Size) -> Image.Image:
+def _resize(image: Image.Image, size: Size) -> Image.Image:
     return image if image.size == size else image.resize(size, _LANCZOS)

@@ -99,8 +99,8 @@ def in_srgb(image: Image.Image, name: str, profile: bytes | None = None) -> Imag
     if reading.ignored:
         return plain
     try:
-        found = profile if profile is not None else _declared(image)
-        return plain if found is None else _converted(plain, found, name, reading)
+        found = profile if profile is not None else _declared_profile(image)
+        return plain if found is None else _convert(plain, found, name, reading)
     except _Unusable as why:
         key = name, profile or image.info.get("icc_profile")
         reading.say(logging.WARNING, key, "%s has a colour profile that cannot be used (%s); its colours are read as "
@@ -108,7 +108,7 @@ def in_srgb(image: Image.Image, name: str, profile: bytes | None = None) -> Imag
         return plain
 
 
-def _declared(image: Image.Image) -> bytes | None:
+def _declared_profile(image: Image.Image) -> bytes | None:
     """The profile an image's tags state, or None for sRGB or without tags; PNG's precedence: iCCP, sRGB, gAMA."""
     info = image.info
     if "icc_profile" in info:
@@ -130,7 +130,7 @@ def _says_adobe_rgb(image: Image.Image) -> bool:
         return False
 
 
-def _converted(image: Image.Image, profile: bytes, name: str, reading: _Reading) -> Image.Image:
+def _convert(image: Image.Image, profile: bytes, name: str, reading: _Reading) -> Image.Image:
     description, mode, transform = _transform(profile)
     if transform is None:
         return image
@@ -199,7 +199,7 @@ def _matrix_profile(gamma: float, points: tuple[float, ...]) -> bytes:
         raise _Unusable("its primaries are out of range")
     usual = abs(gamma - _USUAL_GAMMA) < 0.005 and points != _ADOBE_RGB
     curve = b"para\0\0\0\0" + struct.pack(">Hxx", 3 if usual else 0)
-    curve += b"".join(map(_fixed, _SRGB_CURVE if usual else (1 / gamma,)))
+    curve += b"".join(map(_fixed_point, _SRGB_CURVE if usual else (1 / gamma,)))
     name = "of its own gamma and primaries" if points != _ADOBE_RGB else "Adobe RGB"
     text = name.encode("utf-16-be")
     words = b"mluc\0\0\0\0" + struct.pack(">II4sII", 1, 12, b"enUS", len(text), 28) + text
@@ -211,14 +211,14 @@ def _matrix_profile(gamma: float, points: tuple[float, ...]) -> bytes:
         table += sign + struct.pack(">II", start + len(data), len(body))
         data += body + b"\0" * (-len(body) % 4)
     head = struct.pack(">I4xI12s12x4s", 128 + len(table) + len(data), 0x04300000, b"mntrRGB XYZ ", b"acsp")
-    return head.ljust(68, b"\0") + b"".join(map(_fixed, _D50)).ljust(60, b"\0") + table + data
+    return head.ljust(68, b"\0") + b"".join(map(_fixed_point, _D50)).ljust(60, b"\0") + table + data
 
 
 def _xyz(values: np.ndarray) -> bytes:
-    return b"XYZ \0\0\0\0" + b"".join(map(_fixed, values))
+    return b"XYZ \0\0\0\0" + b"".join(map(_fixed_point, values))
 
 
-def _fixed(value: float) -> bytes:
+def _fixed_point(value: float) -> bytes:
     return struct.pack(">i", round(value * 65536))
 
 

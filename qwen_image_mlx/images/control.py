@@ -49,7 +49,7 @@ def canny(image: Image.Image) -> Image.Image:
     down = (ends - tops)[:, :-2] + 2 * (ends - tops)[:, 1:-1] + (ends - tops)[:, 2:]
     length = np.hypot(across, down)
     ridges = _ridges(length, across, down)
-    return _from_mask(_connected(ridges & (length >= _LOW), ridges & (length >= _HIGH)))
+    return _from_mask(_connect(ridges & (length >= _LOW), ridges & (length >= _HIGH)))
 
 
 def gray(image: Image.Image) -> Image.Image:
@@ -102,7 +102,7 @@ def _ridges(length: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndar
     return ridge
 
 
-def _connected(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
+def _connect(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
     """The weak pixels (H, W) that touch strong ones, directly or through other weak ones."""
     found, front = strong, strong
     while front.any():

@@ -115,7 +115,7 @@ class RecordedImage(Image.Image):
         super().save(fp, format, **params)
 
 
-def recorded(image: Image.Image, metadata: dict[str, Any]) -> RecordedImage:
+def with_record(image: Image.Image, metadata: dict[str, Any]) -> RecordedImage:
     """The image, with its record."""
     carrier = RecordedImage()
     carrier.__setstate__(image.__getstate__())
@@ -158,13 +158,13 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
         check_file(path, str(path))
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             image.load()
-            metadata = record_of(getattr(image, "text", {})) if image.format == "PNG" else _commented(image)
+            metadata = record_of(getattr(image, "text", {})) if image.format == "PNG" else _read_comment(image)
     if metadata is None:
         raise RequestError(f"{path} carries no parameters of qwen-image-mlx; only its own images do")
     return metadata
 
 
-def _commented(image: Image.Image) -> dict[str, Any] | None:
+def _read_comment(image: Image.Image) -> dict[str, Any] | None:
     """The record in EXIF's UserComment; None if it is absent, damaged, or too long to be ours."""
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if not isinstance(comment, bytes) or not comment.startswith(_COMMENT) or len(comment) > _MAX_RECORD:

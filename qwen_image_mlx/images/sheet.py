@@ -43,7 +43,7 @@ def contact_sheet(thumbnails: Sequence[Image.Image], labels: Iterable[str]) -> I
     return sheet
 
 
-def picked(metadata: Mapping[str, Any], number: int | None, path: str) -> dict[str, Any]:
+def pick_record(metadata: Mapping[str, Any], number: int | None, path: str) -> dict[str, Any]:
     """The record to generate again: an image's own, or that of one image of a contact sheet.
 
     Args:

@@ -33,7 +33,7 @@ ImageSource = Image.Image | npt.NDArray[Any] | StrPath | bytes
 _KINDS = (Image.Image, np.ndarray, str, os.PathLike, bytes)  # the same, for isinstance
 
 
-def listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
+def as_list(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     """Images as a list; a single image becomes a list of one. Raises RequestError for anything else."""
     if isinstance(images, _KINDS):
         return [images]
@@ -62,7 +62,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
 def open_rgba(source: ImageSource) -> Image.Image:
     """An image as an upright RGBA image, opaque if it has no alpha; raises RequestError as `open_image` does."""
-    return _decoded(source).convert("RGBA")
+    return _decode(source).convert("RGBA")
 
 
 def check_visible(image: Image.Image) -> None:
@@ -74,10 +74,10 @@ def check_visible(image: Image.Image) -> None:
 def open_mask(source: ImageSource) -> Image.Image:
     """A mask as an upright image, its values as they are; raises RequestError as `open_image` does."""
     with ignore_profiles():
-        return _decoded(source)
+        return _decode(source)
 
 
-def _decoded(source: ImageSource) -> Image.Image:
+def _decode(source: ImageSource) -> Image.Image:
     """Upright, whole, in 8 bits and sRGB."""
     if not isinstance(source, _KINDS):
         raise RequestError(

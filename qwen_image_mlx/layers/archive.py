@@ -57,7 +57,7 @@ class Files:
     def image(self, name: str) -> Image.Image:
         """A PNG file as RGBA in sRGB; raises RequestError if it is not one, or too large with those read before."""
         data, where = self.read(name), f"{name} in {self.label}"
-        with readable(where, data, "PNG"), opened(data) as image:
+        with readable(where, data, "PNG"), open_png(data) as image:
             check_size(image.size, where)
             self._pixels -= image.width * image.height
             if self._pixels < 0:
@@ -76,7 +76,7 @@ class Files:
 
 
 @contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
+def open_png(data: bytes) -> Iterator[Image.Image]:
     """A PNG of any size; the caller has to check it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -101,7 +101,7 @@ def zip_files(path: Path) -> Iterator[Files]:
     try:
         _check_directory(path)
         with zipfile.ZipFile(path) as archive:
-            members = _unwrapped({i.filename: i for i in archive.infolist() if _is_inside(i.filename)})
+            members = _unwrap({i.filename: i for i in archive.infolist() if _is_inside(i.filename)})
             if len(members) > _MAX_MEMBERS or sum(info.file_size for info in members.values()) > _MAX_ARCHIVE:
                 raise RequestError(f"{path} unpacks to more than {_MAX_ARCHIVE >> 30} GB; this is not a layered image")
 
@@ -136,7 +136,7 @@ def _is_inside(name: str) -> bool:
     return not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name)
 
 
-def _unwrapped(members: dict[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+def _unwrap(members: dict[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
     """An archive's files without the one folder around them all, and without the files that Finder adds to a zip."""
     paths = {name: PurePosixPath(name) for name in members if not name.endswith("/")}
     own = [

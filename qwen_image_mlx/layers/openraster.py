@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import RequestError
 from ..images.files import record_of
 from ..images.sources import readable
-from .archive import MAX_INDEX, Files, opened, png_bytes, zip_files
+from .archive import MAX_INDEX, Files, open_png, png_bytes, zip_files
 from .stack import MAX_LAYERS, Layer, LayerStack, clean_name, composite
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def _ora_metadata(files: Files) -> dict[str, Any]:
         return {}
     try:
         data = files.read("mergedimage.png")
-        with readable("mergedimage.png", data, "PNG"), opened(data) as image:
+        with readable("mergedimage.png", data, "PNG"), open_png(data) as image:
             return record_of(image.info) or {}
     except RequestError:
         return {}

@@ -59,7 +59,7 @@ def write_psd(stack: LayerStack, path: Path) -> None:
         RequestError: psd-tools is absent.
         OSError: it could not be written.
     """
-    document = library("psd_tools", "writing psd").PSDImage.frompil(_matted(composite(stack)))
+    document = library("psd_tools", "writing psd").PSDImage.frompil(_matte(composite(stack)))
     for layer in stack.layers:
         (x, y), opacity = layer.offset, round(layer.opacity * 255)
         record = document.create_pixel_layer(layer.image, top=y, left=x, opacity=opacity)
@@ -122,7 +122,7 @@ def read_psd(path: Path) -> LayerStack:
         raise RequestError(f"{path} cannot be read as a PSD: {str(error) or type(error).__name__}") from error
 
 
-def _matted(merged: Image.Image) -> Image.Image:
+def _matte(merged: Image.Image) -> Image.Image:
     """Colours laid on white, with the alpha kept: how Photoshop stores a merged image, and undoes it on reading."""
     pixels = np.asarray(merged).astype(np.float32)
     alpha = pixels[..., 3:] / 255

@@ -21,7 +21,7 @@ from ..weights.changes import Branch
 from ..weights.packed import Packed
 from ..weights.quantize import quantize_matrix
 from ..weights.schemes import Scheme
-from .branch import put_beside
+from .branch import attach_branch
 from .distillations import Distillation, distillation_of
 from .file import LoRA
 from .update import Update
@@ -121,7 +121,7 @@ class Adapters:
                         "plain LoRA's could: use the model they were packed from, quantized while it loads"
                     )
 
-    def can_run_beside(self, path: str) -> bool:
+    def can_run_unmerged(self, path: str) -> bool:
         """Whether all changes of a module can run unmerged; reads nothing."""
         return all(update.has_factors and not update.changes_bias for update in self.updates(path))
 
@@ -182,12 +182,12 @@ class Placement:
             return value, self._branch(path, dtype)
         base = value.astype(mx.float32)
         if self.adapters.mode == "side" and (branch := self._branch(path, dtype)):
-            return _stored(base, scheme, dtype), branch
+            return _store(base, scheme, dtype), branch
         changed = self.adapters.apply(name, base)
-        stored = _stored(changed, scheme, dtype)
+        stored = _store(changed, scheme, dtype)
         kept, whole = _survival(base, changed, stored)
         if self.adapters.mode == "auto" and kept < _ENOUGH * whole and (branch := self._branch(path, dtype)):
-            return _stored(base, scheme, dtype), branch
+            return _store(base, scheme, dtype), branch
         self.merged += 1
         self.altered = True
         self._kept, self._whole = self._kept + kept, self._whole + whole
@@ -199,7 +199,7 @@ class Placement:
 
     def attach(self, module: nn.Module, path: str, branch: Branch) -> None:
         """Makes a branch run with the layer at this path of the module."""
-        put_beside(module, path, branch)
+        attach_branch(module, path, branch)
 
     def vector(self, name: str, value: mx.array) -> mx.array:
         """A changed bias or norm weight, (n,); fp32, evaluated."""
@@ -227,7 +227,7 @@ class Placement:
             logger.info("the other %d are merged where the modulation is made, which loses nothing", rest)
 
 
-def _stored(value: mx.array, scheme: Scheme | None, dtype: mx.Dtype) -> mx.array | Packed:
+def _store(value: mx.array, scheme: Scheme | None, dtype: mx.Dtype) -> mx.array | Packed:
     """A matrix as it is stored, evaluated."""
     stored = value.astype(dtype) if scheme is None else quantize_matrix(value, scheme)
     mx.eval(stored.arrays if isinstance(stored, Packed) else stored)

@@ -33,7 +33,7 @@ class SideBranch(nn.Module):
         return (first + (x @ self.a.T) @ self.b.T, *bias)
 
 
-def put_beside(module: nn.Module, path: str, branch: Branch | None) -> None:
+def attach_branch(module: nn.Module, path: str, branch: Branch | None) -> None:
     """Attaches a low-rank branch to the layer at `path`, replacing an earlier branch; None removes it."""
     parent, place = place_of(module, path)
     layer = parent[place].layer if isinstance(parent[place], SideBranch) else parent[place]

@@ -33,13 +33,13 @@ def describe(lora: LoRA) -> list[tuple[str, str]]:
         ("file", str(lora.path)),
         ("bytes", str(lora.nbytes)),
         ("dialect", ", ".join(lora.dialects)),
-        ("kinds", _counted(kinds)),
+        ("kinds", _count_list(kinds)),
         ("strength", f"{lora.strength:g}" if lora.strength != 1 else ""),
         ("targets", f"{lora.matched} of {lora.total}"),
-        ("rank", _counted(ranks)),
-        ("alpha / rank", f"{_counted(scales)} ({source})" if scales else ""),
-        ("changes", _counted(groups)),
-        ("dtype", _counted(dtypes)),
+        ("rank", _count_list(ranks)),
+        ("alpha / rank", f"{_count_list(scales)} ({source})" if scales else ""),
+        ("changes", _count_list(groups)),
+        ("dtype", _count_list(dtypes)),
         ("unmatched", f"{len(lora.unmatched)}: {some(lora.unmatched)}" if lora.unmatched else ""),
         (
             "distilled",
@@ -71,7 +71,7 @@ def _group(target: str) -> str:
     return ".".join("*" if part.isdigit() and i == 1 else part for i, part in enumerate(target.split(".")))
 
 
-def _counted(counts: Counter[str]) -> str:
+def _count_list(counts: Counter[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{name} ({count})" for name, count in counts.most_common())

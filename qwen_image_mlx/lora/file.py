@@ -81,7 +81,7 @@ def read_lora(path: StrPath, targets: Mapping[str, Shape], strength: float = 1.0
         CheckpointError: the file is damaged, was made for a different model, does not fit a target, or is inconsistent.
     """
     path = weights_file(path)
-    strength = _checked_strength(strength, path)
+    strength = _check_strength(strength, path)
     tensors, metadata = read_header(path)
     binding = bind(path, tensors, targets)
     check_dtypes(path, tensors, binding)
@@ -130,7 +130,7 @@ def weights_file(path: StrPath) -> Path:
     return path
 
 
-def _checked_strength(strength: float, path: Path) -> float:
+def _check_strength(strength: float, path: Path) -> float:
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
         raise RequestError(f"the strength of {path} is {strength!r}: give a finite number, 1 for the LoRA as trained")
     return float(strength)

@@ -143,7 +143,7 @@ def in_bands(
     return mx.concatenate(bands, axis=1)
 
 
-def unbanded(layer: Callable[[mx.array], mx.array | Iterator[mx.array]]) -> Stage:
+def without_bands(layer: Callable[[mx.array], mx.array | Iterator[mx.array]]) -> Stage:
     """A layer that works on whole images, as a stage."""
     return lambda x, on_band=None: layer(x)
 

@@ -69,7 +69,7 @@ def encode_mode(encoder: Encoder, config: Statistics, pixels: mx.array) -> mx.ar
         Normalised latents (B, H/8, W/8, z), fp32, evaluated.
     """
     mean, std = _latent_statistics(config)
-    return _evaluated((encode_moments(encoder, config, pixels)[0] - mean) / std)
+    return _evaluate((encode_moments(encoder, config, pixels)[0] - mean) / std)
 
 
 def encode_moments(encoder: Encoder, config: Statistics, pixels: mx.array) -> tuple[mx.array, mx.array]:
@@ -128,18 +128,18 @@ def _strip(decoder: Decoder, x: mx.array, top: int, bottom: int) -> mx.array:
     above, below = max(0, top - decoder.tail_halo), min(x.shape[1], bottom + decoder.tail_halo)
     scale = decoder.tail_scale
     pixels = _run(decoder.tail, x[:, above:below])[:, (top - above) * scale : (bottom - above) * scale]
-    return _evaluated(mx.clip(pixels * 0.5 + 0.5, 0, 1))
+    return _evaluate(mx.clip(pixels * 0.5 + 0.5, 0, 1))
 
 
 def _run(stages: Iterable[Stage], x: mx.array) -> mx.array:
     pace = Pace()  # a convolution takes many times its result while it runs: few bands at a time
     for stage in stages:
         out = stage(x, pace)
-        x = _evaluated(out if isinstance(out, mx.array) else mx.concatenate([_evaluated(rows) for rows in out], axis=1))
+        x = _evaluate(out if isinstance(out, mx.array) else mx.concatenate([_evaluate(rows) for rows in out], axis=1))
     return x
 
 
-def _evaluated(x: mx.array) -> mx.array:
+def _evaluate(x: mx.array) -> mx.array:
     mx.eval(x)
     return x
 

@@ -58,11 +58,11 @@ def read_facts(path: Path) -> CacheFacts | None:
             return None
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError("it is too large")
-        said = json.loads(path.read_text(encoding="utf-8"))
-        tea = said["teacache"]
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        tea = stored["teacache"]
         polynomial = _numbers(tea["polynomial"])
         low, high, threshold = _numbers([tea["low"], tea["high"], tea["threshold"]])
-        return CacheFacts(TeaFacts(polynomial, low, high, threshold), _numbers(said["magcache"]["ratios"]))
+        return CacheFacts(TeaFacts(polynomial, low, high, threshold), _numbers(stored["magcache"]["ratios"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("a calibration is damaged and is ignored: %s: %s", path, error)
         return None
@@ -79,7 +79,7 @@ def _numbers(values: Any) -> tuple[float, ...]:
 def write_facts(facts: CacheFacts, model: str, loras: Sequence[str]) -> Path:
     """Writes a calibration where `facts_of` finds it, and returns its path; raises OutputError."""
     assert facts.tea is not None
-    said = {
+    stored = {
         "model": model,
         "loras": list(loras),
         "teacache": facts.tea._asdict(),
@@ -89,7 +89,7 @@ def write_facts(facts: CacheFacts, model: str, loras: Sequence[str]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
-            partial.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
     return path

@@ -19,7 +19,6 @@ from ..models import nn
 from ..names import StrPath
 from ..registry import (
     CLASSES,
-    ENCODING,
     LANGUAGE_HEAD,
     MAIN,
     PROCESSOR,
@@ -40,10 +39,10 @@ from ..sampling.latents import LatentSpace
 from ..text.tokenizer import QwenTokenizer
 from ..variants import Variant, variant_of
 from ..weights.loader import ComponentWeights, load_module
-from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, shown_settings, weights_map
+from ..weights.mapping import canonical_names, matrix_shapes, needs_tensor, settings_of_names, weights_map
 from ..weights.recognize import holds
 from ..weights.schemes import Quantization
-from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside
+from ..weights.snapshot import HubSnapshot, WeightFiles, sibling_vision_file
 from .progress import Passes
 from .sources import CONFIG, Sources
 
@@ -134,35 +133,35 @@ class Components:
         """A component's config, corrected by the names and shapes of its weights."""
         if role not in self._configs:
             row = self.rows[role]
-            self._configs[role] = self._corrected(row, self.declared(role))
+            self._configs[role] = self._correct(row, self.declared(role))
         return self._configs[role]
 
-    def _corrected(self, row: Component, config: Any) -> Any:
+    def _correct(self, row: Component, config: Any) -> Any:
         rules = weights_map(row.map)
         if "shows" in rules or "markers" in rules:
             names = self.sources.names(row)
             held = canonical_names(row, names).values()
-            for tensor, said in rules.get("shows", {}).items():
-                if names and (tensor in held) != getattr(config, said["field"]):
+            for tensor, marks in rules.get("shows", {}).items():
+                if names and (tensor in held) != getattr(config, marks["field"]):
                     here, there = ("there", "absent") if tensor in held else ("absent", "there")
                     raise CheckpointError(
-                        f"the {row.role}'s weights are those of {said[here]}, but its config is that of "
-                        f"{said[there]}: give a {row.role} and a model of one kind"
+                        f"the {row.role}'s weights are those of {marks[here]}, but its config is that of "
+                        f"{marks[there]}: give a {row.role} and a model of one kind"
                     )
-            config = replace(config, **shown_settings(row, names))
+            config = replace(config, **settings_of_names(row, names))
         if self.variant.layered:
-            config = self._sized(row, config, rules.get("sized", {}))
+            config = self._fill_sizes(row, config, rules.get("sized", {}))
         if row.role == TRANSFORMER and self._zero_cond_t is not None:
             if not hasattr(config, "zero_cond_t"):
                 raise RequestError(f"{self.snapshot.model} has no zero_cond_t that could be set: leave it out")
             config = replace(config, zero_cond_t=self._zero_cond_t)
         return config
 
-    def _sized(self, row: Component, config: Any, sized: Mapping[str, str]) -> Any:
+    def _fill_sizes(self, row: Component, config: Any, sized: Mapping[str, str]) -> Any:
         """A config whose missing sizes are filled in from the tensors' shapes."""
-        said = self.sources.config(row.home, CONFIG)
+        marks = self.sources.config(row.home, CONFIG)
         for tensor, name in sized.items():
-            if name not in said:
+            if name not in marks:
                 tensors = self._files(row).tensors
                 names = canonical_names(row, tensors)
                 found = next((t for stored, t in tensors.items() if names[stored] == tensor), None)
@@ -271,11 +270,11 @@ class Components:
         if branches is None or transformer is None:
             self.release(TRANSFORMER)
             return
-        from ..lora.branch import SideBranch, put_beside  # here: most runs have no LoRA
+        from ..lora.branch import SideBranch, attach_branch  # here: most runs have no LoRA
 
         there = {path for path, module in transformer.named_modules() if isinstance(module, SideBranch)}
         for path in there | branches.keys():
-            put_beside(transformer, path, branches.get(path))
+            attach_branch(transformer, path, branches.get(path))
         if branches:
             logger.info("unmerged at %d matrices", len(branches))
 
@@ -285,8 +284,8 @@ class Components:
             return {}
         resident = self._resident_modules()
         paths = adapters.paths & resident.keys()
-        beside = adapters.mode == "side" or (adapters.mode == "auto" and all(resident[path] for path in paths))
-        if not beside or not all(map(adapters.can_run_beside, paths)):
+        unmerged = adapters.mode == "side" or (adapters.mode == "auto" and all(resident[path] for path in paths))
+        if not unmerged or not all(map(adapters.can_run_unmerged, paths)):
             return None
         branches = {path: adapters.branch(path, self.dtype) for path in paths}
         return {path: branch for path, branch in branches.items() if branch is not None}
@@ -394,7 +393,7 @@ class Components:
             )
         _ = self.image_processor, self.generation_config
         self._tokenizer_files()
-        for component in ENCODING:
+        for component in (TEXT_ENCODER, VISION, LANGUAGE_HEAD):
             self.weights(component)
 
     def _writes(self) -> bool:
@@ -410,7 +409,7 @@ class Components:
         if self.snapshot.is_local:
             files = [self.snapshot.file(name) for part in parts for name in self.snapshot.names(part)]
         for place in (path for name, path in self.sources.replaced.items() if name in parts):
-            files += place.glob("*") if place.is_dir() else [place, *filter(None, [vision_beside([place])])]
+            files += place.glob("*") if place.is_dir() else [place, *filter(None, [sibling_vision_file([place])])]
         commit = f"{self.snapshot.model}@{self.snapshot.revision}" if self.snapshot.revision else ""
         found = sorted({file.resolve() for file in files})
         return commit + repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found])

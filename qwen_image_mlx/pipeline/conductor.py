@@ -123,7 +123,7 @@ def generate(
         release_transformer: whether the transformer is released before the last image is decoded.
     """
     advise(request, pipeline.variant)
-    encoding = encoded(pipeline, request, progress, cache)
+    encoding = encode(pipeline, request, progress, cache)
     initial = encode_canvas(pipeline, request, progress)
     controls = encode_controls(pipeline, request, progress)
     if release_encoders:
@@ -146,7 +146,7 @@ def decompose(
     """Decomposes an image; layers are decoded, resized and stored in 8 bits one by one. Arguments as in `generate`."""
     from .decomposition import layered_result  # here: most runs make no layers
 
-    encoding = encoded(pipeline, request, progress, cache)
+    encoding = encode(pipeline, request, progress, cache)
     if release_encoders:
         pipeline.release_encoders()
     images = [
@@ -155,7 +155,7 @@ def decompose(
     return layered_result(images, request, describe(pipeline, request, encoding, request.seeds[0]))
 
 
-def encoded(
+def encode(
     pipeline: Conducted,
     request: Request,
     progress: ProgressCallback | None = None,

@@ -127,7 +127,7 @@ class Control:
         }  # fmt: skip
 
 
-def controls_of(said: Sequence[Control | Mapping[str, Any]] | None) -> tuple[Control, ...]:
+def controls_of(controls: Sequence[Control | Mapping[str, Any]] | None) -> tuple[Control, ...]:
     """Controls from the objects of a request, a file of prompts or a record, or from `Control`s themselves.
 
     Raises:
@@ -135,7 +135,7 @@ def controls_of(said: Sequence[Control | Mapping[str, Any]] | None) -> tuple[Con
     """
     made = []
     names = {row.name for row in options_of(Control)}
-    for one in said or ():
+    for one in controls or ():
         if isinstance(one, Mapping):
             if odd := one.keys() - names:
                 raise RequestError(f"a control has {min(odd)!r:.40}, but its fields are {', '.join(sorted(names))}")

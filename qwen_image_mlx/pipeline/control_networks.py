@@ -50,7 +50,7 @@ def open_control(components: Components, report: Reporter, control: Control) -> 
         place = fetch_file(reference, "ControlNet", components.snapshot.offline, report.download)
         number = len(components.controls) + 1
         role = CONTROL if number == 1 else f"{CONTROL} {number}"
-        entry, config = recognised(components, place)
+        entry, config = recognize(components, place)
         components.add_control(role, entry, config, place)
         opened[reference] = role
     role = opened[reference]
@@ -92,13 +92,13 @@ def encode_controls(
     """
     check_size(*size, components.latent_space.size_multiple)
     roles = [open_control(components, report, control) for control in controls]
-    wanted = [(role, control.opened()) for role, control in zip(roles, controls, strict=True) if control.runs]
-    if not wanted:
+    running = [(role, control.opened()) for role, control in zip(roles, controls, strict=True) if control.runs]
+    if not running:
         return ()
     made = []
     with working(components, report, progress):
         components.load(VAE_ENCODER)
-        for role, control in wanted:
+        for role, control in running:
             with report.stage("encode", "control"):
                 tokens = condition_tokens(components, role, control, size)
             made.append(ControlInput(role, tokens, control.scale, control.start, control.end))
@@ -116,11 +116,11 @@ def condition_tokens(components: Components, role: str, control: Control, size: 
     rows, columns = (side // space.factor for side in reversed(size))
     zeros = mx.zeros((1, rows, columns, space.channels))
     if per_latent == space.channels:
-        parts = [_encoded(components, _drawn(control, size))]
+        parts = [_encoded(components, _draw(control, size))]
     else:
         union = per_latent > space.channels + 1
         steers = union and (control.mask is None or control.source is not None)
-        shown = [_encoded(components, _drawn(control, size)) if steers else zeros] if union else []
+        shown = [_encoded(components, _draw(control, size)) if steers else zeros] if union else []
         keep, masked = mx.zeros((1, rows, columns, 1)), zeros
         if control.mask is not None:
             mask = to_mask(open_mask(control.mask), size)
@@ -133,7 +133,7 @@ def condition_tokens(components: Components, role: str, control: Control, size: 
     return tokens
 
 
-def _drawn(control: Control, size: Size) -> Image.Image:
+def _draw(control: Control, size: Size) -> Image.Image:
     """The control image of a size."""
     from ..images.control import control_image  # here: most images have no control
 
@@ -190,7 +190,7 @@ def _check_images(components: Components, role: str, control: Control) -> None:
 # Recognition ----------------------------------------------------------------------------------------------------------
 
 
-def recognised(components: Components, place: Path) -> tuple[Class, Any]:
+def recognize(components: Components, place: Path) -> tuple[Class, Any]:
     """The class and config of a ControlNet's file or folder, by its tensors alone.
 
     Raises:

@@ -15,7 +15,7 @@ from ..errors import RequestError
 from ..gpu import finish
 from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_mask, to_pixels
-from ..images.sources import ImageSource, check_visible, listed, open_image, open_mask, open_rgba
+from ..images.sources import ImageSource, as_list, check_visible, open_image, open_mask, open_rgba
 from ..names import CaptionLanguage
 from ..registry import TEXT_ENCODER, VAE, VAE_ENCODER
 from ..variants import CAPTION_TEMPLATES
@@ -41,7 +41,7 @@ def encode_guidance_prompts(
 ) -> GuidanceEncoding:
     """The work of `QwenImagePipeline.encode_guidance_prompts`; its arguments and errors."""
     check_reference_pixels(reference_pixels)
-    opened = opened_images(components, images)
+    opened = open_images(components, images)
     shown = opened if components.variant.encoder_area else []
     encoder: ConditionEncoder = components.use_of(TEXT_ENCODER)(components)
     references: tuple[Reference, ...] = ()
@@ -71,7 +71,7 @@ def encode_initial_image(
 ) -> InitialImage:
     """The work of `QwenImagePipeline.encode_initial_image`; its arguments and errors."""
     check_size(*size, components.latent_space.size_multiple)
-    opened, opened_mask = opened_for(components, image), None if mask is None else open_mask(mask)
+    opened, opened_mask = open_for(components, image), None if mask is None else open_mask(mask)
     with working(components, report, progress):
         components.load(VAE_ENCODER)
         with report.stage("encode", "image"):
@@ -98,9 +98,9 @@ def caption_image(
         return encoder.caption(opened, resolution**2, language, check_seed(seed), report)
 
 
-def opened_images(components: Components, images: Sequence[ImageSource]) -> list[Image.Image]:
+def open_images(components: Components, images: Sequence[ImageSource]) -> list[Image.Image]:
     """The images that a model works on, upright; raises RequestError if it does not take this number of images."""
-    images, variant, model = listed(images), components.variant, components.snapshot.model
+    images, variant, model = as_list(images), components.variant, components.snapshot.model
     if variant.needs_images and not images:
         raise RequestError(f"{model} works on images; give it at least one")
     if images and not variant.takes_images:
@@ -108,10 +108,10 @@ def opened_images(components: Components, images: Sequence[ImageSource]) -> list
     if variant.max_images is not None and len(images) > variant.max_images:
         limit = "1 image" if variant.max_images == 1 else f"at most {variant.max_images} images"
         raise RequestError(f"{model} works on {limit} at a time, but {len(images)} are given")
-    return [opened_for(components, image) for image in images]
+    return [open_for(components, image) for image in images]
 
 
-def opened_for(components: Components, image: ImageSource) -> Image.Image:
+def open_for(components: Components, image: ImageSource) -> Image.Image:
     """An image, upright, with the channels that a model's autoencoder has."""
     return (open_rgba if components.latent_space.pixel_channels == 4 else open_image)(image)
 

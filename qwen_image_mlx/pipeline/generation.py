@@ -100,9 +100,9 @@ def denoise_latents(
     with working(components, report, progress):
         denoiser: Denoiser = make_denoiser(components, conditions, report)
         if parameters.step_cache:
-            from .step_cache import cached
+            from .step_cache import with_cache
 
-            denoiser = cache = cached(
+            denoiser = cache = with_cache(
                 denoiser, components, parameters.step_cache, evaluations=conditions.sigmas, steps=steps,
                 all_steps=schedule.num_steps,
             )  # fmt: skip

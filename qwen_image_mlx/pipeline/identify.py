@@ -17,7 +17,7 @@ from ..registry import CONTROLS, TEXT_ENCODER, TRANSFORMER, VISION, all_componen
 from ..weights import int8
 from ..weights.gguf import read_gguf
 from ..weights.loader import ComponentWeights
-from ..weights.mapping import canonical_names, matrix_shapes, shown_settings, weights_map
+from ..weights.mapping import canonical_names, matrix_shapes, settings_of_names, weights_map
 from ..weights.recognize import (
     component_of_names,
     family_of,
@@ -124,7 +124,9 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
         assert component is not None  # `kinds_of` found its kind
         names = set(canonical_names(component, tensors).values())
         facts["generation"] = weights_map(component.map)["model"]
-        facts |= dict(said for name, said in weights_map(component.map).get("facts", {}).items() if name in names)
+        facts |= dict(
+            declared for name, declared in weights_map(component.map).get("facts", {}).items() if name in names
+        )
         if kind == TEXT_ENCODER:
             facts["vision tower"] = "yes" if any(holds(row, tensors) for row in all_components(VISION)) else "no"
             if not holds(component, tensors):
@@ -144,15 +146,15 @@ def _facts(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, s
 
 def _architecture(path: Path) -> str:
     """The architecture that a GGUF file states, such as " of qwen2vl"; "" if it states none."""
-    said = read_gguf(path)[1].get("general.architecture")
-    return f" of {one_line(said, 80)}" if isinstance(said, str) else ""
+    declared = read_gguf(path)[1].get("general.architecture")
+    return f" of {one_line(declared, 80)}" if isinstance(declared, str) else ""
 
 
 def _resident_bytes(tensors: Mapping[str, Tensor]) -> int | None:
     component = component_of_names(tensors)
     assert component is not None
     try:
-        config = replace(component.released, **shown_settings(component, tensors))
+        config = replace(component.released, **settings_of_names(component, tensors))
         weights = ComponentWeights(component, config, tensors, component.resident)
     except CheckpointError:
         return None

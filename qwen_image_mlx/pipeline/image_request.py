@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..images.canvas import Canvas, outpainted, parsed_sides, plan_canvas
+from ..images.canvas import Canvas, extend, parse_sides, plan_canvas
 from ..images.colour import alpha_range
 from ..images.sources import ImageSource, open_mask, open_rgba
 from ..names import NamedSize, Rng
@@ -49,10 +49,10 @@ def canvas_of(
     if outpaint is not None:
         if mask is not None:
             raise RequestError("give a mask or sides to outpaint, not both")
-        sides = parsed_sides(outpaint)
-        wide, mask = outpainted(images[0], sides)
+        sides = parse_sides(outpaint)
+        wide, mask = extend(images[0], sides)
         images = [wide, *images[1:]]
-        straight = None if straight is None else [outpainted(straight[0], sides)[0], *straight[1:]]
+        straight = None if straight is None else [extend(straight[0], sides)[0], *straight[1:]]
     index = 0 if mask is not None else variant.size_from
     return plan_canvas(
         images[index],
@@ -109,7 +109,7 @@ def image_request(
             height=height,
             rng=rng,
             no_prefix_cache=not prefix_cache,
-            **begun(strength, outpaint),
+            **start_options(strength, outpaint),
             **sampling,
         ),
         seeds=(seed,),
@@ -121,7 +121,7 @@ def image_request(
     )
 
 
-def begun(strength: float | None, outpaint: object) -> dict[str, float]:
+def start_options(strength: float | None, outpaint: object) -> dict[str, Any]:
     """The field strength of `GenerationParameters`, or nothing: without one, outpainting regenerates all it adds."""
     if strength is None and outpaint is not None:
         return {"strength": 1.0}

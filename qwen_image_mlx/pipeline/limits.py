@@ -108,8 +108,8 @@ def _limits_now() -> tuple[int, int]:
 @contextmanager
 def _set(budget: int, working: int, wire: bool) -> Iterator[None]:
     least = _LEAST_CACHE if memory_size() >= 16 * 10**9 else _SMALLEST_CACHE
-    memory = _tightened(mx.set_memory_limit, budget)
-    cached = _tightened(mx.set_cache_limit, min(max(int(1.5 * working), least), budget // 2))
+    memory = _tighten(mx.set_memory_limit, budget)
+    cached = _tighten(mx.set_cache_limit, min(max(int(1.5 * working), least), budget // 2))
     wired = None
     try:
         if wire and mx.metal.is_available():
@@ -123,7 +123,7 @@ def _set(budget: int, working: int, wire: bool) -> Iterator[None]:
         mx.clear_cache()
 
 
-def _tightened(set_limit: Callable[[int], int], nbytes: int) -> int:
+def _tighten(set_limit: Callable[[int], int], nbytes: int) -> int:
     """Sets one of MLX's limits unless somebody has set a tighter one; returns the old limit."""
     before = set_limit(nbytes)
     if before < nbytes and before != _CPU_CACHE:

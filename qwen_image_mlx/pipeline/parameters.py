@@ -188,7 +188,7 @@ class GenerationParameters:
     def __post_init__(self) -> None:
         check_size(self.width, self.height)
         if self.sigmas is not None:
-            object.__setattr__(self, "sigmas", _checked_sigmas(self.sigmas))
+            object.__setattr__(self, "sigmas", _check_sigmas(self.sigmas))
             object.__setattr__(self, "num_inference_steps", len(self.sigmas))
         for row in options_of(type(self)):
             value = getattr(self, row.field)
@@ -203,18 +203,18 @@ class GenerationParameters:
         )  # fmt: skip
 
     @classmethod
-    def asked(cls, asked: Mapping[str, Any], **fixed: Any) -> GenerationParameters:
+    def from_options(cls, options: Mapping[str, Any], **fixed: Any) -> GenerationParameters:
         """Makes parameters from a request's options.
 
         Args:
-            asked: options, keyed by name; missing ones and None take the defaults; other options are ignored.
+            options: options, keyed by name; missing ones and None take the defaults; other options are ignored.
             fixed: values that override the options, keyed by field.
 
         Raises:
             RequestError: a value is out of range.
         """
-        said = {row.field: asked[row.name] for row in options_of(cls) if asked.get(row.name) is not None}
-        return cls(**(said | fixed))
+        values = {row.field: options[row.name] for row in options_of(cls) if options.get(row.name) is not None}
+        return cls(**(values | fixed))
 
     def recorded(self, *kinds: str) -> dict[str, Any]:
         """The values for an image's record whose `Option.record` is one of `kinds`, keyed by option."""
@@ -286,7 +286,7 @@ def check_reference_pixels(pixels: int | None) -> None:
         REFERENCE_PIXELS.check("reference_pixels", pixels)
 
 
-def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
+def _check_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
     try:
         values = tuple(float(s) for s in sigmas)
     except (TypeError, ValueError, OverflowError):

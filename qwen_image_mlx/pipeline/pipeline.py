@@ -15,9 +15,9 @@ import numpy as np
 from .. import registry as r
 from ..errors import RequestError
 from ..gpu import finish
-from ..images.files import recorded
+from ..images.files import with_record
 from ..images.geometry import Size, size_of_area
-from ..images.sources import ImageSource, listed, open_rgba
+from ..images.sources import ImageSource, as_list, open_rgba
 from ..names import CaptionLanguage, Dtype, LayersSize, LoRAMode, NamedSize, Rng, Streamable, StrPath, Task
 from ..sampling.latents import LatentSpace
 from ..variants import DEFAULT_MODEL, Variant
@@ -260,7 +260,7 @@ class QwenImagePipeline(Holding):
 
     def output_size(self, images: Sequence[ImageSource]) -> Size:
         """Default (width, height) of an edit of these images: about 1 MP."""
-        opened = encode.opened_images(self.components, images)
+        opened = encode.open_images(self.components, images)
         return size_of_area(self.variant.target_area, opened[self.variant.size_from].size)
 
     def generate_pixels(
@@ -368,7 +368,7 @@ class QwenImagePipeline(Holding):
             saved as PNG, JPEG or WebP. A parameter out of range and an unreadable image raise RequestError.
         """
         self.check_task("generate")
-        opened = None if image is None else encode.opened_for(self.components, image)
+        opened = None if image is None else encode.open_for(self.components, image)
         canvas, plain = canvas_or_size(
             self.variant, opened, mask=mask, size=size, width=width, height=height, composite=composite,
             mask_padding=mask_padding, outpaint=outpaint,
@@ -413,8 +413,8 @@ class QwenImagePipeline(Holding):
             staged, progress: as in `generate`.
         """
         self.check_task("edit")
-        sources = listed(images)
-        opened = encode.opened_images(self.components, sources)
+        sources = as_list(images)
+        opened = encode.open_images(self.components, sources)
         canvas = edit_canvas(
             self.variant, sources, opened, mask=mask, size=size, composite=composite, mask_padding=mask_padding,
             keep_alpha=keep_alpha, outpaint=outpaint,
@@ -463,10 +463,10 @@ class QwenImagePipeline(Holding):
             caption_language=caption_language, seed=seed, rng=rng, layer_prompt=layer_prompt, layer_mask=layer_mask,
             sampling=self.recommended_at(num_inference_steps).unless(cfg_scale=cfg_scale),
         )  # fmt: skip
-        with limits(), self._report.shown(progress):
+        with limits(), self._report.report_to(progress):
             return decompose(self, request, release_encoders=staged)
 
     def _generate(self, request: Request, staged: bool, progress: Shown) -> list[PILImage]:
-        with limits(), self._report.shown(progress):
-            paintings = generate(self, request, release_encoders=staged)
-            return [recorded(generated.image, generated.metadata) for generated in paintings]
+        with limits(), self._report.report_to(progress):
+            images = generate(self, request, release_encoders=staged)
+            return [with_record(generated.image, generated.metadata) for generated in images]

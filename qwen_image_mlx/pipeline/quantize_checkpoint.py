@@ -113,13 +113,13 @@ def quantize_checkpoint(
             (out / _PLAN).unlink()
             return out
         _require_space(partial, folders)
-        with _locked_folder(partial, plan):
+        with _lock_folder(partial, plan):
             _write(components, partial, out.name, folders, shard_bytes, report)
             os.replace(partial, out)
             (out / _PLAN).unlink()
     except OSError as error:
-        said = error if isinstance(error, OutputError) else f"{out} could not be written: {error.strerror or error}"
-        raise OutputError(f"{said}; run again to continue") from error
+        reason = error if isinstance(error, OutputError) else f"{out} could not be written: {error.strerror or error}"
+        raise OutputError(f"{reason}; run again to continue") from error
     return out
 
 
@@ -136,8 +136,8 @@ def _write(
         )
         config = components.sources.config(folder)
         config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-        if said := quantization_config(parts):
-            config["quantization"] = said
+        if declared := quantization_config(parts):
+            config["quantization"] = declared
         (partial / folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
     (partial / REPORT).write_text(json.dumps(errors, indent=2))
     (partial / _CARD).write_text(_card(components, name, errors), encoding="utf-8")
@@ -148,7 +148,7 @@ def _telling(report: Reporter, folder: str) -> Callable[[int, int], None]:
 
 
 @contextmanager
-def _locked_folder(partial: Path, plan: str) -> Iterator[None]:
+def _lock_folder(partial: Path, plan: str) -> Iterator[None]:
     """Locks the folder for this run; it is new, or has files of an earlier run with the same plan."""
     partial.mkdir(parents=True, exist_ok=True)
     try:
@@ -263,8 +263,8 @@ def _licence(source: HubSnapshot) -> list[str]:
             head = re.match(r"---\s*\n(.*?)\n---", file.read(_MAX_CARD), re.DOTALL)
     except (QwenImageError, OSError):
         return []
-    said = re.findall(r"^license(?:_name|_link)?:[ \t]*\S.*", head[1] if head else "", re.MULTILINE)
-    return [line.rstrip()[:200] for line in said if line.rstrip().isprintable()]
+    declared = re.findall(r"^license(?:_name|_link)?:[ \t]*\S.*", head[1] if head else "", re.MULTILINE)
+    return [line.rstrip()[:200] for line in declared if line.rstrip().isprintable()]
 
 
 def _by_kind(layers: Mapping[str, float]) -> dict[str, list[float]]:

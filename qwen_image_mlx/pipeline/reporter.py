@@ -26,7 +26,7 @@ class Reporter:
         return self._callback is not None
 
     @contextmanager
-    def shown(self, progress: Shown) -> Iterator[None]:
+    def report_to(self, progress: Shown) -> Iterator[None]:
         """Inside the block, progress goes to `progress`."""
         if progress is None and not self.is_heard:
             from .bars import ProgressBars

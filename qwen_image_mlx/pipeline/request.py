@@ -94,27 +94,27 @@ class Request:
             raise RequestError(f"there are {len(self.seeds):,} images, but the number must be from 1 to {MAX_IMAGES:,}")
 
 
-def build_request(wanted: Mapping[str, Any], size: tuple[int, int]) -> Request:
+def build_request(options: Mapping[str, Any], size: tuple[int, int]) -> Request:
     """Makes a request from flags, a record and the model's recommendations.
 
     Args:
-        wanted: options, keyed by name; a seed may be a number or a list of numbers.
+        options: options, keyed by name; a seed may be a number or a list of numbers.
         size: (width, height) of the image.
 
     Raises:
         RequestError: the prompt is missing, or an option is out of range.
     """
-    if wanted.get("prompt") is None:
+    if options.get("prompt") is None:
         raise RequestError("a prompt is missing", cause="prompt")
-    seed = wanted["seed"]  # a list from the flags, a number from an image, which also has its index
-    first = 0 if isinstance(seed, list) else wanted.get("image_index", 0)
+    seed = options["seed"]  # a list from the flags, a number from an image, which also has its index
+    first = 0 if isinstance(seed, list) else options.get("image_index", 0)
     return Request(
-        prompt=wanted["prompt"],
-        negative_prompt=wanted.get("negative_prompt"),
-        parameters=GenerationParameters.asked(wanted, width=size[0], height=size[1]),
+        prompt=options["prompt"],
+        negative_prompt=options.get("negative_prompt"),
+        parameters=GenerationParameters.from_options(options, width=size[0], height=size[1]),
         seeds=tuple(seed) if isinstance(seed, list) else (seed,),
-        image_indices=range(first, first + wanted.get("num_images", 1)),
-        controls=controls_of(wanted.get("controls")),
+        image_indices=range(first, first + options.get("num_images", 1)),
+        controls=controls_of(options.get("controls")),
     )
 
 
@@ -123,7 +123,7 @@ def slug(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt.lower())[:_SLUG].strip("-") or "image"
 
 
-def parsed_size(text: str, name: str = "size") -> tuple[int, int] | str:
+def parse_size(text: str, name: str = "size") -> tuple[int, int] | str:
     """(width, height) of WIDTHxHEIGHT, or one of the names of sizes; raises RequestError, which calls it `name`."""
     if text.lower() in (*NAMED_SIZES, *ASPECT_SIZES):
         return text.lower()

@@ -18,7 +18,7 @@ from ..names import StrPath
 from ..registry import FOLDERS, MAIN, PROCESSOR, TRANSFORMER, VISION, Component, all_components, component_of
 from ..weights.mapping import canonical_names, needs_tensor, weights_map
 from ..weights.recognize import holds, part_of
-from ..weights.snapshot import HubSnapshot, WeightFiles, vision_beside, weight_file
+from ..weights.snapshot import HubSnapshot, WeightFiles, sibling_vision_file, weight_file
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -83,9 +83,9 @@ class Sources:
         """
         nested = f"{PROCESSOR}/processor_config.json"
         if not self.snapshot.exists(f"{PROCESSOR}/preprocessor_config.json") and self.snapshot.exists(nested):
-            said = self.snapshot.read_json(nested).get("image_processor")
-            if isinstance(said, dict):
-                return said
+            declared = self.snapshot.read_json(nested).get("image_processor")
+            if isinstance(declared, dict):
+                return declared
         return self.config(PROCESSOR, "preprocessor_config.json")
 
     def stand_ins(self) -> dict[str, dict[str, Any]]:
@@ -120,7 +120,7 @@ class Sources:
 
     def _missing_vision(self, component: Component, files: WeightFiles) -> WeightFiles | None:
         """The vision tower that a text encoder's file lacks: llama.cpp's mmproj next to it, else the checkpoint's."""
-        if component.role == VISION and (found := vision_beside(files.files)):
+        if component.role == VISION and (found := sibling_vision_file(files.files)):
             logger.info("the vision tower is read from %s", found)
             return weight_file(found)
         if component.folder not in self.replaced:
@@ -159,9 +159,9 @@ class Sources:
         record = table["record"]
         if not self.snapshot.exists(record["file"]):
             return None
-        said = self.snapshot.read_json(record["file"])
+        declared = self.snapshot.read_json(record["file"])
         for field in record["fields"]:
-            value: Any = said
+            value: Any = declared
             for key in field:
                 value = value.get(key) if isinstance(value, dict) else None
             if isinstance(value, str) and value in table["recorded"]:

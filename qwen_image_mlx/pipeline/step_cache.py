@@ -89,7 +89,7 @@ def _sum(x: mx.array, added: mx.array) -> mx.array:
     return (x.astype(mx.float32) + added.astype(mx.float32)).astype(x.dtype)
 
 
-def cached(
+def with_cache(
     denoiser: Any, components: Components, text: str, *, evaluations: np.ndarray, steps: int, all_steps: int
 ) -> CachedDenoiser:
     """Wraps an image's denoiser in a step cache.

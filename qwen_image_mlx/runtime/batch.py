@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class BatchImage:
     """One image of many.
 
     Attributes:
@@ -49,15 +49,15 @@ class Asked:
     def is_in(self, path: Path) -> bool:
         """Whether a file is a complete PNG with the record of this image."""
         try:
-            said = read_metadata(path)
+            record = read_metadata(path)
         except RequestError:
             return False
-        return all(name in said and said[name] == value for name, value in self.facts.items())
+        return all(name in record and record[name] == value for name, value in self.facts.items())
 
 
-def asked_images(
+def batch_images(
     pipeline: QwenImagePipeline, requests: Sequence[Request], folder: Path, provenance: Mapping[str, Any] = {}
-) -> list[Asked]:
+) -> list[BatchImage]:
     """Every image of requests that generate from text, without duplicates; nothing is loaded.
 
     Args:
@@ -74,48 +74,48 @@ def asked_images(
             del facts["version"]
             text = json.dumps(facts)
             name = f"{slug(request.prompt)}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.png"
-            found.setdefault(text, Asked(request, json.loads(text), folder / name))
+            found.setdefault(text, BatchImage(request, json.loads(text), folder / name))
     return list(found.values())
 
 
-def finished_file(one: Asked) -> Path | None:
+def finished_file(one: BatchImage) -> Path | None:
     """The finished file of an image, under its own name or a numbered one; None if there is none."""
     files = [one.path, *sorted(one.path.parent.glob(f"{one.path.stem}-*.png"))]
     return next((file for file in files if file.is_file() and one.is_in(file)), None)
 
 
-def missing_images(asked: Sequence[Asked], ranks: Ranks | None = None) -> list[Asked]:
+def missing_images(images: Sequence[BatchImage], ranks: Ranks | None = None) -> list[BatchImage]:
     """The images without a finished file, under their own name or under a numbered one that `save_png` chose.
 
     Args:
-        asked: from `asked_images`.
+        images: from `batch_images`.
         ranks: of this run, which must ask for the same; rank 0's files count. None is a single process.
 
     Raises:
         RankError: the ranks ask for different images.
     """
     ranks = ranks or Ranks()
-    ranks.agree({"the images": hashlib.sha256(repr([one.facts for one in asked]).encode()).hexdigest()[:12]})
-    return [asked[number] for number in ranks.led(lambda: _missing(asked))]
+    ranks.agree({"the images": hashlib.sha256(repr([one.facts for one in images]).encode()).hexdigest()[:12]})
+    return [images[number] for number in ranks.led(lambda: _missing(images))]
 
 
-def _missing(asked: Sequence[Asked]) -> list[int]:
+def _missing(images: Sequence[BatchImage]) -> list[int]:
     """The numbers of the images without a finished file."""
     there: dict[tuple[Path, str], list[Path]] = {}
-    for folder in {one.path.parent for one in asked}:
+    for folder in {one.path.parent for one in images}:
         for file in sorted(folder.glob("*.png")):
             for stem in {file.stem, re.sub(r"-\d+$", "", file.stem)}:
                 there.setdefault((folder, stem), []).append(file)
     return [
         number
-        for number, one in enumerate(asked)
+        for number, one in enumerate(images)
         if not any(map(one.is_in, there.get((one.path.parent, one.path.stem), ())))
     ]
 
 
-def heaviest(asked: Sequence[Asked]) -> Request:
+def heaviest(images: Sequence[BatchImage]) -> Request:
     """A request that takes at least the memory of each of these: the largest size, the longest schedule, all images."""
-    requests = [one.request for one in asked]
+    requests = [one.request for one in images]
     largest = max(requests, key=lambda request: request.parameters.width * request.parameters.height)
     return replace(
         largest,
@@ -128,51 +128,51 @@ def heaviest(asked: Sequence[Asked]) -> Request:
             step_cache=max((r.parameters.step_cache for r in requests if r.parameters.step_cache), default=None),
             sigmas=None,
         ),
-        image_indices=range(len(asked)),
+        image_indices=range(len(images)),
         controls=max((request.controls for request in requests), key=len),
     )
 
 
 def generate_all(
-    session: Session, asked: Sequence[Asked], show: Show | None = None
-) -> Iterator[tuple[Asked, GeneratedImage]]:
+    session: Session, images: Sequence[BatchImage], show: Show | None = None
+) -> Iterator[tuple[BatchImage, GeneratedImage]]:
     """Plans for the heaviest image, then yields the images; those with equal schedules share one modulation table.
 
     Args:
         session: of the opened checkpoint; if its cache has all encodings, no encoder is loaded.
-        asked: from `asked_images`, at least one.
+        images: from `batch_images`, at least one.
         show: called with a preview after each step.
 
     Raises:
-        RequestError: as `Session.planned`.
+        RequestError: as `Session.plan`.
     """
     pipeline = session.pipeline
-    with session.planned(heaviest(asked)) as plan, temporary_folder() as folder:
+    with session.plan(heaviest(images)) as plan, temporary_folder() as folder:
         if not session.works:
             return
         kept: dict[tuple[str, str | None], Path] = {}
         controls = {}
-        for one in asked:
-            if (steered := _steered(one.request)) not in controls:
+        for one in images:
+            if (steered := _controls_key(one.request)) not in controls:
                 controls[steered] = encode_controls(pipeline, one.request, session.progress)
             if _prompts(one.request) not in kept:
                 path = folder / f"{len(kept)}.safetensors"
-                session.encoded(one.request).save(path)
+                session.encode(one.request).save(path)
                 kept[_prompts(one.request)] = path
         staged = plan.residency.staged
         if staged:
             pipeline.release_encoders()
-        together: dict[tuple[Any, ...], list[Asked]] = {}
-        for one in asked:
+        together: dict[tuple[Any, ...], list[BatchImage]] = {}
+        for one in images:
             together.setdefault(_schedule(one.request), []).append(one)
         ordered = [one for some in together.values() for one in some]
         for one in ordered:
             request, encoding = one.request, GuidanceEncoding.load(kept[_prompts(one.request)])
             last = staged and one is ordered[-1]
-            images = generate_encoded(
-                pipeline, request, encoding, None, session.watch(request, show), last, controls[_steered(request)]
+            generated = generate_encoded(
+                pipeline, request, encoding, None, session.watch(request, show), last, controls[_controls_key(request)]
             )
-            for image, seed, index in images:
+            for image, seed, index in generated:
                 yield one, GeneratedImage(image, describe(pipeline, request, encoding, seed, index))
 
 
@@ -181,10 +181,10 @@ def _prompts(request: Request) -> tuple[str, str | None]:
     return request.prompt, request.guiding_prompt
 
 
-def _steered(request: Request) -> str:
+def _controls_key(request: Request) -> str:
     """The part of a request that the encoding of its controls depends on."""
-    said = [control.recorded() for control in request.controls]
-    return json.dumps([said, request.parameters.width, request.parameters.height])
+    record = [control.recorded() for control in request.controls]
+    return json.dumps([record, request.parameters.width, request.parameters.height])
 
 
 def _schedule(request: Request) -> tuple[Any, ...]:

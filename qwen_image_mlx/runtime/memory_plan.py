@@ -179,7 +179,7 @@ class Planner:
         beside = (self.largest(name, part) for name in networks for part in self.components.rows[name].transient)
         folding = kept + self.table() + int(self.costs.read * max(beside, default=0))
         load = Stage("load", generated, max(loading, folding))
-        denoise = Stage("denoise", generated, generated + self.moving())
+        denoise = Stage("denoise", generated, generated + self.denoise_bytes())
         before = kept if self.residency.staged and self.work.images == 1 else generated
         return before, (encode, load, denoise)
 
@@ -189,7 +189,7 @@ class Planner:
         prompts = 2 if work.guided else 1
         thinking = int(self.costs.text(prompts * self.prompt_tokens) * _width(config) * self.itemsize)
         thinking += self.passing(TEXT_ENCODER)
-        looking = self.looking() if vision else 0
+        looking = self.vision_pass_bytes() if vision else 0
         reading = int(self.costs.pixel_in * self.components.config(VAE).base_dim * work.encoded)
         peaks = (vision + looking, vision + text + thinking, vision + text + vae + reading)
         return Stage("encode", vision + text + vae, max(peaks) + self.costs.base)
@@ -205,14 +205,14 @@ class Planner:
         config = self.components.config(VISION)
         return self.work.text_tokens + seen // (config.patch_size * config.spatial_merge_size) ** 2
 
-    def looking(self) -> int:
+    def vision_pass_bytes(self) -> int:
         """Bytes that the vision tower takes for an image, in addition to its weights."""
         config, variant = self.components.config(VISION), self.components.variant
         shown = max(map(prod, self.work.shown), default=0) if variant.interleaved else variant.encoder_area
         patches = max(shown, self.work.captioned) // config.patch_size**2
         return int(self.costs.patch(patches) * _width(config) * self.itemsize) + self.passing(VISION)
 
-    def moving(self) -> int:
+    def denoise_bytes(self) -> int:
         """Bytes that a step takes in addition to the transformer."""
         costs, work, config = self.costs, self.work, self.transformer_config
         tokens = self.target_tokens + self.prefix_tokens
@@ -377,10 +377,10 @@ class Planner:
 
     def declared_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
         """The scheme of a tensor that config.json declares, in mlx-lm's form."""
-        said = self.said_config(name).get("quantization")
-        if not spec.quantized or not isinstance(said, dict):
+        declared = self.said_config(name).get("quantization")
+        if not spec.quantized or not isinstance(declared, dict):
             return None
-        own = said.get(spec.name.removesuffix(".weight"), said)
+        own = declared.get(spec.name.removesuffix(".weight"), declared)
         if not isinstance(own, dict) or not {"bits", "group_size"} <= own.keys():
             return None
         return Scheme(own.get("mode", "affine"), own["bits"], own["group_size"])

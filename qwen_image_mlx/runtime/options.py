@@ -147,7 +147,7 @@ class OpenOptions:
     )  # fmt: skip
     lora_mode: LoRAMode = option(
         LORA_MODES[0], kind=Choice(LORA_MODES), group="model", commands=IMAGE_COMMANDS, flags=("--lora-mode",),
-        help="merge LoRAs into the weights, or run them unmerged", record="asked",
+        help="merge LoRAs into the weights, or run them unmerged", record="given",
         usual="auto, which merges unless the weights are quantized or too coarse",
     )  # fmt: skip
     transformer: str | None = option(
@@ -162,16 +162,16 @@ class OpenOptions:
         help="add the model's official LoRA for 4 or 8 steps",
     )  # fmt: skip
     zero_cond_t: str | None = option(
-        None, kind=Choice(("on", "off")), group="model", commands=("edit",), flags=("--zero-cond-t",), record="asked",
+        None, kind=Choice(("on", "off")), group="model", commands=("edit",), flags=("--zero-cond-t",), record="given",
         help="override the transformer's flag of this name, for files that lost it",
     )  # fmt: skip
 
     @classmethod
-    def asked(cls, asked: Mapping[str, Any], default_model: str) -> OpenOptions:
+    def from_options(cls, options: Mapping[str, Any], default_model: str) -> OpenOptions:
         """The opening options among a request's options, keyed by name; raises RequestError."""
-        said = {row.field: asked[row.name] for row in options_of(cls) if asked.get(row.name) is not None}
-        model = full_name(said.get("model", default_model))
-        return cls(**said | {"model": model, "loras": tuple(said.get("loras", ()))})
+        values = {row.field: options[row.name] for row in options_of(cls) if options.get(row.name) is not None}
+        model = full_name(values.get("model", default_model))
+        return cls(**values | {"model": model, "loras": tuple(values.get("loras", ()))})
 
 
 # Options of neither the model nor sampling, in the order of help and messages.
@@ -187,7 +187,7 @@ _OTHERS = (
     ),
     Option(
         name="images", kind=Several(ImageFile()), help="start from this image", group="image", commands=CANVAS,
-        flags=("--image", "--image-path"), nargs="append", metavar="IMAGE", tasks=("edit",), record="asked", place=True,
+        flags=("--image", "--image-path"), nargs="append", metavar="IMAGE", tasks=("edit",), record="given", place=True,
         but={"edit": {"flags": ("--image", "-i", "--image-path"),
                       "help": "image to edit; repeat for more, in the order of the prompt"}},
     ),
@@ -200,7 +200,7 @@ _OTHERS = (
     Option(
         name="layer", kind=Text(), group="image", commands=("edit", "decompose"), flags=("--layer",), metavar="DIR:N",
         help="instead of an image, layer N of a folder that decompose wrote, a PSD or an ORA; the result replaces the "
-        "layer in a folder, unless --output is given", record="asked", place=True,
+        "layer in a folder, unless --output is given", record="given", place=True,
         but={"decompose": {"help": "instead of an image, layer N of a folder, a PSD or an ORA"}},
     ),
     Option(
@@ -240,12 +240,12 @@ _OTHERS = (
     ),
     Option(
         name="mask", kind=ImageFile(), group="image to image", commands=CANVAS, flags=("--mask",), metavar="IMAGE",
-        help="white is inpainted; all other pixels come back bit for bit", tasks=CANVAS, record="asked",
+        help="white is inpainted; all other pixels come back bit for bit", tasks=CANVAS, record="given",
         place=True, needs=("images",),
     ),
     Option(
         name="outpaint", kind=Text(r"^[0-9]{1,5}(,[0-9]{1,5}){3}$"), group="image to image", commands=CANVAS,
-        flags=("--outpaint",), metavar="L,T,R,B", tasks=CANVAS, record="asked", needs=("images",),
+        flags=("--outpaint",), metavar="L,T,R,B", tasks=CANVAS, record="given", needs=("images",),
         help="extend the image by these pixels to the left, above, to the right and below; all of its own pixels come "
         "back bit for bit",
     ),
@@ -257,7 +257,7 @@ _OTHERS = (
         name="size", kind=Text(r"^(1mp|source|[0-9]{2,5}x[0-9]{2,5})$"), group="size",
         commands=(*CANVAS, "decompose", "plan"), flags=("--size",), metavar="1mp|source|WxH",
         help="with --image, size of the result: about 1 MP at its aspect, the same resized to its size, or an explicit "
-        "one", usual="1mp; source with a mask", tasks=("edit", "decompose"), record="asked", needs=("images",),
+        "one", usual="1mp; source with a mask", tasks=("edit", "decompose"), record="given", needs=("images",),
         but={"decompose": {"metavar": "|".join(LAYER_SIZES), "needs": (), "usual": LAYER_SIZES[0],
                            "help": "size of the layers: the image's or the model's"},
              "/decompose": {"kind": Choice(LAYER_SIZES)},
@@ -265,18 +265,18 @@ _OTHERS = (
     ),
     Option(
         name="mask_padding", kind=Integer(0), group="image to image", commands=CANVAS, flags=("--mask-padding",),
-        metavar="N", help="generate only the mask and N pixels around it", tasks=("edit",), record="asked",
+        metavar="N", help="generate only the mask and N pixels around it", tasks=("edit",), record="given",
         needs=("images", "mask"),
     ),
     Option(
         name="no_composite", kind=Switch(), group="image to image", commands=CANVAS, flags=("--no-composite",),
-        help="with a mask, save the model's own image, not composited", record="asked", needs=("mask",),
+        help="with a mask, save the model's own image, not composited", record="given", needs=("mask",),
     ),
     Option(
         name="reference_pixels", kind=REFERENCE_PIXELS, group="image", commands=("edit",),
         flags=("--reference-pixels",), metavar="N", usual="about 1 MP", tasks=("edit",),
         help="maximum pixels of each reference image that the model sees",
-        record="asked",
+        record="given",
     ),
     Option(
         name="transparent", kind=Switch(), group="image", commands=CANVAS, flags=("--transparent",), tasks=CANVAS,
@@ -284,11 +284,11 @@ _OTHERS = (
     ),
     Option(
         name="keep_alpha", kind=Switch(), group="image", commands=("edit",), flags=("--keep-alpha",), tasks=("edit",),
-        help="give the result the image's transparency", default=False, record="asked",
+        help="give the result the image's transparency", default=False, record="given",
     ),
     Option(
         name="ignore_profile", kind=Switch(), group="image", commands=(*_READS, "serve"), flags=("--ignore-profile",),
-        help="ignore the colour profiles of images and read their values as sRGB, as diffusers does", record="asked",
+        help="ignore the colour profiles of images and read their values as sRGB, as diffusers does", record="given",
     ),
     Option(
         name="resolution", kind=SIDE, group="layers", commands=("decompose", "caption"), flags=("--resolution",),

@@ -46,8 +46,8 @@ class Preset(NamedTuple):
     @property
     def sentence(self) -> str:
         """The preset in a few words."""
-        said = [f"{self.steps} steps", self.values.get("solver", "euler")]
-        return f"preset {self.name}: " + ", ".join([*said, *([self.values["step_cache"]] if self.skipped else [])])
+        words = [f"{self.steps} steps", self.values.get("solver", "euler")]
+        return f"preset {self.name}: " + ", ".join([*words, *([self.values["step_cache"]] if self.skipped else [])])
 
 
 def preset_of(name: PresetName, steps: int, *, distilled: bool, measured: bool) -> Preset:

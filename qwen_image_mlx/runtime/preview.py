@@ -65,13 +65,13 @@ class Preview:
         cells = colours.reshape(-1, rows, columns, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         frames = cells.reshape(-1, patch * rows, patch * columns, 3)[self._hidden :]
         levels = np.rint(np.clip((frames + self._bias + 1) * 127.5, 0, 255)).astype(np.uint8)
-        image = Image.fromarray(_tiled(levels))
+        image = Image.fromarray(_tile(levels))
         width, height = image.size
         scale = min(self._space.factor, MAX_SIDE / max(width, height))
         return image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
 
 
-def _tiled(frames: np.ndarray) -> np.ndarray:
+def _tile(frames: np.ndarray) -> np.ndarray:
     """Frames (F, H, W, 3) in rows of a grid that is about as wide as high; unused places are white."""
     count, height, width, _ = frames.shape
     across = math.ceil(math.sqrt(count))

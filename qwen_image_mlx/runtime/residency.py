@@ -60,12 +60,12 @@ def read_memory(text: str | None, minimum: int = MIN_MEMORY) -> tuple[int | None
     Raises:
         RequestError: it is none of these, less than `minimum`, or more than 1 PB.
     """
-    said = DEFAULT.name if text is None else text.strip().lower()
-    if named := tuple(residency for residency in RESIDENCIES if residency.name == said):
+    name = DEFAULT.name if text is None else text.strip().lower()
+    if named := tuple(residency for residency in RESIDENCIES if residency.name == name):
         return None, named
-    if said == "auto":
+    if name == "auto":
         return None, RESIDENCIES
-    nbytes = memory_figure(said)
+    nbytes = memory_figure(name)
     if nbytes is None:
         raise RequestError(f"memory is {text!r:.80}, but must be like 16GB, 12.5GiB, a number of bytes, or auto")
     if nbytes < minimum:

@@ -17,9 +17,9 @@ import mlx.core as mx
 from ..errors import RequestError
 from ..names import Aspect, NamedSize, Parallel, PresetName, Task
 from ..options import options_of
-from ..pipeline.conductor import GeneratedImage, decompose, encoded, generate, keeping
+from ..pipeline.conductor import GeneratedImage, decompose, encode, generate, keeping
 from ..pipeline.control import controls_of
-from ..pipeline.image_request import begun, canvas_of, control_prompt, transparent_prompt
+from ..pipeline.image_request import canvas_of, control_prompt, start_options, transparent_prompt
 from ..pipeline.limits import free_memory, limits
 from ..pipeline.opening import distillation, is_distilled
 from ..pipeline.parameters import GenerationParameters
@@ -52,7 +52,7 @@ class Session:
 
     Args:
         pipeline: the opened checkpoint.
-        asked: the options memory, force, wire and cache; memory may be a result of `parse_memory`.
+        options: memory, force, wire and cache; memory may be a result of `parse_memory`.
         progress: called for every stage and step; can cancel.
 
     Attributes:
@@ -63,26 +63,26 @@ class Session:
     """
 
     def __init__(
-        self, pipeline: QwenImagePipeline, asked: Mapping[str, Any] = {}, progress: ProgressCallback | None = None
+        self, pipeline: QwenImagePipeline, options: Mapping[str, Any] = {}, progress: ProgressCallback | None = None
     ):
-        memory = asked.get("memory")
+        memory = options.get("memory")
         self.pipeline = pipeline
         self.task: Task = pipeline.variant.task
         self.progress = progress
         self.plans: dict[Work, MemoryPlan] = {}
         self._said_memory = memory is not None
         self.memory: Memory = memory if isinstance(memory, Memory) else parse_memory(memory)
-        self.force: bool = bool(asked.get("force"))
-        self._parallel: Parallel = asked.get("parallel", "auto")
-        self._wire = bool(asked.get("wire"))
-        self._cache = _cache() if asked.get("cache") else None
+        self.force: bool = bool(options.get("force"))
+        self._parallel: Parallel = options.get("parallel", "auto")
+        self._wire = bool(options.get("wire"))
+        self._cache = _cache() if options.get("cache") else None
         self._warned = False
         self._said_preset: Preset | None = None
 
     @classmethod
     def open(
         cls,
-        asked: Mapping[str, Any],
+        options: Mapping[str, Any],
         default_model: str,
         progress: ProgressCallback | None = None,
         *,
@@ -91,7 +91,7 @@ class Session:
         """Opens a model.
 
         Args:
-            asked: options, keyed by name.
+            options: options, keyed by name.
             default_model: the model if the options name none.
             progress: called for every stage and step; can cancel.
             task: the task that the model must be made for: "generate", "edit" or "decompose"; None allows any.
@@ -101,8 +101,8 @@ class Session:
             CheckpointError: the files are not those of a pipeline this package runs.
             HubError: the model cannot be fetched.
         """
-        logger.debug("asked: %s", ", ".join(f"{name} {asked[name]!r:.200}" for name in OPTIONS if name in asked))
-        session = cls(open_pipeline(OpenOptions.asked(asked, default_model), progress), asked, progress)
+        logger.debug("options: %s", ", ".join(f"{name} {options[name]!r:.200}" for name in OPTIONS if name in options))
+        session = cls(open_pipeline(OpenOptions.from_options(options, default_model), progress), options, progress)
         if task is not None:
             session.pipeline.check_task(task)
             session.task = task
@@ -117,7 +117,7 @@ class Session:
 
     def request(
         self,
-        asked: Mapping[str, Any],
+        options: Mapping[str, Any],
         size: Size | Aspect | NamedSize | None = None,
         images: Sequence[Image] = (),
         mask: Image | None = None,
@@ -128,9 +128,9 @@ class Session:
         """Makes a request for the model; warns, once, of a negative prompt that has no effect.
 
         Args:
-            asked: options, keyed by name; the model's recommendations fill the missing ones.
+            options: options, keyed by name; the model's recommendations fill the missing ones.
             size: (width, height), an aspect, or with images one of `NAMED_SIZES` or None; for a layered model the
-                size is in `asked`.
+                size is in `options`.
             images: the images to start from or to edit, upright, RGB; for a layered model one to decompose, RGBA.
             mask: white where the first image is inpainted.
             straight: the same images as RGBA, if the result keeps their transparency.
@@ -139,35 +139,35 @@ class Session:
         Raises:
             RequestError: something is out of range or does not fit the model.
         """
-        variant, sampling = self.pipeline.variant, self.pipeline.recommended_at(asked.get("steps"))._asdict()
-        preset = self.preset(asked["preset"]) if asked.get("preset") else None
+        variant, sampling = self.pipeline.variant, self.pipeline.recommended_at(options.get("steps"))._asdict()
+        preset = self.preset(options["preset"]) if options.get("preset") else None
         if preset is not None:
             sampling |= {OPTIONS[name].field: value for name, value in preset.values.items()}
         task = task or self.task
         if variant.layered:
-            request = layers_of(images[0], asked, variant.resolutions, sampling)
+            request = layers_of(images[0], options, variant.resolutions, sampling)
         else:
             canvas = None
             # Here it has no aspect, and without images it is a pair; a type checker cannot know that.
             named = cast("Size | NamedSize | None", variant.size_of(size) if size in ASPECT_SIZES else size)
             if images:
                 canvas = canvas_of(
-                    variant, images, mask=mask, size=named, composite=not asked.get("no_composite"),
-                    crop_padding=asked.get("mask_padding"), straight=straight, outpaint=asked.get("outpaint"),
+                    variant, images, mask=mask, size=named, composite=not options.get("no_composite"),
+                    crop_padding=options.get("mask_padding"), straight=straight, outpaint=options.get("outpaint"),
                 )  # fmt: skip
             recommended: dict[str, Any] = {
                 r.name: sampling[r.field] for r in options_of(GenerationParameters) if r.field in sampling
             }
             recommended["negative_prompt"] = recommended_negative_prompt(variant, self.pipeline.model)
-            wanted = {**recommended, **begun(asked.get("strength"), asked.get("outpaint")), **asked}
-            if asked.get("transparent"):
-                wanted["prompt"] = transparent_prompt(variant, wanted["prompt"])
-            wanted["prompt"] = control_prompt(variant, wanted["prompt"], controls_of(wanted.get("controls")))
+            values = {**recommended, **start_options(options.get("strength"), options.get("outpaint")), **options}
+            if options.get("transparent"):
+                values["prompt"] = transparent_prompt(variant, values["prompt"])
+            values["prompt"] = control_prompt(variant, values["prompt"], controls_of(values.get("controls")))
             request = replace(
-                build_request(wanted, canvas.size if canvas else cast("Size", named)),
+                build_request(values, canvas.size if canvas else cast("Size", named)),
                 images=tuple(images) if task == "edit" else (),
                 canvas=canvas,
-                reference_pixels=asked.get("reference_pixels"),
+                reference_pixels=options.get("reference_pixels"),
             )
         if preset is not None:
             request = replace(request, preset=preset.name)
@@ -178,7 +178,7 @@ class Session:
             from ..pipeline.step_cache import cache_of  # here: most runs have no step cache
 
             cache_of(self.pipeline.components, request.parameters.step_cache, request.parameters.num_inference_steps)
-        if (asked.get("negative_prompt") or "").strip() and request.guiding_prompt is None and not self._warned:
+        if (options.get("negative_prompt") or "").strip() and request.guiding_prompt is None and not self._warned:
             self._warned = True
             logger.warning(
                 "the negative prompt has no effect: guidance is %g, and only above 1 is a negative prompt used",
@@ -202,7 +202,7 @@ class Session:
     # Plan -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def planned(self, request: Request) -> Iterator[MemoryPlan]:
+    def plan(self, request: Request) -> Iterator[MemoryPlan]:
         """The plan for a request; inside the block the pipeline and MLX keep to it.
 
         Raises:
@@ -291,9 +291,9 @@ class Session:
             show: called with a preview after each step.
 
         Raises:
-            RequestError: as `planned`.
+            RequestError: as `plan`.
         """
-        with self.planned(request) as plan:
+        with self.plan(request) as plan:
             if self.works:
                 yield from generate(
                     self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases
@@ -312,12 +312,12 @@ class Session:
             for _ in self.generate(request):
                 raise AssertionError("only rank 0 decodes")
             return None
-        with self.planned(request) as plan:
+        with self.plan(request) as plan:
             return decompose(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
 
-    def encoded(self, request: Request) -> Any:
+    def encode(self, request: Request) -> Any:
         """A request's encoding, from the session's cache if possible."""
-        return encoded(self.pipeline, request, self.progress, self._cache)
+        return encode(self.pipeline, request, self.progress, self._cache)
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """The progress callback for a request: the session's own, wrapped in a `Preview` if `show` is given."""
@@ -374,13 +374,13 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
 
 
 def layers_of(
-    image: Image, asked: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, Any] = {}
+    image: Image, options: Mapping[str, Any], resolutions: Sequence[int], sampling: Mapping[str, Any] = {}
 ) -> Request:
     """Makes a layered model's request from options.
 
     Args:
         image: RGBA.
-        asked: options, keyed by name; absent ones take the defaults of `layers_request`.
+        options: options, keyed by name; absent ones take the defaults of `layers_request`.
         resolutions: the model's resolutions, the default first.
         sampling: the model's recommended `GenerationParameters`, keyed by field.
 
@@ -389,11 +389,13 @@ def layers_of(
     """
     from ..pipeline.decomposition import layers_request  # here: most runs make no layers
 
-    rows = [row for row in of_task("decompose") if asked.get(row.name) is not None]
-    fields = {row.field: asked[row.name] for row in rows if row.field}
-    said = {row.name: asked[row.name] for row in rows if not row.field and row.name not in ("image", "prompt", "seed")}
-    seed = asked["seed"]
+    rows = [row for row in of_task("decompose") if options.get(row.name) is not None]
+    fields = {row.field: options[row.name] for row in rows if row.field}
+    others = {
+        row.name: options[row.name] for row in rows if not row.field and row.name not in ("image", "prompt", "seed")
+    }
+    seed = options["seed"]
     return layers_request(
-        image, asked.get("prompt", ""), seed=seed[0] if isinstance(seed, list) else seed, resolutions=resolutions,
-        sampling={**sampling, **fields}, **said,
+        image, options.get("prompt", ""), seed=seed[0] if isinstance(seed, list) else seed, resolutions=resolutions,
+        sampling={**sampling, **fields}, **others,
     )  # fmt: skip

@@ -20,9 +20,9 @@ def parse_cache(text: str) -> tuple[str, float | None]:
     Raises:
         RequestError: the method is unknown, or the threshold not a number from 0 to 100.
     """
-    method, colon, said = text.partition(":")
+    method, colon, figure = text.partition(":")
     try:
-        threshold = float(said) if colon else None
+        threshold = float(figure) if colon else None
     except ValueError:
         threshold = -1.0
     known = method in CACHE_NAMES or (method == NO_CACHE and not colon)

@@ -62,7 +62,8 @@ def denoise(
                 return mx.zeros_like(latents)
             if not guidance.guides(number, steps):
                 return velocities(latents, index, 1)[0]
-            return guide(*velocities(latents, index, 2), guidance)
+            positive, negative = velocities(latents, index, 2)
+            return guide(positive, negative, guidance)
 
         step = take_step(evaluate, latents, number)
         if blend is not None:

@@ -48,10 +48,10 @@ def guide(positive: mx.array, negative: mx.array, guidance: Guidance) -> mx.arra
         (B, N, C) in that dtype; renormalised, each token keeps the length of its positive velocity.
     """
     if guidance.zero_star:
-        negative = _fitted(positive, negative)
+        negative = _fit(positive, negative)
     difference = (positive - negative).astype(mx.float32)
     if guidance.apg is not None:
-        difference = _projected(difference, positive.astype(mx.float32), guidance.apg)
+        difference = _project(difference, positive.astype(mx.float32), guidance.apg)
     # The scale in fp32, as in torch: rounded to bf16, 3.7 would be 3.703.
     combined = negative + (mx.array(guidance.scale, dtype=mx.float32) * difference).astype(positive.dtype)
     if not guidance.renormalize:
@@ -59,7 +59,7 @@ def guide(positive: mx.array, negative: mx.array, guidance: Guidance) -> mx.arra
     return combined * (_token_norm(positive) / _token_norm(combined))
 
 
-def _fitted(positive: mx.array, negative: mx.array) -> mx.array:
+def _fit(positive: mx.array, negative: mx.array) -> mx.array:
     """The negative velocity times the factor that brings it nearest to the positive one, for each image of a batch.
 
     Source: diffusers' `cfg_zero_star_scale` (CFG-Zero*, arXiv 2503.18886).
@@ -69,7 +69,7 @@ def _fitted(positive: mx.array, negative: mx.array) -> mx.array:
     return (factor * n).astype(negative.dtype)
 
 
-def _projected(difference: mx.array, positive: mx.array, eta: float) -> mx.array:
+def _project(difference: mx.array, positive: mx.array, eta: float) -> mx.array:
     """The difference (B, N, C), fp32, at most `APG_RADIUS` long, its part along the positive velocity times `eta`.
 
     Source: diffusers' `normalized_guidance` (APG, arXiv 2410.02416), which projects in float64.

@@ -75,12 +75,12 @@ def make_schedule(config: SchedulerConfig, sigmas: Sequence[float], mu: float) -
         sigmas: unshifted noise levels in (0, 1], falling.
         mu: strength of the dynamic shift; unused by a static one.
     """
-    levels = (np.append(_shifted(config, np.array(sigmas, dtype), mu), 0) for dtype in (np.float32, np.float64))
+    levels = (np.append(_shift(config, np.array(sigmas, dtype), mu), 0) for dtype in (np.float32, np.float64))
     rounded, exact = levels
     return Schedule(rounded.astype(np.float32), exact)
 
 
-def _shifted(config: SchedulerConfig, grid: np.ndarray, mu: float) -> np.ndarray:
+def _shift(config: SchedulerConfig, grid: np.ndarray, mu: float) -> np.ndarray:
     """The grid's levels, shifted and stretched in its own dtype."""
     if not config.use_dynamic_shifting:
         shifted = config.shift * grid / (1 + (config.shift - 1) * grid)

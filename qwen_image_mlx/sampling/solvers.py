@@ -65,7 +65,7 @@ def euler_step(latents: mx.array, velocity: mx.array, dt: float) -> mx.array:
     return (latents.astype(mx.float32) + change).astype(velocity.dtype)
 
 
-def _denoised(latents: mx.array, velocity: mx.array, sigma: float) -> mx.array:
+def _predict_clean(latents: mx.array, velocity: mx.array, sigma: float) -> mx.array:
     """The clean latents that a velocity points to, fp32."""
     return latents.astype(mx.float32) - sigma * velocity.astype(mx.float32)
 
@@ -79,7 +79,7 @@ def _euler(schedule: Schedule, noise: Noise) -> TakeStep:
     def step(evaluate: Evaluate, latents: mx.array, number: int) -> Step:
         velocity = evaluate(latents, number)
         # The denoised latents are never computed unless somebody reads them.
-        denoised = _denoised(latents, velocity, float(schedule.sigmas[number]))
+        denoised = _predict_clean(latents, velocity, float(schedule.sigmas[number]))
         return Step(euler_step(latents, velocity, schedule.dt(number)), denoised)
 
     return step
@@ -90,7 +90,7 @@ def _lcm(schedule: Schedule, noise: Noise) -> TakeStep:
 
     def step(evaluate: Evaluate, latents: mx.array, number: int) -> Step:
         velocity = evaluate(latents, number)
-        denoised = _denoised(latents, velocity, float(schedule.sigmas[number]))
+        denoised = _predict_clean(latents, velocity, float(schedule.sigmas[number]))
         after = float(schedule.sigmas[number + 1])
         return Step(((1 - after) * denoised + after * noise()).astype(velocity.dtype), denoised)
 
@@ -113,7 +113,7 @@ def _heun(schedule: Schedule, noise: Noise) -> TakeStep:
             ahead = evaluate(euler_step(latents, velocity, dt), 2 * number + 1)
             mean = (velocity.astype(mx.float32) + ahead.astype(mx.float32)) / 2
             velocity = mean.astype(velocity.dtype)
-        return Step(euler_step(latents, velocity, dt), _denoised(latents, velocity, sigma))
+        return Step(euler_step(latents, velocity, dt), _predict_clean(latents, velocity, sigma))
 
     return step
 
@@ -138,7 +138,7 @@ def _multistep(formula: _Multistep, first_order: Callable[[int, int], bool] = la
         def step(evaluate: Evaluate, latents: mx.array, number: int) -> Step:
             velocity = evaluate(latents, number)
             x, sigma, after = latents.astype(mx.float32), levels[number], levels[number + 1]
-            image = _denoised(latents, velocity, sigma)
+            image = _predict_clean(latents, velocity, sigma)
             if not past or after == 0 or first_order(number, schedule.num_steps):
                 x = after / sigma * x + (1 - after / sigma) * image
             else:
@@ -207,7 +207,7 @@ def _unipc(schedule: Schedule, noise: Noise) -> TakeStep:
 
     def step(evaluate: Evaluate, latents: mx.array, number: int) -> Step:
         velocity = evaluate(latents, number)
-        image = _denoised(latents, velocity, levels[number])
+        image = _predict_clean(latents, velocity, levels[number])
         x = latents.astype(mx.float32)
         if begun:
             x = move(number - 1, begun[-1], orders[-1], image)
@@ -222,7 +222,8 @@ def _unipc(schedule: Schedule, noise: Noise) -> TakeStep:
 def _whole_timesteps(schedule: Schedule) -> np.ndarray:
     """The levels of UniPC's evaluations: its timesteps are whole, rounded down."""
     levels = _exact(schedule)[:-1]
-    return (np.floor(levels * _TRAINED_STEPS) / _TRAINED_STEPS).astype(np.float32)
+    whole: np.ndarray = np.floor(levels * _TRAINED_STEPS) / _TRAINED_STEPS
+    return whole.astype(np.float32)
 
 
 def _exact(schedule: Schedule) -> np.ndarray:

@@ -161,7 +161,7 @@ class Models:
         try:
             if len(plans) >= _MAX_PLANS:
                 plans.clear()
-            with _hide_details(), warm.session.planned(request) as plan:
+            with _hide_details(), warm.session.plan(request) as plan:
                 if plan.residency.staged:
                     warm.release()  # parts left by an earlier job: the first stage needs the memory
                 elif pipeline.variant.captions and not request.writes_caption(pipeline.variant):

@@ -217,7 +217,7 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": _OWNER}
 
 
-def _shared(body: _Common) -> dict[str, Any]:
+def _common_options(body: _Common) -> dict[str, Any]:
     fields = ("prompt", *(row.name for row in _OURS))
     values = {name: value for name in fields if (value := getattr(body, name)) is not None}
     return values | {"num_images": body.n or 1}
@@ -228,14 +228,16 @@ def _generate(body: Generation) -> GenerateBody:
     if body.size not in (None, "auto"):
         width, height = map(int, body.size.split("x"))
         size = {"width": width, "height": height}
-    return from_form(GenerateBody, _shared(body) | size)
+    return from_form(GenerateBody, _common_options(body) | size)
 
 
 def _edit(body: Edit) -> EditBody:
     mask = None if body.mask is None else _white_where_transparent(body.mask)
     size = None if body.size == "auto" else body.size
     edit = {"images": body.image, "mask": mask, "size": size}
-    return from_form(EditBody, _shared(body) | {name: value for name, value in edit.items() if value is not None})
+    return from_form(
+        EditBody, _common_options(body) | {name: value for name, value in edit.items() if value is not None}
+    )
 
 
 def _white_where_transparent(mask: bytes) -> bytes:

@@ -69,7 +69,7 @@ _MAXIMUM = {
 }  # fmt: skip
 
 
-def _parsed(row: kinds.Option) -> Callable[[str], str]:
+def _parse_by(row: kinds.Option) -> Callable[[str], str]:
     """A validator by an option's own parser."""
 
     def check(text: str) -> str:
@@ -104,7 +104,7 @@ def field_of(row: kinds.Option) -> tuple[Any, Any]:
         case kinds.Several(kind=kinds.ImageFile()):
             annotation = Annotated[list[ImageFile], Field(min_length=1, max_length=maximum)]
         case kinds.Parsed():
-            annotation = Annotated[Text, AfterValidator(_parsed(row))]
+            annotation = Annotated[Text, AfterValidator(_parse_by(row))]
         case kinds.Text(pattern=""):
             annotation = Text
         case kinds.Text():

@@ -29,7 +29,7 @@ from ..layers.formats import FORMATS, check_formats
 from ..layers.stack import Layer, LayerStack, composite
 from ..options import ImageFile, Option, Several
 from ..pipeline.conductor import decompose, generate
-from ..pipeline.request import build_request, parsed_size
+from ..pipeline.request import build_request, parse_size
 from ..runtime.options import of_task, recorded
 from ..runtime.presets import yielding
 from ..runtime.preview import Preview
@@ -163,11 +163,11 @@ class Tasks:
             ):
                 raise RequestError(f"{row.name} needs a mask")
         files = body.images or [body.image]
-        return self._make_images("edit", body, files, None if body.size is None else parsed_size(body.size))
+        return self._make_images("edit", body, files, None if body.size is None else parse_size(body.size))
 
     def _make_images(self, task: str, body: Any, files: list[bytes], size: Any) -> Work:
         options = self._options(task, body)
-        rows = [row for row in recorded("asked") if task in row.tasks and not _is_image(row)]
+        rows = [row for row in recorded("given") if task in row.tasks and not _is_image(row)]
         recorded_options = {row.name: value for row in rows if (value := getattr(body, row.name)) != row.default}
         controls = self._controls(body)
         build_request(options | recorded_options | controls, size if isinstance(size, tuple) else ASPECT_SIZES["1:1"])
@@ -183,8 +183,8 @@ class Tasks:
             straight = [open_rgba(source) for source in sources] if recorded_options.get("keep_alpha") else None
             session = self._models.open(task)
             opened = [(open_rgba if session.shows_alpha else open_image)(source) for source in sources]
-            asked = options | recorded_options | self._controls(body)
-            request = session.request(asked, size, opened, mask, straight, task=task)
+            merged = options | recorded_options | self._controls(body)
+            request = session.request(merged, size, opened, mask, straight, task=task)
             images = []
             with self._prepare(task, session, request, feed) as (progress, cache, residency):
                 for generated in generate(session.pipeline, request, progress, cache, **residency.releases):
@@ -205,10 +205,10 @@ class Tasks:
                 raise RequestError(
                     f"{control.controlnet!r:.100} is not a ControlNet of this server, which has {offered}"
                 )
-            said = {name: value for name, value in control if value is not None}
-            files = [name for name in said if isinstance(said[name], bytes)]
-            images = zip(files, decode([said[name] for name in files]), strict=True)
-            made.append({**said, **dict(images), "controlnet": self._controlnets[control.controlnet]})
+            fields = {name: value for name, value in control if value is not None}
+            files = [name for name in fields if isinstance(fields[name], bytes)]
+            images = zip(files, decode([fields[name] for name in files]), strict=True)
+            made.append({**fields, **dict(images), "controlnet": self._controlnets[control.controlnet]})
         return {"controls": made} if made else {}
 
     def _decompose(self, body: DecomposeBody) -> Work:

@@ -166,28 +166,28 @@ def _profiles(path: Path) -> dict[str, dict[str, tuple[Any, str]]]:
     profiles: dict[str, dict[str, tuple[Any, str]]] = {}
     for name, tables in found.items():
         if isinstance(tables, dict) and TABLE in tables:
-            profiles[name] = dict(_checked(path, tables[TABLE], (name, TABLE), lines))
+            profiles[name] = dict(_check(path, tables[TABLE], (name, TABLE), lines))
     if found and not profiles:
         raise RequestError(f"{path} has no table [{table_name(DEFAULT_PROFILE, '')}], so it sets nothing here")
     return profiles
 
 
-def _checked(path: Path, found: Any, outer: Names, lines: Mapping[Names, int]) -> Iterator[tuple[str, tuple[Any, str]]]:
+def _check(path: Path, found: Any, outer: Names, lines: Mapping[Names, int]) -> Iterator[tuple[str, tuple[Any, str]]]:
     """(key, (value, table)) of every setting in a profile's table and in the one inside it."""
 
     def fault(names: Names, message: str) -> RequestError:
         return RequestError(f"{path}, line {lines[names]}: {message}")
 
     if not isinstance(found, dict):
-        raise fault(outer, f"{outer[-1]} is {_quoted(found)}, but must be a table")
+        raise fault(outer, f"{outer[-1]} is {_quote(found)}, but must be a table")
     table = "".join(outer[2:])
     for key, value in found.items():
         names = (*outer, key)
         if not table and key == GENERATION:
-            yield from _checked(path, value, names, lines)
+            yield from _check(path, value, names, lines)
         elif row := _ROWS.get((table, key)):
             if not row.kind.accepts(value):
-                raise fault(names, f"{key} is {_quoted(value)}, but must be {row.kind.allowed}")
+                raise fault(names, f"{key} is {_quote(value)}, but must be {row.kind.allowed}")
             value = row.kind.store(value)
             yield key, (_resolve(value, path.parent) if row.place else value, table_name(outer[0], table))
         elif key in _HOMES:
@@ -201,7 +201,7 @@ def _nearest(key: str) -> str:
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(_HOMES)}"
 
 
-def _quoted(value: Any) -> str:
+def _quote(value: Any) -> str:
     """A value roughly as TOML writes it, cut to 80 characters."""
     try:
         return f"{json.dumps(value, ensure_ascii=False, default=str):.80}"

@@ -59,7 +59,7 @@ def table_name(profile: str, table: str) -> str:
 def example_config() -> str:
     """A config.toml that names every setting and sets none."""
     lines = ["# Settings of qwen-image-mlx. Take the # from a line to set it; flags of the command line win.", ""]
-    for table in ("", GENERATION):
+    for table in dict.fromkeys(row.table for row in SCHEMA):
         lines += [f"[{table_name(DEFAULT_PROFILE, table)}]"]
         for row in SCHEMA:
             if row.table == table:

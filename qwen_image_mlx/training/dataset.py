@@ -24,7 +24,7 @@ from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_pixels
 from ..images.sources import open_rgba
 from ..pipeline.autoencode import encode_mode
-from ..pipeline.encode import opened_for
+from ..pipeline.encode import open_for
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Progress, ProgressCallback
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE, VAE_ENCODER
@@ -207,7 +207,7 @@ def _encode(
 ) -> None:
     parts = pipeline.components
     layered = task == "layered"
-    frames = [opened_for(parts, file) for file in (example.image, *example.layers)]
+    frames = [open_for(parts, file) for file in (example.image, *example.layers)]
     size = target_size(frames[0].size, task, resolution, pipeline.variant.size_multiple)
     fit = partial(ImageOps.fit, size=size, method=Image.Resampling.LANCZOS) if task == "t2i" else (lambda image: image)
     encode = partial(encode_mode, parts.network(VAE_ENCODER), parts.config(VAE))

@@ -119,7 +119,7 @@ def _elsewhere(path: Path) -> str:
     return "put images and their captions into it"
 
 
-def _listed(folder: Path) -> list[Path]:
+def _list(folder: Path) -> list[Path]:
     """The entries of a folder, by name, without hidden ones; macOS adds a `._NAME` to files on other disks."""
     try:
         return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
@@ -128,7 +128,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return [file for file in _listed(folder) if file.suffix.lower() in SUFFIXES and file.is_file()]
+    return [file for file in _list(folder) if file.suffix.lower() in SUFFIXES and file.is_file()]
 
 
 def _all_images(folder: Path) -> list[Path]:
@@ -142,7 +142,7 @@ def _all_images(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [file for file in _listed(folder) if file.is_dir()]
+    return [file for file in _list(folder) if file.is_dir()]
 
 
 def _warn(why: str, files: Sequence[Path], folder: Path) -> None:
@@ -154,10 +154,10 @@ def _warn(why: str, files: Sequence[Path], folder: Path) -> None:
 
 def _from_folder(folder: Path) -> list[Example]:
     """The examples of a folder and of its subfolders named with a number of repeats."""
-    examples = _captioned(folder)
+    examples = _captioned_examples(folder)
     for inside in _folders(folder):
         if counted := _REPEATED.match(inside.name):
-            found = _captioned(inside)
+            found = _captioned_examples(inside)
             examples += found * int(counted[1])
             logger.warning("%s: %d images, each counted %d times", inside.name, len(found), int(counted[1]))
     taken = {example.image for example in examples}
@@ -166,9 +166,9 @@ def _from_folder(folder: Path) -> list[Example]:
     return examples
 
 
-def _captioned(folder: Path) -> list[Example]:
+def _captioned_examples(folder: Path) -> list[Example]:
     """The images in a folder, with their captions."""
-    files = [file for file in _listed(folder) if file.is_file()]
+    files = [file for file in _list(folder) if file.is_file()]
     unread = unread_suffixes()
     if unreadable := [file.name for file in files if file.suffix.lower() in unread]:
         raise RequestError(
@@ -225,17 +225,17 @@ def _example(row: dict[str, Any], where: str, folder: Path, task: str) -> Exampl
         found = value(spellings)
         names = found if several and isinstance(found, list) else [found]
         if not names or not all(isinstance(name, str) and name for name in names):
-            raise RequestError(f"{where} has no {_spelled(spellings)}, or it is not the name of an image: correct it")
+            raise RequestError(f"{where} has no {_spell(spellings)}, or it is not the name of an image: correct it")
         return tuple(folder / name for name in names)
 
     caption = "" if (found := value(words)) is None else found
     if not isinstance(caption, str) or not is_text(caption):
-        raise RequestError(f"{where} has no {_spelled(words)}, or no text in it: correct it")
+        raise RequestError(f"{where} has no {_spell(words)}, or no text in it: correct it")
     beside = {_FIELDS[task]: files(others, several=True)} if others else {}
     return Example(caption.strip(), files(image, several=False)[0], **beside)
 
 
-def _spelled(spellings: tuple[str, ...]) -> str:
+def _spell(spellings: tuple[str, ...]) -> str:
     first, *more = spellings
     return f"{first} ({', '.join(more)})" if more else first
 

@@ -92,14 +92,14 @@ def matrices(config: Any) -> dict[str, tuple[int, ...]]:
 
 def check_lora(shapes: Mapping[str, tuple[int, ...]], targets: str, rank: int) -> list[str]:
     """The names of the matrices that a LoRA changes; raises RequestError if a target or the rank does not fit."""
-    names = matched(shapes, targets)
+    names = match_names(shapes, targets)
     smallest = min(names, key=lambda name: min(shapes[name]))
     if not 1 <= rank <= min(shapes[smallest]):
         raise RequestError(f"rank is {rank}, but must be from 1 to {min(shapes[smallest])}, the size of {smallest}")
     return names
 
 
-def matched(names: Collection[str], targets: str) -> list[str]:
+def match_names(names: Collection[str], targets: str) -> list[str]:
     """The names that match "attention", "all" or comma-separated ends of names; raises RequestError for no match."""
     if targets in TARGETS:  # a model of one block lacks some of them
         return [name for name in names if name.endswith(tuple(f".{end}" for end in TARGETS[targets]))]

@@ -72,7 +72,7 @@ class Network(nn.Module):
         self.transformer = transformer
         if modulation is not None:
             self.modulation = modulation
-        self._run_block = _recomputed if checkpointing else None
+        self._run_block = _recompute if checkpointing else None
         self._rotary = cache(
             lambda segments, length: rotary_tables([Segment(*s) for s in segments], length, config.axes_dims_rope)
         )
@@ -111,7 +111,7 @@ class Network(nn.Module):
         )
 
 
-def _recomputed(
+def _recompute(
     block: TransformerBlock, images: list[mx.array], txt: mx.array, rows: BlockRows, rotary: Rotary
 ) -> tuple[list[mx.array], mx.array]:
     """Runs a block without keeping its intermediate arrays, which the gradient recomputes."""

@@ -33,9 +33,9 @@ def draw_losses(losses: Sequence[tuple[int, float]]) -> Image.Image:
     width, height, margin = (_FINE * side for side in (_WIDTH, _HEIGHT, _MARGIN))
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FINE * 12)
-    smooth, steps = smoothed([loss for _, loss in losses]), [step for step, _ in losses]
+    curve, steps = smooth([loss for _, loss in losses]), [step for step, _ in losses]
     ordered, cut = sorted(loss for _, loss in losses), len(losses) // 50  # a few peaks may leave the image
-    low, high = min(ordered[cut], *smooth), max(ordered[-1 - cut], *smooth)
+    low, high = min(ordered[cut], *curve), max(ordered[-1 - cut], *curve)
     high = high if high > low else low + 1.0
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 
@@ -51,13 +51,13 @@ def draw_losses(losses: Sequence[tuple[int, float]]) -> Image.Image:
         draw.text((margin - 12, y), f"{level:.3g}", fill=_INK, anchor="rm", font=font)
         draw.text((x, height - margin + 12), str(step), fill=_INK, anchor="mt", font=font)
     draw.line([place(*point) for point in losses], fill=_RAW, width=_FINE)
-    draw.line([place(*point) for point in zip(steps, smooth, strict=True)], fill=_SMOOTH, width=3 * _FINE)
-    text = f"loss {smooth[-1]:.4f} after {steps[-1]} steps"
+    draw.line([place(*point) for point in zip(steps, curve, strict=True)], fill=_SMOOTH, width=3 * _FINE)
+    text = f"loss {curve[-1]:.4f} after {steps[-1]} steps"
     draw.text((margin, margin / 2), text, fill=_INK, anchor="lm", font=font)
     return sheet.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS)
 
 
-def smoothed(values: Sequence[float], decay: float = 0.97) -> list[float]:
+def smooth(values: Sequence[float], decay: float = 0.97) -> list[float]:
     """The exponential moving average, unbiased at its beginning."""
     out, total, weight = [], 0.0, 0.0
     for value in values:

@@ -90,7 +90,7 @@ def read_gguf(path: StrPath) -> tuple[dict[str, GgufTensor], dict[str, Any]]:
             metadata = _metadata(header)
             entries = _entries(header, count)
         alignment = _alignment(metadata)
-        start = _padded(header.position, alignment)
+        start = _pad(header.position, alignment)
         ranges = {name: (offset, offset + nbytes) for name, (_, _, nbytes, offset) in entries.items()}
         _check_layout(ranges, alignment, max(size - start, 0))
     except OSError as error:
@@ -240,7 +240,7 @@ def _entry(header: _Cursor, name: str) -> tuple[str, tuple[int, ...], int, int]:
     return dtype, shape, math.prod(shape) // elements * size, offset
 
 
-def _padded(position: int, alignment: int) -> int:
+def _pad(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
 
 
@@ -251,10 +251,10 @@ def _check_layout(ranges: Mapping[str, tuple[int, int]], alignment: int, present
             raise ValueError(f"the tensor {name[:80]!r} does not begin at a multiple of {alignment} bytes")
         if begin < end:
             raise ValueError(f"the tensors {last!r} and {name[:80]!r} overlap")
-        if begin > _padded(end, alignment):
+        if begin > _pad(end, alignment):
             raise ValueError(f"{begin - end} bytes before the tensor {name[:80]!r} belong to no tensor")
         end, last = after, name[:80]
     if present < end:
         raise ValueError(f"{end - present} bytes are missing at its end")
-    if present > _padded(end, alignment):
+    if present > _pad(end, alignment):
         raise ValueError(f"{present - end} bytes follow its last tensor")

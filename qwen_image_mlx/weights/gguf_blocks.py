@@ -148,7 +148,7 @@ def _q8_0(blocks: np.ndarray) -> np.ndarray:
     return _half(blocks["d"]) * blocks["qs"]
 
 
-def _scaled(scales: np.ndarray, integers: np.ndarray, lows: np.ndarray | None = None) -> np.ndarray:
+def _scale(scales: np.ndarray, integers: np.ndarray, lows: np.ndarray | None = None) -> np.ndarray:
     """scale * integer - low for groups of a superblock: (n, groups), (n, 256), (n, groups) to (n, 256), float32."""
     values = integers.reshape(*scales.shape, -1) * scales[..., None]
     if lows is not None:
@@ -158,14 +158,14 @@ def _scaled(scales: np.ndarray, integers: np.ndarray, lows: np.ndarray | None = 
 
 def _q2_k(blocks: np.ndarray) -> np.ndarray:
     factors = _fields(blocks["scales"], 4)
-    return _scaled(_half(blocks["d"]) * factors[:, 0], _fields(blocks["qs"], 2), _half(blocks["dmin"]) * factors[:, 1])
+    return _scale(_half(blocks["d"]) * factors[:, 0], _fields(blocks["qs"], 2), _half(blocks["dmin"]) * factors[:, 1])
 
 
 def _q3_k(blocks: np.ndarray) -> np.ndarray:
     low, high = _fields(blocks["scales_low"], 4), _fields(blocks["scales_high"], 2)
     factors = (low.reshape(-1, 16) | high.reshape(-1, 16) << np.uint8(4)).astype(np.float32) - 32
     integers = _fields(blocks["qs"], 2).reshape(-1, 256) | _fields(blocks["hmask"], 1).reshape(-1, 256) << np.uint8(2)
-    return _scaled(_half(blocks["d"]) * factors, integers.view(np.int8) - np.int8(4))
+    return _scale(_half(blocks["d"]) * factors, integers.view(np.int8) - np.int8(4))
 
 
 def _scales_and_lows(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -181,18 +181,18 @@ def _scales_and_lows(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
     scales, lows = _scales_and_lows(blocks)
-    return _scaled(scales, _fields(blocks["qs"], 4), lows)
+    return _scale(scales, _fields(blocks["qs"], 4), lows)
 
 
 def _q5_k(blocks: np.ndarray) -> np.ndarray:
     scales, lows = _scales_and_lows(blocks)
     integers = _fields(blocks["qs"], 4).reshape(-1, 256) | _fields(blocks["qh"], 1).reshape(-1, 256) << np.uint8(4)
-    return _scaled(scales, integers, lows)
+    return _scale(scales, integers, lows)
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
     integers = _fields(blocks["ql"], 4).reshape(-1, 256) | _fields(blocks["qh"], 2).reshape(-1, 256) << np.uint8(4)
-    return _scaled(_half(blocks["d"]) * blocks["scales"], integers.view(np.int8) - np.int8(32))
+    return _scale(_half(blocks["d"]) * blocks["scales"], integers.view(np.int8) - np.int8(32))
 
 
 def _pack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

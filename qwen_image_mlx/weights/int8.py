@@ -51,12 +51,12 @@ def form_of(tensor: Tensor, companions: Mapping[str, Tensor]) -> Form:
         return Form(problem="int8 without a scale")
     if scale.shape not in ((), (1,), (1, 1), rows, (*rows, 1)):
         return Form(problem=f"int8 with a scale of shape {scale.shape}")
-    said = note(companions[NOTE]) if NOTE in companions else {}
-    if said.get("format", TENSORWISE) != TENSORWISE:
-        return Form(problem=f"{said['format']}")
-    if not said.get("convrot"):
+    declared = note(companions[NOTE]) if NOTE in companions else {}
+    if declared.get("format", TENSORWISE) != TENSORWISE:
+        return Form(problem=f"{declared['format']}")
+    if not declared.get("convrot"):
         return Form()
-    group = said.get("convrot_groupsize", 256)
+    group = declared.get("convrot_groupsize", 256)
     fits = type(group) is int and group >= 4 and 4 ** (group.bit_length() // 2) == group
     if len(tensor.shape) != 2 or not fits or tensor.shape[1] % group:
         return Form(problem=f"{CONVROT} with groups of {group!r:.20}")
@@ -93,12 +93,12 @@ def note(tensor: Tensor) -> dict[str, Any]:
     try:
         with tensor.file.open("rb") as file:
             file.seek(tensor.offset)
-            said = json.loads(file.read(min(tensor.nbytes, _MAX_NOTE)))
+            declared = json.loads(file.read(min(tensor.nbytes, _MAX_NOTE)))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{tensor.file} says in {tensor.name} nothing readable ({error})") from error
-    if not isinstance(said, dict):
-        raise CheckpointError(f"{tensor.file} says in {tensor.name} nothing readable ({said!r:.40})")
-    return said
+    if not isinstance(declared, dict):
+        raise CheckpointError(f"{tensor.file} says in {tensor.name} nothing readable ({declared!r:.40})")
+    return declared
 
 
 def formats(tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -106,11 +106,11 @@ def formats(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     for name, tensor in tensors.items():
         if name.endswith(f".{NOTE}") and tensor.dtype == "U8":
             try:
-                said = note(tensor)
+                declared = note(tensor)
             except CheckpointError:
                 continue  # told when the weight is read
-            rotated = said.get("format") == TENSORWISE and said.get("convrot")
-            yield CONVROT if rotated else str(said.get("format"))
+            rotated = declared.get("format") == TENSORWISE and declared.get("convrot")
+            yield CONVROT if rotated else str(declared.get("format"))
 
 
 def foreign(tensors: Mapping[str, Tensor]) -> str | None:

@@ -37,7 +37,7 @@ from .quantize import quantize_matrix
 from .recognize import check_kind, shard_of
 from .safetensors_files import Tensor
 from .schemes import Scheme
-from .tensor_formats import FLOATS, FP8, Reader, Stored, joined, stored_weights
+from .tensor_formats import FLOATS, FP8, Reader, Stored, join, stored_weights
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ComponentWeights:
         _check_twins(component.role, canonical)
         check_kind(component, tensors)
         shapes = {name: spec.shape for name, spec in self._specs.items()}
-        whole = joined({canonical[name]: tensor for name, tensor in tensors.items()}, weights_map(component.map))
+        whole = join({canonical[name]: tensor for name, tensor in tensors.items()}, weights_map(component.map))
         self._stored, self._cure = stored_weights(whole, shapes, weights_map(component.map)), _cure(tensors)
         # Other tools lay convolutions out as MLX does. Small ones fit both layouts, so all are judged together.
         moved = {name: _channels_last(spec.shape) for name, spec in self._specs.items() if len(spec.shape) > 2}
@@ -299,7 +299,7 @@ def fill(
             else:
                 value = placement.vector(spec.name, value)
         elif packs:
-            value = repacked(value, scheme)
+            value = repack(value, scheme)
         if isinstance(value, Packed):
             value = value.astype(dtype)
             if not lazily:
@@ -330,7 +330,7 @@ def say_what_does_not_fit(component: str, specs: Collection[TensorSpec], scheme:
         )  # fmt: skip
 
 
-def repacked(value: mx.array | Packed, scheme: Scheme) -> Packed:
+def repack(value: mx.array | Packed, scheme: Scheme) -> Packed:
     """A (rows, columns) weight packed by a scheme, evaluated."""
     if isinstance(value, Packed):
         if Scheme(value.mode, value.bits, value.group_size) == scheme:

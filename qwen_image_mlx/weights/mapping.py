@@ -164,7 +164,7 @@ def specs_of_layers(component: Component, specs: Iterable[TensorSpec], layers: C
             yield spec
 
 
-def shown_settings(component: Component, stored_names: Iterable[str]) -> dict[str, Any]:
+def settings_of_names(component: Component, stored_names: Iterable[str]) -> dict[str, Any]:
     """The config fields that a checkpoint's tensor names determine, by the map's markers."""
     markers = weights_map(component.map).get("markers", {})
     found = set(canonical_names(component, stored_names).values())

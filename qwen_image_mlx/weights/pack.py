@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from .loader import ComponentWeights, repacked
+from .loader import ComponentWeights, repack
 from .mapping import TensorSpec, weights_map
 from .packed import Packed
 from .quantize import relative_error
@@ -131,7 +131,7 @@ def _write_tensor(
     """Adds a tensor to a file's arrays, evaluated, and its error to the errors if it is packed here."""
     value, path = part.weights.open(spec, reader), spec.name.removesuffix(".weight")
     if spec.is_packed_by(part.scheme):
-        packed = repacked(value, part.scheme)
+        packed = repack(value, part.scheme)
         source = value.dequantize() if isinstance(value, Packed) else value
         errors[path] = relative_error(source, packed)
         value = packed

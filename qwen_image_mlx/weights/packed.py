@@ -47,8 +47,9 @@ class Packed:
 
     def of_rows(self, first: int, count: int) -> Packed:
         """Some of its rows, lazily."""
-        parts = [None if array is None else array[first : first + count] for array in self.arrays]
-        return Packed(parts[0], parts[1], parts[2], self.group_size, self.bits, self.mode)
+        rows = slice(first, first + count)
+        biases = None if self.biases is None else self.biases[rows]
+        return Packed(self.weight[rows], self.scales[rows], biases, self.group_size, self.bits, self.mode)
 
     def astype(self, dtype: mx.Dtype) -> Packed:
         """With scales and biases in this dtype; the microscaling modes are returned unchanged."""

@@ -61,7 +61,7 @@ def _affine(w: mx.array, scheme: Scheme, refits: int) -> tuple[mx.array, mx.arra
     levels, slack = 2**scheme.bits - 1, mx.finfo(SCALES).eps / 2
     # Widened by the maximum rounding error, so that both ends stay representable.
     bias = (low - slack * mx.abs(low)).astype(SCALES).astype(mx.float32)
-    scale, bias = _rounded(mx.maximum((high - bias) / levels * (1 + slack), 1e-12), bias)
+    scale, bias = _round(mx.maximum((high - bias) / levels * (1 + slack), 1e-12), bias)
     q = _elements(groups, scale, bias, levels)
     error = _error(groups, q, scale, bias)
     for _ in range(refits):
@@ -83,7 +83,7 @@ def _refit(
     variance = mx.square(q - mean_q).mean(axis=-1, keepdims=True)
     covariance = ((q - mean_q) * (groups - mean_w)).mean(axis=-1, keepdims=True)
     slope = mx.where(variance > 0, covariance / mx.maximum(variance, 1e-12), scale)
-    new_scale, new_bias = _rounded(slope, mean_w - slope * mean_q)
+    new_scale, new_bias = _round(slope, mean_w - slope * mean_q)
     new_q = _elements(groups, new_scale, new_bias, levels)
     new_error = _error(groups, new_q, new_scale, new_bias)
     better = new_error < error
@@ -98,15 +98,15 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     On a GPU each kernel costs a pass over memory; on a CPU compiling them takes longer than they save.
     """
-    return _compiled(function) if mx.default_device() == mx.gpu else function
+    return _compile(function) if mx.default_device() == mx.gpu else function
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return mx.compile(function)
 
 
-def _rounded(scale: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+def _round(scale: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
     return scale.astype(SCALES).astype(mx.float32), bias.astype(SCALES).astype(mx.float32)
 
 

@@ -30,7 +30,7 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     Returns:
         One of `FOLDERS` -> its tensors; {} where no name has a component's prefix.
     """
-    names, found = _unwrapped(tensors), {}
+    names, found = _unwrap(tensors), {}
     for kind, patterns in weights_map("files")["parts"].items():
         for pattern in map(re.compile, patterns):
             own = {name[match.end() :]: tensor for name, tensor in names.items() if (match := pattern.match(name))}
@@ -49,7 +49,7 @@ def part_of(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = parts_of(tensors)
     if folder in parts and len(parts) == 1:  # tensors without a prefix belong to it, too
         own = {id(tensor) for tensor in parts[folder].values()}
-        rest = _unwrapped({name: tensor for name, tensor in tensors.items() if id(tensor) not in own})
+        rest = _unwrap({name: tensor for name, tensor in tensors.items() if id(tensor) not in own})
         if twice := parts[folder].keys() & rest.keys():
             raise _twice(tensors, min(twice))
         return parts[folder] | rest
@@ -61,7 +61,7 @@ def part_of(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"{_file(tensors)} is an all-in-one checkpoint with {held}, not with {LABELS[folder]}: give a file "
             "that has one"
         )
-    return _unwrapped(tensors)
+    return _unwrap(tensors)
 
 
 def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -69,7 +69,7 @@ def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     parts = parts_of(tensors)
     if len(parts) > 1:
         return {kind: own for kind, own in parts.items() if kind_of(own) == kind}
-    kind = next(iter(parts), None) or kind_of(_unwrapped(tensors))
+    kind = next(iter(parts), None) or kind_of(_unwrap(tensors))
     if kind is None:
         return {}
     own = part_of(kind, tensors)
@@ -98,8 +98,8 @@ def holds(component: Component, names: Iterable[str]) -> bool:
 
 def foreign_format(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of an unsupported quantization; None if all of it is supported."""
-    if said := int8.foreign(tensors):
-        return said
+    if found := int8.foreign(tensors):
+        return found
     for rule in weights_map("files")["formats"]:
         if any(re.search(pattern, name) for pattern in rule.get("without", ()) for name in tensors):
             continue
@@ -219,7 +219,7 @@ def _file(tensors: Mapping[str, Tensor]) -> Any:
     return next(iter(tensors.values())).file
 
 
-def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unwrap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by their names, without the wrapper names that torch.compile and similar tools insert."""
     wrappers, found = weights_map("files")["wrappers"], {}
     for name, tensor in tensors.items():

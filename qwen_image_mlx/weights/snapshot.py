@@ -230,7 +230,7 @@ class HubSnapshot:
         return self._opened
 
 
-def vision_beside(files: Sequence[Path]) -> Path | None:
+def sibling_vision_file(files: Sequence[Path]) -> Path | None:
     """llama.cpp's vision tower (`*mmproj*.gguf`) in the folder of a text encoder's GGUF file; None without one.
 
     Of several, the one whose name shares the longest prefix with the text encoder's, then the first by name.

@@ -152,7 +152,7 @@ class StreamedLayers:
         reader = Reader(self._weights.component.role)
         for layer, prefix, specs in zip(self._layers, self._prefixes, self._specs, strict=True):
             self._weights.read(specs, reader)  # at once, while the layer before runs
-            layer, placement = _copied(layer), self._adapters.placement() if self._adapters else None
+            layer, placement = _copy(layer), self._adapters.placement() if self._adapters else None
             fill(
                 layer, self._weights, specs, reader, self._dtype, None, placement,
                 prefix=prefix, lazily=self._adapters is None,
@@ -192,11 +192,11 @@ class StreamedRows:
         return mx.array(rows).view(dtype).astype(self._dtype).reshape(*ids.shape, columns)
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     """A copy of a module and its submodules that shares the arrays."""
     if isinstance(value, nn.Module):
         twin = copy.copy(value)
         for name, child in value.items():
-            twin[name] = _copied(child)
+            twin[name] = _copy(child)
         return twin
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+    return [_copy(item) for item in value] if isinstance(value, list) else value

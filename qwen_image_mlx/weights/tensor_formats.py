@@ -88,7 +88,7 @@ class Joined(Tensor):
     stacked: bool = False
 
 
-def joined(tensors: Mapping[str, Tensor], rules: Mapping[str, Any]) -> dict[str, Tensor]:
+def join(tensors: Mapping[str, Tensor], rules: Mapping[str, Any]) -> dict[str, Tensor]:
     """A component's entries by canonical name, with those that its map joins made one."""
     whole = dict(tensors)
     for rule in rules.get("joined", ()):
@@ -130,7 +130,7 @@ def stored_weights(
         companions = {word: tensors[place] for word, place in places.items() if place in tensors}
         parts = _parts(name, rules)
         expected = shapes.get(parts[0] if parts else name, tensor.shape)
-        found = _stored(tensor, companions, expected)
+        found = _gather(tensor, companions, expected)
         if parts and found.shape and found.shape[0] % len(parts) == 0 and tensors.keys().isdisjoint(parts):
             shape = (found.shape[0] // len(parts), *found.shape[1:])
             stored |= {part: replace(found, shape=shape, part=(n, len(parts))) for n, part in enumerate(parts)}
@@ -147,9 +147,9 @@ def _parts(name: str, rules: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _stored(tensor: Tensor, companions: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
+def _gather(tensor: Tensor, companions: Mapping[str, Tensor], expected: tuple[int, ...]) -> Stored:
     if isinstance(tensor, Joined):
-        problems = [found.problem for piece in tensor.pieces if (found := _stored(piece, {}, piece.shape)).problem]
+        problems = [found.problem for piece in tensor.pieces if (found := _gather(piece, {}, piece.shape)).problem]
         return Stored(tensor, {}, tensor.shape, problem=next(iter(problems), None))
     if tensor.container == "gguf":
         from .gguf_blocks import DECODED  # here: most checkpoints have no GGUF file

@@ -37,7 +37,7 @@ def strict(tmp_path: Path, text: str) -> str:
 def test_the_documents_scripts_are_strict(tmp_path):
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
     blocks = [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     everything = f"from qwen_image_mlx import {', '.join(qwen_image_mlx.__all__)}\n"
     assert "Success" in strict(tmp_path, "\n".join([everything, *blocks]))
 

@@ -127,7 +127,7 @@ def test_the_plan_is_made_for_the_largest_image(run, monkeypatch):
         planned.append((request, session.memory, session.force))
         raise RequestError("too large")
 
-    monkeypatch.setattr("qwen_image_mlx.runtime.session.Session.planned", refuse)
+    monkeypatch.setattr("qwen_image_mlx.runtime.session.Session.plan", refuse)
     lines = [
         {"prompt": "a", "width": 2048, "height": 1024, "cfg_scale": 1},
         {"prompt": "b", "negative_prompt": "dull"},

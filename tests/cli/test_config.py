@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import error_line
 
-from qwen_image_mlx.cli.config import configured
+from qwen_image_mlx.cli.config import config_options
 from qwen_image_mlx.cli.main import build_parser, main
 from qwen_image_mlx.settings import SCHEMA
 from qwen_image_mlx.variants import DEFAULT_MODEL
@@ -137,16 +137,16 @@ def test_a_command_s_own_usual_values_come_last(here):
         DEMOS + "num_layers = 3\nresolution = 64\nmemory = \"1GB\"\nquantize = 4\nloras = ['o/r']\ngeneration.steps = 2"
     )
     asked = build_parser().parse_args
-    assert configured(asked(["decompose", "x.png"]), "decompose") == {
+    assert config_options(asked(["decompose", "x.png"]), "decompose") == {
         "model": "demo-layered", "num_layers": 3, "resolution": 64, "quantize": "4", "memory": "1GB", "loras": ["o/r"],
         "steps": 2,
     }  # fmt: skip
-    assert configured(asked(["caption", "x.png"]), "caption") == {"model": "demo-layered", "quantize": "4"}
-    assert configured(asked(["plan"]), "plan") == {
+    assert config_options(asked(["caption", "x.png"]), "caption") == {"model": "demo-layered", "quantize": "4"}
+    assert config_options(asked(["plan"]), "plan") == {
         "model": "demo", "num_layers": 3, "quantize": "4", "memory": "1GB", "steps": 2,
     }  # fmt: skip
     train = asked(["train", "--data", "d", "-o", "o", "--steps", "1"])
-    models = {task: configured(train, f"train --task {task}") for task in ("t2i", "edit", "layered")}
+    models = {task: config_options(train, f"train --task {task}") for task in ("t2i", "edit", "layered")}
     assert models == {"t2i": {"model": "demo"}, "edit": {"model": "demo-edit"}, "layered": {"model": "demo-layered"}}
 
 
@@ -161,7 +161,7 @@ def test_a_command_s_own_usual_values_come_last(here):
 ])  # fmt: skip
 def test_loras_of_the_config_are_for_its_own_model(here, flags, recorded, loras):
     config('[default.qwen_image]\nmodel_path = "o/mine"\nloras = ["o/r"]')
-    said = configured(build_parser().parse_args(["generate", "x", *flags]), "generate", recorded)
+    said = config_options(build_parser().parse_args(["generate", "x", *flags]), "generate", recorded)
     assert said.get("loras") == loras
 
 
@@ -169,12 +169,12 @@ def test_loras_of_a_config_without_a_model_are_for_the_usual_one(here):
     config('[default.qwen_image]\nloras = ["o/r"]')
     for flags, loras in (([], ["o/r"]), (["--model", DEFAULT_MODEL], ["o/r"]), (["--model", "demo"], None)):
         arguments = build_parser().parse_args(["generate", "x", *flags])
-        assert configured(arguments, "generate").get("loras") == loras
+        assert config_options(arguments, "generate").get("loras") == loras
 
 
 def test_lightning_brings_its_own_steps_and_guidance(here):
     config("[default.qwen_image]\ncfg_scale = 3\nquantize = 4\ngeneration.steps = 30")
-    said = configured(build_parser().parse_args(["generate", "x", "--lightning", "8"]), "generate")
+    said = config_options(build_parser().parse_args(["generate", "x", "--lightning", "8"]), "generate")
     assert said == {"quantize": "4"}
 
 

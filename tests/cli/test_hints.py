@@ -39,7 +39,7 @@ def test_a_size_is_called_by_its_flag(capsys):
     assert main(["edit", "x", "--image", "x.png", "--size", "big"]) == 2
     assert "--size is 'big'" in capsys.readouterr().err
     with pytest.raises(RequestError, match=r"^size is 'big'"):
-        request.parsed_size("big")
+        request.parse_size("big")
 
 
 def test_every_cause_has_its_hint():

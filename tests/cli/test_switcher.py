@@ -70,7 +70,7 @@ ANSWERED = [
     ("generate x --cfg 4", "give --cfg-scale"),
     ("generate x --batch-size 4", "give --num-images"),
     ("generate x --auto-seeds 4", "give --seeds 1-4"),
-    ("generate x --sampler euler", "leave it out: the schedule"),
+    ("generate x --sampler euler", "give --solver"),
     ("generate x --scheduler linear", "leave it out: the schedule"),
     ("generate x --clip-skip 2", "leave it out: these models have no CLIP"),
     ("generate x --lora-paths a.safetensors --lora-scales 0.7", "give --lora FILE STRENGTH"),
@@ -86,7 +86,7 @@ ANSWERED = [
     ("generate x --metadata", "leave it out: every image carries"),
     ("generate x --config-from-metadata a.png", "give --from-image"),
     ("generate x --stepwise-image-output-dir d", "give --preview"),
-    ("generate x --controlnet-image-path a.png", "leave it out: ControlNets"),
+    ("generate x --controlnet-image-path a.png", "give --control-image"),
     ("generate x --no-progress", "give --quiet"),
     ("generate x -v", "give --verbose"),
     ("generate x --dry-run", "the command `plan`"),
@@ -149,7 +149,7 @@ def test_no_foreign_name_is_one_of_ours():
 def test_a_short_name_is_a_hub_id(here):
     for name, model in MODEL_ALIASES.items():
         assert HubSnapshot(name).model == full_name(name.upper()) == model
-        assert OpenOptions.asked({"model": name}, "demo").model == model
+        assert OpenOptions.from_options({"model": name}, "demo").model == model
     assert full_name("demo") == "demo"
     with pytest.raises(CheckpointError, match=r"did you mean layered\?"):
         HubSnapshot("layerd")
@@ -238,10 +238,10 @@ def test_quiet_shows_nothing_but_the_path(run):
     assert run(f"generate 'a red circle' {DEMO} --quiet -o a.png") == (0, ["a.png"], "")
 
 
-def test_verbose_shows_what_is_asked_for_and_what_stages_take(run):
+def test_verbose_shows_the_options_and_what_stages_take(run):
     code, out, err = run(f"generate 'a red circle' {DEMO} --seed 3 --verbose -o a.png")
     assert (code, out) == (0, ["a.png"])
-    assert "asked: model 'demo'" in err
+    assert "options: model 'demo'" in err
     assert "seconds" in err
     assert "profile" not in read_metadata("a.png")
 
@@ -315,7 +315,8 @@ def test_help_is_short_before_it_is_long_and_ends_with_examples_that_parse(comma
 def test_help_is_in_groups(capsys):
     lines = help_of("generate", capsys).splitlines()
     titles = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert titles[2:] == ["image", "size", "sampling", "image to image and inpainting", "many images", "model",
+    assert titles[2:] == ["image", "size", "sampling", "image to image and inpainting",
+                          "control by an image", "many images", "model",
                           "speed and memory", "output", "settings", "messages and progress", "examples"]  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def test_streamed_bytes_are_those_of_the_readme():
 
 @pytest.mark.slow
 def test_cancelling_takes_a_few_blocks():
-    block_s, latency = faults.cancelled_chain()
+    block_s, latency = faults.cancel_chain()
     assert 0 < latency < faults._MAX_BLOCKS * block_s + 0.5
 
 
@@ -261,7 +261,7 @@ def test_the_decoder_runs_with_winograd_and_without(tmp_path, monkeypatch):
 
 def test_a_refused_allocation(monkeypatch):
     """On Metal an array of twice the largest buffer is asked for; elsewhere nothing is."""
-    assert faults.refused_allocation().startswith("not tried")
+    assert faults.allocate_too_much().startswith("not tried")
     asked = []
 
     def refuse(array):
@@ -271,7 +271,7 @@ def test_a_refused_allocation(monkeypatch):
     monkeypatch.setattr(faults, "on_metal", lambda: True)
     monkeypatch.setattr(faults, "device_info", lambda: {"max_buffer_length": 1 << 33})
     monkeypatch.setattr(faults, "finish", refuse)
-    assert faults.refused_allocation() == "refused"
+    assert faults.allocate_too_much() == "refused"
     assert asked == [1 << 34]
     monkeypatch.setattr(faults, "finish", lambda array: None)
-    assert faults.refused_allocation() == "not refused"
+    assert faults.allocate_too_much() == "not refused"

@@ -21,7 +21,7 @@ def made(**verdicts):
         if verdict != "ok":
             outcome.find(verdict, f"{name} is {verdict}")
         groups[name] = outcome.as_dict() | {"seconds": 1.0, "peak_bytes": 2 * 10**9}
-    return report.summed_up({"version": 1, "program": "1", "created": "2026-01-01", "variables": {}, "groups": groups})
+    return report.summarize({"version": 1, "program": "1", "created": "2026-01-01", "variables": {}, "groups": groups})
 
 
 @pytest.mark.parametrize(("verdicts", "code"), [
@@ -57,7 +57,7 @@ def test_the_issue_holds_verdicts_and_figures():
     (r"C:\Users\jane\x", "<path>"),
 ])  # fmt: skip
 def test_paths_are_left_out(text, clean):
-    assert report.scrubbed({"a": [text]}) == {"a": [clean]}
+    assert report.scrub({"a": [text]}) == {"a": [clean]}
 
 
 def test_user_and_host_are_left_out(monkeypatch):
@@ -66,7 +66,7 @@ def test_user_and_host_are_left_out(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "janes-mac.local")
     monkeypatch.setattr(Path, "home", classmethod(lambda cls: Path("/Users/janehome")))
     try:
-        said = report.scrubbed("janedoe on janes-mac.local, janehome; janedoes")
+        said = report.scrub("janedoe on janes-mac.local, janehome; janedoes")
     finally:
         report._names.cache_clear()
     assert said == "<user> on <host>, <user>; janedoes"

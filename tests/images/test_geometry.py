@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen_image_mlx.errors import RequestError
-from qwen_image_mlx.images.canvas import crop_region, feathered, fill, plan_canvas
+from qwen_image_mlx.images.canvas import crop_region, feather, fill, plan_canvas
 from qwen_image_mlx.images.geometry import size_of_area, vision_size
 from qwen_image_mlx.images.pixels import on_white, to_mask, to_patches, to_pixels
 
@@ -114,7 +114,7 @@ def test_filling_is_the_reference_s(size):
 def test_a_feathered_mask_never_leaves_the_mask(seed):
     mask = Image.fromarray((np.random.default_rng(seed).random((8, 10)) > 0.5).astype(np.uint8) * 255)
     mask = mask.resize((1000, 800), Image.Resampling.NEAREST)
-    opacity, inside = np.asarray(feathered(mask)), np.asarray(mask) >= 128
+    opacity, inside = np.asarray(feather(mask)), np.asarray(mask) >= 128
     assert (opacity[~inside] == 0).all()
     assert (opacity[inside] > 0).all()
     assert np.unique(opacity).tolist() == [0, 85, 170, 255]
@@ -123,7 +123,7 @@ def test_a_feathered_mask_never_leaves_the_mask(seed):
 def test_a_seam_rises_inside_and_not_at_the_image_s_border():
     mask = np.zeros((1024, 1024), np.uint8)
     mask[:, 500:] = 255
-    opacity = np.asarray(feathered(Image.fromarray(mask)))
+    opacity = np.asarray(feather(Image.fromarray(mask)))
     assert opacity[300, 499:505].tolist() == [0, 64, 128, 191, 255, 255]
     assert (opacity[:, -1] == 255).all()
 

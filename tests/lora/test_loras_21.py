@@ -29,6 +29,8 @@ from qwen_image_mlx.registry import component_of
 from qwen_image_mlx.sampling.schedule import make_schedule, static_shift
 from qwen_image_mlx.weights.mapping import matrix_shapes
 
+pytestmark = pytest.mark.slow
+
 BLOCK = "transformer_blocks.1"
 GATE, UP, FUSED = (f"{BLOCK}.img_mlp.{name}" for name in ("gate_layer", "proj", "gate_up"))
 MODULATION = ("modulation.1", "time_text_embed.timestep_embedder.linear_1", "norm_out.linear")

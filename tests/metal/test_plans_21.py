@@ -145,6 +145,7 @@ def test_the_documented_table_follows_from_the_plans(opened, mac, gib):
         assert row in text, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gib", MACS)
 def test_the_command_plans_it_from_configs_alone(folder, mac, gib, capsys):
     budget = mac(gib)

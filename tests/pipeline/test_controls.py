@@ -181,6 +181,7 @@ def test_what_a_network_is_given(opened, files):
     assert np.array_equal(alone[..., 64:68], inpainted[..., 64:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["residuals", "fun", "block-wise"])
 def test_a_pass_in_parts_has_the_hints_of_a_whole_one(opened, files, title):
     """A step cache that never skips, and one that skips; outside the guidance's interval the prompt alone is run."""

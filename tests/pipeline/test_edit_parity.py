@@ -11,7 +11,7 @@ from PIL import Image
 from reference_edit import load_edit_reference, run_edit_reference
 
 from qwen_image_mlx import GenerationParameters, QwenImagePipeline
-from qwen_image_mlx.images.canvas import feathered, plan_canvas
+from qwen_image_mlx.images.canvas import feather, plan_canvas
 from qwen_image_mlx.images.pixels import to_images
 
 pytestmark = pytest.mark.reference
@@ -216,7 +216,7 @@ def test_inpainting_the_mask_s_surroundings_alone(tiny, padding):
     ours, pixels = run_ours(tiny, size=size, initial=shown, mask=shown_mask, **call)
     assert max(relative(a, b) for a, b in zip(ours, latents, strict=True)) < 1e-4
     finished = np.asarray(canvas.finish(Image.fromarray(pixels.astype(np.uint8)))).astype(int)
-    expected, deep = np.asarray(images[0]).astype(int), np.asarray(feathered(mask)) == 255
+    expected, deep = np.asarray(images[0]).astype(int), np.asarray(feather(mask)) == 255
     assert np.abs(finished - expected)[deep].max() <= 1
     assert np.array_equal(finished[np.asarray(mask) < 128], np.asarray(image)[np.asarray(mask) < 128])
 

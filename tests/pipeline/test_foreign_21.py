@@ -18,6 +18,8 @@ from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.pipeline.conditioning import GuidanceEncoding
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 PARAMETERS = GenerationParameters(width=64, height=32, num_inference_steps=1, cfg_scale=1.0)
 PHOTO = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 TRANSFORMER = {name: mx.array(value) for name, value in values_21("transformer").items()}

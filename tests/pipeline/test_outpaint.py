@@ -7,7 +7,7 @@ import pytest
 from control_files import INSTANTX, picture, write_control
 
 from qwen_image_mlx import Control, QwenImagePipeline, RequestError
-from qwen_image_mlx.images.canvas import outpainted, parsed_sides
+from qwen_image_mlx.images.canvas import extend, parse_sides
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 SIDES = 16, 0, 32, 8
@@ -31,7 +31,7 @@ def small(monkeypatch, generating):
 
 def test_the_room_around_has_the_edge_s_colours_and_is_white_in_the_mask():
     image = picture(40, 30)
-    wide, mask = outpainted(image, SIDES)
+    wide, mask = extend(image, SIDES)
     pixels, inside = np.asarray(wide), np.asarray(mask) == 0
     assert wide.size == mask.size == (88, 38)
     assert np.array_equal(pixels[:30, 16:56], np.asarray(image))
@@ -43,7 +43,7 @@ def test_the_room_around_has_the_edge_s_colours_and_is_white_in_the_mask():
 def test_its_own_pixels_come_back_bit_for_bit_and_the_seam_is_soft(small):
     image = picture(80, 60)
     (made,) = small.generate("a fox", image=image, outpaint=SIDES, **FAST)
-    wide, _ = outpainted(image, SIDES)
+    wide, _ = extend(image, SIDES)
     pixels, filled = np.asarray(made).astype(int), np.asarray(wide).astype(int)
     assert made.size == (128, 68)
     assert np.array_equal(pixels[:60, 16:96], np.asarray(image))
@@ -67,7 +67,7 @@ def test_all_that_is_added_is_generated_unless_a_strength_is_given(small):
 def test_a_controlnet_that_inpaints_is_shown_the_same(small, tmp_path):
     file = write_control(tmp_path / "inpaint.safetensors", small.model, INSTANTX, layers=1, extra=1)
     image = picture(80, 60)
-    wide, mask = outpainted(image, SIDES)
+    wide, mask = extend(image, SIDES)
     asked = {"image": image, "outpaint": SIDES, **FAST}
     plain, shown, said = (
         np.asarray(small.generate("a fox", controls=controls, **asked)[0])
@@ -94,11 +94,11 @@ def test_edits_outpaint_too(tmp_path):
 @pytest.mark.parametrize("said", ["1,2,3", "a,b,c,d", "", "-1,0,0,0", "1,1,1,99999", (1, 2), None])
 def test_sides_are_four_numbers(said):
     with pytest.raises(RequestError, match="must be LEFT,TOP,RIGHT,BOTTOM"):
-        parsed_sides([None] if said is None else said)
+        parse_sides([None] if said is None else said)
 
 
 def test_what_cannot_be_outpainted():
     with pytest.raises(RequestError, match="adds nothing"):
-        outpainted(picture(8, 8), (0, 0, 0, 0))
+        extend(picture(8, 8), (0, 0, 0, 0))
     with pytest.raises(RequestError, match="16008x16008 pixels"):
-        outpainted(picture(8, 8), (16000, 16000, 0, 0))
+        extend(picture(8, 8), (16000, 16000, 0, 0))

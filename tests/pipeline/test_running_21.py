@@ -72,6 +72,7 @@ def test_latents_of_every_step_and_the_image_are_the_golden_ones(pipeline, name)
     goldens.assert_agree(name, made | {"image": np.asarray(image)}, 1e-4)
 
 
+@pytest.mark.slow
 def test_streamed_layers_and_kept_encodings_give_the_same_image(checkpoint, pipeline, tmp_path):
     images = GENERATIONS_21["edit_21"]["images"]
     asked = {"images": images, "size": (64, 64), "num_inference_steps": 2, "cfg_scale": 1.0}
@@ -137,6 +138,7 @@ def test_fewer_reference_pixels_shrink_what_both_are_shown(pipeline):
     assert usual.positive.shape[1] - fewer.positive.shape[1] == 9 - 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GENERATIONS_21)
 def test_without_the_prefix_cache_the_latents_are_the_same(pipeline, monkeypatch, name):
     run, made, kept = GENERATIONS_21[name], {True: [], False: []}, []
@@ -182,11 +184,11 @@ def test_a_prefix_that_does_not_fit_is_told_the_way_out(checkpoint, monkeypatch)
         for keep in (True, False)
     )
     session.memory = replace(session.memory, budget=(kept + anew) // 2)
-    with pytest.raises(RequestError) as refused, session.planned(request):
+    with pytest.raises(RequestError) as refused, session.plan(request):
         pass
     assert refused.value.cause == "prefix cache"
     session.memory = replace(session.memory, budget=anew // 2)
-    with pytest.raises(RequestError) as refused, session.planned(request):
+    with pytest.raises(RequestError) as refused, session.plan(request):
         pass
     assert refused.value.cause == "budget"
 
@@ -234,6 +236,7 @@ def test_previews_map_its_latents_to_colours(pipeline):
     assert np.corrcoef(small.ravel(), expected.ravel())[0, 1] > 0.95
 
 
+@pytest.mark.slow
 def test_opaque_images_are_rgb(pipeline, monkeypatch):
     (image,) = pipeline.generate("x", **SMALL)
     assert image.mode == "RGBA"
@@ -249,6 +252,7 @@ def test_opaque_images_are_rgb(pipeline, monkeypatch):
     assert image.mode == "RGB"
 
 
+@pytest.mark.slow
 def test_a_mask_keeps_what_it_keeps(pipeline):
     source, mask = GENERATIONS_21["edit_21"]["images"][1], goldens.mask(200, 120)
     (image,) = pipeline.generate("x", image=source, mask=mask, num_inference_steps=2, strength=1.0)

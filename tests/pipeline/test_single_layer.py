@@ -102,24 +102,18 @@ def test_what_is_refused(said, sentence):
         layers_of(picture(64, 48).convert("RGBA"), {"seed": 1, **said}, (64,))
 
 
+def words_of(model):
+    """A quick run of the command."""
+    options = "--steps 1 --cfg-scale 1 --seed 1 --quiet"
+    return ["decompose", "lake.png", "--model", str(model), *options.split()]
+
+
 def test_on_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     picture(32, 32).save("lake.png")
     half_mask(32, 32).save("brush.png")
     half_mask(9, 9).save("small.png")
-    words = [
-        "decompose",
-        "lake.png",
-        "--model",
-        str(tiny),
-        "--steps",
-        "1",
-        "--cfg-scale",
-        "1",
-        "--seed",
-        "1",
-        "--quiet",
-    ]
+    words = words_of(tiny)
     words += ["--dtype", "float32"]
     monkeypatch.setattr("qwen_image_mlx.variants.LAYERED_RESOLUTIONS", (640, 1024))
     assert main([*words, "--layer-mask", "small.png", "-o", "no"]) == 2
@@ -134,18 +128,6 @@ def test_a_run_of_the_command(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture(32, 32).save("lake.png")
     half_mask(32, 32).save("brush.png")
-    words = [
-        "decompose",
-        "lake.png",
-        "--model",
-        str(tiny),
-        "--steps",
-        "1",
-        "--cfg-scale",
-        "1",
-        "--seed",
-        "1",
-        "--quiet",
-    ]
+    words = words_of(tiny)
     assert main([*words, "--layer-prompt", "the boat", "--layer-mask", "brush.png", "-o", "boat"]) == 0
     assert len(load_layers(tmp_path / "boat").layers) == 1

@@ -12,10 +12,13 @@ from checkpoints_21 import write_checkpoint_21
 from qwen_image_mlx import Cancelled, GenerationParameters, QwenImagePipeline, RequestError
 from qwen_image_mlx.pipeline import calibrated
 from qwen_image_mlx.pipeline.conductor import keeping
+from qwen_image_mlx.pipeline.step_cache import CachedDenoiser
 from qwen_image_mlx.runtime.memory_plan import Work, make_plan
 from qwen_image_mlx.sampling.choices import CACHE_NAMES
 from qwen_image_mlx.sampling.step_caches import METHODS, RELEASED, CacheFacts, TeaFacts
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
+
+pytestmark = pytest.mark.slow
 
 STEPS = 10
 ENCODINGS = {}
@@ -161,3 +164,18 @@ def test_released_facts_have_fifty_ratios():
     for facts in RELEASED.values():
         assert len(facts.ratios) == 50
         assert facts.ratios[0] == 1
+
+
+def test_each_image_has_a_cache_of_its_own(pipeline, monkeypatch):
+    caches = []
+    begin = CachedDenoiser.__init__
+
+    def noted(self, denoiser, cache, evaluations):
+        caches.append(cache)
+        begin(self, denoiser, cache, evaluations)
+
+    monkeypatch.setattr(CachedDenoiser, "__init__", noted)
+    for seed in (1, 2):
+        made(pipeline, "taylorseer", seed=seed)
+    assert len(caches) == 2
+    assert caches[0] is not caches[1]

@@ -20,6 +20,7 @@ from qwen_image_mlx.models.layers import QuantizedLinear
 from qwen_image_mlx.training import checkpoints, loop, run, samples
 from qwen_image_mlx.training.examples import Example
 from qwen_image_mlx.training.lora import LoRALinear
+from qwen_image_mlx.training.network import Network
 from qwen_image_mlx.training.run import train
 from qwen_image_mlx.training.settings import TrainingSettings
 from qwen_image_mlx.variants import VARIANTS
@@ -219,14 +220,14 @@ def test_a_packed_base_is_trained_beside(wide, examples, tmp_path, bits):
 def test_bf16_computes_in_bf16_and_keeps_fp32(models, examples, tmp_path, monkeypatch):
     pipeline = QwenImagePipeline.from_pretrained(models["t2i"], dtype="bfloat16")
     seen = set()
-    real = run.Network.__call__
+    real = Network.__call__
 
     def call(self, *arguments):
         velocity = real(self, *arguments)
         seen.add(velocity.dtype)
         return velocity
 
-    monkeypatch.setattr(run.Network, "__call__", call)
+    monkeypatch.setattr(Network, "__call__", call)
     outcome = train(pipeline, examples["t2i"], settings(steps=2), tmp_path / "run")
     assert seen == {mx.bfloat16}
     state = mx.load(str(outcome.checkpoint))

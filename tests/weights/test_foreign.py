@@ -19,7 +19,7 @@ from qwen_image_mlx.weights.mapping import (
     expected_tensors,
     is_ignored,
     known_share,
-    shown_settings,
+    settings_of_names,
 )
 from qwen_image_mlx.weights.recognize import foreign_format, kinds_of, part_of
 from qwen_image_mlx.weights.safetensors_files import Tensor, read_header
@@ -97,8 +97,8 @@ def test_the_smallest_convolutions_are_not_mistaken_for_each_other(tmp_path, for
 @pytest.mark.parametrize("prefix", foreign_names.PREFIXES)
 def test_the_marker_of_2511_is_seen_under_every_prefix(prefix):
     names = [prefix + name for name in (*NAMES["transformer"], "__index_timestep_zero__")]
-    assert shown_settings(ROWS["transformer"], names) == {"zero_cond_t": True}
-    assert shown_settings(ROWS["transformer"], names[:-1]) == {}
+    assert settings_of_names(ROWS["transformer"], names) == {"zero_cond_t": True}
+    assert settings_of_names(ROWS["transformer"], names[:-1]) == {}
 
 
 def test_what_says_nothing_is_passed_over():

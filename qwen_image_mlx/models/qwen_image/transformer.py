@@ -57,7 +57,7 @@ class Hidden(NamedTuple):
         texts: (B, L, D) for each branch.
     """
 
-    images: Sequence[Sequence[mx.array]]
+    images: Sequence[list[mx.array]]
     texts: Sequence[mx.array]
 
     @property
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
             ]
             if hints:
                 streams = [
-                    ([_hinted(hints, number, text, images[0]), *images[1:]], txt)
+                    ([_add_hints(hints, number, text, images[0]), *images[1:]], txt)
                     for text, (images, txt) in enumerate(streams)
                 ]
             if on_layer is not None:  # the last block returns its text unchanged
@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         return modulate(hidden.targets[0], scale, shift)
 
 
-def _hinted(hints: Sequence[Hint], block: int, text: int, target: mx.array) -> mx.array:
+def _add_hints(hints: Sequence[Hint], block: int, text: int, target: mx.array) -> mx.array:
     """The target's tokens and the sum of all hints, each of which sees the tokens without the others."""
     added = [value for hint in hints if (value := hint(block, text, target)) is not None]
     for value in added:

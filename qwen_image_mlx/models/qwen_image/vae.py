@@ -26,7 +26,7 @@ from ..autoencoder import (
     ResidualBlock,
     Stage,
     Upsample,
-    unbanded,
+    without_bands,
 )
 from ..layers import Conv2d, Linear, OnLayer
 from .config import VAEConfig
@@ -45,7 +45,7 @@ class Encoder(nn.Module):
         """The network as consecutive functions."""
         body = self.encoder
         layers = [body.conv_in, *body.down_blocks, *body.mid_block.stages, body.head, self.quant_conv]
-        return [unbanded(layer) for layer in layers]
+        return [without_bands(layer) for layer in layers]
 
 
 class Decoder(nn.Module):
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         """Everything that needs the whole image: up to and with all up-blocks but the last two."""
         body = self.decoder
         layers = [self.post_quant_conv, body.conv_in, *body.mid_block.stages]
-        return [*map(unbanded, layers), *(stage for block in body.up_blocks[:-2] for stage in block.stages)]
+        return [*map(without_bands, layers), *(stage for block in body.up_blocks[:-2] for stage in block.stages)]
 
     @property
     def tail(self) -> list[Stage]:

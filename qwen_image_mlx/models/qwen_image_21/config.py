@@ -106,15 +106,15 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
         """Reads and checks the JSON object; raises CheckpointError on ill-typed or impossible values."""
-        said = dict(data)
-        if said.get("patch_size", 1) is None:
-            del said["patch_size"]
-        if said.get("decoder_base_dim", 0) is None:  # as wide as the encoder
-            said["decoder_base_dim"] = said.get("base_dim", cls.base_dim)
-        config = read_config(cls, said, where, ignored=cls._UNUSED | {*PACKS})
+        fields = dict(data)
+        if fields.get("patch_size", 1) is None:
+            del fields["patch_size"]
+        if fields.get("decoder_base_dim", 0) is None:  # as wide as the encoder
+            fields["decoder_base_dim"] = fields.get("base_dim", cls.base_dim)
+        config = read_config(cls, fields, where, ignored=cls._UNUSED | {*PACKS})
         for name, only in (("attn_scales", ()), ("is_residual", True), ("patch_size", 1)):
             if getattr(config, name) != only:
-                raise CheckpointError(f"{where}: {name} is {said[name]!r:.80}; only {only!r} is supported")
+                raise CheckpointError(f"{where}: {name} is {fields[name]!r:.80}; only {only!r} is supported")
         if len(config.temperal_downsample) != len(config.dim_mult) - 1:
             raise CheckpointError(f"{where}: temperal_downsample must have one entry less than dim_mult")
         for name in ("latents_mean", "latents_std"):

@@ -166,7 +166,7 @@ def _branches(conditions: Conditions) -> list[Condition]:
     return [Condition(states, tuple(starts)) for states in conditions.branches]
 
 
-def loaded_modulation(
+def load_modulation(
     weights: ComponentWeights, dtype: mx.Dtype, adapters: WeightChanges | None = None
 ) -> TimeModulation:
     """The network of the modulation, with LoRAs; raises CheckpointError if its weights cannot be read."""
@@ -183,7 +183,7 @@ def _table(components: Components, sigmas: np.ndarray, report: Reporter) -> list
     if _TABLE not in kept or not np.array_equal(kept[_TABLE][0], sigmas):
         kept.pop(_TABLE, None)
         with report.stage("load", "modulation"):
-            network = loaded_modulation(components.weights(TRANSFORMER), components.dtype, components.adapters)
+            network = load_modulation(components.weights(TRANSFORMER), components.dtype, components.adapters)
             made = network.table(mx.array([*sigmas.tolist(), 0.0]), components.dtype)
             mx.eval(made)
         kept[_TABLE] = sigmas, made

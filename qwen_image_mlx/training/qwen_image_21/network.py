@@ -67,7 +67,7 @@ class Network21(nn.Module):
         self.transformer = transformer
         if modulation is not None:
             self.modulation = modulation
-        self._run = _recomputed if checkpointing else _run
+        self._run = _recompute if checkpointing else _run
         self._sequence = cache(lambda segments, length: _sequence(segments, length, config.axes_dims_rope))
 
     def rotary(self, batch: Batch) -> Sequence21:
@@ -126,7 +126,7 @@ def _run(
     return prefix, block(target, rows.own, rotary.after, seen)
 
 
-def _recomputed(
+def _recompute(
     block: TransformerBlock, prefix: mx.array, target: mx.array, rotary: Sequence21, rows: Modulated
 ) -> tuple[mx.array, mx.array]:
     """Runs a block without keeping its intermediate arrays, which the gradient recomputes."""

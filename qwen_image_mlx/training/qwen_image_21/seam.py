@@ -13,7 +13,7 @@ from ...models.qwen_image_21.config import TransformerConfig
 from ...models.qwen_image_21.modulation import TimeModulation
 from ...models.qwen_image_21.transformer import Rows, Transformer
 from ...pipeline.conditioning import Reference
-from ...pipeline.qwen_image_21.denoiser import TrainedDenoisers, loaded_modulation
+from ...pipeline.qwen_image_21.denoiser import TrainedDenoisers, load_modulation
 from ...weights.changes import WeightChanges
 from ...weights.loader import ComponentWeights
 from ..seam import Segments
@@ -85,7 +85,7 @@ class Levels:
         adapters: WeightChanges | None = None,
     ):
         drawn = sorted({*levels})
-        modulation = loaded_modulation(weights, dtype, adapters)
+        modulation = load_modulation(weights, dtype, adapters)
         *table, self._still = rows_of_steps(modulation, np.array(sigmas)[drawn], dtype)
         self._rows: dict[int, Rows] = dict(zip(drawn, table, strict=True))
 
