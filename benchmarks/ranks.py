@@ -79,8 +79,8 @@ def blocks(folder: Path, ranks: Any) -> dict[str, Any]:
                    "cfg_scale": 4.0, "parallel": mode}  # fmt: skip
         session = Session.open(options, "", lambda p, t=times: p.stage == "denoise" and t.append(time.perf_counter()))
         request = session.request(options, (256, 256))
-        with session.planned(request):
-            encoding = session.encoded(request)
+        with session.plan(request):
+            encoding = session.encode(request)
             session.pipeline.release_encoders()
             session.pipeline.denoise_latents(request.parameters, encoding, seed=1)
         steps = [b - a for a, b in pairwise(times[1:])]

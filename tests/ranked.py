@@ -100,7 +100,7 @@ def _run_case(case: dict[str, Any], folder: Path, mode: str, rank: int) -> None:
         size = None if session.pipeline.variant.layered else (64, 64)
         request = session.request(options, size, images)
         with session.plan(request):
-            encoding, initial = session.encoded(request), encode_canvas(session.pipeline, request)
+            encoding, initial = session.encode(request), encode_canvas(session.pipeline, request)
             latents = session.pipeline.denoise_latents(request.parameters, encoding, seed=7, initial=initial)
     finally:
         ComponentWeights.open = opened
