@@ -16,7 +16,7 @@ from importlib import import_module
 from .._version import __version__
 from ..errors import QwenImageError
 from ..outside import one_line
-from ..runtime.ranks import alone, current, ending, joined, launched, leave, lost, said_rank
+from ..runtime.ranks import PATIENCE, alone, current, ending, joined, launched, leave, lost, said_rank
 from .hints import sentence
 from .parser import Parser
 from .results import Unread, messages_kept, results
@@ -110,13 +110,14 @@ def _run(arguments: argparse.Namespace) -> int | None:
 
 def _run_ranks(arguments: argparse.Namespace) -> int | None:
     """Runs the command as one of several ranks. All end together: one that fails is missed by the others."""
-    shares = getattr(import_module(arguments.run.__module__), "SHARES", False)
+    module = import_module(arguments.run.__module__)
+    shares = getattr(module, "SHARES", False)
     if not shares and said_rank():
         print(f"rank {said_rank()}: nothing to do, this command runs on rank 0", file=sys.stderr)
         return None
     if not shares:
         alone()
-    with ending():
+    with ending(getattr(module, "PATIENCE", PATIENCE)):
         code: int | None = arguments.run(arguments)
         if shares and joined():
             current().wait()

@@ -149,6 +149,7 @@ def generate_all(
     pipeline = session.pipeline
     with session.plan(heaviest(images)) as plan, temporary_folder() as folder:
         if not session.works:
+            session.attend()
             return
         kept: dict[tuple[str, str | None], Path] = {}
         controls = {}

@@ -333,7 +333,8 @@ _OTHERS = (
                        "usual": "auto, which keeps a model loaded if it fits"}},
     ),
     Option(
-        name="parallel", kind=Choice(PARALLEL), group="memory", commands=SHARED, flags=("--parallel",), usual="auto",
+        name="parallel", kind=Choice(PARALLEL), group="memory", commands=(*SHARED, "serve"), flags=("--parallel",),
+        usual="auto",
         help="how the processes that mlx.launch started share the work: the branches of guidance, the images, the "
         "transformer's blocks, or not at all",
         config=(Config(commands=TASKS, help="how the processes that mlx.launch started share the work",

@@ -33,7 +33,8 @@ REPORT = logging.INFO + 5  # the level of the line that each rank but the first 
 
 # Set by mlx.launch's backends (ring, jaccl, nccl), by Open MPI and by MPICH; all tell a process its rank.
 _RANK_KEYS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-_PATIENCE = 5.0  # seconds that a rank may take to end after a signal
+PATIENCE = 5.0  # seconds that a rank may take to end after a signal
+_ENDS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Begins every error of MLX's backends: backend/*/distributed of MLX 0.32.
 _BACKENDS = re.compile(r"\[(ring|jaccl|mpi|nccl|distributed)\]")
 _MAX_SHOWN = 60  # characters of a value on which ranks differ
@@ -58,12 +59,20 @@ class Ranks:
     Attributes:
         rank: number of this process, from 0.
         size: how many there are.
+        meet: called before an exchange of all ranks that one of them may not reach, because its work failed or was
+            stopped. It raises if there is one; here it does nothing, because the failing process ends. A server
+            replaces it.
+        awaited: whether others wait for what only this rank can send, so that it cannot fail alone.
+        shared: how the last work was shared, for people: the mode, and each rank's part.
     """
 
     def __init__(self, group: Any = None):
         self._group = group
         self.rank: int = 0 if group is None else group.rank()
         self.size: int = 1 if group is None else group.size()
+        self.meet: Callable[[], None] = lambda: None
+        self.awaited: bool = False
+        self.shared: tuple[str | None, list[str]] = None, []
 
     @property
     def leads(self) -> bool:
@@ -190,7 +199,7 @@ def current() -> Ranks:
         return Ranks()
     import mlx.core as mx
 
-    with exchanging():
+    with exchanging(), _signals_end():
         group = mx.distributed.init()
     if group.size() == 1:
         return Ranks()
@@ -251,7 +260,24 @@ def joined() -> bool:
 
 
 @contextmanager
-def ending() -> Iterator[None]:
+def _signals_end() -> Iterator[None]:
+    """Inside the block, a signal ends this process at once.
+
+    MLX waits for the other ranks to connect without letting any thread of Python run.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in _ENDS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ending(patience: float = PATIENCE) -> Iterator[None]:
     """Inside the block, a signal ends this process at the latest after some seconds.
 
     Python handles signals between its own instructions, and MLX may wait for a different rank for as long as that one
@@ -267,8 +293,8 @@ def ending() -> Iterator[None]:
 
     def watch() -> None:
         while data := os.read(reading, 1):
-            if data[0] in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if not done.wait(_PATIENCE):
+            if data[0] in _ENDS:
+                if not done.wait(patience):
                     os._exit(128 + data[0])
                 return
 

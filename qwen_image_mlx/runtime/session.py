@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..images.geometry import Size
+    from ..pipeline.conditioning import Encodings
     from ..pipeline.decomposition import LayeredResult
     from ..pipeline.progress import ProgressCallback
     from .cache import EncodingCache
@@ -273,6 +274,19 @@ class Session:
         """Whether this process has a part in the work that was planned last; among several ranks some may have none."""
         return getattr(self.pipeline, "works", True)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process gets the results; among several ranks the first does."""
+        return current().leads
+
+    def own_images(self, count: int) -> int:
+        """How many of the images that were planned last are denoised by this process."""
+        return getattr(self.pipeline, "own_images", int)(count)
+
+    def attend(self) -> None:
+        """Takes part in the exchanges of planned work in which this process has no other part."""
+        getattr(self.pipeline, "attend", lambda: None)()
+
     def alternatives(self, work: Work) -> list[MemoryPlan]:
         """For each residency, the plan of a piece of work that fits the session's memory, or has the lowest peak."""
         return alternatives(self.pipeline.components, work, self.memory.budget)
@@ -294,10 +308,16 @@ class Session:
             RequestError: as `plan`.
         """
         with self.plan(request) as plan:
-            if self.works:
-                yield from generate(
-                    self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases
-                )
+            yield from self.planned_images(request, plan, self.watch(request, show), self._cache)
+
+    def planned_images(
+        self, request: Request, plan: MemoryPlan, progress: ProgressCallback | None, cache: Encodings | None
+    ) -> Iterator[GeneratedImage]:
+        """Yields the images of a request inside its plan; on ranks other than the first, none."""
+        if self.works:
+            yield from generate(self.pipeline, request, progress, cache, **plan.residency.releases)
+        else:
+            self.attend()
 
     def decompose(self, request: Request, show: Show | None = None) -> LayeredResult | None:
         """Plans, then decomposes an image; the cache stores the caption too.
@@ -308,12 +328,18 @@ class Session:
         Raises:
             RequestError: nothing fits the memory.
         """
-        if not current().leads:
-            for _ in self.generate(request):
-                raise AssertionError("only rank 0 decodes")
-            return None
         with self.plan(request) as plan:
-            return decompose(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
+            return self.planned_layers(request, plan, self.watch(request, show), self._cache)
+
+    def planned_layers(
+        self, request: Request, plan: MemoryPlan, progress: ProgressCallback | None, cache: Encodings | None
+    ) -> LayeredResult | None:
+        """The layers of an image inside the request's plan; None on all ranks but the first."""
+        if self.leads:
+            return decompose(self.pipeline, request, progress, cache, **plan.residency.releases)
+        for _ in self.planned_images(request, plan, progress, cache):
+            raise AssertionError("only rank 0 decodes")
+        return None
 
     def encode(self, request: Request) -> Any:
         """A request's encoding, from the session's cache if possible."""
@@ -321,7 +347,7 @@ class Session:
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """The progress callback for a request: the session's own, wrapped in a `Preview` if `show` is given."""
-        if show is None or not current().leads:
+        if show is None or not self.leads:
             return self.progress
         if not self.pipeline.variant.preview:
             logger.warning("no preview is shown: how the latents of %s look is not known", self.pipeline.model)

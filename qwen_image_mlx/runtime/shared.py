@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import RequestError
+from ..errors import Cancelled, RequestError
+from ..gpu import finish
 from ..models.layers import OnLayer
 from ..names import Parallel
 from ..pipeline.pipeline import QwenImagePipeline
@@ -83,6 +84,7 @@ class SharedPipeline(QwenImagePipeline):
         if mode == "layers":
             self.relay = RankRelay(self.ranks, parts(self.blocks, self.ranks.size)[self.ranks.rank])
         self.components.connect(self.relay)
+        self.ranks.shared = mode, [self.part_of(rank) for rank in range(self.ranks.size)]
 
     @property
     def blocks(self) -> int:
@@ -93,27 +95,38 @@ class SharedPipeline(QwenImagePipeline):
     @property
     def works(self) -> bool:
         """Whether this rank has a part in the work."""
-        return self.ranks.leads or (self.mode != "none" and (self.mode != "images" or self.ranks.rank < self._images))
+        return self._works(self.ranks.rank)
 
-    @property
-    def part(self) -> str:
-        """This rank's part, in a few words."""
-        rank = self.ranks.rank
-        if not self.works or (self.mode == "guidance" and rank > 1):
+    def _works(self, rank: int) -> bool:
+        return rank == 0 or (self.mode != "none" and (self.mode != "images" or rank < self._images))
+
+    def part_of(self, rank: int) -> str:
+        """A rank's part, in a few words."""
+        if not self._works(rank) or (self.mode == "guidance" and rank > 1):
             return "nothing to do"
         if self.mode == "layers":
-            assert self.relay is not None
-            blocks = self.relay.blocks
+            blocks = parts(self.blocks, self.ranks.size)[rank]
             return f"blocks {blocks.start} to {blocks.stop - 1}"
         return {"guidance": f"the {('positive', 'negative')[rank % 2]} branch", "images": "a share of the images"}.get(
             self.mode, "everything"
         )
+
+    def own_images(self, count: int) -> int:
+        """How many of some images are denoised here."""
+        return -(-(count - self.ranks.rank) // self.ranks.size) if self.mode == "images" else count
+
+    def attend(self) -> None:
+        """Takes part in the exchanges of work in which this rank has no other part."""
+        if self.mode == "images":
+            for _ in range(self._images):
+                self.shared_latents(_nobody)
 
     def prepare(self) -> None:
         """As `QwenImagePipeline.prepare`; raises RankError unless all ranks opened the same model in the same way."""
         super().prepare()
         if self._compared:
             return
+        self.ranks.meet()
         self._compared = True
         parts = self.components
         self.ranks.agree(
@@ -167,6 +180,7 @@ class SharedPipeline(QwenImagePipeline):
 
     def _gathered(self, mine: mx.array | None) -> list[mx.array | None]:
         """Every rank's latents of this round."""
+        self.ranks.meet()
         kind = self.components.dtype
         payload = b"" if mine is None else bytes(memoryview(np.array(mine.view(mx.uint8))))
         shape = [] if mine is None else list(mine.shape)
@@ -235,6 +249,8 @@ class GuidanceDenoiser:
             pass  # guidance is off in this step: this branch is not used
         elif self._own is not None:
             (own,) = self._own.velocities(latents, evaluation, on_layer)
+            finish(own)  # it may fail, and then there is nothing to exchange
+        self._ranks.meet()
         everyone = self._ranks.gathered(own)
         return mx.split(everyone, self._ranks.size)[: branches or self._branches]
 
@@ -257,12 +273,26 @@ class LayersDenoiser:
         self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
     ) -> Sequence[mx.array]:
         """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
-        found = [branch.velocities(latents, evaluation, on_layer)[0] for branch in self._branches[:branches]]
+        cancelled: list[Cancelled] = []
+
+        def on_own_layer(arrays: Sequence[mx.array]) -> None:
+            try:
+                if on_layer is not None:
+                    on_layer(arrays)
+            except Cancelled as error:  # the others wait for the streams: it is cancelled after this evaluation
+                cancelled.append(error)
+
+        self._ranks.meet()
+        self._ranks.awaited = True
+        found = [branch.velocities(latents, evaluation, on_own_layer)[0] for branch in self._branches[:branches]]
         if self._ranks.rank + 1 < self._ranks.size:
             found = [mx.zeros_like(latents) for _ in found]  # only the last rank has the last block
         if self._relay is not None:
             self._relay.wait()
         everyone = self._ranks.gathered(mx.concatenate(found))
+        self._ranks.awaited = False
+        if cancelled:
+            raise cancelled[0]
         return mx.split(everyone, len(found) * self._ranks.size)[-len(found) :]
 
 
@@ -330,6 +360,8 @@ def begin(
         RequestError: the choice does not suit the request.
     """
     ranks = pipeline.ranks
+    pipeline.prepare()
+    ranks.meet()
     ranks.agree(facts_of(request))
     if (request.parameters.step_cache or request.controls) and asked in ("guidance", "layers"):
         raise RequestError("with a step cache or a control only images can be shared")
@@ -351,7 +383,7 @@ def begin(
     if ranks.leads:
         logger.info("%d ranks share %s", ranks.size, WORDS[mode])
     else:
-        logger.log(REPORT, "rank %d of %d: %s", ranks.rank, ranks.size, pipeline.part)
+        logger.log(REPORT, "rank %d of %d: %s", ranks.rank, ranks.size, pipeline.part_of(ranks.rank))
 
 
 def chosen_mode(asked: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int) -> Parallel:
@@ -410,6 +442,10 @@ def fingerprint(tensors: Sequence[Tensor]) -> str:
             file.seek(tensor.offset + tensor.nbytes // 2)
             found.update(file.read(min(_SAMPLE_BYTES, tensor.nbytes - tensor.nbytes // 2)))
     return found.hexdigest()[:12]
+
+
+def _nobody() -> mx.array:
+    raise AssertionError("this rank has no images")
 
 
 def _digest(image: Image) -> str:

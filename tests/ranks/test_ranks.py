@@ -214,9 +214,8 @@ def test_a_signal_ends_a_rank_that_waits_in_mlx(monkeypatch):
     script = (
         "import ctypes, time\n"
         "from qwen_image_mlx.runtime import ranks\n"
-        "ranks._PATIENCE = 0.2\n"
         "signal.signal(signal.SIGTERM, lambda *about: None)\n"
-        "with ranks.ending():\n"
+        "with ranks.ending(0.2):\n"
         "    print('ready', flush=True)\n"
         "    end = time.monotonic() + 20\n"
         "    wait = ctypes.CDLL(None).sleep\n"
