@@ -76,9 +76,10 @@ def latents_of(size: int, folder: Path, cases: Sequence[dict[str, Any]]) -> None
 def _run_case(case: dict[str, Any], folder: Path, mode: str, rank: int) -> None:
     import mlx.core as mx
     import numpy as np
+    from control_files import half_mask
     from PIL import Image
 
-    from qwen_image_mlx.pipeline.conductor import encode_canvas
+    from qwen_image_mlx.pipeline.conductor import encode_canvas, encode_controls
     from qwen_image_mlx.runtime.session import Session
     from qwen_image_mlx.weights.loader import ComponentWeights
 
@@ -93,19 +94,27 @@ def _run_case(case: dict[str, Any], folder: Path, mode: str, rank: int) -> None:
     try:
         options = {"prompt": "a fox", "seed": [7], "dtype": "float32", "parallel": mode, **case["options"]}
         session = Session.open(options, "none")
-        images = [Image.linear_gradient("L").resize((64, 48)).convert("RGBA") for _ in range(case.get("images", 0))]
-        images = (
-            images if session.shows_alpha or session.pipeline.variant.layered else [i.convert("RGB") for i in images]
-        )
-        size = None if session.pipeline.variant.layered else (64, 64)
-        request = session.request(options, size, images)
+        layered = session.pipeline.variant.layered
+        mode_of = "RGBA" if session.shows_alpha or layered else "RGB"
+        images = [Image.linear_gradient("L").resize((64, 48)).convert(mode_of) for _ in range(case.get("images", 0))]
+        mask = half_mask(64, 48) if case.get("mask") else None
+        request = session.request(options, None if layered else (64, 64), images, mask)
         with session.plan(request):
-            encoding, initial = session.encode(request), encode_canvas(session.pipeline, request)
-            latents = session.pipeline.denoise_latents(request.parameters, encoding, seed=7, initial=initial)
+            if session.works:
+                encoding, initial = session.encode(request), encode_canvas(session.pipeline, request)
+                controls = encode_controls(session.pipeline, request)
+                made = [
+                    session.pipeline.denoise_latents(
+                        request.parameters, encoding, seed=7, image_index=index, initial=initial, controls=controls
+                    )
+                    for index in request.image_indices
+                ]
+            else:
+                session.attend()
     finally:
         ComponentWeights.open = opened
     if rank == 0:
-        np.save(folder / f"{case['name']}.npy", np.array(latents.astype(mx.float32)))
+        np.save(folder / f"{case['name']}.npy", np.stack([np.array(one.astype(mx.float32)) for one in made]))
     (folder / f"{case['name']}.{rank}.json").write_text(json.dumps(read))
 
 

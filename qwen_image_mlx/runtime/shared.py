@@ -363,7 +363,9 @@ def begin(
     pipeline.prepare()
     ranks.meet()
     ranks.agree(facts_of(request))
-    if (request.parameters.step_cache or request.controls) and asked in ("guidance", "layers"):
+    # A step cache leaves blocks out by what it finds in both branches; a control may be made with the prompt for both.
+    unsuited = ("guidance", "layers") if request.parameters.step_cache or request.controls else ()
+    if asked in unsuited:
         raise RequestError("with a step cache or a control only images can be shared")
     kept = TRANSFORMER not in whole.residency.streamed
     fits = whole.peak <= memory.budget and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
@@ -373,11 +375,9 @@ def begin(
         with pipeline.components.unconnected():
             everywhere = not is_worth_splitting(pipeline.components, work, ranks.size, link)
         everywhere = ranks.led(lambda: everywhere)
-    mode = chosen_mode(
-        asked, ranks=ranks.size, images=work.images, guided=work.guided, fits=everywhere,
-        blocks=pipeline.blocks,
-    )  # fmt: skip
-    if (request.parameters.step_cache or request.controls) and mode in ("guidance", "layers"):
+    facts = {"ranks": ranks.size, "images": work.images, "guided": work.guided, "blocks": pipeline.blocks}
+    mode = chosen_mode(asked, fits=everywhere, **facts)
+    if mode in unsuited:
         mode = "images" if work.images > 1 else "none"
     pipeline.begin(mode, work.images)
     if ranks.leads:

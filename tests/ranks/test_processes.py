@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from control_files import INSTANTX, write_control
 from lora_files import write_lora
 from PIL import Image
 from ranked import environments, finish, latents_of, run, start
@@ -49,12 +50,15 @@ def models(tmp_path_factory):
     write_checkpoint_21(folder / "v21")
     shapes = QwenImagePipeline.from_pretrained(folder / "t2i").lora_targets()
     write_lora(folder / "style.safetensors", shapes)
+    write_control(folder / "control.safetensors", folder / "t2i", INSTANTX, layers=2)
     Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(folder / "photo.png")
     return folder
 
 
 BOTH = ["guidance", "layers"]
 T2I = {"model": "t2i", "steps": 2, "cfg_scale": 4.0}
+EDIT_21 = T2I | {"model": "v21", "reference_pixels": 4096}
+CONTROL = {"controlnet": "control.safetensors", "image": "photo.png"}
 CASES = [
     {"name": "generate", "modes": BOTH, "options": T2I},
     {"name": "unguided", "modes": ["layers"], "options": T2I | {"cfg_scale": 1.0}},
@@ -64,10 +68,14 @@ CASES = [
     {"name": "unmerged", "modes": BOTH, "options": T2I | {"loras": ["style.safetensors"], "lora_mode": "side"}},
     {"name": "streamed", "modes": BOTH, "options": T2I | {"memory": "streamed"}},
     {"name": "begun", "modes": BOTH, "images": 1, "options": T2I | {"strength": 0.9}},
+    {"name": "inpainted", "modes": BOTH, "images": 1, "mask": True, "options": T2I | {"strength": 0.9}},
+    {"name": "controlled", "modes": ["images"], "options": T2I | {"controls": [CONTROL], "num_images": 2}},
+    {"name": "cached", "modes": ["auto"], "options": T2I | {"step_cache": "first-block:0.5", "steps": 9}},
     {"name": "edit", "modes": BOTH, "images": 2, "options": T2I | {"model": "edit"}},
     {"name": "decompose", "modes": BOTH, "images": 1, "options": T2I | {"model": "layered", "layers": 2}},
     {"name": "generate21", "modes": BOTH, "options": T2I | {"model": "v21"}},
-    {"name": "edit21", "modes": BOTH, "images": 1, "options": T2I | {"model": "v21", "reference_pixels": 4096}},
+    {"name": "edit21", "modes": BOTH, "images": 1, "options": EDIT_21},
+    {"name": "unkept21", "modes": BOTH, "images": 1, "options": EDIT_21 | {"no_prefix_cache": True}},
 ]
 
 
@@ -78,7 +86,10 @@ def whole(models):
     return {case["name"]: np.load(models / f"{case['name']}.npy") for case in CASES}
 
 
-@pytest.mark.parametrize(("size", "cases"), [(2, CASES), (3, CASES[:1] + CASES[-4:-1])])
+THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "cached", "generate21")]
+
+
+@pytest.mark.parametrize(("size", "cases"), [(2, CASES), (3, THREE)])
 def test_latents_are_those_of_one_process(models, whole, size, cases):
     latents_of(size, models, cases)
     for case in cases:
@@ -113,7 +124,7 @@ def test_a_batch_is_shared_and_resumed(models):
     assert {file.name: file.read_bytes() for file in (models / "shared").iterdir()} == files
     for name in sorted(files)[1:4:2]:
         (models / "shared" / name).unlink()
-    ended = run(3, models, *command, "-o", "shared")
+    ended = run(3, models, *command, "-o", "shared", "--parallel", "images")  # more ranks than images
     assert len(ended[0][1].splitlines()) == 2
     assert "rank 2 of 3: nothing to do" in ended[2][2]
     assert {file.name: file.read_bytes() for file in (models / "shared").iterdir()} == files
