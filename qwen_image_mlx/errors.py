@@ -49,6 +49,10 @@ class GPUError(QwenImageError):
         self.fatal = fatal
 
 
+class RankError(QwenImageError):
+    """One of the processes that `mlx.launch` started has ended, cannot be reached, or does not fit the others."""
+
+
 class HubError(QwenImageError):
     """The Hugging Face Hub could not provide a model or file."""
 

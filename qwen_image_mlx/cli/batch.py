@@ -18,10 +18,12 @@ from ..pipeline.parameters import MAX_IMAGES, check_num_images, check_seed
 from ..pipeline.presets import yielding
 from ..pipeline.request import Request, build_request
 from ..runtime.options import OpenOptions
+from ..runtime.ranks import current, said_rank
 from ..variants import ASPECT_SIZES
 from .config import config_options
 from .flags import FOLDER, rows, rows_of
 from .idle import warn_idle
+from .output import check_output
 from .words import RANDOM, fill_placeholders, read_prompt
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def is_batch(arguments: argparse.Namespace) -> bool:
 
 def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     """Generates and saves every image that is missing from the folder; all options are checked first."""
-    from ..files import check_writable, named_path
+    from ..files import named_path
     from ..images.files import save_png
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
@@ -68,7 +70,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     if count > MAX_IMAGES:
         raise RequestError(f"these are {count:,} images; at most {MAX_IMAGES:,} work")
     folder = _folder(given.get("output"))
-    check_writable(folder / "image.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
+    check_output(folder / "image.png", max(3 * d.parameters.width * d.parameters.height for d in drafts))
 
     from ..files import sweep_results
     from ..runtime.batch import batch_images, generate_all, missing_images
@@ -87,13 +89,14 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         opened = {row.name for row in options_of(OpenOptions) if row.record == "given"}
         provenance = {name: value for name, value in given.items() if name in opened}
         images = batch_images(session.pipeline, requests, folder, provenance)
-        missing = missing_images(images)
+        missing = missing_images(images, current())
         if len(missing) < len(images):
             logger.info("%d of %d images are in %s already", len(images) - len(missing), len(images), folder)
         if not missing:
-            sweep_results(folder)
-            if "contact_sheet" in given:
-                console.result(_save_sheet(images, folder))
+            if said_rank() == 0:
+                sweep_results(folder)
+                if "contact_sheet" in given:
+                    console.result(_save_sheet(images, folder))
             return
         show = stack.enter_context(preview_file(folder / "qwen-image.png")) if "preview" in given else None
         for one, generated in generate_all(session, missing, show):

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..files import check_writable
 from ..pipeline.request import Request, build_request, parse_size
 from ..runtime.options import recorded
 from ..variants import ASPECT_SIZES
 from .config import config_options
 from .flags import flag_of, rows_of
-from .output import output_path
+from .output import check_output, output_path
 from .replay import replay_options
 from .words import RANDOM, draw_seed, fill_placeholders, read_prompt
 
@@ -159,7 +158,7 @@ def _check_output(chosen: Choices) -> None:
     path, parameters = chosen.first_path, chosen.draft.parameters
     if path.suffix.lower() in OPAQUE and chosen.options.get("keep_alpha"):
         raise RequestError(f"--output is {path}, but JPEG has no transparency to keep; end the name in .png or .webp")
-    check_writable(path, nbytes=3 * parameters.width * parameters.height)
+    check_output(path, nbytes=3 * parameters.width * parameters.height)
 
 
 def _check_sources(given: Mapping[str, Any], sources: list[Any], task: str, replays: bool) -> None:

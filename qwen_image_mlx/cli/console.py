@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..outside import printable
 from ..pipeline.bars import ProgressBars
+from ..runtime.ranks import REPORT, said_rank
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
@@ -34,8 +35,9 @@ class Console:
     """
 
     def __init__(self, arguments: argparse.Namespace):
-        self._json = bool(getattr(arguments, "json", None))
-        self._quiet = bool(getattr(arguments, "quiet", None))
+        self._leads = said_rank() == 0
+        self._json = bool(getattr(arguments, "json", None)) and self._leads
+        self._quiet = bool(getattr(arguments, "quiet", None)) or not self._leads
         self.verbose: bool = bool(getattr(arguments, "verbose", None))
         self._bars = ProgressBars()
         self._stack = ExitStack()
@@ -70,6 +72,7 @@ class Console:
 
     def __enter__(self) -> Console:
         level = logging.WARNING if self._quiet else logging.DEBUG if self.verbose else logging.INFO
+        level = level if self._leads else REPORT
         self._stack.enter_context(messages(level, as_events=self._json))
         return self
 

@@ -15,6 +15,7 @@ from ..variants import DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
 from .config import config_options
 from .flags import add_options
 from .idle import warn_idle
+from .output import check_output
 from .words import RANDOM, draw_seed, fill_placeholders, read_prompt
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+SHARES = True  # all ranks run it
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -53,7 +56,7 @@ def _save(result: LayeredResult, path: Path, formats: Sequence[str]) -> Path:
 
 def run(arguments: argparse.Namespace) -> None:
     """Decomposes one image and saves its layers."""
-    from ..files import check_writable, named_path
+    from ..files import named_path
     from ..images.sources import open_rgba
     from ..layers.formats import check_formats
     from ..layers.recompose import open_layer
@@ -78,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     named = fill_placeholders(arguments.output, seed=options["seed"], prompt=options.get("prompt"))
     folder = named_path(f"{name}-layers" if named is None else named, "--output")
     width, height = draft.canvas.result_size
-    check_writable(folder / "layer_0.png", nbytes=4 * width * height * (draft.parameters.num_layers + 2) * len(formats))
+    check_output(folder / "layer_0.png", nbytes=4 * width * height * (draft.parameters.num_layers + 2) * len(formats))
 
     with Console(arguments) as console, ExitStack() as stack:
         timings = console.timings(bool(arguments.timings))
@@ -90,6 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
         show = stack.enter_context(preview_file(folder)) if arguments.preview else None
         result = session.decompose(request, show)
         console.close()
+        if result is None:  # this rank is not the first
+            return
         if arguments.timings:
             result.stack.metadata["profile"] = timings.record()
         if timings:

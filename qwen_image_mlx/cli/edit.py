@@ -9,6 +9,8 @@ from ..variants import DEFAULT_EDIT_MODEL
 from .flags import add_options
 from .images import run_images
 
+SHARES = True  # all ranks run it
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""

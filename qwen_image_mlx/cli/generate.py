@@ -10,6 +10,8 @@ from .batch import is_batch, run_batch
 from .flags import add_options
 from .images import run_images
 
+SHARES = True  # all ranks run it
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds the command's flags."""

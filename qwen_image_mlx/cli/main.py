@@ -16,6 +16,7 @@ from importlib import import_module
 from .._version import __version__
 from ..errors import QwenImageError
 from ..outside import one_line
+from ..runtime.ranks import PATIENCE, alone, current, ending, joined, launched, leave, lost, said_rank
 from .hints import sentence
 from .parser import Parser
 from .results import Unread, messages_kept, results
@@ -49,7 +50,12 @@ def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     with messages_kept():
-        return _main(argv)
+        code = _main(argv)
+    if code and launched() and joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        leave(code)
+    return code
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -61,8 +67,8 @@ def _main(argv: Sequence[str] | None) -> int:
             arguments = build_parser(named or COMMANDS).parse_args(words)
             code = _run(arguments)
     except QwenImageError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        if getattr(arguments, "json", None) and "quiet" in arguments:
+        print(f"{_who()}error: {sentence(error)}", file=sys.stderr)
+        if getattr(arguments, "json", None) and "quiet" in arguments and not _who():
             _say_error(sentence(error))
         return 2
     except GaveUp as error:
@@ -73,10 +79,10 @@ def _main(argv: Sequence[str] | None) -> int:
     except HungUp:  # nobody is left to read a message
         return 129
     except Terminated:
-        print("terminated", file=sys.stderr)
+        print(f"{_who()}terminated", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"{_who()}interrupted", file=sys.stderr)
         return 130
     return code or 0
 
@@ -93,13 +99,35 @@ def _run(arguments: argparse.Namespace) -> int | None:
     """Runs the command and returns its exit code, if it has its own; faults of the GPU become GPUErrors."""
     try:
         with _colours(arguments):
-            return arguments.run(arguments)
+            return _run_ranks(arguments) if launched() else arguments.run(arguments)
     except RuntimeError as error:
         from ..gpu import gpu_error  # here, because it loads MLX
 
-        if (fault := gpu_error(error)) is None:
+        if (fault := gpu_error(error) or lost(error)) is None:
             raise
         raise fault from error
+
+
+def _run_ranks(arguments: argparse.Namespace) -> int | None:
+    """Runs the command as one of several ranks. All end together: one that fails is missed by the others."""
+    module = import_module(arguments.run.__module__)
+    shares = getattr(module, "SHARES", False)
+    if not shares and said_rank():
+        print(f"rank {said_rank()}: nothing to do, this command runs on rank 0", file=sys.stderr)
+        return None
+    if not shares:
+        alone()
+    with ending(getattr(module, "PATIENCE", PATIENCE)):
+        code: int | None = arguments.run(arguments)
+        if shares and joined():
+            current().wait()
+        return code
+
+
+def _who() -> str:
+    """How a message begins: with the rank, on all but the first."""
+    rank = said_rank()
+    return f"rank {rank}: " if rank else ""
 
 
 def _colours(arguments: argparse.Namespace) -> AbstractContextManager[None]:

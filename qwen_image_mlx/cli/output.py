@@ -6,9 +6,16 @@ import os
 from pathlib import Path
 
 from ..errors import RequestError
-from ..files import named_path
+from ..files import check_writable, named_path
+from ..runtime.ranks import said_rank
 
 DEFAULT_NAME = "qwen-image.png"
+
+
+def check_output(path: Path, nbytes: int) -> None:
+    """Raises OutputError if a file of some bytes could not be written; ranks that write nothing check nothing."""
+    if said_rank() == 0:
+        check_writable(path, nbytes)
 
 
 def output_path(output: str | None, default_name: str = DEFAULT_NAME) -> Path:

@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..pipeline.parameters import GenerationParameters, check_size
 from ..pipeline.request import parse_size
 from ..runtime.options import OPTIONS
+from ..runtime.ranks import current
 from ..sampling.choices import NO_CACHE, parse_cache
 from ..variants import DEFAULT_MODEL
 from .config import config_options
@@ -33,6 +34,8 @@ Estimate the memory that each stage of generation takes, in GB, for every reside
 Reads configs and, for a model on disk, the headers of its files; no weights are downloaded."""
 
 _OTHERS = ("8", "6", "4")  # quantizations that are shown too if none is given
+
+SHARES = True  # all ranks run it
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -78,6 +81,10 @@ def run(arguments: argparse.Namespace) -> None:
         others = [] if arguments.quantize else [(bits, plans_for(bits)[2]) for bits in _OTHERS]
         if "num_layers" in given and not session.pipeline.variant.layered:
             logger.warning("--layers has no effect: %s is not a layered model", session.pipeline.model)
+    ranks = current()
+    shared = session.shared_table(work) if ranks.size > 1 else ""
+    if not ranks.leads:
+        return
     budget, model = session.memory.budget, session.pipeline.model
     licence = str(session.pipeline.variant.licence)
     presets = _presets(session, work)
@@ -96,6 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
     for bits, plans in others:
         print(f"\nwith --quantize {bits}")
         print(table_of(plans, budget))
+    if shared:
+        print(f"\n{shared}")
 
 
 def _presets(session: Session, work: Work) -> list[dict[str, Any]]:

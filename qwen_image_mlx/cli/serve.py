@@ -10,11 +10,15 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import GPUError, RequestError
+from ..runtime.ranks import alone, joined, said_rank
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL, full_name
 from .flags import add_options
-from .signals import GaveUp
+from .signals import ENDS, GaveUp
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+SHARES = True  # all ranks run it
+PATIENCE = 60.0  # seconds for the running job, of which one step is finished, and for connections
 
 _MODELS = {
     "generate": ("model", DEFAULT_MODEL),
@@ -68,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Serves until a signal ends it."""
     from ..server.listen import allowed_host, is_loopback, listen, own_hosts, read_token
     from ..settings import find_config, load_settings
+    from .console import messages
 
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
         packages = " ".join(name.replace("_", "-") for name in missing)
@@ -81,8 +86,9 @@ def run(arguments: argparse.Namespace) -> None:
     for origin in arguments.allow_origin:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
             raise RequestError(f"--allow-origin is {origin!r}, but must be like https://example.org, without a path")
-    token = None if arguments.token_file is None else read_token(arguments.token_file)
-    if token is None and not is_loopback(arguments.host):
+    listens = not said_rank()
+    token = None if arguments.token_file is None or not listens else read_token(arguments.token_file)
+    if listens and token is None and not is_loopback(arguments.host):
         raise RequestError(f"--host is {arguments.host}, which other machines can reach: give a --token-file as well")
     settings = load_settings(find_config(arguments.config), arguments.profile)
     configured = {task: settings.of_command(task, getattr(arguments, flag)) for task, (flag, _) in _MODELS.items()}
@@ -103,22 +109,27 @@ def run(arguments: argparse.Namespace) -> None:
     }
     for task, offer in setup["offers"].items():
         _check_local(task, offer["model"])
+    from ..server.service import Setup, follow  # here, after what is cheap to check
+    from ..server.tasks import Limits
+
+    limits = Limits(arguments.max_pixels, arguments.max_steps)
+    if not listens:
+        with messages():
+            follow(Setup(**setup, limits=limits))
+        alone()  # rank 0 has ended
+        return
     with listen(arguments.host, arguments.port) as listener:
         from ..server.run import serve
-        from ..server.service import Setup
-        from ..server.tasks import Limits
-        from .console import messages
 
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         address = f"http://{host}:{listener.getsockname()[1]}"
-        limits = Limits(arguments.max_pixels, arguments.max_steps)
         with messages():
             try:
                 ended_by = serve(Setup(**setup, limits=limits), listener, lambda: print(address, flush=True))
             except GPUError as error:
                 raise GaveUp(f"the server ends and must be started again: {error}") from error
-        if ended_by == signal.SIGINT:
-            raise KeyboardInterrupt
+        if ended_by is not None and (ended_by == signal.SIGINT or joined()):  # joined: a rank was lost meanwhile
+            raise ENDS[ended_by]
 
 
 def _offer(arguments: argparse.Namespace, task: str, configured: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +138,7 @@ def _offer(arguments: argparse.Namespace, task: str, configured: dict[str, Any])
     return {
         "model": full_name(getattr(arguments, flag) or configured.get("model") or usual),
         "quantize": arguments.quantize or configured.get("quantize"),
+        "parallel": arguments.parallel or configured.get("parallel") or "auto",
         "loras": configured.get("loras", []),
     }
 

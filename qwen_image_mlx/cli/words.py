@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..pipeline.request import slug
+from ..runtime.ranks import current
 
 MAX_BYTES = 1_000_000  # of a prompt on stdin
 RANDOM = -1
@@ -36,8 +37,8 @@ def read_prompt(given: dict[str, Any]) -> None:
 
 
 def draw_seed() -> int:
-    """A random seed, with as many bits as torch's generator uses."""
-    return secrets.randbelow(2**32)
+    """A random seed, with as many bits as torch's generator uses; the same on all ranks."""
+    return current().led(lambda: secrets.randbelow(2**32))
 
 
 def fill_placeholders(output: str | None, **facts: Any) -> str | None:

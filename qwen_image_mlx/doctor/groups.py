@@ -34,6 +34,7 @@ GROUPS = (
     Group("block", 180, "time and memory of a chain of transformer blocks, against the plan"),
     Group("vae", 180, "time and memory of decoding an image, against the plan"),
     Group("disk", 180, "how fast weights are read"),
+    Group("network", 120, "the connection between the ranks that mlx.launch started"),
     Group("errors", 120, "a refused allocation, threads, and how long cancelling takes", "faults"),
 )
 # Runs only with a golden file.

@@ -10,6 +10,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -19,6 +20,26 @@ from . import nn
 Turns = tuple[mx.array, mx.array]
 # Called after each layer with the arrays it made, so that the caller can evaluate them meanwhile.
 OnLayer = Callable[[Sequence[mx.array]], None]
+
+
+class Relay(Protocol):
+    """The way of a model's streams between the blocks that run here and those that run elsewhere.
+
+    Attributes:
+        blocks: the numbers of those that run here.
+    """
+
+    blocks: range
+
+    def receive(self, streams: Sequence[mx.array]) -> list[mx.array]:
+        """The streams after the block before the first one here: (B, tokens, D), of the shapes and dtype of these.
+
+        Where the first block runs here, these come back.
+        """
+
+    def send(self, streams: Sequence[mx.array]) -> None:
+        """Takes the streams (B, tokens, D) after the last block here to the next one, if there is one."""
+
 
 # Maximum work of one attention kernel, in FLOP: macOS ends a process whose kernel holds the GPU for seconds, and
 # this takes a quarter of a second on an M1 of 8 cores (modelled).

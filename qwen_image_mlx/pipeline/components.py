@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..config import GenerationConfig, ImageProcessorConfig, SchedulerConfig
 from ..errors import CheckpointError, RequestError
 from ..gpu import Pace
+from ..models import nn
 from ..names import StrPath
 from ..registry import (
     CLASSES,
@@ -47,6 +48,7 @@ from .sources import CONFIG, Sources
 
 if TYPE_CHECKING:
     from ..lora.adapters import Adapters, Placement
+    from ..models.layers import Relay
     from ..weights.changes import Branch
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Components:
         kept: results of a denoiser for later images with the same conditions; released with the transformer.
         passes: the passes of the last image.
         placement: which LoRAs were merged when the transformer was last loaded; None without LoRAs.
+        relay: what connects the transformer's blocks here with those that run elsewhere; None if all run here.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Components:
             raise RequestError(f"{', '.join(odd)} cannot be streamed; {', '.join(sorted(STREAMABLE))} can")
         self._read_loras = read_loras
         self.placement: Placement | None = None
+        self.relay: Relay | None = None
         self._loaded: dict[str, Any] = {}
         self.kept: dict[str, Any] = {}
         self.passes: Passes = Passes()
@@ -200,7 +204,9 @@ class Components:
         return Pace(unfinished=1 if self.streams(role) else 2)
 
     def depth(self, role: str) -> int:
-        """How many layers a component has."""
+        """How many layers of a component run here."""
+        if role == TRANSFORMER and self.relay is not None:
+            return len(self.relay.blocks)
         depth: int = getattr(self.config(role), self.rows[role].depth)
         return depth
 
@@ -339,6 +345,23 @@ class Components:
         self.release(*(self.streamed ^ frozenset(streamed)))
         self.streamed = frozenset(streamed)
 
+    def connect(self, relay: Relay | None) -> None:
+        """Sets which of the transformer's blocks run here; if it was loaded with others, it is released."""
+        if (relay and relay.blocks) != (self.relay and self.relay.blocks):
+            self.release(TRANSFORMER)
+        elif self.is_loaded(TRANSFORMER):
+            self.network(TRANSFORMER).relay = relay
+        self.relay = relay
+
+    @contextmanager
+    def unconnected(self) -> Iterator[None]:
+        """Inside the block, configs and plans are those of a transformer whose blocks all run here; loads nothing."""
+        relay, self.relay = self.relay, None
+        try:
+            yield
+        finally:
+            self.relay = relay
+
     def release_all(self) -> None:
         """Frees the memory of all components."""
         self.release(TRANSFORMER, *self.loaded)
@@ -392,11 +415,12 @@ class Components:
         return commit + repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found])
 
     def weights(self, role: str) -> ComponentWeights:
-        """A component's tensors, fetched and checked once, not yet read."""
+        """A component's tensors, fetched and checked once, not yet read; of the transformer's blocks those here."""
         if role not in self._weights:
             row = self.rows[role]
             self._weights[role] = ComponentWeights(row, self.config(role), self._files(row).tensors, row.parts)
-        return self._weights[role]
+        weights = self._weights[role]
+        return weights.of_layers(self.relay.blocks) if role == TRANSFORMER and self.relay is not None else weights
 
     def _files(self, row: Component) -> WeightFiles:
         return self.sources.weights(row, keep=lambda name: needs_tensor(row, name, row.parts))
@@ -415,6 +439,10 @@ class Components:
             self._check_adapters(self.adapters)
             adapters = self.adapters
         scheme, weights = getattr(self.quantization, row.like or row.role, None), self.weights(row.role)
+        if row.role == TRANSFORMER and self.relay is not None:
+            layers = getattr(module, row.layers)
+            layers[:] = [layer if n in self.relay.blocks else nn.Identity() for n, layer in enumerate(layers)]
+            module.relay = self.relay
         if self.streams(row.role):
             from ..weights.streaming import stream_module  # here: most runs stream nothing
 

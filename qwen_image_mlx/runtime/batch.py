@@ -23,6 +23,7 @@ from ..pipeline.conductor import GeneratedImage, encode_controls, generate_encod
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
 from ..sampling.solvers import SOLVERS
+from .ranks import Ranks
 from .session import Session
 
 if TYPE_CHECKING:
@@ -83,14 +84,33 @@ def finished_file(one: BatchImage) -> Path | None:
     return next((file for file in files if file.is_file() and one.is_in(file)), None)
 
 
-def missing_images(images: Sequence[BatchImage]) -> list[BatchImage]:
-    """The images without a finished file, under their own name or under a numbered one that `save_png` chose."""
+def missing_images(images: Sequence[BatchImage], ranks: Ranks | None = None) -> list[BatchImage]:
+    """The images without a finished file, under their own name or under a numbered one that `save_png` chose.
+
+    Args:
+        images: from `batch_images`.
+        ranks: of this run, which must ask for the same; rank 0's files count. None is a single process.
+
+    Raises:
+        RankError: the ranks ask for different images.
+    """
+    ranks = ranks or Ranks()
+    ranks.agree({"the images": hashlib.sha256(repr([one.facts for one in images]).encode()).hexdigest()[:12]})
+    return [images[number] for number in ranks.led(lambda: _missing(images))]
+
+
+def _missing(images: Sequence[BatchImage]) -> list[int]:
+    """The numbers of the images without a finished file."""
     there: dict[tuple[Path, str], list[Path]] = {}
     for folder in {one.path.parent for one in images}:
         for file in sorted(folder.glob("*.png")):
             for stem in {file.stem, re.sub(r"-\d+$", "", file.stem)}:
                 there.setdefault((folder, stem), []).append(file)
-    return [one for one in images if not any(map(one.is_in, there.get((one.path.parent, one.path.stem), ())))]
+    return [
+        number
+        for number, one in enumerate(images)
+        if not any(map(one.is_in, there.get((one.path.parent, one.path.stem), ())))
+    ]
 
 
 def heaviest(images: Sequence[BatchImage]) -> Request:
@@ -128,6 +148,9 @@ def generate_all(
     """
     pipeline = session.pipeline
     with session.plan(heaviest(images)) as plan, temporary_folder() as folder:
+        if not session.works:
+            session.attend()
+            return
         kept: dict[tuple[str, str | None], Path] = {}
         controls = {}
         for one in images:

@@ -22,7 +22,7 @@ from ..pipeline.costs import HALO, backend
 from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
 from ..sampling.choices import parse_cache
 from ..sampling.solvers import SOLVERS
-from ..weights.mapping import TensorSpec, expected_tensors
+from ..weights.mapping import TensorSpec, expected_tensors, specs_of_layers
 from ..weights.schemes import Scheme
 from ..weights.tensor_formats import PACKED
 from .residency import DEFAULT, Residency
@@ -300,6 +300,9 @@ class Planner:
         prefix, branches = self.prefix_tokens if self.work.keeps_prefix else 0, 2 if self.work.guided else 1
         evaluations = SOLVERS[self.work.solver].count(self.work.steps)
         values = self.denoiser.kept_values(self.transformer_config, evaluations, prefix, branches)
+        if (relay := self.components.relay) is not None:
+            depth = getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
+            values = values * len(relay.blocks) // depth
         values += sum(
             self.components.control(name).kept_values(
                 self.components.config(name), evaluations, self.target_tokens, branches
@@ -384,7 +387,10 @@ class Planner:
 
     def specs(self, name: str, part: str) -> list[TensorSpec]:
         """A component's tensors, of one part of the weights map."""
-        return [spec for spec in self.tensors(name).values() if spec.part == part]
+        specs, relay = [spec for spec in self.tensors(name).values() if spec.part == part], self.components.relay
+        if name == TRANSFORMER and relay is not None:
+            return list(specs_of_layers(self.components.rows[name], specs, relay.blocks))
+        return specs
 
     def network(self, name: str) -> list[TensorSpec]:
         """The tensors of one of the autoencoder's networks."""

@@ -52,12 +52,14 @@ from ..variants import (
     DEFAULT_MODEL,
     LAYERED_RESOLUTIONS,
     LORA_MODES,
+    PARALLEL,
     full_name,
 )
 from ..weights.schemes import NONE, SCHEMES, Quantization
 from .residency import read_memory
 
 _READS = (*IMAGE_COMMANDS, "caption", "train")  # commands that open a model
+SHARED = ("generate", "edit", "decompose")  # commands whose work several ranks share
 LAYER_SIZES = ("source", "bucket")
 
 
@@ -333,6 +335,14 @@ _OTHERS = (
         but={"plan": {"help": "memory limit, such as 16GB; auto is this machine's", "usual": "auto"},
              "serve": {"help": "memory limit, as in generate",
                        "usual": "auto, which keeps a model loaded if it fits"}},
+    ),
+    Option(
+        name="parallel", kind=Choice(PARALLEL), group="memory", commands=(*SHARED, "serve"), flags=("--parallel",),
+        usual="auto",
+        help="how the processes that mlx.launch started share the work: the branches of guidance, the images, the "
+        "transformer's blocks, or not at all",
+        config=(Config(commands=TASKS, help="how the processes that mlx.launch started share the work",
+                       example="guidance"),),
     ),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from ..errors import RequestError
-from ..names import Aspect, NamedSize, PresetName, Task
+from ..names import Aspect, NamedSize, Parallel, PresetName, Task
 from ..options import options_of
 from ..pipeline.conductor import GeneratedImage, decompose, encode, generate, keeping
 from ..pipeline.control import controls_of
@@ -33,12 +33,14 @@ from ..weights.schemes import NONE, Quantization
 from .memory import Memory, alternatives, fitting_plan, parse_memory
 from .memory_plan import MemoryPlan, Planner, Work, table_of, work_of
 from .options import OPTIONS, OpenOptions, of_task
+from .ranks import current
 from .residency import DEFAULT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..images.geometry import Size
+    from ..pipeline.conditioning import Encodings
     from ..pipeline.decomposition import LayeredResult
     from ..pipeline.progress import ProgressCallback
     from .cache import EncodingCache
@@ -73,6 +75,7 @@ class Session:
         self._said_memory = memory is not None
         self.memory: Memory = memory if isinstance(memory, Memory) else parse_memory(memory)
         self.force: bool = bool(options.get("force"))
+        self._parallel: Parallel = options.get("parallel", "auto")
         self._wire = bool(options.get("wire"))
         self._cache = _cache() if options.get("cache") else None
         self._warned = False
@@ -201,7 +204,8 @@ class Session:
         """
         pipeline, budget = self.pipeline, self.memory.budget
         work = work_of(request, pipeline)
-        plan = self.plans[work] = self.plans.get(work) or fitting_plan(pipeline.components, work, self.memory)
+        self._share(request, work)
+        plan = self._plan(work)
         if plan.peak > budget:
             others = self.alternatives(work)
             logger.warning("too large for the memory:\n%s", table_of(others, budget))
@@ -231,6 +235,50 @@ class Session:
         with limits(budget, plan.working, wire=self._wire), keeping(pipeline, streamed, plan.strip_pixels):
             yield plan
 
+    def _plan(self, work: Work) -> MemoryPlan:
+        """The plan for a piece of work; those of a whole transformer are kept."""
+        if self.pipeline.components.relay is not None:
+            return fitting_plan(self.pipeline.components, work, self.memory)
+        if work not in self.plans:
+            self.plans[work] = fitting_plan(self.pipeline.components, work, self.memory)
+        return self.plans[work]
+
+    def _share(self, request: Request, work: Work) -> None:
+        """If there are several ranks, lets them agree on a request and on how they share it."""
+        if current().size == 1:
+            return
+        from .shared import SharedPipeline, begin  # here: most runs are one process
+
+        assert isinstance(self.pipeline, SharedPipeline)
+        with self.pipeline.components.unconnected():
+            whole = self._plan(work)
+        begin(self.pipeline, request, work, whole, self.memory, self._parallel)
+
+    def shared_table(self, work: Work) -> str:
+        """For people: what a piece of work takes on each rank; every rank calls this."""
+        from .traffic import table_of_ranks  # here: most runs are one process
+
+        ranks = current()
+        return table_of_ranks(self.pipeline.components, work, ranks.link, ranks.size)
+
+    @property
+    def works(self) -> bool:
+        """Whether this process has a part in the work that was planned last; among several ranks some may have none."""
+        return getattr(self.pipeline, "works", True)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process gets the results; among several ranks the first does."""
+        return current().leads
+
+    def own_images(self, count: int) -> int:
+        """How many of the images that were planned last are denoised by this process."""
+        return getattr(self.pipeline, "own_images", int)(count)
+
+    def attend(self) -> None:
+        """Takes part in the exchanges of planned work in which this process has no other part."""
+        getattr(self.pipeline, "attend", lambda: None)()
+
     def alternatives(self, work: Work) -> list[MemoryPlan]:
         """For each residency, the plan of a piece of work that fits the session's memory, or has the lowest peak."""
         return alternatives(self.pipeline.components, work, self.memory.budget)
@@ -252,14 +300,38 @@ class Session:
             RequestError: as `plan`.
         """
         with self.plan(request) as plan:
-            yield from generate(
-                self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases
-            )
+            yield from self.planned_images(request, plan, self.watch(request, show), self._cache)
 
-    def decompose(self, request: Request, show: Show | None = None) -> LayeredResult:
-        """Plans, then decomposes an image; raises RequestError if nothing fits. The cache stores the caption too."""
+    def planned_images(
+        self, request: Request, plan: MemoryPlan, progress: ProgressCallback | None, cache: Encodings | None
+    ) -> Iterator[GeneratedImage]:
+        """Yields the images of a request inside its plan; on ranks other than the first, none."""
+        if self.works:
+            yield from generate(self.pipeline, request, progress, cache, **plan.residency.releases)
+        else:
+            self.attend()
+
+    def decompose(self, request: Request, show: Show | None = None) -> LayeredResult | None:
+        """Plans, then decomposes an image; the cache stores the caption too.
+
+        Returns:
+            The layers; None on all ranks but the first.
+
+        Raises:
+            RequestError: nothing fits the memory.
+        """
         with self.plan(request) as plan:
-            return decompose(self.pipeline, request, self.watch(request, show), self._cache, **plan.residency.releases)
+            return self.planned_layers(request, plan, self.watch(request, show), self._cache)
+
+    def planned_layers(
+        self, request: Request, plan: MemoryPlan, progress: ProgressCallback | None, cache: Encodings | None
+    ) -> LayeredResult | None:
+        """The layers of an image inside the request's plan; None on all ranks but the first."""
+        if self.leads:
+            return decompose(self.pipeline, request, progress, cache, **plan.residency.releases)
+        for _ in self.planned_images(request, plan, progress, cache):
+            raise AssertionError("only rank 0 decodes")
+        return None
 
     def encode(self, request: Request) -> Any:
         """A request's encoding, from the session's cache if possible."""
@@ -267,7 +339,7 @@ class Session:
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """The progress callback for a request: the session's own, wrapped in a `Preview` if `show` is given."""
-        if show is None:
+        if show is None or not self.leads:
             return self.progress
         if not self.pipeline.variant.preview:
             logger.warning("no preview is shown: how the latents of %s look is not known", self.pipeline.model)
@@ -294,7 +366,10 @@ def open_pipeline(options: OpenOptions, progress: ProgressCallback | None = None
         if options.model not in LIGHTNING:
             raise RequestError(f"no official Lightning LoRA of {options.model} is known", cause="lightning")
         loras.append(LIGHTNING[options.model][options.lightning])
-    pipeline = QwenImagePipeline.from_pretrained(
+    kind = QwenImagePipeline
+    if current().size > 1:
+        from .shared import SharedPipeline as kind  # here: most runs are one process
+    pipeline = kind.from_pretrained(
         options.model,
         revision=options.revision,
         dtype=options.dtype,

@@ -28,6 +28,7 @@ STATUS = {
     "busy": 503,
     "gpu_error": 503,
     "model_error": 503,
+    "rank_error": 503,
     "stopping": 503,
     "timeout": 504,
 }

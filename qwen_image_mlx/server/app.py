@@ -23,7 +23,7 @@ from .bodies import JSON, read_body
 from .document import describe, takes
 from .guard import Guard
 from .job import Job
-from .jobs import Feed, Jobs, Work
+from .jobs import Jobs, Work
 from .schema import BODIES, JOBS, MAX_NUM_IMAGES, Body, ComposeBody, ControlImageBody, LoadBody, UnloadBody, form_of
 from .service import Service
 from .tasks import compose, control_image_of
@@ -170,12 +170,12 @@ async def _stream(jobs: Jobs, job: Job, since: int) -> AsyncIterator[bytes]:
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """Status, queue and loaded models; 503 after a GPU fault."""
+        """Status, queue, loaded models and ranks; 503 after a GPU fault, and when a rank has ended."""
         queue = {"running": int(service.jobs.running is not None), "waiting": service.jobs.waiting}
         fault = service.jobs.health.fault
         return _json(dumps({
             "status": "failing" if fault else "ok", "fault": fault or None, "version": __version__, "queue": queue,
-            "models": service.models.status(),
+            "models": service.models.status(), **service.shared.status(),
         }), 503 if fault else 200)  # fmt: skip
 
     @app.post("/models/load", openapi_extra=takes(LoadBody))
@@ -184,7 +184,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         body = await read_body(request, LoadBody)
 
         async def work() -> Work:
-            return service.tasks.load(body.task)
+            return service.shared.load(body.task)
 
         return _json(await service.result(request, "load", body, work))
 
@@ -193,14 +193,10 @@ def _add_models(app: FastAPI, service: Service) -> None:
         """Release a task's model, or all models."""
         body = await read_body(request, UnloadBody)
 
-        def work(feed: Feed) -> dict[str, Any]:
-            service.models.unload(body.task)
-            return {"models": service.models.status()}
+        async def work() -> Work:
+            return service.shared.unload(body.task)
 
-        async def make() -> Work:
-            return work
-
-        return _json(await service.result(request, "unload", body, make))
+        return _json(await service.result(request, "unload", body, work))
 
 
 def _add_page(app: FastAPI) -> None:

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Cancelled, GPUError, RequestError
+from ..errors import Cancelled, GPUError, RankError, RequestError
 from ..gpu import gpu_error
 from .api_errors import INTERNAL, ApiError, dumps
 from .health import Health
@@ -129,12 +129,13 @@ class Jobs:
         begin: called in the worker's thread before the first job.
         idle: called in the worker's thread whenever the queue is empty; returns the seconds until its next call, or
             None.
+        end: called in the worker's thread after the last job.
         distrust: called in the worker's thread after a GPU fault, because data in memory may be wrong.
-        give_up: called in the event loop when this process can no longer use the GPU; all jobs have been cancelled.
+        give_up: called in the event loop when this process can no longer work; all jobs have been cancelled.
 
     Attributes:
         running: the running job.
-        health: the GPU's health.
+        health: whether this process can still work.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Jobs:
         kept_bytes: int = 256 << 20,
         begin: Callable[[], None] = lambda: None,
         idle: Callable[[], float | None] = lambda: None,
+        end: Callable[[], None] = lambda: None,
         distrust: Callable[[], None] = lambda: None,
         give_up: Callable[[], None] = lambda: None,
     ):
@@ -157,7 +159,8 @@ class Jobs:
         self._held_bytes = held_bytes
         self._seconds = seconds
         self._kept, self._kept_seconds, self._kept_bytes = kept, kept_seconds, kept_bytes
-        self._start, self._idle, self._distrust, self._leave = begin, idle, distrust, give_up
+        self._start, self._idle, self._end = begin, idle, end
+        self._distrust, self._leave = distrust, give_up
         self._jobs: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -280,8 +283,8 @@ class Jobs:
                 job.position = position
                 job.tell("queued", {"position": position})
 
-    def _judge(self, fault: GPUError | None) -> None:
-        """Records whether a job met a GPU fault; stops all jobs if this process can no longer use the GPU."""
+    def _judge(self, fault: GPUError | RankError | None) -> None:
+        """Records whether there was a fault; stops all jobs if this process can no longer work."""
         if fault is None:
             self.health.succeeded()
             return
@@ -339,6 +342,7 @@ class Jobs:
         self._call_safely(self._start)
         while self._do_next():
             pass
+        self._call_safely(self._end)
 
     def _do_next(self) -> bool:
         """Runs the next job and drops all references to it; returns whether there was one."""
@@ -360,18 +364,20 @@ class Jobs:
                 if not self._waiting and not self._closing:
                     self._wake.wait(pause)
 
-    @staticmethod
-    def _call_safely(function: Callable[[], Any]) -> Any:
+    def _call_safely(self, function: Callable[[], Any]) -> Any:
         """Calls a function and returns its result. Errors are logged, and the worker continues."""
         try:
             return function()
+        except RankError as error:
+            self._post(self._judge, error)
         except Exception:
             logger.error("the worker failed\n%s", traceback.format_exc())
 
     def _do(self, job: Job) -> None:
         begun = time.monotonic()
         self._post(self._begin, job)
-        result, code, message, fault = None, "", "", None
+        result, code, message = None, "", ""
+        fault: GPUError | RankError | None = None
         try:
             feed = Feed(job, self._post, self._seconds)
             feed.check()
@@ -384,13 +390,14 @@ class Jobs:
         except ApiError as error:
             code, message = error.code, error.message
         except BaseException as error:
-            fault = gpu_error(error)
+            fault = error if isinstance(error, RankError) else gpu_error(error)
             if fault is None:
                 logger.error("job %s (%s) failed\n%s", job.id, job.task, traceback.format_exc())
                 code, message = "internal", INTERNAL
             else:
                 logger.error("%s", fault)
-                code, message = "gpu_error", ApiError("gpu_error", str(fault)).message
+                code = "rank_error" if isinstance(fault, RankError) else "gpu_error"
+                message = ApiError(code, str(fault)).message
         if fault is not None:
             self._call_safely(self._distrust)
         if fault is not None or not code:

@@ -176,8 +176,9 @@ class Models:
     def load(self, task: str, request: Request) -> None:
         """Downloads an open model's files, and loads the parts that a request's plan keeps; raises as `plan`."""
         with self.plan(task, request) as plan:
-            if not plan.residency.staged:
-                load(self._warm[self._first(task)].pipeline, request)
+            session = self._warm[self._first(task)].session
+            if not plan.residency.staged and session.works:
+                load(session.pipeline, request)
 
     def unload(self, task: str | None) -> None:
         """Releases a task's model, or all models for None."""

@@ -12,18 +12,20 @@ from types import FrameType
 
 import uvicorn
 
-from ..errors import GPUError
+from ..errors import RankError
+from ..runtime.ranks import alone
 from .app import create_app
 from .connections import Connection
 from .service import Service, Setup
 
 _PATIENCE = 20  # seconds for connections to end after the jobs are cancelled
+_SAYS = 1.5  # seconds for which `/health` says why the server ends
 
 
 def serve(setup: Setup, listener: socket.socket, ready: Callable[[], None]) -> signal.Signals | None:
     """Runs the server until SIGTERM or SIGINT, cancels all jobs, and returns the signal.
 
-    A second signal ends the process at once. If this process can no longer use the GPU, the server ends by itself.
+    A second signal ends the process at once. If this process can no longer work, the server ends by itself.
 
     Args:
         setup: the configuration.
@@ -32,6 +34,7 @@ def serve(setup: Setup, listener: socket.socket, ready: Callable[[], None]) -> s
 
     Raises:
         GPUError: the server ended because of the GPU.
+        RankError: the server ended because a rank has ended; then nothing more can be exchanged.
     """
     service = Service(setup, lambda: server.leave())
     config = uvicorn.Config(
@@ -40,9 +43,11 @@ def serve(setup: Setup, listener: socket.socket, ready: Callable[[], None]) -> s
     )  # fmt: skip
     server = _Server(config, service.jobs.stop, ready)
     asyncio.run(server.serve(sockets=[listener]))
-    health = service.jobs.health
-    if health.over and server.ended_by is None:
-        raise GPUError(health.fault, fatal=True)
+    over = service.jobs.health.over
+    if over is not None and server.ended_by is None:
+        raise over
+    if not isinstance(over, RankError):
+        alone()  # the other ranks have ended
     return server.ended_by
 
 
@@ -59,8 +64,8 @@ class _Server(uvicorn.Server):
         self._ready()
 
     def leave(self) -> None:
-        """Ends the server like a signal; called in the event loop."""
-        self.should_exit = True
+        """Ends the server like a signal, once `/health` could be read; called in the event loop."""
+        asyncio.get_running_loop().call_later(_SAYS, setattr, self, "should_exit", True)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from fastapi import Request
 
 from ..errors import RequestError
 from ..pipeline.parameters import TASKS
+from ..runtime.ranks import current
 from .api_errors import ApiError
 from .guard import hand_over
 from .job import Job, outcome
@@ -19,8 +20,10 @@ from .jobs import Jobs, Work
 from .models import Models
 from .repeats import Repeats, claim_of
 from .schema import Body
+from .shared import SharedTasks
 from .tasks import Limits, Tasks
 
+_OPENED_BY = ("model", "loras", "memory")  # may differ from rank to rank; the files are compared when they are read
 _DECODED_AT_ONCE = 2  # requests whose images are decoded at the same time
 
 
@@ -63,20 +66,38 @@ class Setup:
     grace: float = 60.0
 
 
+def shared_tasks(setup: Setup, models: Models) -> SharedTasks:
+    """The work of requests, with the models of this rank.
+
+    Raises:
+        RankError: the ranks have different limits or defaults.
+    """
+    ranks = current()
+    defaults = {task: {name: value for name, value in values.items() if name not in _OPENED_BY}
+                for task, values in setup.defaults.items()}  # fmt: skip
+    ranks.agree({"the limits": repr(setup.limits), "the defaults": repr(defaults)})
+    return SharedTasks(ranks, Tasks(models, setup.defaults, setup.limits, setup.controlnets), models)
+
+
+def follow(setup: Setup) -> None:
+    """Serves as a rank other than the first: works until rank 0 ends the server; raises RankError if one is lost."""
+    shared_tasks(setup, Models(setup.offers, setup.memory, setup.idle_seconds)).follow()
+
+
 class Service:
     """The state shared by all routes.
 
     Args:
         setup: the configuration.
-        give_up: called in the event loop when this process can no longer use the GPU.
+        give_up: called in the event loop when this process can no longer work.
     """
 
     def __init__(self, setup: Setup, give_up: Callable[[], None] = lambda: None):
         self.setup = setup
         self.models: Models = Models(setup.offers, setup.memory, setup.idle_seconds)
-        self.tasks: Tasks = Tasks(self.models, setup.defaults, setup.limits, setup.controlnets)
+        self.shared: SharedTasks = shared_tasks(setup, self.models)
         self.jobs: Jobs = Jobs(
-            queue=setup.queue, seconds=setup.job_seconds, idle=self.models.tick,
+            queue=setup.queue, seconds=setup.job_seconds, idle=self.shared.tick, end=self.shared.end,
             begin=self.models.read_facts, distrust=self.models.distrust, give_up=give_up,
             held_bytes=4 * setup.max_body_bytes,
         )  # fmt: skip
@@ -85,7 +106,7 @@ class Service:
 
     async def prepare(self, task: str, body: Any) -> Work:
         """Creates a body's work, and checks its images in a separate thread; raises ApiError."""
-        return await self.aside(self.tasks.work, task, body)
+        return await self.aside(self.shared.work, task, body)
 
     async def aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a slow function that needs no model in a separate thread; turns a RequestError into an ApiError."""

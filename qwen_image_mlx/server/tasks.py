@@ -10,7 +10,7 @@ import base64
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from ..layers.folder import LAYER_FILE, folder_files
 from ..layers.formats import FORMATS, check_formats
 from ..layers.stack import Layer, LayerStack, composite
 from ..options import ImageFile, Option, Several
-from ..pipeline.conductor import decompose, generate
 from ..pipeline.presets import yielding
 from ..pipeline.request import build_request, parse_size
 from ..runtime.options import of_task, recorded
@@ -40,6 +39,7 @@ from .images import data_url, decode
 if TYPE_CHECKING:
     from ..pipeline.progress import ProgressCallback
     from ..pipeline.request import Request
+    from ..runtime.memory_plan import MemoryPlan
     from .jobs import Feed, Work
     from .models import Models
     from .schema import CaptionBody, ComposeBody, ControlImageBody, DecomposeBody, EditBody, GenerateBody
@@ -121,6 +121,21 @@ class Tasks:
 
         return self._with_reports(work)
 
+    def unload(self, task: str | None) -> Work:
+        """The work that releases a task's model, or all models for None."""
+
+        def work(feed: Feed) -> dict[str, Any]:
+            self._models.unload(task)
+            return {"models": self._models.status()}
+
+        return work
+
+    def with_seed(self, task: str, body: Any) -> Any:
+        """A body with a seed: its own, the configured one, or a random one."""
+        if getattr(body, "seed", 0) is not None:
+            return body
+        return body.model_copy(update={"seed": self._options(task)["seed"][0]})
+
     def _with_reports(self, work: Work) -> Work:
         def reporting_work(feed: Feed) -> Any:
             with self._models.reporting(feed):
@@ -186,8 +201,8 @@ class Tasks:
             merged = options | recorded_options | self._controls(body)
             request = session.request(merged, size, opened, mask, straight, task=task)
             images = []
-            with self._prepare(task, session, request, feed) as (progress, cache, residency):
-                for generated in generate(session.pipeline, request, progress, cache, **residency.releases):
+            with self._prepare(task, session, request, feed) as (plan, progress):
+                for generated in session.planned_images(request, plan, progress, self._models.encodings):
                     metadata = {**generated.metadata, **recorded_options}
                     url = data_url(encode_png(generated.image, metadata))
                     index = metadata["image_index"]
@@ -225,8 +240,10 @@ class Tasks:
             (image,) = decode([body.image])
             session = self._models.open("decompose")
             request = session.request(options | painted, images=[open_rgba(image)])
-            with self._prepare("decompose", session, request, feed) as (progress, cache, residency):
-                result = decompose(session.pipeline, request, progress, cache, **residency.releases)
+            with self._prepare("decompose", session, request, feed) as (plan, progress):
+                result = session.planned_layers(request, plan, progress, self._models.encodings)
+            if result is None:
+                return {}
             pngs = [data for name, data in folder_files(result.stack) if LAYER_FILE.fullmatch(name)]
             psnr = result.psnr
             return {
@@ -250,6 +267,8 @@ class Tasks:
             request = session.request(options, images=[open_rgba(image)])  # the task would begin with this caption
             self._limits.check_size(*request.canvas.size)
             with self._models.plan("decompose", request):
+                if not session.leads:
+                    return {}
                 caption = session.pipeline.caption_image(
                     request.images[0], language=body.language, resolution=math.isqrt(request.reference_pixels),
                     seed=body.seed, progress=feed,
@@ -278,15 +297,17 @@ class Tasks:
             self._limits.check_size(*size)
 
     @contextmanager
-    def _prepare(self, task: str, session: Session, request: Request, feed: Feed) -> Any:
-        """A context with (progress callback, cache, residency) for a request; checks the limits."""
+    def _prepare(
+        self, task: str, session: Session, request: Request, feed: Feed
+    ) -> Iterator[tuple[MemoryPlan, ProgressCallback]]:
+        """A context with the plan and the progress callback for a request; checks the limits."""
         self._limits.check(request)
-        feed.images = len(request.seeds) * len(request.image_indices)
         with self._models.plan(task, request) as plan:
+            feed.images = session.own_images(len(request.seeds) * len(request.image_indices))
             progress: ProgressCallback = feed
             if feed.followed and session.pipeline.variant.preview:
                 progress = Preview(_Previews(feed), feed, session.pipeline, request)
-            yield progress, self._models.encodings, plan.residency
+            yield plan, progress
 
 
 def _is_image(row: Option) -> bool:

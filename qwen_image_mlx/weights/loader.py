@@ -6,6 +6,7 @@ the result plus one tensor. Nothing here is specific to a model; that is the wei
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections import Counter
@@ -28,6 +29,7 @@ from .mapping import (
     expected_tensors,
     is_ignored,
     other_part,
+    specs_of_layers,
     weights_map,
 )
 from .packed import Packed
@@ -114,6 +116,12 @@ class ComponentWeights:
     def _fits(self, spec: TensorSpec, shape: tuple[int, ...]) -> bool:
         return shape == self._file_shape(spec) or (spec.layout == "vector" and shape == spec.shape[:1])
 
+    def of_layers(self, layers: Collection[int]) -> ComponentWeights:
+        """The same weights without those of its other layers, by number."""
+        some = copy.copy(self)
+        some._specs = {spec.name: spec for spec in specs_of_layers(self.component, self._specs.values(), layers)}
+        return some
+
     def specs(self, part: str) -> list[TensorSpec]:
         """The tensors of a part, in the map's order."""
         return [spec for spec in self._specs.values() if spec.part == part]
@@ -145,6 +153,12 @@ class ComponentWeights:
     def files(self) -> set[Path]:
         """The files the weights are in."""
         return {file for stored in self._stored.values() for file in stored.files}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The files' tensors that make up its weights."""
+        found = [tensor for stored in self._stored.values() for tensor in (stored.tensor, *stored.companions.values())]
+        return [piece for tensor in found for piece in getattr(tensor, "pieces", (tensor,))]
 
     @property
     def nbytes(self) -> int:

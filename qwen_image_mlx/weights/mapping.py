@@ -163,6 +163,14 @@ def needs_tensor(component: Component, stored_name: str, parts: Collection[str])
     return not found or not found.isdisjoint(parts)
 
 
+def specs_of_layers(component: Component, specs: Iterable[TensorSpec], layers: Collection[int]) -> Iterator[TensorSpec]:
+    """A component's tensors without those of its other layers, by number."""
+    prefix = f"{component.layers}."
+    for spec in specs:
+        if not spec.name.startswith(prefix) or int(spec.name.removeprefix(prefix).partition(".")[0]) in layers:
+            yield spec
+
+
 def settings_of_names(component: Component, stored_names: Iterable[str]) -> dict[str, Any]:
     """The config fields that a checkpoint's tensor names determine, by the map's markers."""
     markers = weights_map(component.map).get("markers", {})

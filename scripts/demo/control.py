@@ -23,8 +23,9 @@ from qwen_image_mlx.models.qwen_image.transformer import Modulation, Transformer
 from qwen_image_mlx.models.rotary import Rotary
 from qwen_image_mlx.training.loop import LoopSettings, Trainer
 from qwen_image_mlx.training.loss import FlowMatching, key_of
-from qwen_image_mlx.training.network import Batch, Network
+from qwen_image_mlx.training.network import Batch
 from qwen_image_mlx.training.optimizers import Optimizer, Rate
+from qwen_image_mlx.training.qwen_image.network import Network
 from qwen_image_mlx.weights.safetensors_files import save_tensors
 
 from .painter import EMA, WARM_UP

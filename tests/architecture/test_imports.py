@@ -46,7 +46,7 @@ REFERENCE_LIBRARIES = {"torch", "torchvision", "transformers", "diffusers", "acc
 PURE = {"mlx", "__future__", "array", "collections", "dataclasses", "functools", "itertools", "math", "typing"}
 FAMILIES = {path.parent.name for path in (ROOT / PACKAGE / "models").glob("*/__init__.py")}
 LONGEST = 500  # lines of a file
-COMPONENTS_ARE_SEEN_BY = ("runtime/session.py",)
+COMPONENTS_ARE_SEEN_BY = ("runtime/session.py", "runtime/shared.py")
 # Where a text may name a flag: the command line, what is started with flags, and config.toml, which stands for flags.
 NAMES_FLAGS = ("cli", "server", "doctor", "settings")
 # The tables of options, whose help is the command line's; and the card of a model, which says how it is run.

@@ -41,14 +41,14 @@ PAINTING = PAINTER | SAMPLING | {
     "--width", "--height", "--num-images", "--output", "--image", "--mask", "--strength", "--size", "--mask-padding",
     "--no-composite", "--transparent", "--no-prefix-cache", "--cache", "--from-image", "--ignore-profile", "-W", "-H",
     "-o", "--prompt", "-p", "--image-path", "--outpaint", "--controlnet", "--control-image", "--control-scale",
-    "--control-start", "--control-end", "--control-mask", "--control-source", "--control-kind",
+    "--control-start", "--control-end", "--control-mask", "--control-source", "--control-kind", "--parallel",
 }  # fmt: skip
 FLAGS = {
     "generate": PAINTING | {"--aspect", "--prompts-file", "--seeds", "--contact-sheet", "--pick"},
     "edit": PAINTING | {"-i", "--layer", "--reference-pixels", "--keep-alpha", "--zero-cond-t"},
     "decompose": PAINTER | SAMPLING | {
         "--layer", "--prompt", "-p", "--layers", "--resolution", "--size", "--cfg-normalize", "--caption-language",
-        "--format", "--output", "--layer-prompt", "--layer-mask", "--cache", "--ignore-profile", "-o",
+        "--format", "--output", "--layer-prompt", "--layer-mask", "--cache", "--ignore-profile", "-o", "--parallel",
     },
     "compose": PAINTER | SAMPLING | {
         "--hide", "--move", "--scale", "--output", "--harmonize", "--num-images", "--cache", "--ignore-profile", "-o",

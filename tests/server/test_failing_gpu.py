@@ -142,7 +142,7 @@ def test_what_faults_come_to(course, fault, over):
             health.succeeded()
         else:
             health.failed(error)
-    assert (health.fault, health.over) == (fault, over)
+    assert (health.fault, bool(health.over)) == (fault, over)
 
 
 def test_after_a_fault_memory_is_distrusted_before_the_next_job_and_a_bug_is_no_fault():

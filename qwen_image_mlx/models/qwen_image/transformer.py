@@ -15,7 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import nn
-from ..layers import Linear, OnLayer, attention, gated_add, gelu_tanh
+from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh
 from ..rotary import Rotary, rotate
 from .config import TransformerConfig
 
@@ -78,7 +78,13 @@ Hint = Callable[[int, int, mx.array], mx.array | None]
 
 
 class Transformer(nn.Module):
-    """Predicts the velocity of every target token."""
+    """Predicts the velocity of every target token.
+
+    Attributes:
+        relay: what connects the blocks here with those that run elsewhere; None runs all of them here.
+    """
+
+    relay: Relay | None = None
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -156,10 +162,13 @@ class Transformer(nn.Module):
     ) -> Hidden:
         """The streams after some consecutive blocks; `hints` are added to the target's tokens after each of them."""
         streams = list(zip(hidden.images, hidden.texts, strict=True))
-        numbers = range(len(modulation.blocks))[blocks]
-        for number, block, rows in zip(
-            numbers, self.transformer_blocks[blocks], modulation.blocks[blocks], strict=True
-        ):
+        numbers, all_rows, relay = range(len(modulation.blocks))[blocks], modulation.blocks[blocks], self.relay
+        if relay is not None:  # then a pass is whole, and the rows are those of the blocks here
+            numbers, all_rows = relay.blocks, modulation.blocks
+            blocks = slice(numbers.start, numbers.stop)
+            received = [relay.receive([*images, text]) for images, text in streams]
+            streams = [(arrays[:-1], arrays[-1]) for arrays in received]
+        for number, block, rows in zip(numbers, self.transformer_blocks[blocks], all_rows, strict=True):
             before = streams
             streams = [
                 (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
@@ -173,6 +182,9 @@ class Transformer(nn.Module):
             if on_layer is not None:  # the last block returns its text unchanged
                 texts_before = {id(txt) for _, txt in before}
                 on_layer([x for images, txt in streams for x in (*images, txt) if id(x) not in texts_before])
+        if relay is not None:
+            for images, text in streams:
+                relay.send([*images, text])
         return Hidden([images for images, _ in streams], [text for _, text in streams])
 
     def leave(self, hidden: Hidden, modulation: Modulation) -> list[mx.array]:

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from .. import nn
 from ..causal import causal_attention
-from ..layers import Linear, OnLayer, attention, gated_add, gelu_tanh
+from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh
 from ..rotary import Rotary, rotate
 from .config import TransformerConfig
 from .rope import Run
@@ -95,7 +95,13 @@ Hint = Callable[[int, int], tuple[mx.array, mx.array] | None]
 
 
 class Transformer(nn.Module):
-    """Predicts the velocity of every target token."""
+    """Predicts the velocity of every target token.
+
+    Attributes:
+        relay: what connects the blocks here with those that run elsewhere; None runs all of them here.
+    """
+
+    relay: Relay | None = None
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -133,8 +139,9 @@ class Transformer(nn.Module):
             keep: hand out the prefixes' keys and values, which takes the memory of all blocks' at once.
 
         Returns:
-            (B, N, out_channels) for each branch, and the keys and values of each branch's prefix, one for each block:
-            given as `Branch.prefix` to later steps, these leave out all work on the prefix. Empty unless kept.
+            (B, N, out_channels) for each branch, which mean nothing if the last block runs elsewhere; and the keys and
+            values of each branch's prefix, one for each block here: given as `Branch.prefix` to later steps, these
+            leave out all work on the prefix. Empty unless kept.
         """
         hidden = self.run(self.enter(latents, branches), branches, rows, still, slice(None), on_layer, keep)
         return self.leave(hidden, rows), [list(seen) for seen in hidden.kept]
@@ -164,6 +171,13 @@ class Transformer(nn.Module):
         """
         targets, hidden = list(entered.targets), dict(entered.prefixes)
         kept = [list(seen) for seen in entered.kept]
+        first, relay = 0, self.relay
+        if relay is not None:  # then a pass is whole
+            first, blocks = relay.blocks.start, slice(relay.blocks.start, relay.blocks.stop)
+            for n in range(len(targets)):
+                targets[n], *before = relay.receive([targets[n], *([hidden[n]] if n in hidden else [])])
+                if before:
+                    (hidden[n],) = before
         for number, block in zip(range(self._depth)[blocks], self.transformer_blocks[blocks], strict=True):
             made: list[mx.array] = []
             for n, (prefix, rotary) in enumerate(branches):
@@ -173,7 +187,7 @@ class Transformer(nn.Module):
                     if number + 1 < self._depth:  # after the last block nobody reads it
                         made.append(hidden[n])
                 else:
-                    seen = prefix[number]
+                    seen = prefix[number - first]
                 if keep:
                     kept[n].append(seen)
                 targets[n] = block(targets[n], rows, rotary, seen)
@@ -182,6 +196,9 @@ class Transformer(nn.Module):
                     hidden[n], targets[n] = hidden[n] + added[0], targets[n] + added[1]
             if on_layer is not None:
                 on_layer([*made, *targets])
+        if relay is not None:
+            for n, target in enumerate(targets):
+                relay.send([target, *([hidden[n]] if n in hidden else [])])
         return Hidden(targets, hidden, kept)
 
     def leave(self, hidden: Hidden, rows: Rows) -> list[mx.array]:

@@ -74,13 +74,17 @@ class Folding:
 
     def blocks(self, embedding: mx.array, layers: str = _BLOCKS) -> list[tuple[list[Rows], list[Rows]]]:
         """The rows of the text and of the image of each block in the list `layers`."""
-        count = sum(name.startswith(f"{layers}.") and name.endswith(".img_mod.1.weight") for name in self._specs)
+        numbers = [
+            name.removeprefix(f"{layers}.").removesuffix(".img_mod.1.weight")
+            for name in self._specs
+            if name.startswith(f"{layers}.") and name.endswith(".img_mod.1.weight")
+        ]
         return [
             (
                 self.rows(f"{layers}.{n}.txt_mod.1", embedding, BLOCK_SCALES),
                 self.rows(f"{layers}.{n}.img_mod.1", embedding, BLOCK_SCALES),
             )
-            for n in range(count)
+            for n in numbers
         ]
 
 
@@ -101,8 +105,8 @@ def modulation_table(
         adapters: LoRAs, merged on the way.
 
     Returns:
-        One `Modulation` per timestep, evaluated: it belongs to no thread. Its rows are views into one array per block
-        and stream.
+        One `Modulation` per timestep, of the weights' blocks, evaluated: it belongs to no thread. Its rows are views
+        into one array per block and stream.
     """
     folding, steps = Folding(weights, dtype, adapters), len(timesteps)
     embedding = folding.embedding(timesteps)

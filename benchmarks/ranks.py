@@ -1,0 +1,217 @@
+"""Several ranks on one machine: bytes against the model, what the exchange adds to a step, and a simulated connection.
+
+python benchmarks/ranks.py                 # all; 5 minutes
+python benchmarks/ranks.py --only link     # the simulated connection alone; 1 minute
+
+"blocks": two blocks of the real width in fp32 and random weights, two ranks over MLX's ring backend. The ranks share
+the machine's cores, so a step is no faster than on one; bytes are counted, and a step on one rank is compared.
+
+"link": the exchanges of a step of 1024x1024 with delays around them, as of a connection of 1, 10 and 40 Gbit/s, and
+pauses in place of the blocks; against `runtime/traffic.py`. Arrays have a tenth of their bytes and the connection a
+tenth of its rate, so that the loopback of a busy machine is faster than what it stands for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from subprocess import run
+from types import SimpleNamespace
+from typing import Any
+
+from common import Table
+
+GBIT = 1e9 / 8
+LATENCY = 0.0005
+MODES = ("guidance", "layers")
+
+
+def worker(part: str, folder: Path) -> None:
+    """One rank."""
+    from qwen_image_mlx.runtime.ranks import current
+
+    found = {"blocks": blocks, "link": link}[part](folder, current())
+    current().wait()
+    everyone = current().gather_values(found)
+    if current().leads:
+        (folder / "found.json").write_text(json.dumps(everyone))
+
+
+def blocks(folder: Path, ranks: Any) -> dict[str, Any]:
+    """Steps of two real blocks in each mode, and what is read and exchanged."""
+    import mlx.core as mx
+
+    from qwen_image_mlx.registry import TRANSFORMER
+    from qwen_image_mlx.runtime.memory_plan import Planner, work_of
+    from qwen_image_mlx.runtime.ranks import Ranks
+    from qwen_image_mlx.runtime.residency import DEFAULT
+    from qwen_image_mlx.runtime.session import Session
+    from qwen_image_mlx.runtime.traffic import traffic_of
+    from qwen_image_mlx.weights.loader import ComponentWeights
+
+    read: dict[str, int] = {}
+    gathered, opened = [0], ComponentWeights.open
+    whole_gathered = Ranks.gathered
+
+    def counting(self: Any, spec: Any, reader: Any) -> Any:
+        if self.component.role == TRANSFORMER:
+            read[spec.name] = self.stored(spec.name).nbytes
+        return opened(self, spec, reader)
+
+    def counted(self: Any, array: Any) -> Any:
+        if array.ndim == 3:  # latents
+            gathered[0] += array.nbytes * (self.size - 1)
+        return whole_gathered(self, array)
+
+    ComponentWeights.open, Ranks.gathered = counting, counted
+    found: dict[str, Any] = {}
+    for mode in MODES if ranks.size > 1 else ("none",):
+        read.clear()
+        gathered[0] = 0
+        mx.reset_peak_memory()
+        times: list[float] = []
+        options = {"model": str(folder / "model"), "prompt": "a fox", "seed": [1], "dtype": "float32", "steps": 4,
+                   "cfg_scale": 4.0, "parallel": mode}  # fmt: skip
+        session = Session.open(options, "", lambda p, t=times: p.stage == "denoise" and t.append(time.perf_counter()))
+        request = session.request(options, (256, 256))
+        with session.plan(request):
+            encoding = session.encode(request)
+            session.pipeline.release_encoders()
+            session.pipeline.denoise_latents(request.parameters, encoding, seed=1)
+        steps = [b - a for a, b in pairwise(times[1:])]
+        found[mode] = {"step": min(steps), "read": sum(read.values()), "peak": mx.get_peak_memory()}
+        if ranks.size > 1:
+            relay, count = session.pipeline.relay, request.parameters.num_inference_steps
+            tokens = encoding.positive.shape[1]
+            with session.pipeline.components.unconnected():
+                work = replace(work_of(request, session.pipeline), text_tokens=tokens)
+                planner = Planner(session.pipeline.components, work, DEFAULT)
+                traffic = traffic_of(planner, mode, ranks.size)
+            sent = (0 if relay is None else relay.sent) + encoding_gap(relay, encoding, request, ranks)
+            found[mode] |= {"exchanged": (sent + gathered[0]) / count, "model": traffic.nbytes}
+    return found
+
+
+def encoding_gap(relay: Any, encoding: Any, request: Any, ranks: Any) -> int:
+    """Bytes that the model counts in addition, because it takes both prompts to be as long as the first."""
+    if relay is None or ranks.rank:
+        return 0
+    shorter = encoding.positive.shape[1] - encoding.negative.shape[1]
+    return shorter * 3072 * 4 * request.parameters.num_inference_steps
+
+
+def link(folder: Path, ranks: Any) -> dict[str, Any]:
+    """Steps of pauses and of real exchanges with delays, at three rates."""
+    import mlx.core as mx
+
+    from qwen_image_mlx.runtime import ranks as transport
+    from qwen_image_mlx.runtime import shared
+    from qwen_image_mlx.runtime.ranks import Link
+    from qwen_image_mlx.runtime.traffic import Traffic
+
+    latents, stream = mx.zeros((1, 410, 64), mx.bfloat16), mx.zeros((1, 435, 3072), mx.bfloat16)
+    alone, found, arrive = 1.6, {}, transport.arrive  # seconds of both branches on one rank
+    mx.eval(latents, stream)
+    own = ranks.link
+    for gbit in (1, 10, 40):
+        slow = Link(LATENCY, gbit * GBIT / 10)
+
+        def delayed(*arrays: mx.array, slow: Link = slow) -> None:
+            arrive(*arrays)
+            for array in arrays:
+                if array.size % stream.size == 0 and ranks.rank == 0:
+                    continue  # what is sent is delayed where it is received
+                received = array.nbytes if array.size == stream.size else array.nbytes * (ranks.size - 1) // ranks.size
+                time.sleep(max(slow.seconds(received) - own.seconds(received), 0))
+
+        transport.arrive = shared.arrive = delayed
+        for mode in MODES:
+            relay = shared.RankRelay(ranks, range(ranks.rank, ranks.rank + 1))
+
+            def velocities(x: mx.array, *rest: Any, mode: str = mode, relay: Any = relay) -> list[mx.array]:
+                received = relay.receive([stream]) if mode == "layers" else [stream]
+                time.sleep(alone / 2 / (ranks.size if mode == "layers" else 1))
+                if mode == "layers":
+                    relay.send(received)
+                return [x]
+
+            branch = SimpleNamespace(velocities=velocities)
+            denoiser = (
+                shared.LayersDenoiser(ranks, [branch, branch], relay)
+                if mode == "layers" else shared.GuidanceDenoiser(ranks, branch, 2)
+            )  # fmt: skip
+            times = []
+            for step in range(4):
+                ranks.wait()
+                began = time.perf_counter()
+                mx.eval(denoiser.velocities(latents, step))
+                times.append(time.perf_counter() - began)
+            latent_bytes = (ranks.size - 1) * latents.nbytes * (2 if mode == "layers" else 1)
+            traffic = Traffic(latent_bytes, stream.nbytes if mode == "layers" else 0, 2, ranks.size)
+            found[f"{mode} {gbit}"] = [traffic.turns() * alone + traffic.seconds(slow), min(times)]
+    return found
+
+
+def launched(part: str, size: int, folder: Path) -> list[dict[str, Any]]:
+    """What each of some ranks found."""
+    script = [sys.executable, str(Path(__file__).absolute()), "--worker", part, str(folder)]
+    launcher = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", str(size), "--"]
+    run([*(launcher if size > 1 else []), *script], check=True, capture_output=True)
+    found: list[dict[str, Any]] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def measure_blocks(folder: Path) -> list[Table]:
+    """Bytes and seconds of two real blocks."""
+    from qwen_image_mlx.weights.synthetic import FULL, TINY, write_checkpoint
+
+    transformer = replace(FULL["transformer"], num_layers=2, joint_attention_dim=64)
+    write_checkpoint(folder / "model", TINY | {"transformer": transformer})
+    (alone,), both = launched("blocks", 1, folder), launched("blocks", 2, folder)
+    columns = ["", "rank", "MB read", "of its share", "peak GB", "MB a step", "of the model", "step s"]
+    table = Table("two ranks, two real blocks, 256x256, fp32, guidance", columns)
+    whole = alone["none"]
+    table.rows.append(["one process", 0, whole["read"] / 1e6, 1.0, whole["peak"] / 1e9, 0.0, "", whole["step"]])
+    for mode in MODES:
+        for rank, found in enumerate(both):
+            one = found[mode]
+            share = whole["read"] / (2 if mode == "layers" else 1)
+            # The first rank relays to the second, which receives; both gather.
+            ratio = one["exchanged"] / one["model"] if mode == "guidance" or rank == 0 else ""
+            table.rows.append([mode, rank, one["read"] / 1e6, one["read"] / share, one["peak"] / 1e9,
+                               one["exchanged"] / 1e6, ratio, one["step"]])  # fmt: skip
+    return [table]
+
+
+def measure_link(folder: Path) -> list[Table]:
+    """Steps over a simulated connection."""
+    found = launched("link", 2, folder)[0]
+    columns = ["", "Gbit/s", "modelled s", "measured s", "measured / modelled"]
+    table = Table("a step over a simulated connection, two ranks, 1.6 s of computing on one", columns)
+    for name, (modelled, measured) in found.items():
+        mode, gbit = name.split()
+        table.rows.append([mode, int(gbit), modelled, measured, measured / modelled])
+    return [table]
+
+
+def main() -> int:
+    """Measures, and prints tables."""
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2], Path(sys.argv[3]))
+        return 0
+    only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else ""
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, measure in {"link": measure_link, "blocks": measure_blocks}.items():
+            if only in ("", name):
+                for table in measure(Path(temporary)):
+                    table.print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

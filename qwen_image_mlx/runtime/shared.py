@@ -1,0 +1,452 @@
+"""How ranks share the work: the branches of guidance, the images of a request, or the transformer's blocks.
+
+A `SharedPipeline` has the calls of any pipeline, and rank 0 gets the results. The denoising loop runs on every rank
+that has a part; what a step needs from elsewhere is exchanged inside the `Denoiser`, or between blocks by a `Relay`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import Cancelled, RequestError
+from ..gpu import finish
+from ..models.layers import OnLayer
+from ..names import Parallel
+from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.seams import Conditions, Denoiser, DenoiserClass
+from ..registry import TEXT_ENCODER, TRANSFORMER, VAE
+from .ranks import REPORT, Ranks, arrive, current, exchanging, parts
+from .traffic import is_worth_splitting
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..pipeline.components import Components
+    from ..pipeline.conditioning import GuidanceEncoding, InitialImage
+    from ..pipeline.parameters import GenerationParameters
+    from ..pipeline.progress import ProgressCallback
+    from ..pipeline.reporter import Reporter
+    from ..pipeline.request import Request
+    from ..weights.safetensors_files import Tensor
+    from .memory import Memory
+    from .memory_plan import MemoryPlan, Work
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+WORDS: dict[Parallel, str] = {
+    "guidance": "the branches of guidance",
+    "images": "the images",
+    "layers": "the transformer's blocks",
+    "none": "nothing: rank 0 works alone",
+}
+_SAMPLES = 64  # tensors of which a few bytes are compared: headers of two fine-tunes are equal
+_SAMPLE_BYTES = 64
+
+
+class SharedPipeline(QwenImagePipeline):
+    """A pipeline whose work the ranks of this run share; made by `from_pretrained` like any other.
+
+    Attributes:
+        ranks: of this run.
+        mode: how the work is shared now: "guidance", "images", "layers" or "none", which leaves it to rank 0.
+    """
+
+    def __init__(self, components: Components, report: Reporter, denoiser: DenoiserClass | None = None):
+        super().__init__(components, report, denoiser)
+        self._denoiser = _SharedDenoisers(self, self._denoiser)
+        self.ranks: Ranks = current()
+        self.mode: Parallel = "none"
+        self.relay: RankRelay | None = None
+        self._compared = False
+        self._images = 1
+        self._number = 0
+        self._round: list[mx.array | None] = []
+
+    def begin(self, mode: Parallel, images: int) -> None:
+        """Begins a piece of work; every rank calls this with the same values.
+
+        Args:
+            mode: how it is shared.
+            images: how many will be denoised.
+
+        Raises:
+            RequestError: there are more ranks than blocks.
+        """
+        self.mode, self._images, self._number, self._round = mode, images, 0, []
+        self.relay = None
+        if mode == "layers":
+            self.relay = RankRelay(self.ranks, parts(self.blocks, self.ranks.size)[self.ranks.rank])
+        self.components.connect(self.relay)
+        self.ranks.shared = mode, [self.part_of(rank) for rank in range(self.ranks.size)]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the whole transformer has."""
+        with self.components.unconnected():
+            return self.components.depth(TRANSFORMER)
+
+    @property
+    def works(self) -> bool:
+        """Whether this rank has a part in the work."""
+        return self._works(self.ranks.rank)
+
+    def _works(self, rank: int) -> bool:
+        return rank == 0 or (self.mode != "none" and (self.mode != "images" or rank < self._images))
+
+    def part_of(self, rank: int) -> str:
+        """A rank's part, in a few words."""
+        if not self._works(rank) or (self.mode == "guidance" and rank > 1):
+            return "nothing to do"
+        if self.mode == "layers":
+            blocks = parts(self.blocks, self.ranks.size)[rank]
+            return f"blocks {blocks.start} to {blocks.stop - 1}"
+        return {"guidance": f"the {('positive', 'negative')[rank % 2]} branch", "images": "a share of the images"}.get(
+            self.mode, "everything"
+        )
+
+    def own_images(self, count: int) -> int:
+        """How many of some images are denoised here."""
+        return -(-(count - self.ranks.rank) // self.ranks.size) if self.mode == "images" else count
+
+    def attend(self) -> None:
+        """Takes part in the exchanges of work in which this rank has no other part."""
+        if self.mode == "images":
+            for _ in range(self._images):
+                self.shared_latents(_nobody)
+
+    def prepare(self) -> None:
+        """As `QwenImagePipeline.prepare`; raises RankError unless all ranks opened the same model in the same way."""
+        super().prepare()
+        if self._compared:
+            return
+        self.ranks.meet()
+        self._compared = True
+        parts = self.components
+        self.ranks.agree(
+            {
+                "the pipeline's class": self.class_name,
+                "the dtype": str(self.dtype),
+                "the quantization": str(parts.quantization),
+                "the LoRAs": list(parts.adapters.references) if parts.adapters else [],
+                **{
+                    f"the files of the {role}": fingerprint(parts.weights(role).tensors)
+                    for role in (TRANSFORMER, TEXT_ENCODER, VAE)
+                },
+            }
+        )
+
+    def denoise_latents(
+        self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
+        seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
+        initial: InitialImage | None = None, progress: ProgressCallback | None = None, **more: Any,
+    ) -> mx.array:  # fmt: skip
+        """As `QwenImagePipeline.denoise_latents`; on ranks that do not decode the result may be empty."""
+
+        def denoised() -> mx.array:
+            return super(SharedPipeline, self).denoise_latents(
+                parameters, encoding, seed=seed, image_index=image_index, latents=latents, initial=initial,
+                progress=progress, **more,
+            )  # fmt: skip
+
+        if self.mode != "images":
+            return denoised() if self.works else mx.zeros((0,))
+        return self.shared_latents(denoised)
+
+    def shared_latents(self, denoised: Callable[[], mx.array]) -> mx.array:
+        """The next image's latents on rank 0, whoever makes them; on other ranks an empty array.
+
+        The images of a round, one for each rank, are made at the same time, and then gathered.
+
+        Args:
+            denoised: makes them; called on one rank.
+        """
+        place = self._number % self.ranks.size
+        together = min(self.ranks.size, self._images - (self._number - place))  # images of this round
+        self._number += 1
+        mine = denoised() if place == self.ranks.rank else None
+        if place == self.ranks.rank and self.ranks.leads:
+            self._round = [mine]
+        elif together > 1 and place == max(1, min(self.ranks.rank, together - 1)):
+            self._round = self._gathered(mine)
+        found = self._round[place] if self.ranks.leads else None
+        return mx.zeros((0,)) if found is None else found
+
+    def _gathered(self, mine: mx.array | None) -> list[mx.array | None]:
+        """Every rank's latents of this round."""
+        self.ranks.meet()
+        kind = self.components.dtype
+        payload = b"" if mine is None else bytes(memoryview(np.array(mine.view(mx.uint8))))
+        shape = [] if mine is None else list(mine.shape)
+        shapes, payloads = self.ranks.gather_values(shape), self.ranks.gather(payload)
+        return [
+            mx.array(np.frombuffer(data, np.uint8)).view(kind).reshape(shape) if shape else None
+            for shape, data in zip(shapes, payloads, strict=True)
+        ]
+
+    def decode_frames(
+        self, parameters: GenerationParameters, latents: mx.array, *, progress: ProgressCallback | None = None
+    ) -> Iterator[mx.array]:
+        """As `QwenImagePipeline.decode_frames`; only rank 0 decodes, the others yield nothing."""
+        return super().decode_frames(parameters, latents, progress=progress) if self.ranks.leads else iter(())
+
+
+class _SharedDenoisers:
+    """The `DenoiserClass` of a shared pipeline.
+
+    Args:
+        pipeline: says how the work is shared.
+        make: makes the denoiser of a single process.
+    """
+
+    def __init__(self, pipeline: SharedPipeline, make: DenoiserClass):
+        self._pipeline, self._make = pipeline, make
+        self.check = make.check
+        self.kept_values = make.kept_values
+
+    def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
+        """Makes the denoiser of an image; see `DenoiserClass`."""
+        ranks, mode = self._pipeline.ranks, self._pipeline.mode
+
+        def of_branch(states: mx.array) -> Denoiser:
+            return self._make(components, replace(conditions, branches=(states,)), report)
+
+        if mode == "guidance" and len(conditions.branches) > 1:
+            branches = conditions.branches
+            return GuidanceDenoiser(
+                ranks, of_branch(branches[ranks.rank]) if ranks.rank < len(branches) else None, len(branches)
+            )
+        if mode == "layers":
+            relay = self._pipeline.relay
+            return LayersDenoiser(ranks, [of_branch(states) for states in conditions.branches], relay)
+        return self._make(components, conditions, report)
+
+
+class GuidanceDenoiser:
+    """A `Denoiser` that runs one branch and gets the other from a different rank, in one exchange an evaluation.
+
+    Args:
+        ranks: the rank's number is that of its branch.
+        own: the denoiser of this rank's branch; None for a rank without one, which only takes part in the exchange.
+        branches: how many there are.
+    """
+
+    def __init__(self, ranks: Ranks, own: Denoiser | None, branches: int):
+        self._ranks, self._own, self._branches = ranks, own, branches
+
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
+        """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
+        own = mx.zeros_like(latents)
+        if branches == 1 and self._ranks.rank:
+            pass  # guidance is off in this step: this branch is not used
+        elif self._own is not None:
+            (own,) = self._own.velocities(latents, evaluation, on_layer)
+            finish(own)  # it may fail, and then there is nothing to exchange
+        self._ranks.meet()
+        everyone = self._ranks.gathered(own)
+        return mx.split(everyone, self._ranks.size)[: branches or self._branches]
+
+
+class LayersDenoiser:
+    """A `Denoiser` whose blocks are spread over ranks: the streams go from each to the next, the velocities to all.
+
+    One branch runs after another, so that a rank has the next branch to run while the one behind it runs the first.
+
+    Args:
+        ranks: in order of their blocks.
+        branches: a denoiser of each branch, whose transformer has this rank's blocks.
+        relay: that transformer's.
+    """
+
+    def __init__(self, ranks: Ranks, branches: Sequence[Denoiser], relay: RankRelay | None = None):
+        self._ranks, self._branches, self._relay = ranks, branches, relay
+
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
+        """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
+        cancelled: list[Cancelled] = []
+
+        def on_own_layer(arrays: Sequence[mx.array]) -> None:
+            try:
+                if on_layer is not None:
+                    on_layer(arrays)
+            except Cancelled as error:  # the others wait for the streams: it is cancelled after this evaluation
+                cancelled.append(error)
+
+        self._ranks.meet()
+        self._ranks.awaited = True
+        found = [branch.velocities(latents, evaluation, on_own_layer)[0] for branch in self._branches[:branches]]
+        if self._ranks.rank + 1 < self._ranks.size:
+            found = [mx.zeros_like(latents) for _ in found]  # only the last rank has the last block
+        if self._relay is not None:
+            self._relay.wait()
+        everyone = self._ranks.gathered(mx.concatenate(found))
+        self._ranks.awaited = False
+        if cancelled:
+            raise cancelled[0]
+        return mx.split(everyone, len(found) * self._ranks.size)[-len(found) :]
+
+
+class RankRelay:
+    """The `Relay` of a rank: one message a branch from the rank before it, one to the next.
+
+    Args:
+        ranks: in order of their blocks.
+        blocks: the numbers of this rank's.
+
+    Attributes:
+        blocks: the numbers of this rank's.
+        sent: bytes sent to the next rank so far.
+    """
+
+    def __init__(self, ranks: Ranks, blocks: range):
+        self._ranks, self.blocks = ranks, blocks
+        self.sent: int = 0
+        self._sending: mx.array | None = None
+
+    def receive(self, streams: Sequence[mx.array]) -> list[mx.array]:
+        """See `Relay.receive`."""
+        if self._ranks.rank == 0:
+            return list(streams)
+        lengths = np.cumsum([x.shape[1] for x in streams]).tolist()
+        shape = (streams[0].shape[0], lengths[-1], streams[0].shape[2])
+        whole = mx.distributed.recv(shape, streams[0].dtype, self._ranks.rank - 1, group=self._ranks.group)
+        arrive(whole)
+        return mx.split(whole, lengths[:-1], axis=1)
+
+    def send(self, streams: Sequence[mx.array]) -> None:
+        """See `Relay.send`."""
+        if self._ranks.rank + 1 == self._ranks.size:
+            return
+        self.wait()
+        whole = mx.concatenate(list(streams), axis=1)
+        with exchanging():
+            # On its way while the next branch runs here; in the order in which the next rank receives.
+            self._sending = mx.distributed.send(whole, self._ranks.rank + 1, group=self._ranks.group)
+            mx.async_eval(self._sending)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
+        self.sent += whole.nbytes
+
+    def wait(self) -> None:
+        """Waits until what was sent is on its way; raises RankError if it cannot be sent."""
+        if self._sending is not None:
+            arrive(self._sending)
+            self._sending = None
+
+
+def begin(
+    pipeline: SharedPipeline, request: Request, work: Work, whole: MemoryPlan, memory: Memory, asked: Parallel
+) -> None:
+    """Lets the ranks agree on a request and on how they share it; every rank calls this.
+
+    Args:
+        pipeline: of this rank.
+        request: the request.
+        work: its work.
+        whole: the plan for it with the whole transformer on this rank.
+        memory: what this rank may use.
+        asked: the user's choice.
+
+    Raises:
+        RankError: they have different requests.
+        RequestError: the choice does not suit the request.
+    """
+    ranks = pipeline.ranks
+    pipeline.prepare()
+    ranks.meet()
+    ranks.agree(facts_of(request))
+    # A step cache leaves blocks out by what it finds in both branches; a control may be made with the prompt for both.
+    unsuited = ("guidance", "layers") if request.parameters.step_cache or request.controls else ()
+    if asked in unsuited:
+        raise RequestError("with a step cache or a control only images can be shared")
+    kept = TRANSFORMER not in whole.residency.streamed
+    fits = whole.peak <= memory.budget and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
+    everywhere, asked = all(ranks.gather_values(fits)), ranks.led(lambda: asked)
+    if asked == "auto" and not everywhere:
+        link = ranks.link
+        with pipeline.components.unconnected():
+            everywhere = not is_worth_splitting(pipeline.components, work, ranks.size, link)
+        everywhere = ranks.led(lambda: everywhere)
+    facts = {"ranks": ranks.size, "images": work.images, "guided": work.guided, "blocks": pipeline.blocks}
+    mode = chosen_mode(asked, fits=everywhere, **facts)
+    if mode in unsuited:
+        mode = "images" if work.images > 1 else "none"
+    pipeline.begin(mode, work.images)
+    if ranks.leads:
+        logger.info("%d ranks share %s", ranks.size, WORDS[mode])
+    else:
+        logger.log(REPORT, "rank %d of %d: %s", ranks.rank, ranks.size, pipeline.part_of(ranks.rank))
+
+
+def chosen_mode(asked: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int) -> Parallel:
+    """How work is shared.
+
+    Args:
+        asked: the user's choice; "auto" leaves it to this function.
+        ranks: how many there are.
+        images: how many are generated.
+        guided: whether there are two branches.
+        fits: whether the whole transformer stays in memory on every rank, or splitting it would be slower than
+            reading it again in each step.
+        blocks: of the transformer.
+
+    Raises:
+        RequestError: the choice does not suit the work.
+    """
+    if asked == "guidance" and not guided:
+        raise RequestError("the branches of guidance cannot be shared: guidance is off, so there is only one")
+    if asked == "images" and images < 2:
+        raise RequestError("the images cannot be shared: there is only one")
+    if asked == "layers":
+        parts(blocks, ranks)
+    if asked != "auto":
+        return asked
+    if not fits and ranks <= blocks:
+        return "layers"
+    if images >= ranks or (images > 1 and not guided):
+        return "images"
+    return "guidance" if guided else "none"
+
+
+def facts_of(request: Request) -> dict[str, Any]:
+    """What ranks must agree on before they run a request, keyed by what a sentence calls it."""
+    images = list(request.images)
+    if request.canvas is not None:
+        images += [image for image in request.canvas.initial if image is not None]
+    return {
+        "the prompt": request.prompt,
+        "the negative prompt": request.negative_prompt,
+        "the options": repr(request.parameters),
+        "the seeds": list(request.seeds),
+        "the number of images": len(request.image_indices),
+        "the reference pixels": request.reference_pixels,
+        "the caption's language": request.caption_language,
+        "the images": [_digest(image) for image in images],
+    }
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> str:
+    """A short hash of a component's headers, and of a few bytes of some of its tensors."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    found = hashlib.sha256(repr([(t.name, t.dtype, t.shape) for t in ordered]).encode())
+    for tensor in ordered[:: max(1, len(ordered) // _SAMPLES)]:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset + tensor.nbytes // 2)
+            found.update(file.read(min(_SAMPLE_BYTES, tensor.nbytes - tensor.nbytes // 2)))
+    return found.hexdigest()[:12]
+
+
+def _nobody() -> mx.array:
+    raise AssertionError("this rank has no images")
+
+
+def _digest(image: Image) -> str:
+    return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()[:12]

@@ -1,0 +1,195 @@
+"""Several ranks on one machine, over MLX's ring backend: the same images as one process, and one end for all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from control_files import INSTANTX, write_control
+from lora_files import write_lora
+from PIL import Image
+from ranked import environments, finish, latents_of, run, start
+
+pytestmark = pytest.mark.process
+
+SIZE = ("--width", "64", "--height", "48", "--dtype", "float32", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Small checkpoints of four blocks, or three of 2.1; and a LoRA."""
+    from dataclasses import replace
+
+    from checkpoints_21 import write_checkpoint_21
+
+    from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
+    from qwen_image_mlx.variants import OWN
+    from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
+
+    folder = tmp_path_factory.mktemp("ranks")
+    configs = TINY | {"transformer": replace(TINY["transformer"], num_layers=4)}
+    layered = configs | {
+        "transformer": replace(configs["transformer"], use_additional_t_cond=True, use_layer3d_rope=True)
+    }
+    small = {"encoder_area": 96**2, "reference_area": 64**2, "target_area": 64**2}
+    for name, kind, its, own in (
+        ("t2i", "QwenImagePipeline", configs, {}),
+        ("edit", "QwenImageEditPlusPipeline", configs, small),
+        ("layered", "QwenImageLayeredPipeline", layered, {"resolutions": [64]}),
+    ):
+        write_checkpoint(folder / name, its, pipeline=kind)
+        index = folder / name / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_bytes()) | {OWN: own}))
+    write_checkpoint_21(folder / "v21")
+    shapes = QwenImagePipeline.from_pretrained(folder / "t2i").lora_targets()
+    write_lora(folder / "style.safetensors", shapes)
+    write_control(folder / "control.safetensors", folder / "t2i", INSTANTX, layers=2)
+    Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(folder / "photo.png")
+    return folder
+
+
+BOTH = ["guidance", "layers"]
+T2I = {"model": "t2i", "steps": 2, "cfg_scale": 4.0}
+EDIT_21 = T2I | {"model": "v21", "reference_pixels": 4096}
+CONTROL = {"controlnet": "control.safetensors", "image": "photo.png"}
+CASES = [
+    {"name": "generate", "modes": BOTH, "options": T2I},
+    {"name": "unguided", "modes": ["layers"], "options": T2I | {"cfg_scale": 1.0}},
+    {"name": "bf16", "modes": BOTH, "options": T2I | {"dtype": "bfloat16"}},
+    {"name": "quantized", "modes": BOTH, "options": T2I | {"quantize": "transformer=8", "group_size": 32}},
+    {"name": "merged", "modes": BOTH, "options": T2I | {"loras": ["style.safetensors"], "lora_mode": "merge"}},
+    {"name": "unmerged", "modes": BOTH, "options": T2I | {"loras": ["style.safetensors"], "lora_mode": "side"}},
+    {"name": "streamed", "modes": BOTH, "options": T2I | {"memory": "streamed"}},
+    {"name": "begun", "modes": BOTH, "images": 1, "options": T2I | {"strength": 0.9}},
+    {"name": "inpainted", "modes": BOTH, "images": 1, "mask": True, "options": T2I | {"strength": 0.9}},
+    {"name": "controlled", "modes": ["images"], "options": T2I | {"controls": [CONTROL], "num_images": 2}},
+    {"name": "cached", "modes": ["auto"], "options": T2I | {"step_cache": "first-block:0.5", "steps": 9}},
+    {"name": "edit", "modes": BOTH, "images": 2, "options": T2I | {"model": "edit"}},
+    {"name": "decompose", "modes": BOTH, "images": 1, "options": T2I | {"model": "layered", "layers": 2}},
+    {"name": "generate21", "modes": BOTH, "options": T2I | {"model": "v21"}},
+    {"name": "edit21", "modes": BOTH, "images": 1, "options": EDIT_21},
+    {"name": "unkept21", "modes": BOTH, "images": 1, "options": EDIT_21 | {"no_prefix_cache": True}},
+]
+
+
+@pytest.fixture(scope="module")
+def whole(models):
+    """Every case's latents by one process, and what it read."""
+    latents_of(1, models, CASES)
+    return {case["name"]: np.load(models / f"{case['name']}.npy") for case in CASES}
+
+
+THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "cached", "generate21")]
+
+
+@pytest.mark.parametrize(("size", "cases"), [(2, CASES), (3, THREE)])
+def test_latents_are_those_of_one_process(models, whole, size, cases):
+    latents_of(size, models, cases)
+    for case in cases:
+        for mode in case["modes"]:
+            found = np.load(models / f"{mode}{size}" / f"{case['name']}.npy")
+            np.testing.assert_array_equal(found, whole[case["name"]], err_msg=f"{case['name']} {mode}")
+    reads = [json.loads((models / f"layers{size}" / f"generate.{rank}.json").read_text()) for rank in range(size)]
+    every = json.loads((models / "generate.0.json").read_text())
+    blocks = [{name for name in read if name.startswith("transformer_blocks.")} for read in reads]
+    assert set.union(*blocks) == {name for name in every if name.startswith("transformer_blocks.")}
+    assert sum(map(len, blocks)) == len(set.union(*blocks))  # no block is read twice
+    assert all(read[name] == every[name] for read in reads for name in read)
+
+
+def test_an_image_and_its_record_are_those_of_one_process(models):
+    command = ("generate", "a fox", "--model", "t2i", "--seed", "5", *SIZE)
+    subprocess.run([sys.executable, "-m", "qwen_image_mlx", *command, "-o", "one.png"], cwd=models, check=True)
+    launch = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", "2", "--"]
+    launch += [sys.executable, "-m", "qwen_image_mlx", *command, "-o", "two.png"]
+    done = subprocess.run(launch, cwd=models, capture_output=True, text=True, timeout=120)
+    assert (models / "two.png").read_bytes() == (models / "one.png").read_bytes(), done.stderr
+    assert done.stdout.splitlines() == ["two.png"]
+    assert "rank 1 of 2: the negative branch" in done.stderr
+
+
+def test_a_batch_is_shared_and_resumed(models):
+    command = ("generate", "a fox", "--model", "t2i", "--seeds", "1-5", *SIZE)
+    subprocess.run([sys.executable, "-m", "qwen_image_mlx", *command, "-o", "alone"], cwd=models, check=True)
+    files = {file.name: file.read_bytes() for file in (models / "alone").iterdir()}
+    _, (_, _, other) = run(2, models, *command, "-o", "shared")
+    assert "a share of the images" in other
+    assert {file.name: file.read_bytes() for file in (models / "shared").iterdir()} == files
+    for name in sorted(files)[1:4:2]:
+        (models / "shared" / name).unlink()
+    ended = run(3, models, *command, "-o", "shared", "--parallel", "images")  # more ranks than images
+    assert len(ended[0][1].splitlines()) == 2
+    assert "rank 2 of 3: nothing to do" in ended[2][2]
+    assert {file.name: file.read_bytes() for file in (models / "shared").iterdir()} == files
+
+
+def test_layers_of_an_image(models):
+    command = ("decompose", "photo.png", "--model", "layered", "--prompt", "a fox", "--layers", "2", "--resolution",
+               "64", "--seed", "3", "--dtype", "float32", "--steps", "2")  # fmt: skip
+    subprocess.run([sys.executable, "-m", "qwen_image_mlx", *command, "-o", "a"], cwd=models, check=True)
+    run(2, models, *command, "-o", "b", "--parallel", "layers")
+    files = [{file.name: file.read_bytes() for file in (models / name).iterdir()} for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_a_random_seed_is_one_for_all(models):
+    run(2, models, "generate", "a fox", "--model", "t2i", *SIZE, "-o", "random.png")
+    assert (models / "random.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"--seed": "2"}, "rank 1 differs from rank 0 in the seeds: [2], not [1]"),
+        ({"--model": "other"}, "rank 1 differs from rank 0 in the files of the transformer"),
+        ({"--dtype": "bfloat16"}, "rank 1 differs from rank 0 in the dtype"),
+    ],
+)
+def test_ranks_that_differ_end_with_one_sentence(models, tmp_path, changed, said):
+    if "--model" in changed:
+        shutil.copytree(models / "t2i", models / "other")
+        file = next((models / "other" / "transformer").glob("*.safetensors"))
+        data = bytearray(file.read_bytes())
+        data[-(len(data) // 2) :] = bytes(len(data) // 2)  # other values under the same header
+        file.write_bytes(data)
+    flags = {"--model": "t2i", "--seed": "1", "--width": "64", "--height": "48", "--dtype": "float32", "--steps": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "qwen_image_mlx", "generate", "a fox", *(w for p in own.items() for w in p),
+             "-o", "differs.png"],
+            cwd=models, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for own, environment in zip((flags, flags | changed), environments(2, tmp_path), strict=True)
+    ]  # fmt: skip
+    for code, out, err in finish(processes):
+        assert (code, out) == (2, "")
+        assert said in err
+        assert "Traceback" not in err
+    assert not (models / "differs.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "dies", "sent"),
+    [("guidance", 0, signal.SIGKILL), ("layers", 1, signal.SIGKILL), ("layers", 1, signal.SIGINT)],
+)
+def test_a_rank_that_dies_ends_all(models, tmp_path, mode, dies, sent):
+    processes = start(2, models, "generate", "a fox", "--model", "t2i", "--seed", "1", *SIZE[:-1], "150",
+                      "--parallel", mode, "-o", str(tmp_path / "fox.png"))  # fmt: skip
+    seen, deadline = "", time.monotonic() + 60
+    while "steps/s" not in seen and time.monotonic() < deadline:
+        seen += processes[0].stderr.read(1)
+    processes[dies].send_signal(sent)
+    began = time.monotonic()
+    ended = finish(processes, seconds=60)
+    assert time.monotonic() - began < 10
+    assert all(code not in (0, None) for code, _, _ in ended), ended
+    assert "another rank has ended" in ended[1 - dies][2]
+    assert "Traceback" not in ended[1 - dies][2]
+    assert not list(tmp_path.glob("*.png"))

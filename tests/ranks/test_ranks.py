@@ -1,0 +1,240 @@
+"""How ranks agree and share, without other processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen_image_mlx.errors import RankError, RequestError
+from qwen_image_mlx.pipeline.parameters import GenerationParameters
+from qwen_image_mlx.pipeline.request import Request
+from qwen_image_mlx.runtime import ranks as ranks_module
+from qwen_image_mlx.runtime.ranks import Link, Ranks, current, ending, exchanging, launched, lost, parts
+from qwen_image_mlx.runtime.shared import (
+    GuidanceDenoiser,
+    LayersDenoiser,
+    RankRelay,
+    SharedPipeline,
+    chosen_mode,
+    facts_of,
+    fingerprint,
+)
+from qwen_image_mlx.weights.safetensors_files import read_header
+
+
+class Threads(Ranks):
+    """Ranks that are threads of this process: gathers by way of a barrier."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, place: list):
+        super().__init__()
+        self.rank, self.size = rank, size
+        self._barrier, self._place = barrier, place
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        self._place[self.rank] = payload
+        self._barrier.wait(5)
+        found = list(self._place)
+        self._barrier.wait(5)
+        return found
+
+
+def together(size, work):
+    """The results of `work(ranks)` on each of some ranks; an exception is its result."""
+    barrier, place, results = threading.Barrier(size), [b""] * size, [None] * size
+
+    def one(rank):
+        try:
+            results[rank] = work(Threads(rank, size, barrier, place))
+        except RankError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return results
+
+
+def test_a_single_process_is_rank_0_of_1(monkeypatch):
+    monkeypatch.delenv("MLX_RANK", raising=False)
+    current.cache_clear()
+    ranks = current()
+    assert (ranks.rank, ranks.size, ranks.leads, launched()) == (0, 1, True, False)
+    assert ranks.gather(b"a") == [b"a"]
+    assert ranks.led(lambda: 5) == 5
+    ranks.agree({"a": 1})
+    ranks.wait()
+
+
+def test_rank_0_decides():
+    assert together(3, lambda ranks: ranks.led(lambda: 10 + ranks.rank)) == [10, 10, 10]
+
+
+def test_ranks_that_differ_say_the_same_sentence():
+    errors = together(3, lambda ranks: ranks.agree({"the seeds": [1], "the prompt": "ab"[ranks.rank == 2] * 80}))
+    assert {type(error) for error in errors} == {RankError}
+    (sentence,) = {str(error) for error in errors}
+    assert sentence.startswith("rank 2 differs from rank 0 in the prompt: bbb")
+    assert "…" in sentence
+    assert together(2, lambda ranks: ranks.agree({"the seeds": [1]})) == [None, None]
+
+
+def test_errors_of_the_connection_are_recognised():
+    assert lost(ValueError("no such key")) is None
+    assert lost(RuntimeError("[metal::malloc] no")) is None
+    with pytest.raises(RankError, match="another rank has ended"), exchanging():
+        raise RuntimeError("[ring] connection to a peer was lost")
+    with pytest.raises(ValueError, match="else"), exchanging():
+        raise ValueError("something else")
+
+
+def test_blocks_are_spread_evenly():
+    assert parts(60, 3) == [range(20), range(20, 40), range(40, 60)]
+    assert [len(part) for part in parts(7, 3)] == [2, 2, 3]
+    with pytest.raises(RequestError, match="3 ranks cannot share 2 blocks"):
+        parts(2, 3)
+
+
+def test_the_time_of_an_exchange():
+    assert Link(0.001, 1e9).seconds(500_000_000) == pytest.approx(0.501)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "chosen"),
+    [
+        ("auto", {}, "guidance"),
+        ("auto", {"guided": False}, "none"),
+        ("auto", {"images": 2}, "images"),
+        ("auto", {"images": 2, "ranks": 4}, "guidance"),
+        ("auto", {"images": 2, "ranks": 4, "guided": False}, "images"),
+        ("auto", {"fits": False}, "layers"),
+        ("auto", {"fits": False, "ranks": 61}, "guidance"),
+        ("none", {"images": 9}, "none"),
+        ("layers", {}, "layers"),
+    ],
+)
+def test_how_work_is_shared(asked, said, chosen):
+    facts = {"ranks": 2, "images": 1, "guided": True, "fits": True, "blocks": 60}
+    assert chosen_mode(asked, **facts | said) == chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "why"),
+    [
+        ("guidance", {"guided": False}, "guidance is off"),
+        ("images", {}, "there is only one"),
+        ("layers", {"ranks": 61}, "61 ranks cannot share 60 blocks"),
+    ],
+)
+def test_a_choice_that_does_not_suit_the_work(asked, said, why):
+    facts = {"ranks": 2, "images": 1, "guided": True, "fits": True, "blocks": 60}
+    with pytest.raises(RequestError, match=why):
+        chosen_mode(asked, **facts | said)
+
+
+@pytest.mark.parametrize(("size", "images"), [(2, 5), (3, 5), (3, 1), (4, 2), (3, 3)])
+def test_images_are_dealt_out_and_come_back_in_order(size, images):
+    ran = [[] for _ in range(size)]
+
+    def work(ranks):
+        pipeline = SharedPipeline.__new__(SharedPipeline)
+        pipeline.ranks, pipeline.mode = ranks, "images"
+        pipeline.components = SimpleNamespace(dtype=mx.bfloat16)
+        pipeline._images, pipeline._number, pipeline._round = images, 0, []
+
+        def denoised(number):
+            ran[ranks.rank].append(number)
+            return mx.full((1, number + 1, 2), number, dtype=mx.bfloat16)
+
+        found = [pipeline.shared_latents(lambda n=n: denoised(n)) for n in range(images)]
+        return [np.array(latents.astype(mx.float32)) for latents in found]
+
+    results = together(size, work)
+    assert [latents.shape for latents in results[0]] == [(1, n + 1, 2) for n in range(images)]
+    assert [latents.max() for latents in results[0]] == list(range(images))
+    assert ran == [list(range(rank, images, size)) for rank in range(size)]
+    assert not any(latents.size for others in results[1:] for latents in others)
+
+
+def test_requests_differ_by_everything_that_counts():
+    request = Request(
+        prompt="a", negative_prompt=None, parameters=GenerationParameters(width=64, height=64), seeds=(1,)
+    )
+    from dataclasses import replace
+
+    from PIL import Image
+
+    images = [(Image.new("RGB", (2, 2), colour),) for colour in ("red", "blue")]
+    others = [
+        replace(request, prompt="b"), replace(request, seeds=(2,)), replace(request, image_indices=range(2)),
+        replace(request, parameters=GenerationParameters(width=64, height=64, num_inference_steps=7)),
+        *(replace(request, images=pair) for pair in images),
+    ]  # fmt: skip
+    found = [repr(facts_of(one)) for one in (request, *others)]
+    assert len(set(found)) == len(found)
+    assert facts_of(request) == facts_of(replace(request))
+
+
+def test_a_fine_tune_has_another_fingerprint(tiny, tmp_path):
+    (file, *_) = sorted((tiny / "vae").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-(len(data) // 2) :] = bytes(len(data) // 2)
+    (tmp_path / file.name).write_bytes(data)
+    found = [fingerprint(list(read_header(one)[0].values())) for one in (file, tmp_path / file.name)]
+    assert found[0] != found[1]
+    assert found[0] == fingerprint(list(read_header(file)[0].values()))
+
+
+def test_one_rank_of_one_exchanges_with_itself():
+    """MLX's group of a single process makes every exchange return its input."""
+    ranks = Ranks(mx.distributed.init())
+    latents = mx.ones((1, 2, 3))
+    branch = SimpleNamespace(velocities=lambda x, n, on_layer: [x * (n + 2)])
+    (velocity,) = GuidanceDenoiser(ranks, branch, 1).velocities(latents, 1)
+    assert mx.array_equal(velocity, latents * 3)
+    both = LayersDenoiser(ranks, [branch, branch]).velocities(latents, 0)
+    assert [mx.array_equal(one, latents * 2).item() for one in both] == [True, True]
+    relay = RankRelay(ranks, range(4))
+    assert relay.receive([latents])[0] is latents
+    relay.send([latents])
+    assert relay.sent == 0
+
+
+@pytest.mark.process
+def test_a_signal_ends_a_rank_that_waits_in_mlx(monkeypatch):
+    script = (
+        "import ctypes, time\n"
+        "from qwen_image_mlx.runtime import ranks\n"
+        "signal.signal(signal.SIGTERM, lambda *about: None)\n"
+        "with ranks.ending(0.2):\n"
+        "    print('ready', flush=True)\n"
+        "    end = time.monotonic() + 20\n"
+        "    wait = ctypes.CDLL(None).sleep\n"
+        "    while time.monotonic() < end: wait(20)\n"  # C code, which no signal handler of Python interrupts
+    )
+    process = subprocess.Popen([sys.executable, "-c", f"import signal\n{script}"], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_the_watch_over_signals_ends_with_its_block():
+    before = signal.set_wakeup_fd(-1)
+    with ending():
+        assert signal.set_wakeup_fd(-1) >= 0
+    assert signal.set_wakeup_fd(before) == before == -1
+
+
+def test_a_rank_is_named_by_the_environment(monkeypatch):
+    monkeypatch.setitem(os.environ, "MLX_RANK", "3")
+    assert ranks_module.said_rank() == 3
+    assert launched()
