@@ -47,7 +47,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases of a `sampled` test that the others stand for are nightly: each value of each parameter is in one that is not.
+    """Makes some cases of a `sampled` test nightly; each value of each parameter stays in one of the others.
 
     Cases are taken as they come, if they have a value that none before had; `sampled(n)` takes at most n.
     """
