@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from .errors import CheckpointError
+from .licences import APACHE, Licence
 from .models.qwen_image_21 import facts as qwen_image_21
 from .names import Aspect, CaptionLanguage, LoRAMode, NamedSize, Parallel, Task
 
@@ -207,26 +208,6 @@ WAN_PREVIEW: tuple[tuple[float, ...], ...] = (
 )
 
 _USUAL_AREA = 1024**2
-
-
-class Licence(NamedTuple):
-    """The licence of released weights.
-
-    Attributes:
-        text: its name and, in short, what it does not allow.
-        link: where it stands.
-        key: its name on the hub's cards, if whatever is made from the weights stays under it; else "".
-    """
-
-    text: str
-    link: str
-    key: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text} ({self.link})"
-
-
-APACHE = Licence("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 
 # The classes of Qwen-Image 1.x by folder, as its model_index.json has them.
 QWEN_IMAGE = {

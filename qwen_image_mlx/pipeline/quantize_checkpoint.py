@@ -21,10 +21,10 @@ import mlx.core as mx
 from .._version import __version__
 from ..errors import OutputError, QwenImageError, RequestError, some
 from ..files import claim, is_from_macos, sweep
+from ..licences import Licence
 from ..names import StrPath
 from ..outside import why_not_read
 from ..registry import FOLDERS, MAIN, PROCESSOR, SCHEDULER, TOKENIZER, TRANSFORMER
-from ..variants import Licence
 from ..weights.loader import say_what_does_not_fit
 from ..weights.pack import Part, quantization_config, write_component
 from ..weights.schemes import Quantization

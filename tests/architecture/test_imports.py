@@ -19,6 +19,7 @@ PACKAGE = "qwen_image_mlx"
 LEVELS = {
     "_version": -1,
     "names": -1,
+    "licences": -1,
     "errors": 0,
     "options": 0.5,
     "gpu": 0.5,

@@ -99,7 +99,7 @@ def test_every_official_aspect_is_a_size_that_can_be_generated():
 
 def test_default_size_is_the_first_bucket(monkeypatch, run):
     sizes = []
-    monkeypatch.setattr("qwen_image_mlx.cli.choices.check_writable", lambda path, nbytes: sizes.append(nbytes))
+    monkeypatch.setattr("qwen_image_mlx.cli.output.check_writable", lambda path, nbytes: sizes.append(nbytes))
     for flags in ([], ["--aspect", "16:9"]):
         run("generate", "a fox", *flags, model="./none")
     assert sizes == [3 * 1328 * 1328, 3 * 1664 * 928]

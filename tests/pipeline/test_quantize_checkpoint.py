@@ -20,11 +20,12 @@ from qwen_image_mlx import (
     RequestError,
 )
 from qwen_image_mlx.cli.main import main
+from qwen_image_mlx.licences import APACHE
 from qwen_image_mlx.models.layers import QuantizedEmbedding, QuantizedLinear
 from qwen_image_mlx.models.qwen_image_21 import facts
 from qwen_image_mlx.pipeline import quantize_checkpoint as packing
 from qwen_image_mlx.pipeline.quantize_checkpoint import quantize_checkpoint
-from qwen_image_mlx.variants import APACHE, VARIANTS
+from qwen_image_mlx.variants import VARIANTS
 from qwen_image_mlx.weights import pack
 from qwen_image_mlx.weights.safetensors_files import read_header
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
