@@ -267,7 +267,7 @@ def test_layers_and_what_was_done_to_them_outlive_a_reload(context, line):
     layers.locator("[data-back]").click()
     assert np.array_equal(pixels(page, CANVAS), moved)
 
-    words = layers.locator(".words input").locator("visible=true")
+    words = layers.locator(".layers .words input").locator("visible=true")
     words.fill("make it blue")
     words.press("Enter")
     layers.get_by_text("Undo edit").locator("visible=true").wait_for()
@@ -291,7 +291,7 @@ def test_layer_work_is_there_when_the_page_goes_while_a_layer_is_edited(context,
     moved = pixels(page, CANVAS)
     page.wait_for_timeout(1000)
     layers.locator(".layers .name").nth(1).click()
-    words = layers.locator(".words input").locator("visible=true")
+    words = layers.locator(".layers .words input").locator("visible=true")
     words.fill("make it blue")
     with page.expect_request("**/jobs/*/events"):
         words.press("Enter")
