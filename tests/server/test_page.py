@@ -259,7 +259,9 @@ def test_edit_with_a_mask(page: Page):
     edit.locator("[data-go]").click()
     expect(edit.get_by_role("alert")).to_have_text("Choose an image first.")
     other = Image.new("RGB", (48, 64), (240, 240, 240))
-    edit.locator("input[type=file]").set_input_files([png(scene()), {**png(other), "name": "other.png"}])
+    edit.locator("[data-well=images] input[type=file]").set_input_files(
+        [png(scene()), {**png(other), "name": "other.png"}]
+    )
     names = edit.locator(".images .name")
     expect(names).to_have_text(["scene.png", "other.png"])
     edit.get_by_label("Move image 1 later").click()

@@ -238,11 +238,11 @@ def test_a_job_that_something_else_cancels_is_said_aloud(context, line):
 CANVAS = "#panel-decompose canvas"
 
 
-def decomposed(context, line):
+def decomposed(context, line, steps=4):
     """A page on which an image was just decomposed, and its panel."""
     page, layers = opened(context, line, "decompose")
     layers.locator("input[type=file]").set_input_files(png(scene()))
-    fill(layers, prompt=PROMPT, steps=4)
+    fill(layers, prompt=PROMPT, steps=steps)
     layers.locator("[data-go]").click()
     layers.locator(".layers li").first.wait_for()
     return page, layers
@@ -267,7 +267,7 @@ def test_layers_and_what_was_done_to_them_outlive_a_reload(context, line):
     layers.locator("[data-back]").click()
     assert np.array_equal(pixels(page, CANVAS), moved)
 
-    words = layers.locator(".words input").locator("visible=true")
+    words = layers.locator(".layers .words input").locator("visible=true")
     words.fill("make it blue")
     words.press("Enter")
     layers.get_by_text("Undo edit").locator("visible=true").wait_for()
@@ -291,7 +291,7 @@ def test_layer_work_is_there_when_the_page_goes_while_a_layer_is_edited(context,
     moved = pixels(page, CANVAS)
     page.wait_for_timeout(1000)
     layers.locator(".layers .name").nth(1).click()
-    words = layers.locator(".words input").locator("visible=true")
+    words = layers.locator(".layers .words input").locator("visible=true")
     words.fill("make it blue")
     with page.expect_request("**/jobs/*/events"):
         words.press("Enter")
@@ -310,6 +310,20 @@ def test_layer_work_is_there_when_the_page_goes_while_a_layer_is_edited(context,
     if undo.count():
         undo.click()
     assert np.array_equal(pixels(page, CANVAS), moved)
+
+
+def test_a_layer_that_is_being_made_arrives_after_a_reload(context, line):
+    page, layers = decomposed(context, line, steps=60)
+    names = layers.locator(".layers .name")
+    count = names.count()
+    page.wait_for_timeout(1000)
+    adding = layers.locator("[data-add]")
+    adding.get_by_label("What a new layer shows").fill("the sky")
+    with page.expect_request("**/jobs/*/events"):
+        adding.get_by_role("button", name="Add layer").click()
+    reload(page)
+    expect(names).to_have_count(count + 1)
+    expect(names.first).to_have_text("the sky")
 
 
 def test_what_is_forgotten_can_be_brought_back(context, line):
