@@ -303,6 +303,9 @@ class Planner:
         if (relay := self.components.relay) is not None:
             depth = getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
             values = values * len(relay.blocks) // depth
+        if (relay := self.components.relay) is not None:
+            depth = getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
+            values = values * len(relay.blocks) // depth
         values += sum(
             self.components.control(name).kept_values(
                 self.components.config(name), evaluations, self.target_tokens, branches

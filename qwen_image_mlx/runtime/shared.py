@@ -363,6 +363,8 @@ def begin(
     pipeline.prepare()
     ranks.meet()
     ranks.agree(facts_of(request))
+    if (request.parameters.step_cache or request.controls) and asked in ("guidance", "layers"):
+        raise RequestError("with a step cache or a control only images can be shared")
     # A step cache leaves blocks out by what it finds in both branches; a control may be made with the prompt for both.
     unsuited = ("guidance", "layers") if request.parameters.step_cache or request.controls else ()
     if asked in unsuited:
@@ -378,6 +380,8 @@ def begin(
     facts = {"ranks": ranks.size, "images": work.images, "guided": work.guided, "blocks": pipeline.blocks}
     mode = chosen_mode(asked, fits=everywhere, **facts)
     if mode in unsuited:
+        mode = "images" if work.images > 1 else "none"
+    if (request.parameters.step_cache or request.controls) and mode in ("guidance", "layers"):
         mode = "images" if work.images > 1 else "none"
     pipeline.begin(mode, work.images)
     if ranks.leads:

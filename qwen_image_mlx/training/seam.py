@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import RequestError
 from ..models import nn
@@ -74,16 +73,13 @@ class GenerationTraining:
         network_class: a `TrainingNetwork`.
         modulation_class: made from the transformer's config.
         denoiser_class: takes the modulation of all steps as `rows`, instead of reading it.
+        rows_of_steps: (modulation, sigmas (S,), dtype) to what `denoiser_class` takes for these noise levels.
     """
 
     network_class: ClassVar[Callable[..., nn.Module]]
     modulation_class: ClassVar[Callable[[Any], nn.Module]]
     denoiser_class: ClassVar[Any]
-
-    @staticmethod
-    def rows_of_steps(modulation: Any, sigmas: np.ndarray, dtype: mx.Dtype) -> Any:
-        """The modulation at every noise level, sigmas (S,), as the denoiser takes it."""
-        raise NotImplementedError
+    rows_of_steps: ClassVar[Callable[..., Any]]
 
     def network(self, transformer: nn.Module, config: Any, modulation: nn.Module | None, checkpointing: bool) -> Any:
         """As `Trainable.network`."""

@@ -143,7 +143,19 @@ class Transformer(nn.Module):
             values of each branch's prefix, one for each block here: given as `Branch.prefix` to later steps, these
             leave out all work on the prefix. Empty unless kept.
         """
-        hidden = self.run(self.enter(latents, branches), branches, rows, still, slice(None), on_layer, keep)
+        hidden, relay, here = self.enter(latents, branches), self.relay, slice(None)
+        if relay is not None:
+            here = slice(relay.blocks.start, relay.blocks.stop)
+            targets, prefixes = list(hidden.targets), dict(hidden.prefixes)
+            for n in range(len(branches)):
+                targets[n], *before = relay.receive([targets[n], *([prefixes[n]] if n in prefixes else [])])
+                if before:
+                    (prefixes[n],) = before
+            hidden = Hidden(targets, prefixes, hidden.kept)
+        hidden = self.run(hidden, branches, rows, still, here, on_layer, keep)
+        if relay is not None:
+            for n, target in enumerate(hidden.targets):
+                relay.send([target, *([hidden.prefixes[n]] if n in hidden.prefixes else [])])
         return self.leave(hidden, rows), [list(seen) for seen in hidden.kept]
 
     # The three parts of a pass, for callers that leave some of its blocks out.
