@@ -145,7 +145,7 @@ class Tasks:
 
     def _typical_request(self, task: str, session: Session) -> Request:
         """A request to a task's model with default values."""
-        options = self._options(task) | {"prompt": "an image"}
+        options = self._options(task) | {"prompt": "an image", "seed": [0]}
         image = new_image("RGBA" if session.shows_alpha else "RGB", (1024, 1024), "white")
         images = [image] if task != "generate" else []
         return session.request(options, None if images else self._aspect, images, task=task)
@@ -263,7 +263,7 @@ class Tasks:
             session = self._models.open("decompose")
             if not session.pipeline.variant.captions:
                 raise RequestError(f"{self._models.name('decompose')} writes no captions")
-            options = {**self._options("decompose"), "prompt": "", "resolution": body.resolution}
+            options = self._options("decompose") | {"prompt": "", "resolution": body.resolution, "seed": [body.seed]}
             request = session.request(options, images=[open_rgba(image)])  # the task would begin with this caption
             self._limits.check_size(*request.canvas.size)
             with self._models.plan("decompose", request):
