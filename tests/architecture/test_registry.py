@@ -31,11 +31,7 @@ EXCEPTIONS = {
     "names.py": {TRANSFORMER, TEXT_ENCODER, "vision"},  # a type's words, compared with the registry's by test_types
     "__init__.py": {"QwenImagePipeline"},  # the public class, which has the name of a released one
     "weights/synthetic.py": {"QwenImagePipeline"},  # the default kind of a made-up checkpoint
-<<<<<<< HEAD
-    # The doctor plans a released model of each generation, and measures their parts.
-=======
     # The doctor measures and plans a released model of each generation.
->>>>>>> two
     "doctor/": {*FOLDERS, "vision", "QwenImagePipeline", "QwenImage21Pipeline"},
 }
 
