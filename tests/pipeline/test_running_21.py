@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import goldens
 import mlx.core as mx
@@ -242,14 +243,17 @@ def test_opaque_images_are_rgb(pipeline, monkeypatch):
     assert image.mode == "RGBA"
     decode = pipeline.decode_frames
 
-    def opaque(*given, **more):
+    def opaque_but(pixel, *given, **more):
         for frame in decode(*given, **more):
             frame[..., 3] = 1.0
+            if pixel:
+                frame[(..., *pixel, 3)] = 0.5
             yield frame
 
-    monkeypatch.setattr(pipeline, "decode_frames", opaque)
-    (image,) = pipeline.generate("x", **SMALL)
-    assert image.mode == "RGB"
+    for pixel, mode in ((None, "RGB"), ((3, 5), "RGBA")):
+        monkeypatch.setattr(pipeline, "decode_frames", partial(opaque_but, pixel))
+        (image,) = pipeline.generate("x", **SMALL)
+        assert image.mode == mode
 
 
 @pytest.mark.slow
