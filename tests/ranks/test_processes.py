@@ -175,7 +175,10 @@ def test_ranks_that_differ_end_with_one_sentence(models, tmp_path, changed, said
 )
 def test_a_rank_that_dies_ends_all(models, tmp_path, mode, dies, sent):
     # Without a seed: they would end in another way if each drew its own.
-    processes = start(2, models, "generate", "a fox", "--model", "t2i", *SIZE[:-1], "150", "--parallel", mode, "-o", str(tmp_path / "fox.png"))  # fmt: skip
+    processes = start(
+        2, models, "generate", "a fox", "--model", "t2i", *SIZE[:-1], "150", "--parallel", mode,
+        "-o", str(tmp_path / "fox.png"),
+    )  # fmt: skip
     seen, deadline = "", time.monotonic() + 60
     while "steps/s" not in seen and time.monotonic() < deadline:
         seen += processes[0].stderr.read(1)
