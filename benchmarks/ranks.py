@@ -75,7 +75,7 @@ def blocks(folder: Path, ranks: Any) -> dict[str, Any]:
         gathered[0] = 0
         mx.reset_peak_memory()
         times: list[float] = []
-        options = {"model": str(folder / "model"), "prompt": "a fox", "seed": [1], "dtype": "float32", "steps": 4,
+        options = {"model": str(folder / "model"), "prompt": "a fox", "seed": [1], "dtype": "float32", "steps": 3,
                    "cfg_scale": 4.0, "parallel": mode}  # fmt: skip
         session = Session.open(options, "", lambda p, t=times: p.stage == "denoise" and t.append(time.perf_counter()))
         request = session.request(options, (256, 256))
@@ -84,7 +84,7 @@ def blocks(folder: Path, ranks: Any) -> dict[str, Any]:
             session.pipeline.release_encoders()
             session.pipeline.denoise_latents(request.parameters, encoding, seed=1)
         steps = [b - a for a, b in pairwise(times[1:])]
-        found[mode] = {"step": min(steps), "read": sum(read.values()), "peak": mx.get_peak_memory()}
+        found[mode] = {"step": min(steps), "read": dict(read), "peak": mx.get_peak_memory()}
         if ranks.size > 1:
             relay, count = session.pipeline.relay, request.parameters.num_inference_steps
             tokens = encoding.positive.shape[1]
@@ -94,6 +94,9 @@ def blocks(folder: Path, ranks: Any) -> dict[str, Any]:
                 traffic = traffic_of(planner, mode, ranks.size)
             sent = (0 if relay is None else relay.sent) + encoding_gap(relay, encoding, request, ranks)
             found[mode] |= {"exchanged": (sent + gathered[0]) / count, "model": traffic.nbytes}
+        session.pipeline.release()
+        del session
+        mx.clear_cache()
     return found
 
 
@@ -177,18 +180,24 @@ def measure_blocks(folder: Path) -> list[Table]:
     transformer = replace(FULL["transformer"], num_layers=2, joint_attention_dim=64)
     write_checkpoint(folder / "model", TINY | {"transformer": transformer})
     (alone,), both = launched("blocks", 1, folder), launched("blocks", 2, folder)
-    columns = ["", "rank", "MB read", "of its share", "peak GB", "MB a step", "of the model", "step s"]
+    columns = ["", "rank", "MB read", "of its share", "peak GB", "of its share", "MB a step", "of the model", "step s"]
     table = Table("two ranks, two real blocks, 256x256, fp32, guidance", columns)
     whole = alone["none"]
-    table.rows.append(["one process", 0, whole["read"] / 1e6, 1.0, whole["peak"] / 1e9, 0.0, "", whole["step"]])
+    total = sum(whole["read"].values())
+    table.rows.append(["one process", 0, total / 1e6, 1.0, whole["peak"] / 1e9, 1.0, 0.0, "", whole["step"]])
     for mode in MODES:
         for rank, found in enumerate(both):
-            one = found[mode]
-            share = whole["read"] / (2 if mode == "layers" else 1)
+            one, share = found[mode], total
+            if mode == "layers":  # its blocks as one process reads them, and half of what belongs to none
+                own = [name for name in one["read"] if name.startswith("transformer_blocks.")]
+                others = sum(n for name, n in whole["read"].items() if not name.startswith("transformer_blocks."))
+                share = sum(whole["read"][name] for name in own) + others / len(both)
             # The first rank relays to the second, which receives; both gather.
             ratio = one["exchanged"] / one["model"] if mode == "guidance" or rank == 0 else ""
-            table.rows.append([mode, rank, one["read"] / 1e6, one["read"] / share, one["peak"] / 1e9,
-                               one["exchanged"] / 1e6, ratio, one["step"]])  # fmt: skip
+            read = sum(one["read"].values())
+            table.rows.append([mode, rank, read / 1e6, read / share, one["peak"] / 1e9,
+                               one["peak"] / (whole["peak"] * share / total), one["exchanged"] / 1e6, ratio,
+                               one["step"]])  # fmt: skip
     return [table]
 
 

@@ -64,17 +64,17 @@ def test_a_fault_of_the_program_is_internal_on_the_other_ranks(caplog):
     assert "ZeroDivisionError: a bug" in caplog.text
 
 
-def test_a_job_after_a_failed_one():
+def test_jobs_after_a_failed_one():
     def work(ranks):
         shared, found = SharedTasks(ranks, None, None), []
-        for error in (RequestError("refused"), None):
+        for rank, error in ((1, RequestError("refused")), (0, RequestError("again")), (None, None)):
             try:
-                found.append(shared._together(lambda e=error: fails_on(1 if e else None, e)(ranks)))
+                found.append(shared._together(lambda rank=rank, error=error: fails_on(rank, error)(ranks)))
             except RequestError as refusal:
                 found.append(str(refusal))
         return found
 
-    assert together(2, work) == [["refused", 0], ["refused", 1]]
+    assert together(2, work) == [["refused", "again", 0], ["refused", "again", 1]]
 
 
 def test_a_rank_that_fails_where_others_wait_has_to_end():
