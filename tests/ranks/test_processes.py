@@ -139,17 +139,11 @@ def test_layers_of_an_image(models):
     assert files[0] == files[1]
 
 
-def test_a_random_seed_is_one_for_all(models):
-    run(2, models, "generate", "a fox", "--model", "t2i", *SIZE, "-o", "random.png")
-    assert (models / "random.png").exists()
-
-
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"--seed": "2"}, "rank 1 differs from rank 0 in the seeds: [2], not [1]"),
         ({"--model": "other"}, "rank 1 differs from rank 0 in the files of the transformer"),
-        ({"--dtype": "bfloat16"}, "rank 1 differs from rank 0 in the dtype"),
     ],
 )
 def test_ranks_that_differ_end_with_one_sentence(models, tmp_path, changed, said):
@@ -177,11 +171,14 @@ def test_ranks_that_differ_end_with_one_sentence(models, tmp_path, changed, said
 
 @pytest.mark.parametrize(
     ("mode", "dies", "sent"),
-    [("guidance", 0, signal.SIGKILL), ("layers", 1, signal.SIGKILL), ("layers", 1, signal.SIGINT)],
+    [("guidance", 0, signal.SIGKILL), ("layers", 1, signal.SIGINT)],
 )
 def test_a_rank_that_dies_ends_all(models, tmp_path, mode, dies, sent):
-    processes = start(2, models, "generate", "a fox", "--model", "t2i", "--seed", "1", *SIZE[:-1], "150",
-                      "--parallel", mode, "-o", str(tmp_path / "fox.png"))  # fmt: skip
+    # Without a seed: they would end in another way if each drew its own.
+    processes = start(
+        2, models, "generate", "a fox", "--model", "t2i", *SIZE[:-1], "150", "--parallel", mode,
+        "-o", str(tmp_path / "fox.png"),
+    )  # fmt: skip
     seen, deadline = "", time.monotonic() + 60
     while "steps/s" not in seen and time.monotonic() < deadline:
         seen += processes[0].stderr.read(1)

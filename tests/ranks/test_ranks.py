@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from rank_threads import together
 
 from qwen_image_mlx.errors import RankError, RequestError
 from qwen_image_mlx.pipeline.parameters import GenerationParameters
@@ -28,40 +28,6 @@ from qwen_image_mlx.runtime.shared import (
     fingerprint,
 )
 from qwen_image_mlx.weights.safetensors_files import read_header
-
-
-class Threads(Ranks):
-    """Ranks that are threads of this process: gathers by way of a barrier."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, place: list):
-        super().__init__()
-        self.rank, self.size = rank, size
-        self._barrier, self._place = barrier, place
-
-    def gather(self, payload: bytes) -> list[bytes]:
-        self._place[self.rank] = payload
-        self._barrier.wait(5)
-        found = list(self._place)
-        self._barrier.wait(5)
-        return found
-
-
-def together(size, work):
-    """The results of `work(ranks)` on each of some ranks; an exception is its result."""
-    barrier, place, results = threading.Barrier(size), [b""] * size, [None] * size
-
-    def one(rank):
-        try:
-            results[rank] = work(Threads(rank, size, barrier, place))
-        except RankError as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    return results
 
 
 def test_a_single_process_is_rank_0_of_1(monkeypatch):
