@@ -112,7 +112,7 @@ def test_parts_are_right_on_apple_s_gpu(part):
 def test_stored_images_are_small_and_images_are_compared(monkeypatch):
     made = {name: picture.stored_image(name) for name in ("demo", "demo-edit", "demo-layer-1", "demo-layer-2")}
     assert all((picture.STORED / f"{name}.png").stat().st_size < 6000 for name in made)
-    monkeypatch.setattr(picture, "pictures", lambda source: made)
+    monkeypatch.setattr(picture, "images", lambda source: made)
     assert picture.run({}).findings == []
     monkeypatch.setenv(FALSIFY, "demo-edit")
     assert [found.verdict for found in picture.run({}).findings] == ["wrong"]
