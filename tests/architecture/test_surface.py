@@ -87,6 +87,7 @@ FLAGS = {
         "-h", "--help", "--host", "--port", "--config", "--profile", "--model", "-m", "--edit-model", "--layered-model",
         "--quantize", "-q", "--memory", "--token-file", "--alias", "--allow-host", "--allow-origin", "--idle-unload",
         "--job-limit", "--grace", "--queue", "--max-pixels", "--max-steps", "--ignore-profile", "--controlnet",
+        "--parallel",
     },
 }  # fmt: skip
 
