@@ -31,7 +31,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BEAT = 0.2  # seconds between two calls; the delay of a job's beginning is at most this
+BEAT = 0.2  # seconds between two calls: the longest time that a job waits for the other ranks
 _STOP = "stop"
 _BYTES = "base64"  # the key of an object that stands for bytes
 

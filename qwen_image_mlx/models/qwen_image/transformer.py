@@ -141,9 +141,7 @@ class Transformer(nn.Module):
         if relay is None:
             hidden = self.run(hidden, modulation, rotary, run_block=run_block, on_layer=on_layer)
             return self.leave(hidden, modulation)
-        received = [
-            relay.receive([*images, text]) for images, text in zip(hidden.images, hidden.texts, strict=True)
-        ]
+        received = [relay.receive([*images, text]) for images, text in zip(hidden.images, hidden.texts, strict=True)]
         hidden = Hidden([arrays[:-1] for arrays in received], [arrays[-1] for arrays in received])
         here = slice(relay.blocks.start, relay.blocks.stop)
         hidden = self.run(hidden, modulation, rotary, here, run_block, on_layer)
