@@ -96,8 +96,8 @@ def with_preset(request: Request, options: SamplingOptions) -> Request:
 
 
 def check_sampling(components: Components, request: Request) -> None:
-    """Raises RequestError if a variant of guidance has no effect for want of a negative prompt, or the step cache needs
-    facts of a model for which there are none."""
+    """Raises RequestError for a variant of guidance without a negative prompt, or a step cache that needs facts of a
+    model for which there are none."""
     parameters = request.parameters
     parameters.check_guidance(negative=request.negative_prompt is not None)
     if parameters.step_cache:
