@@ -84,7 +84,7 @@ def test_renormalization_comes_last():
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"guidance_interval": "0.2:0.8", "cfg_scale": 1.0}, "a guidance interval would change nothing: cfg_scale is 1"),
+    ({"guidance_interval": "0.2:0.8", "cfg_scale": 1.0}, "a guidance interval would change nothing: guidance is off"),
     ({"apg": 0.0, "cfg_scale": 1.0}, "APG would change nothing"),
     ({"apg": 0.0, "cfg_zero_star": True}, "choose one"),
     ({"guidance_interval": "0.8:0.2"}, "the first one smaller"),
