@@ -233,7 +233,9 @@ class Planner:
 
         method = METHODS[parse_cache(self.work.step_cache)[0]]
         branches = 2 if self.work.guided else 1
-        return method.kept(branches) * self.target_tokens * self.transformer_config.dim * self.itemsize
+        space = self.components.latent_space
+        width = space.token_channels if method.reuses == "velocity" else self.transformer_config.dim
+        return method.kept(branches) * self.target_tokens * width * self.itemsize
 
     def decode(self, before: int, strip_pixels: int) -> Stage:
         """One image, in strips."""

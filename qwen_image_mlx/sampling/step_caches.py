@@ -53,7 +53,8 @@ class StepCache:
             the "latents".
         reuses: what is added again: the "residual" of all blocks, or the "velocity" less the latents.
         first: blocks that run before it decides.
-        arrays: how many arrays as large as what it reuses are kept for each branch.
+        arrays: how many arrays of what it reuses are kept for each branch.
+        others: how many more arrays of that size are there when a pass has been computed, of all that it has seen.
         usual: the threshold if none is given; None asks the facts.
         needs: what of the facts it cannot do without.
     """
@@ -62,6 +63,7 @@ class StepCache:
     reuses: ClassVar[Literal["residual", "velocity"]] = "residual"
     first: ClassVar[int] = 0
     arrays: ClassVar[int] = 1
+    others: ClassVar[int] = 0
     usual: ClassVar[float | None] = None
     needs: ClassVar[Literal["", "tea", "ratios"]] = ""
 
@@ -83,10 +85,9 @@ class StepCache:
 
     @classmethod
     def kept(cls, branches: int) -> int:
-        """Number of arrays (1, N, D) kept from step to step: residuals, new ones of which are made while the old ones
-        are there, and what is seen, now and before."""
-        seen = 2 if cls.sees in ("input", "block") else 0
-        return (cls.arrays + 1) * branches + seen
+        """Number of arrays (1, N, D), or (1, N, C) of latents if it reuses the velocity, at the moment when there are
+        most: new ones have been made, and the old ones are still there."""
+        return (cls.arrays + 1) * branches + cls.others
 
     @property
     def branches(self) -> int:
@@ -97,7 +98,7 @@ class StepCache:
 class TeaCache(StepCache):
     """Adds up how much the first block's input changes. Source: TeaCache (arXiv 2411.19108), as in mlx-teacache."""
 
-    sees, needs = "input", "tea"
+    sees, needs, others = "input", "tea", 1
     _in_a_row = 8  # passes left out at most
 
     def __init__(self, threshold: float, facts: CacheFacts, places: Sequence[float]):
@@ -128,7 +129,7 @@ class TeaCache(StepCache):
 class FirstBlock(StepCache):
     """Compares the first block's residual with that of the last computed step. Source: diffusers' FirstBlockCache."""
 
-    sees, first, usual = "block", 1, 0.1
+    sees, first, usual, others = "block", 1, 0.1, 2
 
     def __init__(self, threshold: float, facts: CacheFacts, places: Sequence[float]):
         super().__init__(threshold, facts, places)
@@ -182,7 +183,7 @@ class MagCache(StepCache):
 class EasyCache(StepCache):
     """Adds up how much the velocity should change, by the last computed change. Source: ComfyUI's EasyCache."""
 
-    sees, reuses, usual = "latents", "velocity", 0.2
+    sees, reuses, usual, others = "latents", "velocity", 0.2, 4  # two latents, two velocities
     _begin, _end = 0.15, 0.95
 
     def __init__(self, threshold: float, facts: CacheFacts, places: Sequence[float]):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import weakref
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_edit
 from checkpoints_21 import write_checkpoint_21
 
 from qwen_image_mlx import Cancelled, GenerationParameters, QwenImagePipeline, RequestError
@@ -138,16 +142,38 @@ def test_a_model_without_numbers_is_refused_before_anything_is_loaded(pipeline, 
     assert not pipeline.is_loaded
 
 
-def test_its_memory_is_in_the_plan(pipeline):
-    def denoising(cache, guided=True):
-        work = Work(width=256, height=256, guided=guided, step_cache=cache)
+def arrays_of(cache) -> dict[int, mx.array]:
+    """The arrays that a cache holds, each once."""
+    values = [one for value in vars(cache).values() for one in (value if isinstance(value, list) else [value])]
+    return {id(value): value for value in values if isinstance(value, mx.array)}
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_has_what_is_kept(pipeline, method, cfg_scale, monkeypatch):
+    """To the byte: the old arrays and the new ones when a pass has been computed, and never more in between."""
+    kept, computed, skips = [0], METHODS[method].computed, METHODS[method].skips
+
+    def counted(self, number, *found):
+        before = arrays_of(self)
+        computed(self, number, *found)
+        kept.append(sum(array.nbytes for array in (before | arrays_of(self)).values()))
+
+    def seen(self, number, *found):
+        before = arrays_of(self)
+        skipped = skips(self, number, *found)
+        kept.append(sum(array.nbytes for array in (before | arrays_of(self)).values()))
+        return skipped
+
+    monkeypatch.setattr(METHODS[method], "computed", counted)
+    monkeypatch.setattr(METHODS[method], "skips", seen)
+    made(pipeline, f"{method}:{ALWAYS[method]}", cfg_scale=cfg_scale)
+
+    def denoising(cache):
+        work = Work(width=64, height=64, guided=cfg_scale > 1, step_cache=cache)
         return make_plan(pipeline.components, work).stages[2].peak
 
-    tokens, dim = pipeline.latent_space.tokens(256, 256), pipeline.transformer_config.dim
-    array = tokens * dim * 4
-    assert denoising("magcache") - denoising(None) == 4 * array
-    assert denoising("taylorseer") - denoising(None) == 6 * array
-    assert denoising("teacache", guided=False) - denoising(None, guided=False) == 4 * array
+    assert max(kept) == denoising(method) - denoising(None)
 
 
 def test_a_calibration_is_found_again(pipeline, monkeypatch):
@@ -166,16 +192,75 @@ def test_released_facts_have_fifty_ratios():
         assert facts.ratios[0] == 1
 
 
-def test_each_image_has_a_cache_of_its_own(pipeline, monkeypatch):
-    caches = []
-    begin = CachedDenoiser.__init__
+@pytest.fixture
+def caches(monkeypatch):
+    """A weak reference to the cache of each image."""
+    found, begin = [], CachedDenoiser.__init__
 
     def noted(self, denoiser, cache, always):
-        caches.append(cache)
+        found.append(weakref.ref(cache))
         begin(self, denoiser, cache, always)
 
     monkeypatch.setattr(CachedDenoiser, "__init__", noted)
-    for seed in (1, 2):
-        made(pipeline, "taylorseer", seed=seed)
-    assert len(caches) == 2
-    assert caches[0] is not caches[1]
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cache_is_gone_with_its_image(pipeline, method, caches):
+    """After whole images, a cancelled one and a streamed one, no cache is left, and none of its arrays."""
+
+    def cancel(progress):
+        if progress.stage == "denoise" and progress.step == 5:
+            progress.cancel()
+
+    cache = f"{method}:{ALWAYS[method]}"
+    for cfg_scale in (4.0, 1.0):
+        made(pipeline, cache, cfg_scale=cfg_scale)
+    with contextlib.suppress(Cancelled):
+        made(pipeline, cache, progress=cancel)
+    with keeping(pipeline, {"transformer"}, pipeline.strip_pixels):
+        made(pipeline, cache)
+    gc.collect()
+    assert [one() for one in caches] == [None] * 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_edits_batches_and_what_follows_a_cancelled_image(edits, method):
+    """Each image is the one that a pipeline makes that has made nothing before it."""
+    folder, fox, cat = edits
+    parameters = GenerationParameters(
+        width=64, height=64, num_inference_steps=STEPS, step_cache=f"{method}:{ALWAYS[method]}"
+    )
+
+    def opened():
+        return QwenImagePipeline.from_pretrained(folder, dtype="float32")
+
+    def cancel(progress):
+        if progress.stage == "denoise" and progress.step == 6:
+            progress.cancel()
+
+    used = opened()
+    batch = [used.denoise_latents(parameters, fox, seed=1, image_index=n) for n in range(2)]
+    with pytest.raises(Cancelled):
+        used.denoise_latents(parameters, fox, seed=2, progress=cancel)
+    other = used.denoise_latents(parameters, cat, seed=1)
+    assert used.components.passes.skipped > 0
+    for n, latents in enumerate(batch):
+        assert mx.array_equal(opened().denoise_latents(parameters, fox, seed=1, image_index=n), latents)
+    assert mx.array_equal(opened().denoise_latents(parameters, cat, seed=1), other)
+    assert not mx.array_equal(batch[0], other)
+    assert not mx.array_equal(*batch)
+
+
+@pytest.fixture(scope="module", params=["1.x", "2.1"])
+def edits(request, tmp_path_factory):
+    """A checkpoint that edits, and two encodings with a photo each, of different sizes."""
+    folder = tmp_path_factory.mktemp("edits")
+    made = write_edit(folder, "edit_plus") if request.param == "1.x" else write_checkpoint_21(folder)
+    pipeline, noise = QwenImagePipeline.from_pretrained(made, dtype="float32"), np.random.default_rng(0)
+
+    def encoded(prompt, *shape):
+        photo = noise.integers(0, 256, (*shape, 3), np.uint8)
+        return pipeline.encode_guidance_prompts(prompt, "blurry", images=[photo], reference_pixels=64 * 64)
+
+    return made, encoded("a fox", 48, 64), encoded("a cat", 64, 80)
