@@ -85,7 +85,7 @@ def whole(models):
     return {case["name"]: np.load(models / f"{case['name']}.npy") for case in CASES}
 
 
-THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "cached", "generate21")]
+THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "cached")]
 
 
 @pytest.mark.parametrize(("size", "cases"), [(2, CASES), (3, THREE)])
