@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 120  # of a run, on a machine with other work
+SECONDS = 300  # of a run, on a machine with other work
 
 
 def environments(size: int, folder: Path) -> list[dict[str, str]]:

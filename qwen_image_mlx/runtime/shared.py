@@ -377,7 +377,12 @@ def begin(
         with pipeline.components.unconnected():
             everywhere = not is_worth_splitting(pipeline.components, work, ranks.size, link)
         everywhere = ranks.led(lambda: everywhere)
-    facts = {"ranks": ranks.size, "images": work.images, "guided": work.guided, "blocks": pipeline.blocks}
+    facts: dict[str, Any] = {
+        "ranks": ranks.size,
+        "images": work.images,
+        "guided": work.guided,
+        "blocks": pipeline.blocks,
+    }
     mode = chosen_mode(asked, fits=everywhere, **facts)
     if mode in unsuited:
         mode = "images" if work.images > 1 else "none"

@@ -14,6 +14,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import Cancelled, GPUError, RankError, RequestError
@@ -113,7 +114,7 @@ class SharedTasks:
                 time.sleep(BEAT)
                 continue
             try:
-                self._together(lambda order=order: self._follow(*order))
+                self._together(partial(self._follow, *order))
             except RankError:
                 raise
             except GPUError:

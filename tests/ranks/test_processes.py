@@ -62,12 +62,11 @@ CONTROL = {"controlnet": "control.safetensors", "image": "photo.png"}
 CASES = [
     {"name": "generate", "modes": BOTH, "options": T2I},
     {"name": "unguided", "modes": ["layers"], "options": T2I | {"cfg_scale": 1.0}},
-    {"name": "bf16", "modes": BOTH, "options": T2I | {"dtype": "bfloat16"}},
+    {"name": "bf16", "modes": ["layers"], "options": T2I | {"dtype": "bfloat16"}},
     {"name": "quantized", "modes": BOTH, "options": T2I | {"quantize": "transformer=8", "group_size": 32}},
-    {"name": "merged", "modes": BOTH, "options": T2I | {"loras": ["style.safetensors"], "lora_mode": "merge"}},
+    {"name": "merged", "modes": ["guidance"], "options": T2I | {"loras": ["style.safetensors"], "lora_mode": "merge"}},
     {"name": "unmerged", "modes": BOTH, "options": T2I | {"loras": ["style.safetensors"], "lora_mode": "side"}},
-    {"name": "streamed", "modes": BOTH, "options": T2I | {"memory": "streamed"}},
-    {"name": "begun", "modes": BOTH, "images": 1, "options": T2I | {"strength": 0.9}},
+    {"name": "streamed", "modes": ["layers"], "options": T2I | {"memory": "streamed"}},
     {"name": "inpainted", "modes": BOTH, "images": 1, "mask": True, "options": T2I | {"strength": 0.9}},
     {"name": "controlled", "modes": ["images"], "options": T2I | {"controls": [CONTROL], "num_images": 2}},
     {"name": "cached", "modes": ["auto"], "options": T2I | {"step_cache": "first-block:0.5", "steps": 9}},
@@ -75,7 +74,7 @@ CASES = [
     {"name": "decompose", "modes": BOTH, "images": 1, "options": T2I | {"model": "layered", "layers": 2}},
     {"name": "generate21", "modes": BOTH, "options": T2I | {"model": "v21"}},
     {"name": "edit21", "modes": BOTH, "images": 1, "options": EDIT_21},
-    {"name": "unkept21", "modes": BOTH, "images": 1, "options": EDIT_21 | {"no_prefix_cache": True}},
+    {"name": "unkept21", "modes": ["guidance"], "images": 1, "options": EDIT_21 | {"no_prefix_cache": True}},
 ]
 
 
@@ -86,7 +85,7 @@ def whole(models):
     return {case["name"]: np.load(models / f"{case['name']}.npy") for case in CASES}
 
 
-THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "cached", "generate21")]
+THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "cached")]
 
 
 @pytest.mark.parametrize(("size", "cases"), [(2, CASES), (3, THREE)])
@@ -179,9 +178,9 @@ def test_a_rank_that_dies_ends_all(models, tmp_path, mode, dies, sent):
         2, models, "generate", "a fox", "--model", "t2i", *SIZE[:-1], "150", "--parallel", mode,
         "-o", str(tmp_path / "fox.png"),
     )  # fmt: skip
-    seen, deadline = "", time.monotonic() + 60
-    while "steps/s" not in seen and time.monotonic() < deadline:
-        seen += processes[0].stderr.read(1)
+    while "2 ranks share" not in processes[0].stderr.readline():
+        assert processes[0].poll() is None
+    time.sleep(2)  # of the ten that it takes, or more
     processes[dies].send_signal(sent)
     began = time.monotonic()
     ended = finish(processes, seconds=60)
