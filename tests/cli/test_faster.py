@@ -15,6 +15,7 @@ from PIL import Image
 from qwen_image_mlx import QwenImagePipeline, SamplingOptions
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.images.files import METADATA_KEY, read_metadata
+from qwen_image_mlx.images.sheet import contact_sheet
 from qwen_image_mlx.options import Switch
 from qwen_image_mlx.pipeline.parameters import TASKS
 from qwen_image_mlx.pipeline.presets import GOVERNED, PRESETS, preset_of, yielding
@@ -213,6 +214,14 @@ def test_explore_then_refine(run):
     code, _, err = run("generate", "--from-image", "best.png", "--pick", "1")
     assert code == 2
     assert "nothing to pick" in err
+
+
+def test_a_sheet_shows_each_number():
+    """Two cells with one image and one label differ by the number that --pick takes."""
+    sheet = contact_sheet([Image.new("RGB", (64, 64), "red")] * 2, ["seed 1"] * 2)
+    gap = (sheet.width - 2 * 64) // 3
+    below = [sheet.crop((left, gap + 64, left + 64, sheet.height)).tobytes() for left in (gap, 2 * gap + 64)]
+    assert below[0] != below[1]
 
 
 def test_a_preset_overrides_the_record_and_the_config_and_yields_to_flags(run):
