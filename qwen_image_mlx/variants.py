@@ -16,7 +16,7 @@ from typing import Any, cast
 from .errors import CheckpointError
 from .licences import APACHE, Licence
 from .models.qwen_image_21 import facts as qwen_image_21
-from .names import Aspect, CaptionLanguage, LoRAMode, NamedSize, Parallel, Task
+from .names import Aspect, CaptionLanguage, LoRAMode, NamedSize, Task
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
 DEFAULT_EDIT_MODEL = "Qwen/Qwen-Image-Edit-2511"
@@ -71,9 +71,6 @@ ASPECT_SIZES: dict[Aspect, tuple[int, int]] = {
 }
 
 LORA_MODES: tuple[LoRAMode, ...] = ("auto", "merge", "side")
-
-# How several ranks share the work.
-PARALLEL: tuple[Parallel, ...] = ("auto", "guidance", "images", "layers", "none")
 
 # The sides of the squares whose areas an image can be decomposed at.
 LAYERED_RESOLUTIONS = (640, 1024)

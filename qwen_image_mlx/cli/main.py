@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
@@ -16,7 +17,7 @@ from importlib import import_module
 from .._version import __version__
 from ..errors import QwenImageError
 from ..outside import one_line
-from ..runtime.ranks import PATIENCE, alone, current, ending, joined, launched, leave, lost, said_rank
+from ..runtime.ranks import PATIENCE, alone, current, ending, environment_rank, joined, launched, leave, lost
 from .hints import sentence
 from .parser import Parser
 from .results import Unread, messages_kept, results
@@ -49,8 +50,14 @@ def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
-    with messages_kept():
-        code = _main(argv)
+    try:
+        with messages_kept():
+            code = _main(argv)
+    except Exception:
+        if not (launched() and joined()):
+            raise
+        traceback.print_exc()
+        code = 1
     if code and launched() and joined():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -112,8 +119,8 @@ def _run_ranks(arguments: argparse.Namespace) -> int | None:
     """Runs the command as one of several ranks. All end together: one that fails is missed by the others."""
     module = import_module(arguments.run.__module__)
     shares = getattr(module, "SHARES", False)
-    if not shares and said_rank():
-        print(f"rank {said_rank()}: nothing to do, this command runs on rank 0", file=sys.stderr)
+    if not shares and environment_rank():
+        print(f"rank {environment_rank()}: nothing to do, this command runs on rank 0", file=sys.stderr)
         return None
     if not shares:
         alone()
@@ -126,7 +133,7 @@ def _run_ranks(arguments: argparse.Namespace) -> int | None:
 
 def _who() -> str:
     """How a message begins: with the rank, on all but the first."""
-    rank = said_rank()
+    rank = environment_rank()
     return f"rank {rank}: " if rank else ""
 
 

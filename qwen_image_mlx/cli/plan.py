@@ -89,7 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
     licence = str(session.pipeline.variant.licence)
     presets = _presets(session, work)
     if arguments.json:
-        print(json_text({"licence": licence} | _facts(model, work, plans, budget) | {"presets": presets}))
+        more = {"presets": presets, "ranks": shared.splitlines()}
+        print(json_text({"licence": licence} | _facts(model, work, plans, budget) | more))
         return
     quantized = f", --quantize {arguments.quantize}" if arguments.quantize else ""
     print(f"{model}: {plans[0].disk / 1e9:.1f} GB on disk; {work.width}x{work.height}{quantized}; "

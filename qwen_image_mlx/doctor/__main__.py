@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GPUError, QwenImageError
+from ..runtime.ranks import alone
 from .groups import group_named
 from .outcome import CRASH, HANG, Outcome
 
@@ -34,6 +35,8 @@ def outcome_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
     from ..gpu import gpu_faults
 
     start, group = time.perf_counter(), group_named(name)
+    if name != "network":
+        alone()  # the other ranks run that group only
     try:
         with gpu_faults():
             outcome = import_module(f".{group.module or name}", __package__).run(options).as_dict()

@@ -26,6 +26,7 @@ class Group(NamedTuple):
 
 GROUPS = (
     Group("env", 60, "the machine, MLX, and the variables that change what MLX does"),
+    Group("network", 120, "the connection between the ranks that mlx.launch started"),
     Group("limits", 60, "how much memory may be used, and which models fit", "fits"),
     Group("probe", 240, "every operation of the networks at real shapes, against fp32 on the CPU"),
     Group("parity", 240, "one block of each network at real width, against the CPU and against stored values"),
@@ -34,7 +35,6 @@ GROUPS = (
     Group("block", 180, "time and memory of a chain of transformer blocks, against the plan"),
     Group("vae", 180, "time and memory of decoding an image, against the plan"),
     Group("disk", 180, "how fast weights are read"),
-    Group("network", 120, "the connection between the ranks that mlx.launch started"),
     Group("errors", 120, "a refused allocation, threads, and how long cancelling takes", "faults"),
 )
 # Runs only with a golden file.

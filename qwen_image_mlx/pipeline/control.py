@@ -134,7 +134,10 @@ def controls_of(controls: Sequence[Control | Mapping[str, Any]] | None) -> tuple
         RequestError: a field is unknown or missing, a value is out of range, or there are too many.
     """
     if not isinstance(controls, list | tuple | None):
-        raise RequestError(f"controls are {controls!r:.80}, but must be a list of controls")
+        raise RequestError(
+            f"controls are {controls!r:.80}, but must be a list of controls, such as "
+            '[{"controlnet": "edges.safetensors", "image": "edges.png"}]'
+        )
     made = []
     names = {row.name for row in options_of(Control)}
     for one in controls or ():

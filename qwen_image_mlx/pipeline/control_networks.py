@@ -233,11 +233,11 @@ def _config(row: Component, base: Any, tensors: Mapping[str, Tensor], place: Pat
         raise CheckpointError(
             f"{place} is made for a transformer of width {width}, but that of {components.snapshot.model} is {base.dim}"
         )
-    depth = components.depth(TRANSFORMER)
+    depth = getattr(base, components.rows[TRANSFORMER].depth)  # of the whole, whatever this rank has
     if len(layers) > depth or ("each" in marks and len(layers) < depth):
         raise CheckpointError(
             f"{place} has {len(layers)} block{'s' * (len(layers) > 1)}, but the transformer of "
-            f"{components.snapshot.model} has {depth}"
+            f"{components.snapshot.model} has {depth}; choose a ControlNet that was made for this model"
         )
     if shape[1] not in (channels * patch, (channels + 1) * patch, (2 * channels + 1) * patch):
         raise CheckpointError(f"{place} takes {shape[1]} values of a control image for each token, which none here has")

@@ -150,7 +150,7 @@ class Planner:
     def __init__(self, components: Components, work: Work, residency: Residency):
         self.components, self.work, self.residency = components, work, residency
         self.tensors = cache(self._tensors)
-        self.said_config = cache(lambda name: components.sources.config(components.rows[name].home))
+        self.config_json = cache(lambda name: components.sources.config(components.rows[name].home))
         self.denoiser: DenoiserClass = components.use_of(TRANSFORMER)
         self.costs = self.denoiser.costs[backend()]
         self.itemsize = components.dtype.size
@@ -305,9 +305,6 @@ class Planner:
         if (relay := self.components.relay) is not None:
             depth = getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
             values = values * len(relay.blocks) // depth
-        if (relay := self.components.relay) is not None:
-            depth = getattr(self.transformer_config, self.components.rows[TRANSFORMER].depth)
-            values = values * len(relay.blocks) // depth
         values += sum(
             self.components.control(name).kept_values(
                 self.components.config(name), evaluations, self.target_tokens, branches
@@ -382,7 +379,7 @@ class Planner:
 
     def declared_scheme(self, name: str, spec: TensorSpec) -> Scheme | None:
         """The scheme of a tensor that config.json declares, in mlx-lm's form."""
-        declared = self.said_config(name).get("quantization")
+        declared = self.config_json(name).get("quantization")
         if not spec.quantized or not isinstance(declared, dict):
             return None
         own = declared.get(spec.name.removesuffix(".weight"), declared)

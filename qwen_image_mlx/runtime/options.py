@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
-from ..names import Dtype, LoRAMode
+from ..names import Dtype, LoRAMode, Parallel
 from ..options import (
     Choice,
     Config,
@@ -52,7 +52,6 @@ from ..variants import (
     DEFAULT_MODEL,
     LAYERED_RESOLUTIONS,
     LORA_MODES,
-    PARALLEL,
     full_name,
 )
 from ..weights.schemes import NONE, SCHEMES, Quantization
@@ -60,6 +59,7 @@ from .residency import read_memory
 
 _READS = (*IMAGE_COMMANDS, "caption", "train")  # commands that open a model
 SHARED = ("generate", "edit", "decompose")  # commands whose work several ranks share
+PARALLEL: tuple[Parallel, ...] = ("auto", "guidance", "images", "layers", "none")  # how
 LAYER_SIZES = ("source", "bucket")
 
 

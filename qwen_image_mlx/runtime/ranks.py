@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import pairwise
@@ -45,7 +45,7 @@ def launched() -> bool:
     return any(key in os.environ for key in _RANK_KEYS)
 
 
-def said_rank() -> int:
+def environment_rank() -> int:
     """The rank that the environment names; 0 without one."""
     return next((int(os.environ[key]) for key in _RANK_KEYS if os.environ.get(key, "").isdecimal()), 0)
 
@@ -317,11 +317,6 @@ def parts(count: int, size: int) -> list[range]:
         raise RequestError(f"{size} ranks cannot share {count} blocks: start at most {count}")
     bounds = [count * rank // size for rank in range(size + 1)]
     return [range(start, end) for start, end in pairwise(bounds)]
-
-
-def share(items: Sequence[T], ranks: Ranks) -> Sequence[T]:
-    """This rank's part of a list: every item whose number, modulo the ranks, is its own."""
-    return items[ranks.rank :: ranks.size]
 
 
 def _shown(value: Any) -> str:

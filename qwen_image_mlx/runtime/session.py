@@ -72,14 +72,14 @@ class Session:
         self.task: Task = pipeline.variant.task
         self.progress = progress
         self.plans: dict[Work, MemoryPlan] = {}
-        self._said_memory = memory is not None
+        self._memory_given = memory is not None
         self.memory: Memory = memory if isinstance(memory, Memory) else parse_memory(memory)
         self.force: bool = bool(options.get("force"))
         self._parallel: Parallel = options.get("parallel", "auto")
         self._wire = bool(options.get("wire"))
         self._cache = _cache() if options.get("cache") else None
         self._warned = False
-        self._said_preset: Preset | None = None
+        self._last_preset: Preset | None = None
 
     @classmethod
     def open(
@@ -171,8 +171,8 @@ class Session:
             )
         if preset is not None:
             request = replace(request, preset=preset.name)
-            if preset != self._said_preset:
-                self._said_preset = preset
+            if preset != self._last_preset:
+                self._last_preset = preset
                 logger.info("%s", preset.sentence)
         check_sampling(components, request)
         if (options.get("negative_prompt") or "").strip() and request.guiding_prompt is None and not self._warned:
@@ -206,7 +206,7 @@ class Session:
         work = work_of(request, pipeline)
         self._share(request, work)
         plan = self._plan(work)
-        if plan.peak > budget:
+        if plan.peak > budget and self.works:
             others = self.alternatives(work)
             logger.warning("too large for the memory:\n%s", table_of(others, budget))
             if not self.force:
@@ -216,7 +216,7 @@ class Session:
                     f"this takes {plan.peak / 1e9:.2f} GB, but only {budget / 1e9:.2f} may be used",
                     cause="streamed quantization" if packs
                     else "prefix cache" if without.peak <= budget
-                    else "budget" if self._said_memory
+                    else "budget" if self._memory_given
                     else "residency",
                 )  # fmt: skip
         elif plan.peak - mx.get_active_memory() > (free := free_memory()):
@@ -230,7 +230,7 @@ class Session:
                 "streamed, the text encoder would be read from its files again for every word of a caption",
                 cause="caption",
             )
-        if self._said_memory:
+        if self._memory_given:
             logger.info("%s: %.1f GB at most, of %.1f", plan.residency.name, plan.peak / 1e9, budget / 1e9)
         with limits(budget, plan.working, wire=self._wire), keeping(pipeline, streamed, plan.strip_pixels):
             yield plan

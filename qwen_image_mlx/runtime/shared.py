@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-WORDS: dict[Parallel, str] = {
+SHARED_WORDS: dict[Parallel, str] = {
     "guidance": "the branches of guidance",
     "images": "the images",
     "layers": "the transformer's blocks",
@@ -343,7 +343,7 @@ class RankRelay:
 
 
 def begin(
-    pipeline: SharedPipeline, request: Request, work: Work, whole: MemoryPlan, memory: Memory, asked: Parallel
+    pipeline: SharedPipeline, request: Request, work: Work, whole: MemoryPlan, memory: Memory, choice: Parallel
 ) -> None:
     """Lets the ranks agree on a request and on how they share it; every rank calls this.
 
@@ -353,7 +353,7 @@ def begin(
         work: its work.
         whole: the plan for it with the whole transformer on this rank.
         memory: what this rank may use.
-        asked: the user's choice.
+        choice: the user's choice.
 
     Raises:
         RankError: they have different requests.
@@ -363,16 +363,18 @@ def begin(
     pipeline.prepare()
     ranks.meet()
     ranks.agree(facts_of(request))
-    if (request.parameters.step_cache or request.controls) and asked in ("guidance", "layers"):
-        raise RequestError("with a step cache or a control only images can be shared")
     # A step cache leaves blocks out by what it finds in both branches; a control may be made with the prompt for both.
     unsuited = ("guidance", "layers") if request.parameters.step_cache or request.controls else ()
-    if asked in unsuited:
-        raise RequestError("with a step cache or a control only images can be shared")
     kept = TRANSFORMER not in whole.residency.streamed
     fits = whole.peak <= memory.budget and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
-    everywhere, asked = all(ranks.gather_values(fits)), ranks.led(lambda: asked)
-    if asked == "auto" and not everywhere:
+    everywhere, choice = all(ranks.gather_values(fits)), ranks.led(lambda: choice)
+    can = all(ranks.gather_values(whole.peak <= memory.budget))
+    if choice in unsuited:
+        raise RequestError(
+            f"parallel is {choice}, but with a step cache or a control only images can be shared: give images, none "
+            "or auto"
+        )
+    if choice == "auto" and can and not everywhere:
         link = ranks.link
         with pipeline.components.unconnected():
             everywhere = not is_worth_splitting(pipeline.components, work, ranks.size, link)
@@ -383,23 +385,21 @@ def begin(
         "guided": work.guided,
         "blocks": pipeline.blocks,
     }
-    mode = chosen_mode(asked, fits=everywhere, **facts)
+    mode = chosen_mode(choice, fits=everywhere, **facts)
     if mode in unsuited:
-        mode = "images" if work.images > 1 else "none"
-    if (request.parameters.step_cache or request.controls) and mode in ("guidance", "layers"):
         mode = "images" if work.images > 1 else "none"
     pipeline.begin(mode, work.images)
     if ranks.leads:
-        logger.info("%d ranks share %s", ranks.size, WORDS[mode])
+        logger.info("%d ranks share %s", ranks.size, SHARED_WORDS[mode])
     else:
         logger.log(REPORT, "rank %d of %d: %s", ranks.rank, ranks.size, pipeline.part_of(ranks.rank))
 
 
-def chosen_mode(asked: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int) -> Parallel:
+def chosen_mode(choice: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int) -> Parallel:
     """How work is shared.
 
     Args:
-        asked: the user's choice; "auto" leaves it to this function.
+        choice: the user's choice; "auto" leaves it to this function.
         ranks: how many there are.
         images: how many are generated.
         guided: whether there are two branches.
@@ -410,14 +410,17 @@ def chosen_mode(asked: Parallel, *, ranks: int, images: int, guided: bool, fits:
     Raises:
         RequestError: the choice does not suit the work.
     """
-    if asked == "guidance" and not guided:
-        raise RequestError("the branches of guidance cannot be shared: guidance is off, so there is only one")
-    if asked == "images" and images < 2:
-        raise RequestError("the images cannot be shared: there is only one")
-    if asked == "layers":
+    if choice == "guidance" and not guided:
+        raise RequestError(
+            "parallel is guidance, but guidance is off, so there is only one branch: give a negative prompt and a "
+            "cfg_scale above 1, or choose auto"
+        )
+    if choice == "images" and images < 2:
+        raise RequestError("parallel is images, but there is only one image: make several, or choose auto")
+    if choice == "layers":
         parts(blocks, ranks)
-    if asked != "auto":
-        return asked
+    if choice != "auto":
+        return choice
     if not fits and ranks <= blocks:
         return "layers"
     if images >= ranks or (images > 1 and not guided):

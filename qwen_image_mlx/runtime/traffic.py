@@ -66,7 +66,7 @@ class Blocks:
 
 
 def traffic_of(planner: Planner, mode: Parallel, ranks: int) -> Traffic:
-    """The exchanges of a step of a piece of work.
+    """The exchanges of the first step of a piece of work; later ones of a model that keeps its prefix take less.
 
     Args:
         planner: knows the work's tokens.

@@ -48,7 +48,7 @@ def check_guidance(*, steps: int, cfg_scale: float, interval: str | None, zero_s
 
     Args:
         steps: of the schedule.
-        cfg_scale: guidance; 1 is none, as is to have no negative prompt.
+        cfg_scale: guidance; 1 is off, and stands for a missing negative prompt too.
         interval, zero_star, apg: the variants; None or False where one is not chosen.
     """
     variants = [

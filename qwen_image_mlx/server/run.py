@@ -19,7 +19,7 @@ from .connections import Connection
 from .service import Service, Setup
 
 _PATIENCE = 20  # seconds for connections to end after the jobs are cancelled
-_SAYS = 1.5  # seconds for which `/health` says why the server ends
+_FAULT_SHOWN = 1.5  # seconds for which `/health` says why the server ends
 
 
 def serve(setup: Setup, listener: socket.socket, ready: Callable[[], None]) -> signal.Signals | None:
@@ -65,7 +65,7 @@ class _Server(uvicorn.Server):
 
     def leave(self) -> None:
         """Ends the server like a signal, once `/health` could be read; called in the event loop."""
-        asyncio.get_running_loop().call_later(_SAYS, setattr, self, "should_exit", True)
+        asyncio.get_running_loop().call_later(_FAULT_SHOWN, setattr, self, "should_exit", True)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

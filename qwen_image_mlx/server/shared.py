@@ -119,8 +119,8 @@ class SharedTasks:
                 raise
             except GPUError:
                 self._models.distrust()
-            except (RequestError, ApiError, Cancelled):
-                logger.debug("the job has failed")  # rank 0 says how
+            except Exception:
+                logger.debug("the job has failed")  # `_told` has logged it, or rank 0 says how
 
     def _follow(self, kind: str, task: Any, fields: dict[str, Any] | None) -> None:
         feed = Feed(Job(str(task), None), lambda function, *arguments: function(*arguments), math.inf)
@@ -133,7 +133,9 @@ class SharedTasks:
     # All ranks --------------------------------------------------------------------------------------------------------
 
     def _order(self, order: Any) -> Any:
-        """Rank 0's next order, on every rank: a job, `_STOP`, or None to wait."""
+        """Rank 0's next order, on every rank: a job, `_STOP`, or None to wait; raises RankError if one has ended."""
+        if self._lost:  # an exchange might wait for ever
+            raise RankError("a rank has ended: start the server again")
         try:
             return self._ranks.led(lambda: order)
         except RankError:

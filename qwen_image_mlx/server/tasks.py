@@ -230,16 +230,16 @@ class Tasks:
         options = self._options("decompose", body)
         (image,), masks = decode([body.image]), decode([body.layer_mask] if body.layer_mask else [])
         known = sized = self._models.facts("decompose").get("resolutions")
-        painted = {"layer_mask": masks[0]} if masks else {}
+        layer_mask = {"layer_mask": masks[0]} if masks else {}
         draft = layers_of(
-            open_rgba(image), options | painted, known or [options.get("resolution", LAYERED_RESOLUTIONS[0])]
+            open_rgba(image), options | layer_mask, known or [options.get("resolution", LAYERED_RESOLUTIONS[0])]
         )
         self._check_early("decompose", options, draft.canvas.size if sized else None)
 
         def work(feed: Feed) -> dict[str, Any]:
             (image,) = decode([body.image])
             session = self._models.open("decompose")
-            request = session.request(options | painted, images=[open_rgba(image)])
+            request = session.request(options | layer_mask, images=[open_rgba(image)])
             with self._prepare("decompose", session, request, feed) as (plan, progress):
                 result = session.planned_layers(request, plan, progress, self._models.encodings)
             if result is None:

@@ -202,5 +202,5 @@ def test_the_watch_over_signals_ends_with_its_block():
 
 def test_a_rank_is_named_by_the_environment(monkeypatch):
     monkeypatch.setitem(os.environ, "MLX_RANK", "3")
-    assert ranks_module.said_rank() == 3
+    assert ranks_module.environment_rank() == 3
     assert launched()

@@ -137,16 +137,8 @@ class Transformer(nn.Module):
         on_layer: OnLayer | None = None,
     ) -> list[mx.array]:
         """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one."""
-        hidden, relay = self.enter(latents, texts, references), self.relay
-        if relay is None:
-            hidden = self.run(hidden, modulation, rotary, run_block=run_block, on_layer=on_layer)
-            return self.leave(hidden, modulation)
-        received = [relay.receive([*images, text]) for images, text in zip(hidden.images, hidden.texts, strict=True)]
-        hidden = Hidden([arrays[:-1] for arrays in received], [arrays[-1] for arrays in received])
-        here = slice(relay.blocks.start, relay.blocks.stop)
-        hidden = self.run(hidden, modulation, rotary, here, run_block, on_layer)
-        for images, text in zip(hidden.images, hidden.texts, strict=True):
-            relay.send([*images, text])
+        hidden = self.enter(latents, texts, references)
+        hidden = self.run(hidden, modulation, rotary, run_block=run_block, on_layer=on_layer)
         return self.leave(hidden, modulation)
 
     # The three parts of a pass, for callers that leave some of its blocks out.

@@ -134,9 +134,8 @@ class Denoiser:
 
     @property
     def depth(self) -> int:
-        """Number of blocks here."""
-        relay = self._transformer.relay
-        return len(self._transformer.transformer_blocks if relay is None else relay.blocks)
+        """Number of blocks."""
+        return len(self._transformer.transformer_blocks)
 
     def enter(self, latents: mx.array, branches: int | None = None) -> Hidden:
         """What enters the first block, for each condition."""

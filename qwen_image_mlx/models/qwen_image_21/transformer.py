@@ -119,46 +119,7 @@ class Transformer(nn.Module):
         """Packed reference latents (B, R, in_channels) to image tokens (B, R, D); the same in every step."""
         return self.img_in(latents)
 
-    def velocities(
-        self,
-        latents: mx.array,
-        branches: Sequence[Branch],
-        rows: Rows,
-        still: Rows,
-        on_layer: OnLayer | None = None,
-        keep: bool = True,
-    ) -> tuple[list[mx.array], list[list[KeysValues]]]:
-        """Velocities of the target for several branches; every block serves all of them before the next one.
-
-        Args:
-            latents: packed latents of the target (B, N, in_channels).
-            branches: what it is generated from.
-            rows: this step's rows.
-            still: the rows of timestep 0, for prefixes.
-            on_layer: called after each block with what it made.
-            keep: hand out the prefixes' keys and values, which takes the memory of all blocks' at once.
-
-        Returns:
-            (B, N, out_channels) for each branch, which mean nothing if the last block runs elsewhere; and the keys and
-            values of each branch's prefix, one for each block here: given as `Branch.prefix` to later steps, these
-            leave out all work on the prefix. Empty unless kept.
-        """
-        hidden, relay, here = self.enter(latents, branches), self.relay, slice(None)
-        if relay is not None:
-            here = slice(relay.blocks.start, relay.blocks.stop)
-            targets, prefixes = list(hidden.targets), dict(hidden.prefixes)
-            for n in range(len(branches)):
-                targets[n], *before = relay.receive([targets[n], *([prefixes[n]] if n in prefixes else [])])
-                if before:
-                    (prefixes[n],) = before
-            hidden = Hidden(targets, prefixes, hidden.kept)
-        hidden = self.run(hidden, branches, rows, still, here, on_layer, keep)
-        if relay is not None:
-            for n, target in enumerate(hidden.targets):
-                relay.send([target, *([hidden.prefixes[n]] if n in hidden.prefixes else [])])
-        return self.leave(hidden, rows), [list(seen) for seen in hidden.kept]
-
-    # The three parts of a pass, for callers that leave some of its blocks out.
+    # The three parts of a pass.
 
     def enter(self, latents: mx.array, branches: Sequence[Branch]) -> Hidden:
         """What enters the first block, for each branch."""
@@ -177,9 +138,18 @@ class Transformer(nn.Module):
         keep: bool = True,
         hints: Sequence[Hint] = (),
     ) -> Hidden:
-        """The streams after some consecutive blocks; the arguments are those of `velocities`.
+        """The streams after some consecutive blocks; every block serves all branches before the next one.
 
-        `hints` are added after each block to targets and prefixes, none of which may be a kept one.
+        Args:
+            entered: of `enter`, or of an earlier call for the blocks before.
+            branches: what is generated.
+            rows: this step's rows.
+            still: the rows of timestep 0, for prefixes.
+            blocks: which run; of a transformer of which a rank has a part, all of that.
+            on_layer: called after each block with what it made.
+            keep: hand out the prefixes' keys and values, which takes the memory of all blocks' at once: given as
+                `Branch.prefix` to later steps, they leave out all work on the prefix.
+            hints: added after each block to targets and prefixes, none of which may be a kept one.
         """
         targets, hidden = list(entered.targets), dict(entered.prefixes)
         kept = [list(seen) for seen in entered.kept]

@@ -271,7 +271,7 @@ export async function stackEditor(result, settings, original, way, { id, work })
     let job = null;
     place.stop = new AbortController();
     place.go.textContent = "Cancel";
-    place.bar.hidden = !(notice.hidden = true);
+    notice.hidden = true; place.bar.value = 0; place.bar.hidden = false;
     try {
       job = await begin();
       const { layers: [made] } = await follow(job, (event, data) => tell(place, event, data), place.stop.signal);
