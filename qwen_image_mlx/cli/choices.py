@@ -191,6 +191,8 @@ def _sources(given: Mapping[str, Any], options: dict[str, Any]) -> list[Any]:
         return options.get("images", [])
     if "images" in given:
         raise RequestError("give --image or --layer, not both")
+    if "outpaint" in options and "output" not in given:
+        raise RequestError("outpainted, a layer would no longer fit in its place: give --output")
     from ..images.colour import ignore_profiles
     from ..layers.recompose import layer_file, open_layer
 

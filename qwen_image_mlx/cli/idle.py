@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.ranks import current
 from .flags import rows_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ _IDLE: dict[str, tuple[Callable[[Mapping[str, Any], Request], bool], str]] = {
     "keep_alpha": (
         lambda given, request: request.canvas is not None and request.canvas.straight is None,
         "the image has no transparency",
+    ),
+    "parallel": (lambda given, request: current().size == 1, "this is one process; mlx.launch starts several"),
+    "num_layers": (
+        lambda given, request: bool({"layer_prompt", "layer_mask"} & given.keys()),
+        "one layer is made, by its name or mask",
     ),
     "wire": (_without_metal, "this machine has no Metal"),
 }

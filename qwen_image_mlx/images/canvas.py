@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 from PIL import Image
@@ -149,14 +150,15 @@ def extend(image: Image.Image, sides: Sides) -> tuple[Image.Image, Image.Image]:
 
 def parse_sides(text: str | Sequence[int]) -> Sides:
     """Pixels to the left, above, to the right and below, of "64,0,64,0" or four numbers; raises RequestError."""
-    parts = text.split(",") if isinstance(text, str) else [*text]
     try:
-        sides = tuple(int(part) for part in parts)
+        parts = text.split(",") if isinstance(text, str) else [*text]
+        sides = tuple(int(part) if isinstance(part, str) else index(part) for part in parts)
     except (TypeError, ValueError):
         sides = ()
     if len(sides) != 4 or not all(0 <= side <= _MAX_SIDE for side in sides):
         raise RequestError(
-            f"outpaint is {text!r:.80}, but must be LEFT,TOP,RIGHT,BOTTOM in pixels, such as 256,0,256,0"
+            f"outpaint is {text!r:.80}, but must be LEFT,TOP,RIGHT,BOTTOM, each from 0 to {_MAX_SIDE} pixels, such as "
+            "256,0,256,0"
         )
     return sides[0], sides[1], sides[2], sides[3]
 

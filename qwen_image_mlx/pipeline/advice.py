@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..variants import Variant
+from .control import in_window
 from .request import Request
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -27,6 +28,13 @@ def advise(request: Request, variant: Variant) -> None:
             "pixels make them cheaper",
             len(request.images),
         )
+    steps = parameters.num_inference_steps
+    for control in request.controls:
+        if not control.runs or not any(in_window(control.start, control.end, step, steps) for step in range(steps)):
+            logger.warning(
+                "the control by %s has no effect: its scale is %g, and none of %d steps lies between %g and %g",
+                control.reference, control.scale, steps, control.start, control.end,
+            )  # fmt: skip
     if parameters.no_prefix_cache and not variant.keeps_references:
         logger.warning("no_prefix_cache has no effect: this model keeps nothing of the prompt between steps")
     if variant.sigmas and width * height < variant.distilled_area:

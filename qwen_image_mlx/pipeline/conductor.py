@@ -219,7 +219,9 @@ def encode_canvas(
     image, mask = canvas.initial
     if not math.isclose(image.width / image.height, canvas.size[0] / canvas.size[1], rel_tol=0.05):
         logger.warning(
-            "an image of %dx%d pixels is stretched to %dx%d, the size of the result", *image.size, *canvas.size
+            "an image of %dx%d pixels is stretched to %dx%d, the size to generate at",
+            *image.size,
+            *canvas.size,
         )
     return pipeline.encode_initial_image(image, canvas.size, mask, progress=progress)
 

@@ -122,9 +122,15 @@ class Control:
         return {
             row.name: str(value) if isinstance(row.kind, ImageFile | Text) else value
             for row, value in values
-            if value is not None and value != getattr(Control, row.field, None)
+            if value is not None
             and (not isinstance(row.kind, ImageFile) or isinstance(value, str | os.PathLike))
+            and value != getattr(Control, row.field, None)  # last: an array is not compared
         }  # fmt: skip
+
+
+def in_window(start: float, end: float, evaluation: int, evaluations: int) -> bool:
+    """Whether a control from `start` to `end` acts in an evaluation. Source: diffusers' `controlnet_keep`."""
+    return start <= evaluation / evaluations and (evaluation + 1) / evaluations <= end
 
 
 def controls_of(controls: Sequence[Control | Mapping[str, Any]] | None) -> tuple[Control, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..images.canvas import plan_canvas
+from ..images.colour import alpha_range
 from ..images.pixels import on_white
 from ..images.sources import ImageSource, check_visible, open_rgba
 from ..layers.formats import save_layers
@@ -78,6 +79,12 @@ def layered_result(images: Iterable[Image], request: Request, metadata: Mapping[
     return LayeredResult(canvas.resized_source, LayerStack(canvas.result_size, layers, dict(metadata)))
 
 
+def _selects_nothing(mask: Image) -> bool:
+    """Whether an RGBA mask is transparent, or opaque and black, everywhere."""
+    low, high = alpha_range(mask)
+    return high == 0 or (low == 255 and mask.convert("RGB").getbbox() is None)
+
+
 def layers_request(
     image: Image,
     prompt: str,
@@ -132,6 +139,8 @@ def layers_request(
             f"the layer's mask has {mask.width}x{mask.height} pixels, but the image {image.width}x{image.height}; "
             "make them equal"
         )
+    if mask is not None and _selects_nothing(mask):
+        raise RequestError("the layer's mask is black everywhere: make white, or opaque, what the layer shows")
     canvas = plan_canvas(image, size="source" if size == "source" else None, area=resolution**2)
     return Request(
         prompt=prompt,

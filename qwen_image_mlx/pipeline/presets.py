@@ -43,11 +43,14 @@ class Preset(NamedTuple):
         """Passes through the transformer, about."""
         return round((2 if guided else 1) * self.steps * (1 - self.skipped))
 
-    @property
-    def sentence(self) -> str:
-        """The preset in a few words."""
-        words = [f"{self.steps} steps", self.values.get("solver", "euler")]
-        return f"preset {self.name}: " + ", ".join([*words, *([self.values["step_cache"]] if self.skipped else [])])
+    def sentence(self, sampling: Mapping[str, Any]) -> str:
+        """The preset in a few words, as it is run.
+
+        Args:
+            sampling: fields of `GenerationParameters`, in which other options may have changed what the preset gives.
+        """
+        words = [f"{sampling['num_inference_steps']} steps", sampling.get("solver") or "euler"]
+        return f"preset {self.name}: " + ", ".join([*words, *filter(None, [sampling.get("step_cache")])])
 
 
 def preset_of(name: PresetName, steps: int, *, distilled: bool, measured: bool) -> Preset:

@@ -79,15 +79,16 @@ def sampling_of(
         RequestError: the preset is unknown.
     """
     sampling, preset = recommended_sampling(components, num_inference_steps, options.get("preset"))
-    if preset is not None:
-        logger.info("%s", preset.sentence)
     interval = options.get("guidance_interval")
     if isinstance(interval, tuple | list):
         interval = ":".join(map(str, interval))
     given: Mapping[str, Any] = {
         **options, "guidance_interval": interval, "num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale,
     }  # fmt: skip
-    return sampling | {name: value for name, value in given.items() if value is not None and name != "preset"}
+    sampling |= {name: value for name, value in given.items() if value is not None and name != "preset"}
+    if preset is not None:
+        logger.info("%s", preset.sentence(sampling))
+    return sampling
 
 
 def with_preset(request: Request, options: SamplingOptions) -> Request:

@@ -18,6 +18,7 @@ import numpy as np
 from ..models.layers import OnLayer
 from ..names import CaptionLanguage
 from .conditioning import Reference
+from .control import in_window
 from .costs import Costs
 from .reporter import Reporter
 
@@ -54,9 +55,8 @@ class ControlInput:
     end: float
 
     def runs(self, evaluation: int, evaluations: int) -> bool:
-        """Whether it has an effect in an evaluation. Source: `controlnet_keep` of diffusers' pipelines."""
-        first, last = evaluation / evaluations, (evaluation + 1) / evaluations
-        return self.scale != 0 and self.start <= first and last <= self.end
+        """Whether it has an effect in an evaluation."""
+        return self.scale != 0 and in_window(self.start, self.end, evaluation, evaluations)
 
 
 @dataclass(frozen=True)

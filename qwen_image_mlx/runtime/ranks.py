@@ -199,8 +199,14 @@ def current() -> Ranks:
         return Ranks()
     import mlx.core as mx
 
-    with exchanging(), _signals_end():
-        group = mx.distributed.init()
+    try:
+        with exchanging(), _signals_end():
+            group = mx.distributed.init()
+    except (RuntimeError, ValueError) as error:  # of the hostfile
+        reason = " ".join(str(error).split())[:200]
+        raise RankError(
+            f"the ranks cannot be joined ({reason}): start them with mlx.launch and its hostfile"
+        ) from error
     if group.size() == 1:
         return Ranks()
     ranks = Ranks(group)

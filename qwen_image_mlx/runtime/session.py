@@ -173,7 +173,7 @@ class Session:
             request = replace(request, preset=preset.name)
             if preset != self._last_preset:
                 self._last_preset = preset
-                logger.info("%s", preset.sentence)
+                logger.info("%s", preset.sentence(vars(request.parameters)))
         check_sampling(components, request)
         if (options.get("negative_prompt") or "").strip() and request.guiding_prompt is None and not self._warned:
             self._warned = True

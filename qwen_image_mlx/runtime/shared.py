@@ -436,7 +436,7 @@ def facts_of(request: Request) -> dict[str, Any]:
     return {
         "the prompt": request.prompt,
         "the negative prompt": request.negative_prompt,
-        "the options": repr(request.parameters),
+        **{f"the option {name}": str(value) for name, value in vars(request.parameters).items()},
         "the seeds": list(request.seeds),
         "the number of images": len(request.image_indices),
         "the reference pixels": request.reference_pixels,

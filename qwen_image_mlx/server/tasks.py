@@ -200,6 +200,8 @@ class Tasks:
             opened = [(open_rgba if session.shows_alpha else open_image)(source) for source in sources]
             merged = options | recorded_options | self._controls(body)
             request = session.request(merged, size, opened, mask, straight, task=task)
+            if body.outpaint and request.canvas is not None:
+                self._limits.check_size(*request.canvas.result_size)
             images = []
             with self._prepare(task, session, request, feed) as (plan, progress):
                 for generated in session.planned_images(request, plan, progress, self._models.encodings):

@@ -98,7 +98,7 @@ def test_python_examples_run(tiny, tmp_path, monkeypatch, tmp_path_factory):
                 example = example.replace(old, new)
             exec(compile(example, page, "exec"), scope)
     assert (
-        sum(len(blocks(page, "python")) for page in PAGES) == sum(len(blocks(page, "python")) for page in scopes) == 8
+        sum(len(blocks(page, "python")) for page in PAGES) == sum(len(blocks(page, "python")) for page in scopes) == 9
     )
     assert Image.open("fox.png").size == (64, 64)
     assert Image.open("fox-with-hat.png").size == (64, 64)
