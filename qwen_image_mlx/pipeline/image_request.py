@@ -49,13 +49,16 @@ def canvas_of(
     if outpaint is not None:
         if mask is not None:
             raise RequestError("give a mask or sides to outpaint, not both")
-        if size not in (None, "source"):
-            raise RequestError("an outpainted image has its own size and the sides: give no other size")
         sides = parse_sides(outpaint)
         wide, mask = extend(images[0], sides)
         images = [wide, *images[1:]]
         straight = None if straight is None else [extend(straight[0], sides)[0], *straight[1:]]
-        size = "source"  # composited or not
+        if size not in (None, "source") and (isinstance(size, str) or tuple(size) != wide.size):
+            raise RequestError(
+                f"size is {size!r:.40}, but outpainted by {sides} the image has {wide.width}x{wide.height} pixels: "
+                "give no size"
+            )
+        size = size or "source"  # composited or not
     index = 0 if mask is not None else variant.size_from
     return plan_canvas(
         images[index],

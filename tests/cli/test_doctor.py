@@ -116,12 +116,12 @@ def test_variables_reach_the_groups(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--only", "env,speed"], "--only has 'speed', but the groups are env, limits"),
+    (["--only", "env,speed"], "--only has 'speed', but the groups are env, network"),
     (["--only", ""], "--only has ''"),
     (["--env", "NAME"], "--env is 'NAME', but must be NAME=VALUE"),
     (["--env", "A-B=1"], "--env is 'A-B=1'"),
     (["--env", "QWEN_IMAGE_DOCTOR_FALSIFI=x"], "the self-tests are QWEN_IMAGE_DOCTOR_FALSIFY, "),
-    (["--env", "QWEN_IMAGE_DOCTOR_CRASH=limit"], "QWEN_IMAGE_DOCTOR_CRASH=limit, but the groups are env, limits"),
+    (["--env", "QWEN_IMAGE_DOCTOR_CRASH=limit"], "QWEN_IMAGE_DOCTOR_CRASH=limit, but the groups are env, network"),
     (["--json", "-"], "--json is '-', but must be a file"),
     (["--golden", "x.safetensors"], "belong together"),
     (["--model", "demo"], "belong together"),

@@ -8,6 +8,8 @@ from control_files import INSTANTX, picture, write_control
 
 from qwen_image_mlx import Control, QwenImagePipeline, RequestError
 from qwen_image_mlx.images.canvas import extend, parse_sides
+from qwen_image_mlx.pipeline.image_request import canvas_of
+from qwen_image_mlx.variants import VARIANTS
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 SIDES = 16, 0, 32, 8
@@ -95,6 +97,24 @@ def test_edits_outpaint_too(tmp_path):
 def test_sides_are_four_numbers(said):
     with pytest.raises(RequestError, match="must be LEFT,TOP,RIGHT,BOTTOM"):
         parse_sides([None] if said is None else said)
+
+
+@pytest.mark.parametrize("size", ["1mp", (80, 60), [64, 64]])
+def test_an_outpainted_image_has_one_size(size):
+    with pytest.raises(RequestError, match=r"outpainted by \(0, 36, 0, 0\) the image has 80x96 pixels: give no size"):
+        canvas_of(VARIANTS["QwenImageEditPlusPipeline"], [picture(80, 60)], outpaint=(0, 36, 0, 0), size=size)
+
+
+@pytest.mark.parametrize("composite", [True, False])
+def test_an_outpainted_image_keeps_its_size(composite):
+    canvas = canvas_of(VARIANTS["QwenImagePipeline"], [picture(80, 60)], outpaint="0,36,0,0", composite=composite)
+    assert canvas.result_size == (80, 96)
+
+
+@pytest.mark.parametrize("said", [True, 0, (16.5, 0, 0, 0), (1, 2, 3, None)])
+def test_sides_are_whole_numbers(said):
+    with pytest.raises(RequestError, match="each from 0 to"):
+        parse_sides(said)
 
 
 def test_what_cannot_be_outpainted():

@@ -96,6 +96,7 @@ def test_the_plan_counts_one_frame_and_the_mask(small):
 @pytest.mark.parametrize(("said", "sentence"), [
     ({"layer_prompt": " "}, "the layer's prompt is empty"),
     ({"layer_prompt": "a boat", "prompt": "a lake"}, "not both"),
+    ({"layer_mask": half_mask(64, 48).point(lambda value: 0)}, "the layer's mask is black everywhere"),
     ({"layer_mask": half_mask(10, 10)}, "the layer's mask has 10x10 pixels, but the image 64x48"),
 ])  # fmt: skip
 def test_what_is_refused(said, sentence):
