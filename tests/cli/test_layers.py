@@ -224,7 +224,10 @@ def test_an_edited_layer_is_generated_again_from_what_it_was(run, layers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--size", "96x48"], ["--seed", "6", "7"], ["--num-images", "2"], ["--size", "1mp"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--size", "96x48"], ["--seed", "6", "7"], ["--num-images", "2"], ["--size", "1mp"], ["--outpaint", "16,0,0,0"]],
+)
 def test_what_cannot_take_a_layer_s_place_needs_an_output(run, layers, flags):
     before = {path: path.read_bytes() for path in layers.iterdir()}
     assert "--output" in error_line(run("edit", "make it red", "--layer", f"{layers}:2", *QUICK, *flags))

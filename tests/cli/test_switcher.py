@@ -281,6 +281,8 @@ def test_json_tells_of_errors_too(run):
     ("edit x --image a.png --model demo-edit --steps 1 --keep-alpha", "--keep-alpha has no effect: the image has no"),
     ("decompose a.png -p x --model demo-layered --steps 1 --caption-language zh", "--caption-language has no effect"),
     ("decompose a.png -p x --model demo-layered --steps 1 -g 1 --cfg-normalize", "--cfg-normalize has no effect"),
+    (f"generate x {DEMO} --parallel guidance", "--parallel has no effect: this is one process"),
+    ("decompose a.png --layer-prompt x --model demo-layered --steps 1 --layers 3", "--layers has no effect: one layer"),
 ])  # fmt: skip
 def test_a_flag_that_does_nothing_says_so(run, line, says):
     Image.new("RGB", (64, 64), "red").save("a.png")
