@@ -143,13 +143,18 @@ export class Panel {
     if (input.type === "number" && Number.isSafeInteger(max)) input.max = max;
   }
 
-  /** Saves the form, so that it can be restored when the page is opened again. */
+  /** Saves the form soon, so that it can be restored when the page is opened again. */
   keep() {
     clearTimeout(this.keeping);
-    if (!this.restored) return;
-    this.keeping = setTimeout(() => note({
+    if (this.restored) this.keeping = setTimeout(() => this.save(), 200);
+  }
+
+  /** Saves the form and which result it shows. */
+  async save() {
+    clearTimeout(this.keeping);
+    await note({
       id: `form ${tab} ${this.task}`, kind: "form", task: this.task, settings: this.settings(), wells: this.chosen(), shown: this.shown,
-    }), 200);
+    });
   }
 
   /** The images and masks of the wells, by the wells' names. */
@@ -290,6 +295,7 @@ export class Panel {
       const result = await follow(record.job, (event, data) => progress.tell(event, data), this.running.signal);
       await this.onResult({ task: this.task, settings, wells, result, id: record.entry });
       await this.present(result, settings, wells, { id: record.entry });
+      await this.save(); // before the job is forgotten: a reload at this moment finds the one or the other
       say("Done.");
     } catch (error) {
       this.stage.replaceChildren(...before);
