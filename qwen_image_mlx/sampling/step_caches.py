@@ -6,6 +6,7 @@ did. It knows no model: `pipeline/step_cache.py` leaves the blocks out.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
@@ -40,7 +41,7 @@ class CacheFacts(NamedTuple):
     ratios: tuple[float, ...] | None = None
 
 
-class StepCache:
+class StepCache(ABC):
     """Decides from step to step; each method is a subclass.
 
     Args:
@@ -71,9 +72,9 @@ class StepCache:
         self.threshold, self.facts, self.places = threshold, facts, places
         self._residuals: list[mx.array] = []
 
+    @abstractmethod
     def skips(self, number: int, seen: mx.array | None) -> bool:
         """Whether a pass may be left out; called once for each evaluation, in order."""
-        raise NotImplementedError
 
     def computed(self, number: int, residuals: Sequence[mx.array], output: mx.array) -> None:
         """Keeps what a computed pass added, by branch, and starts to count again."""
