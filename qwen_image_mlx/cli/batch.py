@@ -18,7 +18,7 @@ from ..pipeline.parameters import MAX_IMAGES, check_num_images, check_seed
 from ..pipeline.presets import yielding
 from ..pipeline.request import Request, build_request
 from ..runtime.options import OpenOptions
-from ..runtime.ranks import current, environment_rank
+from ..runtime.ranks import current, leads
 from ..variants import ASPECT_SIZES
 from .config import config_options
 from .flags import FOLDER, rows, rows_of
@@ -93,7 +93,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
         if len(missing) < len(images):
             logger.info("%d of %d images are in %s already", len(images) - len(missing), len(images), folder)
         if not missing:
-            if environment_rank() == 0:
+            if leads():
                 sweep_results(folder)
                 if "contact_sheet" in given:
                     console.result(_save_sheet(images, folder))
@@ -103,7 +103,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
             metadata = {**generated.metadata, **provenance}
             written = save_png(generated.image, one.path, metadata)
             console.result(written, seed=metadata["seed"], index=metadata["image_index"], metadata=metadata)
-        if "contact_sheet" in given and environment_rank() == 0:
+        if "contact_sheet" in given and leads():
             console.result(_save_sheet(images, folder))
         if timings:
             console.close()

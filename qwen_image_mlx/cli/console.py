@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..outside import printable
 from ..pipeline.bars import ProgressBars
-from ..runtime.ranks import REPORT, environment_rank
+from ..runtime.ranks import REPORT, leads
 
 if TYPE_CHECKING:
     from ..pipeline.progress import Progress
@@ -35,7 +35,7 @@ class Console:
     """
 
     def __init__(self, arguments: argparse.Namespace):
-        self._leads = environment_rank() == 0
+        self._leads = leads()
         self._json = bool(getattr(arguments, "json", None)) and self._leads
         self._quiet = bool(getattr(arguments, "quiet", None)) or not self._leads
         self.verbose: bool = bool(getattr(arguments, "verbose", None))

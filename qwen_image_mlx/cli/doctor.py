@@ -12,7 +12,7 @@ from typing import Any
 from ..doctor.groups import GOLDEN, GROUPS, NAMES, Group, group_named
 from ..doctor.outcome import CRASH, FALSIFY, HANG, SELF_TESTS
 from ..errors import OutputError, RequestError
-from ..runtime.ranks import environment_rank
+from ..runtime.ranks import leads
 
 SHARES = True  # all ranks run the group that measures their connection
 _WIDTH = max(len(name) for name in NAMES)
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     groups, env, options = _groups(arguments), _variables(arguments.env), {}
     if arguments.golden is not None:
         options = {"golden": str(Path(arguments.golden).absolute()), "model": arguments.model}
-    if environment_rank():  # other ranks only take part in the measurement
+    if not leads():  # other ranks only take part in the measurement
         examine([group for group in groups if group.name == "network"], env, options, lambda name, outcome: None)
         return 0
     earlier = read_report(Path(arguments.compare)) if arguments.compare is not None else None

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..files import check_writable, named_path
-from ..runtime.ranks import environment_rank
+from ..runtime.ranks import leads
 
 DEFAULT_NAME = "qwen-image.png"
 
 
 def check_output(path: Path, nbytes: int) -> None:
     """Raises OutputError if a file of some bytes could not be written; ranks that write nothing check nothing."""
-    if environment_rank() == 0:
+    if leads():
         check_writable(path, nbytes)
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import GPUError, RequestError
-from ..runtime.ranks import alone, environment_rank, joined
+from ..runtime.ranks import alone, joined, leads
 from ..variants import DEFAULT_EDIT_MODEL, DEFAULT_LAYERED_MODEL, DEFAULT_MODEL, full_name
 from .flags import add_options
 from .signals import ENDS, GaveUp
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     for origin in arguments.allow_origin:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
             raise RequestError(f"--allow-origin is {origin!r}, but must be like https://example.org, without a path")
-    listens = not environment_rank()
+    listens = leads()
     token = None if arguments.token_file is None or not listens else read_token(arguments.token_file)
     if listens and token is None and not is_loopback(arguments.host):
         raise RequestError(f"--host is {arguments.host}, which other machines can reach: give a --token-file as well")

@@ -50,6 +50,11 @@ def environment_rank() -> int:
     return next((int(os.environ[key]) for key in _RANK_KEYS if os.environ.get(key, "").isdecimal()), 0)
 
 
+def leads() -> bool:
+    """Whether this process is the one that writes, prints and serves; looks at the environment alone."""
+    return environment_rank() == 0
+
+
 class Ranks:
     """The ranks of this run.
 

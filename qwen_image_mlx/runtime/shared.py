@@ -366,9 +366,11 @@ def begin(
     # A step cache leaves blocks out by what it finds in both branches; a control may be made with the prompt for both.
     unsuited = ("guidance", "layers") if request.parameters.step_cache or request.controls else ()
     kept = TRANSFORMER not in whole.residency.streamed
-    fits = whole.peak <= memory.budget and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
-    everywhere, choice = all(ranks.gather_values(fits)), ranks.led(lambda: choice)
-    can = all(ranks.gather_values(whole.peak <= memory.budget))
+    runs = whole.peak <= memory.budget
+    stays = runs and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
+    everyone = ranks.gather_values([runs, stays])
+    can, everywhere = all(runs for runs, _ in everyone), all(stays for _, stays in everyone)
+    choice = ranks.led(lambda: choice)
     if choice in unsuited:
         raise RequestError(
             f"parallel is {choice}, but with a step cache or a control only images can be shared: give images, none "
