@@ -48,10 +48,14 @@ class Kind(ABC):
         """Whether a recorded value is of the right type; its range is checked where it is used."""
         return self.accepts(value)
 
+    def fault(self, name: str, value: Any) -> tuple[str, Any, str] | None:
+        """The name, the value and the allowed values of the part of a value that is not allowed; None without one."""
+        return None if self.accepts(value) else (name, value, self.allowed)
+
     def check(self, name: str, value: Any) -> Any:
         """The stored form of a value; raises RequestError, which calls the value `name`, if it is not allowed."""
-        if not self.accepts(value):
-            raise RequestError(f"{name} is {value!r:.80}, but must be {self.allowed}")
+        if wrong := self.fault(name, value):
+            raise RequestError("{} is {!r:.80}, but must be {}".format(*wrong))
         return self.store(value)
 
 
@@ -223,6 +227,12 @@ class Several(Kind):
         """Whether each item is allowed."""
         return isinstance(value, list) and all(map(self.kind.accepts, value))
 
+    def fault(self, name: str, value: Any) -> tuple[str, Any, str] | None:
+        """That of the first item which has one, or of the whole."""
+        items = enumerate(value, 1) if isinstance(value, list) else ()
+        faults = (self.kind.fault(f"item {number} of {name}", one) for number, one in items)
+        return next(filter(None, faults), None) or super().fault(name, value)
+
     def has_type(self, value: Any) -> bool:
         """Whether each item is of the right type."""
         return isinstance(value, list) and all(map(self.kind.has_type, value))
@@ -251,6 +261,13 @@ class Group(Kind):
     def accepts(self, value: Any) -> bool:
         """Whether it is an object with allowed values, all that it must have, and no other fields."""
         return self.has_type(value) and all(self.rows[name].kind.accepts(one) for name, one in value.items())
+
+    def fault(self, name: str, value: Any) -> tuple[str, Any, str] | None:
+        """That of the first field which has one, or of the whole."""
+        fields = value.items() if isinstance(value, dict) else ()
+        known = ((self.rows[field].kind, field, one) for field, one in fields if field in self.rows)
+        faults = (kind.fault(f"{field} of {name}", one) for kind, field, one in known)
+        return next(filter(None, faults), None) or super().fault(name, value)
 
     def has_type(self, value: Any) -> bool:
         """Whether it is an object with known fields of the right types, and all that it must have."""

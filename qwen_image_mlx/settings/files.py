@@ -191,8 +191,9 @@ def _check(path: Path, found: Any, outer: Names, lines: Mapping[Names, int]) -> 
         if not table and key == GENERATION:
             yield from _check(path, value, names, lines)
         elif row := _ROWS.get((table, key)):
-            if not row.kind.accepts(value):
-                raise fault(names, f"{key} is {_quote(value)}, but must be {row.kind.allowed}")
+            if wrong := row.kind.fault(key, value):
+                name, part, allowed = wrong
+                raise fault(names, f"{name} is {_quote(part)}, but must be {allowed}")
             value = row.kind.store(value)
             yield key, (_resolve(value, row.kind, path.parent) if row.place else value, table_name(outer[0], table))
         elif key in _HOMES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -148,8 +149,9 @@ def test_what_a_setting_may_be(here, key, good, bad):
         assert load_settings(written(f"[{table}]\n{key} = {value}"))[key] is not None
     for value in bad:
         message = refused(f"[{table}]\n\n{key} = {value}\n")
-        assert message.startswith(f"config.toml, line 3: {key} is "), message
-        assert message.endswith(f", but must be {ROWS[key].kind.allowed}")
+        part, allowed = re.fullmatch(r"config\.toml, line 3: (.*?) is .*, but must be (.*)", message).groups()
+        assert part == key or part.endswith(f"item 1 of {key}"), message
+        assert part != key or allowed == ROWS[key].kind.allowed
 
 
 # --- errors and their lines ----------------------------------------------------------------------------------------
@@ -374,7 +376,8 @@ def test_controls_as_tables_of_their_own(here):
     )
     assert "controls" not in settings.of_command("decompose")
     assert load_settings(Path("config.toml"), "bare")["controls"] == []
-    assert refused(OURS + text + "scale = 99").startswith("config.toml, line 4: controls is ")
+    fault = "scale of item 2 of controls is 99, but must be a number from -10 to 10"
+    assert refused(OURS + text + "scale = 99") == f"config.toml, line 4: {fault}"
 
 
 # --- where it is found ---------------------------------------------------------------------------------------------
