@@ -81,13 +81,16 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     with Console(arguments) as console, ExitStack() as stack:
         timings = console.timings("timings" in given)
         session = Session.open({**usual, **given}, default_model, timings or console, task="generate")
-        requests = []
+        requests, opened = [], set()
         for one in merged:
             with _at(one.place):
                 requests.append(session.request(one.options, one.size))
+                for control in {*requests[-1].controls} - opened:
+                    control.opened()  # an image that cannot be read is said now, with its line
+                    opened.add(control)
         warn_idle("generate", given, requests[0])
-        opened = {row.name for row in options_of(OpenOptions) if row.record == "given"}
-        provenance = {name: value for name, value in given.items() if name in opened}
+        recorded = {row.name for row in options_of(OpenOptions) if row.record == "given"}
+        provenance = {name: value for name, value in given.items() if name in recorded}
         images = batch_images(session.pipeline, requests, folder, provenance)
         missing = missing_images(images, current())
         if len(missing) < len(images):

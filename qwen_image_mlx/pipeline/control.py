@@ -82,13 +82,22 @@ class Control:
         if not self.controlnet or not isinstance(self.controlnet, str | os.PathLike):
             raise RequestError(f"the control's controlnet is {self.controlnet!r:.80}, but must be a reference")
         if self.start > self.end:
-            raise RequestError(f"the control starts at {self.start:g}, after its end at {self.end:g}")
+            raise RequestError(
+                f"the control starts at {self.start:g}, after its end at {self.end:g}: give a start below the end"
+            )
         if self.source is not None and self.mask is None:
-            raise RequestError("the control has an image to inpaint, but no mask")
+            raise RequestError(
+                "the control has a source to inpaint, but no mask: add the control's mask, white where it is inpainted"
+            )
         if self.in_context and (self.scale, self.start, self.end, self.mask) != (1.0, 0.0, 1.0, None):
-            raise RequestError("an in-context control has no scale, window or mask: the LoRA has a strength")
+            raise RequestError(
+                "an in-context control has no scale, start, end or mask: leave them out, and set the LoRA's strength"
+            )
         if self.image is None and self.mask is not None:
-            raise RequestError("the control has a mask, but no image", cause="control image")
+            raise RequestError(
+                "the control has a mask, but no image: add the image to inpaint, or leave the mask out",
+                cause="control image",
+            )
 
     @property
     def reference(self) -> str:
@@ -151,7 +160,7 @@ def controls_of(controls: Sequence[Control | Mapping[str, Any]] | None) -> tuple
             if odd := one.keys() - names:
                 raise RequestError(f"a control has {min(odd)!r:.40}, but its fields are {', '.join(sorted(names))}")
             if one.get("controlnet") is None:
-                raise RequestError("a control lacks its controlnet")
+                raise RequestError("a control lacks its controlnet: name a file, a folder or owner/repo")
             one = Control(**{name: value for name, value in one.items() if value is not None})
         if not isinstance(one, Control):
             raise RequestError(f"a control is {one!r:.80}, but must be a Control")

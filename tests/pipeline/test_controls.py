@@ -268,7 +268,7 @@ def test_in_context_the_image_is_a_reference_and_the_prompt_says_so(tiny, lora, 
 
 
 @pytest.mark.parametrize(("said", "sentence"), [
-    ({"scale": 0.5}, "no scale, window or mask"), ({"end": 0.5}, "no scale, window or mask"),
+    ({"scale": 0.5}, "no scale, start, end or mask"), ({"end": 0.5}, "no scale, start, end or mask"),
     ({"image": None}, "lacks its image"),
 ])  # fmt: skip
 def test_in_context_is_refused(tiny, lora, said, sentence):
@@ -375,6 +375,10 @@ def test_a_line_of_a_file_of_prompts_has_its_own_controls(tiny, files, capsys, m
         alone = ["a", "--model", "tiny", "--steps", "1", "--dtype", "float32", "--quiet", "--seed", "0", *more]
         _, (path,), _ = run(capsys, "generate", *alone, "-W", "32", "-H", "32", "-o", "alone.png")
         assert np.array_equal(picture_of(path), made[str(controls)])
+    lines = [*reversed(lines), {"prompt": "b", "controls": [{"controlnet": "fun.safetensors", "image": "none.png"}]}]
+    (tiny.parent / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    line = error_line(run(capsys, "generate", "--prompts-file", "p.jsonl", *words))
+    assert line.endswith("p.jsonl, line 3: the image none.png does not exist")
 
 
 BAD = {
