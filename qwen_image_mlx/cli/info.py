@@ -47,10 +47,26 @@ def run(arguments: argparse.Namespace) -> None:
         from ..images.files import read_metadata
 
         facts = read_metadata(path)
+        if not arguments.json:
+            facts = _shown(facts)
     if arguments.json:
         print(json_text(facts))
         return
     print_table([(name, "" if value is None else value) for name, value in facts.items()])
+
+
+def _shown(record: dict[str, Any]) -> dict[str, Any]:
+    """A record for people: of a contact sheet one line for each image, with the number that --pick takes."""
+    from ..images.sheet import RECORDS
+
+    images = record.get(RECORDS)
+    if not isinstance(images, list) or not all(isinstance(one, dict) for one in images):
+        return record
+    lines = {
+        f"image {number}": f"{one.get('prompt')!s:.60}, seed {one.get('seed')}, {one.get('steps')} steps"
+        for number, one in enumerate(images, 1)
+    }
+    return {"contact sheet": f"{len(images)} images; generate --from-image with --pick N takes one", **lines}
 
 
 def _layers(path: Path) -> dict[str, Any]:

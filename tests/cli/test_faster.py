@@ -214,6 +214,10 @@ def test_explore_then_refine(run):
     code, _, err = run("generate", "--from-image", "best.png", "--pick", "1")
     assert code == 2
     assert "nothing to pick" in err
+    code, lines, _ = run("info", sheet)
+    assert code == 0
+    assert [line.split()[:2] for line in lines[1:]] == [["image", str(number)] for number in (1, 2, 3)]
+    assert lines[2].endswith(f"{PROMPT}, seed 2, 8 steps")
 
 
 def test_a_sheet_shows_each_number():
