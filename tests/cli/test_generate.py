@@ -380,13 +380,13 @@ def test_a_disk_that_fills_up_while_saving_leaves_nothing_behind(run, here, monk
 def test_a_run_that_is_ended_leaves_nothing(here, tiny, sent, code):
     process = subprocess.Popen(
         [sys.executable, "-m", "qwen_image_mlx", "generate", "a fox", "--model", str(tiny), "--width", "64",
-         "--height", "64", "--steps", "900"],
+         "--height", "64", "--steps", "900", "--preview"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding(sent),
     )  # fmt: skip
-    seen = ""
     deadline = time.monotonic() + 60
-    while "steps" not in seen and time.monotonic() < deadline:
-        seen += process.stderr.read(1)
+    while not list(here.iterdir()) and time.monotonic() < deadline:  # the preview of the first step
+        time.sleep(0.05)
+    assert list(here.iterdir())
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "")
