@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from commands import error_line
@@ -14,9 +17,9 @@ from qwen_image_mlx.models.qwen_image.rope import place_images, text_start
 from qwen_image_mlx.pipeline import generation
 from qwen_image_mlx.runtime.memory_plan import work_of
 from qwen_image_mlx.runtime.session import Session, layers_of
+from qwen_image_mlx.variants import OWN
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
-ASKED = ["decompose", "lake.png", "--steps", "1", "--cfg-scale", "1", "--seed", "1", "--quiet", "--dtype", "float32"]
 FAST = {"num_inference_steps": 1, "cfg_scale": 1, "progress": False}
 
 
@@ -106,7 +109,7 @@ def test_what_is_refused(said, sentence):
 
 def words_of(model):
     """A quick run of the command."""
-    options = "--steps 1 --cfg-scale 1 --seed 1 --quiet"
+    options = "--steps 1 --cfg-scale 1 --seed 1 --dtype float32 --quiet"
     return ["decompose", "lake.png", "--model", str(model), *options.split()]
 
 
@@ -116,7 +119,6 @@ def test_on_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     half_mask(32, 32).save("brush.png")
     half_mask(9, 9).save("small.png")
     words = words_of(tiny)
-    words += ["--dtype", "float32"]
     monkeypatch.setattr("qwen_image_mlx.variants.LAYERED_RESOLUTIONS", (640, 1024))
     assert main([*words, "--layer-mask", "small.png", "-o", "no"]) == 2
     out, err = capsys.readouterr()
@@ -130,6 +132,8 @@ def test_a_run_of_the_command(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture(32, 32).save("lake.png")
     half_mask(32, 32).save("brush.png")
-    words = words_of(tiny)
+    index = shutil.copytree(tiny, tmp_path / "small") / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_bytes()) | {OWN: {"resolutions": [64], "reference_area": 64**2}}))
+    words = words_of("small")
     assert main([*words, "--layer-prompt", "the boat", "--layer-mask", "brush.png", "-o", "boat"]) == 0
     assert len(load_layers(tmp_path / "boat").layers) == 1
