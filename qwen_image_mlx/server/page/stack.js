@@ -201,30 +201,47 @@ export async function stackEditor(result, settings, original, way, { id, work })
     return form;
   }
 
-  /** Follows the job that edits a layer, to its end. */
-  async function attend(layer, begin) {
+  /**
+   * Follows a job to its end, gives its result to `finish`, and then forgets the job; what goes wrong is shown.
+   * `place` has a bar and a text for the progress, and `stop`, which cancels the job while there is one.
+   */
+  async function runJob(place, begin, finish) {
     let job = null;
-    layer.stop = new AbortController();
+    place.stop = new AbortController();
     notice.hidden = true;
-    rows();
     try {
       job = await begin();
-      const { images } = await follow(job, (name, data) => tell(layer, name, data), layer.stop.signal);
-      const undo = { url: layer.url, image: layer.image };
-      const image = await decode(images[0].image);
-      const [w, h] = [layer.image.naturalWidth, layer.image.naturalHeight];
-      const same = image.naturalWidth === w && image.naturalHeight === h;
-      layer.url = same ? images[0].image : toCanvas(image, w, h).toDataURL("image/png");
-      layer.image = same ? image : await decode(layer.url);
-      layer.undo.push(undo);
-      say(`${layer.name} has been edited.`);
+      await finish(await follow(job, (event, data) => tell(place, event, data), place.stop.signal));
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       if (error.code !== "cancelled") Object.assign(notice, { hidden: false, textContent: error.message });
     } finally {
-      const here = layer.row.contains(document.activeElement);
-      layer.stop = null;
       if (job) await unnote(`job ${job}`);
+      place.stop = null;
+    }
+  }
+
+  /** An image and its address, resized if it does not have the size. */
+  async function sized(url, w, h) {
+    const image = await decode(url);
+    if (image.naturalWidth === w && image.naturalHeight === h) return { url, image };
+    const resized = toCanvas(image, w, h).toDataURL("image/png");
+    return { url: resized, image: await decode(resized) };
+  }
+
+  /** Follows the job that edits a layer. */
+  async function attend(layer, begin) {
+    const done = runJob(layer, begin, async ({ images }) => {
+      const undo = { url: layer.url, image: layer.image };
+      Object.assign(layer, await sized(images[0].image, layer.image.naturalWidth, layer.image.naturalHeight));
+      layer.undo.push(undo);
+      say(`${layer.name} has been edited.`);
+    });
+    rows();
+    try {
+      await done;
+    } finally {
+      const here = layer.row.contains(document.activeElement);
       rows();
       if (here) layer.row.querySelector(".words input").focus();
     }
@@ -266,33 +283,25 @@ export async function stackEditor(result, settings, original, way, { id, work })
     return Object.assign(place, { form });
   }
 
-  /** Follows the job that makes a layer, to its end, and lays the layer in front. */
+  /** Follows the job that makes a layer, and lays the layer in front. */
   async function add(place, name, begin) {
-    let job = null;
-    place.stop = new AbortController();
     place.go.textContent = "Cancel";
-    notice.hidden = true; place.bar.value = 0; place.bar.hidden = false;
+    place.bar.value = 0;
+    place.bar.hidden = false;
     try {
-      job = await begin();
-      const { layers: [made] } = await follow(job, (event, data) => tell(place, event, data), place.stop.signal);
-      const image = await decode(made.image);
-      const same = image.naturalWidth === width && image.naturalHeight === height;
-      const url = same ? made.image : toCanvas(image, width, height).toDataURL("image/png");
-      const from = Math.max(result.layers.length - 1, ...layers.map((layer) => layer.from)) + 1;
-      mark();
-      selected = { from, name, url, image: same ? image : await decode(url), x: 0, y: 0, opacity: 1, visible: true, undo: [] };
-      layers = [...layers, selected];
-      rows();
-      say(`${name} is a layer now.`);
-    } catch (error) {
-      if (!(error instanceof ApiError)) throw error;
-      if (error.code !== "cancelled") Object.assign(notice, { hidden: false, textContent: error.message });
+      await runJob(place, begin, async ({ layers: [made] }) => {
+        const one = await sized(made.image, width, height);
+        const from = Math.max(result.layers.length - 1, ...layers.map((layer) => layer.from)) + 1;
+        mark();
+        selected = { from, name, ...one, x: 0, y: 0, opacity: 1, visible: true, undo: [] };
+        layers = [...layers, selected];
+        rows();
+        say(`${name} is a layer now.`);
+      });
     } finally {
-      place.stop = null;
       place.go.textContent = "Add layer";
       place.bar.hidden = true;
       place.now.textContent = "";
-      if (job) await unnote(`job ${job}`);
     }
   }
 
