@@ -64,13 +64,15 @@ class Conditions:
     """Everything that one image depends on except its noise; a second conditioner adds a field.
 
     Attributes:
-        branches: encoder states (1, L, C) of the prompt and, with guidance, of the negative prompt.
+        branches: encoder states (1, L, C) of the prompt and, with guidance, of the negative prompt; or only those that
+            are computed here.
         references: the encoded reference images, in order.
         frames: images that are generated together: 1, or layers and the whole.
         rows, columns: of a frame's tokens.
         sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
         controls: what steers the image by other images.
         keeps_prefix: whether what text and references contribute may be kept between steps.
+        all_branches: where `branches` has only some of them, all; a control may see the prompt in each branch.
     """
 
     branches: tuple[mx.array, ...]
@@ -81,6 +83,12 @@ class Conditions:
     sigmas: np.ndarray
     controls: tuple[ControlInput, ...] = ()
     keeps_prefix: bool = True
+    all_branches: tuple[mx.array, ...] = ()
+
+    @property
+    def prompt(self) -> mx.array:
+        """The states of the prompt, also where only the negative prompt's branch is computed."""
+        return (self.all_branches or self.branches)[0]
 
     @property
     def turns(self) -> set[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +215,9 @@ class _SharedDenoisers:
         ranks, mode = self._pipeline.ranks, self._pipeline.mode
 
         def of_branch(states: mx.array) -> Denoiser:
-            return self._make(components, replace(conditions, branches=(states,)), report)
+            return self._make(
+                components, replace(conditions, branches=(states,), all_branches=conditions.branches), report
+            )
 
         if mode == "guidance" and len(conditions.branches) > 1:
             branches = conditions.branches
@@ -363,19 +365,16 @@ def begin(
     pipeline.prepare()
     ranks.meet()
     ranks.agree(facts_of(request))
-    # A step cache leaves blocks out by what it finds in both branches; a control may be made with the prompt for both.
-    unsuited = ("guidance", "layers") if request.parameters.step_cache or request.controls else ()
+    # A step cache leaves blocks out by what it finds in a whole pass; a control counts the blocks of the whole.
+    unsuited: dict[Parallel, str] = {"layers": "a control"} if request.controls else {}
+    if request.parameters.step_cache:
+        unsuited |= {"guidance": "a step cache", "layers": "a step cache"}
     kept = TRANSFORMER not in whole.residency.streamed
     runs = whole.peak <= memory.budget
     stays = runs and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
     everyone = ranks.gather_values([runs, stays])
     can, everywhere = all(runs for runs, _ in everyone), all(stays for _, stays in everyone)
     choice = ranks.led(lambda: choice)
-    if choice in unsuited:
-        raise RequestError(
-            f"parallel is {choice}, but with a step cache or a control only images can be shared: give images, none "
-            "or auto"
-        )
     if choice == "auto" and can and not everywhere:
         link = ranks.link
         with pipeline.components.unconnected():
@@ -386,10 +385,9 @@ def begin(
         "images": work.images,
         "guided": work.guided,
         "blocks": pipeline.blocks,
+        "unsuited": unsuited,
     }
     mode = chosen_mode(choice, fits=everywhere, **facts)
-    if mode in unsuited:
-        mode = "images" if work.images > 1 else "none"
     pipeline.begin(mode, work.images)
     if ranks.leads:
         logger.info("%d ranks share %s", ranks.size, SHARED_WORDS[mode])
@@ -397,7 +395,10 @@ def begin(
         logger.log(REPORT, "rank %d of %d: %s", ranks.rank, ranks.size, pipeline.part_of(ranks.rank))
 
 
-def chosen_mode(choice: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int) -> Parallel:
+def chosen_mode(
+    choice: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int,
+    unsuited: Mapping[Parallel, str] = {},
+) -> Parallel:  # fmt: skip
     """How work is shared.
 
     Args:
@@ -408,10 +409,15 @@ def chosen_mode(choice: Parallel, *, ranks: int, images: int, guided: bool, fits
         fits: whether the whole transformer stays in memory on every rank, or splitting it would be slower than
             reading it again in each step.
         blocks: of the transformer.
+        unsuited: ways that do not suit the request, each with what of it they do not suit.
 
     Raises:
         RequestError: the choice does not suit the work.
     """
+    if choice in unsuited:
+        raise RequestError(
+            f"parallel is {choice}, but with {unsuited[choice]} {SHARED_WORDS[choice]} cannot be shared: choose auto"
+        )
     if choice == "guidance" and not guided:
         raise RequestError(
             "parallel is guidance, but guidance is off, so there is only one branch: give a negative prompt and a "
@@ -423,8 +429,9 @@ def chosen_mode(choice: Parallel, *, ranks: int, images: int, guided: bool, fits
         parts(blocks, ranks)
     if choice != "auto":
         return choice
-    if not fits and ranks <= blocks:
+    if not fits and ranks <= blocks and "layers" not in unsuited:
         return "layers"
+    guided = guided and "guidance" not in unsuited
     if images >= ranks or (images > 1 and not guided):
         return "images"
     return "guidance" if guided else "none"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from control_files import INSTANTX, write_control
+from control_files import FUN_21, INSTANTX, write_control
 from lora_files import write_lora
 from PIL import Image
 from ranked import environments, finish, latents_of, run, start
@@ -51,6 +51,7 @@ def models(tmp_path_factory):
     shapes = QwenImagePipeline.from_pretrained(folder / "t2i").lora_targets()
     write_lora(folder / "style.safetensors", shapes)
     write_control(folder / "control.safetensors", folder / "t2i", INSTANTX, layers=2)
+    write_control(folder / "control21.safetensors", folder / "v21", FUN_21, layers=1, extra=65)
     Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(folder / "photo.png")
     return folder
 
@@ -59,6 +60,7 @@ BOTH = ["guidance", "layers"]
 T2I = {"model": "t2i", "steps": 2, "cfg_scale": 4.0}
 EDIT_21 = T2I | {"model": "v21", "reference_pixels": 4096}
 CONTROL = {"controlnet": "control.safetensors", "image": "photo.png"}
+CONTROL_21 = CONTROL | {"controlnet": "control21.safetensors"}
 CASES = [
     {"name": "generate", "modes": BOTH, "options": T2I},
     {"name": "unguided", "modes": ["layers"], "options": T2I | {"cfg_scale": 1.0}},
@@ -68,7 +70,8 @@ CASES = [
     {"name": "unmerged", "modes": BOTH, "options": T2I | {"loras": ["style.safetensors"], "lora_mode": "side"}},
     {"name": "streamed", "modes": ["layers"], "options": T2I | {"memory": "streamed"}},
     {"name": "inpainted", "modes": BOTH, "images": 1, "mask": True, "options": T2I | {"strength": 0.9}},
-    {"name": "controlled", "modes": ["images"], "options": T2I | {"controls": [CONTROL], "num_images": 2}},
+    {"name": "controlled", "modes": ["images", "guidance"], "options": T2I | {"controls": [CONTROL], "num_images": 2}},
+    {"name": "controlled21", "modes": ["guidance"], "options": T2I | {"model": "v21", "controls": [CONTROL_21]}},
     {"name": "cached", "modes": ["auto"], "options": T2I | {"step_cache": "first-block:0.5", "steps": 9}},
     {"name": "edit", "modes": BOTH, "images": 2, "options": T2I | {"model": "edit"}},
     {"name": "decompose", "modes": BOTH, "images": 1, "options": T2I | {"model": "layered", "layers": 2}},

@@ -55,7 +55,7 @@ class ResidualBranch:
         self._pace = components.pace(control.role)
         self._every = -(-depth // components.depth(control.role))
         self._scale = mx.array(control.scale, dtype=dtype)
-        self._text = self._network.project_text(conditions.branches[0].astype(dtype))
+        self._text = self._network.project_text(conditions.prompt.astype(dtype))
         self._rotary = _target_tables(components, conditions, self._text)
         self._condition = self._network.project_condition(control.tokens.astype(dtype))
         mx.eval(self._text, self._rotary, self._condition)
