@@ -338,6 +338,12 @@ class Planner:
         return self.words + self.reference_tokens
 
     @property
+    def repeated_tokens(self) -> int:
+        """Of these, the tokens that run in every step: none where the denoiser keeps what they contribute."""
+        kept = (self.denoiser.kept_values(self.transformer_config, 1, tokens, 1) for tokens in (0, self.prefix_tokens))
+        return 0 if self.work.keeps_prefix and len({*kept}) > 1 else self.prefix_tokens
+
+    @property
     def largest_image(self) -> int:
         """Tokens of the largest image, the target included: these attend together."""
         return max(self.target_tokens, *(self.components.latent_space.tokens(*size) for size in self.work.shown), 0)

@@ -66,7 +66,7 @@ class Blocks:
 
 
 def traffic_of(planner: Planner, mode: Parallel, ranks: int) -> Traffic:
-    """The exchanges of the first step of a piece of work; later ones of a model that keeps its prefix take less.
+    """The exchanges of a step; the first of a model that keeps its prefix takes more.
 
     Args:
         planner: knows the work's tokens.
@@ -78,8 +78,7 @@ def traffic_of(planner: Planner, mode: Parallel, ranks: int) -> Traffic:
     if mode == "guidance":
         return Traffic((ranks - 1) * latents, 0, branches, ranks)
     if mode == "layers":
-        tokens = planner.target_tokens + planner.reference_tokens + planner.prompt_tokens
-        relayed = tokens * config.dim * planner.itemsize
+        relayed = (planner.target_tokens + planner.repeated_tokens) * config.dim * planner.itemsize
         return Traffic((ranks - 1) * branches * latents, relayed, branches, ranks)
     return Traffic(0, 0, branches, ranks)
 

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from rank_threads import together
 
+from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RankError, RequestError
 from qwen_image_mlx.pipeline.parameters import GenerationParameters
 from qwen_image_mlx.pipeline.request import Request
 from qwen_image_mlx.runtime import ranks as ranks_module
+from qwen_image_mlx.runtime.memory_plan import Planner, Work
 from qwen_image_mlx.runtime.ranks import Link, Ranks, current, ending, exchanging, launched, lost, parts
+from qwen_image_mlx.runtime.residency import DEFAULT
 from qwen_image_mlx.runtime.shared import (
     GuidanceDenoiser,
     LayersDenoiser,
@@ -27,6 +30,7 @@ from qwen_image_mlx.runtime.shared import (
     facts_of,
     fingerprint,
 )
+from qwen_image_mlx.runtime.traffic import traffic_of
 from qwen_image_mlx.weights.safetensors_files import read_header
 
 
@@ -74,6 +78,10 @@ def test_the_time_of_an_exchange():
     assert Link(0.001, 1e9).seconds(500_000_000) == pytest.approx(0.501)
 
 
+CONTROL = {"layers": "a control"}
+CACHE = {"guidance": "a step cache", "layers": "a step cache"}
+
+
 @pytest.mark.parametrize(
     ("asked", "said", "chosen"),
     [
@@ -86,6 +94,11 @@ def test_the_time_of_an_exchange():
         ("auto", {"fits": False, "ranks": 61}, "guidance"),
         ("none", {"images": 9}, "none"),
         ("layers", {}, "layers"),
+        ("auto", {"fits": False, "unsuited": CONTROL}, "guidance"),
+        ("auto", {"fits": False, "unsuited": CONTROL, "images": 2}, "images"),
+        ("guidance", {"unsuited": CONTROL}, "guidance"),
+        ("auto", {"unsuited": CACHE}, "none"),
+        ("auto", {"unsuited": CACHE, "images": 2, "ranks": 4}, "images"),
     ],
 )
 def test_how_work_is_shared(asked, said, chosen):
@@ -99,12 +112,24 @@ def test_how_work_is_shared(asked, said, chosen):
         ("guidance", {"guided": False}, "guidance is off"),
         ("images", {}, "there is only one"),
         ("layers", {"ranks": 61}, "61 ranks cannot share 60 blocks"),
+        ("layers", {"unsuited": CONTROL}, "with a control the transformer's blocks cannot be shared: choose auto"),
+        ("guidance", {"unsuited": CACHE}, "with a step cache the branches of guidance cannot be shared"),
     ],
 )
 def test_a_choice_that_does_not_suit_the_work(asked, said, why):
     facts = {"ranks": 2, "images": 1, "guided": True, "fits": True, "blocks": 60}
     with pytest.raises(RequestError, match=why):
         chosen_mode(asked, **facts | said)
+
+
+def test_what_goes_to_the_next_rank_in_a_step(tiny, tiny_21):
+    """A model that keeps its prefix sends the target alone, but for the first step."""
+    for folder, keeps, sends_prefix in ((tiny, True, True), (tiny_21, True, False), (tiny_21, False, True)):
+        components = QwenImagePipeline.from_pretrained(folder, dtype="float32").components
+        planner = Planner(components, Work(64, 48, steps=2, keeps_prefix=keeps), DEFAULT)
+        assert planner.prefix_tokens > 0
+        tokens = 12 + (planner.prefix_tokens if sends_prefix else 0)
+        assert traffic_of(planner, "layers", 2).relayed == tokens * planner.transformer_config.dim * 4
 
 
 @pytest.mark.parametrize(("size", "images"), [(2, 5), (3, 5), (3, 1), (4, 2), (3, 3)])
