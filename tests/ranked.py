@@ -32,15 +32,21 @@ def environments(size: int, folder: Path) -> list[dict[str, str]]:
     return [{**os.environ, "MLX_HOSTFILE": str(file), "MLX_RANK": str(rank)} for rank in range(size)]
 
 
-def start(size: int, folder: Path, *arguments: str, script: Sequence[str] = ("-m", "qwen_image_mlx")) -> list:
-    """Starts ranks of a command in a folder, their pipes open."""
+def start(
+    size: int, folder: Path, *arguments: str, script: Sequence[str] = ("-m", "qwen_image_mlx"),
+    configs: Sequence[Path | None] = (),
+) -> list:  # fmt: skip
+    """Starts ranks of a command in a folder, their pipes open; some may have a config.toml of their own."""
     before = ["nice", "-n", "5", sys.executable, *script]
+    variables = environments(size, folder)
+    for environment, config in zip(variables, configs, strict=False):
+        environment |= {} if config is None else {"QWEN_IMAGE_CONFIG": str(config)}
     return [
         subprocess.Popen(
             [*before, *arguments], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
         )
-        for environment in environments(size, folder)
+        for environment in variables
     ]  # fmt: skip
 
 

@@ -203,15 +203,15 @@ def _told(error: Exception) -> dict[str, Any]:
 
 
 def _error_of(rank: int, told: dict[str, Any]) -> Exception:
-    """The error that a rank told of."""
-    message = told["message"]
+    """The error that a rank told of; rank 0 answers, so only the others are named."""
+    message = f"rank {rank}: {told['message']}" if rank else told["message"]
     match told["kind"]:
         case "gpu":
-            return GPUError(f"rank {rank}: {message}", fault=told["fault"], fatal=told["fatal"])
+            return GPUError(message, fault=told["fault"], fatal=told["fatal"])
         case "api":
             return ApiError(told["code"], message)
         case "Cancelled":
-            return Cancelled(message)
+            return Cancelled(told["message"])
     return RequestError(message)
 
 

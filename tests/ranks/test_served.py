@@ -50,11 +50,11 @@ def alone(folder):
 
 
 @contextmanager
-def served(folder, *flags):
-    """A client of two ranks, the ranks, and what each said on stderr."""
-    ranks = start(2, folder, "serve", "--port", "0", "--model", str(folder / "tiny"), "--edit-model", "demo-edit",
-                  "--layered-model", "demo-layered", *flags)  # fmt: skip
-    said: list[list[str]] = [[], []]
+def served(folder, *flags, configs=(None, None)):
+    """A client of some ranks, the ranks, and what each said on stderr; each has its own config.toml, or none."""
+    ranks = start(len(configs), folder, "serve", "--port", "0", "--model", str(folder / "tiny"), "--edit-model",
+                  "demo-edit", "--layered-model", "demo-layered", *flags, configs=configs)  # fmt: skip
+    said: list[list[str]] = [[] for _ in ranks]
     readers = [
         threading.Thread(target=lines.extend, args=(rank.stderr,)) for lines, rank in zip(said, ranks, strict=True)
     ]
@@ -153,3 +153,32 @@ def test_a_rank_that_dies_between_jobs_is_noticed(folder):
         wait_for(lambda: api.get("/health").status_code == 503, 10)
         assert ended(ranks) == [2, 130]
     assert "rank 1: interrupted" in "".join(said[1])
+
+
+def test_three_ranks(folder, alone):
+    """Of guidance's two branches the third has none; images go to all."""
+    with served(folder, configs=(None, None, None)) as (api, ranks, _):
+        assert generate(api).json() == alone(JOB)
+        assert api.get("/health").json()["ranks"] == {
+            "number": 3, "mode": "guidance", "parts": ["the positive branch", "the negative branch", "nothing to do"]
+        }  # fmt: skip
+        assert generate(api, num_images=4).json() == alone(JOB | {"num_images": 4})
+        assert api.get("/health").json()["ranks"]["mode"] == "images"
+        job = begin(api)
+        api.delete(job)
+        wait_for(lambda: api.get(job).json()["status"] == "cancelled")
+        assert generate(api).json() == alone(JOB)
+        ranks[0].send_signal(signal.SIGTERM)
+        assert ended(ranks) == [0, 0, 0]
+
+
+def test_a_rank_without_the_memory_refuses_for_all(folder, alone):
+    small = folder / "small.toml"
+    small.write_text('[default.qwen_image]\nmemory = "1GB"\n')
+    with served(folder, configs=(None, small)) as (api, ranks, _):
+        refused = generate(api, width=2048, height=2048)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_request"), refused.text[:300]
+        assert "rank 1" in refused.json()["error"]["message"]
+        assert generate(api).json() == alone(JOB)
+        ranks[0].send_signal(signal.SIGTERM)
+        assert ended(ranks) == [0, 0]
