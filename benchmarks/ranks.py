@@ -4,7 +4,8 @@ python benchmarks/ranks.py                 # all; 5 minutes
 python benchmarks/ranks.py --only link     # the simulated connection alone; 1 minute
 
 "blocks": two blocks of the real width in fp32 and random weights, two ranks over MLX's ring backend. The ranks share
-the machine's cores, so a step is no faster than on one; bytes are counted, and a step on one rank is compared.
+the machine's cores, so a step is no faster than on one; bytes are counted, and a step on one rank is compared. The
+exchange alone is what ranks add to a step: the same arrays without the blocks, the median of 20.
 
 "link": the exchanges of a step of 1024x1024 with delays around them, as of a connection of 1, 10 and 40 Gbit/s, and
 pauses in place of the blocks; against `runtime/traffic.py`. Arrays have a tenth of their bytes and the connection a
@@ -17,9 +18,11 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from subprocess import run
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +97,10 @@ def blocks(folder: Path, ranks: Any) -> dict[str, Any]:
                 traffic = traffic_of(planner, mode, ranks.size)
             sent = (0 if relay is None else relay.sent) + encoding_gap(relay, encoding, request, ranks)
             found[mode] |= {"exchanged": (sent + gathered[0]) / count, "model": traffic.nbytes}
+            stream = mx.zeros((1, 256 + tokens, 3072))  # of one branch
+            mx.eval(stream)
+            step = stepper(ranks, mode, mx.zeros((1, 256, 64)), stream, 0.0)
+            found[mode]["exchange"] = median(step(number) for number in range(20))
         session.pipeline.release()
         del session
         mx.clear_cache()
@@ -106,6 +113,41 @@ def encoding_gap(relay: Any, encoding: Any, request: Any, ranks: Any) -> int:
         return 0
     shorter = encoding.positive.shape[1] - encoding.negative.shape[1]
     return shorter * 3072 * 4 * request.parameters.num_inference_steps
+
+
+def stepper(ranks: Any, mode: str, latents: Any, stream: Any, alone: float) -> Callable[[int], float]:
+    """The seconds of a step whose exchanges are real, with pauses in place of the blocks.
+
+    Args:
+        latents, stream: what is exchanged.
+        alone: seconds of both branches on one rank.
+    """
+    import mlx.core as mx
+
+    from qwen_image_mlx.runtime import shared
+
+    relay = shared.RankRelay(ranks, range(ranks.rank, ranks.rank + 1))
+
+    def velocities(x: mx.array, *rest: Any) -> list[mx.array]:
+        received = relay.receive([stream]) if mode == "layers" else [stream]
+        time.sleep(alone / 2 / (ranks.size if mode == "layers" else 1))
+        if mode == "layers":
+            relay.send(received)
+        return [x]
+
+    branch = SimpleNamespace(velocities=velocities)
+    denoiser = (
+        shared.LayersDenoiser(ranks, [branch, branch], relay)
+        if mode == "layers" else shared.GuidanceDenoiser(ranks, branch, 2)
+    )  # fmt: skip
+
+    def step(number: int) -> float:
+        ranks.wait()
+        began = time.perf_counter()
+        mx.eval(denoiser.velocities(latents, number))
+        return time.perf_counter() - began
+
+    return step
 
 
 def link(folder: Path, ranks: Any) -> dict[str, Any]:
@@ -135,26 +177,8 @@ def link(folder: Path, ranks: Any) -> dict[str, Any]:
 
         transport.arrive = shared.arrive = delayed
         for mode in MODES:
-            relay = shared.RankRelay(ranks, range(ranks.rank, ranks.rank + 1))
-
-            def velocities(x: mx.array, *rest: Any, mode: str = mode, relay: Any = relay) -> list[mx.array]:
-                received = relay.receive([stream]) if mode == "layers" else [stream]
-                time.sleep(alone / 2 / (ranks.size if mode == "layers" else 1))
-                if mode == "layers":
-                    relay.send(received)
-                return [x]
-
-            branch = SimpleNamespace(velocities=velocities)
-            denoiser = (
-                shared.LayersDenoiser(ranks, [branch, branch], relay)
-                if mode == "layers" else shared.GuidanceDenoiser(ranks, branch, 2)
-            )  # fmt: skip
-            times = []
-            for step in range(4):
-                ranks.wait()
-                began = time.perf_counter()
-                mx.eval(denoiser.velocities(latents, step))
-                times.append(time.perf_counter() - began)
+            step = stepper(ranks, mode, latents, stream, alone)
+            times = [step(number) for number in range(4)]
             latent_bytes = (ranks.size - 1) * latents.nbytes * (2 if mode == "layers" else 1)
             traffic = Traffic(latent_bytes, stream.nbytes if mode == "layers" else 0, 2, ranks.size)
             found[f"{mode} {gbit}"] = [
@@ -181,11 +205,11 @@ def measure_blocks(folder: Path) -> list[Table]:
     write_checkpoint(folder / "model", TINY | {"transformer": transformer})
     (alone,), both = launched("blocks", 1, folder), launched("blocks", 2, folder)
     columns = ["", "rank", "MB read", "of its share", "peak GB", "of its share and what is not shared", "MB a step",
-               "of the model", "step s"]  # fmt: skip
+               "of the model", "step s", "exchange alone, s", "of a step in one process"]  # fmt: skip
     table = Table("two ranks, two real blocks, 256x256, fp32, guidance", columns)
     whole = alone["none"]
     total = sum(whole["read"].values())
-    table.rows.append(["one process", 0, total / 1e6, 1.0, whole["peak"] / 1e9, 1.0, 0.0, "", whole["step"]])
+    table.rows.append(["one process", 0, total / 1e6, 1.0, whole["peak"] / 1e9, 1.0, 0.0, "", whole["step"], 0.0, ""])
     for mode in MODES:
         for rank, found in enumerate(both):
             one, share = found[mode], total
@@ -198,7 +222,7 @@ def measure_blocks(folder: Path) -> list[Table]:
             read = sum(one["read"].values())
             table.rows.append([mode, rank, read / 1e6, read / share, one["peak"] / 1e9,
                                one["peak"] / (whole["peak"] - total + share), one["exchanged"] / 1e6, ratio,
-                               one["step"]])  # fmt: skip
+                               one["step"], one["exchange"], one["exchange"] / whole["step"]])  # fmt: skip
     return [table]
 
 
