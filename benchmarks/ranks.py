@@ -1,11 +1,11 @@
 """Several ranks on one machine: bytes against the model, what the exchange adds to a step, and a simulated connection.
 
-python benchmarks/ranks.py                 # all; 5 minutes
+python benchmarks/ranks.py                 # all; 2 minutes
 python benchmarks/ranks.py --only link     # the simulated connection alone; 1 minute
 
-"blocks": two blocks of the real width in fp32 and random weights, two ranks over MLX's ring backend. The ranks share
-the machine's cores, so a step is no faster than on one; bytes are counted, and a step on one rank is compared. The
-exchange alone is what ranks add to a step: the same arrays without the blocks, the median of 20.
+"blocks": two blocks of the real width in fp32 and random weights, two ranks over MLX's ring backend; every process has
+one thread for products, so that each rank has a core of two. Bytes are counted, and a step of one process is compared.
+The exchange alone is what ranks add to a step: the same arrays without the blocks, the median of 20.
 
 "link": the exchanges of a step of 1024x1024 with delays around them, as of a connection of 1, 10 and 40 Gbit/s, and
 pauses in place of the blocks; against `runtime/traffic.py`. Arrays have a tenth of their bytes and the connection a
@@ -15,6 +15,7 @@ tenth of its rate. Where the loopback of a busy machine is slower than that, its
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -23,11 +24,15 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from subprocess import run
+from subprocess import DEVNULL, PIPE, Popen
 from types import SimpleNamespace
 from typing import Any
 
 from common import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from ranked import environments
 
 GBIT = 1e9 / 8
 LATENCY = 0.0005
@@ -191,8 +196,16 @@ def link(folder: Path, ranks: Any) -> dict[str, Any]:
 def launched(part: str, size: int, folder: Path) -> list[dict[str, Any]]:
     """What each of some ranks found."""
     script = [sys.executable, str(Path(__file__).absolute()), "--worker", part, str(folder)]
-    launcher = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", str(size), "--"]
-    run([*(launcher if size > 1 else []), *script], check=True, capture_output=True)
+    # Not by mlx.launch, which keeps a core busy while its ranks run.
+    places = environments(size, folder) if size > 1 else [dict(os.environ)]
+    processes = [
+        Popen(script, env=place | {"OPENBLAS_NUM_THREADS": "1"}, stdout=DEVNULL, stderr=PIPE, text=True)
+        for place in places
+    ]
+    for process in processes:
+        _, said = process.communicate()
+        if process.returncode:
+            raise SystemExit(said)
     found: list[dict[str, Any]] = json.loads((folder / "found.json").read_text())
     return found
 
