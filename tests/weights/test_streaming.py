@@ -97,8 +97,8 @@ def deep(tmp_path_factory):
     """Many layers beside a small rest."""
     configs = {
         **TINY,
-        "transformer": replace(TINY["transformer"], num_layers=24, num_attention_heads=16),
-        "text_encoder": replace(TINY["text_encoder"], num_hidden_layers=24, vocab_size=4000),
+        "transformer": replace(TINY["transformer"], num_layers=16, num_attention_heads=12),
+        "text_encoder": replace(TINY["text_encoder"], num_hidden_layers=12, vocab_size=4000),
     }
     return write_checkpoint(tmp_path_factory.mktemp("deep") / "model", configs, dtype=mx.float32)
 
