@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from ..errors import Cancelled, RequestError
 from ..gpu import finish
 from ..models.layers import OnLayer
 from ..names import Parallel
+from ..options import ImageFile, options_of
+from ..pipeline.control import Control
 from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.seams import Conditions, Denoiser, DenoiserClass
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE
@@ -135,10 +137,7 @@ class SharedPipeline(QwenImagePipeline):
                 "the dtype": str(self.dtype),
                 "the quantization": str(parts.quantization),
                 "the LoRAs": list(parts.adapters.references) if parts.adapters else [],
-                **{
-                    f"the files of the {role}": fingerprint(parts.weights(role).tensors)
-                    for role in (TRANSFORMER, TEXT_ENCODER, VAE)
-                },
+                **files_of(parts, (TRANSFORMER, TEXT_ENCODER, VAE)),
             }
         )
 
@@ -364,7 +363,7 @@ def begin(
     ranks = pipeline.ranks
     pipeline.prepare()
     ranks.meet()
-    ranks.agree(facts_of(request))
+    ranks.agree(facts_of(request) | files_of(pipeline.components, work.controls))
     # A step cache leaves blocks out by what it finds in a whole pass; a control counts the blocks of the whole.
     unsuited: dict[Parallel, str] = {"layers": "a control"} if request.controls else {}
     if request.parameters.step_cache:
@@ -385,6 +384,7 @@ def begin(
         "images": work.images,
         "guided": work.guided,
         "blocks": pipeline.blocks,
+        "runs": can,
         "unsuited": unsuited,
     }
     mode = chosen_mode(choice, fits=everywhere, **facts)
@@ -396,7 +396,7 @@ def begin(
 
 
 def chosen_mode(
-    choice: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int,
+    choice: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int, runs: bool = True,
     unsuited: Mapping[Parallel, str] = {},
 ) -> Parallel:  # fmt: skip
     """How work is shared.
@@ -409,6 +409,7 @@ def chosen_mode(
         fits: whether the whole transformer stays in memory on every rank, or splitting it would be slower than
             reading it again in each step.
         blocks: of the transformer.
+        runs: whether each rank has the memory for a whole transformer, be it read again in each step.
         unsuited: ways that do not suit the request, each with what of it they do not suit.
 
     Raises:
@@ -431,6 +432,8 @@ def chosen_mode(
         return choice
     if not fits and ranks <= blocks and "layers" not in unsuited:
         return "layers"
+    if not runs:
+        return "none"
     guided = guided and "guidance" not in unsuited
     if images >= ranks or (images > 1 and not guided):
         return "images"
@@ -441,7 +444,7 @@ def facts_of(request: Request) -> dict[str, Any]:
     """What ranks must agree on before they run a request, keyed by what a sentence calls it."""
     images = list(request.images)
     if request.canvas is not None:
-        images += [image for image in request.canvas.initial if image is not None]
+        images += request.canvas.initial
     return {
         "the prompt": request.prompt,
         "the negative prompt": request.negative_prompt,
@@ -450,8 +453,14 @@ def facts_of(request: Request) -> dict[str, Any]:
         "the number of images": len(request.image_indices),
         "the reference pixels": request.reference_pixels,
         "the caption's language": request.caption_language,
-        "the images": [_digest(image) for image in images],
+        "the images": [_digest(image) for image in (*images, request.layer_mask)],
+        "the controls": [_control_facts(control.opened()) for control in request.controls],
     }
+
+
+def files_of(components: Components, roles: Iterable[str]) -> dict[str, Any]:
+    """The fingerprints of some components, keyed by what a sentence calls them."""
+    return {f"the files of the {role}": fingerprint(components.weights(role).tensors) for role in roles}
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> str:
@@ -469,5 +478,14 @@ def _nobody() -> mx.array:
     raise AssertionError("this rank has no images")
 
 
-def _digest(image: Image) -> str:
+def _control_facts(control: Control) -> list[Any]:
+    """An opened control's values but for its place, which may differ; its images by their pixels."""
+    rows = [row for row in options_of(Control) if row.field != "controlnet"]
+    values = [(row, getattr(control, row.field)) for row in rows]
+    return [_digest(value) if isinstance(row.kind, ImageFile) else value for row, value in values]
+
+
+def _digest(image: Image | None) -> str | None:
+    if image is None:
+        return None
     return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()[:12]

@@ -146,6 +146,8 @@ def test_layers_of_an_image(models):
     [
         ({"--seed": "2"}, "rank 1 differs from rank 0 in the seeds: [2], not [1]"),
         ({"--model": "other"}, "rank 1 differs from rank 0 in the files of the transformer"),
+        ({"--controlnet": "other.safetensors"}, "rank 1 differs from rank 0 in the files of the controlnet"),
+        ({"--control-image": "other.png"}, "rank 1 differs from rank 0 in the controls"),
     ],
 )
 def test_ranks_that_differ_end_with_one_sentence(models, tmp_path, changed, said):
@@ -155,7 +157,10 @@ def test_ranks_that_differ_end_with_one_sentence(models, tmp_path, changed, said
         data = bytearray(file.read_bytes())
         data[-(len(data) // 2) :] = bytes(len(data) // 2)  # other values under the same header
         file.write_bytes(data)
-    flags = {"--model": "t2i", "--seed": "1", "--width": "64", "--height": "48", "--dtype": "float32", "--steps": "2"}
+    write_control(models / "other.safetensors", models / "t2i", INSTANTX, layers=2, seed=1)
+    Image.linear_gradient("L").rotate(90).resize((64, 48)).convert("RGB").save(models / "other.png")
+    flags = {"--model": "t2i", "--seed": "1", "--width": "64", "--height": "48", "--dtype": "float32", "--steps": "2",
+             "--controlnet": "control.safetensors", "--control-image": "photo.png"}  # fmt: skip
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "qwen_image_mlx", "generate", "a fox", *(w for p in own.items() for w in p),
@@ -169,6 +174,14 @@ def test_ranks_that_differ_end_with_one_sentence(models, tmp_path, changed, said
         assert said in err
         assert "Traceback" not in err
     assert not (models / "differs.png").exists()
+
+
+def test_blocks_are_not_shared_with_a_control(models):
+    flags = ("--controlnet", "control.safetensors", "--control-image", "photo.png", "--parallel", "layers")
+    for code, out, err in finish(start(2, models, "generate", "a", "--model", "t2i", *SIZE, *flags, "-o", "no.png")):
+        assert (code, out) == (2, "")
+        assert "with a control the transformer's blocks cannot be shared: choose auto" in err
+    assert not (models / "no.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from rank_threads import together
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RankError, RequestError
+from qwen_image_mlx.pipeline.control import Control
 from qwen_image_mlx.pipeline.parameters import GenerationParameters
 from qwen_image_mlx.pipeline.request import Request
 from qwen_image_mlx.runtime import ranks as ranks_module
@@ -96,6 +97,9 @@ CACHE = {"guidance": "a step cache", "layers": "a step cache"}
         ("layers", {}, "layers"),
         ("auto", {"fits": False, "unsuited": CONTROL}, "guidance"),
         ("auto", {"fits": False, "unsuited": CONTROL, "images": 2}, "images"),
+        ("auto", {"fits": False, "runs": False, "unsuited": CONTROL}, "none"),
+        ("auto", {"fits": False, "runs": False, "ranks": 61}, "none"),
+        ("auto", {"fits": False, "runs": False}, "layers"),
         ("guidance", {"unsuited": CONTROL}, "guidance"),
         ("auto", {"unsuited": CACHE}, "none"),
         ("auto", {"unsuited": CACHE, "images": 2, "ranks": 4}, "images"),
@@ -169,10 +173,15 @@ def test_requests_differ_by_everything_that_counts():
         replace(request, prompt="b"), replace(request, seeds=(2,)), replace(request, image_indices=range(2)),
         replace(request, parameters=GenerationParameters(width=64, height=64, num_inference_steps=7)),
         *(replace(request, images=pair) for pair in images),
+        *(replace(request, layer_mask=one) for (one,) in images),
+        *(replace(request, controls=(Control("a", image=one, scale=scale),)) for (one,) in images for scale in (1, 2)),
+        replace(request, controls=(Control("a", image=images[0][0]), Control("b", image=images[0][0]))),
     ]  # fmt: skip
     found = [repr(facts_of(one)) for one in (request, *others)]
     assert len(set(found)) == len(found)
     assert facts_of(request) == facts_of(replace(request))
+    place, other = (replace(request, controls=(Control(name, image=images[0][0]),)) for name in ("a", "elsewhere/a"))
+    assert facts_of(place) == facts_of(other)  # its files are compared, not where they lie
 
 
 def test_a_fine_tune_has_another_fingerprint(tiny, tmp_path):
