@@ -7,7 +7,7 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,13 +81,10 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
     with Console(arguments) as console, ExitStack() as stack:
         timings = console.timings("timings" in given)
         session = Session.open({**usual, **given}, default_model, timings or console, task="generate")
-        requests, opened = [], set()
+        requests = []
         for one in merged:
             with _at(one.place):
                 requests.append(session.request(one.options, one.size))
-                for control in {*requests[-1].controls} - opened:
-                    control.opened()  # an image that cannot be read is said now, with its line
-                    opened.add(control)
         warn_idle("generate", given, requests[0])
         recorded = {row.name for row in options_of(OpenOptions) if row.record == "given"}
         provenance = {name: value for name, value in given.items() if name in recorded}
@@ -101,6 +98,9 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
                 if "contact_sheet" in given:
                     console.result(_save_sheet(images, folder))
             return
+        shared = {**usual, **given}.get("controls")
+        places = ["" if one.options.get("controls") is shared else one.place for one in merged]
+        _check_controls(zip(places, requests, strict=True), missing)
         show = stack.enter_context(preview_file(folder / "qwen-image.png")) if "preview" in given else None
         for one, generated in generate_all(session, missing, show):
             metadata = {**generated.metadata, **provenance}
@@ -169,6 +169,22 @@ def _draft(one: _Line) -> Request:
     """The request, as far as it is known without the model."""
     with _at(one.place):
         return build_request(one.options, ASPECT_SIZES[one.size] if isinstance(one.size, str) else one.size)
+
+
+def _check_controls(requests: Iterable[tuple[str, Request]], missing: Sequence[BatchImage]) -> None:
+    """Raises RequestError for a control whose image cannot be read, with its place, before any image is generated.
+
+    Args:
+        requests: each after the place of its controls in the file; "" for those of the flags.
+        missing: the images that will be generated.
+    """
+    left = {one.request.controls for one in missing}
+    for place, request in requests:
+        if request.controls in left:
+            left.remove(request.controls)
+            with _at(place):
+                for control in request.controls:
+                    control.opened()
 
 
 def _size(options: Mapping[str, Any]) -> tuple[int, int] | str | None:

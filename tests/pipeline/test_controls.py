@@ -379,6 +379,14 @@ def test_a_line_of_a_file_of_prompts_has_its_own_controls(tiny, files, capsys, m
     (tiny.parent / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     line = error_line(run(capsys, "generate", "--prompts-file", "p.jsonl", *words))
     assert line.endswith("p.jsonl, line 3: the image none.png does not exist")
+    (tiny.parent / "p.txt").write_text("a")
+    gone = ["--controlnet", "fun.safetensors", "--control-image", "gone.png"]
+    many = ["generate", "--prompts-file", "p.txt", *words, *gone]
+    assert error_line(run(capsys, *many)).endswith("error: the image gone.png does not exist")  # of no line
+    (tiny.parent / "gone.png").write_bytes((tiny.parent / "photo.png").read_bytes())
+    assert run(capsys, *many)[0] == 0
+    (tiny.parent / "gone.png").unlink()
+    assert run(capsys, *many)[:2] == (0, [])  # there is nothing left to do
 
 
 BAD = {
