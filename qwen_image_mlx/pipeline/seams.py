@@ -254,6 +254,10 @@ class DenoiserClass(Protocol):
     def costs(self) -> Mapping[str, Costs]:
         """The memory that its generation takes while it works, encoders and autoencoder included, by backend."""
 
+    @property
+    def keeps_prefix(self) -> bool:
+        """Whether it can keep what text and references contribute, so that they run in the first step alone."""
+
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
         """Prepares an image.
 
@@ -307,6 +311,11 @@ class TrainedDenoisers:
         """As `DenoiserClass.costs`."""
         found: Mapping[str, Costs] = self.denoiser.costs
         return found
+
+    @property
+    def keeps_prefix(self) -> bool:
+        """As `DenoiserClass.keeps_prefix`."""
+        return bool(self.denoiser.keeps_prefix)
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
         """Makes the denoiser of an image."""

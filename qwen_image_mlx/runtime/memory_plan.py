@@ -339,9 +339,8 @@ class Planner:
 
     @property
     def repeated_tokens(self) -> int:
-        """Of these, the tokens that run in every step: none where the denoiser keeps what they contribute."""
-        kept = (self.denoiser.kept_values(self.transformer_config, 1, tokens, 1) for tokens in (0, self.prefix_tokens))
-        return 0 if self.work.keeps_prefix and len({*kept}) > 1 else self.prefix_tokens
+        """Tokens but the target's that run in every step: none where the denoiser keeps what they contribute."""
+        return 0 if self.work.keeps_prefix and self.denoiser.keeps_prefix else self.prefix_tokens
 
     @property
     def largest_image(self) -> int:

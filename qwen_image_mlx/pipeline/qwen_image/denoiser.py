@@ -41,6 +41,7 @@ class QwenImageDenoiser(ControlledDenoiser):
     """
 
     costs: ClassVar = COSTS
+    keeps_prefix: ClassVar = False
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class QwenImage21Denoiser(ControlledDenoiser):
     """
 
     costs: ClassVar = COSTS
+    keeps_prefix: ClassVar = True
 
     def __init__(
         self,
