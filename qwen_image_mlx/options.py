@@ -10,11 +10,29 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import RequestError
 
 # Kinds of values ------------------------------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """What is not allowed: a value, or a part of it.
+
+    Attributes:
+        name: the value's, or where the part is in it.
+        value: the value, or the part.
+        allowed: the allowed values as text, to follow "must be".
+    """
+
+    name: str
+    value: Any
+    allowed: str
+
+    def sentence(self, quoted: str) -> str:
+        """In words, with the value as it is quoted."""
+        return f"{self.name} is {quoted}, but must be {self.allowed}"
 
 
 @dataclass(frozen=True)
@@ -48,14 +66,14 @@ class Kind(ABC):
         """Whether a recorded value is of the right type; its range is checked where it is used."""
         return self.accepts(value)
 
-    def fault(self, name: str, value: Any) -> tuple[str, Any, str] | None:
-        """The name, the value and the allowed values of the part of a value that is not allowed; None without one."""
-        return None if self.accepts(value) else (name, value, self.allowed)
+    def fault(self, name: str, value: Any) -> Fault | None:
+        """What is not allowed in a value, which is called `name`; None if all is."""
+        return None if self.accepts(value) else Fault(name, value, self.allowed)
 
     def check(self, name: str, value: Any) -> Any:
         """The stored form of a value; raises RequestError, which calls the value `name`, if it is not allowed."""
         if wrong := self.fault(name, value):
-            raise RequestError("{} is {!r:.80}, but must be {}".format(*wrong))
+            raise RequestError(wrong.sentence(f"{wrong.value!r:.80}"))
         return self.store(value)
 
 
@@ -227,8 +245,8 @@ class Several(Kind):
         """Whether each item is allowed."""
         return isinstance(value, list) and all(map(self.kind.accepts, value))
 
-    def fault(self, name: str, value: Any) -> tuple[str, Any, str] | None:
-        """That of the first item which has one, or of the whole."""
+    def fault(self, name: str, value: Any) -> Fault | None:
+        """The fault of the first wrong item; of the whole list if no single item is wrong."""
         items = enumerate(value, 1) if isinstance(value, list) else ()
         faults = (self.kind.fault(f"item {number} of {name}", one) for number, one in items)
         return next(filter(None, faults), None) or super().fault(name, value)
@@ -262,8 +280,8 @@ class Group(Kind):
         """Whether it is an object with allowed values, all that it must have, and no other fields."""
         return self.has_type(value) and all(self.rows[name].kind.accepts(one) for name, one in value.items())
 
-    def fault(self, name: str, value: Any) -> tuple[str, Any, str] | None:
-        """That of the first field which has one, or of the whole."""
+    def fault(self, name: str, value: Any) -> Fault | None:
+        """The fault of the first wrong field; of the whole object if no single field is wrong."""
         fields = value.items() if isinstance(value, dict) else ()
         known = ((self.rows[field].kind, field, one) for field, one in fields if field in self.rows)
         faults = (kind.fault(f"{field} of {name}", one) for kind, field, one in known)

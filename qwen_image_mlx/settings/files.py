@@ -192,8 +192,7 @@ def _check(path: Path, found: Any, outer: Names, lines: Mapping[Names, int]) -> 
             yield from _check(path, value, names, lines)
         elif row := _ROWS.get((table, key)):
             if wrong := row.kind.fault(key, value):
-                name, part, allowed = wrong
-                raise fault(names, f"{name} is {_quote(part)}, but must be {allowed}")
+                raise fault(names, wrong.sentence(_quote(wrong.value)))
             value = row.kind.store(value)
             yield key, (_resolve(value, row.kind, path.parent) if row.place else value, table_name(outer[0], table))
         elif key in _HOMES:

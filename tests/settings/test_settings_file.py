@@ -151,7 +151,12 @@ def test_what_a_setting_may_be(here, key, good, bad):
         message = refused(f"[{table}]\n\n{key} = {value}\n")
         part, allowed = re.fullmatch(r"config\.toml, line 3: (.*?) is .*, but must be (.*)", message).groups()
         assert part == key or part.endswith(f"item 1 of {key}"), message
-        assert part != key or allowed == ROWS[key].kind.allowed
+        kind = ROWS[key].kind
+        if part != key:
+            kind = kind.kind  # of an item
+        if not part.startswith(("item ", key)):
+            kind = kind.rows[part.partition(" of ")[0]].kind
+        assert allowed == kind.allowed
 
 
 # --- errors and their lines ----------------------------------------------------------------------------------------
