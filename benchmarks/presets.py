@@ -3,8 +3,8 @@
     python benchmarks/presets.py [--images 6] [--drafts 8] [--json FILE]
 
 Drafts go the way of the command line: a sweep of seeds with a contact sheet, then each number of it again with the
-preset "best". Two numbers of steps are the model's own: the demo's 12, and 50, of which a draft is a quarter. An
-image is also compared with the draft of the next seed, which shows what likeness means without the same noise.
+preset "best". That is done as if the model's own steps were 12, which they are, and 50. An image is also
+compared with the draft of the next seed, which shows what likeness means without the same noise.
 Takes 2 minutes.
 """
 
@@ -81,18 +81,18 @@ def explore(captions: Sequence[str], drafts: int, steps: int) -> tuple[list[list
     """Drafts of each caption with seeds 1, 2, … on a contact sheet, and the image of each number of the sheet."""
     before, after = [], []
     size = ["--width", "64", "--height", "64"]
-    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+    with tempfile.TemporaryDirectory() as folder:
         for number, caption in enumerate(captions):
             # The preset's own steps are the demo's: others are given.
             made = command(
                 "generate", caption, "--model", "demo", "--seeds", f"1-{drafts}", *size, "--preset", "draft",
-                "--contact-sheet", "--steps", draft_steps(steps), "--output", f"drafts-{number}",
+                "--contact-sheet", "--steps", draft_steps(steps), "--output", f"{folder}/drafts-{number}",
             )  # fmt: skip
             *images, sheet = made
             before.append([_pixels(path) for path in images])
             after.append([
                 _pixels(*command("generate", "--from-image", sheet, "--pick", pick, "--preset", "best",
-                                 "--steps", steps, "--output", f"refined-{number}-{pick}.png"))
+                                 "--steps", steps, "--output", f"{folder}/refined-{number}-{pick}.png"))
                 for pick in range(1, drafts + 1)
             ])  # fmt: skip
     return before, after

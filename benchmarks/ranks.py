@@ -24,7 +24,6 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from subprocess import DEVNULL, PIPE, Popen
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +31,7 @@ from common import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from ranked import environments
+from ranked import finish, start
 
 GBIT = 1e9 / 8
 LATENCY = 0.0005
@@ -121,9 +120,11 @@ def encoding_gap(relay: Any, encoding: Any, request: Any, ranks: Any) -> int:
 
 
 def stepper(ranks: Any, mode: str, latents: Any, stream: Any, alone: float) -> Callable[[int], float]:
-    """The seconds of a step whose exchanges are real, with pauses in place of the blocks.
+    """A function that takes a step and returns its seconds: its exchanges are real, pauses stand for the blocks.
 
     Args:
+        ranks: of this run.
+        mode: how they share the work.
         latents, stream: what is exchanged.
         alone: seconds of both branches on one rank.
     """
@@ -195,17 +196,11 @@ def link(folder: Path, ranks: Any) -> dict[str, Any]:
 
 def launched(part: str, size: int, folder: Path) -> list[dict[str, Any]]:
     """What each of some ranks found."""
-    script = [sys.executable, str(Path(__file__).absolute()), "--worker", part, str(folder)]
     # Not by mlx.launch, which keeps a core busy while its ranks run.
-    places = environments(size, folder) if size > 1 else [dict(os.environ)]
-    processes = [
-        Popen(script, env=place | {"OPENBLAS_NUM_THREADS": "1"}, stdout=DEVNULL, stderr=PIPE, text=True)
-        for place in places
-    ]
-    for process in processes:
-        _, said = process.communicate()
-        if process.returncode:
-            raise SystemExit(said)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    ended = finish(start(size, folder, part, str(folder), script=(str(Path(__file__).absolute()), "--worker")))
+    if failed := [said for code, _, said in ended if code]:
+        raise SystemExit("\n".join(failed))
     found: list[dict[str, Any]] = json.loads((folder / "found.json").read_text())
     return found
 

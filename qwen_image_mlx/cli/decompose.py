@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..runtime.session import Session, layers_of
     from .preview import preview_file
 
-    draft = layers_of(image, options, (options.get("resolution") or LAYERED_RESOLUTIONS[0],))
+    usual = options.get("resolution") in LAYERED_RESOLUTIONS  # the model may have others
+    draft = layers_of(image, options if usual else options | {"resolution": None}, LAYERED_RESOLUTIONS)
     named = fill_placeholders(arguments.output, seed=options["seed"], prompt=options.get("prompt"))
     folder = named_path(f"{name}-layers" if named is None else named, "--output")
     width, height = draft.canvas.result_size

@@ -83,7 +83,7 @@ class Control:
             raise RequestError(f"the control's controlnet is {self.controlnet!r:.80}, but must be a reference")
         if self.start > self.end:
             raise RequestError(
-                f"the control starts at {self.start:g}, after its end at {self.end:g}: give a start below the end"
+                f"the control starts at {self.start:g}, after its end at {self.end:g}: give a start of at most the end"
             )
         if self.source is not None and self.mask is None:
             raise RequestError(

@@ -16,7 +16,7 @@ from ..layers.formats import save_layers
 from ..layers.stack import Layer, LayerStack, composite, psnr
 from ..names import CaptionLanguage, LayersFormat, LayersSize, Rng, StrPath
 from ..variants import CAPTION_TEMPLATES
-from .parameters import RNGS, SIDE, GenerationParameters
+from .parameters import RNGS, GenerationParameters
 from .request import Request
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def layers_request(
     Raises:
         RequestError: an argument is out of range, or the image is fully transparent.
     """
-    resolution = resolutions[0] if resolution is None else SIDE.check("resolution", resolution)
+    resolution = resolutions[0] if resolution is None else resolution
     for name, value, allowed in (
         ("resolution", resolution, resolutions),
         ("size", size, SIZES),

@@ -147,7 +147,7 @@ class SharedTasks:
 
         Raises:
             RankError: a rank has ended, or this one failed where others wait for it: this process has to end.
-            Exception: the work failed, or that of another rank did; the same on all.
+            Exception: the work failed, or that of another rank did, which is then named.
         """
         self._agreed, self._ranks.meet = False, self._meet
         try:

@@ -216,8 +216,11 @@ export async function stackEditor(result, settings, original, way, { id, work })
       if (!(error instanceof ApiError)) throw error;
       if (error.code !== "cancelled") Object.assign(notice, { hidden: false, textContent: error.message });
     } finally {
-      if (job) await unnote(`job ${job}`);
-      place.stop = null;
+      try {
+        if (job) await unnote(`job ${job}`);
+      } finally {
+        place.stop = null;
+      }
     }
   }
 
