@@ -27,6 +27,7 @@ from .output import check_output
 from .words import RANDOM, fill_placeholders, read_prompt
 
 if TYPE_CHECKING:
+    from ..pipeline.pipeline import QwenImagePipeline
     from ..runtime.batch import BatchImage
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
             return
         shared = {**usual, **given}.get("controls")
         places = ["" if one.options.get("controls") is shared else one.place for one in merged]
-        _check_controls(zip(places, requests, strict=True), missing)
+        _check_controls(session.pipeline, zip(places, requests, strict=True), missing)
         show = stack.enter_context(preview_file(folder / "qwen-image.png")) if "preview" in given else None
         for one, generated in generate_all(session, missing, show):
             metadata = {**generated.metadata, **provenance}
@@ -114,9 +115,9 @@ def run_batch(arguments: argparse.Namespace, default_model: str) -> None:
 
 
 def _save_sheet(images: Sequence[BatchImage], folder: Path) -> Path:
-    """Writes the contact sheet of a batch, with the records of its images, in the place of an earlier one."""
+    """Writes the contact sheet of a batch, with the records of its images, in the place of an earlier one of them."""
     from ..files import replace_file
-    from ..images.files import encode_png, read_metadata
+    from ..images.files import encode_png, read_metadata, save_png
     from ..images.sheet import MAX_IMAGES as MOST
     from ..images.sheet import RECORDS, contact_sheet, thumbnail
     from ..images.sources import open_rgba
@@ -130,10 +131,16 @@ def _save_sheet(images: Sequence[BatchImage], folder: Path) -> Path:
         for record in records
     ]
     sheet = contact_sheet([thumbnail(open_rgba(file)) for file in files], labels)
-    path = folder / SHEET
-    replace_file(path, encode_png(sheet, {RECORDS: records}))
     if len(images) > MOST:
         logger.warning("the contact sheet shows the first %d of %d images", MOST, len(images))
+    path = folder / SHEET
+    try:
+        earlier = read_metadata(path).get(RECORDS)
+    except RequestError:  # it does not exist, or is something else
+        earlier = None
+    if not isinstance(earlier, list) or any(record not in records for record in earlier):
+        return save_png(sheet, path, {RECORDS: records})
+    replace_file(path, encode_png(sheet, {RECORDS: records}))
     return path
 
 
@@ -171,10 +178,13 @@ def _draft(one: _Line) -> Request:
         return build_request(one.options, ASPECT_SIZES[one.size] if isinstance(one.size, str) else one.size)
 
 
-def _check_controls(requests: Iterable[tuple[str, Request]], missing: Sequence[BatchImage]) -> None:
-    """Raises RequestError for a control whose image cannot be read, with its place, before any image is generated.
+def _check_controls(
+    pipeline: QwenImagePipeline, requests: Iterable[tuple[str, Request]], missing: Sequence[BatchImage]
+) -> None:
+    """Opens the controls of all missing images before any is generated; faults have the place of the control.
 
     Args:
+        pipeline: the opened checkpoint.
         requests: each after the place of its controls in the file; "" for those of the flags.
         missing: the images that will be generated.
     """
@@ -183,8 +193,7 @@ def _check_controls(requests: Iterable[tuple[str, Request]], missing: Sequence[B
         if request.controls in left:
             left.remove(request.controls)
             with _at(place):
-                for control in request.controls:
-                    control.opened()
+                pipeline.open_controls(request.steering)
 
 
 def _size(options: Mapping[str, Any]) -> tuple[int, int] | str | None:
@@ -267,7 +276,8 @@ def _json_line(line: str) -> dict[str, Any] | None:
     try:
         options = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"this is not JSON: {error}") from error
+        why = "a number has too many digits" if "int_max_str_digits" in str(error) else error
+        raise RequestError(f"this is not JSON: {why}") from error
     if not isinstance(options, dict):
         raise RequestError('this is not a JSON object, such as {"prompt": "a fox"}')
     for name in options:

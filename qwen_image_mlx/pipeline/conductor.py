@@ -122,7 +122,7 @@ def generate(
         release_encoders: whether encoders are released before the first image.
         release_transformer: whether the transformer is released before the last image is decoded.
     """
-    advise(request, pipeline.variant)
+    advise([request], pipeline.variant)
     encoding = encode(pipeline, request, progress, cache)
     initial = encode_canvas(pipeline, request, progress)
     controls = encode_controls(pipeline, request, progress)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..files import temporary_folder
 from ..images.files import read_metadata
+from ..pipeline.advice import advise
 from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.conductor import GeneratedImage, encode_controls, generate_encoded
 from ..pipeline.metadata import describe
@@ -147,10 +148,13 @@ def generate_all(
         RequestError: as `Session.plan`.
     """
     pipeline = session.pipeline
+    if len(images) == 1 and session.parallel == "images":  # all that is left of a batch
+        session.parallel = "auto"
     with session.plan(heaviest(images)) as plan, temporary_folder() as folder:
         if not session.works:
             session.attend()
             return
+        advise((one.request for one in images), pipeline.variant)
         kept: dict[tuple[str, str | None], Path] = {}
         controls = {}
         for one in images:

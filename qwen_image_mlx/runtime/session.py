@@ -75,7 +75,7 @@ class Session:
         self._memory_given = memory is not None
         self.memory: Memory = memory if isinstance(memory, Memory) else parse_memory(memory)
         self.force: bool = bool(options.get("force"))
-        self._parallel: Parallel = options.get("parallel", "auto")
+        self.parallel: Parallel = options.get("parallel", "auto")
         self._wire = bool(options.get("wire"))
         self._cache = _cache() if options.get("cache") else None
         self._warned = False
@@ -252,7 +252,7 @@ class Session:
         assert isinstance(self.pipeline, SharedPipeline)
         with self.pipeline.components.unconnected():
             whole = self._plan(work)
-        begin(self.pipeline, request, work, whole, self.memory, self._parallel)
+        begin(self.pipeline, request, work, whole, self.memory, self.parallel)
 
     def shared_table(self, work: Work) -> str:
         """For people: what a piece of work takes on each rank; every rank calls this."""
@@ -410,7 +410,9 @@ def layers_of(
     rows = [row for row in of_task("decompose") if options.get(row.name) is not None]
     fields = {row.field: options[row.name] for row in rows if row.field}
     others = {
-        row.name: options[row.name] for row in rows if not row.field and row.name not in ("image", "prompt", "seed")
+        row.name: options[row.name]
+        for row in rows
+        if not row.field and row.name not in ("image", "prompt", "seed", "preset")  # `sampling` has the preset's values
     }
     seed = options["seed"]
     return layers_request(

@@ -379,6 +379,14 @@ def test_a_line_of_a_file_of_prompts_has_its_own_controls(tiny, files, capsys, m
     (tiny.parent / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     line = error_line(run(capsys, "generate", "--prompts-file", "p.jsonl", *words))
     assert line.endswith("p.jsonl, line 3: the image none.png does not exist")
+    for control, why in (({"image": "photo.png"}, "a control lacks its controlnet"),
+                         ({"controlnet": "fun.safetensors"}, "a control lacks its image"),
+                         ({"controlnet": "none.safetensors", "image": "photo.png"}, "does not exist")):  # fmt: skip
+        lines[2] = {"prompt": "b", "controls": [control]}
+        (tiny.parent / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        line = error_line(run(capsys, "generate", "--prompts-file", "p.jsonl", *words))
+        assert line.startswith("error: p.jsonl, line 3: ")
+        assert why in line
     (tiny.parent / "p.txt").write_text("a")
     gone = ["--controlnet", "fun.safetensors", "--control-image", "gone.png"]
     many = ["generate", "--prompts-file", "p.txt", *words, *gone]
@@ -387,6 +395,11 @@ def test_a_line_of_a_file_of_prompts_has_its_own_controls(tiny, files, capsys, m
     assert run(capsys, *many)[0] == 0
     (tiny.parent / "gone.png").unlink()
     assert run(capsys, *many)[:2] == (0, [])  # there is nothing left to do
+    loud = [word for word in words if word != "--quiet"]
+    idle = [*loud[:-3], "idle", *loud[-2:], "--controlnet", "fun.safetensors", "--control-image", "photo.png"]
+    code, _, err = run(capsys, "generate", "a", "--seeds", "1-2", *idle, "--control-scale", "0")
+    assert code == 0
+    assert err.count("has no effect: its scale is 0") == 1
 
 
 BAD = {

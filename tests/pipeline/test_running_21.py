@@ -201,7 +201,7 @@ def test_doubtful_requests_are_warned_of(pipeline, checkpoint, tmp_path, caplog)
     def said(variant, size, images=()):
         caplog.clear()
         parameters = GenerationParameters(width=size[0], height=size[1], num_inference_steps=8)
-        advise(Request(prompt="x", negative_prompt=None, parameters=parameters, seeds=(0,), images=images), variant)
+        advise([Request(prompt="x", negative_prompt=None, parameters=parameters, seeds=(0,), images=images)], variant)
         return caplog.text
 
     assert "pixel grid" in said(turbo.variant, (960, 960))

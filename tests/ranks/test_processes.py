@@ -126,6 +126,10 @@ def test_a_batch_is_shared_and_resumed(models):
     assert {file.name: file.read_bytes() for file in (models / "shared").iterdir()} == files
     for name in sorted(files)[1:4:2]:
         (models / "shared" / name).unlink()
+    shutil.copytree(models / "shared", models / "nearly")
+    shutil.copy(models / "alone" / sorted(files)[1], models / "nearly")
+    run(2, models, *command, "-o", "nearly", "--parallel", "images")  # one is left, which cannot be shared so
+    assert {file.name: file.read_bytes() for file in (models / "nearly").iterdir()} == files
     ended = run(3, models, *command, "-o", "shared", "--parallel", "images")  # more ranks than images
     assert len(ended[0][1].splitlines()) == 2
     assert "rank 2 of 3: nothing to do" in ended[2][2]
