@@ -193,12 +193,12 @@ class GenerationParameters:
         if self.step_cache == NO_CACHE:  # said against a config or a preset
             object.__setattr__(self, "step_cache", None)
         check_cache(self.step_cache, self.num_inference_steps)
-        self.check_guidance(negative=True)
+        self.check_guidance(self.num_inference_steps, negative=True)
 
-    def check_guidance(self, negative: bool) -> None:
-        """Raises RequestError if a variant of guidance has no effect, with or without a negative prompt."""
+    def check_guidance(self, steps: int, negative: bool) -> None:
+        """Raises RequestError if a variant of guidance has no effect in these steps."""
         check_guidance(
-            steps=self.num_inference_steps, cfg_scale=self.cfg_scale if negative else 1.0,
+            steps=steps, cfg_scale=self.cfg_scale if negative else 1.0,
             interval=self.guidance_interval, zero_star=self.cfg_zero_star, apg=self.apg,
         )  # fmt: skip
 

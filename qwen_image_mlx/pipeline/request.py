@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..names import CaptionLanguage, PresetName
 from ..outside import MAX_CHARACTERS
+from ..sampling.choices import skipped_steps
 from ..variants import ASPECT_SIZES, NAMED_SIZES, Variant
 from .control import Control, controls_of
 from .parameters import MAX_IMAGES, GenerationParameters, check_reference_pixels, check_seed, check_size
@@ -81,6 +82,13 @@ class Request:
     def starts_from_canvas(self) -> bool:
         """Whether generation starts from the canvas; an edit without a mask starts from noise alone."""
         return self.canvas is not None and (self.canvas.mask is not None or not self.images)
+
+    @property
+    def steps(self) -> int:
+        """How many steps are taken."""
+        parameters = self.parameters
+        left_out = skipped_steps(parameters.num_inference_steps, parameters.strength) if self.starts_from_canvas else 0
+        return parameters.num_inference_steps - left_out
 
     def __post_init__(self) -> None:
         for prompt in (self.prompt, self.negative_prompt or ""):

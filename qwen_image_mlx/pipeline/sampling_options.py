@@ -100,8 +100,8 @@ def check_sampling(components: Components, request: Request) -> None:
     """Raises RequestError if a variant of guidance has no effect without a negative prompt, or if the model lacks facts
     that the step cache needs."""
     parameters = request.parameters
-    parameters.check_guidance(negative=request.negative_prompt is not None)
+    parameters.check_guidance(request.steps, negative=request.negative_prompt is not None)
     if parameters.step_cache:
         from .step_cache import cache_of  # here: most runs have no step cache
 
-        cache_of(components, parameters.step_cache, parameters.num_inference_steps)
+        cache_of(components, parameters.step_cache, request.steps)

@@ -43,11 +43,23 @@ def parse_interval(text: str) -> tuple[float, float]:
     return begin, end
 
 
+def skipped_steps(steps: int, strength: float) -> int:
+    """How many of the first steps are left out for an image that is only partly regenerated; at least one is taken.
+
+    Source: get_timesteps of diffusers' QwenImageImg2ImgPipeline.
+
+    Args:
+        steps: of the schedule.
+        strength: how much of the image is regenerated, above 0.
+    """
+    return min(int(max(steps - min(steps * strength, steps), 0)), steps - 1)
+
+
 def check_guidance(*, steps: int, cfg_scale: float, interval: str | None, zero_star: bool, apg: float | None) -> None:
     """Raises RequestError for variants of guidance that contradict each other, or that nothing is left of.
 
     Args:
-        steps: of the schedule.
+        steps: that are taken.
         cfg_scale: guidance; 1 is off, and stands for a missing negative prompt too.
         interval, zero_star, apg: the variants; None or False where one is not chosen.
     """

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..config import SchedulerConfig
+from .choices import skipped_steps
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,8 @@ class Schedule:
         return self.sigmas[:-1]
 
     def last(self, strength: float) -> Schedule:
-        """The last steps, for an image that is only partly regenerated: `strength` of all, rounded as the reference.
-
-        Source: get_timesteps of diffusers' QwenImageImg2ImgPipeline. At least one step is left.
-        """
-        skipped = int(max(self.num_steps - min(self.num_steps * strength, self.num_steps), 0))
-        skipped = min(skipped, self.num_steps - 1)
+        """The steps that are taken for an image that is only partly regenerated; see `skipped_steps`."""
+        skipped = skipped_steps(self.num_steps, strength)
         return Schedule(self.sigmas[skipped:], None if self.exact is None else self.exact[skipped:])
 
     def dt(self, step: int) -> float:
