@@ -179,7 +179,7 @@ class ImageFile(Kind):
 
     def accepts(self, value: Any) -> bool:
         """Whether it is a text, as a name is."""
-        return isinstance(value, str)
+        return isinstance(value, str) and value != ""
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ class Several(Kind):
     words: str = ""
 
     def store(self, value: Any, /) -> list[Any]:
-        """The items in a new list."""
-        return list(value)
+        """The stored items in a new list."""
+        return list(map(self.kind.store, value))
 
     @property
     def allowed(self) -> str:
@@ -286,6 +286,11 @@ class Group(Kind):
         known = ((self.rows[field].kind, field, one) for field, one in fields if field in self.rows)
         faults = (kind.fault(f"{field} of {name}", one) for kind, field, one in known)
         return next(filter(None, faults), None) or super().fault(name, value)
+
+    def store(self, value: Any, /) -> Any:
+        """The object as it is; raises RequestError for fields that contradict each other."""
+        self.of(**value)
+        return value
 
     def has_type(self, value: Any) -> bool:
         """Whether it is an object with known fields of the right types, and all that it must have."""

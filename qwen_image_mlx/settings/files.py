@@ -193,7 +193,10 @@ def _check(path: Path, found: Any, outer: Names, lines: Mapping[Names, int]) -> 
         elif row := _ROWS.get((table, key)):
             if wrong := row.kind.fault(key, value):
                 raise fault(names, wrong.sentence(_quote(wrong.value)))
-            value = row.kind.store(value)
+            try:
+                value = row.kind.store(value)
+            except RequestError as error:
+                raise fault(names, str(error)) from None
             yield key, (_resolve(value, row.kind, path.parent) if row.place else value, table_name(outer[0], table))
         elif key in _HOMES:
             raise fault(names, f"{key} belongs in [{table_name(outer[0], _HOMES[key])}]")

@@ -381,6 +381,13 @@ def test_controls_as_tables_of_their_own(here):
     )
     assert "controls" not in settings.of_command("decompose")
     assert load_settings(Path("config.toml"), "bare")["controls"] == []
+    for more, fault in (
+        ("start = 0.5\nend = 0.2", "the control starts at 0.5, after its end at 0.2"),
+        ("source = 'x.png'", "the control has a source to inpaint, but no mask"),
+        ("image = ''", 'image of item 2 of controls is "", but must be the name of an image'),
+    ):
+        assert refused(OURS + text + more).startswith(f"config.toml, line 4: {fault}")
+    assert "controlnet is ''" in refused(OURS + '\ncontrols = [{controlnet = ""}]')
     fault = "scale of item 2 of controls is 99, but must be a number from -10 to 10"
     assert refused(OURS + text + "scale = 99") == f"config.toml, line 4: {fault}"
 
