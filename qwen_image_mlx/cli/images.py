@@ -32,6 +32,8 @@ def run_images(arguments: argparse.Namespace, default_model: str, task: str, com
         timings = console.timings("timings" in chosen.given)
         stack.enter_context(ignore_profiles(bool(chosen.options.get("ignore_profile"))))  # from a flag or the record
         images, mask, straight = chosen.open_images(alpha=True)
+        for control in chosen.draft.controls:
+            control.check_images()
         session = Session.open(chosen.options, default_model, timings or console, task=task)
         if images and not session.shows_alpha:
             images, _, _ = chosen.open_images()

@@ -84,6 +84,8 @@ def _decode(source: ImageSource) -> Image.Image:
             f"an image is of type {type(source).__name__}; give a PIL image, an array, a path or a file's bytes"
         )
     name = _name(source)
+    if isinstance(source, str):
+        source = os.path.expanduser(source)
     with readable(name, source):
         if isinstance(source, np.ndarray):
             _check_array(source)
@@ -133,7 +135,8 @@ def readable(name: str, source: ImageSource, taken: str = READABLE) -> Iterator[
     except _DECODERS_RAISE as error:
         if isinstance(error, ValueError) and any(words in str(error) for words in _TOO_MUCH_TEXT):
             raise RequestError(f"{name} has too much text or metadata: save it again without metadata") from error
-        raise RequestError(f"{name} cannot be read as an image: {str(error) or type(error).__name__}") from error
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise RequestError(f"{name} cannot be read as an image: {why}") from error
 
 
 def in_8_bits(image: Image.Image, name: str) -> Image.Image:
@@ -161,4 +164,6 @@ def _from_lab(image: Image.Image) -> Image.Image:
 
 
 def _name(source: ImageSource) -> str:
-    return str(source) if isinstance(source, str | os.PathLike) else "an image"
+    """What an image is called in messages; long names are cut in the middle."""
+    name = str(source) if isinstance(source, str | os.PathLike) else "an image"
+    return name if len(name) <= 160 else f"{name[:80]}…{name[-79:]}"

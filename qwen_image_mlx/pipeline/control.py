@@ -114,6 +114,14 @@ class Control:
         """Whether it can have an effect."""
         return self.scale != 0 and self.start < self.end
 
+    def check_images(self) -> None:
+        """Raises RequestError if one of its images cannot be read."""
+        from ..images.sources import open_rgba  # here: most images have no control
+
+        for image in (self.image, self.mask, self.source):
+            if image is not None:
+                open_rgba(image)
+
     def opened(self) -> Control:
         """The same with its images opened, upright; raises RequestError if one cannot be read."""
         from ..images.sources import open_image, open_mask  # here: most images have no control
@@ -163,7 +171,9 @@ def controls_of(controls: Sequence[Control | Mapping[str, Any]] | None) -> tuple
                 raise RequestError("a control lacks its controlnet: name a file, a folder or owner/repo")
             one = Control(**{name: value for name, value in one.items() if value is not None})
         if not isinstance(one, Control):
-            raise RequestError(f"a control is {one!r:.80}, but must be a Control")
+            raise RequestError(
+                f"a control is {one!r:.80}, but must be a Control, or an object with {', '.join(sorted(names))}"
+            )
         made.append(one)
     if len(made) > MAX_CONTROLS:
         raise RequestError(f"there are {len(made)} controls; at most {MAX_CONTROLS} work")

@@ -70,7 +70,7 @@ def open_controls(components: Components, report: Reporter, controls: Sequence[C
     """
     roles = [open_control(components, report, control) for control in controls]
     for control in controls:
-        control.opened()
+        control.check_images()
     pairs = zip(roles, controls, strict=True)
     return tuple(dict.fromkeys(role for role, control in pairs if control.runs and not control.in_context))
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import Cancelled, RequestError
 from ..gpu import finish
+from ..images.sources import open_rgba
 from ..models.layers import OnLayer
 from ..names import Parallel
 from ..options import ImageFile, options_of
@@ -454,7 +455,7 @@ def facts_of(request: Request) -> dict[str, Any]:
         "the reference pixels": request.reference_pixels,
         "the caption's language": request.caption_language,
         "the images": [_digest(image) for image in (*images, request.layer_mask)],
-        "the controls": [_control_facts(control.opened()) for control in request.controls],
+        "the controls": [_control_facts(control) for control in request.controls],
     }
 
 
@@ -479,10 +480,9 @@ def _nobody() -> mx.array:
 
 
 def _control_facts(control: Control) -> list[Any]:
-    """An opened control's values but for its place, which may differ; its images by their pixels."""
-    rows = [row for row in options_of(Control) if row.field != "controlnet"]
-    values = [(row, getattr(control, row.field)) for row in rows]
-    return [_digest(value) if isinstance(row.kind, ImageFile) else value for row, value in values]
+    """A control's values but for its place, which may differ; its images by their pixels."""
+    values = [(row.kind, getattr(control, row.field)) for row in options_of(Control) if row.field != "controlnet"]
+    return [_digest(value and open_rgba(value)) if isinstance(kind, ImageFile) else value for kind, value in values]
 
 
 def _digest(image: Image | None) -> str | None:
