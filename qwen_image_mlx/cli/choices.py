@@ -103,15 +103,17 @@ def choose(arguments: argparse.Namespace, task: str) -> Choices:
         OutputError: the output cannot be written.
     """
     from ..images.files import check_text, read_metadata
-    from ..images.sheet import pick_record
+    from ..images.sheet import RECORDS, pick_record
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
-    metadata = (
-        pick_record(read_metadata(given["from_image"]), given.get("pick"), given["from_image"])
-        if ("from_image" in given)
-        else {}
-    )
+    metadata = read_metadata(given["from_image"]) if "from_image" in given else {}
+    if task == "edit" and RECORDS in metadata:
+        raise RequestError(
+            f"{given['from_image']} is a contact sheet, whose images were generated from text: use generate"
+        )
+    if metadata:
+        metadata = pick_record(metadata, given.get("pick"), given["from_image"])
     _check_many(given)
     record = replay_options(given["from_image"], metadata, given) if metadata else {}
     config = config_options(arguments, task, metadata)

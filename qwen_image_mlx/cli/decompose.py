@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     name = Path(arguments.layer.replace(":", "-") if arguments.image is None else arguments.image).stem
     with messages():
         image = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
-    formats = check_formats((arguments.format or "png").split(","))
+    formats = check_formats(["png"] if arguments.format is None else arguments.format.split(","))
 
     from ..runtime.session import Session, layers_of
     from .preview import preview_file

@@ -25,8 +25,8 @@ def _without_metal(given: Mapping[str, Any], request: Request) -> bool:
 _IDLE: dict[str, tuple[Callable[[Mapping[str, Any], Request], bool], str]] = {
     "lora_mode": (lambda given, request: not {"loras", "lightning"} & given.keys(), "no LoRA is given"),
     "caption_language": (
-        lambda given, request: bool(request.prompt.strip()),
-        "a prompt is given, so no caption is written",
+        lambda given, request: bool(request.prompt.strip()) or request.layer_mask is not None,
+        "a prompt or a layer's mask is given, so no caption is written",
     ),
     "cfg_normalize": (lambda given, request: request.guiding_prompt is None, "guidance is off"),
     "ignore_profile": (lambda given, request: request.canvas is None, "no image is read"),

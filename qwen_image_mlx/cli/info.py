@@ -48,22 +48,22 @@ def run(arguments: argparse.Namespace) -> None:
 
         facts = read_metadata(path)
         if not arguments.json:
-            facts = _shown(facts)
+            facts = _shown(facts, path)
     if arguments.json:
         print(json_text(facts))
         return
     print_table([(name, "" if value is None else value) for name, value in facts.items()])
 
 
-def _shown(record: dict[str, Any]) -> dict[str, Any]:
+def _shown(record: dict[str, Any], path: Path) -> dict[str, Any]:
     """A record for people: of a contact sheet one line for each image, with the number that --pick takes."""
-    from ..images.sheet import RECORDS
+    from ..images.sheet import RECORDS, records_of
 
-    images = record.get(RECORDS)
-    if not isinstance(images, list) or not all(isinstance(one, dict) for one in images):
+    if RECORDS not in record:
         return record
+    images = records_of(record, str(path))
     lines = {
-        f"image {number}": f"{one.get('prompt')!s:.60}, seed {one.get('seed')}, {one.get('steps')} steps"
+        f"image {number}": f"{' '.join(one['prompt'].split()):.60}, seed {one.get('seed')}, {one.get('steps')} steps"
         for number, one in enumerate(images, 1)
     }
     return {"contact sheet": f"{len(images)} images; generate --from-image with --pick N takes one", **lines}

@@ -121,8 +121,10 @@ def print_table(rows: Sequence[Sequence[object]], max_characters: int = _MAX_CHA
         [*(one_line(cell, max_characters) for cell in row[:-1]), printable(row[-1], max_characters)] for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*(line[:-1] for line in lines), strict=True)]
+    indent = "\n" + " " * (sum(widths) + 2 * len(widths))  # so that no line of a cell looks like a row
     for line in lines:
-        print(*(f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)), line[-1], sep="  ")
+        cells = [f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)]
+        print(*cells, line[-1].replace("\n", indent), sep="  ")
 
 
 def json_text(facts: Any) -> str:

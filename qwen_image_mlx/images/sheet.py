@@ -43,6 +43,23 @@ def contact_sheet(thumbnails: Sequence[Image.Image], labels: Iterable[str]) -> I
     return sheet
 
 
+def records_of(metadata: Mapping[str, Any], path: str) -> list[dict[str, Any]]:
+    """The records of a sheet's images; raises RequestError if they are damaged.
+
+    Args:
+        metadata: the sheet's.
+        path: the file's name, for messages.
+    """
+    records = metadata[RECORDS]
+    if (
+        not isinstance(records, list)
+        or not 0 < len(records) <= MAX_IMAGES
+        or not all(isinstance(record, dict) and isinstance(record.get("prompt"), str) for record in records)
+    ):
+        raise RequestError(f"the metadata of {path} is damaged: its {RECORDS} is not a list of records")
+    return records
+
+
 def pick_record(metadata: Mapping[str, Any], number: int | None, path: str) -> dict[str, Any]:
     """The record to generate again: an image's own, or that of one image of a contact sheet.
 
@@ -58,9 +75,7 @@ def pick_record(metadata: Mapping[str, Any], number: int | None, path: str) -> d
         if number is not None:
             raise RequestError(f"{path} is one image, not a contact sheet, so there is nothing to pick")
         return dict(metadata)
-    records = metadata[RECORDS]
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise RequestError(f"the metadata of {path} is damaged: its {RECORDS} is not a list of records")
+    records = records_of(metadata, path)
     if number is None:
         raise RequestError(f"{path} is a contact sheet of {len(records)} images: choose one", cause="pick")
     if not 1 <= number <= len(records):

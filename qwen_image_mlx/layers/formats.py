@@ -84,7 +84,7 @@ def check_formats(names: Iterable[str]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in FORMATS]
     if unknown or not names:
         raise RequestError(
-            f"{', '.join(unknown) or 'nothing'} is not a format of layers; give some of {', '.join(FORMATS)}"
+            f"{', '.join(map(repr, unknown)) or 'nothing'} is not a format of layers; give some of {', '.join(FORMATS)}"
         )
     for name in names:
         if needed := FORMATS[name].library:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qwen_image_mlx import QwenImagePipeline, SamplingOptions
 from qwen_image_mlx.cli.main import main
-from qwen_image_mlx.images.files import METADATA_KEY, read_metadata
+from qwen_image_mlx.images.files import METADATA_KEY, encode_png, read_metadata
 from qwen_image_mlx.images.sheet import contact_sheet
 from qwen_image_mlx.options import Switch
 from qwen_image_mlx.pipeline.parameters import TASKS
@@ -299,6 +299,62 @@ def test_edits_and_layers_with_a_cache(run):
     code, _, err = run("decompose", "x.png", "--model", "demo-layered", *cache, "--prompt", PROMPT, "-o", "layers")
     assert code == 0, err
     assert json.loads(Path("layers/manifest.json").read_text())["passes"]["skipped"] > 0
+    draft = ["--model", "demo-layered", "--prompt", PROMPT, "--preset", "draft", "--seed", "1", "-o", "draft"]
+    code, _, err = run("decompose", "x.png", *draft)
+    assert code == 0, err
+    made = json.loads(Path("draft/manifest.json").read_text())
+    assert (made["steps"], made["preset"]) == (8, "draft")
+
+
+@pytest.mark.slow
+def test_the_steps_that_are_taken_count(run):
+    """Of 12 steps from an image one is taken, which CFG-Zero* leaves out."""
+    generated(run, PROMPT, "--model", "demo", "--steps", "2", "--seed", "1", "-o", "x.png")
+    start = ["--model", "demo", "--image", "x.png", "--steps", "12", "--seed", "1"]
+    error = error_line((*run("generate", PROMPT, *start, "--strength", "0.05", "--cfg-zero-star"),))
+    assert error.endswith("CFG-Zero* leaves the first step out, and there is only one")
+    error = error_line((*run("generate", PROMPT, *start, "--strength", "0.5", "--step-cache", "taylorseer"),))
+    assert "useless with 6 steps" in error
+    generated(run, PROMPT, *start, "--strength", "0.5", "--cfg-zero-star", "-o", "y.png")
+
+
+@pytest.mark.slow
+def test_a_contact_sheet_replaces_an_earlier_one_of_its_images_alone(run):
+    sweep = ["--model", "demo", "--steps", "1", "--contact-sheet", "-o", "many"]
+    Path("many").mkdir()
+    Path("many/contact-sheet.png").write_text("notes")
+    code, lines, err = run("generate", PROMPT, *sweep, "--seeds", "1-2")
+    assert (code, lines[-1]) == (0, "many/contact-sheet-1.png"), err
+    assert "many/contact-sheet.png exists already" in err
+    assert Path("many/contact-sheet.png").read_text() == "notes"
+    Path("many/contact-sheet.png").unlink()
+    for seeds, sheet, count in (("1-2", "", 2), ("1-3", "", 3), ("3", "-2", 1)):
+        code, lines, err = run("generate", PROMPT, *sweep, "--seeds", seeds)
+        assert (code, lines[-1]) == (0, f"many/contact-sheet{sheet}.png"), err
+        assert len(read_metadata(lines[-1])["contact_sheet"]) == count
+    assert len(read_metadata("many/contact-sheet.png")["contact_sheet"]) == 3
+
+
+@pytest.mark.parametrize(
+    "records", [[], [1, 2], [None, {"prompt": "a"}], {"a": 1}, "abc", 5, [{}], [{"prompt": "a"}] * 401]
+)
+def test_a_damaged_sheet_is_refused(run, records):
+    image = contact_sheet([Image.new("RGB", (8, 8))], ["a"])
+    Path("d.png").write_bytes(encode_png(image, {"contact_sheet": records}))
+    for words in (["info", "d.png"], ["generate", "--from-image", "d.png", "--pick", "1"]):
+        assert "the metadata of d.png is damaged" in error_line((*run(*words),))
+
+
+def test_an_edit_takes_no_contact_sheet(run):
+    sheet = contact_sheet([Image.new("RGB", (8, 8))], ["a"])
+    Path("s.png").write_bytes(encode_png(sheet, {"contact_sheet": [{"prompt": "a"}]}))
+    assert "use generate" in error_line((*run("edit", "x", "--from-image", "s.png", "--model", "demo-edit"),))
+
+
+def test_a_prompt_of_several_lines_is_no_row_of_info(run):
+    Path("n.png").write_bytes(encode_png(Image.new("RGB", (8, 8)), {"prompt": "a\nseed  999", "seed": 1}))
+    _, lines, _ = run("info", "n.png")
+    assert [line.split()[0] for line in lines if line[0] != " "] == ["prompt", "seed"]
 
 
 def test_a_whole_model_is_distilled_by_its_name(run, tmp_path_factory):

@@ -209,9 +209,9 @@ def test_names_of_any_length_are_folders(tmp_path, name):
 
 
 @pytest.mark.parametrize(("formats", "says"), [
-    (["png", "gif"], "gif is not a format of layers; give some of png, psd, ora, zip, pptx"),
+    (["png", "gif"], "'gif' is not a format of layers; give some of png, psd, ora, zip, pptx"),
     ([], "nothing is not a format"),
-    (["PSD"], "PSD is not a format"),
+    (["PSD"], "'PSD' is not a format"),
 ])  # fmt: skip
 def test_unknown_formats_are_refused(tmp_path, formats, says):
     with pytest.raises(RequestError, match=says):
