@@ -281,10 +281,11 @@ class Group(Kind):
         return self.has_type(value) and all(self.rows[name].kind.accepts(one) for name, one in value.items())
 
     def fault(self, name: str, value: Any) -> Fault | None:
-        """The fault of the first wrong field; of the whole object if no single field is wrong."""
+        """The fault of the first unknown or wrong field; of the whole object if no single field is."""
+        if isinstance(value, dict) and (odd := [field for field in value if field not in self.rows]):
+            return Fault(f"a field of {name}", odd[0], f"one of {', '.join(self.rows)}")
         fields = value.items() if isinstance(value, dict) else ()
-        known = ((self.rows[field].kind, field, one) for field, one in fields if field in self.rows)
-        faults = (kind.fault(f"{field} of {name}", one) for kind, field, one in known)
+        faults = (self.rows[field].kind.fault(f"{field} of {name}", one) for field, one in fields)
         return next(filter(None, faults), None) or super().fault(name, value)
 
     def store(self, value: Any, /) -> Any:

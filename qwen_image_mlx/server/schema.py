@@ -41,6 +41,7 @@ MAX_STACK = 64
 MAX_CONTROLS = 4
 _MAX_PROMPT = 8000
 _MAX_SIDE = 16_384
+_SHOWN = 80  # characters of a value in a message
 _MAX_COMMAS = 1 << 15  # in JSON: enough for two prompts, a stack's names and all fields
 _MAX_VALUES = 1024  # in JSON, at any depth: more than a whole stack has
 
@@ -291,12 +292,18 @@ def from_form(body: type[BaseModel], fields: Mapping[str, Any]) -> Any:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    """The first error, as a sentence that does not repeat the value."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    """The first error, as a sentence; a number or the beginning of a text is repeated."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place, value = ".".join(str(part) for part in first["loc"]), first["input"]
     message = first["msg"].removeprefix("Value error, ")
     known = {
         "extra_forbidden": "is an unknown field", "missing": "is missing", "model_type": "must be an object",
     }.get(first["type"], message)  # fmt: skip
-    known = known[0].lower() + known[1:] if known.startswith("Input") else known
-    return ApiError("invalid_request", f"{place or 'the body'}: {known}", param=place or None)
+    if known.startswith("Input ") and isinstance(value, str | int | float):
+        shown = repr(value[:_SHOWN] if isinstance(value, str) else value)
+        sentence = f"{place} is {shown:.{_SHOWN}}, but {known.removeprefix('Input ')}"
+    elif known.startswith(f"{place} "):
+        sentence = known
+    else:
+        sentence = f"{place or 'the body'}: {known[0].lower() + known[1:] if known.startswith('Input') else known}"
+    return ApiError("invalid_request", sentence, param=place or None)

@@ -439,14 +439,21 @@ def test_controls_are_those_of_the_command_line_and_only_the_server_s_own(tmp_pa
             ),
             ({"controlnet": "owner/repo"}, "is not a ControlNet of this server"),
             ({"image": "photo.png"}, "controls.0.image: must be a data URL"),
-            ({"scale": 11}, "controls.0.scale"),
-            ({"kind": "depth"}, "controls.0.kind"),
-            ({"end": 2}, "controls.0.end"),
+            ({"scale": 11}, "controls.0.scale is 11, but should be less than or equal to 10"),
+            ({"kind": "depth"}, "controls.0.kind is 'depth', but should be 'image', 'canny'"),
+            ({"end": 2}, "controls.0.end is 2, but should be"),
             ({"start": 0.6, "end": 0.5}, "after its end"),
             ({"path": "x"}, "controls.0.path: is an unknown field"),
         ):
             answer = api.post("/api/qwen-image/generate", json={**asked, "controls": [{**control, **wrong}]})
             assert (answer.status_code, sentence in answer.text) == (422, True), answer.text
+        for wrong, sentence in (
+            ({"steps": 0}, "steps is 0, but should be greater than or equal to 1"),
+            ({"step_cache": "x" * 200}, f"step_cache is '{'x' * 79}, but must be off, or one of"),
+            ({"magic": 1}, "magic: is an unknown field"),
+        ):
+            message = api.post("/api/qwen-image/generate", json={**asked, **wrong}).json()["error"]["message"]
+            assert message.startswith(sentence), message
         seen = ask(api, "control-image", image=url_of(photo), kind="canny")["image"]
         assert set(np.unique(image_of(seen))) <= {0, 255}
         change = {"prompt": "make it green", "image": url_of(photo), "steps": 1, "seed": 3}
@@ -463,6 +470,7 @@ def test_controls_are_those_of_the_command_line_and_only_the_server_s_own(tmp_pa
 def test_a_request_makes_one_layer_by_its_name_or_a_mask(api):
     photo = url_of(picture(48, 48))
     asked = {"image": photo, "steps": 1, "seed": 3, "cfg_scale": 1}
+    assert ask(api, "decompose", image=photo, seed=3, prompt="a", preset="draft")["layers"]
     made = [
         ask(api, "decompose", **asked, **more)
         for more in (

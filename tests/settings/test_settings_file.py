@@ -154,6 +154,9 @@ def test_what_a_setting_may_be(here, key, good, bad):
         kind = ROWS[key].kind
         if part != key:
             kind = kind.kind  # of an item
+        if part.startswith("a field of "):
+            assert allowed == f"one of {', '.join(kind.rows)}"
+            continue
         if not part.startswith(("item ", key)):
             kind = kind.rows[part.partition(" of ")[0]].kind
         assert allowed == kind.allowed
@@ -388,6 +391,9 @@ def test_controls_as_tables_of_their_own(here):
     ):
         assert refused(OURS + text + more).startswith(f"config.toml, line 4: {fault}")
     assert "controlnet is ''" in refused(OURS + '\ncontrols = [{controlnet = ""}]')
+    assert 'a field of item 1 of controls is "strength", but must be one of controlnet, image' in refused(
+        OURS + '\ncontrols = [{controlnet = "a", strength = 1}]'
+    )
     fault = "scale of item 2 of controls is 99, but must be a number from -10 to 10"
     assert refused(OURS + text + "scale = 99") == f"config.toml, line 4: {fault}"
 
