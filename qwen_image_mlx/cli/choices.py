@@ -107,12 +107,13 @@ def choose(arguments: argparse.Namespace, task: str) -> Choices:
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     read_prompt(given)
-    metadata = read_metadata(given["from_image"]) if "from_image" in given else {}
-    if task == "edit" and RECORDS in metadata:
-        raise RequestError(
-            f"{given['from_image']} is a contact sheet, whose images were generated from text: use generate"
-        )
-    if metadata:
+    metadata: dict[str, Any] = {}
+    if "from_image" in given:
+        metadata = read_metadata(given["from_image"])
+        if task == "edit" and RECORDS in metadata:
+            raise RequestError(
+                f"{given['from_image']} is a contact sheet, whose images were generated from text: use generate"
+            )
         metadata = pick_record(metadata, given.get("pick"), given["from_image"])
     _check_many(given)
     record = replay_options(given["from_image"], metadata, given) if metadata else {}

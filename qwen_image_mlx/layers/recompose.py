@@ -53,7 +53,8 @@ def open_layer(reference: str) -> Layer:
     """The layer that DIR:N means (or a PSD, an ORA, a zip instead of DIR); raises RequestError if it does not exist."""
     path, index = split_reference(reference)
     if index is None:
-        raise RequestError(f"the layer is {reference!r:.80}, but must be like FOLDER:0, with the layer's number")
+        example = "FOLDER" if not reference or ":" in reference else reference
+        raise RequestError(f"the layer is {reference!r:.80}; add its number, such as {example:.80}:0")
     layers = load_layers(path).layers
     if index >= len(layers):
         raise RequestError(f"{path} has no layer {index}; its layers go from 0, the backmost, to {len(layers) - 1}")

@@ -481,8 +481,12 @@ def _nobody() -> mx.array:
 
 def _control_facts(control: Control) -> list[Any]:
     """A control's values but for its place, which may differ; its images by their pixels."""
-    values = [(row.kind, getattr(control, row.field)) for row in options_of(Control) if row.field != "controlnet"]
-    return [_digest(value and open_rgba(value)) if isinstance(kind, ImageFile) else value for kind, value in values]
+    rows = [row for row in options_of(Control) if row.field != "controlnet"]
+    values = [(row.kind, getattr(control, row.field)) for row in rows]
+    return [
+        _digest(open_rgba(value)) if isinstance(kind, ImageFile) and value is not None else value
+        for kind, value in values
+    ]
 
 
 def _digest(image: Image | None) -> str | None:
