@@ -38,6 +38,9 @@ _ENDS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") 
 # Begins every error of MLX's backends: backend/*/distributed of MLX 0.32.
 _BACKENDS = re.compile(r"\[(ring|jaccl|mpi|nccl|distributed)\]")
 _MAX_SHOWN = 60  # characters of a value on which ranks differ
+_GREETING = 0x51494D58  # the first thing that ranks of this package say to each other
+_MAX_PAYLOAD = 1 << 31  # bytes; more is not what a rank sends
+_STRANGERS = "these ranks do not belong together: another mlx.launch may use the same ports of one of these machines"
 
 
 def launched() -> bool:
@@ -101,6 +104,8 @@ class Ranks:
         import numpy as np
 
         lengths = np.array(self.gathered(mx.array([len(payload)]))).tolist()
+        if not all(0 <= length < _MAX_PAYLOAD for length in lengths):
+            raise RankError(_STRANGERS, cause="ports")
         padded = np.zeros(max(*lengths, 1), np.uint8)
         padded[: len(payload)] = np.frombuffer(payload, np.uint8)
         rows = np.array(self.gathered(mx.array(padded)[None]))
@@ -116,7 +121,10 @@ class Ranks:
 
     def gather_values(self, value: Any) -> list[Any]:
         """Every rank's value, of JSON's types, in order of the ranks; raises RankError as `gather`."""
-        return [json.loads(payload) for payload in self.gather(json.dumps(value).encode())]
+        try:
+            return [json.loads(payload) for payload in self.gather(json.dumps(value).encode())]
+        except ValueError as error:  # not what a rank sends
+            raise RankError(_STRANGERS, cause="ports") from error
 
     def led(self, make: Callable[[], T]) -> T:
         """Rank 0's value, of JSON's types; only rank 0 makes one. Raises RankError as `gather`."""
@@ -215,6 +223,9 @@ def current() -> Ranks:
     if group.size() == 1:
         return Ranks()
     ranks = Ranks(group)
+    greetings = ranks.gathered(mx.array([[_GREETING, ranks.size]]))
+    if greetings.tolist() != [[_GREETING, ranks.size]] * ranks.size:
+        raise RankError(_STRANGERS, cause="ports")
     ranks.agree({"the version of qwen-image-mlx": __version__, "the version of MLX": mx.__version__})
     return ranks
 

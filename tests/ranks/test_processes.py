@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -109,7 +110,10 @@ def test_latents_are_those_of_one_process(models, whole, size, cases):
 def test_an_image_and_its_record_are_those_of_one_process(models):
     command = ("generate", "a fox", "--model", "t2i", "--seed", "5", *SIZE)
     subprocess.run([sys.executable, "-m", "qwen_image_mlx", *command, "-o", "one.png"], cwd=models, check=True)
-    launch = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", "2", "--"]
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--starting-port", port, "--"]
     launch += [sys.executable, "-m", "qwen_image_mlx", *command, "-o", "two.png"]
     done = subprocess.run(launch, cwd=models, capture_output=True, text=True, timeout=120)
     assert (models / "two.png").read_bytes() == (models / "one.png").read_bytes(), done.stderr

@@ -59,6 +59,21 @@ def test_ranks_that_differ_say_the_same_sentence():
     assert together(2, lambda ranks: ranks.agree({"the seeds": [1]})) == [None, None]
 
 
+@pytest.mark.parametrize("payload", [b"", b"\xff\xfe\x00\x00", b"{"])
+def test_ranks_of_another_launch_are_recognised(payload, monkeypatch):
+    """Two launches on one machine may take the same ports."""
+    monkeypatch.setattr(Ranks, "gather", lambda self, own: [own, payload])
+    with pytest.raises(RankError, match="do not belong together"):
+        Ranks().gather_values({"a": 1})
+
+
+@pytest.mark.parametrize("length", [-1, 1 << 40])
+def test_a_length_that_no_rank_sends_is_recognised(length, monkeypatch):
+    monkeypatch.setattr(Ranks, "gathered", lambda self, array: mx.array([3, length]))
+    with pytest.raises(RankError, match="do not belong together"):
+        Ranks(SimpleNamespace(rank=lambda: 0, size=lambda: 2)).gather(b"abc")
+
+
 def test_errors_of_the_connection_are_recognised():
     assert lost(ValueError("no such key")) is None
     assert lost(RuntimeError("[metal::malloc] no")) is None
