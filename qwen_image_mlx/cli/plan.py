@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     budget, model = session.memory.budget, session.pipeline.model
     licence = str(session.pipeline.variant.licence)
-    presets = _presets(session, work)
+    presets = _presets(session, work, arguments)
     if arguments.json:
         more = {"presets": presets, "ranks": shared.splitlines()}
         print(json_text({"licence": licence} | _facts(model, work, plans, budget) | more))
@@ -97,10 +97,12 @@ def run(arguments: argparse.Namespace) -> None:
           f"{budget / 1e9:.1f} GB may be used")  # fmt: skip
     print(f"licence of the released weights: {licence}")
     print(table_of(plans, budget))
-    print("\npreset    steps  passes  minutes on this machine (modelled; the passes of a step cache are an estimate)")
+    from ..doctor.rates import duration
+
+    print("\npreset    steps  passes      time  on this machine, modelled; the passes of a step cache are an estimate")
     for one in presets:
-        minutes, cache = one["modelled_seconds"] / 60, f", {one['step_cache']}" if one["step_cache"] else ""
-        print(f"{one['preset']:8}  {one['steps']:5}  {one['passes']:6}  {minutes:7.1f}  {one['solver']}{cache}")
+        time, cache = duration(one["modelled_seconds"]), f", {one['step_cache']}" if one["step_cache"] else ""
+        print(f"{one['preset']:8}  {one['steps']:5}  {one['passes']:6}  {time:>8}  {one['solver']}{cache}")
     for bits, plans in others:
         print(f"\nwith --quantize {bits}")
         print(table_of(plans, budget))
@@ -108,18 +110,23 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"\n{shared}")
 
 
-def _presets(session: Session, work: Work) -> list[dict[str, Any]]:
-    """What each preset takes: passes, and the seconds that the work of their transformer is modelled to take."""
+def _presets(session: Session, work: Work, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What each preset takes: passes, and the seconds that the work of their transformer is modelled to take.
+
+    With --steps they are the presets of that number; --solver overrides their own.
+    """
     from ..doctor.rates import product_rate
     from ..pipeline.presets import PRESETS
+    from ..sampling.solvers import SOLVERS
 
     flop, rate = session.pass_flop(work), product_rate()
     found = []
     for name in PRESETS:
-        preset = session.preset(name)
-        passes = preset.passes(work.guided)
+        preset = session.preset(name, arguments.steps)
+        solver = arguments.solver or preset.values.get("solver", "euler")
+        passes = round(preset.passes(work.guided) * SOLVERS[solver].count(preset.steps) / preset.steps)
         found.append({
-            "preset": name, "steps": preset.steps, "solver": preset.values.get("solver", "euler"),
+            "preset": name, "steps": preset.steps, "solver": solver,
             "step_cache": preset.values.get("step_cache"), "passes": passes,
             "modelled_seconds": round(passes * flop / rate, 1),
         })  # fmt: skip

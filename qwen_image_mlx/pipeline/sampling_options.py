@@ -46,14 +46,14 @@ class SamplingOptions(TypedDict, total=False):
     preset: PresetName | None
 
 
-def preset_for(components: Components, name: PresetName) -> Preset:
-    """What a preset means for an opened model; raises RequestError for an unknown name."""
+def preset_for(components: Components, name: PresetName, steps: int | None = None) -> Preset:
+    """What a preset means for an opened model, or for some steps of it; raises RequestError for an unknown name."""
     from .calibrated import facts_of  # here: most runs have no preset
     from .opening import is_distilled, recommended_of
 
     Choice(PRESETS).check("preset", name)
     return preset_of(
-        name, recommended_of(components).num_inference_steps, distilled=is_distilled(components),
+        name, steps or recommended_of(components).num_inference_steps, distilled=is_distilled(components),
         measured=facts_of(components).tea is not None,
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ def recommended_sampling(
     what the preset means; None for steps is the model's own number."""
     from .opening import recommended_of
 
-    preset = None if name is None else preset_for(components, name)
+    preset = None if name is None else preset_for(components, name, steps)
     values = {} if preset is None else {_FIELDS[option]: value for option, value in preset.values.items()}
     return recommended_of(components, steps)._asdict() | values, preset
 

@@ -228,7 +228,7 @@ _OTHERS = (
         name="preset", kind=Choice(PRESETS), group="sampling", commands=IMAGE_COMMANDS, flags=("--preset",),
         tasks=TASKS, line=True,
         help="steps, solver and step cache together, as the model allows: a draft in a quarter of the passes, the same "
-        "image in about half, or the model's own way; other flags override it",
+        "image, nearly, in about half, or the model's own way; other flags override it",
         config=(Config(commands=TASKS, example="balanced"),),
     ),
     Option(

@@ -188,9 +188,9 @@ class Session:
         """Whether the model, or a LoRA on it, was trained for a few steps of its own."""
         return is_distilled(self.pipeline.components)
 
-    def preset(self, name: PresetName) -> Preset:
-        """What a preset means for the model."""
-        return preset_for(self.pipeline.components, name)
+    def preset(self, name: PresetName, steps: int | None = None) -> Preset:
+        """What a preset means for the model, or for some steps of it."""
+        return preset_for(self.pipeline.components, name, steps)
 
     # Plan -----------------------------------------------------------------------------------------------------------
 

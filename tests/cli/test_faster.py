@@ -258,6 +258,16 @@ def test_the_plan_shows_the_presets(run):
     assert all(one["modelled_seconds"] >= 0 for one in presets)
     _, out, _ = run("plan", "demo")
     assert sum(line.startswith(("draft", "balanced", "best")) for line in out) == 3
+    _, out, _ = run("plan", "demo", "--steps", "40", "--solver", "heun", "--json")
+    presets = json.loads("\n".join(out))["presets"]
+    assert [(one["steps"], one["solver"]) for one in presets] == [(10, "heun"), (40, "heun"), (40, "heun")]
+    assert [one["passes"] for one in presets] == [38, 101, 158]
+    assert presets[1]["step_cache"] == "first-block:0.08"
+
+
+def test_a_preset_is_of_the_steps_that_are_given(run):
+    made = generated(run, PROMPT, "--model", "demo", "--preset", "balanced", "--steps", "24", "--seed", "1")
+    assert (made["steps"], made["step_cache"], made["preset"]) == (24, "first-block:0.08", "balanced")
 
 
 def test_presets_of_large_and_of_distilled_models():
