@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ..errors import QwenImageError
 from ..outside import one_line
 
@@ -24,6 +26,7 @@ HINTS = {
     "control mask": "--control-mask gives it",
     "calibrate": "measure it once with qwen-image-mlx calibrate-cache, or choose first-block, easycache or taylorseer",
     "few steps": "leave --step-cache out, or give --step-cache off",
+    "ports": "give mlx.launch another --starting-port",
     "pick": "give --pick with its number",
     "ema": "give --full with it",
     "cut run": "--resume continues it",
@@ -35,4 +38,16 @@ HINTS = {
 def sentence(error: QwenImageError) -> str:
     """An error's message on one line, with its cure where there is one."""
     cure = HINTS.get(error.cause)
-    return one_line(error) + (f"; {cure}" if cure else "")
+    return _as_typed(one_line(error)) + (f"; {cure}" if cure else "")
+
+
+def _as_typed(text: str) -> str:
+    """A message about a field of Python, such as num_inference_steps, with the name of the flag or of the key."""
+    from ..runtime.options import OPTIONS  # here: most runs have no error
+
+    match = re.match(r"(.*, line \d+: )?(\w+) is ", text)
+    if match is None or match[2] in OPTIONS:
+        return text
+    row = next((row for row in OPTIONS.values() if row.field == match[2]), None)
+    subject = match[2] if row is None else row.name if match[1] else row.flag
+    return f"{match[1] or ''}{subject}{text[match.end(2) :]}"
