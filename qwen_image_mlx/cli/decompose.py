@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, RequestError
-from ..variants import DEFAULT_LAYERED_MODEL, LAYERED_RESOLUTIONS
+from ..variants import DEFAULT_LAYERED_MODEL
 from .config import config_options
 from .flags import add_options
 from .idle import warn_idle
@@ -74,11 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
         image = open_rgba(arguments.image) if arguments.layer is None else open_layer(arguments.layer).image
     formats = check_formats(["png"] if arguments.format is None else arguments.format.split(","))
 
-    from ..runtime.session import Session, layers_of
+    from ..runtime.session import Session, layers_draft
     from .preview import preview_file
 
-    usual = options.get("resolution") in LAYERED_RESOLUTIONS  # the model may have others
-    draft = layers_of(image, options if usual else options | {"resolution": None}, LAYERED_RESOLUTIONS)
+    draft = layers_draft(image, options)
     named = fill_placeholders(arguments.output, seed=options["seed"], prompt=options.get("prompt"))
     folder = named_path(f"{name}-layers" if named is None else named, "--output")
     width, height = draft.canvas.result_size

@@ -148,9 +148,8 @@ def generate_all(
         RequestError: as `Session.plan`.
     """
     pipeline = session.pipeline
-    if len(images) == 1 and session.parallel == "images":  # all that is left of a batch
-        session.parallel = "auto"
-    with session.plan(heaviest(images)) as plan, temporary_folder() as folder:
+    rest = len(images) == 1 and session.parallel == "images"  # all that is left of a batch
+    with session.plan(heaviest(images), "auto" if rest else None) as plan, temporary_folder() as folder:
         if not session.works:
             session.attend()
             return

@@ -28,7 +28,7 @@ from ..pipeline.presets import Preset
 from ..pipeline.request import Request, build_request
 from ..pipeline.sampling_options import check_sampling, preset_for, recommended_sampling
 from ..registry import TEXT_ENCODER
-from ..variants import ASPECT_SIZES, recommended_negative_prompt
+from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS, recommended_negative_prompt
 from ..weights.schemes import NONE, Quantization
 from .memory import Memory, alternatives, fitting_plan, parse_memory
 from .memory_plan import MemoryPlan, Planner, Work, table_of, work_of
@@ -195,8 +195,12 @@ class Session:
     # Plan -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def plan(self, request: Request) -> Iterator[MemoryPlan]:
+    def plan(self, request: Request, parallel: Parallel | None = None) -> Iterator[MemoryPlan]:
         """The plan for a request; inside the block the pipeline and MLX keep to it.
+
+        Args:
+            request: the request.
+            parallel: how several ranks share it; None is as the session was opened.
 
         Raises:
             RequestError: nothing fits the memory, or a caption would be written with a streamed text encoder. With
@@ -204,7 +208,7 @@ class Session:
         """
         pipeline, budget = self.pipeline, self.memory.budget
         work = work_of(request, pipeline)
-        self._share(request, work)
+        self._share(request, work, parallel or self.parallel)
         plan = self._plan(work)
         if plan.peak > budget and self.works:
             others = self.alternatives(work)
@@ -243,7 +247,7 @@ class Session:
             self.plans[work] = fitting_plan(self.pipeline.components, work, self.memory)
         return self.plans[work]
 
-    def _share(self, request: Request, work: Work) -> None:
+    def _share(self, request: Request, work: Work, parallel: Parallel) -> None:
         """If there are several ranks, lets them agree on a request and on how they share it."""
         if current().size == 1:
             return
@@ -252,7 +256,7 @@ class Session:
         assert isinstance(self.pipeline, SharedPipeline)
         with self.pipeline.components.unconnected():
             whole = self._plan(work)
-        begin(self.pipeline, request, work, whole, self.memory, self.parallel)
+        begin(self.pipeline, request, work, whole, self.memory, parallel)
 
     def shared_table(self, work: Work) -> str:
         """For people: what a piece of work takes on each rank; every rank calls this."""
@@ -419,3 +423,18 @@ def layers_of(
         image, options.get("prompt", ""), seed=seed[0] if isinstance(seed, list) else seed, resolutions=resolutions,
         sampling={**sampling, **fields}, **others,
     )  # fmt: skip
+
+
+def layers_draft(image: Image, options: Mapping[str, Any], resolutions: Sequence[int] | None = None) -> Request:
+    """A layered model's request as far as it is known without the model.
+
+    Args:
+        image, options: as in `layers_of`.
+        resolutions: the model's, if they are known; without them it judges an unusual one itself, when it is opened.
+
+    Raises:
+        RequestError: as `layers_of`.
+    """
+    if not resolutions and options.get("resolution") not in LAYERED_RESOLUTIONS:
+        options = {**options, "resolution": None}
+    return layers_of(image, options, resolutions or LAYERED_RESOLUTIONS)

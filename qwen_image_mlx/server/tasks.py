@@ -32,8 +32,8 @@ from ..pipeline.presets import yielding
 from ..pipeline.request import build_request, parse_size
 from ..runtime.options import of_task, recorded
 from ..runtime.preview import Preview
-from ..runtime.session import Session, layers_of
-from ..variants import ASPECT_SIZES, LAYERED_RESOLUTIONS
+from ..runtime.session import Session, layers_draft
+from ..variants import ASPECT_SIZES
 from .images import data_url, decode
 
 if TYPE_CHECKING:
@@ -231,12 +231,10 @@ class Tasks:
     def _decompose(self, body: DecomposeBody) -> Work:
         options = self._options("decompose", body)
         (image,), masks = decode([body.image]), decode([body.layer_mask] if body.layer_mask else [])
-        known = sized = self._models.facts("decompose").get("resolutions")
+        known = self._models.facts("decompose").get("resolutions")
         layer_mask = {"layer_mask": masks[0]} if masks else {}
-        draft = layers_of(
-            open_rgba(image), options | layer_mask, known or [options.get("resolution", LAYERED_RESOLUTIONS[0])]
-        )
-        self._check_early("decompose", options, draft.canvas.size if sized else None)
+        draft = layers_draft(open_rgba(image), options | layer_mask, known)
+        self._check_early("decompose", options, draft.canvas.size if known else None)
 
         def work(feed: Feed) -> dict[str, Any]:
             (image,) = decode([body.image])

@@ -123,7 +123,7 @@ def test_without_a_seed_every_prompt_has_seed_0(run):
 def test_the_plan_is_made_for_the_largest_image(run, monkeypatch):
     planned = []
 
-    def refuse(session, request):
+    def refuse(session, request, parallel):
         planned.append((request, session.memory, session.force))
         raise RequestError("too large")
 
