@@ -119,7 +119,7 @@ def _save_sheet(images: Sequence[BatchImage], folder: Path) -> Path:
     from ..files import replace_file
     from ..images.files import encode_png, read_metadata, save_png
     from ..images.sheet import MAX_IMAGES as MOST
-    from ..images.sheet import RECORDS, contact_sheet, thumbnail
+    from ..images.sheet import RECORDS, contact_sheet, records_of, thumbnail
     from ..images.sources import open_rgba
     from ..runtime.batch import finished_file
 
@@ -135,10 +135,10 @@ def _save_sheet(images: Sequence[BatchImage], folder: Path) -> Path:
         logger.warning("the contact sheet shows the first %d of %d images", MOST, len(images))
     path = folder / SHEET
     try:
-        earlier = read_metadata(path).get(RECORDS)
+        its_own = all(record in records for record in records_of(read_metadata(path), SHEET))
     except RequestError:  # it does not exist, or is something else
-        earlier = None
-    if not isinstance(earlier, list) or any(record not in records for record in earlier):
+        its_own = False
+    if not its_own:
         return save_png(sheet, path, {RECORDS: records})
     replace_file(path, encode_png(sheet, {RECORDS: records}))
     return path

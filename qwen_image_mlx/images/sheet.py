@@ -44,13 +44,13 @@ def contact_sheet(thumbnails: Sequence[Image.Image], labels: Iterable[str]) -> I
 
 
 def records_of(metadata: Mapping[str, Any], path: str) -> list[dict[str, Any]]:
-    """The records of a sheet's images; raises RequestError if they are damaged.
+    """The records of a sheet's images; raises RequestError if there are none, or if they are damaged.
 
     Args:
         metadata: the sheet's.
         path: the file's name, for messages.
     """
-    records = metadata[RECORDS]
+    records = metadata.get(RECORDS)
     if (
         not isinstance(records, list)
         or not 0 < len(records) <= MAX_IMAGES
