@@ -55,6 +55,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the tables."""
+    from ..doctor.rates import duration
     from ..runtime.memory_plan import table_of
     from ..runtime.session import Session
     from .console import messages
@@ -97,8 +98,6 @@ def run(arguments: argparse.Namespace) -> None:
           f"{budget / 1e9:.1f} GB may be used")  # fmt: skip
     print(f"licence of the released weights: {licence}")
     print(table_of(plans, budget))
-    from ..doctor.rates import duration
-
     print("\npreset    steps  passes      time  on this machine, modelled; the passes of a step cache are an estimate")
     for one in presets:
         time, cache = duration(one["modelled_seconds"]), f", {one['step_cache']}" if one["step_cache"] else ""
