@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def draft_steps(steps: int) -> int:
-    """Steps of a draft of a model with so many steps of its own."""
+    """Steps of a draft of a model whose own number is `steps`."""
     from qwen_image_mlx.pipeline.presets import preset_of
 
     return preset_of("draft", steps, distilled=False, measured=False).steps
@@ -111,10 +111,9 @@ def command(*arguments: object) -> list[str]:
 
 
 def _pixels(path: str) -> np.ndarray:
-    from PIL import Image
+    from qwen_image_mlx.images.sources import open_image
 
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    return np.asarray(open_image(path))
 
 
 def compare(before: Sequence[Sequence[np.ndarray]], after: Sequence[Sequence[np.ndarray]]) -> tuple[object, ...]:

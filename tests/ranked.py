@@ -20,13 +20,18 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 300  # of a run, on a machine with other work
 
 
-def environments(size: int, folder: Path) -> list[dict[str, str]]:
-    """The environment of each rank, as mlx.launch sets it for its ring backend."""
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(size)]
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
-        hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
+        return [one.getsockname()[1] for one in sockets]
+
+
+def environments(size: int, folder: Path) -> list[dict[str, str]]:
+    """The environment of each rank, as mlx.launch sets it for its ring backend."""
+    hosts = [[f"127.0.0.1:{port}"] for port in free_ports(size)]
     file = folder / "hosts.json"
     file.write_text(json.dumps(hosts))
     return [{**os.environ, "MLX_HOSTFILE": str(file), "MLX_RANK": str(rank)} for rank in range(size)]

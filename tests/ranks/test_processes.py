@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 from control_files import FUN_21, INSTANTX, write_control
 from lora_files import write_lora
 from PIL import Image
-from ranked import environments, finish, latents_of, run, start
+from ranked import environments, finish, free_ports, latents_of, run, start
 
 pytestmark = pytest.mark.process
 
@@ -110,10 +109,8 @@ def test_latents_are_those_of_one_process(models, whole, size, cases):
 def test_an_image_and_its_record_are_those_of_one_process(models):
     command = ("generate", "a fox", "--model", "t2i", "--seed", "5", *SIZE)
     subprocess.run([sys.executable, "-m", "qwen_image_mlx", *command, "-o", "one.png"], cwd=models, check=True)
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--starting-port", port, "--"]
+    (port,) = free_ports(1)
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "--starting-port", str(port), "--"]
     launch += [sys.executable, "-m", "qwen_image_mlx", *command, "-o", "two.png"]
     done = subprocess.run(launch, cwd=models, capture_output=True, text=True, timeout=120)
     assert (models / "two.png").read_bytes() == (models / "one.png").read_bytes(), done.stderr
