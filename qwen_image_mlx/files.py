@@ -87,13 +87,10 @@ def atomic_folder(folder: Path, *, replacing: bool = False) -> Iterator[Path]:
         partial.chmod(0o777 & ~umask())
         if replacing and folder.exists():
             os.replace(folder, old)
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
+        os.replace(partial, folder)
     finally:
+        if old.exists() and not folder.exists():  # an error or Ctrl-C came between the two
+            os.replace(old, folder)
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -163,13 +160,14 @@ def publish(partial: Path, path: Path) -> Path:
 
 def _rename(partial: Path, candidate: Path) -> bool:
     """For file systems without links: renames a file if the name is free; returns whether it was."""
-    try:
-        os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
+    if os.path.lexists(candidate):
         return False
     try:
+        os.close(os.open(candidate, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(partial, candidate)
-    except BaseException:  # Ctrl-C too: the name would stay with nothing in it
+    except FileExistsError:
+        return False
+    except BaseException:  # Ctrl-C too, from when the name is taken: it would stay with nothing in it
         candidate.unlink(missing_ok=True)
         raise
     return True
@@ -194,6 +192,15 @@ def sweep(folder: Path, *, alone: bool = False) -> None:
                 match = _HIDDEN.fullmatch(entry.name) or _match_preview(entry)
                 if match and (alone or _has_ended(match)):
                     shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
+
+
+def remove_previews(folder: Path) -> None:
+    """Removes the previews that this process wrote to a folder, whatever their names. Raises nothing."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                if (match := _match_preview(entry)) and match[0] == owner():
+                    os.unlink(entry)
 
 
 def sweep_results(folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,45 @@ def test_a_preview_is_gone_when_painting_ends(tmp_path):
     assert names(tmp_path) == []
 
 
+def interrupt(monkeypatch, name, call=1):
+    """Ctrl-C when a function of `os` has done its work for the `call`th time, before it returns."""
+    does, calls = getattr(os, name), count(1)
+
+    def interrupted(*given):
+        does(*given)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, name, interrupted)
+
+
+@pytest.mark.parametrize(("name", "call"), [("link", 1), ("replace", 1), ("replace", 2)])
+def test_an_interrupted_preview_is_gone(tmp_path, monkeypatch, name, call):
+    def generate():
+        with preview_file(tmp_path / "fox.png") as show:
+            for step in (1, 2, 3):
+                show(Image.new("RGB", (8, 8)), step, 3)
+
+    interrupt(monkeypatch, name, call)
+    with pytest.raises(KeyboardInterrupt):
+        generate()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["open", "close"])
+def test_a_name_that_was_taken_before_ctrl_c_is_free_again(tmp_path, monkeypatch, name):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "no links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    partial = tmp_path / "partial"
+    partial.write_text("new")
+    interrupt(monkeypatch, name)
+    with pytest.raises(KeyboardInterrupt):
+        files.publish(partial, tmp_path / "fox.png")
+    assert names(tmp_path) == ["partial"]
+
+
 def test_commands_that_are_killed_leave_nothing_half_written():
     assert kills.kills(2, seed=3, only=["generate", "compose"]) == []
 
@@ -193,6 +233,17 @@ def test_what_a_folder_could_not_replace_comes_back(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk"), atomic_folder(folder, replacing=True):
         pass
     assert ((folder / "x").read_text(), os.listdir(tmp_path)) == ("old", ["a"])
+
+
+@pytest.mark.parametrize(("call", "left"), [(1, "old"), (2, "new")])
+def test_ctrl_c_loses_no_folder(tmp_path, monkeypatch, call, left):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "x").write_text("old")
+    interrupt(monkeypatch, "replace", call)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder, replacing=True) as partial:
+        (partial / "x").write_text("new")
+    assert ((folder / "x").read_text(), os.listdir(tmp_path)) == (left, ["a"])
 
 
 def test_a_folder_is_claimed_by_one(tmp_path):

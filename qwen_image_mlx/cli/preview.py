@@ -26,7 +26,7 @@ def preview_file(output: Path) -> Iterator[Show]:
     """
     from PIL import PngImagePlugin
 
-    from ..files import PREVIEW_KEY, new_file, owner, replace_file, sweep
+    from ..files import PREVIEW_KEY, new_file, owner, remove_previews, replace_file, sweep
 
     target = output.with_name(f"{output.stem}-preview.png")
     path, failed = None, False
@@ -53,5 +53,4 @@ def preview_file(output: Path) -> Iterator[Show]:
     try:
         yield show
     finally:
-        if path is not None:
-            path.unlink(missing_ok=True)
+        remove_previews(target.parent)  # Ctrl-C may have come before `path` was known
