@@ -24,14 +24,13 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 from common import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from ranked import finish, start
+from ranked import OneBlock, finish, start
 
 GBIT = 1e9 / 8
 LATENCY = 0.0005
@@ -134,17 +133,17 @@ def stepper(ranks: Any, mode: str, latents: Any, stream: Any, alone: float) -> C
 
     relay = shared.RankRelay(ranks, range(ranks.rank, ranks.rank + 1))
 
-    def velocities(x: mx.array, *rest: Any) -> list[mx.array]:
-        received = relay.receive([stream]) if mode == "layers" else [stream]
-        time.sleep(alone / 2 / (ranks.size if mode == "layers" else 1))
-        if mode == "layers":
-            relay.send(received)
-        return [x]
+    def run(targets: list[mx.array], *rest: Any) -> list[mx.array]:
+        for _ in targets:
+            received = relay.receive(ranks.rank, [stream]) if mode == "layers" else [stream]
+            time.sleep(alone / 2 / (ranks.size if mode == "layers" else 1))
+            if mode == "layers":
+                relay.send(ranks.rank + 1, received)
+        return targets
 
-    branch = SimpleNamespace(velocities=velocities)
     denoiser = (
-        shared.LayersDenoiser(ranks, [branch, branch], relay)
-        if mode == "layers" else shared.GuidanceDenoiser(ranks, branch, 2)
+        shared.LayersDenoiser(ranks, OneBlock(run, 2), relay)
+        if mode == "layers" else shared.GuidanceDenoiser(ranks, OneBlock(run), 2)
     )  # fmt: skip
 
     def step(number: int) -> float:

@@ -1,7 +1,8 @@
 """Starts several ranks on this machine; as a program, what each of them runs.
 
-`python tests/ranked.py CASES FOLDER` runs every case of a JSON file and saves, on rank 0, the latents of each image to
-FOLDER/NAME.npy, and on every rank the bytes it read of the transformer to FOLDER/NAME.RANK.json.
+`python tests/ranked.py CASES FOLDER` runs every case of a JSON file. It saves the latents of each image, on rank 0, to
+FOLDER/NAME.npy, and on every rank, to FOLDER/NAME.RANK.json, the bytes it read of the transformer, those it sent to the
+next rank, and the passes that a step cache left out of the last image.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +75,22 @@ def run(size: int, folder: Path, *arguments: str) -> list[tuple[int, str, str]]:
     return ended
 
 
+class OneBlock:
+    """A `DividedDenoiser` of some branches and one block, a function of (targets, evaluation, on_layer)."""
+
+    def __init__(self, block: Callable[..., list], branches: int = 1):
+        self._block, self._branches = block, branches
+
+    def enter(self, latents: Any, evaluation: int, branches: int | None = None) -> SimpleNamespace:
+        return SimpleNamespace(targets=[latents] * (branches or self._branches))
+
+    def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(targets=self._block(hidden.targets, evaluation, on_layer))
+
+    def leave(self, hidden: Any, evaluation: int) -> list:
+        return hidden.targets
+
+
 def latents_of(size: int, folder: Path, cases: Sequence[dict[str, Any]]) -> None:
     """Runs cases on some ranks; 1 is a single process."""
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -126,7 +144,9 @@ def _run_case(case: dict[str, Any], folder: Path, mode: str, rank: int) -> None:
         ComponentWeights.open = opened
     if rank == 0:
         np.save(folder / f"{case['name']}.npy", np.stack([np.array(one.astype(mx.float32)) for one in made]))
-    (folder / f"{case['name']}.{rank}.json").write_text(json.dumps(read))
+    components = session.pipeline.components
+    facts = {"read": read, "skipped": components.passes.skipped, "sent": getattr(components.relay, "sent", 0)}
+    (folder / f"{case['name']}.{rank}.json").write_text(json.dumps(facts))
 
 
 def main() -> int:

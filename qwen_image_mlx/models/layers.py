@@ -31,14 +31,21 @@ class Relay(Protocol):
 
     blocks: range
 
-    def receive(self, streams: Sequence[mx.array]) -> list[mx.array]:
-        """The streams after the block before the first one here: (B, tokens, D), of the shapes and dtype of these.
+    def receive(self, block: int, streams: Sequence[mx.array]) -> list[mx.array]:
+        """What enters a block here: (B, tokens, D), of the shapes and dtype of these streams.
 
-        Where the first block runs here, these come back.
+        These come back unless it is the first block here and others run before it.
         """
 
-    def send(self, streams: Sequence[mx.array]) -> None:
-        """Takes the streams (B, tokens, D) after the last block here to the next one, if there is one."""
+    def send(self, block: int, streams: Sequence[mx.array]) -> None:
+        """Takes the streams (B, tokens, D) to a block that comes after those here, if it is that one."""
+
+
+def run_here(numbers: range, relay: Relay | None) -> range:
+    """Those of some consecutive blocks that run here."""
+    if relay is None:
+        return numbers
+    return range(max(numbers.start, relay.blocks.start), min(numbers.stop, relay.blocks.stop))
 
 
 # Maximum work of one attention kernel, in FLOP: macOS ends a process whose kernel holds the GPU for seconds, and

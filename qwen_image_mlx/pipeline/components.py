@@ -204,9 +204,7 @@ class Components:
         return Pace(unfinished=1 if self.streams(role) else 2)
 
     def depth(self, role: str) -> int:
-        """How many layers of a component run here."""
-        if role == TRANSFORMER and self.relay is not None:
-            return len(self.relay.blocks)
+        """How many layers a component has, be they all here or not."""
         depth: int = getattr(self.config(role), self.rows[role].depth)
         return depth
 
@@ -319,6 +317,8 @@ class Components:
                 worthless.
         """
         streams, layers = name in self.streamed, self.depth(name)
+        if name == TRANSFORMER and self.relay is not None:
+            layers = len(self.relay.blocks)
         yield Pace(lambda count: self._on_layer(name, (count - 1) % layers + 1, layers), 1 if streams else 2)
         if streams:
             self.weights(name).check_unchanged()

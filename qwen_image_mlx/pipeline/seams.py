@@ -188,10 +188,6 @@ class DividedDenoiser(Denoiser, Protocol):
     `velocities` is `enter`, then `run` through all blocks, then `leave`. `hidden` is what the part before returned.
     """
 
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-
     def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
         """What enters the first block: `Hidden`; the arguments are those of `velocities`."""
 
@@ -203,6 +199,9 @@ class DividedDenoiser(Denoiser, Protocol):
 
     def signal(self, hidden: Any, evaluation: int) -> mx.array:
         """The first branch's target (1, N, D) as the first block's attention takes it, normed and modulated."""
+
+    def agreed(self, skips: bool) -> bool:
+        """Whether blocks are left out, decided once for all processes that compute this image."""
 
 
 class ControlledDenoiser(ABC):
@@ -231,6 +230,10 @@ class ControlledDenoiser(ABC):
     def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
         """As `DividedDenoiser.run`."""
         return self._run(hidden, evaluation, blocks, on_layer, self._hints())
+
+    def agreed(self, skips: bool) -> bool:
+        """As `DividedDenoiser.agreed`: this process decides."""
+        return skips
 
     @abstractmethod
     def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:

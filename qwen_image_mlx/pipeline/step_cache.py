@@ -26,13 +26,15 @@ class CachedDenoiser:
         denoiser: computes the passes.
         cache: decides; of this image alone.
         always: the evaluations that are computed whatever the cache decides.
+        branches: how many there are.
 
     Attributes:
         skipped: passes left out so far; with guidance a step has two.
     """
 
-    def __init__(self, denoiser: DividedDenoiser, cache: StepCache, always: Collection[int]):
+    def __init__(self, denoiser: DividedDenoiser, cache: StepCache, always: Collection[int], branches: int):
         self._denoiser, self._cache, self._always = denoiser, cache, always
+        self._branches, self._computed = branches, 0
         self.skipped: int = 0
 
     def velocities(
@@ -40,6 +42,7 @@ class CachedDenoiser:
     ) -> Sequence[mx.array]:
         """As `Denoiser.velocities`."""
         denoiser, cache = self._denoiser, self._cache
+        branches = branches or self._branches
         if cache.reuses == "velocity":
             return self._whole(latents, evaluation, on_layer, branches)
         hidden = denoiser.enter(latents, evaluation, branches)
@@ -51,35 +54,38 @@ class CachedDenoiser:
             seen = denoiser.signal(hidden, evaluation)
         elif cache.sees == "block":
             seen = hidden.targets[0] - entered[0]
-        if self._skips(evaluation, seen, len(entered)):
+        if self._skips(evaluation, seen, branches):
             added = cache.reused(evaluation)
             hidden = hidden.with_targets([_sum(x, r) for x, r in zip(entered, added, strict=False)])
             return denoiser.leave(hidden, evaluation)
         hidden = denoiser.run(hidden, evaluation, slice(cache.first, None), on_layer)
         residuals = [after - before for after, before in zip(hidden.targets, entered, strict=True)]
-        found = denoiser.leave(hidden, evaluation)
-        # Queued now: later they would keep the pass's streams alive.
-        mx.async_eval(residuals)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
-        cache.computed(evaluation, residuals, found[0])
-        return found
+        return self._keep(evaluation, residuals, denoiser.leave(hidden, evaluation), branches)
 
-    def _whole(
-        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None, branches: int | None
-    ) -> Sequence[mx.array]:
+    def _whole(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None, branches: int) -> Sequence[mx.array]:
         """`velocities` of a cache that leaves out everything."""
-        if self._skips(evaluation, latents, branches or self._cache.branches):
+        if self._skips(evaluation, latents, branches):
             return [_sum(latents, r) for r in self._cache.reused(evaluation)[:branches]]
         found = self._denoiser.velocities(latents, evaluation, on_layer, branches)
-        residuals = [velocity - latents for velocity in found]
+        return self._keep(evaluation, [velocity - latents for velocity in found], found, branches)
+
+    def _keep(
+        self, evaluation: int, residuals: list[mx.array], found: Sequence[mx.array], branches: int
+    ) -> Sequence[mx.array]:
+        """Keeps what a computed pass added; returns its velocities."""
+        # Queued now: later they would keep the pass's streams alive.
         mx.async_eval(residuals)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
+        if branches != self._computed:
+            self._cache.forget()
         self._cache.computed(evaluation, residuals, found[0])
+        self._computed = branches
         return found
 
     def _skips(self, evaluation: int, seen: mx.array | None, branches: int) -> bool:
         """Whether a pass is left out; a branch that was not computed last time, as outside the guidance's interval,
         has nothing to reuse."""
         skips = self._cache.skips(evaluation, seen) and evaluation not in self._always
-        skips = skips and self._cache.threshold > 0 and branches <= self._cache.branches
+        skips = self._denoiser.agreed(skips and self._cache.threshold > 0 and branches <= self._computed)
         self.skipped += branches * skips
         return skips
 
@@ -108,7 +114,9 @@ def with_cache(
     begin = 1 - steps / all_steps
     last = len(conditions.sigmas) - 1
     places = [begin + (1 - begin) * n / max(last, 1) for n in range(last + 1)]
-    return CachedDenoiser(denoiser, method(threshold, facts, places), {0, last, *conditions.turns})
+    return CachedDenoiser(
+        denoiser, method(threshold, facts, places), {0, last, *conditions.turns}, len(conditions.branches)
+    )
 
 
 def cache_of(components: Components, text: str, steps: int) -> tuple[type[StepCache], float, CacheFacts]:

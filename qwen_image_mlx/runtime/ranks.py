@@ -329,14 +329,15 @@ def ending(patience: float = PATIENCE) -> Iterator[None]:
         os.close(writing)
 
 
-def parts(count: int, size: int) -> list[range]:
+def parts(count: int, size: int, least: int = 1) -> list[range]:
     """Numbers 0 … count - 1 in consecutive ranges, one for each rank, which differ in length by at most one.
 
     Raises:
-        RequestError: there are more ranks than numbers.
+        RequestError: there are so many ranks that one would have fewer than `least` numbers.
     """
-    if size > count:
-        raise RequestError(f"{size} ranks cannot share {count} blocks: start at most {count}")
+    if size * least > count:
+        each = f", at least {least} each" if least > 1 else ""
+        raise RequestError(f"{size} ranks cannot share {count} blocks{each}: start at most {count // least}")
     bounds = [count * rank // size for rank in range(size + 1)]
     return [range(start, end) for start, end in pairwise(bounds)]
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -23,8 +24,10 @@ from ..names import Parallel
 from ..options import ImageFile, options_of
 from ..pipeline.control import Control
 from ..pipeline.pipeline import QwenImagePipeline
-from ..pipeline.seams import Conditions, Denoiser, DenoiserClass
+from ..pipeline.seams import Conditions, Denoiser, DenoiserClass, DividedDenoiser
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE
+from ..sampling.choices import parse_cache
+from ..sampling.step_caches import METHODS
 from .ranks import REPORT, Ranks, arrive, current, exchanging, parts
 from .traffic import is_worth_splitting
 
@@ -92,8 +95,7 @@ class SharedPipeline(QwenImagePipeline):
     @property
     def blocks(self) -> int:
         """How many blocks the whole transformer has."""
-        with self.components.unconnected():
-            return self.components.depth(TRANSFORMER)
+        return self.components.depth(TRANSFORMER)
 
     @property
     def works(self) -> bool:
@@ -212,90 +214,162 @@ class _SharedDenoisers:
 
     def __call__(self, components: Components, conditions: Conditions, report: Reporter) -> Denoiser:
         """Makes the denoiser of an image; see `DenoiserClass`."""
-        ranks, mode = self._pipeline.ranks, self._pipeline.mode
-
-        def of_branch(states: mx.array) -> Denoiser:
-            return self._make(
-                components, replace(conditions, branches=(states,), all_branches=conditions.branches), report
-            )
-
-        if mode == "guidance" and len(conditions.branches) > 1:
-            branches = conditions.branches
-            return GuidanceDenoiser(
-                ranks, of_branch(branches[ranks.rank]) if ranks.rank < len(branches) else None, len(branches)
-            )
-        if mode == "layers":
-            relay = self._pipeline.relay
-            return LayersDenoiser(ranks, [of_branch(states) for states in conditions.branches], relay)
-        return self._make(components, conditions, report)
+        ranks, mode, relay = self._pipeline.ranks, self._pipeline.mode, self._pipeline.relay
+        branches = conditions.branches
+        if mode == "guidance" and len(branches) > 1:
+            own: Any = None
+            if ranks.rank < len(branches):
+                mine = replace(conditions, branches=(branches[ranks.rank],), all_branches=branches)
+                own = self._make(components, mine, report)
+            return GuidanceDenoiser(ranks, own, len(branches))
+        made: Any = self._make(components, conditions, report)
+        return LayersDenoiser(ranks, made, relay) if relay is not None else made
 
 
-class GuidanceDenoiser:
-    """A `Denoiser` that runs one branch and gets the other from a different rank, in one exchange an evaluation.
+class _SharedDenoiser(ABC):
+    """What the shared `DividedDenoiser`s have in common: ranks compute parts of a pass, and all get the velocities.
+
+    Args:
+        ranks: of this run.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
+
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
+        """As `Denoiser.velocities`."""
+        hidden = self.enter(latents, evaluation, branches)
+        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
+
+    def agreed(self, skips: bool) -> bool:
+        """As `DividedDenoiser.agreed`: rank 0 decides, because chips may differ in the last bit."""
+        self._ranks.meet()
+        return self._ranks.led(lambda: skips)
+
+    @abstractmethod
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
+        """As `DividedDenoiser.enter`."""
+
+    @abstractmethod
+    def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
+        """As `DividedDenoiser.run`."""
+
+    @abstractmethod
+    def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
+        """As `DividedDenoiser.leave`, after one exchange."""
+
+
+class GuidanceDenoiser(_SharedDenoiser):
+    """Runs one branch and gets the other from a different rank, in one exchange an evaluation.
 
     Args:
         ranks: the rank's number is that of its branch.
-        own: the denoiser of this rank's branch; None for a rank without one, which only takes part in the exchange.
+        own: the `DividedDenoiser` of this rank's branch; None for a rank without one.
         branches: how many there are.
     """
 
-    def __init__(self, ranks: Ranks, own: Denoiser | None, branches: int):
-        self._ranks, self._own, self._branches = ranks, own, branches
+    def __init__(self, ranks: Ranks, own: DividedDenoiser | None, branches: int):
+        super().__init__(ranks)
+        self._own, self._all = own, branches
+        self._branches = branches  # of this evaluation
+        self._nothing = mx.zeros((0,))  # a velocity of zeros
 
-    def velocities(
-        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
-    ) -> Sequence[mx.array]:
-        """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
-        own = mx.zeros_like(latents)
-        if branches == 1 and self._ranks.rank:
-            pass  # guidance is off in this step: this branch is not used
-        elif self._own is not None:
-            (own,) = self._own.velocities(latents, evaluation, on_layer)
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
+        """As `DividedDenoiser.enter`."""
+        self._branches, self._nothing = branches or self._all, mx.zeros_like(latents)
+        return _Nothing([self._nothing]) if self._own is None else self._own.enter(latents, evaluation)
+
+    def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
+        """As `DividedDenoiser.run`; outside the guidance's interval the negative branch is left out."""
+        if self._own is None or not self._is_used:
+            return hidden
+        return self._own.run(hidden, evaluation, blocks, on_layer)
+
+    def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
+        """As `DividedDenoiser.leave`, after the exchange."""
+        own = self._nothing
+        if self._own is not None and self._is_used:
+            (own,) = self._own.leave(hidden, evaluation)
             finish(own)  # it may fail, and then there is nothing to exchange
         self._ranks.meet()
-        everyone = self._ranks.gathered(own)
-        return mx.split(everyone, self._ranks.size)[: branches or self._branches]
+        return mx.split(self._ranks.gathered(own), self._ranks.size)[: self._branches]
+
+    def signal(self, hidden: Any, evaluation: int) -> mx.array:
+        """As `DividedDenoiser.signal`, of the own branch: only rank 0's counts."""
+        found: mx.array = hidden.targets[0] if self._own is None else self._own.signal(hidden, evaluation)
+        return found
+
+    @property
+    def _is_used(self) -> bool:
+        """Whether this rank's branch is used in this evaluation."""
+        return self._ranks.rank < self._branches
 
 
-class LayersDenoiser:
-    """A `Denoiser` whose blocks are spread over ranks: the streams go from each to the next, the velocities to all.
+class _Nothing(NamedTuple):
+    """The `Hidden` of a rank without a branch."""
 
-    One branch runs after another, so that a rank has the next branch to run while the one behind it runs the first.
+    targets: Sequence[mx.array]
+
+    def with_targets(self, targets: Sequence[mx.array]) -> _Nothing:
+        """See `Hidden`."""
+        return _Nothing(targets)
+
+
+class LayersDenoiser(_SharedDenoiser):
+    """Blocks that are spread over ranks: the streams go from each to the next (`RankRelay`), the velocities to all.
 
     Args:
         ranks: in order of their blocks.
-        branches: a denoiser of each branch, whose transformer has this rank's blocks.
-        relay: that transformer's.
+        denoiser: the `DividedDenoiser` of this rank's blocks. What it makes of the streams is the velocity on the last.
+        relay: its transformer's.
     """
 
-    def __init__(self, ranks: Ranks, branches: Sequence[Denoiser], relay: RankRelay | None = None):
-        self._ranks, self._branches, self._relay = ranks, branches, relay
+    def __init__(self, ranks: Ranks, denoiser: DividedDenoiser, relay: RankRelay):
+        super().__init__(ranks)
+        self._denoiser, self._relay = denoiser, relay
+        self._cancelled: Cancelled | None = None
 
-    def velocities(
-        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
-    ) -> Sequence[mx.array]:
-        """The velocity (1, N, C) of each branch; see `Denoiser.velocities`."""
-        cancelled: list[Cancelled] = []
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
+        """As `DividedDenoiser.enter`."""
+        return self._denoiser.enter(latents, evaluation, branches)
+
+    def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
+        """As `DividedDenoiser.run`, of those blocks that are this rank's."""
 
         def on_own_layer(arrays: Sequence[mx.array]) -> None:
             try:
                 if on_layer is not None:
                     on_layer(arrays)
             except Cancelled as error:  # the others wait for the streams: it is cancelled after this evaluation
-                cancelled.append(error)
+                self._cancelled = error
 
-        self._ranks.meet()
-        self._ranks.awaited = True
-        found = [branch.velocities(latents, evaluation, on_own_layer)[0] for branch in self._branches[:branches]]
-        if self._ranks.rank + 1 < self._ranks.size:
-            found = [mx.zeros_like(latents) for _ in found]  # only the last rank has the last block
-        if self._relay is not None:
-            self._relay.wait()
-        everyone = self._ranks.gathered(mx.concatenate(found))
-        self._ranks.awaited = False
-        if cancelled:
-            raise cancelled[0]
-        return mx.split(everyone, len(found) * self._ranks.size)[-len(found) :]
+        if blocks.stop is None:  # else the ranks decide how to go on before they wait for each other
+            self._begin()
+        hidden = self._denoiser.run(hidden, evaluation, blocks, on_own_layer)
+        self._relay.wait()
+        return hidden
+
+    def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
+        """As `DividedDenoiser.leave`, after the exchange."""
+        self._begin()
+        found = mx.concatenate(self._denoiser.leave(hidden, evaluation))
+        everyone = self._ranks.gathered(found)
+        self._ranks.awaited, cancelled, self._cancelled = False, self._cancelled, None
+        if cancelled is not None:
+            raise cancelled
+        return mx.split(everyone[-len(found) :], len(found))
+
+    def signal(self, hidden: Any, evaluation: int) -> mx.array:
+        """As `DividedDenoiser.signal`, of the first block here: only rank 0's counts."""
+        return self._denoiser.signal(hidden, evaluation)
+
+    def _begin(self) -> None:
+        """From here on, until the exchange of an evaluation, the others wait for this rank."""
+        if not self._ranks.awaited:
+            self._ranks.meet()
+            self._ranks.awaited = True
 
 
 class RankRelay:
@@ -315,9 +389,9 @@ class RankRelay:
         self.sent: int = 0
         self._sending: mx.array | None = None
 
-    def receive(self, streams: Sequence[mx.array]) -> list[mx.array]:
+    def receive(self, block: int, streams: Sequence[mx.array]) -> list[mx.array]:
         """See `Relay.receive`."""
-        if self._ranks.rank == 0:
+        if self._ranks.rank == 0 or block != self.blocks.start:
             return list(streams)
         lengths = np.cumsum([x.shape[1] for x in streams]).tolist()
         shape = (streams[0].shape[0], lengths[-1], streams[0].shape[2])
@@ -325,9 +399,9 @@ class RankRelay:
         arrive(whole)
         return mx.split(whole, lengths[:-1], axis=1)
 
-    def send(self, streams: Sequence[mx.array]) -> None:
+    def send(self, block: int, streams: Sequence[mx.array]) -> None:
         """See `Relay.send`."""
-        if self._ranks.rank + 1 == self._ranks.size:
+        if self._ranks.rank + 1 == self._ranks.size or block != self.blocks.stop:
             return
         self.wait()
         whole = mx.concatenate(list(streams), axis=1)
@@ -365,10 +439,6 @@ def begin(
     pipeline.prepare()
     ranks.meet()
     ranks.agree(facts_of(request) | files_of(pipeline.components, work.controls))
-    # A step cache leaves blocks out by what it finds in a whole pass; a control counts the blocks of the whole.
-    unsuited: dict[Parallel, str] = {"layers": "a control"} if request.controls else {}
-    if request.parameters.step_cache:
-        unsuited |= {"guidance": "a step cache", "layers": "a step cache"}
     kept = TRANSFORMER not in whole.residency.streamed
     runs = whole.peak <= memory.budget
     stays = runs and (kept or all(TRANSFORMER in row.streamed for row in memory.residencies))
@@ -386,7 +456,7 @@ def begin(
         "guided": work.guided,
         "blocks": pipeline.blocks,
         "runs": can,
-        "unsuited": unsuited,
+        "least": least_blocks(request.parameters),
     }
     mode = chosen_mode(choice, fits=everywhere, **facts)
     pipeline.begin(mode, work.images)
@@ -398,7 +468,7 @@ def begin(
 
 def chosen_mode(
     choice: Parallel, *, ranks: int, images: int, guided: bool, fits: bool, blocks: int, runs: bool = True,
-    unsuited: Mapping[Parallel, str] = {},
+    least: int = 1,
 ) -> Parallel:  # fmt: skip
     """How work is shared.
 
@@ -411,15 +481,11 @@ def chosen_mode(
             reading it again in each step.
         blocks: of the transformer.
         runs: whether each rank has the memory for a whole transformer, be it read again in each step.
-        unsuited: ways that do not suit the request, each with what of it they do not suit.
+        least: blocks that a rank has at least, if blocks are shared.
 
     Raises:
         RequestError: the choice does not suit the work.
     """
-    if choice in unsuited:
-        raise RequestError(
-            f"parallel is {choice}, but with {unsuited[choice]} {SHARED_WORDS[choice]} cannot be shared: choose auto"
-        )
     if choice == "guidance" and not guided:
         raise RequestError(
             "parallel is guidance, but guidance is off, so there is only one branch: give a negative prompt and a "
@@ -428,17 +494,21 @@ def chosen_mode(
     if choice == "images" and images < 2:
         raise RequestError("parallel is images, but there is only one image: make several, or choose auto")
     if choice == "layers":
-        parts(blocks, ranks)
+        parts(blocks, ranks, least)
     if choice != "auto":
         return choice
-    if not fits and ranks <= blocks and "layers" not in unsuited:
+    if not fits and ranks * least <= blocks:
         return "layers"
     if not runs:
         return "none"
-    guided = guided and "guidance" not in unsuited
     if images >= ranks or (images > 1 and not guided):
         return "images"
     return "guidance" if guided else "none"
+
+
+def least_blocks(parameters: GenerationParameters) -> int:
+    """How many blocks a rank needs: one more than a step cache sees before it decides."""
+    return 1 + (METHODS[parse_cache(parameters.step_cache)[0]].first if parameters.step_cache else 0)
 
 
 def facts_of(request: Request) -> dict[str, Any]:

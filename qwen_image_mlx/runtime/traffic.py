@@ -58,7 +58,7 @@ class Blocks:
 
     blocks: range
 
-    def receive(self, streams: object) -> list:
+    def receive(self, block: int, streams: object) -> list:
         """Is never called."""
         raise AssertionError("nothing runs on a rank that is only planned")
 
@@ -118,9 +118,7 @@ def table_of_ranks(components: Components, work: Work, link: Link, ranks: int) -
             f"in {found.seconds(link) * 1e3:.1f} ms"
         )
     lines.append(f"images    {whole / 1e9:.2f} GB on each rank; nothing is exchanged in a step")
-    with components.unconnected():
-        depth = components.depth(TRANSFORMER)
-    if ranks <= depth:
+    if ranks <= components.depth(TRANSFORMER):
         each = ", ".join(f"{plan.peak / 1e9:.2f}" for plan in plans_of_ranks(components, work, ranks))
         found = traffic_of(planner, "layers", ranks)
         slow = "" if is_worth_splitting(components, work, ranks, link) else "; slower than streaming on one machine"

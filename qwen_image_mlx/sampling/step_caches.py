@@ -80,6 +80,10 @@ class StepCache(ABC):
         """Keeps what a computed pass added, by branch, and starts to count again."""
         self._residuals = list(residuals)
 
+    def forget(self) -> None:
+        """Drops what is reused: the next pass is computed, with other branches."""
+        self._residuals = []
+
     def reused(self, number: int) -> list[mx.array]:
         """What a pass that is left out adds, by branch."""
         return self._residuals
@@ -89,11 +93,6 @@ class StepCache(ABC):
         """Number of arrays (1, N, D), or (1, N, C) of latents if it reuses the velocity, at the moment when there are
         most: new ones have been made, and the old ones are still there."""
         return (cls.arrays + 1) * branches + cls.others
-
-    @property
-    def branches(self) -> int:
-        """Number of branches whose residuals are kept."""
-        return len(self._residuals)
 
 
 class TeaCache(StepCache):
@@ -237,7 +236,7 @@ class TaylorSeer(StepCache):
 
     def computed(self, number: int, residuals: Sequence[mx.array], output: mx.array) -> None:
         """As `StepCache.computed`; keeps the residuals before these too."""
-        self._earlier = self._residuals if len(self._residuals) == len(residuals) else []
+        self._earlier = self._residuals
         super().computed(number, residuals, output)
         self._numbers = [*self._numbers[-1:], number]
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from control_files import FUN_21, INSTANTX, write_control
+from control_files import BLOCKWISE, FUN, FUN_21, INSTANTX, write_control
 from lora_files import write_lora
 from PIL import Image
 from ranked import environments, finish, free_ports, latents_of, run, start
+
+from qwen_image_mlx.sampling.step_caches import CacheFacts, TeaFacts
 
 pytestmark = pytest.mark.process
 
@@ -24,11 +26,12 @@ SIZE = ("--width", "64", "--height", "48", "--dtype", "float32", "--steps", "2")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Small checkpoints of four blocks, or three of 2.1; and a LoRA."""
+    """Small checkpoints of four blocks, or three of 2.1; and a LoRA, ControlNets and a calibration."""
     from dataclasses import replace
 
     from checkpoints_21 import write_checkpoint_21
 
+    from qwen_image_mlx.pipeline import calibrated
     from qwen_image_mlx.pipeline.pipeline import QwenImagePipeline
     from qwen_image_mlx.variants import OWN
     from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
@@ -50,16 +53,23 @@ def models(tmp_path_factory):
     write_checkpoint_21(folder / "v21")
     shapes = QwenImagePipeline.from_pretrained(folder / "t2i").lora_targets()
     write_lora(folder / "style.safetensors", shapes)
-    write_control(folder / "control.safetensors", folder / "t2i", INSTANTX, layers=2)
+    for name, kind, layers in (("control", INSTANTX, 2), ("fun", FUN, 2), ("blockwise", BLOCKWISE, 4)):
+        write_control(folder / f"{name}.safetensors", folder / "t2i", kind, layers=layers)
     write_control(folder / "control21.safetensors", folder / "v21", FUN_21, layers=1, extra=65)
     Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(folder / "photo.png")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(folder))
+        calibrated.write_facts(CacheFacts(TeaFacts((1.0, 0.0), 0.0, 9.0, 1.0), (1.0,)), str(folder / "t2i"), ())
+        yield folder
 
 
 BOTH = ["guidance", "layers"]
 T2I = {"model": "t2i", "steps": 2, "cfg_scale": 4.0}
 EDIT_21 = T2I | {"model": "v21", "reference_pixels": 4096}
 CONTROL = {"controlnet": "control.safetensors", "image": "photo.png"}
+BLOCKS = CONTROL | {"controlnet": "blockwise.safetensors"}
+INTERVAL = {"guidance_interval": "0.3:0.8"}
+CACHED = T2I | {"steps": 12}
 CONTROL_21 = CONTROL | {"controlnet": "control21.safetensors"}
 CASES = [
     {"name": "generate", "modes": BOTH, "options": T2I},
@@ -70,12 +80,19 @@ CASES = [
     {"name": "unmerged", "modes": BOTH, "options": T2I | {"loras": ["style.safetensors"], "lora_mode": "side"}},
     {"name": "streamed", "modes": ["layers"], "options": T2I | {"memory": "streamed"}},
     {"name": "inpainted", "modes": BOTH, "images": 1, "mask": True, "options": T2I | {"strength": 0.9}},
-    {"name": "controlled", "modes": ["images", "guidance"], "options": T2I | {"controls": [CONTROL], "num_images": 2}},
-    {"name": "controlled21", "modes": ["guidance"], "options": T2I | {"model": "v21", "controls": [CONTROL_21]}},
-    {"name": "cached", "modes": ["auto"], "options": T2I | {"step_cache": "first-block:0.5", "steps": 9}},
+    {"name": "controlled", "modes": ["images", *BOTH], "options": T2I | {"controls": [CONTROL], "num_images": 2}},
+    {"name": "fun", "modes": BOTH, "options": T2I | {"controls": [CONTROL | {"controlnet": "fun.safetensors"}]}},
+    {"name": "blockwise", "modes": ["layers"], "options": T2I | {"controls": [BLOCKS]}},
+    {"name": "blockwise streamed", "modes": ["layers"], "options": T2I | {"controls": [BLOCKS], "memory": "streamed"}},
+    {"name": "controlled21", "modes": BOTH, "options": T2I | {"model": "v21", "controls": [CONTROL_21]}},
+    {"name": "first-block", "modes": BOTH, "options": CACHED | {"step_cache": "first-block:9"}},
+    {"name": "teacache", "modes": BOTH, "options": CACHED | {"step_cache": "teacache"}},
+    {"name": "easycache", "modes": BOTH, "options": CACHED | {"step_cache": "easycache:0.5", "model": "v21"}},
+    {"name": "taylorseer", "modes": BOTH, "options": CACHED | {"step_cache": "taylorseer"} | INTERVAL},
     {"name": "edit", "modes": BOTH, "images": 2, "options": T2I | {"model": "edit"}},
     {"name": "decompose", "modes": BOTH, "images": 1, "options": T2I | {"model": "layered", "layers": 2}},
     {"name": "generate21", "modes": BOTH, "options": T2I | {"model": "v21"}},
+    {"name": "another step21", "modes": ["layers"], "options": T2I | {"model": "v21", "steps": 3}},
     {"name": "edit21", "modes": BOTH, "images": 1, "options": EDIT_21},
     {"name": "unkept21", "modes": ["guidance"], "images": 1, "options": EDIT_21 | {"no_prefix_cache": True}},
 ]
@@ -83,12 +100,18 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def whole(models):
-    """Every case's latents by one process, and what it read."""
+    """Every case's latents by one process, and the passes that a step cache left out."""
     latents_of(1, models, CASES)
-    return {case["name"]: np.load(models / f"{case['name']}.npy") for case in CASES}
+    names = [case["name"] for case in CASES]
+    return {name: (np.load(models / f"{name}.npy"), facts(models / f"{name}.0.json")["skipped"]) for name in names}
 
 
-THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "cached")]
+def facts(file):
+    """What a rank saved of a case: bytes it read, by tensor, and sent; and the passes that were left out."""
+    return json.loads(file.read_text())
+
+
+THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "blockwise", "taylorseer")]
 
 
 @pytest.mark.parametrize(("size", "cases"), [(2, CASES), (3, THREE)])
@@ -96,14 +119,21 @@ def test_latents_are_those_of_one_process(models, whole, size, cases):
     latents_of(size, models, cases)
     for case in cases:
         for mode in case["modes"]:
-            found = np.load(models / f"{mode}{size}" / f"{case['name']}.npy")
-            np.testing.assert_array_equal(found, whole[case["name"]], err_msg=f"{case['name']} {mode}")
-    reads = [json.loads((models / f"layers{size}" / f"generate.{rank}.json").read_text()) for rank in range(size)]
-    every = json.loads((models / "generate.0.json").read_text())
+            latents, skipped = whole[case["name"]]
+            place = models / f"{mode}{size}"
+            np.testing.assert_array_equal(np.load(place / f"{case['name']}.npy"), latents, f"{case['name']} {mode}")
+            assert facts(place / f"{case['name']}.0.json")["skipped"] == skipped
+            assert bool(skipped) == ("step_cache" in case["options"])
+    reads = [facts(models / f"layers{size}" / f"generate.{rank}.json")["read"] for rank in range(size)]
+    every = facts(models / "generate.0.json")["read"]
     blocks = [{name for name in read if name.startswith("transformer_blocks.")} for read in reads]
     assert set.union(*blocks) == {name for name in every if name.startswith("transformer_blocks.")}
     assert sum(map(len, blocks)) == len(set.union(*blocks))  # no block is read twice
     assert all(read[name] == every[name] for read in reads for name in read)
+    if size == 2:
+        less, more = (facts(models / "layers2" / f"{name}.0.json")["sent"] for name in ("generate21", "another step21"))
+        width = json.loads((models / "v21" / "transformer" / "config.json").read_text())
+        assert more - less == 2 * 16 * width["attention_head_dim"] * width["num_attention_heads"] * 4  # no prefix
 
 
 def test_an_image_and_its_record_are_those_of_one_process(models):
@@ -181,11 +211,11 @@ def test_ranks_that_differ_end_with_one_sentence(models, tmp_path, changed, said
     assert not (models / "differs.png").exists()
 
 
-def test_blocks_are_not_shared_with_a_control(models):
-    flags = ("--controlnet", "control.safetensors", "--control-image", "photo.png", "--parallel", "layers")
-    for code, out, err in finish(start(2, models, "generate", "a", "--model", "t2i", *SIZE, *flags, "-o", "no.png")):
+def test_a_step_cache_that_needs_more_blocks_of_a_rank_says_so(models):
+    flags = ("--step-cache", "first-block", "--steps", "12", "--parallel", "layers")
+    for code, out, err in finish(start(3, models, "generate", "a", "--model", "t2i", *SIZE, *flags, "-o", "no.png")):
         assert (code, out) == (2, "")
-        assert "with a control the transformer's blocks cannot be shared: choose auto" in err
+        assert "3 ranks cannot share 4 blocks, at least 2 each: start at most 2" in err
     assert not (models / "no.png").exists()
 
 

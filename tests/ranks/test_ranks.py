@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from rank_threads import together
+from ranked import OneBlock
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RankError, RequestError
@@ -94,10 +95,6 @@ def test_the_time_of_an_exchange():
     assert Link(0.001, 1e9).seconds(500_000_000) == pytest.approx(0.501)
 
 
-CONTROL = {"layers": "a control"}
-CACHE = {"guidance": "a step cache", "layers": "a step cache"}
-
-
 @pytest.mark.parametrize(
     ("asked", "said", "chosen"),
     [
@@ -110,14 +107,10 @@ CACHE = {"guidance": "a step cache", "layers": "a step cache"}
         ("auto", {"fits": False, "ranks": 61}, "guidance"),
         ("none", {"images": 9}, "none"),
         ("layers", {}, "layers"),
-        ("auto", {"fits": False, "unsuited": CONTROL}, "guidance"),
-        ("auto", {"fits": False, "unsuited": CONTROL, "images": 2}, "images"),
-        ("auto", {"fits": False, "runs": False, "unsuited": CONTROL}, "none"),
+        ("auto", {"fits": False, "ranks": 30, "least": 2}, "layers"),
+        ("auto", {"fits": False, "ranks": 31, "least": 2}, "guidance"),
         ("auto", {"fits": False, "runs": False, "ranks": 61}, "none"),
         ("auto", {"fits": False, "runs": False}, "layers"),
-        ("guidance", {"unsuited": CONTROL}, "guidance"),
-        ("auto", {"unsuited": CACHE}, "none"),
-        ("auto", {"unsuited": CACHE, "images": 2, "ranks": 4}, "images"),
     ],
 )
 def test_how_work_is_shared(asked, said, chosen):
@@ -131,8 +124,7 @@ def test_how_work_is_shared(asked, said, chosen):
         ("guidance", {"guided": False}, "guidance is off"),
         ("images", {}, "there is only one"),
         ("layers", {"ranks": 61}, "61 ranks cannot share 60 blocks"),
-        ("layers", {"unsuited": CONTROL}, "with a control the transformer's blocks cannot be shared: choose auto"),
-        ("guidance", {"unsuited": CACHE}, "with a step cache the branches of guidance cannot be shared"),
+        ("layers", {"ranks": 31, "least": 2}, "31 ranks cannot share 60 blocks, at least 2 each: start at most 30"),
     ],
 )
 def test_a_choice_that_does_not_suit_the_work(asked, said, why):
@@ -213,14 +205,19 @@ def test_one_rank_of_one_exchanges_with_itself():
     """MLX's group of a single process makes every exchange return its input."""
     ranks = Ranks(mx.distributed.init())
     latents = mx.ones((1, 2, 3))
-    branch = SimpleNamespace(velocities=lambda x, n, on_layer: [x * (n + 2)])
-    (velocity,) = GuidanceDenoiser(ranks, branch, 1).velocities(latents, 1)
-    assert mx.array_equal(velocity, latents * 3)
-    both = LayersDenoiser(ranks, [branch, branch]).velocities(latents, 0)
-    assert [mx.array_equal(one, latents * 2).item() for one in both] == [True, True]
     relay = RankRelay(ranks, range(4))
-    assert relay.receive([latents])[0] is latents
-    relay.send([latents])
+
+    def block(targets, evaluation, on_layer):
+        return [target * (evaluation + number) for number, target in enumerate(targets, 2)]
+
+    (velocity,) = GuidanceDenoiser(ranks, OneBlock(block), 1).velocities(latents, 1)
+    assert mx.array_equal(velocity, latents * 3)
+    both = LayersDenoiser(ranks, OneBlock(block, 2), relay).velocities(latents, 0)
+    assert [mx.array_equal(one, latents * factor).item() for one, factor in zip(both, (2, 3), strict=True)] == [
+        True
+    ] * 2
+    assert relay.receive(0, [latents])[0] is latents
+    relay.send(4, [latents])
     assert relay.sent == 0
 
 

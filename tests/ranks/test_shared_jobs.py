@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from rank_threads import together
+from ranked import OneBlock
 
 from qwen_image_mlx.errors import Cancelled, GPUError, RankError, RequestError
 from qwen_image_mlx.runtime.ranks import Ranks
-from qwen_image_mlx.runtime.shared import GuidanceDenoiser, LayersDenoiser
+from qwen_image_mlx.runtime.shared import GuidanceDenoiser, LayersDenoiser, RankRelay
 from qwen_image_mlx.server.api_errors import ApiError
 from qwen_image_mlx.server.jobs import Jobs
 from qwen_image_mlx.server.schema import BODIES, EditBody
@@ -99,15 +99,19 @@ def test_layers_are_cancelled_after_the_exchange():
         steps.append(("layer", ranks.awaited))
         raise Cancelled("cancelled")
 
-    def velocities(latents, evaluation, on_layer):
-        on_layer([latents])
-        return [latents]
+    def block(targets, evaluation, on_layer):
+        for target in targets:
+            on_layer([target])
+        return targets
 
-    branch = SimpleNamespace(velocities=velocities)
-    with pytest.raises(Cancelled):
-        LayersDenoiser(ranks, [branch, branch]).velocities(mx.ones((1, 2, 3)), 0, cancel)
-    assert steps == [("meets", False), ("layer", True), ("layer", True)]
-    assert not ranks.awaited
+    denoiser = LayersDenoiser(ranks, OneBlock(block, 2), RankRelay(ranks, range(1)))
+    for _ in range(2):
+        with pytest.raises(Cancelled):
+            denoiser.velocities(mx.ones((1, 2, 3)), 0, cancel)
+        assert steps == [("meets", False), ("layer", True), ("layer", True)]
+        assert not ranks.awaited
+        steps.clear()
+    assert len(denoiser.velocities(mx.ones((1, 2, 3)), 0)) == 2  # what was cancelled is over
 
 
 def test_branches_of_guidance_meet_between_computing_and_exchange():
@@ -117,13 +121,13 @@ def test_branches_of_guidance_meet_between_computing_and_exchange():
         steps.append("meets")
         raise Cancelled("cancelled")
 
-    def velocities(*rest):
+    def block(targets, *_):
         steps.append("computes")
-        return [rest[0]]
+        return targets
 
     ranks.meet, ranks.gathered = meet, lambda array: steps.append("exchanges")
     with pytest.raises(Cancelled):
-        GuidanceDenoiser(ranks, SimpleNamespace(velocities=velocities), 1).velocities(mx.ones((1, 2, 3)), 0)
+        GuidanceDenoiser(ranks, OneBlock(block), 1).velocities(mx.ones((1, 2, 3)), 0)
     assert steps == ["computes", "meets"]
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import nn
-from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh
+from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh, run_here
 from ..rotary import Rotary, rotate
 from .config import TransformerConfig
 
@@ -161,31 +161,36 @@ class Transformer(nn.Module):
         hints: Sequence[Hint] = (),
     ) -> Hidden:
         """The streams after some consecutive blocks; `hints` are added to the target's tokens after each of them."""
+        relay, run_block = self.relay, run_block or TransformerBlock.__call__
         streams = list(zip(hidden.images, hidden.texts, strict=True))
-        numbers, all_rows, relay = range(len(modulation.blocks))[blocks], modulation.blocks[blocks], self.relay
-        if relay is not None:  # then a pass is whole, and the rows are those of the blocks here
-            numbers, all_rows = relay.blocks, modulation.blocks
-            blocks = slice(numbers.start, numbers.stop)
-            received = [relay.receive([*images, text]) for images, text in streams]
-            streams = [(arrays[:-1], arrays[-1]) for arrays in received]
-        for number, block, rows in zip(numbers, self.transformer_blocks[blocks], all_rows, strict=True):
-            before = streams
-            streams = [
-                (run_block or TransformerBlock.__call__)(block, images, txt, rows, tables)
-                for (images, txt), tables in zip(streams, rotary, strict=True)
-            ]
-            if hints:
-                streams = [
-                    ([_add_hints(hints, number, text, images[0]), *images[1:]], txt)
-                    for text, (images, txt) in enumerate(streams)
-                ]
-            if on_layer is not None:  # the last block returns its text unchanged
-                texts_before = {id(txt) for _, txt in before}
-                on_layer([x for images, txt in streams for x in (*images, txt) if id(x) not in texts_before])
-        if relay is not None:
-            for images, text in streams:
-                relay.send([*images, text])
-        return Hidden([images for images, _ in streams], [text for _, text in streams])
+        every = range(len(self.transformer_blocks))
+        numbers, first = run_here(every[blocks], relay), run_here(every, relay).start  # `modulation` begins there
+        if not numbers:
+            return hidden
+
+        def through(texts: range) -> None:
+            """Takes some of the texts through the blocks."""
+            here = self.transformer_blocks[numbers.start : numbers.stop]
+            rows = modulation.blocks[numbers.start - first : numbers.stop - first]
+            for number, block, of_block in zip(numbers, here, rows, strict=True):
+                before = [streams[text][1] for text in texts]
+                for text in texts:
+                    images, txt = run_block(block, *streams[text], of_block, rotary[text])
+                    streams[text] = [_add_hints(hints, number, text, images[0]), *images[1:]], txt
+                if on_layer is not None:
+                    same = set(map(id, before))  # the last block returns its text unchanged
+                    made = [x for text in texts for x in (*streams[text][0], streams[text][1])]
+                    on_layer([x for x in made if id(x) not in same])
+
+        if relay is None:
+            through(range(len(streams)))
+            return _hidden(streams)
+        for text, (images, txt) in enumerate(streams):  # one after another: the ranks behind run the one before
+            *images, txt = relay.receive(numbers.start, [*images, txt])
+            streams[text] = images, txt
+            through(range(text, text + 1))
+            relay.send(numbers.stop, [*streams[text][0], streams[text][1]])
+        return _hidden(streams)
 
     def leave(self, hidden: Hidden, modulation: Modulation) -> list[mx.array]:
         """The velocities (B, N, patch channels) of what leaves the last block."""
@@ -195,6 +200,10 @@ class Transformer(nn.Module):
         """The target (B, N, D) of the first branch as the first block's attention takes it: normed and modulated."""
         shift, scale, *_ = modulation.blocks[0].target
         return modulate(hidden.targets[0], scale, shift)
+
+
+def _hidden(streams: Sequence[tuple[list[mx.array], mx.array]]) -> Hidden:
+    return Hidden([images for images, _ in streams], [text for _, text in streams])
 
 
 def _add_hints(hints: Sequence[Hint], block: int, text: int, target: mx.array) -> mx.array:

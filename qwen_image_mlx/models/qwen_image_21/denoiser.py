@@ -132,11 +132,6 @@ class Denoiser:
 
     # The three parts of a step, for callers that leave some of its blocks out.
 
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return len(self._transformer.transformer_blocks)
-
     def enter(self, latents: mx.array, branches: int | None = None) -> Hidden:
         """What enters the first block, for each condition."""
         return self._transformer.enter(latents, self._branches[:branches])
@@ -156,9 +151,9 @@ class Denoiser:
         )
 
     def leave(self, hidden: Hidden, step: int) -> list[mx.array]:
-        """The velocities of what leaves the last block; prefixes that went through all blocks are kept."""
+        """The velocities of what leaves the last block; prefixes that went through all blocks here are kept."""
         for n, seen in enumerate(hidden.kept):
-            if len(seen) == self.depth:
+            if len(seen) == len(self._transformer.blocks_here):
                 self._branches[n] = Branch(seen, self._branches[n].rotary)
         return self._transformer.leave(hidden, self._table[step])
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from .. import nn
 from ..causal import causal_attention
-from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh
+from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh, run_here
 from ..rotary import Rotary, rotate
 from .config import TransformerConfig
 from .rope import Run
@@ -111,6 +111,11 @@ class Transformer(nn.Module):
         self.proj_out: Linear = Linear(config.dim, config.out_channels, bias=False)
         self._depth, self._eps = config.num_layers, config.eps
 
+    @property
+    def blocks_here(self) -> range:
+        """The numbers of the blocks that run here."""
+        return run_here(range(self._depth), self.relay)
+
     def project_text(self, states: mx.array) -> mx.array:
         """Encoder states (B, L, context_in_dim) to text tokens (B, L, D); the same in every step."""
         return self.txt_in(states)
@@ -145,7 +150,7 @@ class Transformer(nn.Module):
             branches: what is generated.
             rows: this step's rows.
             still: the rows of timestep 0, for prefixes.
-            blocks: which run; of a transformer of which a rank has a part, all of that.
+            blocks: which run; of these, where a rank has a part of the transformer, those that are in it.
             on_layer: called after each block with what it made.
             keep: hand out the prefixes' keys and values, which takes the memory of all blocks' at once: given as
                 `Branch.prefix` to later steps, they leave out all work on the prefix.
@@ -153,34 +158,41 @@ class Transformer(nn.Module):
         """
         targets, hidden = list(entered.targets), dict(entered.prefixes)
         kept = [list(seen) for seen in entered.kept]
-        first, relay = 0, self.relay
-        if relay is not None:  # then a pass is whole
-            first, blocks = relay.blocks.start, slice(relay.blocks.start, relay.blocks.stop)
-            for n in range(len(targets)):
-                targets[n], *before = relay.receive([targets[n], *([hidden[n]] if n in hidden else [])])
-                if before:
-                    (hidden[n],) = before
-        for number, block in zip(range(self._depth)[blocks], self.transformer_blocks[blocks], strict=True):
-            made: list[mx.array] = []
-            for n, (prefix, rotary) in enumerate(branches):
-                if isinstance(prefix, Prefix):
-                    seen, hidden[n] = block.prefix(hidden[n], prefix.runs, still, prefix.rotary)
-                    made += seen
-                    if number + 1 < self._depth:  # after the last block nobody reads it
-                        made.append(hidden[n])
-                else:
-                    seen = prefix[number - first]
-                if keep:
-                    kept[n].append(seen)
-                targets[n] = block(targets[n], rows, rotary, seen)
-            for added, n in ((hint(number, n), n) for hint in hints for n in hidden):
-                if added is not None:
-                    hidden[n], targets[n] = hidden[n] + added[0], targets[n] + added[1]
-            if on_layer is not None:
-                on_layer([*made, *targets])
-        if relay is not None:
-            for n, target in enumerate(targets):
-                relay.send([target, *([hidden[n]] if n in hidden else [])])
+        relay, numbers = self.relay, run_here(range(self._depth)[blocks], self.relay)
+        if not numbers:
+            return entered
+
+        def through(some: range) -> None:
+            """Takes some of the branches through the blocks."""
+            for number, block in zip(numbers, self.transformer_blocks[numbers.start : numbers.stop], strict=True):
+                made: list[mx.array] = []
+                for n in some:
+                    prefix, rotary = branches[n]
+                    if isinstance(prefix, Prefix):
+                        seen, hidden[n] = block.prefix(hidden[n], prefix.runs, still, prefix.rotary)
+                        made += seen
+                        if number + 1 < self._depth:  # after the last block nobody reads it
+                            made.append(hidden[n])
+                    else:
+                        seen = prefix[number - self.blocks_here.start]
+                    if keep:
+                        kept[n].append(seen)
+                    targets[n] = block(targets[n], rows, rotary, seen)
+                for added, n in ((hint(number, n), n) for hint in hints for n in some):
+                    if added is not None:
+                        hidden[n], targets[n] = hidden[n] + added[0], targets[n] + added[1]
+                if on_layer is not None:
+                    on_layer([*made, *(targets[n] for n in some)])
+
+        if relay is None:
+            through(range(len(targets)))
+            return Hidden(targets, hidden, kept)
+        for n in range(len(targets)):  # one after another: the ranks behind run the one before
+            targets[n], *before = relay.receive(numbers.start, [targets[n], *([hidden[n]] if n in hidden else [])])
+            if before:
+                (hidden[n],) = before
+            through(range(n, n + 1))
+            relay.send(numbers.stop, [targets[n], *([hidden[n]] if n in hidden else [])])
         return Hidden(targets, hidden, kept)
 
     def leave(self, hidden: Hidden, rows: Rows) -> list[mx.array]:

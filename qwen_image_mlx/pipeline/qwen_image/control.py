@@ -134,14 +134,14 @@ class BlockwiseBranch:
     def hint(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Hint:
         """A function of the tokens; see `ControlBranch.hint`. Its layers are read in order, if they are streamed."""
         layers: Iterator[Any] = iter(())
-        layer, following = None, -1
+        layer, before = None, -2  # no block
 
         def hint(block: int, text: int, image: mx.array) -> mx.array:
-            nonlocal layers, layer, following
-            if text == 0:
-                if block != following:  # the first of a pass, or blocks were left out
+            nonlocal layers, layer, before
+            if text == 0 or block != before:  # else another text after the same block
+                if block != before + 1:  # the first of a pass, or blocks were left out
                     layers = iter(self._network.controlnet_blocks[block:])
-                layer, following = next(layers), block + 1
+                layer, before = next(layers), block
             assert layer is not None
             added: mx.array = self._scale * layer(image, self._condition)
             return added

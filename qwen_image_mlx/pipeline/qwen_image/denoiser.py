@@ -70,11 +70,6 @@ class QwenImageDenoiser(ControlledDenoiser):
         steered = Steered(self._text, self._transformer.project_references)  # the same projection
         super().__init__(Controls(components, conditions, steered, report))
 
-    @property
-    def depth(self) -> int:
-        """As `Denoiser.depth`."""
-        return len(self._transformer.transformer_blocks)
-
     def _enter(self, latents: mx.array, branches: int | None) -> Hidden:
         return self._transformer.enter(latents, self._text[:branches], self._references)
 

@@ -76,11 +76,6 @@ class QwenImage21Denoiser(ControlledDenoiser):
         mx.eval(self._denoiser.prepared)
         super().__init__(Controls(components, conditions, self._denoiser, report))
 
-    @property
-    def depth(self) -> int:
-        """As `Denoiser.depth`."""
-        return self._denoiser.depth
-
     def _enter(self, latents: mx.array, branches: int | None) -> Hidden:
         return self._denoiser.enter(latents, branches)
 
