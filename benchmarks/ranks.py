@@ -129,7 +129,7 @@ def stepper(ranks: Any, mode: str, latents: Any, stream: Any, alone: float) -> C
     """
     import mlx.core as mx
 
-    from qwen_image_mlx.runtime import shared
+    from qwen_image_mlx.runtime import shared_denoiser as shared
 
     relay = shared.RankRelay(ranks, range(ranks.rank, ranks.rank + 1))
 
@@ -160,7 +160,7 @@ def link(folder: Path, ranks: Any) -> dict[str, Any]:
     import mlx.core as mx
 
     from qwen_image_mlx.runtime import ranks as transport
-    from qwen_image_mlx.runtime import shared
+    from qwen_image_mlx.runtime import shared_denoiser as shared
     from qwen_image_mlx.runtime.ranks import Link
     from qwen_image_mlx.runtime.traffic import Traffic
 

@@ -333,7 +333,7 @@ def parts(count: int, size: int, least: int = 1) -> list[range]:
     """Numbers 0 … count - 1 in consecutive ranges, one for each rank, which differ in length by at most one.
 
     Raises:
-        RequestError: there are so many ranks that one would have fewer than `least` numbers.
+        RequestError: there are too many ranks for each to have `least` numbers.
     """
     if size * least > count:
         each = f", at least {least} each" if least > 1 else ""

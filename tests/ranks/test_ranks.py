@@ -23,15 +23,8 @@ from qwen_image_mlx.runtime import ranks as ranks_module
 from qwen_image_mlx.runtime.memory_plan import Planner, Work
 from qwen_image_mlx.runtime.ranks import Link, Ranks, current, ending, exchanging, launched, lost, parts
 from qwen_image_mlx.runtime.residency import DEFAULT
-from qwen_image_mlx.runtime.shared import (
-    GuidanceDenoiser,
-    LayersDenoiser,
-    RankRelay,
-    SharedPipeline,
-    chosen_mode,
-    facts_of,
-    fingerprint,
-)
+from qwen_image_mlx.runtime.shared import SharedPipeline, chosen_mode, facts_of, fingerprint
+from qwen_image_mlx.runtime.shared_denoiser import GuidanceDenoiser, LayersDenoiser, RankRelay
 from qwen_image_mlx.runtime.traffic import traffic_of
 from qwen_image_mlx.weights.safetensors_files import read_header
 

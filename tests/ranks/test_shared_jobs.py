@@ -11,7 +11,7 @@ from ranked import OneBlock
 
 from qwen_image_mlx.errors import Cancelled, GPUError, RankError, RequestError
 from qwen_image_mlx.runtime.ranks import Ranks
-from qwen_image_mlx.runtime.shared import GuidanceDenoiser, LayersDenoiser, RankRelay
+from qwen_image_mlx.runtime.shared_denoiser import GuidanceDenoiser, LayersDenoiser, RankRelay
 from qwen_image_mlx.server.api_errors import ApiError
 from qwen_image_mlx.server.jobs import Jobs
 from qwen_image_mlx.server.schema import BODIES, EditBody
