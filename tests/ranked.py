@@ -2,7 +2,7 @@
 
 `python tests/ranked.py CASES FOLDER` runs every case of a JSON file. It saves the latents of each image, on rank 0, to
 FOLDER/NAME.npy, and on every rank, to FOLDER/NAME.RANK.json, the bytes it read of the transformer, those it sent to the
-next rank, and the passes that a step cache left out of the last image.
+next rank, the passes that a step cache left out of the last image, and what was loaded at the end.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def _run_case(case: dict[str, Any], folder: Path, mode: str, rank: int) -> None:
     if rank == 0:
         np.save(folder / f"{case['name']}.npy", np.stack([np.array(one.astype(mx.float32)) for one in made]))
     components = session.pipeline.components
-    facts = {"read": read, "skipped": components.passes.skipped, "sent": getattr(components.relay, "sent", 0)}
+    facts = {"read": read, "skipped": components.passes.skipped, "sent": getattr(components.relay, "sent", 0),
+             "loaded": components.loaded}  # fmt: skip
     (folder / f"{case['name']}.{rank}.json").write_text(json.dumps(facts))
 
 

@@ -31,6 +31,7 @@ from .working import working
 
 def encode_guidance_prompts(
     components: Components,
+    encoder: ConditionEncoder,
     report: Reporter,
     prompt: str,
     negative_prompt: str | None,
@@ -39,11 +40,10 @@ def encode_guidance_prompts(
     sequential_positions: bool,
     progress: ProgressCallback | None,
 ) -> GuidanceEncoding:
-    """The work of `QwenImagePipeline.encode_guidance_prompts`; its arguments and errors."""
+    """The work of `QwenImagePipeline.encode_guidance_prompts`: its arguments and errors, and its encoder."""
     check_reference_pixels(reference_pixels)
     opened = open_images(components, images)
     shown = opened if components.variant.encoder_area else []
-    encoder: ConditionEncoder = components.use_of(TEXT_ENCODER)(components)
     references: tuple[Reference, ...] = ()
     with working(components, report, progress):
         prompts = [prompt] if negative_prompt is None else [prompt, negative_prompt]

@@ -38,7 +38,7 @@ from .progress import ProgressCallback, Shown
 from .reporter import Reporter
 from .request import Request
 from .sampling_options import SamplingOptions, check_sampling, sampling_of, with_preset
-from .seams import ControlInput, DenoiserClass
+from .seams import ConditionEncoder, ControlInput, DenoiserClass
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -196,9 +196,13 @@ class QwenImagePipeline(Holding):
             QwenImageError: the encoder's output is not finite, which float16 can cause.
         """
         return encode.encode_guidance_prompts(
-            self.components, self._report, prompt, negative_prompt, images, reference_pixels, sequential_positions,
-            progress,
+            self.components, self._encoder(), self._report, prompt, negative_prompt, images, reference_pixels,
+            sequential_positions, progress,
         )  # fmt: skip
+
+    def _encoder(self) -> ConditionEncoder:
+        encoder: ConditionEncoder = self.components.use_of(r.TEXT_ENCODER)(self.components)
+        return encoder
 
     def encode_initial_image(
         self, image: ImageSource, size: Size, mask: ImageSource | None = None, *,

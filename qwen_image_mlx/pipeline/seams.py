@@ -361,15 +361,17 @@ class ConditionEncoder(Protocol):
         report: Reporter,
         sequential_positions: bool = False,
         reference_pixels: int | None = None,
+        only: Sequence[int] | None = None,
     ) -> Encoded:
         """The prompts' states.
 
         Args:
-            prompts: of any length.
+            prompts: of any length; all are checked.
             images: the images for the text encoder, upright; [] for none.
             report: receives the stages.
             sequential_positions: number the tokens 0, 1, 2, … even with images.
             reference_pixels: maximum pixels of each image that the transformer sees; None is the model's own area.
+            only: numbers of the prompts whose states are computed; None is all. Without one nothing is loaded.
 
         Raises:
             RequestError: a prompt is too long, or holds what stands for an image.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import pairwise
@@ -118,6 +119,27 @@ class Ranks:
         whole = mx.distributed.all_gather(array, group=self._group)
         arrive(whole)
         return whole
+
+    def gather_arrays(self, arrays: Sequence[mx.array]) -> list[list[mx.array]]:
+        """Every rank's arrays, of any number, shapes and dtypes, by rank, evaluated; raises RankError as `gather`."""
+        import mlx.core as mx
+        import numpy as np
+
+        from ..gpu import finish
+
+        kinds = self.gather_values([[list(array.shape), str(array.dtype).rpartition(".")[2]] for array in arrays])
+        payloads = self.gather(b"".join(np.array(array.view(mx.uint8)).tobytes() for array in arrays))
+        found: list[list[mx.array]] = []
+        for of_rank, payload in zip(kinds, payloads, strict=True):
+            data, start = mx.array(np.frombuffer(payload, np.uint8)), 0
+            found.append([])
+            for shape, name in of_rank:
+                dtype = getattr(mx, name)
+                end = start + math.prod(shape) * dtype.size
+                found[-1].append(data[start:end].view(dtype).reshape(shape))
+                start = end
+            finish(*found[-1])
+        return found
 
     def gather_values(self, value: Any) -> list[Any]:
         """Every rank's value, of JSON's types, in order of the ranks; raises RankError as `gather`."""

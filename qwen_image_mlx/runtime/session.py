@@ -311,7 +311,7 @@ class Session:
     ) -> Iterator[GeneratedImage]:
         """Yields the images of a request inside its plan; on ranks other than the first, none."""
         if self.works:
-            yield from generate(self.pipeline, request, progress, cache, **plan.residency.releases)
+            yield from generate(self.pipeline, request, progress, self._encodings(cache), **plan.residency.releases)
         else:
             self.attend()
 
@@ -332,14 +332,22 @@ class Session:
     ) -> LayeredResult | None:
         """The layers of an image inside the request's plan; None on all ranks but the first."""
         if self.leads:
-            return decompose(self.pipeline, request, progress, cache, **plan.residency.releases)
+            return decompose(self.pipeline, request, progress, self._encodings(cache), **plan.residency.releases)
         for _ in self.planned_images(request, plan, progress, cache):
             raise AssertionError("only rank 0 decodes")
         return None
 
     def encode(self, request: Request) -> Any:
         """A request's encoding, from the session's cache if possible."""
-        return encode(self.pipeline, request, self.progress, self._cache)
+        return encode(self.pipeline, request, self.progress, self._encodings(self._cache))
+
+    def _encodings(self, stored: Encodings | None) -> Encodings | None:
+        """Stored encodings, as planned work uses them."""
+        if not getattr(self.pipeline, "shares_encoding", False):
+            return stored
+        from .shared_encoder import SharedEncodings  # here: most runs are one process
+
+        return SharedEncodings(current(), stored)
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """The progress callback for a request: the session's own, wrapped in a `Preview` if `show` is given."""

@@ -16,17 +16,18 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import RequestError
-from ..images.sources import open_rgba
+from ..images.sources import ImageSource, open_rgba
 from ..names import Parallel
 from ..options import ImageFile, options_of
 from ..pipeline.control import Control
 from ..pipeline.pipeline import QwenImagePipeline
-from ..pipeline.seams import Conditions, Denoiser, DenoiserClass
+from ..pipeline.seams import ConditionEncoder, Conditions, Denoiser, DenoiserClass
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE
 from ..sampling.choices import parse_cache
 from ..sampling.step_caches import METHODS
 from .ranks import REPORT, Ranks, current, parts
 from .shared_denoiser import GuidanceDenoiser, LayersDenoiser, RankRelay
+from .shared_encoder import SharedEncoder
 from .traffic import is_worth_splitting
 
 if TYPE_CHECKING:
@@ -142,6 +143,23 @@ class SharedPipeline(QwenImagePipeline):
             }
         )
 
+    @property
+    def shares_encoding(self) -> bool:
+        """Whether all ranks take part in encoding."""
+        return self.mode in ("guidance", "layers")
+
+    def _encoder(self) -> ConditionEncoder:
+        encoder = super()._encoder()
+        return SharedEncoder(self.ranks, encoder) if self.shares_encoding else encoder
+
+    def caption_image(self, image: ImageSource, **options: Any) -> str:
+        """As `QwenImagePipeline.caption_image`; where all ranks encode, rank 0 writes the caption for all of them."""
+        if not self.shares_encoding:
+            return super().caption_image(image, **options)
+        caption = super().caption_image(image, **options) if self.ranks.leads else ""
+        self.ranks.meet()
+        return self.ranks.led(lambda: caption)
+
     def denoise_latents(
         self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
         seed: int = 0, image_index: int = 0, latents: mx.array | np.ndarray | None = None,
@@ -181,14 +199,8 @@ class SharedPipeline(QwenImagePipeline):
     def _gathered(self, mine: mx.array | None) -> list[mx.array | None]:
         """Every rank's latents of this round."""
         self.ranks.meet()
-        kind = self.components.dtype
-        payload = b"" if mine is None else bytes(memoryview(np.array(mine.view(mx.uint8))))
-        shape = [] if mine is None else list(mine.shape)
-        shapes, payloads = self.ranks.gather_values(shape), self.ranks.gather(payload)
-        return [
-            mx.array(np.frombuffer(data, np.uint8)).view(kind).reshape(shape) if shape else None
-            for shape, data in zip(shapes, payloads, strict=True)
-        ]
+        everyone = self.ranks.gather_arrays([] if mine is None else [mine])
+        return [arrays[0] if arrays else None for arrays in everyone]
 
     def decode_frames(
         self, parameters: GenerationParameters, latents: mx.array, *, progress: ProgressCallback | None = None

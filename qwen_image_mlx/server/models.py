@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..errors import CheckpointError, HubError, QwenImageError, RequestError
+from ..names import Parallel
 from ..pipeline.conductor import load
 from ..pipeline.pipeline import QwenImagePipeline
 from ..registry import LANGUAGE_HEAD, VISION
@@ -149,8 +150,13 @@ class Models:
         return warm.session
 
     @contextmanager
-    def plan(self, task: str, request: Request) -> Iterator[MemoryPlan]:
+    def plan(self, task: str, request: Request, parallel: Parallel | None = None) -> Iterator[MemoryPlan]:
         """A context with the plan for a request to an open model; memory outside the plan is released first.
+
+        Args:
+            task: the model is open for it.
+            request: the request.
+            parallel: how several ranks share it; None is as the server was started.
 
         Raises:
             RequestError: no plan fits the memory.
@@ -161,7 +167,7 @@ class Models:
         try:
             if len(plans) >= _MAX_PLANS:
                 plans.clear()
-            with _hide_details(), warm.session.plan(request) as plan:
+            with _hide_details(), warm.session.plan(request, parallel) as plan:
                 if plan.residency.staged:
                     warm.release()  # parts left by an earlier job: the first stage needs the memory
                 elif pipeline.variant.captions and not request.writes_caption(pipeline.variant):

@@ -266,7 +266,7 @@ class Tasks:
             options = self._options("decompose") | {"prompt": "", "resolution": body.resolution, "seed": [body.seed]}
             request = session.request(options, images=[open_rgba(image)])  # the task would begin with this caption
             self._limits.check_size(*request.canvas.size)
-            with self._models.plan("decompose", request):
+            with self._models.plan("decompose", request, "none"):
                 if not session.leads:
                     return {}
                 caption = session.pipeline.caption_image(

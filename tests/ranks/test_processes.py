@@ -69,6 +69,7 @@ EDIT_21 = T2I | {"model": "v21", "reference_pixels": 4096}
 CONTROL = {"controlnet": "control.safetensors", "image": "photo.png"}
 BLOCKS = CONTROL | {"controlnet": "blockwise.safetensors"}
 INTERVAL = {"guidance_interval": "0.3:0.8"}
+CAPTIONED = T2I | {"model": "layered", "layers": 2, "prompt": ""}
 CACHED = T2I | {"steps": 12}
 CONTROL_21 = CONTROL | {"controlnet": "control21.safetensors"}
 CASES = [
@@ -91,6 +92,7 @@ CASES = [
     {"name": "taylorseer", "modes": BOTH, "options": CACHED | {"step_cache": "taylorseer"} | INTERVAL},
     {"name": "edit", "modes": BOTH, "images": 2, "options": T2I | {"model": "edit"}},
     {"name": "decompose", "modes": BOTH, "images": 1, "options": T2I | {"model": "layered", "layers": 2}},
+    {"name": "captioned", "modes": BOTH, "images": 1, "options": CAPTIONED},
     {"name": "generate21", "modes": BOTH, "options": T2I | {"model": "v21"}},
     {"name": "another step21", "modes": ["layers"], "options": T2I | {"model": "v21", "steps": 3}},
     {"name": "edit21", "modes": BOTH, "images": 1, "options": EDIT_21},
@@ -107,11 +109,11 @@ def whole(models):
 
 
 def facts(file):
-    """What a rank saved of a case: bytes it read, by tensor, and sent; and the passes that were left out."""
+    """What a rank saved of a case: bytes it read, by tensor, and sent, passes that were left out, what was loaded."""
     return json.loads(file.read_text())
 
 
-THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "blockwise", "taylorseer")]
+THREE = [case for case in CASES if case["name"] in ("generate", "controlled", "blockwise", "taylorseer", "captioned")]
 
 
 @pytest.mark.parametrize(("size", "cases"), [(2, CASES), (3, THREE)])
@@ -130,6 +132,10 @@ def test_latents_are_those_of_one_process(models, whole, size, cases):
     assert set.union(*blocks) == {name for name in every if name.startswith("transformer_blocks.")}
     assert sum(map(len, blocks)) == len(set.union(*blocks))  # no block is read twice
     assert all(read[name] == every[name] for read in reads for name in read)
+    for mode in BOTH:  # a rank without a prompt loads no encoder, and only rank 0 writes captions
+        loaded = [facts(models / f"{mode}{size}" / f"captioned.{rank}.json")["loaded"] for rank in range(size)]
+        assert ["text_encoder" in names for names in loaded] == [True, True, False][:size]
+        assert ["language_head" in names for names in loaded] == [True, False, False][:size]
     if size == 2:
         less, more = (facts(models / "layers2" / f"{name}.0.json")["sent"] for name in ("generate21", "another step21"))
         width = json.loads((models / "v21" / "transformer" / "config.json").read_text())

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import chain
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ from qwen_image_mlx.runtime.ranks import Link, Ranks, current, ending, exchangin
 from qwen_image_mlx.runtime.residency import DEFAULT
 from qwen_image_mlx.runtime.shared import SharedPipeline, chosen_mode, facts_of, fingerprint
 from qwen_image_mlx.runtime.shared_denoiser import GuidanceDenoiser, LayersDenoiser, RankRelay
+from qwen_image_mlx.runtime.shared_encoder import SharedEncodings
 from qwen_image_mlx.runtime.traffic import traffic_of
 from qwen_image_mlx.weights.safetensors_files import read_header
 
@@ -158,6 +160,34 @@ def test_images_are_dealt_out_and_come_back_in_order(size, images):
     assert [latents.max() for latents in results[0]] == list(range(images))
     assert ran == [list(range(rank, images, size)) for rank in range(size)]
     assert not any(latents.size for others in results[1:] for latents in others)
+
+
+def test_arrays_of_all_ranks_come_back_as_they_are():
+    own = [
+        [mx.arange(6, dtype=mx.float32).reshape(1, 2, 3), mx.ones((2, 1), mx.bfloat16)],
+        [],
+        [mx.array([[7]], mx.int32)],
+    ]
+    mx.eval(own)
+    for everyone in together(3, lambda ranks: ranks.gather_arrays(own[ranks.rank])):
+        assert [len(arrays) for arrays in everyone] == [2, 0, 1]
+        for found, made in zip(chain(*everyone), chain(*own), strict=True):
+            assert found.dtype == made.dtype
+            assert mx.array_equal(found, made)
+
+
+@pytest.mark.parametrize("stored", [[True, True], [True, False], [False, False]])
+def test_a_stored_encoding_is_used_if_every_rank_has_it(stored):
+    """Else a rank would wait for a prompt that no other one encodes."""
+
+    class Store:
+        def get(self, pipeline, request):
+            return "stored"
+
+    def work(ranks):
+        return SharedEncodings(ranks, Store() if stored[ranks.rank] else None).get(None, None)
+
+    assert together(2, work) == ["stored" if all(stored) else None] * 2
 
 
 def test_requests_differ_by_everything_that_counts():

@@ -32,6 +32,7 @@ class QwenImageEncoder:
         report: Reporter,
         sequential_positions: bool = False,
         reference_pixels: int | None = None,
+        only: Sequence[int] | None = None,
     ) -> Encoded:
         """States (1, L, C) of each prompt, in the model's dtype, evaluated; see `ConditionEncoder.encode`."""
         parts, area = self._components, self._components.variant.encoder_area
@@ -39,6 +40,9 @@ class QwenImageEncoder:
         template = parts.variant.template
         tokens = [tokenize_prompt(parts.tokenizer, template, text, grids, sequential_positions) for text in prompts]
         check_length(max(len(prompt.ids) - prompt.first for prompt in tokens))
+        chosen = tokens if only is None else [tokens[number] for number in only]
+        if not chosen:
+            return Encoded([])
         features = None
         if images:
             parts.load(VISION)
@@ -46,7 +50,7 @@ class QwenImageEncoder:
                 features = encode_vision(parts, images, area)
         parts.load(TEXT_ENCODER)
         with report.stage("encode", "prompts"):
-            return Encoded(encode_prompts(parts, tokens, features))
+            return Encoded(encode_prompts(parts, chosen, features))
 
     def caption(self, image: Image.Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
         """The caption of an image, shown at about `area` pixels; see `ConditionEncoder.caption`."""

@@ -46,6 +46,7 @@ class QwenImage21Encoder:
         report: Reporter,
         sequential_positions: bool = False,
         reference_pixels: int | None = None,
+        only: Sequence[int] | None = None,
     ) -> Encoded:
         """As `ConditionEncoder.encode`."""
         parts, template = self._components, self._components.variant.template
@@ -57,6 +58,9 @@ class QwenImage21Encoder:
             for text in prompts
         ]
         self._check(tokens)
+        chosen, starts = tokens if only is None else [tokens[n] for n in only], image_starts(tokens[0], grids)
+        if not chosen:
+            return Encoded([], starts)
         features: list[Features] = []
         if images:
             parts.load(VISION)
@@ -64,8 +68,7 @@ class QwenImage21Encoder:
                 features = [self._features(image, size) for image, size in zip(images, sizes, strict=True)]
         parts.load(TEXT_ENCODER)
         with report.stage("encode", "prompts"):
-            states = self._states(tokens, features)
-        return Encoded(states, image_starts(tokens[0], grids))
+            return Encoded(self._states(chosen, features), starts)
 
     def caption(self, image: Image.Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
         """As `ConditionEncoder.caption`, by the prompts that Qwen-Image-Layered writes its captions with."""
