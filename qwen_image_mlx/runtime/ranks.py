@@ -12,6 +12,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,15 @@ REPORT = logging.INFO + 5  # the level of the line that each rank but the first 
 # Set by mlx.launch's backends (ring, jaccl, nccl), by Open MPI and by MPICH; all tell a process its rank.
 _RANK_KEYS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 PATIENCE = 5.0  # seconds that a rank may take to end after a signal
+JOINING = 60.0  # seconds that a rank waits for the others to start; MLX itself tries to reach them for half a minute
+# What ends a rank that waits longer: a process of its own, because MLX lets no thread of Python run meanwhile. It ends
+# when its input does.
+_WATCH = """
+import os, select, signal, sys
+if not select.select([0], [], [], float(sys.argv[1]))[0]:
+    os.write(2, sys.argv[2].encode())
+    os.kill(os.getppid(), signal.SIGTERM)
+"""
 _ENDS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Begins every error of MLX's backends: backend/*/distributed of MLX 0.32.
 _BACKENDS = re.compile(r"\[(ring|jaccl|mpi|nccl|distributed)\]")
@@ -235,7 +245,7 @@ def current() -> Ranks:
     import mlx.core as mx
 
     try:
-        with exchanging(), _signals_end():
+        with exchanging(), _signals_end(), _watched():
             group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:  # of the hostfile
         reason = " ".join(str(error).split())[:200]
@@ -318,6 +328,21 @@ def _signals_end() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Ends this process, with a sentence, if the block takes longer than `JOINING`."""
+    import subprocess  # here: a single process watches nothing
+
+    rank = environment_rank()
+    sentence = (
+        f"{f'rank {rank}: ' if rank else ''}error: another rank has not started within {JOINING:.0f} seconds: see what "
+        "the ranks print, and start again\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", _WATCH, str(JOINING), sentence]
+    with subprocess.Popen(command, stdin=subprocess.PIPE):  # at the end its input is closed, and it is waited for
+        yield
 
 
 @contextmanager

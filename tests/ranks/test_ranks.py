@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from rank_threads import together
-from ranked import OneBlock
+from ranked import OneBlock, environments
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RankError, RequestError
@@ -260,6 +260,22 @@ def test_a_signal_ends_a_rank_that_waits_in_mlx(monkeypatch):
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 128 + signal.SIGTERM
+
+
+@pytest.mark.process
+def test_a_rank_that_waits_alone_ends_with_a_sentence(tmp_path):
+    """Rank 0 waits in MLX until rank 1 connects."""
+    script = (
+        "from qwen_image_mlx.runtime import ranks\n"
+        "ranks.JOINING = 1.0\n"
+        "ranks.current()\n"
+    )  # fmt: skip
+    alone = environments(2, tmp_path)[0]
+    done = subprocess.run([sys.executable, "-c", script], env=alone, capture_output=True, text=True, timeout=30)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == (
+        "error: another rank has not started within 1 seconds: see what the ranks print, and start again\n"
+    )
 
 
 def test_the_watch_over_signals_ends_with_its_block():
