@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .._version import __version__
@@ -57,6 +58,17 @@ _STRANGERS = "these ranks do not belong together: another mlx.launch may use the
 def launched() -> bool:
     """Whether this process is one of several that were started together; looks at the environment alone."""
     return any(key in os.environ for key in _RANK_KEYS)
+
+
+def _is_one() -> bool:
+    """Whether mlx.launch started one process; MLX's ring cannot join itself."""
+    file = os.environ.get("MLX_HOSTFILE")
+    if file is None:
+        return False
+    try:
+        return len(json.loads(Path(file).read_text().strip() or "[]")) < 2
+    except (OSError, ValueError, TypeError):  # MLX says why
+        return False
 
 
 def environment_rank() -> int:
@@ -240,7 +252,7 @@ def current() -> Ranks:
     Raises:
         RankError: they cannot be reached, or have a different version of this package or of MLX.
     """
-    if not launched():
+    if not launched() or _is_one():
         return Ranks()
     import mlx.core as mx
 

@@ -262,6 +262,16 @@ def test_a_signal_ends_a_rank_that_waits_in_mlx(monkeypatch):
     assert process.wait(10) == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("hosts", ["\n", '[["127.0.0.1:40000"]]'])
+def test_one_process_under_mlx_launch_joins_nobody(tmp_path, monkeypatch, hosts):
+    (tmp_path / "hosts").write_text(hosts)
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
+    monkeypatch.setenv("MLX_RANK", "0")
+    current.cache_clear()
+    assert current().size == 1
+    current.cache_clear()
+
+
 @pytest.mark.process
 def test_a_rank_that_waits_alone_ends_with_a_sentence(tmp_path):
     """Rank 0 waits in MLX until rank 1 connects."""
