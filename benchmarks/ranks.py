@@ -2,10 +2,12 @@
 
 python benchmarks/ranks.py                 # all; 2 minutes
 python benchmarks/ranks.py --only link     # the simulated connection alone; 1 minute
+python benchmarks/ranks.py --only blocks --blocks 4
 
-"blocks": two blocks of the real width in fp32 and random weights, two ranks over MLX's ring backend; every process has
-one thread for products, so that each rank has a core of two. Bytes are counted, and a step of one process is compared.
-The exchange alone is what ranks add to a step: the same arrays without the blocks, the median of 20.
+"blocks": two blocks, or `--blocks`, of the real width in fp32 and random weights, two ranks over MLX's ring backend;
+every process has one thread for products, so that each rank has a core of two. Bytes are counted, and a step of one
+process is compared. The exchange alone is what ranks add to a step: the same arrays without the blocks, the median
+of 20.
 
 "link": the exchanges of a step of 1024x1024 with delays around them, as of a connection of 1, 10 and 40 Gbit/s, and
 pauses in place of the blocks; against `runtime/traffic.py`. Arrays have a tenth of their bytes and the connection a
@@ -49,7 +51,7 @@ def worker(part: str, folder: Path) -> None:
 
 
 def blocks(folder: Path, ranks: Any) -> dict[str, Any]:
-    """Steps of two real blocks in each mode, and what is read and exchanged."""
+    """Steps of real blocks in each mode, and what is read and exchanged."""
     import mlx.core as mx
 
     from qwen_image_mlx.registry import TRANSFORMER
@@ -204,16 +206,16 @@ def launched(part: str, size: int, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def measure_blocks(folder: Path) -> list[Table]:
-    """Bytes and seconds of two real blocks."""
+def measure_blocks(folder: Path, count: int) -> list[Table]:
+    """Bytes and seconds of some real blocks."""
     from qwen_image_mlx.weights.synthetic import FULL, TINY, write_checkpoint
 
-    transformer = replace(FULL["transformer"], num_layers=2, joint_attention_dim=64)
+    transformer = replace(FULL["transformer"], num_layers=count, joint_attention_dim=64)
     write_checkpoint(folder / "model", TINY | {"transformer": transformer})
     (alone,), both = launched("blocks", 1, folder), launched("blocks", 2, folder)
     columns = ["", "rank", "MB read", "of its share", "peak GB", "of its share and what is not shared", "MB a step",
                "of the model", "step s", "exchange alone, s", "of a step in one process"]  # fmt: skip
-    table = Table("two ranks, two real blocks, 256x256, fp32, guidance", columns)
+    table = Table(f"two ranks, {count} real blocks, 256x256, fp32, guidance", columns)
     whole = alone["none"]
     total = sum(whole["read"].values())
     table.rows.append(["one process", 0, total / 1e6, 1.0, whole["peak"] / 1e9, 1.0, 0.0, "", whole["step"], 0.0, ""])
@@ -233,7 +235,7 @@ def measure_blocks(folder: Path) -> list[Table]:
     return [table]
 
 
-def measure_link(folder: Path) -> list[Table]:
+def measure_link(folder: Path, _: int) -> list[Table]:
     """Steps over a simulated connection."""
     found = launched("link", 2, folder)[0]
     columns = ["", "Gbit/s", "of them simulated", "modelled s", "measured s", "measured / modelled"]
@@ -250,10 +252,11 @@ def main() -> int:
         worker(sys.argv[2], Path(sys.argv[3]))
         return 0
     only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else ""
+    count = int(sys.argv[sys.argv.index("--blocks") + 1]) if "--blocks" in sys.argv else 2
     with tempfile.TemporaryDirectory() as temporary:
         for name, measure in {"link": measure_link, "blocks": measure_blocks}.items():
             if only in ("", name):
-                for table in measure(Path(temporary)):
+                for table in measure(Path(temporary), count):
                     table.print()
     return 0
 
