@@ -66,4 +66,5 @@ def run(arguments: argparse.Namespace) -> None:
                 pipeline, arguments.prompt or _PROMPTS, width=size[0], height=size[1],
                 steps=STEPS if arguments.steps is None else arguments.steps, cfg_scale=arguments.cfg_scale,
             ))  # fmt: skip
+        logger.info("from now on --step-cache teacache and magcache use these numbers for %s", pipeline.model)
         console.result(path)

@@ -239,6 +239,7 @@ def test_a_preset_overrides_the_record_and_the_config_and_yields_to_flags(run):
 def test_calibrated_numbers_are_found_again(run, data):
     code, (path,), err = run("calibrate-cache", "--model", "demo", "--steps", "14", "--prompt", PROMPT)
     assert code == 0, err
+    assert "from now on --step-cache teacache and magcache use these numbers for demo" in err
     assert Path(path).parent == data / "qwen-image-mlx" / "step-caches"
     said = json.loads(Path(path).read_text())
     assert len(said["magcache"]["ratios"]) == 14
