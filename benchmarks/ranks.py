@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -235,7 +236,7 @@ def measure_blocks(folder: Path, count: int) -> list[Table]:
     return [table]
 
 
-def measure_link(folder: Path, _: int) -> list[Table]:
+def measure_link(folder: Path) -> list[Table]:
     """Steps over a simulated connection."""
     found = launched("link", 2, folder)[0]
     columns = ["", "Gbit/s", "of them simulated", "modelled s", "measured s", "measured / modelled"]
@@ -254,9 +255,9 @@ def main() -> int:
     only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else ""
     count = int(sys.argv[sys.argv.index("--blocks") + 1]) if "--blocks" in sys.argv else 2
     with tempfile.TemporaryDirectory() as temporary:
-        for name, measure in {"link": measure_link, "blocks": measure_blocks}.items():
+        for name, measure in {"link": measure_link, "blocks": partial(measure_blocks, count=count)}.items():
             if only in ("", name):
-                for table in measure(Path(temporary), count):
+                for table in measure(Path(temporary)):
                     table.print()
     return 0
 

@@ -41,8 +41,8 @@ class Relay(Protocol):
         """Takes the streams (B, tokens, D) to a block that comes after those here, if it is that one."""
 
 
-def run_here(numbers: range, relay: Relay | None) -> range:
-    """Those of some consecutive blocks that run here."""
+def here(numbers: range, relay: Relay | None) -> range:
+    """Those of some consecutive blocks that run here, by their numbers."""
     if relay is None:
         return numbers
     return range(max(numbers.start, relay.blocks.start), min(numbers.stop, relay.blocks.stop))

@@ -16,6 +16,7 @@ from ..config import GenerationConfig, ImageProcessorConfig, SchedulerConfig
 from ..errors import CheckpointError, RequestError
 from ..gpu import Pace
 from ..models import nn
+from ..models.layers import Relay, here
 from ..names import StrPath
 from ..registry import (
     CLASSES,
@@ -48,7 +49,6 @@ from .sources import CONFIG, Sources
 
 if TYPE_CHECKING:
     from ..lora.adapters import Adapters, Placement
-    from ..models.layers import Relay
     from ..weights.changes import Branch
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -316,9 +316,7 @@ class Components:
             CheckpointError: a file of streamed layers was changed or removed meanwhile, so that the results are
                 worthless.
         """
-        streams, layers = name in self.streamed, self.depth(name)
-        if name == TRANSFORMER and self.relay is not None:
-            layers = len(self.relay.blocks)
+        streams, layers = name in self.streamed, len(here(range(self.depth(name)), self._relay_of(name)))
         yield Pace(lambda count: self._on_layer(name, (count - 1) % layers + 1, layers), 1 if streams else 2)
         if streams:
             self.weights(name).check_unchanged()
@@ -420,7 +418,12 @@ class Components:
             row = self.rows[role]
             self._weights[role] = ComponentWeights(row, self.config(role), self._files(row).tensors, row.parts)
         weights = self._weights[role]
-        return weights.of_layers(self.relay.blocks) if role == TRANSFORMER and self.relay is not None else weights
+        relay = self._relay_of(role)
+        return weights if relay is None else weights.of_layers(relay.blocks)
+
+    def _relay_of(self, role: str) -> Relay | None:
+        """What connects a component's layers here with others; None where all are here."""
+        return self.relay if role == TRANSFORMER else None
 
     def _files(self, row: Component) -> WeightFiles:
         return self.sources.weights(row, keep=lambda name: needs_tensor(row, name, row.parts))
@@ -439,10 +442,10 @@ class Components:
             self._check_adapters(self.adapters)
             adapters = self.adapters
         scheme, weights = getattr(self.quantization, row.like or row.role, None), self.weights(row.role)
-        if row.role == TRANSFORMER and self.relay is not None:
+        if (relay := self._relay_of(row.role)) is not None:
             layers = getattr(module, row.layers)
-            layers[:] = [layer if n in self.relay.blocks else nn.Identity() for n, layer in enumerate(layers)]
-            module.relay = self.relay
+            layers[:] = [layer if n in relay.blocks else nn.Identity() for n, layer in enumerate(layers)]
+            module.relay = relay
         if self.streams(row.role):
             from ..weights.streaming import stream_module  # here: most runs stream nothing
 

@@ -233,7 +233,7 @@ def _config(row: Component, base: Any, tensors: Mapping[str, Tensor], place: Pat
         raise CheckpointError(
             f"{place} is made for a transformer of width {width}, but that of {components.snapshot.model} is {base.dim}"
         )
-    depth = getattr(base, components.rows[TRANSFORMER].depth)  # of the whole, whatever this rank has
+    depth = components.depth(TRANSFORMER)
     if len(layers) > depth or ("each" in marks and len(layers) < depth):
         raise CheckpointError(
             f"{place} has {len(layers)} block{'s' * (len(layers) > 1)}, but the transformer of "

@@ -17,7 +17,7 @@ from ..images.geometry import Size, size_of_area
 from ..images.pixels import to_mask, to_pixels
 from ..images.sources import ImageSource, as_list, check_visible, open_image, open_mask, open_rgba
 from ..names import CaptionLanguage
-from ..registry import TEXT_ENCODER, VAE, VAE_ENCODER
+from ..registry import VAE, VAE_ENCODER
 from ..variants import CAPTION_TEMPLATES
 from .autoencode import encode_mode, encode_moments
 from .components import Components
@@ -80,6 +80,7 @@ def encode_initial_image(
 
 def caption_image(
     components: Components,
+    encoder: ConditionEncoder,
     report: Reporter,
     image: ImageSource,
     language: CaptionLanguage,
@@ -87,13 +88,12 @@ def caption_image(
     seed: int,
     progress: ProgressCallback | None,
 ) -> str:
-    """The work of `QwenImagePipeline.caption_image`; its arguments and errors."""
+    """The work of `QwenImagePipeline.caption_image`: its arguments and errors, and its encoder."""
     check_side(resolution)
     if not isinstance(language, str) or language not in CAPTION_TEMPLATES:
         raise RequestError(f"language is {language!r}, but must be one of {', '.join(CAPTION_TEMPLATES)}")
     opened = open_rgba(image)
     check_visible(opened)
-    encoder: ConditionEncoder = components.use_of(TEXT_ENCODER)(components)
     with working(components, report, progress):
         return encoder.caption(opened, resolution**2, language, check_seed(seed), report)
 

@@ -262,7 +262,9 @@ class QwenImagePipeline(Holding):
             RequestError: the image cannot be read or is fully transparent, or the language is unknown.
             CheckpointError: the checkpoint has no language head or no vision tower.
         """
-        return encode.caption_image(self.components, self._report, image, language, resolution, seed, progress)
+        return encode.caption_image(
+            self.components, self._encoder(), self._report, image, language, resolution, seed, progress
+        )
 
     def output_size(self, images: Sequence[ImageSource]) -> Size:
         """Default (width, height) of an edit of these images: about 1 MP."""

@@ -72,7 +72,7 @@ class Conditions:
         sigmas: the noise levels at which the solver asks for a velocity: float32, in their order.
         controls: what steers the image by other images.
         keeps_prefix: whether what text and references contribute may be kept between steps.
-        all_branches: where `branches` has only some of them, all; a control may see the prompt in each branch.
+        prompt_states: the prompt's, where `branches` has only the negative prompt's; controls may see them in both.
     """
 
     branches: tuple[mx.array, ...]
@@ -83,12 +83,12 @@ class Conditions:
     sigmas: np.ndarray
     controls: tuple[ControlInput, ...] = ()
     keeps_prefix: bool = True
-    all_branches: tuple[mx.array, ...] = ()
+    prompt_states: mx.array | None = None
 
     @property
     def prompt(self) -> mx.array:
         """The states of the prompt, also where only the negative prompt's branch is computed."""
-        return (self.all_branches or self.branches)[0]
+        return self.branches[0] if self.prompt_states is None else self.prompt_states
 
     @property
     def turns(self) -> set[int]:
@@ -204,8 +204,31 @@ class DividedDenoiser(Denoiser, Protocol):
         """Whether blocks are left out, decided once for all processes that compute this image."""
 
 
-class ControlledDenoiser(ABC):
-    """What every generation's `DividedDenoiser` shares: a pass is three parts, and controls add to its blocks.
+class PassInParts(ABC):
+    """What every `DividedDenoiser` shares: a pass is three parts."""
+
+    def velocities(
+        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
+    ) -> Sequence[mx.array]:
+        """As `Denoiser.velocities`."""
+        hidden = self.enter(latents, evaluation, branches)
+        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
+
+    @abstractmethod
+    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
+        """As `DividedDenoiser.enter`."""
+
+    @abstractmethod
+    def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
+        """As `DividedDenoiser.run`."""
+
+    @abstractmethod
+    def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
+        """As `DividedDenoiser.leave`."""
+
+
+class ControlledDenoiser(PassInParts):
+    """What every generation's `DividedDenoiser` shares: controls add to its blocks.
 
     Args:
         controls: those of the image.
@@ -214,13 +237,6 @@ class ControlledDenoiser(ABC):
     def __init__(self, controls: Controls):
         self._controls = controls
         self._hints: Hints = no_hints
-
-    def velocities(
-        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
-    ) -> Sequence[mx.array]:
-        """As `Denoiser.velocities`."""
-        hidden = self.enter(latents, evaluation, branches)
-        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
 
     def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
         """As `DividedDenoiser.enter`."""
@@ -234,10 +250,6 @@ class ControlledDenoiser(ABC):
     def agreed(self, skips: bool) -> bool:
         """As `DividedDenoiser.agreed`: this process decides."""
         return skips
-
-    @abstractmethod
-    def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
-        """As `DividedDenoiser.leave`."""
 
     @abstractmethod
     def _enter(self, latents: mx.array, branches: int | None) -> Any:

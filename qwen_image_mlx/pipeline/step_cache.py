@@ -60,26 +60,26 @@ class CachedDenoiser:
             return denoiser.leave(hidden, evaluation)
         hidden = denoiser.run(hidden, evaluation, slice(cache.first, None), on_layer)
         residuals = [after - before for after, before in zip(hidden.targets, entered, strict=True)]
-        return self._keep(evaluation, residuals, denoiser.leave(hidden, evaluation), branches)
+        found = denoiser.leave(hidden, evaluation)
+        self._keep(evaluation, residuals, found[0], branches)
+        return found
 
     def _whole(self, latents: mx.array, evaluation: int, on_layer: OnLayer | None, branches: int) -> Sequence[mx.array]:
         """`velocities` of a cache that leaves out everything."""
         if self._skips(evaluation, latents, branches):
             return [_sum(latents, r) for r in self._cache.reused(evaluation)[:branches]]
         found = self._denoiser.velocities(latents, evaluation, on_layer, branches)
-        return self._keep(evaluation, [velocity - latents for velocity in found], found, branches)
+        self._keep(evaluation, [velocity - latents for velocity in found], found[0], branches)
+        return found
 
-    def _keep(
-        self, evaluation: int, residuals: list[mx.array], found: Sequence[mx.array], branches: int
-    ) -> Sequence[mx.array]:
-        """Keeps what a computed pass added; returns its velocities."""
+    def _keep(self, evaluation: int, residuals: list[mx.array], output: mx.array, branches: int) -> None:
+        """Keeps what a computed pass added; `output` is the first branch's velocity."""
         # Queued now: later they would keep the pass's streams alive.
         mx.async_eval(residuals)  # type: ignore[no-untyped-call]  # MLX's stub gives it no types
         if branches != self._computed:
             self._cache.forget()
-        self._cache.computed(evaluation, residuals, found[0])
+        self._cache.computed(evaluation, residuals, output)
         self._computed = branches
-        return found
 
     def _skips(self, evaluation: int, seen: mx.array | None, branches: int) -> bool:
         """Whether a pass is left out; a branch that was not computed last time, as outside the guidance's interval,

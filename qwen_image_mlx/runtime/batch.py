@@ -23,7 +23,9 @@ from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.conductor import GeneratedImage, encode_controls, generate_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
+from ..sampling.choices import parse_cache
 from ..sampling.solvers import SOLVERS
+from ..sampling.step_caches import METHODS
 from .ranks import Ranks
 from .session import Session
 
@@ -126,12 +128,20 @@ def heaviest(images: Sequence[BatchImage]) -> Request:
             num_inference_steps=max(request.parameters.num_inference_steps for request in requests),
             cfg_scale=max(request.parameters.cfg_scale for request in requests),
             solver=max((request.parameters.solver for request in requests), key=lambda name: SOLVERS[name].count(50)),
-            step_cache=max((r.parameters.step_cache for r in requests if r.parameters.step_cache), default=None),
+            step_cache=max(
+                (r.parameters.step_cache for r in requests if r.parameters.step_cache), key=_size, default=None
+            ),
             sigmas=None,
         ),
         image_indices=range(len(images)),
         controls=max((request.controls for request in requests), key=len),
     )
+
+
+def _size(step_cache: str) -> tuple[int, bool, int]:
+    """The order of step caches: by the blocks that run before they decide, and by the memory of what they keep."""
+    method = METHODS[parse_cache(step_cache)[0]]
+    return method.first, method.reuses == "residual", method.kept(2)
 
 
 def generate_all(

@@ -56,11 +56,11 @@ _STRANGERS = "these ranks do not belong together: another mlx.launch may use the
 
 
 def launched() -> bool:
-    """Whether this process is one of several that were started together; looks at the environment alone."""
+    """Whether mlx.launch or MPI started this process; looks at the environment alone."""
     return any(key in os.environ for key in _RANK_KEYS)
 
 
-def _is_one() -> bool:
+def _starts_alone() -> bool:
     """Whether mlx.launch started one process; MLX's ring cannot join itself."""
     file = os.environ.get("MLX_HOSTFILE")
     if file is None:
@@ -143,7 +143,11 @@ class Ranks:
         return whole
 
     def gather_arrays(self, arrays: Sequence[mx.array]) -> list[list[mx.array]]:
-        """Every rank's arrays, of any number, shapes and dtypes, by rank, evaluated; raises RankError as `gather`."""
+        """Every rank's arrays, of any number, shapes and dtypes, by rank, evaluated; raises RankError as `gather`.
+
+        Args:
+            arrays: evaluated, because nothing may fail between two exchanges.
+        """
         import mlx.core as mx
         import numpy as np
 
@@ -252,7 +256,7 @@ def current() -> Ranks:
     Raises:
         RankError: they cannot be reached, or have a different version of this package or of MLX.
     """
-    if not launched() or _is_one():
+    if not launched() or _starts_alone():
         return Ranks()
     import mlx.core as mx
 
@@ -353,7 +357,8 @@ def _watched() -> Iterator[None]:
         "the ranks print, and start again\n"
     )
     command = [sys.executable, "-I", "-S", "-c", _WATCH, str(JOINING), sentence]
-    with subprocess.Popen(command, stdin=subprocess.PIPE):  # at the end its input is closed, and it is waited for
+    # At the end its input is closed, and it is waited for. Ctrl-C in the terminal is not for it.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
         yield
 
 

@@ -342,12 +342,9 @@ class Session:
         return encode(self.pipeline, request, self.progress, self._encodings(self._cache))
 
     def _encodings(self, stored: Encodings | None) -> Encodings | None:
-        """Stored encodings, as planned work uses them."""
-        if not getattr(self.pipeline, "shares_encoding", False):
-            return stored
-        from .shared_encoder import SharedEncodings  # here: most runs are one process
-
-        return SharedEncodings(current(), stored)
+        """What looks encodings up for planned work: this process's store, or all ranks' together."""
+        found: Encodings | None = getattr(self.pipeline, "encodings", lambda stored: stored)(stored)
+        return found
 
     def watch(self, request: Request, show: Show | None) -> ProgressCallback | None:
         """The progress callback for a request: the session's own, wrapped in a `Preview` if `show` is given."""

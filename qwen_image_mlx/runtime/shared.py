@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import RequestError
-from ..images.sources import ImageSource, open_rgba
+from ..images.sources import open_rgba
 from ..names import Parallel
 from ..options import ImageFile, options_of
 from ..pipeline.control import Control
@@ -27,14 +27,14 @@ from ..sampling.choices import parse_cache
 from ..sampling.step_caches import METHODS
 from .ranks import REPORT, Ranks, current, parts
 from .shared_denoiser import GuidanceDenoiser, LayersDenoiser, RankRelay
-from .shared_encoder import SharedEncoder
+from .shared_encoder import SharedEncoder, SharedEncodings
 from .traffic import is_worth_splitting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..pipeline.components import Components
-    from ..pipeline.conditioning import GuidanceEncoding, InitialImage
+    from ..pipeline.conditioning import Encodings, GuidanceEncoding, InitialImage
     from ..pipeline.parameters import GenerationParameters
     from ..pipeline.progress import ProgressCallback
     from ..pipeline.reporter import Reporter
@@ -87,14 +87,9 @@ class SharedPipeline(QwenImagePipeline):
         self.mode, self._images, self._number, self._round = mode, images, 0, []
         self.relay = None
         if mode == "layers":
-            self.relay = RankRelay(self.ranks, parts(self.blocks, self.ranks.size)[self.ranks.rank])
+            self.relay = RankRelay(self.ranks, self._blocks_of(self.ranks.rank))
         self.components.connect(self.relay)
         self.ranks.shared = mode, [self.part_of(rank) for rank in range(self.ranks.size)]
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks the whole transformer has."""
-        return self.components.depth(TRANSFORMER)
 
     @property
     def works(self) -> bool:
@@ -104,12 +99,15 @@ class SharedPipeline(QwenImagePipeline):
     def _works(self, rank: int) -> bool:
         return rank == 0 or (self.mode != "none" and (self.mode != "images" or rank < self._images))
 
+    def _blocks_of(self, rank: int) -> range:
+        return parts(self.components.depth(TRANSFORMER), self.ranks.size)[rank]
+
     def part_of(self, rank: int) -> str:
         """A rank's part, in a few words."""
         if not self._works(rank) or (self.mode == "guidance" and rank > 1):
             return "nothing to do"
         if self.mode == "layers":
-            blocks = parts(self.blocks, self.ranks.size)[rank]
+            blocks = self._blocks_of(rank)
             return f"blocks {blocks.start} to {blocks.stop - 1}"
         return {"guidance": f"the {('positive', 'negative')[rank % 2]} branch", "images": "a share of the images"}.get(
             self.mode, "everything"
@@ -144,21 +142,17 @@ class SharedPipeline(QwenImagePipeline):
         )
 
     @property
-    def shares_encoding(self) -> bool:
+    def _shares_encoding(self) -> bool:
         """Whether all ranks take part in encoding."""
         return self.mode in ("guidance", "layers")
 
     def _encoder(self) -> ConditionEncoder:
         encoder = super()._encoder()
-        return SharedEncoder(self.ranks, encoder) if self.shares_encoding else encoder
+        return SharedEncoder(self.ranks, encoder) if self._shares_encoding else encoder
 
-    def caption_image(self, image: ImageSource, **options: Any) -> str:
-        """As `QwenImagePipeline.caption_image`; where all ranks encode, rank 0 writes the caption for all of them."""
-        if not self.shares_encoding:
-            return super().caption_image(image, **options)
-        caption = super().caption_image(image, **options) if self.ranks.leads else ""
-        self.ranks.meet()
-        return self.ranks.led(lambda: caption)
+    def encodings(self, stored: Encodings | None) -> Encodings | None:
+        """What looks encodings up for the work: this rank's store, or all ranks' together."""
+        return SharedEncodings(self.ranks, stored) if self._shares_encoding else stored
 
     def denoise_latents(
         self, parameters: GenerationParameters, encoding: GuidanceEncoding, *,
@@ -229,7 +223,7 @@ class _SharedDenoisers:
         if mode == "guidance" and len(branches) > 1:
             own: Any = None
             if ranks.rank < len(branches):
-                mine = replace(conditions, branches=(branches[ranks.rank],), all_branches=branches)
+                mine = replace(conditions, branches=(branches[ranks.rank],), prompt_states=branches[0])
                 own = self._make(components, mine, report)
             return GuidanceDenoiser(ranks, own, len(branches))
         made: Any = self._make(components, conditions, report)
@@ -272,7 +266,7 @@ def begin(
         "ranks": ranks.size,
         "images": work.images,
         "guided": work.guided,
-        "blocks": pipeline.blocks,
+        "blocks": pipeline.components.depth(TRANSFORMER),
         "runs": can,
         "least": least_blocks(request.parameters),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +11,11 @@ import numpy as np
 from ..errors import Cancelled
 from ..gpu import finish
 from ..models.layers import OnLayer
-from ..pipeline.seams import DividedDenoiser
+from ..pipeline.seams import DividedDenoiser, PassInParts
 from .ranks import Ranks, arrive, exchanging
 
 
-class _SharedDenoiser(ABC):
+class _SharedDenoiser(PassInParts):
     """What the shared `DividedDenoiser`s have in common: ranks compute parts of a pass, and all get the velocities.
 
     Args:
@@ -26,29 +25,10 @@ class _SharedDenoiser(ABC):
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
 
-    def velocities(
-        self, latents: mx.array, evaluation: int, on_layer: OnLayer | None = None, branches: int | None = None
-    ) -> Sequence[mx.array]:
-        """As `Denoiser.velocities`."""
-        hidden = self.enter(latents, evaluation, branches)
-        return self.leave(self.run(hidden, evaluation, slice(None), on_layer), evaluation)
-
     def agreed(self, skips: bool) -> bool:
         """As `DividedDenoiser.agreed`: rank 0 decides, because chips may differ in the last bit."""
         self._ranks.meet()
         return self._ranks.led(lambda: skips)
-
-    @abstractmethod
-    def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
-        """As `DividedDenoiser.enter`."""
-
-    @abstractmethod
-    def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
-        """As `DividedDenoiser.run`."""
-
-    @abstractmethod
-    def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
-        """As `DividedDenoiser.leave`, after one exchange."""
 
 
 class GuidanceDenoiser(_SharedDenoiser):
@@ -64,7 +44,7 @@ class GuidanceDenoiser(_SharedDenoiser):
         super().__init__(ranks)
         self._own, self._all = own, branches
         self._branches = branches  # of this evaluation
-        self._nothing = mx.zeros((0,))  # a velocity of zeros
+        self._nothing = mx.zeros((0,))  # of the latents' shape, from `enter` on
 
     def enter(self, latents: mx.array, evaluation: int, branches: int | None = None) -> Any:
         """As `DividedDenoiser.enter`."""
@@ -73,15 +53,13 @@ class GuidanceDenoiser(_SharedDenoiser):
 
     def run(self, hidden: Any, evaluation: int, blocks: slice, on_layer: OnLayer | None = None) -> Any:
         """As `DividedDenoiser.run`; outside the guidance's interval the negative branch is left out."""
-        if self._own is None or not self._is_used:
-            return hidden
-        return self._own.run(hidden, evaluation, blocks, on_layer)
+        return hidden if self._used is None else self._used.run(hidden, evaluation, blocks, on_layer)
 
     def leave(self, hidden: Any, evaluation: int) -> Sequence[mx.array]:
         """As `DividedDenoiser.leave`, after the exchange."""
         own = self._nothing
-        if self._own is not None and self._is_used:
-            (own,) = self._own.leave(hidden, evaluation)
+        if self._used is not None:
+            (own,) = self._used.leave(hidden, evaluation)
             finish(own)  # it may fail, and then there is nothing to exchange
         self._ranks.meet()
         return mx.split(self._ranks.gathered(own), self._ranks.size)[: self._branches]
@@ -92,9 +70,9 @@ class GuidanceDenoiser(_SharedDenoiser):
         return found
 
     @property
-    def _is_used(self) -> bool:
-        """Whether this rank's branch is used in this evaluation."""
-        return self._ranks.rank < self._branches
+    def _used(self) -> DividedDenoiser | None:
+        """The denoiser of this rank's branch, if this evaluation has that branch."""
+        return self._own if self._ranks.rank < self._branches else None
 
 
 class _Nothing(NamedTuple):
@@ -137,6 +115,8 @@ class LayersDenoiser(_SharedDenoiser):
 
         if blocks.stop is None:  # else the ranks decide how to go on before they wait for each other
             self._begin()
+        else:
+            assert blocks.stop < self._relay.blocks.stop  # nothing is sent yet
         hidden = self._denoiser.run(hidden, evaluation, blocks, on_own_layer)
         self._relay.wait()
         return hidden

@@ -11,6 +11,7 @@ from .ranks import Ranks
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..names import CaptionLanguage
     from ..pipeline.conditioning import EncodingModel, Encodings, GuidanceEncoding
     from ..pipeline.reporter import Reporter
     from ..pipeline.request import Request
@@ -26,7 +27,6 @@ class SharedEncoder:
 
     def __init__(self, ranks: Ranks, encoder: ConditionEncoder):
         self._ranks, self._encoder = ranks, encoder
-        self.caption = encoder.caption
 
     def encode(
         self,
@@ -37,18 +37,26 @@ class SharedEncoder:
         reference_pixels: int | None = None,
         only: Sequence[int] | None = None,
     ) -> Encoded:
-        """As `ConditionEncoder.encode`."""
+        """As `ConditionEncoder.encode`; it returns the states of all prompts."""
+        assert only is None
         size = self._ranks.size
         own = range(self._ranks.rank, len(prompts), size)
         made = self._encoder.encode(prompts, images, report, sequential_positions, reference_pixels, own)
         self._ranks.meet()
         everyone = self._ranks.gather_arrays(made.states)
-        wanted = range(len(prompts)) if only is None else only
-        return Encoded([everyone[number % size][number // size] for number in wanted], made.starts)
+        return Encoded([everyone[number % size][number // size] for number in range(len(prompts))], made.starts)
+
+    def caption(self, image: Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
+        """As `ConditionEncoder.caption`: rank 0 writes it for all."""
+        made = self._encoder.caption(image, area, language, seed, report) if self._ranks.leads else ""
+        self._ranks.meet()
+        return self._ranks.led(lambda: made)
 
 
 class SharedEncodings:
-    """Stored `Encodings` of ranks that encode together: one is used if all ranks have it.
+    """Stored `Encodings` of ranks that encode together: one is used if all ranks have it, of the same prompts.
+
+    A request without a prompt is stored under its image, and chips may write different captions of that.
 
     Args:
         ranks: of this run.
@@ -61,8 +69,10 @@ class SharedEncodings:
     def get(self, pipeline: EncodingModel, request: Request) -> GuidanceEncoding | None:
         """As `Encodings.get`."""
         found = self._stored.get(pipeline, request) if self._stored is not None else None
+        prompts = None if found is None else [found.source.prompt, found.source.negative_prompt]
         self._ranks.meet()
-        return found if all(self._ranks.gather_values(found is not None)) else None
+        everyone = self._ranks.gather_values(prompts)
+        return found if all(one == everyone[0] for one in everyone) else None
 
     def put(self, pipeline: EncodingModel, request: Request, encoding: GuidanceEncoding) -> None:
         """As `Encodings.put`."""

@@ -81,7 +81,7 @@ class StepCache(ABC):
         self._residuals = list(residuals)
 
     def forget(self) -> None:
-        """Drops what is reused: the next pass is computed, with other branches."""
+        """Drops what is reused: a pass has been computed with other branches."""
         self._residuals = []
 
     def reused(self, number: int) -> list[mx.array]:

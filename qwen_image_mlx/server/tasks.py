@@ -266,8 +266,10 @@ class Tasks:
             options = self._options("decompose") | {"prompt": "", "resolution": body.resolution, "seed": [body.seed]}
             request = session.request(options, images=[open_rgba(image)])  # the task would begin with this caption
             self._limits.check_size(*request.canvas.size)
-            with self._models.plan("decompose", request, "none"):
-                if not session.leads:
+            # Guidance and images may not suit a caption; blocks that are shared stay so.
+            parallel = None if session.parallel in ("layers", "none") else "auto"
+            with self._models.plan("decompose", request, parallel):
+                if not session.works:
                     return {}
                 caption = session.pipeline.caption_image(
                     request.images[0], language=body.language, resolution=math.isqrt(request.reference_pixels),

@@ -70,7 +70,7 @@ CONTROL = {"controlnet": "control.safetensors", "image": "photo.png"}
 BLOCKS = CONTROL | {"controlnet": "blockwise.safetensors"}
 INTERVAL = {"guidance_interval": "0.3:0.8"}
 CAPTIONED = T2I | {"model": "layered", "layers": 2, "prompt": ""}
-CACHED = T2I | {"steps": 12}
+CACHED = T2I | {"steps": 9}
 CONTROL_21 = CONTROL | {"controlnet": "control21.safetensors"}
 CASES = [
     {"name": "generate", "modes": BOTH, "options": T2I},

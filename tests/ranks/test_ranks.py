@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from itertools import chain
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from ranked import OneBlock, environments
 
 from qwen_image_mlx import QwenImagePipeline
 from qwen_image_mlx.errors import RankError, RequestError
+from qwen_image_mlx.pipeline.conditioning import EncodingSource
 from qwen_image_mlx.pipeline.control import Control
 from qwen_image_mlx.pipeline.parameters import GenerationParameters
 from qwen_image_mlx.pipeline.request import Request
@@ -176,18 +178,27 @@ def test_arrays_of_all_ranks_come_back_as_they_are():
             assert mx.array_equal(found, made)
 
 
-@pytest.mark.parametrize("stored", [[True, True], [True, False], [False, False]])
-def test_a_stored_encoding_is_used_if_every_rank_has_it(stored):
-    """Else a rank would wait for a prompt that no other one encodes."""
-
-    class Store:
-        def get(self, pipeline, request):
-            return "stored"
+@pytest.mark.parametrize(
+    ("stored", "used"),
+    [(["a fox", "a fox"], True), (["a fox", None], False), ([None, None], False), (["a fox", "a red fox"], False)],
+)
+def test_a_stored_encoding_is_used_if_every_rank_has_it(stored, used):
+    """Else a rank would wait for a prompt that no other one encodes, or have another caption than the others."""
+    encodings = [SimpleNamespace(source=EncodingSource(prompt=prompt)) for prompt in stored]
 
     def work(ranks):
-        return SharedEncodings(ranks, Store() if stored[ranks.rank] else None).get(None, None)
+        found = encodings[ranks.rank] if stored[ranks.rank] else None
+        return SharedEncodings(ranks, SimpleNamespace(get=lambda *_: found)).get(None, None)
 
-    assert together(2, work) == ["stored" if all(stored) else None] * 2
+    assert together(2, work) == (encodings if used else [None, None])
+
+
+@pytest.mark.parametrize("leader", [True, False])
+def test_rank_0_decides_which_passes_are_left_out(leader):
+    def work(ranks):
+        return GuidanceDenoiser(ranks, None, 2).agreed(ranks.leads == leader)
+
+    assert together(2, work) == [leader] * 2
 
 
 def test_requests_differ_by_everything_that_counts():
@@ -270,6 +281,21 @@ def test_one_process_under_mlx_launch_joins_nobody(tmp_path, monkeypatch, hosts)
     current.cache_clear()
     assert current().size == 1
     current.cache_clear()
+
+
+@pytest.mark.process
+def test_ctrl_c_ends_a_rank_that_waits_alone_without_a_traceback(tmp_path):
+    script = "print('waits', flush=True)\nfrom qwen_image_mlx.runtime import ranks\nranks.current()\n"
+    alone = environments(2, tmp_path)[0]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    process.stdout.readline()
+    time.sleep(2)  # until it waits in MLX
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to all processes of the command
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from qwen_image_mlx.server.jobs import Feed
 from qwen_image_mlx.server.models import Models
 from qwen_image_mlx.server.schema import BODIES
 from qwen_image_mlx.server.tasks import Limits, Tasks
+from qwen_image_mlx.variants import OWN
 from qwen_image_mlx.weights.synthetic import TINY, write_checkpoint
 
 pytestmark = pytest.mark.process
@@ -30,9 +32,14 @@ PHOTO = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With a small model."""
+    """With a small model, and a layered one that writes captions."""
     folder = tmp_path_factory.mktemp("served")
-    write_checkpoint(folder / "tiny", TINY | {"transformer": replace(TINY["transformer"], num_layers=4)})
+    config = replace(TINY["transformer"], num_layers=4)
+    write_checkpoint(folder / "tiny", TINY | {"transformer": config})
+    layered = TINY | {"transformer": replace(config, use_additional_t_cond=True, use_layer3d_rope=True)}
+    write_checkpoint(folder / "layered", layered, pipeline="QwenImageLayeredPipeline")
+    index = folder / "layered" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_bytes()) | {OWN: {"resolutions": [64]}}))
     return folder
 
 
@@ -40,20 +47,21 @@ def folder(tmp_path_factory):
 def alone(folder):
     """The result of a job in one process."""
     offer = {"model": str(folder / "tiny"), "quantize": None, "loras": [], "parallel": "auto"}
-    tasks = Tasks(Models({"generate": offer}, None, None), {"generate": {}}, Limits())
+    offers = {"generate": offer, "decompose": offer | {"model": str(folder / "layered")}}
+    tasks = Tasks(Models(offers, None, None), {"generate": {}, "decompose": {}}, Limits())
 
-    def result(body):
-        feed = Feed(Job("generate", None), lambda function, *arguments: None, 60)
-        return tasks.work("generate", BODIES["generate"].model_validate(body))(feed)
+    def result(body, task="generate"):
+        feed = Feed(Job(task, None), lambda function, *arguments: None, 60)
+        return tasks.work(task, BODIES[task].model_validate(body))(feed)
 
     return result
 
 
 @contextmanager
-def served(folder, *flags, configs=(None, None)):
+def served(folder, *flags, configs=(None, None), layered="demo-layered"):
     """A client of some ranks, the ranks, and what each said on stderr; each has its own config.toml, or none."""
     ranks = start(len(configs), folder, "serve", "--port", "0", "--model", str(folder / "tiny"), "--edit-model",
-                  "demo-edit", "--layered-model", "demo-layered", *flags, configs=configs)  # fmt: skip
+                  "demo-edit", "--layered-model", str(layered), *flags, configs=configs)  # fmt: skip
     said: list[list[str]] = [[] for _ in ranks]
     readers = [
         threading.Thread(target=lines.extend, args=(rank.stderr,)) for lines, rank in zip(said, ranks, strict=True)
@@ -145,6 +153,20 @@ def test_a_rank_that_dies_ends_the_server(folder, alone):
         assert ended(ranks) == [2, -signal.SIGKILL]
     assert "".join(said[0]).count("error: another rank has ended") == 1
     assert "Traceback" not in "".join(said[0] + said[1])
+
+
+@pytest.mark.parametrize(("mode", "shared"), [("layers", "layers"), ("images", "guidance")])
+def test_rank_0_writes_captions_and_shared_blocks_stay(folder, alone, mode, shared):
+    data = io.BytesIO()
+    PHOTO.save(data, "PNG")
+    photo = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    with served(folder, "--parallel", mode, layered=folder / "layered") as (api, ranks, _):
+        for seed in (1, 2):
+            answer = api.post("/api/qwen-image/caption", json={"image": photo, "seed": seed, "resolution": 64})
+            assert answer.json() == alone({"image": data.getvalue(), "seed": seed, "resolution": 64}, "caption")
+            assert api.get("/health").json()["ranks"]["mode"] == shared
+        ranks[0].send_signal(signal.SIGTERM)
+        assert ended(ranks) == [0, 0]
 
 
 def test_a_rank_that_dies_between_jobs_is_noticed(folder):

@@ -114,6 +114,27 @@ def test_layers_are_cancelled_after_the_exchange():
     assert len(denoiser.velocities(mx.ones((1, 2, 3)), 0)) == 2  # what was cancelled is over
 
 
+def test_a_cancel_before_the_ranks_decide_comes_after_the_exchange():
+    ranks, steps = Ranks(mx.distributed.init()), []
+    ranks.meet = lambda: steps.append(("meets", ranks.awaited))
+
+    def cancel(arrays):
+        steps.append(("layer", ranks.awaited))
+        raise Cancelled("cancelled")
+
+    def block(targets, evaluation, on_layer):
+        on_layer(targets)
+        return targets
+
+    denoiser = LayersDenoiser(ranks, OneBlock(block), RankRelay(ranks, range(2)))
+    hidden = denoiser.run(denoiser.enter(mx.ones((1, 2, 3)), 0), 0, slice(1), cancel)
+    assert denoiser.agreed(True)
+    with pytest.raises(Cancelled):
+        denoiser.leave(hidden, 0)
+    assert steps == [("layer", False), ("meets", False), ("meets", False)]
+    assert not ranks.awaited
+
+
 def test_branches_of_guidance_meet_between_computing_and_exchange():
     ranks, steps = Ranks(mx.distributed.init()), []
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import nn
-from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh, run_here
+from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh, here
 from ..rotary import Rotary, rotate
 from .config import TransformerConfig
 
@@ -95,6 +95,12 @@ class Transformer(nn.Module):
             TransformerBlock(config, row["last"]) for row in config.blocks
         ]
         self.proj_out: Linear = Linear(config.dim, config.patch_channels)
+        self._depth = config.num_layers
+
+    @property
+    def blocks_here(self) -> range:
+        """The numbers of the blocks that run here."""
+        return here(range(self._depth), self.relay)
 
     def project_text(self, embeddings: mx.array) -> mx.array:
         """Encoder states (B, L, joint_attention_dim) to text tokens (B, L, D); the same in every step."""
@@ -136,7 +142,7 @@ class Transformer(nn.Module):
         run_block: RunBlock | None = None,
         on_layer: OnLayer | None = None,
     ) -> list[mx.array]:
-        """Velocities (B, N, patch channels) of several texts; every block serves all of them before the next one."""
+        """Velocities (B, N, patch channels) of several texts; see `run`."""
         hidden = self.enter(latents, texts, references)
         hidden = self.run(hidden, modulation, rotary, run_block=run_block, on_layer=on_layer)
         return self.leave(hidden, modulation)
@@ -160,37 +166,50 @@ class Transformer(nn.Module):
         on_layer: OnLayer | None = None,
         hints: Sequence[Hint] = (),
     ) -> Hidden:
-        """The streams after some consecutive blocks; `hints` are added to the target's tokens after each of them."""
+        """The streams after some consecutive blocks; every block serves all texts before the next one.
+
+        With a relay one text goes through all blocks here before the next one, so that ranks work at the same time.
+
+        Args:
+            hidden: of `enter`, or of an earlier call for the blocks before.
+            modulation: this step's rows, of the blocks here.
+            rotary: tables of each text's sequence.
+            blocks: which run; of these, where a rank has a part of the transformer, those that are in it.
+            run_block: replaces the call of a block; training saves memory with it.
+            on_layer: called after each block with what it made.
+            hints: added to the target's tokens after each block.
+        """
         relay, run_block = self.relay, run_block or TransformerBlock.__call__
-        streams = list(zip(hidden.images, hidden.texts, strict=True))
-        every = range(len(self.transformer_blocks))
-        numbers, first = run_here(every[blocks], relay), run_here(every, relay).start  # `modulation` begins there
+        numbers, first = here(range(self._depth)[blocks], relay), self.blocks_here.start
         if not numbers:
             return hidden
+        streams = list(zip(hidden.images, hidden.texts, strict=True))
 
         def through(texts: range) -> None:
             """Takes some of the texts through the blocks."""
-            here = self.transformer_blocks[numbers.start : numbers.stop]
+            run = self.transformer_blocks[numbers.start : numbers.stop]
             rows = modulation.blocks[numbers.start - first : numbers.stop - first]
-            for number, block, of_block in zip(numbers, here, rows, strict=True):
-                before = [streams[text][1] for text in texts]
+            for number, block, of_block in zip(numbers, run, rows, strict=True):
+                made: list[mx.array] = []
                 for text in texts:
-                    images, txt = run_block(block, *streams[text], of_block, rotary[text])
-                    streams[text] = [_add_hints(hints, number, text, images[0]), *images[1:]], txt
+                    images, before = streams[text]
+                    images, after = run_block(block, images, before, of_block, rotary[text])
+                    images = [_add_hints(hints, number, text, images[0]), *images[1:]]
+                    streams[text] = images, after
+                    made += images if after is before else [*images, after]  # the last block returns its text unchanged
                 if on_layer is not None:
-                    same = set(map(id, before))  # the last block returns its text unchanged
-                    made = [x for text in texts for x in (*streams[text][0], streams[text][1])]
-                    on_layer([x for x in made if id(x) not in same])
+                    on_layer(made)
 
         if relay is None:
             through(range(len(streams)))
-            return _hidden(streams)
-        for text, (images, txt) in enumerate(streams):  # one after another: the ranks behind run the one before
-            *images, txt = relay.receive(numbers.start, [*images, txt])
-            streams[text] = images, txt
-            through(range(text, text + 1))
-            relay.send(numbers.stop, [*streams[text][0], streams[text][1]])
-        return _hidden(streams)
+        else:
+            for text, (images, txt) in enumerate(streams):
+                *images, txt = relay.receive(numbers.start, [*images, txt])
+                streams[text] = images, txt
+                del images, txt  # they live on in `streams` as long as they are needed
+                through(range(text, text + 1))
+                relay.send(numbers.stop, [*streams[text][0], streams[text][1]])
+        return Hidden([images for images, _ in streams], [txt for _, txt in streams])
 
     def leave(self, hidden: Hidden, modulation: Modulation) -> list[mx.array]:
         """The velocities (B, N, patch channels) of what leaves the last block."""
@@ -200,10 +219,6 @@ class Transformer(nn.Module):
         """The target (B, N, D) of the first branch as the first block's attention takes it: normed and modulated."""
         shift, scale, *_ = modulation.blocks[0].target
         return modulate(hidden.targets[0], scale, shift)
-
-
-def _hidden(streams: Sequence[tuple[list[mx.array], mx.array]]) -> Hidden:
-    return Hidden([images for images, _ in streams], [text for _, text in streams])
 
 
 def _add_hints(hints: Sequence[Hint], block: int, text: int, target: mx.array) -> mx.array:

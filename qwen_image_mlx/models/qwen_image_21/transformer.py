@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from .. import nn
 from ..causal import causal_attention
-from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh, run_here
+from ..layers import Linear, OnLayer, Relay, attention, gated_add, gelu_tanh, here
 from ..rotary import Rotary, rotate
 from .config import TransformerConfig
 from .rope import Run
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     @property
     def blocks_here(self) -> range:
         """The numbers of the blocks that run here."""
-        return run_here(range(self._depth), self.relay)
+        return here(range(self._depth), self.relay)
 
     def project_text(self, states: mx.array) -> mx.array:
         """Encoder states (B, L, context_in_dim) to text tokens (B, L, D); the same in every step."""
@@ -145,6 +145,8 @@ class Transformer(nn.Module):
     ) -> Hidden:
         """The streams after some consecutive blocks; every block serves all branches before the next one.
 
+        With a relay one branch goes through all blocks here before the next one, so that ranks work at the same time.
+
         Args:
             entered: of `enter`, or of an earlier call for the blocks before.
             branches: what is generated.
@@ -156,11 +158,11 @@ class Transformer(nn.Module):
                 `Branch.prefix` to later steps, they leave out all work on the prefix.
             hints: added after each block to targets and prefixes, none of which may be a kept one.
         """
-        targets, hidden = list(entered.targets), dict(entered.prefixes)
-        kept = [list(seen) for seen in entered.kept]
-        relay, numbers = self.relay, run_here(range(self._depth)[blocks], self.relay)
+        relay, numbers = self.relay, here(range(self._depth)[blocks], self.relay)
         if not numbers:
             return entered
+        targets, hidden = list(entered.targets), dict(entered.prefixes)
+        kept = [list(seen) for seen in entered.kept]
 
         def through(some: range) -> None:
             """Takes some of the branches through the blocks."""
@@ -186,13 +188,13 @@ class Transformer(nn.Module):
 
         if relay is None:
             through(range(len(targets)))
-            return Hidden(targets, hidden, kept)
-        for n in range(len(targets)):  # one after another: the ranks behind run the one before
-            targets[n], *before = relay.receive(numbers.start, [targets[n], *([hidden[n]] if n in hidden else [])])
-            if before:
-                (hidden[n],) = before
-            through(range(n, n + 1))
-            relay.send(numbers.stop, [targets[n], *([hidden[n]] if n in hidden else [])])
+        else:
+            for n in range(len(targets)):
+                targets[n], *before = relay.receive(numbers.start, [targets[n], *([hidden[n]] if n in hidden else [])])
+                if before:
+                    hidden[n] = before.pop()
+                through(range(n, n + 1))
+                relay.send(numbers.stop, [targets[n], *([hidden[n]] if n in hidden else [])])
         return Hidden(targets, hidden, kept)
 
     def leave(self, hidden: Hidden, rows: Rows) -> list[mx.array]:

@@ -58,7 +58,8 @@ class QwenImage21Encoder:
             for text in prompts
         ]
         self._check(tokens)
-        chosen, starts = tokens if only is None else [tokens[n] for n in only], image_starts(tokens[0], grids)
+        starts = image_starts(tokens[0], grids)
+        chosen = tokens if only is None else [tokens[number] for number in only]
         if not chosen:
             return Encoded([], starts)
         features: list[Features] = []
