@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -23,10 +24,11 @@ from qwen_image_mlx.pipeline.control import Control
 from qwen_image_mlx.pipeline.parameters import GenerationParameters
 from qwen_image_mlx.pipeline.request import Request
 from qwen_image_mlx.runtime import ranks as ranks_module
+from qwen_image_mlx.runtime.batch import BatchImage, heaviest
 from qwen_image_mlx.runtime.memory_plan import Planner, Work
 from qwen_image_mlx.runtime.ranks import Link, Ranks, current, ending, exchanging, launched, lost, parts
 from qwen_image_mlx.runtime.residency import DEFAULT
-from qwen_image_mlx.runtime.shared import SharedPipeline, chosen_mode, facts_of, fingerprint
+from qwen_image_mlx.runtime.shared import SharedPipeline, chosen_mode, facts_of, fingerprint, least_blocks
 from qwen_image_mlx.runtime.shared_denoiser import GuidanceDenoiser, LayersDenoiser, RankRelay
 from qwen_image_mlx.runtime.shared_encoder import SharedEncodings
 from qwen_image_mlx.runtime.traffic import traffic_of
@@ -199,6 +201,17 @@ def test_rank_0_decides_which_passes_are_left_out(leader):
         return GuidanceDenoiser(ranks, None, 2).agreed(ranks.leads == leader)
 
     assert together(2, work) == [leader] * 2
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_batch_is_planned_for_the_step_cache_that_needs_most(order):
+    """Its name alone says nothing: the one that sees a block needs a second one on each rank."""
+    caches = [None, "teacache", "first-block:0.1", "easycache"][::order]
+    parameters = [GenerationParameters(width=64, height=64, step_cache=one) for one in caches]
+    requests = [Request(prompt="a fox", negative_prompt=None, parameters=one, seeds=(1,)) for one in parameters]
+    images = [BatchImage(request, {}, Path("fox.png")) for request in requests]
+    assert heaviest(images).parameters.step_cache == "first-block:0.1"
+    assert least_blocks(heaviest(images).parameters) == 2
 
 
 def test_requests_differ_by_everything_that_counts():
