@@ -177,10 +177,12 @@ def encode(
     if request.controls:
         pipeline.open_controls(request.steering)
     encoding = cache.get(pipeline, request) if cache else None
-    if encoding is None:
-        encoding = encode_request(pipeline, request, progress)
-        if cache:
-            cache.put(pipeline, request, encoding)
+    if encoding is not None:
+        logger.info("the encoding comes from the cache; no text encoder is loaded")
+        return encoding
+    encoding = encode_request(pipeline, request, progress)
+    if cache:
+        cache.put(pipeline, request, encoding)
     return encoding
 
 

@@ -60,7 +60,6 @@ class EncodingCache:
             return None
         with suppress(OSError):
             os.utime(path)
-        logger.info("the encoding comes from the cache; no text encoder is loaded")
         return encoding
 
     def put(self, pipeline: EncodingModel, request: Request, encoding: GuidanceEncoding) -> None:

@@ -21,6 +21,7 @@ from ..names import Parallel
 from ..options import ImageFile, options_of
 from ..pipeline.control import Control
 from ..pipeline.pipeline import QwenImagePipeline
+from ..pipeline.progress import Passes
 from ..pipeline.seams import ConditionEncoder, Conditions, Denoiser, DenoiserClass
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE
 from ..sampling.choices import parse_cache
@@ -72,7 +73,7 @@ class SharedPipeline(QwenImagePipeline):
         self._compared = False
         self._images = 1
         self._number = 0
-        self._round: list[mx.array | None] = []
+        self._round: list[tuple[mx.array, Passes] | None] = []
 
     def begin(self, mode: Parallel, images: int) -> None:
         """Begins a piece of work; every rank calls this with the same values.
@@ -182,19 +183,25 @@ class SharedPipeline(QwenImagePipeline):
         place = self._number % self.ranks.size
         together = min(self.ranks.size, self._images - (self._number - place))  # images of this round
         self._number += 1
-        mine = denoised() if place == self.ranks.rank else None
+        mine = (denoised(), self.components.passes) if place == self.ranks.rank else None
         if place == self.ranks.rank and self.ranks.leads:
             self._round = [mine]
         elif together > 1 and place == max(1, min(self.ranks.rank, together - 1)):
             self._round = self._gathered(mine)
         found = self._round[place] if self.ranks.leads else None
-        return mx.zeros((0,)) if found is None else found
+        if found is None:
+            return mx.zeros((0,))
+        latents, self.components.passes = found
+        return latents
 
-    def _gathered(self, mine: mx.array | None) -> list[mx.array | None]:
-        """Every rank's latents of this round."""
+    def _gathered(self, mine: tuple[mx.array, Passes] | None) -> list[tuple[mx.array, Passes] | None]:
+        """Every rank's latents of this round, and the passes that they took."""
         self.ranks.meet()
-        everyone = self.ranks.gather_arrays([] if mine is None else [mine])
-        return [arrays[0] if arrays else None for arrays in everyone]
+        everyone = self.ranks.gather_arrays([] if mine is None else [mine[0]])
+        passes = self.ranks.gather_values(None if mine is None else mine[1])
+        return [
+            (arrays[0], Passes(*counts)) if arrays else None for arrays, counts in zip(everyone, passes, strict=True)
+        ]
 
     def decode_frames(
         self, parameters: GenerationParameters, latents: mx.array, *, progress: ProgressCallback | None = None

@@ -250,9 +250,15 @@ def _hide_details(*more: type[QwenImageError]) -> Iterator[None]:
     """Logs a model's errors, and turns them into an ApiError that does not mention the server's paths."""
     try:
         yield
-    except (CheckpointError, HubError, *more) as error:
+    except QwenImageError as error:
+        if type(error) is QwenImageError:  # values that are not finite
+            said = str(error)
+        elif isinstance(error, (CheckpointError, HubError, *more)):
+            said = "the server's model cannot be used; the server's log has the reason"
+        else:
+            raise
         logger.error("%s", error)
-        raise ApiError("model_error", "the server's model cannot be used; the server's log has the reason") from error
+        raise ApiError("model_error", said) from error
 
 
 def _facts(pipeline: QwenImagePipeline) -> dict[str, Any]:

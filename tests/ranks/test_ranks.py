@@ -22,6 +22,7 @@ from qwen_image_mlx.errors import RankError, RequestError
 from qwen_image_mlx.pipeline.conditioning import EncodingSource
 from qwen_image_mlx.pipeline.control import Control
 from qwen_image_mlx.pipeline.parameters import GenerationParameters
+from qwen_image_mlx.pipeline.progress import Passes
 from qwen_image_mlx.pipeline.request import Request
 from qwen_image_mlx.runtime import ranks as ranks_module
 from qwen_image_mlx.runtime.batch import BatchImage, heaviest
@@ -149,15 +150,21 @@ def test_images_are_dealt_out_and_come_back_in_order(size, images):
     def work(ranks):
         pipeline = SharedPipeline.__new__(SharedPipeline)
         pipeline.ranks, pipeline.mode = ranks, "images"
-        pipeline.components = SimpleNamespace(dtype=mx.bfloat16)
+        pipeline.components = SimpleNamespace(passes=Passes())
         pipeline._images, pipeline._number, pipeline._round = images, 0, []
 
         def denoised(number):
             ran[ranks.rank].append(number)
+            pipeline.components.passes = Passes(number, 2 * number)
             return mx.full((1, number + 1, 2), number, dtype=mx.bfloat16)
 
-        found = [pipeline.shared_latents(lambda n=n: denoised(n)) for n in range(images)]
-        return [np.array(latents.astype(mx.float32)) for latents in found]
+        found = []
+        for number in range(images):
+            latents = pipeline.shared_latents(lambda number=number: denoised(number))
+            if ranks.leads:  # an image's record has them
+                assert pipeline.components.passes == (number, 2 * number)
+            found.append(np.array(latents.astype(mx.float32)))
+        return found
 
     results = together(size, work)
     assert [latents.shape for latents in results[0]] == [(1, n + 1, 2) for n in range(images)]

@@ -20,7 +20,7 @@ from served import serving
 from qwen_image_mlx import variants
 from qwen_image_mlx.cli.main import main
 from qwen_image_mlx.errors import Cancelled, HubError, RequestError
-from qwen_image_mlx.pipeline import caption, conductor
+from qwen_image_mlx.pipeline import caption, conductor, generation
 from qwen_image_mlx.runtime.memory_plan import make_plan
 from qwen_image_mlx.runtime.session import Session
 from qwen_image_mlx.server.api_errors import ApiError
@@ -221,6 +221,14 @@ def broken(tmp_path_factory) -> Path:
     (file,) = (folder / "transformer").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     return folder
+
+
+def test_values_that_are_not_finite_are_said(monkeypatch):
+    monkeypatch.setattr(generation, "all_finite", lambda latents: False)
+    _, tasks = models_of(None)
+    with pytest.raises(ApiError, match="the generated latents are not finite") as refused:
+        tasks.work("generate", GenerateBody(prompt="a", steps=1))(Told())
+    assert refused.value.code == "model_error"
 
 
 def test_a_model_that_cannot_be_used_is_said_without_its_place(broken, tmp_path):
