@@ -197,9 +197,9 @@ def caches(monkeypatch):
     """A weak reference to the cache of each image."""
     found, begin = [], CachedDenoiser.__init__
 
-    def noted(self, denoiser, cache, always):
+    def noted(self, denoiser, cache, *rest):
         found.append(weakref.ref(cache))
-        begin(self, denoiser, cache, always)
+        begin(self, denoiser, cache, *rest)
 
     monkeypatch.setattr(CachedDenoiser, "__init__", noted)
     return found

@@ -139,7 +139,7 @@ def test_a_rank_that_dies_ends_the_server(folder, alone):
     with served(folder, "--parallel", "layers") as (api, ranks, said):
         assert generate(api).json() == alone(JOB)
         assert api.get("/health").json()["ranks"]["parts"] == ["blocks 0 to 1", "blocks 2 to 3"]
-        cached = {"step_cache": "first-block:0.5", "steps": 20}
+        cached = {"step_cache": "first-block:0.5", "steps": 9}
         assert generate(api, **cached).json() == alone(JOB | cached)
         job = begin(api)
         api.delete(job)
@@ -161,10 +161,9 @@ def test_rank_0_writes_captions_and_shared_blocks_stay(folder, alone, mode, shar
     PHOTO.save(data, "PNG")
     photo = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
     with served(folder, "--parallel", mode, layered=folder / "layered") as (api, ranks, _):
-        for seed in (1, 2):
-            answer = api.post("/api/qwen-image/caption", json={"image": photo, "seed": seed, "resolution": 64})
-            assert answer.json() == alone({"image": data.getvalue(), "seed": seed, "resolution": 64}, "caption")
-            assert api.get("/health").json()["ranks"]["mode"] == shared
+        answer = api.post("/api/qwen-image/caption", json={"image": photo, "resolution": 64})
+        assert answer.json() == alone({"image": data.getvalue(), "resolution": 64}, "caption")
+        assert api.get("/health").json()["ranks"]["mode"] == shared
         ranks[0].send_signal(signal.SIGTERM)
         assert ended(ranks) == [0, 0]
 
