@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -186,21 +186,31 @@ def sweep(folder: Path, *, alone: bool = False) -> None:
         folder: the folder; its subfolders are left alone.
         alone: whether the caller knows that no other process on any machine writes here.
     """
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(OSError):
-                match = _HIDDEN.fullmatch(entry.name) or _match_preview(entry)
-                if match and (alone or _has_ended(match)):
-                    shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
+
+    def is_left(entry: os.DirEntry[str]) -> bool:
+        match = _HIDDEN.fullmatch(entry.name) or _match_preview(entry)
+        return match is not None and (alone or _has_ended(match))
+
+    _remove(folder, is_left)
 
 
 def remove_previews(folder: Path) -> None:
     """Removes the previews that this process wrote to a folder, whatever their names. Raises nothing."""
+
+    def is_own(entry: os.DirEntry[str]) -> bool:
+        match = _match_preview(entry)
+        return match is not None and match[0] == owner()
+
+    _remove(folder, is_own)
+
+
+def _remove(folder: Path, chosen: Callable[[os.DirEntry[str]], bool]) -> None:
+    """Removes some files and folders in a folder; raises nothing."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(OSError):
-                if (match := _match_preview(entry)) and match[0] == owner():
-                    os.unlink(entry)
+                if chosen(entry):
+                    shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
 
 
 def sweep_results(folder: Path) -> None:
