@@ -23,9 +23,7 @@ from ..pipeline.conditioning import GuidanceEncoding
 from ..pipeline.conductor import GeneratedImage, encode_controls, generate_encoded
 from ..pipeline.metadata import describe
 from ..pipeline.request import slug
-from ..sampling.choices import parse_cache
 from ..sampling.solvers import SOLVERS
-from ..sampling.step_caches import METHODS
 from .ranks import Ranks
 from .session import Session
 
@@ -140,7 +138,9 @@ def heaviest(images: Sequence[BatchImage]) -> Request:
 
 def _size(step_cache: str) -> tuple[int, bool, int]:
     """The order of step caches: by the blocks that run before they decide, and by the memory of what they keep."""
-    method = METHODS[parse_cache(step_cache)[0]]
+    from ..sampling.step_caches import method_of  # here: most runs have no step cache
+
+    method = method_of(step_cache)
     return method.first, method.reuses == "residual", method.kept(2)
 
 

@@ -20,7 +20,6 @@ from ..pipeline.autoencode import STRIP_PIXELS, strips_of
 from ..pipeline.components import Components
 from ..pipeline.costs import HALO, backend
 from ..registry import FOLDERS, LANGUAGE_HEAD, MAIN, TEXT_ENCODER, TRANSFORMER, VAE, VAE_DECODER, VAE_ENCODER, VISION
-from ..sampling.choices import parse_cache
 from ..sampling.solvers import SOLVERS
 from ..weights.mapping import TensorSpec, expected_tensors, specs_of_layers
 from ..weights.schemes import Scheme
@@ -229,9 +228,9 @@ class Planner:
         """Bytes that a step cache keeps from step to step."""
         if self.work.step_cache is None:
             return 0
-        from ..sampling.step_caches import METHODS  # here: most runs have no step cache
+        from ..sampling.step_caches import method_of  # here: most runs have no step cache
 
-        method = METHODS[parse_cache(self.work.step_cache)[0]]
+        method = method_of(self.work.step_cache)
         branches = 2 if self.work.guided else 1
         space = self.components.latent_space
         width = space.token_channels if method.reuses == "velocity" else self.transformer_config.dim

@@ -24,8 +24,6 @@ from ..pipeline.pipeline import QwenImagePipeline
 from ..pipeline.progress import Passes
 from ..pipeline.seams import ConditionEncoder, Conditions, Denoiser, DenoiserClass
 from ..registry import TEXT_ENCODER, TRANSFORMER, VAE
-from ..sampling.choices import parse_cache
-from ..sampling.step_caches import METHODS
 from .ranks import REPORT, Ranks, current, parts
 from .shared_denoiser import GuidanceDenoiser, LayersDenoiser, RankRelay
 from .shared_encoder import SharedEncoder, SharedEncodings
@@ -327,7 +325,11 @@ def chosen_mode(
 
 def least_blocks(parameters: GenerationParameters) -> int:
     """How many blocks a rank needs: one more than a step cache sees before it decides."""
-    return 1 + (METHODS[parse_cache(parameters.step_cache)[0]].first if parameters.step_cache else 0)
+    if parameters.step_cache is None:
+        return 1
+    from ..sampling.step_caches import method_of  # here: most runs have no step cache
+
+    return 1 + method_of(parameters.step_cache).first
 
 
 def facts_of(request: Request) -> dict[str, Any]:

@@ -37,14 +37,13 @@ class SharedEncoder:
         reference_pixels: int | None = None,
         only: Sequence[int] | None = None,
     ) -> Encoded:
-        """As `ConditionEncoder.encode`; it returns the states of all prompts."""
-        assert only is None
-        size = self._ranks.size
-        own = range(self._ranks.rank, len(prompts), size)
+        """As `ConditionEncoder.encode`."""
+        wanted, size = range(len(prompts)) if only is None else only, self._ranks.size
+        own = wanted[self._ranks.rank :: size]
         made = self._encoder.encode(prompts, images, report, sequential_positions, reference_pixels, own)
         self._ranks.meet()
         everyone = self._ranks.gather_arrays(made.states)
-        return Encoded([everyone[number % size][number // size] for number in range(len(prompts))], made.starts)
+        return Encoded([everyone[place % size][place // size] for place in range(len(wanted))], made.starts)
 
     def caption(self, image: Image, area: int, language: CaptionLanguage, seed: int, report: Reporter) -> str:
         """As `ConditionEncoder.caption`: rank 0 writes it for all."""

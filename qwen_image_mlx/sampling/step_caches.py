@@ -13,6 +13,8 @@ from typing import ClassVar, Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from .choices import parse_cache
+
 
 class TeaFacts(NamedTuple):
     """TeaCache's numbers of a model.
@@ -256,6 +258,11 @@ METHODS: dict[str, type[StepCache]] = {
     "magcache": MagCache,
     "taylorseer": TaylorSeer,
 }
+
+
+def method_of(text: str) -> type[StepCache]:
+    """The method of METHOD[:THRESHOLD]; raises RequestError as `parse_cache`."""
+    return METHODS[parse_cache(text)[0]]
 
 
 def relative_change(now: mx.array, before: mx.array) -> float:

@@ -91,13 +91,20 @@ def test_a_rank_that_fails_where_others_wait_has_to_end():
     assert shared._lost
 
 
-def test_layers_are_cancelled_after_the_exchange():
+def watched():
+    """Ranks of one, what happens to them, and a callback for layers that cancels."""
     ranks, steps = Ranks(mx.distributed.init()), []
     ranks.meet = lambda: steps.append(("meets", ranks.awaited))
 
     def cancel(arrays):
         steps.append(("layer", ranks.awaited))
         raise Cancelled("cancelled")
+
+    return ranks, steps, cancel
+
+
+def test_layers_are_cancelled_after_the_exchange():
+    ranks, steps, cancel = watched()
 
     def block(targets, evaluation, on_layer):
         for target in targets:
@@ -115,12 +122,7 @@ def test_layers_are_cancelled_after_the_exchange():
 
 
 def test_a_cancel_before_the_ranks_decide_comes_after_the_exchange():
-    ranks, steps = Ranks(mx.distributed.init()), []
-    ranks.meet = lambda: steps.append(("meets", ranks.awaited))
-
-    def cancel(arrays):
-        steps.append(("layer", ranks.awaited))
-        raise Cancelled("cancelled")
+    ranks, steps, cancel = watched()
 
     def block(targets, evaluation, on_layer):
         on_layer(targets)
